@@ -1,0 +1,1 @@
+"""Offline stage: face videos to sharded ArrayRecord tubelets."""

@@ -1,0 +1,1 @@
+"""Facial-video masked autoencoder pretraining in JAX."""
