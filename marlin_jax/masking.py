@@ -1,0 +1,156 @@
+"""Which tokens the encoder sees: fasking and its alternatives.
+
+Fasking (paper section 3.1, facial-region guided masking) builds the VISIBLE set
+from background and skin first, so that eyes, nose, mouth and hair end up masked
+and must be reconstructed. The number of visible tokens is the same for every
+clip, so that batches have one static shape.
+
+Axes: B batch, T tubelets, S = h*w spatial positions, N = T*S tokens (t h w),
+V visible, M masked, L region labels in walking order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+STRATEGIES = ("fasking", "fasking_opp", "random", "tube", "frame")
+
+# Codes of records.REGIONS, grouped as the paper masks them.
+BACKGROUND, SKIN = 0, 1
+COMPONENTS = (
+  (2, 4),  # right brow and eye
+  (3, 5),  # left brow and eye
+  (6,),  # nose
+  (7, 8, 9),  # lips and inner mouth
+  (10,),  # hair
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Masking:
+  """A masking strategy over a token grid.
+
+  Attributes:
+    strategy: one of STRATEGIES.
+    ratio: share of the tokens to hide, in (0, 1).
+    grid: tokens along t, h, w.
+  """
+
+  strategy: str
+  ratio: float
+  grid: tuple[int, int, int] = (8, 14, 14)
+
+  @property
+  def num_tokens(self) -> int:
+    return math.prod(self.grid)
+
+  @property
+  def num_visible(self) -> int:
+    """V: floor((1 - ratio) * units), where a unit is what is drawn whole.
+
+    A token for fasking and random, a spatial position for tube, a tubelet for
+    frame. 156 of 1568 for fasking at ratio 0.9.
+    """
+    t, h, w = self.grid
+    units, tokens_per_unit = {
+      "tube": (h * w, t),
+      "frame": (t, h * w),
+    }.get(self.strategy, (t * h * w, 1))
+    # 1 - 0.9 is a little less than 0.1: an exact product must not fall short.
+    return math.floor((1 - self.ratio) * units + 1e-6) * tokens_per_unit
+
+  def __call__(
+    self, regions: jax.Array, keys: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Splits the tokens of each clip.
+
+    Args:
+      regions: uint16 (B, T, h, w) region bits of each tubelet's first frame.
+      keys: B jax keys, one a clip, so that a clip's mask depends neither on its
+        neighbours nor on how the batch is split.
+
+    Returns:
+      visible int32 (B, V) and masked int32 (B, M), token numbers in ascending
+      order; together each of 0..N-1 exactly once.
+    """
+    return jax.vmap(self._split)(regions, keys)
+
+  def _split(self, regions, key):
+    order = jnp.argsort(self._rank(regions, key))
+    visible, masked = jnp.split(order.astype(jnp.int32), [self.num_visible])
+    return jnp.sort(visible), jnp.sort(masked)
+
+  def _rank(self, regions, key):
+    """float (N,): the V smallest become visible."""
+    t, h, w = self.grid
+    if self.strategy == "random":
+      return jax.random.uniform(key, (t * h * w,))
+    if self.strategy == "tube":
+      return jnp.tile(jax.random.uniform(key, (h * w,)), t)
+    if self.strategy == "frame":
+      return jnp.repeat(jax.random.uniform(key, (t,)), h * w)
+    order_key, drop_key = jax.random.split(key)
+    components = jax.random.permutation(order_key, len(COMPONENTS))
+    candidates = fasking_candidates(
+      regions.reshape(t, h * w),
+      label_order(components, opposite=self.strategy == "fasking_opp"),
+      (1 - self.ratio) * h * w,
+    )
+    # Candidates in random order, then, should there be too few, the others.
+    draw = jax.random.uniform(drop_key, (t * h * w,))
+    return jnp.where(candidates.reshape(-1), draw, 1 + draw)
+
+
+def label_order(components: jax.Array, *, opposite: bool = False) -> jax.Array:
+  """The order in which labels are made visible.
+
+  Args:
+    components: int (5,), a permutation of the COMPONENTS.
+    opposite: fasking_opp, which walks skin and background last.
+
+  Returns:
+    int32 (11,) label codes.
+  """
+  slots = np.full((len(COMPONENTS), max(map(len, COMPONENTS))), -1)
+  for i, labels in enumerate(COMPONENTS):
+    slots[i, : len(labels)] = labels
+  walked = jnp.asarray(slots, jnp.int32)[components].reshape(-1)
+  # A stable sort moves the empty slots behind the nine labels.
+  walked = walked[jnp.argsort(walked < 0, stable=True)][:9]
+  if opposite:
+    return jnp.append(walked, jnp.array([SKIN, BACKGROUND], jnp.int32))
+  return jnp.append(jnp.array([BACKGROUND, SKIN], jnp.int32), walked)
+
+
+def fasking_candidates(
+  regions: jax.Array, labels: jax.Array, num_wanted: float
+) -> jax.Array:
+  """The patches that fasking may leave visible.
+
+  In every tubelet the labels are walked in order; a patch becomes a candidate
+  when any of its pixels has the label; the walk ends with the first label after
+  which at least `num_wanted` patches are candidates. Where no face was parsed
+  every patch is one.
+
+  Args:
+    regions: uint16 (T, S) region bits.
+    labels: int (L,), from `label_order`.
+    num_wanted: patches to reach per tubelet.
+
+  Returns:
+    bool (T, S).
+  """
+  shift = labels.astype(jnp.uint16)[:, None, None]
+  touched = (regions[None] >> shift) & 1  # (L, T, S)
+  walked = jax.lax.cummax(touched, axis=0) > 0
+  # The tolerance undoes the rounding of 1 - ratio; counts are whole numbers.
+  enough = walked.sum(-1) >= num_wanted - 1e-4  # (L, T)
+  last = jnp.where(enough.any(0), jnp.argmax(enough, 0), len(labels) - 1)
+  candidates = jnp.take_along_axis(walked, last[None, :, None], axis=0)[0]
+  no_face = ~(regions > 0).any(-1, keepdims=True)
+  return candidates | no_face

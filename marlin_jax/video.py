@@ -1,0 +1,89 @@
+"""Clips: which frames of a track are seen, and how pixels become tokens.
+
+Axes: B batch, T frames, H W pixels, C colours, N tokens (ordered t h w),
+P pixels per token (ordered c pt ph pw, as MARLIN; VideoMAE has pt ph pw c).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+  """How clips are taken: `num_frames` frames, every `stride`-th one."""
+
+  num_frames: int = 16
+  stride: int = 2
+
+  @property
+  def span(self) -> int:
+    """Frames of the source from a clip's first to its last, inclusive."""
+    return (self.num_frames - 1) * self.stride + 1
+
+  def indices(self, start: int, total: int) -> np.ndarray:
+    """Frame numbers of the clip that begins at `start`.
+
+    The one padding rule, used in training, evaluation and features: the stride
+    is kept, and past the end of the source its last frame is repeated.
+
+    Args:
+      start: first frame, in [0, total).
+      total: frames in the source, at least 1.
+
+    Returns:
+      int (num_frames,).
+    """
+    wanted = start + self.stride * np.arange(self.num_frames)
+    return np.minimum(wanted, total - 1)
+
+  def random_start(self, total: int, np_rng: np.random.Generator) -> int:
+    """A start such that the clip fits; 0 where the source is too short."""
+    return int(np_rng.integers(max(total - self.span, 0) + 1))
+
+  def middle_start(self, total: int) -> int:
+    """The start of the clip in the middle of the source."""
+    return max(total - self.span, 0) // 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Tubelets:
+  """How a clip is cut into tokens: `tubelet_size` frames of a patch each."""
+
+  num_frames: int = 16
+  image_size: int = 224
+  tubelet_size: int = 2
+  patch_size: int = 16
+
+  @property
+  def grid(self) -> tuple[int, int, int]:
+    """Tokens along t, h and w; (8, 14, 14) by default."""
+    side = self.image_size // self.patch_size
+    return (self.num_frames // self.tubelet_size, side, side)
+
+  @property
+  def num_tokens(self) -> int:
+    return int(np.prod(self.grid))
+
+  @property
+  def pixels(self) -> int:
+    """Values per token; 1536 by default."""
+    return 3 * self.tubelet_size * self.patch_size**2
+
+  def patchify(self, video):
+    """(B, T, H, W, 3) -> (B, N, P), for numpy and jax arrays alike."""
+    t, h, w = self.grid
+    pt, p = self.tubelet_size, self.patch_size
+    x = video.reshape(-1, t, pt, h, p, w, p, 3)
+    x = x.transpose(0, 1, 3, 5, 7, 2, 4, 6)
+    return x.reshape(-1, t * h * w, self.pixels)
+
+  def unpatchify(self, tokens):
+    """(B, N, P) -> (B, T, H, W, 3); the inverse of `patchify`."""
+    t, h, w = self.grid
+    pt, p = self.tubelet_size, self.patch_size
+    x = tokens.reshape(-1, t, h, w, 3, pt, p, p)
+    x = x.transpose(0, 1, 5, 2, 6, 3, 7, 4)
+    return x.reshape(-1, t * pt, h * p, w * p, 3)
