@@ -1,0 +1,99 @@
+"""Opens MediaPipe Tasks: from verified files, quietly, with clear errors."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import IO, Any
+
+import numpy as np
+
+from data_prep import assets
+
+
+def open_task(task_name: str, asset_name: str, **options: Any) -> Any:
+  """Opens a vision Task in IMAGE mode on the CPU; the caller closes it.
+
+  IMAGE mode keeps nothing from one picture to the next, so that the result
+  for a frame depends on that frame alone, whatever the process saw before.
+
+  Args:
+    task_name: a class of `mediapipe.tasks.python.vision`, e.g. 'FaceDetector'.
+    asset_name: the model, a key of `assets.ASSETS`.
+    **options: further fields of the Task's options class.
+
+  Raises:
+    assets.AssetError: the model file could not be had.
+    RuntimeError: a system library is missing, or the Task does not open.
+  """
+  model = str(assets.fetch(asset_name))
+  with _captured_stderr() as log:
+    try:
+      from mediapipe.tasks.python import BaseOptions, vision
+
+      task = getattr(vision, task_name).create_from_options(
+        getattr(vision, f"{task_name}Options")(
+          base_options=BaseOptions(
+            model_asset_path=model, delegate=BaseOptions.Delegate.CPU
+          ),
+          running_mode=vision.RunningMode.IMAGE,
+          **options,
+        )
+      )
+      # TFLite prints most of its notes at the first picture.
+      run = "segment" if task_name == "ImageSegmenter" else "detect"
+      getattr(task, run)(as_image(np.zeros((64, 64, 3), np.uint8)))
+    except OSError as e:
+      raise missing_library_error(e) from e
+    except (RuntimeError, ValueError) as e:
+      raise RuntimeError(
+        f"MediaPipe's {task_name} does not open {model}: {e}\n{_tail(log)}"
+      ) from e
+  return task
+
+
+def missing_library_error(error: OSError) -> RuntimeError:
+  """Says what to install where a shared library does not load."""
+  return RuntimeError(
+    f"MediaPipe cannot load a system library: {error}. On Debian or Ubuntu: "
+    "apt-get install --no-install-recommends "
+    "libgl1 libglib2.0-0 libegl1 libgles2"
+  )
+
+
+def as_image(rgb: np.ndarray) -> Any:
+  """Wraps uint8 (H, W, 3) RGB as `mediapipe.Image`."""
+  import mediapipe
+
+  return mediapipe.Image(
+    mediapipe.ImageFormat.SRGB, np.ascontiguousarray(rgb, dtype=np.uint8)
+  )
+
+
+@contextlib.contextmanager
+def _captured_stderr() -> Iterator[IO[bytes]]:
+  """Sends this process's standard error to a file meanwhile.
+
+  The C++ libraries write to file descriptor 2 directly, past `sys.stderr` and
+  past every log level, and would break a progress bar.
+  """
+  sys.stderr.flush()
+  saved = os.dup(2)
+  try:
+    with tempfile.TemporaryFile() as log:
+      os.dup2(log.fileno(), 2)
+      try:
+        yield log
+      finally:
+        sys.stderr.flush()
+        os.dup2(saved, 2)
+  finally:
+    os.close(saved)
+
+
+def _tail(log: IO[bytes], num_bytes: int = 2000) -> str:
+  log.seek(0)
+  return log.read()[-num_bytes:].decode(errors="replace")
