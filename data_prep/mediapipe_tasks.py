@@ -14,8 +14,11 @@ import numpy as np
 from data_prep import assets
 
 
-def open_task(task_name: str, asset_name: str, **options: Any) -> Any:
-  """Opens a vision Task in IMAGE mode on the CPU; the caller closes it.
+@contextlib.contextmanager
+def open_task(
+  task_name: str, asset_name: str, **options: Any
+) -> Iterator[Any]:
+  """Opens a vision Task in IMAGE mode on the CPU, and closes it at the end.
 
   IMAGE mode keeps nothing from one picture to the next, so that the result
   for a frame depends on that frame alone, whatever the process saw before.
@@ -52,7 +55,11 @@ def open_task(task_name: str, asset_name: str, **options: Any) -> Any:
       raise RuntimeError(
         f"MediaPipe's {task_name} does not open {model}: {e}\n{_tail(log)}"
       ) from e
-  return task
+  try:
+    yield task
+  finally:
+    with _captured_stderr():
+      task.close()
 
 
 def missing_library_error(error: OSError) -> RuntimeError:
