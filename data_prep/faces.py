@@ -30,11 +30,18 @@ DETECT_STEPS = 5
 # A face that is missed for at most so many frames is bridged.
 MAX_GAP = 12
 MIN_FACE_PIXELS = 24
-# Shares of a track's frames, and the median of the detectors' scores, below
-# which it is not believed to be a face. People reach 0.69 and more, a cartoon
-# animal 0.6.
+# Share of a track's frames with a mesh, and of its detections that are
+# believed, below which it is dropped.
 MIN_MESH_RATIO = 0.5
-MIN_TRACK_SCORE = 0.65
+MIN_BELIEVED_RATIO = 0.5
+# Each model and the score from which its detection is believed. The full-range
+# model misses faces that fill the frame; the short-range one misses those below
+# about 8% of its width, and gives a cartoon animal 0.6 where people have 0.69
+# and more.
+DETECTORS = (
+  ("face_detector.tflite", 0.65),
+  ("face_detection_full_range_sparse.tflite", 0.5),
+)
 # The mesh of a real face is 0.8 to 1.2 times as high as the detector's box.
 MESH_HEIGHT_RANGE = (0.65, 1.8)
 # Standard deviations in frames of the Gaussians that smooth a track's box. A
@@ -67,10 +74,26 @@ class Track:
     return len(self.boxes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Detection:
+  """What a detector reports.
+
+  Attributes:
+    box: float64 (4,).
+    score: the detector's, in [0.5, 1].
+    believed: whether this detector is seldom wrong at that score.
+  """
+
+  box: np.ndarray
+  score: float
+  believed: bool
+
+
 class FaceFinder:
   """The detectors and the mesh model; use as a context manager.
 
   It keeps no state between calls, so one finder serves any number of videos.
+  Faces below about 5% of the frame's width are not found.
 
   Raises:
     assets.AssetError: a model file could not be had.
@@ -79,16 +102,14 @@ class FaceFinder:
 
   def __init__(self) -> None:
     with contextlib.ExitStack() as stack:
-      # The full-range model misses faces that fill the frame; the short-range
-      # one misses those below about 8% of its width.
       self._detectors = [
-        stack.enter_context(
-          mediapipe_tasks.open_task("FaceDetector", asset_name)
+        (
+          stack.enter_context(
+            mediapipe_tasks.open_task("FaceDetector", asset_name)
+          ),
+          believed_score,
         )
-        for asset_name in (
-          "face_detector.tflite",
-          "face_detection_full_range_sparse.tflite",
-        )
+        for asset_name, believed_score in DETECTORS
       ]
       # Two, because a neighbour may stand in the same crop.
       self._landmarker = stack.enter_context(
@@ -107,30 +128,26 @@ class FaceFinder:
   def __exit__(self, *exception: object) -> None:
     self.close()
 
-  def detect(self, frame: np.ndarray) -> list[tuple[np.ndarray, float]]:
-    """Returns (box float64 (4,), score in [0.5, 1]) of each face.
+  def detect(self, frame: np.ndarray) -> list[Detection]:
+    """Finds the faces of a frame, the surest first.
 
     Args:
       frame: uint8 (H, W, 3), RGB.
     """
     image = mediapipe_tasks.as_image(frame)
     found = []
-    for detector in self._detectors:
+    for detector, believed_score in self._detectors:
       for detection in detector.detect(image).detections:
-        box = detection.bounding_box
-        corner = np.array([box.origin_x, box.origin_y], np.float64)
-        size = np.array([box.width, box.height], np.float64)
-        found.append(
-          (
-            np.concatenate([corner, corner + size]),
-            detection.categories[0].score,
-          )
-        )
-    found.sort(key=lambda face: -face[1])
-    faces: list[tuple[np.ndarray, float]] = []
-    for box, score in found:
-      if all(_overlap(box, other) < 0.4 for other, _ in faces):
-        faces.append((box, score))
+        x, y = detection.bounding_box.origin_x, detection.bounding_box.origin_y
+        size = detection.bounding_box.width, detection.bounding_box.height
+        score = detection.categories[0].score
+        box = np.array([x, y, x + size[0], y + size[1]], np.float64)
+        found.append(Detection(box, score, score >= believed_score))
+    found.sort(key=lambda face: (not face.believed, -face.score))
+    faces: list[Detection] = []
+    for face in found:
+      if all(_overlap(face.box, other.box) < 0.4 for other in faces):
+        faces.append(face)
     return faces
 
   def mesh(self, frame: np.ndarray, box: np.ndarray) -> np.ndarray | None:
@@ -177,8 +194,8 @@ def find_tracks(
   """Follows every face through a video, in one pass that keeps no frame.
 
   A cut ends all tracks, and so does a face that is not seen for more than
-  `MAX_GAP` frames. Tracks that are short, small, mostly without a mesh or of
-  low detector score are dropped.
+  `MAX_GAP` frames. Tracks that are short, small, mostly without a mesh
+  or not believed by the detectors are dropped.
 
   Args:
     frames: uint8 (H, W, 3) RGB frames in order, all of one size.
@@ -270,7 +287,8 @@ class _Sightings:
 
   def __init__(self) -> None:
     self.observed: list[_Sighting] = []
-    self.scores: list[float] = []
+    # One per frame in which the detectors ran.
+    self.believed: list[bool] = []
     # (detector's box, mesh bounds) where both are known of one frame.
     self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
 
@@ -299,7 +317,7 @@ class _Sightings:
     return (
       self.last_frame - self.first_frame + 1 >= min_frames
       and self.mesh_ratio() >= MIN_MESH_RATIO
-      and float(np.median(self.scores)) >= MIN_TRACK_SCORE
+      and float(np.mean(self.believed)) >= MIN_BELIEVED_RATIO
     )
 
   def finish(self, track_id: int) -> Track:
@@ -372,9 +390,9 @@ def _detect(
   """Gives detections to the tracks they fit; the others start new tracks."""
   detections = finder.detect(frame)
   pairs = [
-    (_overlap(track.box, box), t, d)
+    (_overlap(track.box, detection.box), t, d)
     for t, track in enumerate(active)
-    for d, (box, _) in enumerate(detections)
+    for d, detection in enumerate(detections)
   ]
   pairs.sort(key=lambda pair: (-pair[0], pair[1], pair[2]))
   track_of: dict[int, int] = {}
@@ -383,12 +401,13 @@ def _detect(
       track_of[d] = t
   for t, track in enumerate(active):
     if track.last_frame == i and t not in track_of.values():
-      track.scores.append(0.0)
+      track.believed.append(False)
 
   new = []
-  for d, (box, score) in enumerate(detections):
+  for d, detection in enumerate(detections):
+    box = detection.box
     track = active[track_of[d]] if d in track_of else _Sightings()
-    track.scores.append(score)
+    track.believed.append(detection.believed)
     seen = [t.box for t in active + new if t.last_frame == i and t is not track]
     if track.observed and track.last_frame == i:
       if track.observed[-1].landmarks is not None:

@@ -32,8 +32,8 @@ _RIGHT_BROW = (70, 63, 105, 66, 107, 55, 65, 52, 53, 46)
 _LEFT_BROW = (300, 293, 334, 296, 336, 285, 295, 282, 283, 276)
 # From between the eyes down the sides, round the wings, below the nostrils.
 _NOSE = (
-  168, 122, 174, 198, 49, 48, 64, 98, 97, 2, 326, 327, 294, 278, 279, 420, 399,
-  351,
+  168, 193, 188, 217, 209, 129, 64, 98, 97, 2, 326, 327, 294, 358, 429, 437,
+  412, 417,
 )  # fmt: skip
 _OUTER_LIP_TOP = (61, 185, 40, 39, 37, 0, 267, 269, 270, 409, 291)
 _OUTER_LIP_BOTTOM = (61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291)
@@ -350,11 +350,14 @@ def _distance(lab: np.ndarray, sample: np.ndarray) -> np.ndarray:
     lab: the picture.
     sample: (N, 3), colours of the class.
   """
-  away = lab - np.median(sample, axis=0)
+  import cv2
+
+  mean = np.median(sample, axis=0)
   # Noise of the camera and of the codec.
   covariance = np.cov(sample, rowvar=False) + 16.0 * np.eye(3)
-  root = np.linalg.cholesky(np.linalg.inv(covariance)).astype(np.float32)
-  return np.square(away @ root).sum(axis=-1)
+  root = np.linalg.cholesky(np.linalg.inv(covariance)).T
+  away = cv2.transform(lab, np.column_stack([root, -root @ mean]))
+  return np.square(away, out=away).sum(axis=-1)
 
 
 def _opened(mask: np.ndarray) -> np.ndarray:
