@@ -12,7 +12,7 @@ moment; the parent only ever sees raw pixels coming through a pipe:
 
 The child is this file run as a program. Messages on its pipe are a kind (one
 byte) and a length, then so many bytes:
-  I  JSON: width, height (as stored), rotation, rate      once, first
+  I  JSON: width, height (as stored), rotation, rate, ... once, first
   F  time in seconds, bytes per row, rows of RGB          once per frame
   E  nothing: the video has ended                         last
   X  why the video is refused, S  why no video could be   last
@@ -91,11 +91,14 @@ class VideoInfo:
     width: pixels, after rotation.
     height: pixels, after rotation.
     rate: frames per second as the container says, 0.0 where it does not.
+    announced_frames: how many frames the container claims to hold, 0 where it
+      does not say; often wrong, fit for a progress bar only.
   """
 
   width: int
   height: int
   rate: float
+  announced_frames: int
 
 
 DEFAULT_LIMITS = Limits()
@@ -171,7 +174,9 @@ class Video:
     width, height = self._stored_size
     if self._quarter_turns % 2:
       width, height = height, width
-    self.info = VideoInfo(width, height, header["rate"])
+    self.info = VideoInfo(
+      width, height, header["rate"], header["announced_frames"]
+    )
 
   @property
   def num_frames(self) -> int:
@@ -356,14 +361,21 @@ def _decode(path: str, limits: Limits, pipe: int) -> None:
 def _check_size(stream, limits: Limits) -> None:
   """Refuses what is too large, before anything is decoded."""
   _check_pixels(stream.width, stream.height, limits)
-  num_frames = stream.frames
-  if not num_frames and stream.duration and stream.average_rate:
-    duration = stream.duration * stream.time_base
-    num_frames = int(duration * stream.average_rate)
+  num_frames = _announced_frames(stream)
   if num_frames > limits.frames:
     raise _Refused(
       f"{_too_many_frames(limits)}: the container announces {num_frames}"
     )
+
+
+def _announced_frames(stream) -> int:
+  if stream.frames or not stream.average_rate:
+    return stream.frames
+  # Matroska knows the duration of the file only, in microseconds.
+  duration = (stream.container.duration or 0) / 1_000_000
+  if stream.duration:
+    duration = stream.duration * stream.time_base
+  return int(duration * stream.average_rate)
 
 
 def _check_pixels(width: int, height: int, limits: Limits) -> None:
@@ -392,6 +404,7 @@ def _send_info(pipe: int, frame, stream) -> None:
     "height": frame.height,
     "rotation": frame.rotation,
     "rate": float(rate),
+    "announced_frames": _announced_frames(stream),
   }
   _send(pipe, b"I", json.dumps(info).encode())
 

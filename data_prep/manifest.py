@@ -14,7 +14,6 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Iterable
 from pathlib import Path
 
 VIDEO_SUFFIXES = (
@@ -54,12 +53,16 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-  """A row as read; `label` says where, for errors."""
+  """A row as read; its number counts from 1, 0 outside of manifests."""
 
-  label: str
+  number: int
   path: str
   subject_id: str = ""
   split: str = ""
+
+
+# What is wrong: row number and text.
+_Problem = tuple[int, str]
 
 
 def read_sources(
@@ -88,6 +91,7 @@ def read_sources(
 
     source = assets.fetch_sample_videos()
   source = Path(source)
+  problems: list[_Problem] = []
   is_manifest = source.suffix.lower() in MANIFEST_SUFFIXES
   if root is not None and not (source.is_file() and is_manifest):
     raise ManifestError(f"a root is for manifests, and {source} is none")
@@ -102,19 +106,20 @@ def read_sources(
     root = source.parent if root is None else Path(root)
     if not root.is_dir():
       raise ManifestError(f"root {root} is no folder")
-    rows = _manifest_rows(source)
+    rows, problems = _manifest_rows(source)
   else:
     source = source.resolve()
-    root, rows = source.parent, [_Row("the file", source.name)]
+    root, rows = source.parent, [_Row(0, source.name)]
 
-  problems = [
-    f"{row.label}: {problem}"
-    for row in rows
-    if (problem := _problem(row, root)) is not None
-  ]
+  for row in rows:
+    problem = _problem(row, root)
+    if problem is not None:
+      problems.append((row.number, problem))
   problems += _group_problems(rows)
   if problems:
     raise ManifestError(_summary(source, problems))
+  if not rows:
+    raise ManifestError(f"{source} names no video")
   sources = [
     Source(
       video_id=_video_id(row.path),
@@ -160,7 +165,7 @@ def _folder_rows(folder: Path) -> list[_Row]:
     ]
     for name in (*linked, *videos):
       path = (inner / name).relative_to(folder).as_posix()
-      rows.append(_Row(_shown(path), path))
+      rows.append(_Row(0, path))
   if not rows:
     raise ManifestError(
       f"{folder} holds no video file (by suffix: {' '.join(VIDEO_SUFFIXES)})"
@@ -172,28 +177,20 @@ def _raise(error: OSError) -> None:
   raise ManifestError(f"cannot list {error.filename}: {error.strerror}")
 
 
-def _manifest_rows(manifest: Path) -> list[_Row]:
+def _manifest_rows(manifest: Path) -> tuple[list[_Row], list[_Problem]]:
   try:
     # utf-8-sig: spreadsheets put a byte order mark before the header.
     text = manifest.read_bytes().decode("utf-8-sig")
   except UnicodeDecodeError as e:
     raise ManifestError(f"{manifest} is not UTF-8 text: {e}") from e
-  read = _csv_rows if manifest.suffix.lower() == ".csv" else _text_rows
-  rows = read(manifest, text)
-  if not rows:
-    raise ManifestError(f"{manifest} names no video")
-  return rows
-
-
-def _text_rows(_: Path, text: str) -> list[_Row]:
+  if manifest.suffix.lower() == ".csv":
+    return _csv_rows(manifest, text)
   # Not splitlines, which also splits at exotic separators within a name.
   lines = text.replace("\r\n", "\n").split("\n")
-  return [
-    _Row(f"row {number}", line) for number, line in enumerate(lines, 1) if line
-  ]
+  return [_Row(n, line) for n, line in enumerate(lines, 1) if line], []
 
 
-def _csv_rows(manifest: Path, text: str) -> list[_Row]:
+def _csv_rows(manifest: Path, text: str) -> tuple[list[_Row], list[_Problem]]:
   # newline='': the csv module itself deals with CRLF, also within quotes.
   reader = csv.reader(io.StringIO(text, newline=""), strict=True)
   rows, problems = [], []
@@ -206,27 +203,19 @@ def _csv_rows(manifest: Path, text: str) -> list[_Row]:
         "`subject_id` and `split`, separated by commas"
       )
     for values in reader:
-      label = f"row {reader.line_num}"
-      if not values:
-        continue
-      if len(values) != len(header):
-        problems.append(
-          f"{label}: {len(values)} columns, expected {len(header)} "
+      if len(values) == len(header):
+        rows.append(
+          _Row(reader.line_num, **dict(zip(header, values, strict=True)))
+        )
+      elif values:
+        problem = (
+          f"{len(values)} columns, expected {len(header)} "
           f"({', '.join(header)}); quote a path that holds a comma"
         )
-        continue
-      rows.append(_Row(label, **dict(zip(header, values, strict=True))))
+        problems.append((reader.line_num, problem))
   except csv.Error as e:
-    problems.append(f"row {reader.line_num}: {e}")
-  if problems:
-    # Rows that were read are judged too, so that one error says everything.
-    problems += [
-      f"{row.label}: {problem}"
-      for row in rows
-      if (problem := _text_problem(row)) is not None
-    ]
-    raise ManifestError(_summary(manifest, problems))
-  return rows
+    problems.append((reader.line_num, f"{e}; nothing after it was read"))
+  return rows, problems
 
 
 # --- Judging rows -------------------------------------------------------------
@@ -267,30 +256,29 @@ def _text_problem(row: _Row) -> str | None:
   return None
 
 
-def _group_problems(rows: list[_Row]) -> list[str]:
+def _group_problems(rows: list[_Row]) -> list[_Problem]:
   """Says what is wrong with rows taken together."""
   problems = []
-  first: dict[str, _Row] = {}
-  splits: dict[str, _Row] = {}
-  for row in rows:
-    same = first.setdefault(_video_id(row.path), row)
-    if same is not row:
-      problems.append(f"{row.label}: {_shown(row.path)} as in {same.label}")
-    if row.subject_id:
-      other = splits.setdefault(row.subject_id, row)
-      if other.split != row.split:
-        problems.append(
-          f"{row.label}: subject {_shown(row.subject_id)} is in split "
-          f"{row.split!r}, but in {other.split!r} in {other.label}; a person "
-          "must be in one split only"
-        )
+  paths: dict[str, _Row] = {}
+  subjects: dict[str, _Row] = {}
   with_split = next((row for row in rows if row.split), None)
-  if with_split is not None:
-    problems += [
-      f"{row.label}: the split is empty, but given in {with_split.label}"
-      for row in rows
-      if not row.split
-    ]
+  for row in rows:
+    same = paths.setdefault(_video_id(row.path), row)
+    if same is not row:
+      problems.append(
+        (row.number, f"{_shown(row.path)} as in row {same.number}")
+      )
+    if with_split is not None and not row.split:
+      problem = f"the split is empty, but given in row {with_split.number}"
+      problems.append((row.number, problem))
+    other = subjects.setdefault(row.subject_id, row)
+    if row.subject_id and row.split and other.split not in ("", row.split):
+      problem = (
+        f"subject {_shown(row.subject_id)} is in split {row.split!r}, but in "
+        f"{other.split!r} in row {other.number}; a person must be in one "
+        "split only"
+      )
+      problems.append((row.number, problem))
   return problems
 
 
@@ -300,7 +288,9 @@ def _video_id(path: str) -> str:
 
 
 def _is_below(path: Path, root: Path) -> bool:
-  return path.resolve().is_relative_to(root.resolve())
+  # Not Path.resolve, which fails on links in a circle.
+  inner = Path(os.path.realpath(path))
+  return inner.is_relative_to(os.path.realpath(root))
 
 
 def _is_plain(text: str) -> bool:
@@ -315,11 +305,13 @@ def _shown(text: str) -> str:
   return ascii(text) if not text.isprintable() else repr(text)
 
 
-def _summary(source: Path, problems: Iterable[str]) -> str:
-  problems = list(problems)
-  shown = problems[:_MAX_PROBLEMS_SHOWN]
+def _summary(source: Path, problems: list[_Problem]) -> str:
+  shown = [
+    f"row {number}: {problem}" if number else problem
+    for number, problem in sorted(problems)[:_MAX_PROBLEMS_SHOWN]
+  ]
   more = len(problems) - len(shown)
-  lines = [f"{source}: {len(problems)} bad rows, nothing was read:", *shown]
   if more:
-    lines.append(f"and {more} more")
-  return "\n  ".join(lines)
+    shown.append(f"and {more} more")
+  head = f"{source}: {len(problems)} bad paths, no video was opened:"
+  return "\n  ".join([head, *shown])
