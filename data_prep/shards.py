@@ -1,0 +1,248 @@
+"""ArrayRecord files: the part of one video, and shards that TFDS reads."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from data_prep import ledger
+from marlin_jax import records
+
+# One record per chunk: a random read then decompresses nothing else.
+WRITER_OPTIONS = "group_size:1,zstd:1"
+
+_READ_BATCH = 16
+
+
+class ShardError(RuntimeError):
+  """A shard does not hold what was written to it."""
+
+
+# --- ArrayRecord --------------------------------------------------------------
+
+
+def num_records(path: Path) -> int | None:
+  """Returns how many records a file holds, None where it is not whole."""
+  if not path.exists():
+    return None
+  reader = _open_reader(path)
+  try:
+    return reader.num_records() if reader.ok() else None
+  finally:
+    with contextlib.suppress(RuntimeError):
+      reader.close()
+
+
+def read_records(path: Path, first: int, num: int) -> Iterator[bytes]:
+  """Yields `num` records from number `first` on.
+
+  Raises:
+    RuntimeError: the file is damaged.
+  """
+  reader = _open_reader(path)
+  for start in range(first, first + num, _READ_BATCH):
+    stop = min(start + _READ_BATCH, first + num)
+    yield from reader.read(list(range(start, stop)))
+  reader.close()
+
+
+def write_shard(
+  path: Path, parts: Sequence[tuple[ledger.Entry, Path, int]]
+) -> None:
+  """Writes a shard, reads it back, and waits until it is on the disk.
+
+  Args:
+    path: where to; takes no name that a reader could see.
+    parts: per video its ledger line, the file that holds its records, and the
+      number of its first record there.
+
+  Raises:
+    ShardError: what was written does not read back.
+    RuntimeError: a part is damaged, or the disk is full.
+  """
+  writer = _open_writer(path)
+  for entry, part, first in parts:
+    if entry.num_records:
+      for data in read_records(part, first, entry.num_records):
+        writer.write(data)
+  writer.close()
+  _verify(path, [entry for entry, _, _ in parts])
+  with open(path, "rb") as file:
+    os.fsync(file.fileno())
+
+
+def _verify(path: Path, entries: Sequence[ledger.Entry]) -> None:
+  expected = [e.video_id for e in entries for _ in range(e.num_records)]
+  try:
+    found = [
+      records.decode(data).video_id
+      for data in read_records(path, 0, num_records(path) or 0)
+    ]
+  except (RuntimeError, ValueError) as e:
+    raise ShardError(
+      f"{path} does not read back ({e}); is the disk in order? Run again"
+    ) from e
+  if found != expected:
+    raise ShardError(
+      f"{path} reads back as {len(found)} records, expected {len(expected)} "
+      f"of {len(entries)} videos; is the disk in order? Run again"
+    )
+
+
+def _open_writer(path: Path):
+  from array_record.python.array_record_module import ArrayRecordWriter
+
+  return ArrayRecordWriter(str(path), WRITER_OPTIONS)
+
+
+def _open_reader(path: Path):
+  from array_record.python.array_record_module import ArrayRecordReader
+
+  return ArrayRecordReader(
+    str(path), "readahead_buffer_size:0,max_parallelism:0"
+  )
+
+
+# --- Parts: one processed video -----------------------------------------------
+
+
+class Part:
+  """Where a processed video waits for its shard.
+
+  Attributes:
+    records: ArrayRecord file; missing where the video gave none.
+    line: its ledger line; the part is there when this is.
+  """
+
+  def __init__(self, output: Path, video_id: str) -> None:
+    name = hashlib.sha256(video_id.encode()).hexdigest()[:32]
+    self.records = output / "parts" / f"{name}.array_record"
+    self.line = output / "parts" / f"{name}.json"
+
+  def entry(self) -> ledger.Entry | None:
+    """Returns the ledger line, None where the part is not there whole."""
+    line = ledger.read_json(self.line)
+    if not line:
+      return None
+    entry = ledger.Entry(**line)
+    if entry.num_records and num_records(self.records) != entry.num_records:
+      return None
+    return entry
+
+  def remove(self) -> None:
+    self.line.unlink(missing_ok=True)
+    self.records.unlink(missing_ok=True)
+
+
+class PartWriter:
+  """Takes the records of one video; a context manager.
+
+  Leaving it without `commit` leaves nothing.
+  """
+
+  def __init__(self, part: Part) -> None:
+    self._part = part
+    self._partial = part.records.with_suffix(".partial")
+    self._writer = None
+
+  def add(self, data: bytes) -> None:
+    """Raises RuntimeError where the disk is full."""
+    if self._writer is None:
+      self._writer = _open_writer(self._partial)
+    self._writer.write(data)
+
+  def commit(self, entry: ledger.Entry) -> None:
+    """Makes the part visible: its records, then its ledger line."""
+    self._close()
+    if entry.num_records:
+      os.replace(self._partial, self._part.records)
+    ledger.write_json(self._part.line, dataclasses.asdict(entry))
+
+  def _close(self) -> None:
+    if self._writer is not None:
+      writer, self._writer = self._writer, None
+      writer.close()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, kind: type | None, *_) -> None:
+    # What cannot be written is told once, by `add`.
+    with contextlib.suppress(*([RuntimeError] if kind else [])):
+      self._close()
+    self._partial.unlink(missing_ok=True)
+
+
+# --- TFDS ---------------------------------------------------------------------
+
+
+def features():
+  """Returns the TFDS features that match `records.encode`."""
+  import numpy as np
+  from tensorflow_datasets import features
+
+  frame = (records.FRAME_SIZE, records.FRAME_SIZE, 3)
+  grid = (None, records.GRID_SIZE, records.GRID_SIZE)
+  return features.FeaturesDict(
+    {
+      "frames": features.Sequence(
+        features.Image(shape=frame, encoding_format="jpeg")
+      ),
+      "regions": features.Tensor(shape=grid, dtype=np.uint16, encoding="bytes"),
+      "parsing": features.Text(),  # any bytes; TFDS has no type for them
+      "boxes": features.Tensor(
+        shape=(None, 4), dtype=np.float32, encoding="bytes"
+      ),
+      "video_id": features.Text(),
+      "track_id": np.int64,
+      "segment": np.int64,
+      "subject_id": features.Text(),
+      "fps": np.float32,
+      "start_secs": np.float32,
+      "quality": np.float32,
+    }
+  )
+
+
+def write_tfds_metadata(
+  folder: Path,
+  splits: Mapping[str, Mapping[str, tuple[int, int]]],
+  metadata: Mapping[str, Any],
+) -> list[str]:
+  """Writes features.json, metadata.json and dataset_info.json.
+
+  Args:
+    folder: empty; where to. The shards themselves lie elsewhere.
+    splits: per split, per shard name: number of records and of bytes.
+    metadata: content of metadata.json.
+
+  Returns:
+    The names of the files, in the order in which to make them visible.
+  """
+  import tensorflow_datasets as tfds
+
+  for name in (name for split in splits.values() for name in split):
+    # TFDS wants to see the shards' names, not what is in them.
+    (folder / name).touch()
+  tfds.folder_dataset.write_metadata(
+    data_dir=folder,
+    features=features(),
+    split_infos=[
+      tfds.core.SplitInfo(
+        name=name,
+        shard_lengths=[num for num, _ in split.values()],
+        num_bytes=sum(num_bytes for _, num_bytes in split.values()),
+      )
+      for name, split in splits.items()
+    ],
+    version="1.0.0",
+    check_data=False,
+    description="Face tracks for masked autoencoder pretraining.",
+    metadata=tfds.core.MetadataDict(metadata),
+  )
+  return ["features.json", "metadata.json", "dataset_info.json"]
