@@ -30,6 +30,9 @@ DETECT_STEPS = 5
 # A face that is missed for at most so many frames is bridged.
 MAX_GAP = 12
 MIN_FACE_PIXELS = 24
+# Faces followed at a time: each costs a run of the mesh model per frame, and a
+# crowd shows nobody well.
+MAX_FACES = 8
 # Share of a track's frames with a mesh, and of its detections that are
 # believed, below which it is dropped.
 MIN_MESH_RATIO = 0.5
@@ -194,8 +197,9 @@ def find_tracks(
   """Follows every face through a video, in one pass that keeps no frame.
 
   A cut ends all tracks, and so does a face that is not seen for more than
-  `MAX_GAP` frames. Tracks that are short, small, mostly without a mesh
-  or not believed by the detectors are dropped.
+  `MAX_GAP` frames. At most `MAX_FACES` are followed at a time. Tracks that are
+  short, small, mostly without a mesh or not believed by the detectors are
+  dropped.
 
   Args:
     frames: uint8 (H, W, 3) RGB frames in order, all of one size.
@@ -204,27 +208,25 @@ def find_tracks(
     min_face_pixels: smallest median height of a face that is kept.
   """
   active: list[_Sightings] = []
-  ended: list[_Sightings] = []
+  kept: list[_Sightings] = []
+
+  def end(tracks: list[_Sightings]) -> None:
+    # At once, so that a long video's false detections do not pile up.
+    kept.extend(t for t in tracks if t.is_face(min_frames, min_face_pixels))
+
   cuts = _CutTest()
   shot_start = 0
   for i, frame in enumerate(frames):
     if cuts(frame):
-      ended += active
+      end(active)
       active, shot_start = [], i
     _follow(active, frame, i, finder)
-    lost = [track for track in active if track.last_frame < i]
+    lost = any(track.last_frame < i for track in active)
     if (i - shot_start) % DETECT_STEPS == 0 or lost or not active:
       active += _detect(active, frame, i, finder)
-    gone = [track for track in active if i - track.last_frame > MAX_GAP]
-    ended += gone
+    end([track for track in active if i - track.last_frame > MAX_GAP])
     active = [track for track in active if i - track.last_frame <= MAX_GAP]
-  ended += active
-
-  kept = [
-    track
-    for track in ended
-    if track.is_face(min_frames) and track.height() >= min_face_pixels
-  ]
+  end(active)
   kept.sort(key=lambda track: (track.first_frame, track.observed[0].box[0]))
   return [track.finish(track_id) for track_id, track in enumerate(kept)]
 
@@ -304,18 +306,16 @@ class _Sightings:
   def box(self) -> np.ndarray:
     return self.observed[-1].box
 
-  def height(self) -> float:
-    """Median height of the face in source pixels."""
-    return float(np.median([s.box[3] - s.box[1] for s in self.observed]))
-
   def mesh_ratio(self) -> float:
     """Share of the frames, bridged ones included, that have a mesh."""
     num_frames = self.last_frame - self.first_frame + 1
     return sum(s.landmarks is not None for s in self.observed) / num_frames
 
-  def is_face(self, min_frames: int) -> bool:
+  def is_face(self, min_frames: int, min_face_pixels: int) -> bool:
+    heights = [s.box[3] - s.box[1] for s in self.observed]
     return (
       self.last_frame - self.first_frame + 1 >= min_frames
+      and float(np.median(heights)) >= min_face_pixels
       and self.mesh_ratio() >= MIN_MESH_RATIO
       and float(np.mean(self.believed)) >= MIN_BELIEVED_RATIO
     )
@@ -412,6 +412,8 @@ def _detect(
     if track.observed and track.last_frame == i:
       if track.observed[-1].landmarks is not None:
         track.pairs.append((box, track.box))
+      continue
+    if d not in track_of and len(active) + len(new) >= MAX_FACES:
       continue
     landmarks = finder.mesh(frame, box)
     bounds = box if landmarks is None else _bounds(landmarks)

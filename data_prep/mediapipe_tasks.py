@@ -15,9 +15,7 @@ from data_prep import assets
 
 
 @contextlib.contextmanager
-def open_task(
-  task_name: str, asset_name: str, **options: Any
-) -> Iterator[Any]:
+def open_task(task_name: str, asset_name: str, **options: Any) -> Iterator[Any]:
   """Opens a vision Task in IMAGE mode on the CPU, and closes it at the end.
 
   IMAGE mode keeps nothing from one picture to the next, so that the result

@@ -125,6 +125,13 @@ def test_two_faces_side_by_side_are_two_tracks(carphone, finder):
   np.testing.assert_allclose(shift[:, 1], 0, atol=4)
 
 
+def test_crowd_costs_a_bounded_number_of_tracks(carphone, finder):
+  crowd = [np.tile(frame, (3, 4, 1)) for frame in carphone[:5]]
+  tracks = faces.find_tracks(crowd, finder, min_frames=5)
+  assert [t.track_id for t in tracks] == list(range(faces.MAX_FACES))
+  assert all(len(track) == 5 for track in tracks)
+
+
 def test_hard_cut_between_two_faces_splits_the_track(carphone, finder):
   # The second shot shows a face in the same place, so overlap would join them.
   other = [255 - frame[:, ::-1] // 2 for frame in carphone[:16]]
