@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import os
 import signal
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from data_prep import dataset_folder, ledger, process, workers
+  from data_prep import ledger, process
   from data_prep.manifest import Source
 
 # A worker is replaced after so many videos: what native libraries leak stays
@@ -47,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     _run(args)
   except KeyboardInterrupt:
     print(
-      "\nInterrupted. What is done is kept: the same command goes on from here.",
+      "\nInterrupted. What is done is kept: the same command goes on from "
+      "there.",
       file=sys.stderr,
     )
     return 130
@@ -270,10 +270,15 @@ def _summary(
   lines = [f"Done in {secs:.0f} s{rate}. {output} holds:"]
   for split in sorted({entry.split for entry in entries}):
     kept = [e for e in entries if e.split == split and e.num_records]
+    counts = {
+      "record": sum(e.num_records for e in kept),
+      "face crop": sum(e.num_frames for e in kept),
+      "face track": sum(e.num_tracks for e in kept),
+      "video": len(kept),
+    }
     lines.append(
-      f"  {split}: {sum(e.num_records for e in kept)} records, "
-      f"{sum(e.num_frames for e in kept)} face crops, "
-      f"{sum(e.num_tracks for e in kept)} face tracks of {len(kept)} videos"
+      f"  {split}: "
+      + ", ".join(f"{n} {noun}{'s' * (n != 1)}" for noun, n in counts.items())
     )
   refused = len(entries) - statuses[process.KEPT]
   if refused:
@@ -361,9 +366,10 @@ def _parser() -> argparse.ArgumentParser:
     action="store_true",
     help="try quarantined videos again",
   )
-  add = parser.add_argument_group(
-    "limits; a video over one is quarantined"
-  ).add_argument
+  limits_group = parser.add_argument_group(
+    "limits", "A video that is over one of them is quarantined."
+  )
+  add = limits_group.add_argument
   add(
     "--max_frame_pixels",
     type=_at_least(1),

@@ -62,15 +62,18 @@ def write_shard(
       number of its first record there.
 
   Raises:
-    ShardError: what was written does not read back.
-    RuntimeError: a part is damaged, or the disk is full.
+    ShardError: a part is damaged, the disk is full, or what was written does
+      not read back.
   """
-  writer = _open_writer(path)
-  for entry, part, first in parts:
-    if entry.num_records:
-      for data in read_records(part, first, entry.num_records):
-        writer.write(data)
-  writer.close()
+  try:
+    writer = _open_writer(path)
+    for entry, part, first in parts:
+      if entry.num_records:
+        for data in read_records(part, first, entry.num_records):
+          writer.write(data)
+    writer.close()
+  except RuntimeError as e:
+    raise ShardError(f"cannot write {path}: {e}") from e
   _verify(path, [entry for entry, _, _ in parts])
   with open(path, "rb") as file:
     os.fsync(file.fileno())
