@@ -72,6 +72,8 @@ class Limits:
     frame_pixels: width x height of one frame; the default admits 4096x2304.
     frames: frames per video; the default is an hour at 30 a second. Face
       meshes of a whole video are held in memory, 4 kB a frame.
+    video_pixels: pixels of all frames together; the default is an hour of
+      1920x1080 at 30 a second, which a few MB of black may hold.
     secs: time in seconds that may be spent waiting for the decoder in one
       pass; the time the caller takes for a frame does not count.
     memory_bytes: address space of the decoder process.
@@ -79,8 +81,9 @@ class Limits:
 
   frame_pixels: int = 4096 * 2304
   frames: int = 108_000
+  video_pixels: int = 1920 * 1080 * 108_000
   secs: float = 300.0
-  memory_bytes: int = 4 << 30
+  memory_bytes: int = 2 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,8 +228,8 @@ class Video:
       or not 0 <= padding <= _MAX_ROW_PADDING
     ):
       raise DecodeError(f"decoder sent a frame that is not {width}x{height}")
-    if self.num_frames >= self._limits.frames:
-      raise DecodeError(_too_many_frames(self._limits))
+    if self.num_frames == _most_frames(width, height, self._limits):
+      raise DecodeError(_too_many_frames(width, height, self._limits))
     rows = np.empty((height, row_bytes), np.uint8)
     self._read_into(memoryview(rows).cast("B"))
     frame = rows[:, : 3 * width].reshape(height, width, 3)
@@ -293,8 +296,13 @@ class Video:
     self.close()
 
 
-def _too_many_frames(limits: Limits) -> str:
-  return f"more frames than the limit of {limits.frames}"
+def _most_frames(width: int, height: int, limits: Limits) -> int:
+  return min(limits.frames, limits.video_pixels // (width * height))
+
+
+def _too_many_frames(width: int, height: int, limits: Limits) -> str:
+  most = _most_frames(width, height, limits)
+  return f"more frames of {width}x{height} than the limit of {most}"
 
 
 # --- The child process --------------------------------------------------------
@@ -334,8 +342,6 @@ def _decode(path: str, limits: Limits, pipe: int) -> None:
     num_frames = 0
     try:
       for frame in _frames(container, stream):
-        if num_frames == limits.frames:
-          raise _Refused(_too_many_frames(limits))
         if num_frames == 0:
           size = frame.width, frame.height
           _check_pixels(*size, limits)
@@ -345,6 +351,8 @@ def _decode(path: str, limits: Limits, pipe: int) -> None:
             f"frame size changes from {size[0]}x{size[1]} to "
             f"{frame.width}x{frame.height}"
           )
+        if num_frames == _most_frames(*size, limits):
+          raise _Refused(_too_many_frames(*size, limits))
         _send_frame(pipe, frame, container.start_time)
         num_frames += 1
     except av.FFmpegError as e:
@@ -362,9 +370,10 @@ def _check_size(stream, limits: Limits) -> None:
   """Refuses what is too large, before anything is decoded."""
   _check_pixels(stream.width, stream.height, limits)
   num_frames = _announced_frames(stream)
-  if num_frames > limits.frames:
+  if num_frames > _most_frames(stream.width, stream.height, limits):
     raise _Refused(
-      f"{_too_many_frames(limits)}: the container announces {num_frames}"
+      f"{_too_many_frames(stream.width, stream.height, limits)}: the container "
+      f"announces {num_frames}"
     )
 
 
@@ -379,6 +388,8 @@ def _announced_frames(stream) -> int:
 
 
 def _check_pixels(width: int, height: int, limits: Limits) -> None:
+  if not width * height:
+    raise _Refused("cannot open: the size of its frames is unknown")
   if width * height > limits.frame_pixels:
     raise _Refused(
       f"frames of {width}x{height} are over the limit of "

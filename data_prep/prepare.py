@@ -202,6 +202,7 @@ class _ProgressBar:
     self._started_at = time.monotonic()
     terminal = sys.stderr.isatty()
     self._bar = tqdm(
+      desc=f"0/{len(todo)} videos",
       total=sum(self._sizes),
       bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
       "{postfix}",
@@ -246,7 +247,10 @@ class _ProgressBar:
   def __enter__(self) -> _ProgressBar:
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, kind: type | None, *_) -> None:
+    if kind is None:
+      # Shares were added up in floating point.
+      self._bar.update(self._bar.total - self._bar.n)
     self._bar.close()
 
 
@@ -305,6 +309,15 @@ def _nothing_kept(output: Path, entries: list[ledger.Entry]) -> str:
 # --- Command line -------------------------------------------------------------
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+  """Shows defaults, where there are any."""
+
+  def _get_help_string(self, action: argparse.Action) -> str | None:
+    if action.default is None or action.default is False:
+      return action.help
+    return super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
   from data_prep import decode
 
@@ -314,7 +327,7 @@ def _parser() -> argparse.ArgumentParser:
     description="Turns videos into a data set of face tracks. Stop it when you "
     "like; the same command goes on where it was, and does only what is "
     "missing.",
-    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    formatter_class=_HelpFormatter,
   )
   add = parser.add_argument
   add(
@@ -383,6 +396,12 @@ def _parser() -> argparse.ArgumentParser:
     help="frames of a video",
   )
   add(
+    "--max_video_pixels",
+    type=_at_least(1),
+    default=limits.video_pixels,
+    help="width x height x frames of a video",
+  )
+  add(
     "--max_decode_secs",
     type=_at_least(1),
     default=int(limits.secs),
@@ -429,6 +448,7 @@ def _settings(args: argparse.Namespace) -> process.Settings:
   limits = decode.Limits(
     frame_pixels=args.max_frame_pixels,
     frames=args.max_frames,
+    video_pixels=args.max_video_pixels,
     secs=float(args.max_decode_secs),
     memory_bytes=args.max_decode_mib << 20,
   )

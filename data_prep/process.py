@@ -292,9 +292,7 @@ class _Segment:
         colorsubsampling="420",
       )
     )
-    labels = None
-    if np.isfinite(landmarks).all():
-      labels = self._parser.parse(frame, box, landmarks)
+    labels = self._parser.parse(frame, box, landmarks)
     self._parsed.append(labels is not None)
     if labels is None:
       labels = np.zeros((records.FRAME_SIZE, records.FRAME_SIZE), np.uint8)
