@@ -43,10 +43,6 @@ class Clip:
     """A start such that the clip fits; 0 where the source is too short."""
     return int(np_rng.integers(max(total - self.span, 0) + 1))
 
-  def middle_start(self, total: int) -> int:
-    """The start of the clip in the middle of the source."""
-    return max(total - self.span, 0) // 2
-
 
 @dataclasses.dataclass(frozen=True)
 class Tubelets:

@@ -1,0 +1,94 @@
+"""MARLIN ViT-B/16, the paper's pretraining recipe.
+
+Paper: MARLIN, CVPR 2023 (arXiv 2211.06627), section 4 and the authors' code.
+Data: YouTube Faces, 2,593 training videos; 2000 epochs are 162,063 steps.
+Hardware there: 2x A6000, 32 clips per step, float32. Not yet run whole here.
+
+  python -m marlin_jax.train --config=configs/pretrain_b.py \
+    --config.data.path=DATASET --workdir=runs/b
+
+Where the recipe differs from the authors': the learning rate moves every step
+instead of every epoch, and weights start at random instead of from VideoMAE.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+  config = ConfigDict()
+  config.seed = 0
+
+  # Clips per step over all devices. It is kept on devices too small for it:
+  # gradients are then accumulated over parts of the batch.
+  config.batch_size = 32
+  config.clips_per_device = (
+    0  # at once; 0: as many as memory is thought to hold
+  )
+  # Exactly one of the two is above 0. An epoch is one clip per source video.
+  config.num_epochs = 2000.0
+  config.num_steps = 0
+
+  config.data = ConfigDict()
+  # A directory written by data_prep.prepare; 'sample' is a tiny real data set
+  # that is prepared on first use.
+  config.data.path = "sample"
+  config.data.split = "train"
+  config.data.eval_split = "train"  # better: 'val', where there is one
+  config.data.num_frames = 16
+  config.data.stride = 2
+  config.data.num_threads = 2
+
+  config.model = ConfigDict()
+  config.model.tubelet_size = 2
+  config.model.width = 768
+  config.model.depth = 12
+  config.model.num_heads = 12
+  config.model.mlp_dim = 3072
+  config.model.dec_width = 384
+  config.model.dec_depth = 4
+  config.model.dec_num_heads = 6
+  config.model.dec_mlp_dim = 1536
+
+  config.mask = ConfigDict()
+  config.mask.strategy = "fasking"  # fasking_opp, random, tube, frame
+  config.mask.ratio = 0.9
+
+  # VideoMAE's conventions; MARLIN uses neither.
+  config.target = ConfigDict()
+  config.target.norm_pix = False
+  config.input = ConfigDict()
+  config.input.imagenet_norm = False
+
+  # VideoMAE's baseline is mask.strategy=tube with adv.weight=0.
+  config.adv = ConfigDict()
+  config.adv.weight = 0.01
+  config.adv.hidden = 1536  # 4 x dec_width
+  config.adv.gp_weight = 0.0
+  config.adv.d_steps = 1
+  config.adv.g_steps = 1
+
+  config.optim = ConfigDict()
+  config.optim.base_lr = 1.5e-4  # at batch 256, scaled with the batch
+  config.optim.min_lr = 1e-5  # likewise
+  config.optim.warmup_ratio = 0.02  # 40 of 2000 epochs
+  config.optim.b1 = 0.9
+  config.optim.b2 = 0.95
+  config.optim.eps = 1e-8
+  config.optim.weight_decay = 0.0
+
+  config.dtype = "float32"  # of matmuls; bfloat16 on TPU and GPU
+  config.attention = "plain"  # cudnn: fused, on GPU in bfloat16
+  config.scan = False  # loop over blocks: compiles faster, runs slower
+  config.remat = "none"  # dots, full: less memory, more arithmetic
+
+  config.mesh = ConfigDict()
+  config.mesh.data = -1  # devices that share the batch; -1: all
+
+  config.log_steps = 10
+  config.eval_steps = 1000
+  config.eval_batches = 4
+  config.picture_steps = 1000
+  config.picture_clips = 2
+  config.checkpoint_steps = 1000
+  config.keep_checkpoints = 3
+  return config

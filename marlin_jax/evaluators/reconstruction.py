@@ -1,0 +1,93 @@
+"""Reconstruction of a fixed set of clips: numbers, a picture, an animation."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+
+from marlin_jax import input_pipeline, summaries
+from marlin_jax.train_step import Trainer, TrainState, reconstruct
+
+_SCALARS = ("loss_rec", "loss_pixels", "loss_mean_colour")
+
+
+class Reconstruction:
+  """Hides the same tokens of the same clips every time it is called."""
+
+  def __init__(
+    self,
+    trainer: Trainer,
+    dataset: input_pipeline.Dataset,
+    transform: input_pipeline.TakeClip,
+    sharding: jax.sharding.Sharding,
+    *,
+    batch_size: int,
+    num_batches: int,
+    seed: int,
+  ):
+    """Says which clips; nothing is read yet."""
+    self._grid = trainer.task.tubelets.grid
+    self._reconstruct = jax.jit(functools.partial(reconstruct, trainer))
+    self._batches = functools.partial(
+      input_pipeline.eval_batches, dataset, transform, batch_size=batch_size
+    )
+    self._num_batches = num_batches
+    self._sharding = sharding
+    self._key = jax.random.key(seed)
+
+  def _results(self, state: TrainState, num_batches: int):
+    batches = self._batches(num_batches=num_batches)
+    for i, batch in enumerate(
+      input_pipeline.to_devices(batches, self._sharding)
+    ):
+      yield (
+        batch,
+        self._reconstruct(state, batch, jax.random.fold_in(self._key, i)),
+      )
+
+  def metrics(self, state: TrainState) -> dict[str, float]:
+    """Means over all clips.
+
+    `loss_rec` is measured on the target as in training; `loss_pixels` on plain
+    pixels, to be compared with `loss_mean_colour`, the loss of predicting each
+    hidden token's own mean colour.
+    """
+    rows = [
+      [float(result[name]) for name in _SCALARS]
+      for _, result in self._results(state, self._num_batches)
+    ]
+    return dict(zip(_SCALARS, np.mean(rows, axis=0).tolist(), strict=True))
+
+  def views(self, state: TrainState, num_clips: int) -> np.ndarray:
+    """uint8 (3, B, T, H, W, 3) of the first clips; see summaries.panels."""
+    batch, result = next(self._results(state, 1))
+    # With several processes each shows clips of its own.
+    video, visible, made = (
+      np.concatenate([s.data for s in x.addressable_shards])[:num_clips]
+      for x in (batch["video"], result["visible"], result["video"])
+    )
+    return summaries.panels(video, visible, made, self._grid)
+
+
+def save(views: np.ndarray, directory: Path, name: str, fps: float):
+  """Writes NAME.png and NAME.gif.
+
+  Args:
+    views: uint8 (3, B, T, H, W, 3), from `Reconstruction.views`.
+    directory: created where it is missing.
+    name: of the files.
+    fps: of the animation.
+
+  Returns:
+    The picture, uint8 (rows, columns, 3), and the two paths.
+  """
+  directory.mkdir(parents=True, exist_ok=True)
+  paths = directory / f"{name}.png", directory / f"{name}.gif"
+  picture = summaries.picture(views)
+  Image.fromarray(picture).save(paths[0])
+  summaries.save_animation(views, paths[1], fps=fps)
+  return picture, paths

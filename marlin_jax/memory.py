@@ -1,0 +1,105 @@
+"""How many clips a device can work on at once.
+
+An estimate from the sizes of the network, on the safe side; see the test that
+compares it with what XLA allocates.
+"""
+
+from __future__ import annotations
+
+import os
+
+import jax
+
+# Share of a device's memory that the run may plan with: the rest is for the
+# compiler's temporaries, other programs and, on CPU, the input pipeline.
+_USABLE = {"cpu": 0.5, "gpu": 0.8, "tpu": 0.9}
+
+
+def device_bytes(device: jax.Device) -> int:
+  """Memory that training may use on one device.
+
+  On CPU an equal part of the machine's memory for each of its devices.
+  """
+  stats = device.memory_stats() or {}
+  total = stats.get("bytes_limit")
+  if total is None:
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = machine / jax.local_device_count()
+  return int(total * _USABLE.get(device.platform, 0.5))
+
+
+def clips_that_fit(
+  device: jax.Device, *, num_params: int, clip_bytes: int
+) -> int:
+  """Clips that fit beside the state; 0 where not even one is sure to.
+
+  Args:
+    device: one of the devices.
+    num_params: of both networks; each takes five float32 values: itself, its
+      two Adam moments, its gradient and the gradient's accumulator.
+    clip_bytes: activations per clip.
+  """
+  room = device_bytes(device) - 5 * 4 * num_params
+  return max(room // clip_bytes, 0)
+
+
+def clip_bytes(
+  *, model, num_tokens: int, num_visible: int, pixels: int, dtype: str, remat
+) -> int:
+  """Activations that one clip keeps alive between forward and backward.
+
+  Args:
+    model: sizes; config.model.
+    num_tokens: tokens of a clip.
+    num_visible: of these, seen by the encoder.
+    pixels: values per token.
+    dtype: of the matmuls.
+    remat: config.remat.
+  """
+  size = 2 if dtype == "bfloat16" else 4
+
+  def stack(tokens, width, depth, mlp_dim, heads):
+    # Scores and weights (softmax is float32), the hidden layer before and
+    # after GELU with its derivative, and what is as wide as the stream.
+    scores = tokens**2 * heads * (4 + size)
+    block = scores + size * tokens * (4 * mlp_dim + 12 * width)
+    kept = {
+      "none": block,
+      "dots": size * tokens * (mlp_dim + 6 * width),
+      "full": size * tokens * width,
+    }[remat]
+    # With remat one block at a time is whole.
+    return depth * kept + (block if remat != "none" else 0)
+
+  encoder = stack(
+    num_visible, model.width, model.depth, model.mlp_dim, model.num_heads
+  )
+  decoder = stack(
+    num_tokens,
+    model.dec_width,
+    model.dec_depth,
+    model.dec_mlp_dim,
+    model.dec_num_heads,
+  )
+  # Prediction, target, and the discriminator's two inputs and hidden layers.
+  ends = 10 * 4 * num_tokens * pixels
+  return encoder + decoder + ends
+
+
+def num_parts(batch_size: int, num_devices: int, fit: int) -> int:
+  """Parts to cut a batch into so that at most `fit` clips meet on a device.
+
+  Args:
+    batch_size: clips over all devices, a multiple of num_devices.
+    num_devices: devices that share the batch.
+    fit: clips that one device can hold; below 1 counts as 1.
+
+  Returns:
+    The least divisor of the batch per device that is enough.
+  """
+  per_device = batch_size // num_devices
+  return next(
+    n
+    for n in range(1, per_device + 1)
+    if per_device % n == 0 and per_device // n <= max(fit, 1)
+  )

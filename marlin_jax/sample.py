@@ -1,0 +1,47 @@
+"""The sample data set behind `data.path = 'sample'`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+NOTICE = """\
+data.path is 'sample': one public video of a talking man (and two without a
+face, to show what happens to those). It is real, and enough to see every part
+work and a face appear; far too little to learn a face representation from.
+To train on your own videos:
+  python -m data_prep.prepare --input VIDEOS --output DATASET
+  python -m marlin_jax.train --config=CONFIG --config.data.path=DATASET"""
+
+
+class SampleError(RuntimeError):
+  """The sample data set could not be prepared."""
+
+
+def prepare_sample() -> str:
+  """Prepares the sample data set on first use.
+
+  The offline stage runs in a process of its own: its libraries never enter the
+  trainer, and what it prints is seen as it comes. When all is there it returns
+  at once.
+
+  Returns:
+    The data set's directory.
+
+  Raises:
+    SampleError: the stage failed; it has said why.
+  """
+  home = os.environ.get("MARLIN_HOME", "~/.cache/marlin_jax")
+  directory = Path(home).expanduser() / "sample"
+  if not (directory / "dataset_info.json").exists():
+    print(f"Preparing the sample data set in {directory} ...", flush=True)
+    command = [sys.executable, "-m", "data_prep.prepare"]
+    command += ["--input", "sample", "--output", str(directory)]
+    if subprocess.run(command, check=False).returncode:
+      raise SampleError(
+        f"the sample data set could not be prepared, see above. "
+        f"To see it again: {' '.join(command)}"
+      )
+  return str(directory)

@@ -1,0 +1,259 @@
+"""Pretrains a masked autoencoder on a prepared data set.
+
+  python -m marlin_jax.train --config=configs/pretrain_b.py --workdir=runs/b
+
+Any value of the configuration can be overridden: --config.batch_size=64. Run
+again with the same --workdir, it goes on where it stopped; a run interrupted by
+Ctrl-C or SIGTERM saves first.
+
+A workdir holds config.json, metrics.jsonl (one object per logged step),
+tensorboard/, checkpoints/ and pictures/.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from marlin_jax.validate import ConfigError, check_batch, validate
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", help_string="Configuration file, e.g. configs/pretrain_b.py."
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir",
+  None,
+  "Where the run is kept and resumed from. Default: runs/<name of the "
+  "configuration>.",
+)
+
+
+def train_and_evaluate(config: ConfigDict, workdir: str):
+  """The whole run.
+
+  Args:
+    config: see configs/pretrain_b.py.
+    workdir: directory of the run; made, or resumed from.
+
+  Returns:
+    The last TrainState, and the signal that ended the run early or None.
+
+  Raises:
+    ConfigError, DatasetError, ResumeError, SampleError: the run cannot be done
+      as asked; the message says why and what to do.
+  """
+  validate(config)
+  # Imported here: they take seconds, which --help and bad flags need not wait.
+  import jax
+
+  from marlin_jax import (
+    checkpoint,
+    experiment,
+    input_pipeline,
+    metrics,
+    sample,
+    sharding,
+    train_step,
+  )
+  from marlin_jax.evaluators import reconstruction
+
+  # --- Data -------------------------------------------------------------------
+  data_path = config.data.path
+  if data_path == "sample":
+    print(sample.NOTICE, flush=True)
+    data_path = sample.prepare_sample()
+  dataset = input_pipeline.open_dataset(data_path, config.data.split)
+  eval_dataset = input_pipeline.open_dataset(data_path, config.data.eval_split)
+  num_steps = config.num_steps or math.ceil(
+    config.num_epochs * dataset.num_videos / config.batch_size
+  )
+
+  # --- Devices ----------------------------------------------------------------
+  try:
+    mesh = sharding.make_mesh(config.mesh.data)
+  except ValueError as e:
+    raise ConfigError(str(e)) from e
+  check_batch(config, mesh.size, jax.process_count())
+  everywhere, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+  is_leader = jax.process_index() == 0
+
+  # --- Model ------------------------------------------------------------------
+  trainer, initialise, schedule, take_clip = experiment.build(
+    config, num_steps, mesh.size
+  )
+  state_shapes = jax.eval_shape(initialise)
+  if is_leader:
+    num_params = experiment.count(state_shapes.params)
+    print(_plan(config, dataset, mesh, trainer, num_params, num_steps))
+
+  # --- Resume -----------------------------------------------------------------
+  workdir = Path(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  checkpoints = checkpoint.Checkpoints(
+    str(workdir / "checkpoints"), keep=config.keep_checkpoints
+  )
+  identity = experiment.identity(config, dataset, num_steps)
+  start_step = checkpoints.latest_step or 0
+  if start_step:
+    state = checkpoints.restore(start_step, state_shapes, everywhere, identity)
+    print(f"resumed from step {start_step} in {workdir}", flush=True)
+  else:
+    state = jax.jit(initialise, out_shardings=everywhere)()
+  if is_leader:
+    (workdir / "config.json").write_text(config.to_json(indent=2) + "\n")
+
+  # --- Compile ----------------------------------------------------------------
+  batches = input_pipeline.to_devices(
+    input_pipeline.train_batches(
+      dataset,
+      take_clip,
+      batch_size=config.batch_size,
+      seed=config.seed,
+      start_step=start_step,
+      num_threads=config.data.num_threads,
+    ),
+    split,
+  )
+  evaluator = reconstruction.Reconstruction(
+    trainer,
+    eval_dataset,
+    take_clip,
+    split,
+    batch_size=config.batch_size // trainer.num_micro,
+    num_batches=config.eval_batches,
+    seed=config.seed,
+  )
+  rng = jax.device_put(jax.random.key(config.seed), everywhere)
+  step_fn = jax.jit(
+    functools.partial(train_step.train_step, trainer),
+    donate_argnums=0,
+    out_shardings=everywhere,
+  )
+
+  # --- Loop -------------------------------------------------------------------
+  writer = metrics.MetricWriter(workdir, start_step=start_step)
+  progress = metrics.Progress(num_steps, start=start_step)
+  timer = metrics.Timer(clips_per_step=config.batch_size)
+  with metrics.StopSignal() as stop:
+    for step in range(start_step + 1, num_steps + 1):
+      with timer.waiting_for_data():
+        batch = next(batches)
+      state, scalars = step_fn(state, batch, rng)
+      timer.step_started(scalars)
+      progress.step()
+      last = step == num_steps or stop.received is not None
+
+      if step % config.log_steps == 0 or last:
+        scalars = {f"train/{k}": float(v) for k, v in scalars.items()}
+        _check_finite(scalars, step, checkpoints.latest_step, workdir)
+        scalars["train/lr"] = float(schedule(step - 1))
+        scalars |= timer.read()
+        writer.write(step, scalars)
+        progress.report(step, scalars)
+
+      if step % config.checkpoint_steps == 0 or last:
+        with timer.paused():
+          checkpoints.save(step, state, identity)
+
+      if (step % config.eval_steps == 0 or last) and stop.received is None:
+        with timer.paused():
+          scalars = evaluator.metrics(state)
+        name = f"eval/{config.data.eval_split}"
+        writer.write(step, {f"{name}/{k}": v for k, v in scalars.items()})
+        progress.say(
+          f"step {step}: on {config.data.eval_split}, pixel loss "
+          f"{scalars['loss_pixels']:.5f}; mean colour of each patch would "
+          f"give {scalars['loss_mean_colour']:.5f}"
+        )
+
+      if (step % config.picture_steps == 0 or last) and stop.received is None:
+        with timer.paused():
+          views = evaluator.views(state, config.picture_clips)
+        if is_leader:
+          picture, paths = reconstruction.save(
+            views, workdir / "pictures", f"step_{step:07d}", fps=15
+          )
+          writer.write_picture(step, "reconstruction", picture)
+          progress.say(f"step {step}: {' and '.join(map(str, paths))}")
+
+      if stop.received is not None:
+        break
+
+  # --- End --------------------------------------------------------------------
+  progress.close()
+  writer.close()
+  checkpoints.close()
+  return state, stop.received
+
+
+def _plan(config, dataset, mesh, trainer, num_params, num_steps) -> str:
+  """Tells what is about to happen, before the first long wait."""
+  kinds = ", ".join(sorted({d.device_kind for d in mesh.devices.flat}))
+  masks = trainer.task.masking
+  lines = [
+    f"data     {dataset.path}: {dataset.num_records} records of "
+    f"{dataset.num_videos} videos in '{dataset.split}'",
+    f"model    {num_params / 1e6:.1f}M parameters, {config.dtype}",
+    f"masking  {masks.strategy}: {masks.num_visible} of {masks.num_tokens} "
+    "tokens are visible",
+    f"devices  {mesh.size} x {kinds}",
+    f"batch    {config.batch_size} clips",
+    f"steps    {num_steps}",
+  ]
+  if trainer.num_micro > 1:
+    lines[-2] += f", in {trainer.num_micro} parts with accumulated gradients"
+  if dataset.num_records < config.batch_size:
+    lines[0] += (
+      "\n         fewer records than clips in a batch: they repeat in it, with "
+      "other starts and masks"
+    )
+  return "\n".join(lines)
+
+
+def _check_finite(scalars, step, last_good, workdir):
+  bad = {k: v for k, v in scalars.items() if not math.isfinite(v)}
+  if bad:
+    raise FloatingPointError(
+      f"step {step}: {bad}; nothing of this is saved, the last checkpoint in "
+      f"{workdir} is of step {last_good}. A lower optim.base_lr or adv.weight, "
+      "or dtype float32, may help."
+    )
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+  # Orbax tells twenty lines about every save.
+  logging.set_verbosity(logging.WARNING)
+  config = _CONFIG.value
+  name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+  try:
+    validate(config)
+    from marlin_jax.checkpoint import ResumeError
+    from marlin_jax.input_pipeline import DatasetError
+    from marlin_jax.sample import SampleError
+  except ConfigError as e:
+    sys.exit(f"error: {e}")
+  try:
+    _, signum = train_and_evaluate(config, _WORKDIR.value or f"runs/{name}")
+  except (
+    ConfigError,
+    DatasetError,
+    ResumeError,
+    SampleError,
+    FloatingPointError,
+  ) as e:
+    sys.exit(f"error: {e}")
+  if signum is not None:
+    print("saved; run the same command to go on", flush=True)
+    sys.exit(128 + signum)
+
+
+if __name__ == "__main__":
+  flags.mark_flag_as_required("config")
+  app.run(main)

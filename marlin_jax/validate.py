@@ -1,0 +1,149 @@
+"""Checks of a training configuration, before any device is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from marlin_jax.records import FRAME_SIZE, PATCH_SIZE
+
+# As masking.STRATEGIES, which cannot be imported without jax.
+_CHOICES = {
+  "mask.strategy": ("fasking", "fasking_opp", "random", "tube", "frame"),
+  "dtype": ("float32", "bfloat16"),
+  "attention": ("plain", "cudnn"),
+  "remat": ("none", "dots", "full"),
+}
+_AT_LEAST_1 = (
+  "batch_size",
+  "data.num_frames",
+  "data.stride",
+  "data.num_threads",
+  "model.tubelet_size",
+  "model.width",
+  "model.depth",
+  "model.num_heads",
+  "model.mlp_dim",
+  "model.dec_width",
+  "model.dec_depth",
+  "model.dec_num_heads",
+  "model.dec_mlp_dim",
+  "adv.hidden",
+  "adv.d_steps",
+  "adv.g_steps",
+  "log_steps",
+  "eval_steps",
+  "eval_batches",
+  "picture_steps",
+  "picture_clips",
+  "checkpoint_steps",
+  "keep_checkpoints",
+)
+_AT_LEAST_0 = (
+  "seed",
+  "num_epochs",
+  "num_steps",
+  "clips_per_device",
+  "adv.weight",
+  "adv.gp_weight",
+  "optim.min_lr",
+  "optim.weight_decay",
+)
+
+
+class ConfigError(ValueError):
+  """The configuration cannot be run; the message lists every reason."""
+
+
+def validate(config: ConfigDict) -> None:
+  """Reports everything that is wrong with a configuration at once.
+
+  Raises:
+    ConfigError: one line per problem: key, value found, what is expected.
+  """
+  problems = list(_problems(config))
+  if problems:
+    lines = "\n".join(f"  {problem}" for problem in problems)
+    raise ConfigError(
+      f"the configuration has {len(problems)} problem(s):\n" + lines
+    )
+
+
+def check_batch(config: ConfigDict, num_devices: int, num_processes: int):
+  """The checks that need to know the devices.
+
+  Raises:
+    ConfigError: the batch does not divide over them.
+  """
+  for count, what in ((num_devices, "devices"), (num_processes, "processes")):
+    if config.batch_size % count:
+      lower = config.batch_size // count * count
+      nearby = [n for n in (lower, lower + count) if n]
+      raise ConfigError(
+        f"config.batch_size={config.batch_size} does not divide over {count} "
+        f"{what}; nearby values that do: {', '.join(map(str, nearby))}"
+      )
+
+
+def _problems(config: ConfigDict) -> Iterator[str]:
+  values = {
+    key: _get(config, key) for key in (*_CHOICES, *_AT_LEAST_1, *_AT_LEAST_0)
+  }
+  for key, choices in _CHOICES.items():
+    if values[key] not in choices:
+      yield f"{key}={values[key]!r}: expected one of {', '.join(choices)}"
+  for keys, least in ((_AT_LEAST_1, 1), (_AT_LEAST_0, 0)):
+    for key in keys:
+      if values[key] < least:
+        yield f"{key}={values[key]}: expected at least {least}"
+  if (config.num_epochs > 0) == (config.num_steps > 0):
+    yield (
+      f"num_epochs={config.num_epochs} and num_steps={config.num_steps}: "
+      "exactly one must be above 0"
+    )
+  for prefix in ("", "dec_"):
+    width, heads = (config.model[prefix + k] for k in ("width", "num_heads"))
+    if heads >= 1 and width % (2 * heads):
+      yield (
+        f"model.{prefix}width={width}: expected a multiple of twice "
+        f"model.{prefix}num_heads={heads}"
+      )
+  for key in ("b1", "b2", "warmup_ratio"):
+    if not 0 <= config.optim[key] < 1:
+      yield f"optim.{key}={config.optim[key]}: expected 0 <= value < 1"
+  if config.optim.base_lr <= 0:
+    yield f"optim.base_lr={config.optim.base_lr}: expected a value above 0"
+  if config.mesh.data != -1 and config.mesh.data < 1:
+    yield f"mesh.data={config.mesh.data}: expected -1 (all) or at least 1"
+  yield from _mask_problems(config)
+
+
+def _mask_problems(config: ConfigDict) -> Iterator[str]:
+  frames, tubelet = config.data.num_frames, config.model.tubelet_size
+  if tubelet >= 1 and frames % tubelet:
+    yield (
+      f"data.num_frames={frames}: expected a multiple of "
+      f"model.tubelet_size={tubelet}"
+    )
+    return
+  ratio = config.mask.ratio
+  if not 0 < ratio < 1:
+    yield f"mask.ratio={ratio}: expected a value between 0 and 1"
+    return
+  spatial = (FRAME_SIZE // PATCH_SIZE) ** 2
+  units = {"tube": spatial, "frame": frames // max(tubelet, 1)}.get(
+    config.mask.strategy, spatial * frames // max(tubelet, 1)
+  )
+  if int((1 - ratio) * units + 1e-6) < 1:
+    yield (
+      f"mask.ratio={ratio}: leaves nothing visible with "
+      f"mask.strategy={config.mask.strategy}, which draws among {units} units; "
+      f"expected at most {1 - 1 / units:.4f}"
+    )
+
+
+def _get(config: ConfigDict, path: str):
+  for key in path.split("."):
+    config = config[key]
+  return config
