@@ -175,11 +175,12 @@ def _fetch_models() -> None:
   """Downloads before the workers start, so that an error comes once."""
   from data_prep import assets
 
-  for name in _model_names():
+  for name in model_names():
     assets.fetch(name)
 
 
-def _model_names() -> list[str]:
+def model_names() -> list[str]:
+  """Returns the assets that a worker opens."""
   from data_prep import assets
 
   return [name for name in assets.ASSETS if name not in assets.SAMPLE_VIDEOS]
@@ -466,7 +467,7 @@ def _recipe(args: argparse.Namespace) -> dict[str, Any]:
     "segment_frames": args.segment_frames,
     "jpeg_quality": process.JPEG_QUALITY,
     "val_ratio": args.val_ratio,
-    "models": {name: assets.ASSETS[name].sha256 for name in _model_names()},
+    "models": {name: assets.ASSETS[name].sha256 for name in model_names()},
   }
 
 
