@@ -1,0 +1,251 @@
+"""Inputs become safe paths, unique ids and stable splits, or one error."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from data_prep.manifest import ManifestError, read_sources
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+  """Holds a few files that look like videos, in two folders."""
+  root = tmp_path / "root"
+  names = ("b.mp4", "a.MKV", "one/x y, z.mp4", "two/x y, z.mp4", "one/äöü.avi")
+  for name in (*names, "notes.txt", ".hidden.mp4", ".cache/c.mp4"):
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_bytes(b"")
+  return root
+
+
+def ids(*args, **kwargs) -> list[str]:
+  return [source.video_id for source in read_sources(*args, **kwargs)]
+
+
+def error(*args, **kwargs) -> str:
+  with pytest.raises(ManifestError) as e:
+    read_sources(*args, **kwargs)
+  return str(e.value)
+
+
+def write(path: Path, text: str) -> Path:
+  path.write_bytes(text.encode())
+  return path
+
+
+# --- Folders and files --------------------------------------------------------
+
+
+def test_folder_gives_its_video_files_sorted_by_path(folder):
+  found = read_sources(folder)
+  assert [source.video_id for source in found] == [
+    "a.MKV",
+    "b.mp4",
+    "one/x y, z.mp4",
+    "one/äöü.avi",
+    "two/x y, z.mp4",
+  ]
+  for source in found:
+    assert source.path == folder / source.video_id
+    assert (source.subject_id, source.split) == ("", "train")
+
+
+def test_folder_without_videos_is_an_error(tmp_path):
+  assert "holds no video file" in error(tmp_path)
+  assert "no such file or folder" in error(tmp_path / "none")
+
+
+def test_single_video_is_its_own_root(folder):
+  (source,) = read_sources(folder / "one" / "x y, z.mp4")
+  assert source.video_id == "x y, z.mp4"
+
+
+def test_links_that_leave_a_folder_are_refused_together(folder, tmp_path):
+  outside = tmp_path / "outside"
+  outside.mkdir()
+  write(outside / "secret.mp4", "")
+  (folder / "link.mp4").symlink_to(outside / "secret.mp4")
+  (folder / "linked").symlink_to(outside)
+  (folder / "circle.mp4").symlink_to("circle.mp4")
+  (folder / "inner.mp4").symlink_to("b.mp4")
+  message = error(folder)
+  assert "3 bad paths, no video was opened" in message
+  assert "'link.mp4' is a link that leads out of the root" in message
+  assert "'linked' is a link that leads out of the root" in message
+  assert "'circle.mp4'" in message
+  assert "inner.mp4" not in message
+
+
+def test_control_characters_in_a_folder_are_refused(folder):
+  write(folder / "a\nb.mp4", "")
+  assert r"'a\nb.mp4' holds a control character" in error(folder)
+
+
+# --- Manifests ----------------------------------------------------------------
+
+
+def test_text_manifest_takes_lines_as_they_are(folder):
+  manifest = write(
+    folder / "m.txt", "\ufeffone/x y, z.mp4\r\n\r\n./b.mp4\r\none//äöü.avi"
+  )
+  assert ids(manifest) == ["b.mp4", "one/x y, z.mp4", "one/äöü.avi"]
+
+
+def test_csv_manifest_is_parsed_with_quotes_and_byte_order_mark(folder):
+  manifest = write(
+    folder / "m.csv",
+    "\ufeffsubject_id,path,split\r\n"
+    'Anna,"one/x y, z.mp4",train\r\n'
+    '"Bob ""B""",b.mp4,test\r\n',
+  )
+  b, xyz = read_sources(manifest)
+  assert (b.video_id, b.subject_id, b.split) == ("b.mp4", 'Bob "B"', "test")
+  assert (xyz.video_id, xyz.subject_id) == ("one/x y, z.mp4", "Anna")
+
+
+def test_root_may_lie_elsewhere(folder, tmp_path):
+  manifest = write(tmp_path / "m.txt", "b.mp4\n")
+  assert "row 1: 'b.mp4': No such file" in error(manifest)
+  (source,) = read_sources(manifest, root=folder)
+  assert source.path == folder / "b.mp4"
+  assert "a root is for manifests" in error(folder, root=folder)
+  assert "is no folder" in error(manifest, root=folder / "b.mp4")
+
+
+def test_equal_names_in_two_folders_stay_two_videos(folder):
+  manifest = write(folder / "m.txt", "one/x y, z.mp4\ntwo/x y, z.mp4\n")
+  assert len(set(ids(manifest))) == 2
+
+
+def test_unsafe_rows_are_all_listed_and_nothing_is_opened(folder, tmp_path):
+  outside = write(tmp_path / "outside.mp4", "")
+  (folder / "link.mp4").symlink_to(outside)
+  os.mkfifo(folder / "pipe.mp4")  # opening it would block for ever
+  rows = {
+    2: ("../../etc/passwd", "leads out of the root"),
+    3: ("one/../../outside.mp4", "leads out of the root"),
+    4: ("/abs/x.mp4", "is absolute"),
+    5: ("a\0b.mp4", "control character"),
+    6: ("http://host/x.mp4", "is an address"),
+    7: ("concat:b.mp4|a.MKV", "is an address"),
+    8: ("file:b.mp4", "is an address"),
+    9: ("link.mp4", "is a link that leads out"),
+    10: ("pipe.mp4", "is no regular file"),
+    11: ("one", "is no regular file"),
+    12: ("none.mp4", "No such file"),
+    13: ("", "the path is empty"),
+    14: ("b.mp4,x", "2 columns, expected 1"),
+  }
+  lines = [path if path else '""' for path, _ in rows.values()]
+  manifest = write(folder / "m.csv", "\n".join(["path", *lines]) + "\n")
+  message = error(manifest)
+  assert f"{len(rows)} bad paths, no video was opened" in message
+  for number, (_, problem) in rows.items():
+    (line,) = [x for x in message.splitlines() if f"row {number}:" in x]
+    assert problem in line
+  assert "\0" not in message
+
+
+def test_path_over_two_lines_is_refused(folder):
+  manifest = write(folder / "m.csv", 'path\n"a\nb.mp4"\n')
+  assert r"row 3: path 'a\nb.mp4' holds a control character" in error(manifest)
+
+
+def test_colon_in_the_name_of_a_real_file_is_no_address(folder):
+  write(folder / "Part 1: start.mp4", "")
+  write(folder / "Part1: start.mp4", "")
+  assert "Part1: start.mp4" in ids(folder)
+
+
+def test_long_lists_of_bad_rows_are_cut(folder):
+  manifest = write(folder / "m.txt", "".join(f"no{i}\n" for i in range(50)))
+  message = error(manifest)
+  assert "50 bad paths" in message
+  assert "and 30 more" in message
+  assert len(message.splitlines()) == 22
+
+
+@pytest.mark.parametrize(
+  ("text", "problem"),
+  [
+    ("", "the header is []"),
+    ("path\n", "names no video"),
+    ("file\nb.mp4\n", "the header is ['file']"),
+    ("path,label\nb.mp4,1\n", "the header is ['path', 'label']"),
+    ("path;split\nb.mp4;a\n", "the header is ['path;split']"),
+    ("path,path\nb.mp4,b.mp4\n", "the header is"),
+    ("path,subject_id\nb.mp4\n", "row 2: 1 columns, expected 2"),
+    ('path\n"b.mp4\n', "row 2: unexpected end of data"),
+    ("path\nb.mp4\n./b.mp4\n", "row 3: './b.mp4' as in row 2"),
+    ("path,split\nb.mp4,Train!\n", "row 2: split 'Train!' is not made of"),
+    ("path,split\nb.mp4,a\na.MKV,\n", "row 3: the split is empty"),
+    (
+      "path,subject_id,split\nb.mp4,s,a\na.MKV,s,b\n",
+      "row 3: subject 's' is in split 'b', but in 'a' in row 2",
+    ),
+  ],
+)
+def test_malformed_csv_is_an_error_with_row_number(folder, text, problem):
+  assert problem in error(write(folder / "m.csv", text))
+
+
+def test_manifest_that_is_no_text_is_an_error(folder):
+  (folder / "m.csv").write_bytes(b"path\n\xff\xfe.mp4\n")
+  assert "is not UTF-8 text" in error(folder / "m.csv")
+  assert "names no video" in error(write(folder / "m.txt", "\n"))
+
+
+# --- Splits -------------------------------------------------------------------
+
+
+@pytest.fixture
+def people(tmp_path) -> Path:
+  """A manifest of 300 videos of 100 people."""
+  rows = ["path,subject_id"]
+  for i in range(300):
+    write(tmp_path / f"{i}.mp4", "")
+    rows.append(f"{i}.mp4,person {i % 100}")
+  return write(tmp_path / "m.csv", "\n".join(rows))
+
+
+def test_people_are_in_one_split_only(people):
+  sources = read_sources(people, val_ratio=0.3)
+  splits = {}
+  for source in sources:
+    splits.setdefault(source.subject_id, set()).add(source.split)
+  assert all(len(found) == 1 for found in splits.values())
+  num_val = sum(found == {"val"} for found in splits.values())
+  assert 15 <= num_val <= 45
+
+
+def test_split_of_a_video_does_not_depend_on_the_others(people, tmp_path):
+  every = {s.video_id: s.split for s in read_sources(people, val_ratio=0.5)}
+  assert set(every.values()) == {"train", "val"}
+  lines = people.read_text().splitlines()
+  shuffled = write(tmp_path / "n.csv", "\n".join([lines[0], *lines[:100:-1]]))
+  for source in read_sources(shuffled, val_ratio=0.5):
+    assert source.split == every[source.video_id]
+
+
+def test_larger_ratio_only_adds_to_val(people):
+  def val(ratio):
+    sources = read_sources(people, val_ratio=ratio)
+    return {s.video_id for s in sources if s.split == "val"}
+
+  assert val(0.0) == set()
+  assert val(0.1) < val(0.3) < val(0.9)
+
+
+def test_splits_of_a_manifest_win_over_the_ratio(folder):
+  manifest = write(folder / "m.csv", "path,split\nb.mp4,test\na.MKV,train\n")
+  for source in read_sources(manifest, val_ratio=0.99):
+    assert source.split == {"b.mp4": "test", "a.MKV": "train"}[source.video_id]
+
+
+def test_sample_is_three_videos(sample_videos):
+  assert ids("sample") == [
+    "bigbuckbunny.mp4",
+    "bikes.mp4",
+    "carphone_pristine.mp4",
+  ]
