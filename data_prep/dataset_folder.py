@@ -59,6 +59,11 @@ class Plan:
   num_done: int
 
 
+def shard_index(video_id: str, num_shards: int) -> int:
+  """Returns which of its split's shards a video belongs to."""
+  return stable_hash(f"shard:{video_id}") % num_shards
+
+
 class DatasetFolder:
   """An output folder, locked while this object is open; a context manager."""
 
@@ -179,8 +184,7 @@ class DatasetFolder:
 
   def _shard_of(self, video: Source | Entry) -> str:
     num = self._settings["num_shards"][video.split]
-    index = stable_hash(f"shard:{video.video_id}") % num
-    return self._shard_name(video.split, index)
+    return self._shard_name(video.split, shard_index(video.video_id, num))
 
   # --- What is there ----------------------------------------------------------
 

@@ -329,6 +329,7 @@ def _parser() -> argparse.ArgumentParser:
     "like; the same command goes on where it was, and does only what is "
     "missing.",
     formatter_class=_HelpFormatter,
+    allow_abbrev=False,  # a misspelled flag is an error
   )
   add = parser.add_argument
   add(

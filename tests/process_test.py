@@ -1,0 +1,127 @@
+"""How tracks become records, whatever engine runs it."""
+
+import av
+import numpy as np
+import pytest
+from conftest import moving_noise, write_video
+
+from data_prep import decode, process
+from data_prep.manifest import Source
+from data_prep.process import segment_lengths
+from marlin_jax import records
+
+
+@pytest.fixture(scope="module")
+def models(face_models):
+  with process.Models() as opened:
+    yield opened
+
+
+def run(path, models, emit=None, **settings):
+  """Returns the outcome and the decoded records."""
+  encoded = []
+  outcome = process.process_video(
+    Source("id.mp4", path, "someone", "train"),
+    process.Settings(**settings),
+    models,
+    emit or encoded.append,
+  )
+  return outcome, [records.decode(data) for data in encoded]
+
+
+def test_segments_are_nearly_equal_and_lose_no_frame():
+  assert segment_lengths(64, 64) == [64]
+  assert segment_lengths(65, 64) == [33, 32]
+  assert segment_lengths(120, 64) == [60, 60]
+  for num_frames in range(1, 1000):
+    for longest in (62, 64, 100):
+      lengths = segment_lengths(num_frames, longest)
+      assert sum(lengths) == num_frames
+      assert max(lengths) <= longest
+      assert max(lengths) - min(lengths) <= 1
+      assert len(lengths) == 1 or min(lengths) >= process.CLIP_SPAN
+
+
+def test_segments_too_short_for_a_clip_are_refused():
+  with pytest.raises(ValueError, match="at least 62"):
+    process.Settings(segment_frames=61)
+
+
+def test_record_tells_where_its_crops_come_from(carphone, models, tmp_path):
+  path = carphone(tmp_path / "v.mp4", 70)
+  outcome, (first, second) = run(path, models)
+  assert outcome == process.Outcome(
+    process.KEPT,
+    num_decoded_frames=70,
+    num_tracks=1,
+    num_records=2,
+    num_frames=70,
+  )
+  assert (len(first), len(second)) == (35, 35)
+  assert [(r.track_id, r.segment) for r in (first, second)] == [(0, 0), (0, 1)]
+  assert second.start_secs == pytest.approx(35 / 30)
+  for record in (first, second):
+    assert (record.video_id, record.subject_id) == ("id.mp4", "someone")
+    assert record.fps == 30
+    assert 0 < record.quality <= 1
+    frames = records.decode_frames(record, range(len(record)))
+    assert frames.std() > 20
+    # The source, cut at the box, is what the crop shows.
+    x0, y0, x1, y1 = record.boxes[0]
+    assert x1 - x0 == pytest.approx(y1 - y0, abs=1e-3)
+    assert 40 < x1 - x0 < 144
+  with av.open(str(path)) as container:
+    frame = next(container.decode(video=0)).to_ndarray(format="rgb24")
+  x0, y0, x1, y1 = np.clip(first.boxes[0], 0, 144).astype(int)
+  means = frame[y0:y1, x0:x1].mean(axis=(0, 1))
+  crop = records.decode_frames(first, [0])[0]
+  inside = crop[crop.sum(axis=-1) > 0]
+  np.testing.assert_allclose(inside.mean(axis=0), means, atol=8)
+
+
+def test_regions_are_the_bits_of_the_label_maps(carphone, models, tmp_path):
+  _, (record,) = run(carphone(tmp_path / "v.mp4", 20), models)
+  label_maps = records.decode_parsing(record)
+  np.testing.assert_array_equal(record.regions, records.region_bits(label_maps))
+  eyes_nose_hair = (1 << 4) | (1 << 5) | (1 << 6) | (1 << 10)
+  for bits in record.regions:
+    assert np.bitwise_or.reduce(bits, axis=None) & eyes_nose_hair
+
+
+def test_face_that_leaves_and_returns_keeps_both_tracks(
+  carphone, models, tmp_path
+):
+  with av.open(str(carphone(tmp_path / "v.mp4", 20))) as container:
+    face = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+  noise = moving_noise(30, 176, 144)
+  path = write_video(tmp_path / "w.mp4", face + noise + face, crf="10")
+  outcome, found = run(path, models)
+  assert outcome.num_decoded_frames == 70
+  assert [r.track_id for r in found] == [0, 1]
+  assert [len(r) for r in found] == [20, 20]
+  assert found[1].start_secs == pytest.approx(50 / 30, abs=0.01)
+
+
+def test_video_without_a_face_is_told_apart_from_a_bad_one(models, tmp_path):
+  outcome, found = run(write_video(tmp_path / "v.mp4", moving_noise(9)), models)
+  assert outcome == process.Outcome(
+    process.NO_FACE, "no face found", num_decoded_frames=9
+  )
+  assert found == []
+  (tmp_path / "v.mp4").write_bytes(b"")
+  outcome, _ = run(tmp_path / "v.mp4", models)
+  assert outcome.status == process.QUARANTINED
+
+
+def test_decoder_that_does_not_load_is_no_fault_of_the_video(models, tmp_path):
+  path = write_video(tmp_path / "v.mp4", moving_noise(3))
+  with pytest.raises(decode.DecoderSetupError):
+    run(path, models, limits=decode.Limits(memory_bytes=64 << 20))
+
+
+def test_full_disk_is_no_fault_of_the_video(carphone, models, tmp_path):
+  def emit(_):
+    raise OSError("no space left")
+
+  with pytest.raises(OSError, match="no space left"):
+    run(carphone(tmp_path / "v.mp4", 5), models, emit)
