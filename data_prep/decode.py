@@ -331,9 +331,11 @@ def _decode(path: str, limits: Limits, pipe: int) -> None:
   except av.FFmpegError as e:
     raise _Refused(f"cannot open: {e.strerror}") from e
   with container:
-    if not container.streams.video:
+    cover = av.stream.Disposition.attached_pic
+    streams = [s for s in container.streams.video if not s.disposition & cover]
+    if not streams:
       raise _Refused("no video stream")
-    stream = container.streams.video[0]
+    stream = streams[0]
     _check_size(stream, limits)
     # By default libav conceals damage and passes the picture off as good.
     stream.codec_context.options = {"err_detect": "explode"}

@@ -150,8 +150,12 @@ def _entries(
 @contextlib.contextmanager
 def open_work(task_settings: tuple[Path, process.Settings]) -> Iterator[Any]:
   """Opens the models in a worker; yields what turns a source into a part."""
+  import cv2
+
   from data_prep import ledger, process, shards
 
+  # There is a worker for every core already.
+  cv2.setNumThreads(1)
   output, settings = task_settings
 
   def work(source: Source, report: Callable[[Any], None]) -> ledger.Entry:
@@ -354,7 +358,7 @@ def _parser() -> argparse.ArgumentParser:
   add(
     "--num_workers",
     type=_at_least(1),
-    default=os.cpu_count() or 1,
+    default=_num_cores(),
     help="videos processed at a time; the result does not depend on it",
   )
   add(
@@ -416,6 +420,13 @@ def _parser() -> argparse.ArgumentParser:
     help="memory of the decoder in MiB",
   )
   return parser
+
+
+def _num_cores() -> int:
+  """Returns how many cores this process may use."""
+  if sys.platform == "linux":
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def _at_least(least: int) -> Callable[[str], int]:

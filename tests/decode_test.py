@@ -197,10 +197,17 @@ def test_overwritten_middle_is_damage(tmp_path, codec):
   assert "decoder reported damage" in refusal(path)
 
 
-def test_file_without_pictures_is_refused(tmp_path):
+@pytest.mark.parametrize("has_cover", [False, True])
+def test_sound_alone_is_refused_even_with_a_cover(tmp_path, has_cover):
   path = tmp_path / "v.mp4"
   with av.open(str(path), "w") as container:
     stream = container.add_stream("aac", rate=8000)
+    if has_cover:
+      cover = container.add_stream("mjpeg", rate=1)
+      cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
+      cover.disposition = av.stream.Disposition.attached_pic
+      container.mux(cover.encode(av.VideoFrame(32, 32, "yuvj420p")))
+      container.mux(cover.encode())
     samples = np.zeros((2, 8000), np.float32)
     silence = av.AudioFrame.from_ndarray(samples, "fltp")
     silence.sample_rate = 8000

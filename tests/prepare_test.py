@@ -21,7 +21,7 @@ from conftest import (
   write_video,
 )
 
-from data_prep import dataset_folder, manifest
+from data_prep import dataset_folder, manifest, process
 from marlin_jax import records
 
 LENGTHS = (1, 15, 16, 31, 32, 33)
@@ -356,6 +356,51 @@ def test_quarantined_videos_are_tried_again_under_other_limits(dataset, videos):
   }
   assert reasons["bad/bomb.mp4"] == "no face found"
   assert "cannot open" in reasons["bad/empty.mp4"]
+
+
+def test_quarantined_videos_can_be_tried_again_in_any_case(dataset, videos):
+  recipe = json.loads((dataset / "settings.json").read_text())
+  recipe.pop("num_shards")
+  sources = manifest.read_sources(videos)
+  settings = process.Settings()
+  with dataset_folder.DatasetFolder(dataset, recipe, None, sources) as folder:
+    assert folder.plan(settings, retry_quarantined=False).todo == []
+    todo = folder.plan(settings, retry_quarantined=True).todo
+  # A video without a face is not at fault, and will not have one next time.
+  assert {s.video_id for s in todo} == set(BAD) - {"bad/noise.mp4"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_worker_that_is_killed_costs_one_video(videos, prepared, tmp_path):
+  paths = tmp_path / "m.txt"
+  paths.write_text("31 frames.mp4\n32 frames.mp4\n33 frames.mp4\n")
+  output = tmp_path / "out"
+  with subprocess.Popen(
+    [sys.executable, "-m", "data_prep.prepare", "--num_workers", "1"]
+    + ["--input", str(paths), "--root", str(videos), "--output", str(output)],
+    cwd=ROOT,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  ) as run:
+    while run.poll() is None and not list(output.glob("parts/*.json")):
+      time.sleep(0.01)
+    (worker,) = [
+      int(pid)
+      for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children")
+      .read_text()
+      .split()
+      if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    os.kill(worker, signal.SIGKILL)
+  assert run.returncode == 0
+  (line,) = read_lines(output / "quarantine.jsonl")
+  assert "the worker process was killed by SIGKILL" in line["reason"]
+  assert len(line["sha256"]) == 64
+  kept = {r.video_id: r.frames for r in read_records(output)}
+  assert len(kept) == 2
+  for record in read_records(prepared[0]):
+    if record.video_id in kept:
+      assert record.frames == kept[record.video_id]
 
 
 # --- Splits -------------------------------------------------------------------
