@@ -75,12 +75,13 @@ def _run(args: argparse.Namespace) -> None:
     args.output, _recipe(args), args.num_shards, sources
   ) as folder:
     plan = folder.plan(settings, args.retry_quarantined)
+    num_videos = _count(len(sources), "video")
     if folder.is_finished and not plan.shards:
       folder.remove_parts()
-      print(f"Nothing to do: all {len(sources)} videos are in {args.output}.")
+      print(f"Nothing to do for {num_videos}: {args.output} is complete.")
       return
     done = f", {plan.num_done} of them done before" if plan.num_done else ""
-    print(f"{len(sources)} videos{done}; writing to {args.output}", flush=True)
+    print(f"{num_videos}{done}; writing to {args.output}", flush=True)
     _fetch_models()
 
     # --- Videos to shards -----------------------------------------------------
@@ -269,6 +270,10 @@ def _size(source: Source) -> int:
 # --- Words --------------------------------------------------------------------
 
 
+def _count(number: int, noun: str) -> str:
+  return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def _summary(
   output: Path, entries: list[ledger.Entry], num_frames: int, secs: float
 ) -> str:
@@ -287,7 +292,7 @@ def _summary(
     }
     lines.append(
       f"  {split}: "
-      + ", ".join(f"{n} {noun}{'s' * (n != 1)}" for noun, n in counts.items())
+      + ", ".join(_count(number, noun) for noun, number in counts.items())
     )
   refused = len(entries) - statuses[process.KEPT]
   if refused:
@@ -301,7 +306,7 @@ def _summary(
 
 def _nothing_kept(output: Path, entries: list[ledger.Entry]) -> str:
   reasons = Counter(entry.reason for entry in entries)
-  lines = [f"none of {len(entries)} videos gave a face track:"]
+  lines = [f"no face track came of {_count(len(entries), 'video')}:"]
   for reason, count in reasons.most_common(5):
     example = next(e.video_id for e in entries if e.reason == reason)
     lines.append(f"  {count} x {reason} (e.g. {example!r})")

@@ -225,7 +225,7 @@ def test_second_run_changes_nothing(dataset, videos):
   before = times(dataset)
   result = run_prepare("--input", videos, "--output", dataset)
   assert result.returncode == 0, result.stderr
-  assert "Nothing to do: all 13 videos" in result.stdout
+  assert "Nothing to do for 13 videos" in result.stdout
   assert times(dataset) == before
 
 
@@ -449,7 +449,7 @@ def test_no_record_at_all_is_an_error_that_says_why(
   output = tmp_path / "out"
   result = run_prepare("--input", videos / "bad", "--output", output)
   assert result.returncode == 1
-  assert "error: none of 7 videos gave a face track" in result.stderr
+  assert "error: no face track came of 7 videos" in result.stderr
   assert "3 x cannot open" in result.stderr
   assert "1 x no face found (e.g. 'noise.mp4')" in result.stderr
   assert not (output / "dataset_info.json").exists()
