@@ -287,7 +287,7 @@ def _step_at_once(trainer: Trainer, state: TrainState, batch):
         state.disc_params, seen, target, _fold(keys, i)
       )
       state = trainer.update_disc(state, grads)
-      metrics |= disc_metrics | {"grad_norm_disc": optax.global_norm(grads)}
+      metrics |= disc_metrics | {"grad_norm_disc": optax.tree.norm(grads)}
   for i in range(trainer.adversarial.g_steps):
     if i:
       pred, pull_back = jax.vjp(forward, state.params)
@@ -296,7 +296,7 @@ def _step_at_once(trainer: Trainer, state: TrainState, batch):
     )
     (grads,) = pull_back(slope)
     state = trainer.update_mae(state, grads)
-    metrics |= mae_metrics | {"grad_norm": optax.global_norm(grads)}
+    metrics |= mae_metrics | {"grad_norm": optax.tree.norm(grads)}
   return state, metrics
 
 
@@ -336,11 +336,11 @@ def _step_in_parts(trainer: Trainer, state: TrainState, batch):
         parts, functools.partial(disc_grads, i=i)
       )
       state = trainer.update_disc(state, grads)
-      metrics |= disc_metrics | {"grad_norm_disc": optax.global_norm(grads)}
+      metrics |= disc_metrics | {"grad_norm_disc": optax.tree.norm(grads)}
   for _ in range(trainer.adversarial.g_steps):
     grads, mae_metrics = _mean_over(parts, mae_grads)
     state = trainer.update_mae(state, grads)
-    metrics |= mae_metrics | {"grad_norm": optax.global_norm(grads)}
+    metrics |= mae_metrics | {"grad_norm": optax.tree.norm(grads)}
   return state, metrics
 
 

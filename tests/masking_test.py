@@ -1,0 +1,207 @@
+"""Fasking against a plain transcription of the paper's rule."""
+
+import jax
+import numpy as np
+import pytest
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from marlin_jax import masking, records
+
+GRID = (8, 14, 14)
+NUM_VISIBLE = 156
+
+
+def candidates_by_hand(label_maps, components, ratio, *, opposite=False):
+  """METHOD's rule on pixels, in loops: bool (T, 14, 14).
+
+  Args:
+    label_maps: uint8 (T, 224, 224), one a tubelet; None where no face.
+    components: permutation of 0..4.
+    ratio: share to hide.
+    opposite: fasking_opp.
+  """
+  groups = [[2, 4], [3, 5], [6], [7, 8, 9], [10]]
+  inner = [label for i in components for label in groups[i]]
+  order = [*inner, 1, 0] if opposite else [0, 1, *inner]
+  result = []
+  for labels in label_maps:
+    chosen = np.zeros((14, 14), bool)
+    if labels is None:
+      chosen[:] = True
+    else:
+      for label in order:
+        for h in range(14):
+          for w in range(14):
+            patch = labels[16 * h : 16 * h + 16, 16 * w : 16 * w + 16]
+            chosen[h, w] |= (patch == label).any()
+        if chosen.sum() >= round((1 - ratio) * 196, 6):
+          break
+    result.append(chosen)
+  return np.stack(result)
+
+
+def invented_label_maps():
+  """Clips that real footage seldom shows, uint8 (8, 224, 224) each."""
+  rows = np.arange(224)[:, None] + np.zeros(224, int)
+  stripes = (rows // 21).astype(np.uint8)
+  one_region = np.full((224, 224), 6, np.uint8)
+  tiny_background = one_region.copy()
+  tiny_background[:16, :48] = 0
+  noise = np.random.default_rng(0).integers(0, 11, (224, 224)).astype(np.uint8)
+  return [
+    [stripes] * 8,
+    [one_region] * 8,
+    [tiny_background] * 8,
+    [noise] * 8,
+    [np.zeros_like(noise)] * 8,
+    [None] * 8,
+    [None, stripes, one_region, tiny_background, noise, None, stripes, noise],
+  ]
+
+
+@pytest.fixture(scope="module")
+def real_label_maps(sample_dataset):
+  """Label maps of the sample video, a tubelet's first frames per clip."""
+  source = ArrayRecordDataSource(
+    [str(p) for p in sorted(sample_dataset.glob("*.array_record-*"))]
+  )
+  clips = []
+  for data in source:
+    labels = records.decode_parsing(records.decode(data))
+    clips += [list(labels[s : s + 32 : 4]) for s in range(0, 28, 4)]
+  assert len(clips) >= 14
+  return clips
+
+
+def bits_of(clip):
+  return np.concatenate(
+    [
+      np.zeros((1, 14, 14), np.uint16)
+      if labels is None
+      else records.region_bits(labels[None])
+      for labels in clip
+    ]
+  )
+
+
+@pytest.mark.parametrize("ratio", [0.9, 0.75, 0.5])
+@pytest.mark.parametrize("opposite", [False, True])
+@pytest.mark.parametrize("footage", ["real", "invented"])
+def test_candidates_equal_the_rule_written_in_loops(
+  request, footage, opposite, ratio
+):
+  clips = (
+    request.getfixturevalue("real_label_maps")[::4]
+    if footage == "real"
+    else invented_label_maps()
+  )
+  np_rng = np.random.default_rng(1)
+  compute = jax.jit(
+    lambda bits, components: masking.fasking_candidates(
+      bits,
+      masking.label_order(components, opposite=opposite),
+      (1 - ratio) * 196,
+    )
+  )
+  for clip in clips:
+    components = np_rng.permutation(5)
+    want = candidates_by_hand(clip, components, ratio, opposite=opposite)
+    got = compute(bits_of(clip).reshape(8, 196), components)
+    np.testing.assert_array_equal(np.asarray(got).reshape(8, 14, 14), want)
+
+
+def split(masks, regions, seed=0):
+  keys = jax.random.split(jax.random.key(seed), len(regions))
+  return jax.jit(masks)(regions, keys)
+
+
+def test_exactly_156_candidates_are_visible_in_every_clip(real_label_maps):
+  clips = [*real_label_maps, *invented_label_maps()]
+  masks = masking.Masking("fasking", 0.9)
+  assert masks.num_visible == NUM_VISIBLE
+  regions = np.stack([bits_of(clip) for clip in clips])
+  visible, masked = split(masks, regions)
+  assert visible.shape == (len(clips), NUM_VISIBLE)
+  assert masked.shape == (len(clips), 1568 - NUM_VISIBLE)
+  both = np.sort(np.concatenate([visible, masked], axis=1), axis=1)
+  np.testing.assert_array_equal(both, np.tile(np.arange(1568), (len(clips), 1)))
+  # Whatever the drawn order, all visible tokens are candidates of one order.
+  orders = [np.array(o) for o in _permutations(5)]
+  walk = jax.jit(
+    jax.vmap(
+      lambda bits, order: masking.fasking_candidates(
+        bits, masking.label_order(order), 0.1 * 196
+      ),
+      (None, 0),
+    )
+  )
+  for i in range(len(clips)):
+    allowed = np.asarray(walk(regions[i].reshape(8, 196), np.stack(orders)))
+    assert allowed.reshape(len(orders), -1)[:, visible[i]].all(axis=1).any()
+
+
+def _permutations(n):
+  import itertools
+
+  return list(itertools.permutations(range(n)))
+
+
+def test_faces_are_hidden_more_than_background(real_label_maps):
+  regions = np.stack([bits_of(clip) for clip in real_label_maps])
+  hidden = {}
+  for strategy in ("fasking", "random", "fasking_opp"):
+    _, masked = split(masking.Masking(strategy, 0.9), regions)
+    is_hidden = np.zeros((len(regions), 1568), bool)
+    np.put_along_axis(is_hidden, np.asarray(masked), True, axis=1)
+    flat = regions.reshape(len(regions), -1)
+    hidden[strategy] = {
+      "background": is_hidden[flat == 1].mean(),
+      "face": is_hidden[(flat & 0b0011_1111_1100) > 0].mean(),
+    }
+  assert hidden["fasking"]["face"] > 0.98
+  assert hidden["fasking"]["background"] < 0.85
+  assert abs(hidden["random"]["face"] - 0.9) < 0.02
+  assert hidden["fasking_opp"]["background"] > hidden["fasking_opp"]["face"]
+
+
+def test_patches_without_any_region_do_not_change_the_count():
+  regions = np.zeros((1, *GRID), np.uint16)
+  regions[0, :, 0, 0] = 1 << 6  # a damaged map: one patch of nose, else nothing
+  visible, _ = split(masking.Masking("fasking", 0.9), regions)
+  assert set(range(0, 1568, 196)) <= set(np.asarray(visible[0]).tolist())
+
+
+@pytest.mark.parametrize(
+  ("strategy", "ratio", "num_visible"),
+  [
+    ("random", 0.9, 156),
+    ("tube", 0.9, 19 * 8),
+    ("frame", 0.75, 2 * 196),
+    ("fasking_opp", 0.75, 392),
+  ],
+)
+def test_other_strategies_draw_whole_units(strategy, ratio, num_visible):
+  masks = masking.Masking(strategy, ratio)
+  assert masks.num_visible == num_visible
+  regions = np.ones((3, *GRID), np.uint16)
+  visible, masked = split(masks, regions)
+  assert visible.shape == (3, num_visible)
+  assert masked.shape == (3, 1568 - num_visible)
+  seen = np.zeros((3, 1568), bool)
+  np.put_along_axis(seen, np.asarray(visible), True, axis=1)
+  seen = seen.reshape(3, 8, 196)
+  if strategy == "tube":
+    assert (seen == seen[:, :1]).all()
+  if strategy == "frame":
+    assert (seen.all(2) | ~seen.any(2)).all()
+  assert not (visible[0] == visible[1]).all()
+
+
+def test_a_clip_is_masked_alike_in_any_batch():
+  masks = masking.Masking("fasking", 0.9)
+  regions = np.random.default_rng(0).integers(1, 2048, (4, *GRID))
+  regions = regions.astype(np.uint16)
+  keys = jax.random.split(jax.random.key(0), 4)
+  whole, _ = masks(regions, keys)
+  part, _ = masks(regions[2:], keys[2:])
+  np.testing.assert_array_equal(whole[2:], part)

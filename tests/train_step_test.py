@@ -1,0 +1,256 @@
+"""One forward for both players, against the reference's two."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from marlin_jax import losses, masking, train_step, video
+from marlin_jax.models import discriminator, mae
+
+TUBELETS = video.Tubelets(num_frames=4, image_size=64)
+BATCH_SIZE = 4
+
+
+def remember() -> optax.GradientTransformation:
+  """Keeps the last gradients in its state, and passes them on."""
+  return optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda grads, _, params=None: (grads, grads),
+  )
+
+
+def make(strategy="fasking", num_micro=1, norm_pix=False, **adversarial):
+  """A small trainer and its first state."""
+  sizes = {"num_tokens": TUBELETS.num_tokens, "pixels": TUBELETS.pixels}
+  graph, params, fixed = train_step.split_model(
+    mae.MAE(
+      width=32,
+      depth=1,
+      num_heads=2,
+      mlp_dim=64,
+      dec_width=16,
+      dec_depth=1,
+      dec_num_heads=2,
+      dec_mlp_dim=32,
+      rngs=nnx.Rngs(0),
+      **sizes,
+    )
+  )
+  disc_graph, disc_params, _ = train_step.split_model(
+    discriminator.Discriminator(
+      pixels=TUBELETS.pixels, hidden=24, rngs=nnx.Rngs(1)
+    )
+  )
+  settings = {"weight": 0.1, "gp_weight": 0.0, "d_steps": 1, "g_steps": 1}
+  optimizer = optax.chain(remember(), optax.adamw(1e-3))
+  trainer = train_step.Trainer(
+    task=train_step.Task(
+      TUBELETS, masking.Masking(strategy, 0.75, TUBELETS.grid), norm_pix
+    ),
+    adversarial=train_step.Adversarial(**settings | adversarial),
+    mae=graph,
+    discriminator=disc_graph,
+    optimizer=optimizer,
+    disc_optimizer=optimizer,
+    num_micro=num_micro,
+  )
+  return trainer, train_step.init_state(trainer, params, fixed, disc_params)
+
+
+def step_of(trainer):
+  return jax.jit(functools.partial(train_step.train_step, trainer))
+
+
+@pytest.fixture(scope="module")
+def recipe():
+  """The trainer most tests use, its first state, its compiled step."""
+  trainer, state = make()
+  return trainer, state, step_of(trainer)
+
+
+@pytest.fixture(scope="module")
+def batch():
+  np_rng = np.random.default_rng(0)
+  shape = (BATCH_SIZE, 4, 64, 64, 3)
+  return {
+    "video": np_rng.integers(0, 256, shape).astype(np.uint8),
+    "regions": np_rng.integers(0, 2048, (BATCH_SIZE, *TUBELETS.grid)).astype(
+      np.uint16
+    ),
+  }
+
+
+def two_forward_step(trainer, state, batch, rng):
+  """The reference's step: the autoencoder runs again for every update."""
+  step_rng = jax.random.fold_in(rng, state.step)
+  keys = jax.vmap(jax.random.split)(jax.random.split(step_rng, BATCH_SIZE))
+  patches, visible, masked, target = trainer.task.split(
+    batch["video"], batch["regions"], keys[:, 0]
+  )
+
+  def run(params):
+    model = nnx.merge(trainer.mae, params, state.fixed)
+    return model(patches, visible, masked)
+
+  def judge(disc_params, tokens):
+    return nnx.merge(trainer.discriminator, disc_params)(tokens)
+
+  settings = trainer.adversarial
+  metrics = {}
+  for i in range(settings.d_steps):
+
+    def disc_loss(both, i=i):
+      params, disc_params = both
+      pred = run(params)
+      loss = (judge(disc_params, pred)).mean() - (
+        judge(disc_params, target)
+      ).mean()
+      if settings.gp_weight:
+        penalty_keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(
+          keys[:, 1]
+        )
+        loss += settings.gp_weight * losses.gradient_penalty(
+          functools.partial(judge, disc_params), pred, target, penalty_keys
+        )
+      return loss
+
+    # Differentiated by both, as the reference does; one half is thrown away.
+    loss, (_, grads) = jax.value_and_grad(disc_loss)(
+      (state.params, state.disc_params)
+    )
+    state = trainer.update_disc(state, grads)
+    metrics["loss_disc"] = loss
+  for _ in range(settings.g_steps):
+
+    def mae_loss(params, disc_params=state.disc_params):
+      pred = run(params)
+      loss_rec = jnp.square(pred - target).mean()
+      loss_adv = -judge(disc_params, pred).mean()
+      return loss_rec + settings.weight * loss_adv, (loss_rec, loss_adv)
+
+    grads, (loss_rec, loss_adv) = jax.grad(mae_loss, has_aux=True)(state.params)
+    state = trainer.update_mae(state, grads)
+    metrics |= {"loss_rec": loss_rec, "loss_adv": loss_adv}
+  return state, metrics
+
+
+def assert_same_gradients(got, want):
+  """Within float32 rounding, relative to the largest of each array."""
+  flat_got, flat_want = (
+    jax.tree_util.tree_leaves_with_path(
+      {"mae": s.opt_state[0], "disc": s.disc_opt_state[0]}
+    )
+    for s in (got, want)
+  )
+  for (path, a), (_, b) in zip(flat_got, flat_want, strict=True):
+    scale = float(jnp.abs(b).max())
+    if "out" in str(path) and "bias" in str(path) and "disc" in str(path):
+      # It moves both players' scores alike: no loss depends on it.
+      scale = 1.0
+    assert scale > 0, path
+    np.testing.assert_allclose(
+      a, b, rtol=0, atol=5e-6 * scale, err_msg=jax.tree_util.keystr(path)
+    )
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [
+    {"weight": 0.01},
+    {"weight": 0.1, "gp_weight": 10.0, "d_steps": 3, "g_steps": 2},
+  ],
+  ids=["recipe", "several_of_each"],
+)
+def test_the_step_equals_the_two_forward_step(batch, settings):
+  rng = jax.random.key(3)
+  trainer, state = make(**settings)
+  want, want_metrics = jax.jit(functools.partial(two_forward_step, trainer))(
+    state, batch, rng
+  )
+  for num_micro in (1, 2):
+    trainer, _ = make(num_micro=num_micro, **settings)
+    got, metrics = step_of(trainer)(state, batch, rng)
+    for name, value in want_metrics.items():
+      np.testing.assert_allclose(metrics[name], value, rtol=2e-6, atol=1e-7)
+    assert_same_gradients(got, want)
+    assert int(got.step) == 1
+
+
+def test_one_autoencoder_forward_and_backward_per_step(batch, recipe):
+  """Counted in the compiled step: the decoder's head appears three times.
+
+  Once forwards, and backwards for its weights and for its input.
+  """
+  trainer, state, step = recipe
+  text = step.lower(state, batch, jax.random.key(0)).as_text()
+  masks = trainer.task.masking
+  num_masked = masks.num_tokens - masks.num_visible
+  shape = f"tensor<{BATCH_SIZE}x{num_masked}x16xf32>"
+  dots = [line for line in text.splitlines() if "dot_general" in line]
+  heads = [
+    line for line in dots if shape in line and f"x{TUBELETS.pixels}x" in line
+  ]
+  assert len(heads) == 3, heads
+
+
+def test_without_adversarial_weight_the_discriminator_rests(batch):
+  trainer, state = make(weight=0.0)
+  new, metrics = step_of(trainer)(state, batch, jax.random.key(0))
+  jax.tree.map(
+    np.testing.assert_array_equal, new.disc_params, state.disc_params
+  )
+  assert "loss_adv" not in metrics
+  assert metrics["loss_rec"] > 0
+
+
+def test_steps_differ_in_their_masks(batch, recipe):
+  _, state, step = recipe
+  rng = jax.random.key(0)
+  _, first = step(state, batch, rng)
+  _, other = step(state.replace(step=state.step + 1), batch, rng)
+  assert first["loss_rec"] != other["loss_rec"]
+
+
+def test_clips_of_one_colour_give_finite_gradients(batch):
+  trainer, state = make(norm_pix=True, gp_weight=10.0)
+  flat = dict(batch, video=np.full_like(batch["video"], 77))
+  new, metrics = step_of(trainer)(state, flat, jax.random.key(0))
+  for leaf in jax.tree.leaves((new.params, new.disc_params, metrics)):
+    assert np.isfinite(leaf).all()
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_reconstruct_keeps_visible_pixels_and_counts_the_rest(batch, norm_pix):
+  trainer, state = make(norm_pix=norm_pix)
+  result = jax.jit(functools.partial(train_step.reconstruct, trainer))(
+    state, batch, jax.random.key(0)
+  )
+  tokens = TUBELETS.patchify(batch["video"] / np.float32(255))
+  made = TUBELETS.patchify(np.asarray(result["video"]))
+  visible = np.asarray(result["visible"])
+  assert (visible.sum(1) == trainer.task.masking.num_visible).all()
+  np.testing.assert_allclose(made[visible], tokens[visible], atol=1e-6)
+  hidden = ~visible
+  np.testing.assert_allclose(
+    result["loss_pixels"],
+    np.square(made[hidden] - tokens[hidden]).mean(),
+    rtol=1e-5,
+  )
+  flat = tokens[hidden].reshape(hidden.sum(), 3, -1)
+  np.testing.assert_allclose(
+    result["loss_mean_colour"], flat.var(-1).mean(), rtol=1e-4
+  )
+
+
+def test_normalised_targets_have_no_mean_and_unit_deviation(batch):
+  trainer, _ = make(norm_pix=True)
+  keys = jax.random.split(jax.random.key(0), BATCH_SIZE)
+  *_, target = trainer.task.split(batch["video"], batch["regions"], keys)
+  colours = np.asarray(target).reshape(*target.shape[:2], 3, -1)
+  np.testing.assert_allclose(colours.mean(-1), 0, atol=1e-4)
+  np.testing.assert_allclose(colours.std(-1, ddof=1), 1, atol=1e-3)

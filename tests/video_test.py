@@ -1,0 +1,52 @@
+"""Clips and tokens."""
+
+import numpy as np
+import pytest
+
+from marlin_jax.video import Clip, Tubelets
+
+
+def test_a_clip_keeps_its_stride_and_repeats_the_last_frame():
+  clip = Clip(num_frames=16, stride=2)
+  assert clip.span == 31
+  np.testing.assert_array_equal(clip.indices(0, 31), np.arange(0, 31, 2))
+  np.testing.assert_array_equal(
+    clip.indices(0, 15), [*range(0, 15, 2), *[14] * 8]
+  )
+
+
+@pytest.mark.parametrize("total", [1, 15, 16, 31, 32, 33, 64])
+def test_every_start_is_drawn_and_fits(total):
+  clip = Clip(num_frames=16, stride=2)
+  np_rng = np.random.default_rng(0)
+  starts = {clip.random_start(total, np_rng) for _ in range(1000)}
+  assert starts == set(range(max(total - 30, 1)))
+  for start in starts:
+    indices = clip.indices(start, total)
+    assert indices.shape == (16,)
+    assert indices.min() >= 0
+    assert indices.max() < total
+    if total >= 31:
+      np.testing.assert_array_equal(np.diff(indices), 2)
+
+
+def test_tokens_are_ordered_t_h_w_and_pixels_c_pt_ph_pw():
+  tubelets = Tubelets()
+  assert tubelets.grid == (8, 14, 14)
+  assert (tubelets.num_tokens, tubelets.pixels) == (1568, 1536)
+  video = np.random.default_rng(0).integers(0, 255, (2, 16, 224, 224, 3))
+  tokens = tubelets.patchify(video)
+  t, h, w, c, pt, ph, pw = 5, 3, 11, 2, 1, 7, 13
+  pixel = ((c * 2 + pt) * 16 + ph) * 16 + pw
+  assert (
+    tokens[1, (t * 14 + h) * 14 + w, pixel]
+    == video[1, 2 * t + pt, 16 * h + ph, 16 * w + pw, c]
+  )
+
+
+def test_unpatchify_is_the_inverse_of_patchify():
+  tubelets = Tubelets(num_frames=4, image_size=32)
+  video = np.random.default_rng(0).normal(size=(3, 4, 32, 32, 3))
+  np.testing.assert_array_equal(
+    tubelets.unpatchify(tubelets.patchify(video)), video
+  )
