@@ -48,6 +48,7 @@ def get_config():
   config.model.dec_depth = 4
   config.model.dec_num_heads = 6
   config.model.dec_mlp_dim = 1536
+  config.model.start_grey = False  # True helps short runs
 
   config.mask = ConfigDict()
   config.mask.strategy = "fasking"  # fasking_opp, random, tube, frame

@@ -1,7 +1,9 @@
 """Fixtures that several test files share."""
 
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -9,6 +11,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+
+# Tests compile many small programs and run each a few times: quick compiling
+# counts. What one process has compiled the next finds here.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp())
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 ROOT = Path(__file__).parents[1]
 VIDEOS = ROOT.parent / "shared" / "videos"

@@ -37,6 +37,7 @@ def make(strategy="fasking", num_micro=1, norm_pix=False, **adversarial):
       dec_depth=1,
       dec_num_heads=2,
       dec_mlp_dim=32,
+      start_grey=False,
       rngs=nnx.Rngs(0),
       **sizes,
     )

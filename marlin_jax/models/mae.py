@@ -11,6 +11,9 @@ from flax import nnx
 
 from marlin_jax.models import vit
 
+# About the mean of a face crop's pixels.
+_GREY = 0.45
+
 
 def gather_tokens(tokens: jax.Array, indices: jax.Array) -> jax.Array:
   """Picks tokens: (B, N, D) and int (B, V) -> (B, V, D)."""
@@ -68,7 +71,13 @@ class Encoder(nnx.Module):
 
 
 class MAE(nnx.Module):
-  """The autoencoder (paper section 3.2)."""
+  """The autoencoder (paper section 3.2).
+
+  Attributes:
+    start_grey: the first prediction is plain grey instead of noise, so that a
+      short run need not spend its first steps on finding the mean colour; the
+      reference starts with a random head.
+  """
 
   def __init__(
     self,
@@ -83,6 +92,7 @@ class MAE(nnx.Module):
     dec_depth: int,
     dec_num_heads: int,
     dec_mlp_dim: int,
+    start_grey: bool,
     rngs: nnx.Rngs,
     dtype: jnp.dtype = jnp.float32,
     attention: str = "plain",
@@ -121,6 +131,9 @@ class MAE(nnx.Module):
     )
     self.dec_norm = vit.layer_norm(dec_width, rngs)
     self.head = vit.dense(dec_width, pixels, rngs, dtype)
+    if start_grey:
+      self.head.kernel[...] = jnp.zeros_like(self.head.kernel[...])
+      self.head.bias[...] = jnp.full_like(self.head.bias[...], _GREY)
     self.dtype = dtype
 
   def __call__(

@@ -1,0 +1,118 @@
+"""The house rules that a reader relies on: floors, binaries, configurations."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from marlin_jax.validate import validate
+
+ROOT = Path(__file__).parents[1]
+
+# A file imports from its own floor or below; binaries never import each other.
+FLOORS = {
+  0: ("records", "video"),
+  1: ("masking", "losses", "models"),
+  2: (
+    "train_step",
+    "input_pipeline",
+    "optim",
+    "sharding",
+    "memory",
+    "checkpoint",
+    "metrics",
+    "summaries",
+    "sample",
+    "validate",
+  ),
+  3: ("evaluators", "experiment"),
+  4: ("train",),
+}
+BINARIES = ("marlin_jax.train", "data_prep.prepare", "data_prep.contact_sheet")
+
+
+def modules(package):
+  for path in sorted((ROOT / package).rglob("*.py")):
+    if path.name != "__init__.py":
+      yield path
+
+
+def imports(path):
+  """Dotted names that a file imports, wherever in it."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def floor_of(name):
+  for floor, names in FLOORS.items():
+    if name in names:
+      return floor
+  raise AssertionError(f"{name} has no floor: add it to FLOORS")
+
+
+def test_files_import_downward_only():
+  for path in modules("marlin_jax"):
+    own = path.relative_to(ROOT / "marlin_jax").with_suffix("").parts[0]
+    for name in imports(path):
+      package, _, rest = name.partition(".")
+      assert package != "data_prep", f"{path}: {name}"
+      if package == "marlin_jax":
+        other = rest.partition(".")[0]
+        assert floor_of(other) <= floor_of(own), f"{path}: {name}"
+        if floor_of(own) == 4:
+          assert floor_of(other) < 4, f"{path}: {name}"
+
+
+def test_floor_0_needs_no_jax_and_data_prep_stands_on_floor_0_alone():
+  for path in modules("data_prep"):
+    for name in imports(path):
+      package, _, rest = name.partition(".")
+      assert package not in ("jax", "flax", "grain", "torch"), f"{path}: {name}"
+      if package == "marlin_jax":
+        assert floor_of(rest.partition(".")[0]) == 0, f"{path}: {name}"
+  for name in FLOORS[0]:
+    for found in imports(ROOT / f"marlin_jax/{name}.py"):
+      assert found.partition(".")[0] not in ("jax", "flax", "grain", "cv2")
+
+
+def test_configurations_import_nothing_of_the_package():
+  for path in modules("configs"):
+    for name in imports(path):
+      assert name.partition(".")[0] in ("ml_collections", "configs"), path
+
+
+@pytest.mark.parametrize("path", list(modules("configs")), ids=lambda p: p.stem)
+def test_every_configuration_is_valid(path):
+  validate(importlib.import_module(f"configs.{path.stem}").get_config())
+
+
+@pytest.mark.parametrize("binary", BINARIES)
+def test_every_binary_explains_itself(binary):
+  result = subprocess.run(
+    [sys.executable, "-m", binary, "--help"],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    check=False,
+    timeout=60,
+  )
+  # absl's --help ends with 1, argparse's with 0.
+  assert result.returncode in (0, 1), result.stderr
+  text = result.stdout + result.stderr
+  assert "Traceback" not in text
+  assert len(text.splitlines()) > 5
+
+
+def test_every_file_with_a_main_is_a_known_binary():
+  for package in ("marlin_jax", "data_prep"):
+    for path in modules(package):
+      name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+      # The decoder's child process is started by its parent alone.
+      if name != "data_prep.decode" and "__main__" in path.read_text():
+        assert name in BINARIES

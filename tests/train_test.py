@@ -1,0 +1,277 @@
+"""The trainer as its users start it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+TINY = {
+  "batch_size": 4,
+  "clips_per_device": 4,
+  "num_epochs": 0,
+  "num_steps": 6,
+  "data.num_frames": 4,
+  "model.width": 16,
+  "model.depth": 1,
+  "model.num_heads": 2,
+  "model.mlp_dim": 32,
+  "model.dec_width": 16,
+  "model.dec_depth": 1,
+  "model.dec_num_heads": 2,
+  "model.dec_mlp_dim": 32,
+  "adv.hidden": 16,
+  "log_steps": 1,
+  "eval_steps": 1000,
+  "eval_batches": 1,
+  "picture_steps": 1000,
+  "checkpoint_steps": 3,
+}
+
+
+def command(workdir, **overrides):
+  values = TINY | overrides
+  return [
+    sys.executable,
+    "-m",
+    "marlin_jax.train",
+    "--config=configs/pretrain_b.py",
+    f"--workdir={workdir}",
+    *(f"--config.{key}={value}" for key, value in values.items()),
+  ]
+
+
+def run(workdir, *, devices=1, **overrides):
+  """Trains in a process of its own; returns it finished."""
+  flags = os.environ.get("XLA_FLAGS", "")
+  flags += f" --xla_force_host_platform_device_count={devices}"
+  return subprocess.run(
+    command(workdir, **overrides),
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    env=os.environ | {"XLA_FLAGS": flags},
+    check=False,
+    timeout=250,
+  )
+
+
+def metrics_of(workdir):
+  """step -> the numbers that a repeated run must give again."""
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  return {
+    row["step"]: {k: v for k, v in row.items() if k.startswith("train/")}
+    for row in rows
+    if "train/loss_rec" in row
+  }
+
+
+def state_of(workdir, step):
+  """All arrays of a checkpoint, by path."""
+  with ocp.StandardCheckpointer() as reader:
+    tree = reader.restore(workdir / "checkpoints" / str(step) / "state")
+  return {
+    jax.tree_util.keystr(path): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+@pytest.fixture(scope="module")
+def finished(sample_dataset, tmp_path_factory):
+  """A run of six steps that nothing disturbed."""
+  workdir = tmp_path_factory.mktemp("finished")
+  result = run(workdir, **{"data.path": sample_dataset})
+  assert result.returncode == 0, result.stderr
+  return workdir, result.stdout
+
+
+def test_a_run_leaves_what_it_promises(finished):
+  workdir, output = finished
+  config = json.loads((workdir / "config.json").read_text())
+  assert config["model"]["width"] == TINY["model.width"]
+  rows = metrics_of(workdir)
+  assert list(rows) == [1, 2, 3, 4, 5, 6]
+  expected = {"loss_rec", "loss_adv", "loss_disc", "grad_norm", "lr"}
+  assert expected <= {k.removeprefix("train/") for k in rows[6]}
+  assert list((workdir / "tensorboard").glob("events.*"))
+  assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"3", "6"}
+  picture = workdir / "pictures" / "step_0000006.png"
+  with Image.open(picture) as image:
+    assert np.asarray(image).std() > 10
+  with Image.open(picture.with_suffix(".gif")) as animation:
+    assert animation.n_frames == TINY["data.num_frames"]
+  assert str(picture) in output
+  assert "6/6" in output
+  assert "ETA" in output
+  assert "data wait" in output
+
+
+def test_killed_and_resumed_gives_the_same_bits(
+  finished, sample_dataset, tmp_path
+):
+  undisturbed, _ = finished
+  workdir = tmp_path / "killed"
+  process = subprocess.Popen(
+    command(workdir, **{"data.path": sample_dataset}),
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  # Killed as soon as it tells of step 3: the checkpoint of step 3 is not
+  # written yet or half, or it has gone a step or two further.
+  for line in process.stdout:
+    if line.startswith("step 3/"):
+      break
+  process.send_signal(signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL
+  result = run(workdir, **{"data.path": sample_dataset})
+  assert result.returncode == 0, result.stderr
+  assert metrics_of(workdir) == metrics_of(undisturbed)
+  got, want = state_of(workdir, 6), state_of(undisturbed, 6)
+  assert got.keys() == want.keys()
+  for part in ("['params']", "['opt_state']", "['disc_params']"):
+    assert any(key.startswith(part) for key in want)
+  assert any(key.startswith("['disc_opt_state']") for key in want)
+  for key, value in want.items():
+    assert value.tobytes() == got[key].tobytes(), key
+
+
+def test_three_steps_and_three_more_equal_six(
+  finished, sample_dataset, tmp_path
+):
+  """As above, and surely resumed from step 3: what follows it is removed."""
+  undisturbed, _ = finished
+  workdir = tmp_path / "halved"
+  subprocess.run(["cp", "-r", undisturbed, workdir], check=True)
+  subprocess.run(["rm", "-r", workdir / "checkpoints" / "6"], check=True)
+  result = run(workdir, **{"data.path": sample_dataset})
+  assert result.returncode == 0, result.stderr
+  assert "resumed from step 3" in result.stdout
+  assert metrics_of(workdir) == metrics_of(undisturbed)
+  got, want = state_of(workdir, 6), state_of(undisturbed, 6)
+  for key, value in want.items():
+    assert value.tobytes() == got[key].tobytes(), key
+
+
+def test_a_finished_run_has_nothing_to_do(finished, sample_dataset):
+  workdir, _ = finished
+  result = run(workdir, **{"data.path": sample_dataset})
+  assert result.returncode == 0, result.stderr
+  assert "step_0000006.png" in result.stdout
+
+
+def test_devices_and_parts_share_a_batch_to_the_same_losses(
+  finished, sample_dataset, tmp_path
+):
+  want = metrics_of(finished[0])
+  result = run(
+    tmp_path,
+    devices=2,
+    **{"data.path": sample_dataset, "clips_per_device": 1, "num_steps": 6},
+  )
+  assert result.returncode == 0, result.stderr
+  assert "2 parts" in result.stdout
+  assert "2 x cpu" in result.stdout
+  for step, row in metrics_of(tmp_path).items():
+    np.testing.assert_allclose(
+      row["train/loss_rec"], want[step]["train/loss_rec"], rtol=1e-4
+    )
+
+
+def test_sigterm_saves_and_says_how_to_go_on(sample_dataset, tmp_path):
+  process = subprocess.Popen(
+    command(
+      tmp_path,
+      **{"data.path": sample_dataset, "num_steps": 100_000, "log_steps": 1},
+    ),
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.DEVNULL,
+    text=True,
+  )
+  for line in process.stdout:
+    if line.startswith("step 2/"):
+      process.send_signal(signal.SIGTERM)
+      break
+  rest, _ = process.communicate(timeout=120)
+  assert process.returncode == 128 + signal.SIGTERM
+  assert "run the same command to go on" in rest
+  last = max(metrics_of(tmp_path))
+  assert (tmp_path / "checkpoints" / str(last)).is_dir()
+
+
+# --- refusals -----------------------------------------------------------------
+
+
+def refused(result):
+  """The message of a run that must fail without a traceback."""
+  assert result.returncode == 1, result.stdout + result.stderr
+  assert "Traceback" not in result.stderr
+  return result.stderr
+
+
+def test_another_configuration_cannot_resume(finished, sample_dataset):
+  workdir, _ = finished
+  overrides = {"data.path": sample_dataset, "model.width": 32, "seed": 1}
+  message = refused(run(workdir, **overrides))
+  assert "model.width: was 16, is 32" in message
+  assert "seed: was 0, is 1" in message
+  assert "another --workdir" in message
+
+
+@pytest.mark.parametrize(
+  ("argument", "words"),
+  [
+    ("--config.data.pth=x", "path"),
+    ("--config.batch_size=8.5", "batch_size"),
+    ("--config.mask.strategy=faces", "expected one of fasking"),
+    ("--confg=x", "confg"),
+  ],
+)
+def test_bad_flags_are_refused_before_anything_is_loaded(
+  tmp_path, argument, words
+):
+  result = subprocess.run(
+    [*command(tmp_path), argument],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    check=False,
+    timeout=60,
+  )
+  assert result.returncode == 1
+  assert "Traceback" not in result.stderr
+  assert words in result.stderr
+  assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_missing_configuration_file_is_named(tmp_path):
+  result = subprocess.run(
+    [sys.executable, "-m", "marlin_jax.train", "--config=configs/none.py"],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    check=False,
+    timeout=60,
+  )
+  assert "configs/none.py" in refused(result)
+
+
+def test_a_batch_that_does_not_divide_over_devices(sample_dataset, tmp_path):
+  message = refused(run(tmp_path, devices=3, **{"data.path": sample_dataset}))
+  assert "config.batch_size=4 does not divide over 3 devices" in message
+
+
+def test_a_folder_without_data_set(tmp_path):
+  message = refused(run(tmp_path, **{"data.path": tmp_path}))
+  assert "python -m data_prep.prepare" in message

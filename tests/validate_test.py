@@ -1,0 +1,62 @@
+"""Configurations that cannot be run are refused at once, with every reason."""
+
+import pytest
+
+from configs import pretrain_b
+from marlin_jax import masking
+from marlin_jax.validate import _CHOICES, ConfigError, check_batch, validate
+
+
+def refuse(**changes):
+  config = pretrain_b.get_config()
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(ConfigError) as error:
+    validate(config)
+  return str(error.value)
+
+
+def test_all_problems_are_reported_together():
+  message = refuse(
+    **{
+      "batch_size": 0,
+      "mask.strategy": "faces",
+      "model.width": 100,
+      "data.num_frames": 15,
+      "num_steps": 5,
+    }
+  )
+  assert "5 problem(s)" in message
+  assert "batch_size=0: expected at least 1" in message
+  assert "mask.strategy='faces': expected one of fasking, " in message
+  assert "model.width=100: expected a multiple of twice" in message
+  assert "data.num_frames=15: expected a multiple of model.tubelet_size=2" in (
+    message
+  )
+  assert "num_epochs=2000.0 and num_steps=5: exactly one" in message
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"mask.ratio": 0.9, "mask.strategy": "frame"}, "at most 0.8750"),
+    ({"mask.ratio": 0.9995}, "leaves nothing visible"),
+    ({"mask.ratio": 1.0}, "between 0 and 1"),
+    ({"mesh.data": 0}, "mesh.data=0"),
+    ({"optim.base_lr": 0.0}, "optim.base_lr=0.0"),
+    ({"dtype": "float16"}, "dtype='float16'"),
+  ],
+)
+def test_values_that_make_no_sense_are_refused(changes, words):
+  assert words in refuse(**changes)
+
+
+def test_the_strategies_are_those_of_masking():
+  assert _CHOICES["mask.strategy"] == masking.STRATEGIES
+
+
+def test_a_batch_that_does_not_divide_names_values_that_do():
+  config = pretrain_b.get_config()
+  config.batch_size = 30
+  check_batch(config, 6, 2)
+  with pytest.raises(ConfigError, match="over 8 devices; .* 24, 32"):
+    check_batch(config, 8, 1)
