@@ -16,16 +16,30 @@ def reconstruction_loss(pred: jax.Array, target: jax.Array) -> jax.Array:
   return jnp.mean(jnp.square(pred.astype(jnp.float32) - target))
 
 
-def mean_colour_loss(target: jax.Array) -> jax.Array:
-  """The loss of predicting every token's own mean colour: the bar to clear.
-
-  A model below it knows more than a mosaic of flat patches.
+def flat_patch_losses(
+  tokens: jax.Array, masked: jax.Array
+) -> dict[str, jax.Array]:
+  """What flat patches would score: the bars for a reconstruction to clear.
 
   Args:
-    target: (B, M, P), P ordered c pt ph pw.
+    tokens: float (B, N, P) of whole clips, P ordered c pt ph pw.
+    masked: int (B, M), the tokens that count.
+
+  Returns:
+    `batch_colour`: every patch in its mean colour over the batch, so nothing
+    is known of the clip itself; `own_colour`: every patch in its own mean
+    colour, a perfect mosaic.
   """
-  colours = target.reshape(*target.shape[:2], 3, -1)
-  return jnp.mean(jnp.var(colours, axis=-1))
+  colours = tokens.reshape(*tokens.shape[:2], 3, -1)
+  own = colours.mean(-1, keepdims=True)
+  losses = {}
+  for name, flat in (
+    ("batch_colour", own.mean(0, keepdims=True)),
+    ("own_colour", own),
+  ):
+    per_token = jnp.square(colours - flat).mean((-2, -1))  # (B, N)
+    losses[name] = jnp.take_along_axis(per_token, masked, axis=1).mean()
+  return losses
 
 
 def generator_adversarial_loss(d_fake: jax.Array) -> jax.Array:

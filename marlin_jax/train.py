@@ -166,9 +166,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
         name = f"eval/{config.data.eval_split}"
         writer.write(step, {f"{name}/{k}": v for k, v in scalars.items()})
         progress.say(
-          f"step {step}: on {config.data.eval_split}, pixel loss "
-          f"{scalars['loss_pixels']:.5f}; mean colour of each patch would "
-          f"give {scalars['loss_mean_colour']:.5f}"
+          f"step {step}: pixel loss {scalars['loss_pixels']:.4f} on "
+          f"{config.data.eval_split}; flat patches of the batch's mean colour "
+          f"{scalars['loss_batch_colour']:.4f}, of their own "
+          f"{scalars['loss_own_colour']:.4f}"
         )
 
       if (step % config.picture_steps == 0 or last) and stop.received is None:
@@ -188,6 +189,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   progress.close()
   writer.close()
   checkpoints.close()
+  if is_leader:
+    print(_summary(workdir, int(state.step), num_steps), flush=True)
   return state, stop.received
 
 
@@ -212,6 +215,25 @@ def _plan(config, dataset, mesh, trainer, num_params, num_steps) -> str:
       "\n         fewer records than clips in a batch: they repeat in it, with "
       "other starts and masks"
     )
+  return "\n".join(lines)
+
+
+def _summary(workdir: Path, step: int, num_steps: int) -> str:
+  """What a run leaves and where to look."""
+  pictures = sorted((workdir / "pictures").glob("step_*.*"))[-2:]
+  lines = [f"step {step} of {num_steps} is saved in {workdir / 'checkpoints'}"]
+  lines += [
+    f"  {what}: {path}"
+    for what, path in (
+      ("metrics", workdir / "metrics.jsonl"),
+      *(
+        ("animation" if path.suffix == ".gif" else "picture", path)
+        for path in pictures
+      ),
+    )
+  ]
+  if step < num_steps:
+    lines.append("the same command goes on from there")
   return "\n".join(lines)
 
 
@@ -250,10 +272,28 @@ def main(argv):
   ) as e:
     sys.exit(f"error: {e}")
   if signum is not None:
-    print("saved; run the same command to go on", flush=True)
     sys.exit(128 + signum)
+
+
+def _parse_flags(argv):
+  try:
+    args = app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError, TypeError, ValueError) as e:
+    # What ml_collections raises for an unknown key or a value of another type;
+    # one error may be the only argument of the next.
+    while e.args and isinstance(e.args[0], Exception):
+      e = e.args[0]
+    sys.exit(f"error: in a --config flag: {e.args[0]}")
+  path = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+  if not path.is_file():
+    there = sorted(path.parent.glob("*.py"))
+    sys.exit(
+      f"error: no configuration file at {path}; in {path.parent} there are: "
+      + (", ".join(p.name for p in there) or "none")
+    )
+  return args
 
 
 if __name__ == "__main__":
   flags.mark_flag_as_required("config")
-  app.run(main)
+  app.run(main, flags_parser=_parse_flags)

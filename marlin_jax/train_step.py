@@ -377,8 +377,9 @@ def reconstruct(
   Returns:
     `video` float32 (B, T, H, W, 3), the prediction where hidden and the
     original where visible, in [0, 1] with normalised targets undone; `visible`
-    bool (B, N); and the scalars `loss_rec`, on the target as in training,
-    `loss_pixels` and `loss_mean_colour`, both on plain pixels.
+    bool (B, N); and the scalars `loss_rec`, on the target as in training, and
+    on plain pixels `loss_pixels` and, to compare it with, `loss_batch_colour`
+    and `loss_own_colour` (see losses.flat_patch_losses).
   """
   keys = jax.random.split(rng, batch["video"].shape[0])
   (patches, visible, masked), target, _ = _prepare(
@@ -402,5 +403,8 @@ def reconstruct(
     "visible": put(seen, visible, jnp.ones(visible.shape, bool)),
     "loss_rec": loss_rec,
     "loss_pixels": losses.reconstruction_loss(pred, pixels),
-    "loss_mean_colour": losses.mean_colour_loss(pixels),
+    **{
+      f"loss_{name}": loss
+      for name, loss in losses.flat_patch_losses(tokens, masked).items()
+    },
   }

@@ -121,19 +121,19 @@ def test_killed_and_resumed_gives_the_same_bits(
 ):
   undisturbed, _ = finished
   workdir = tmp_path / "killed"
-  process = subprocess.Popen(
+  with subprocess.Popen(
     command(workdir, **{"data.path": sample_dataset}),
     cwd=ROOT,
     stdout=subprocess.PIPE,
     text=True,
-  )
-  # Killed as soon as it tells of step 3: the checkpoint of step 3 is not
-  # written yet or half, or it has gone a step or two further.
-  for line in process.stdout:
-    if line.startswith("step 3/"):
-      break
-  process.send_signal(signal.SIGKILL)
-  assert process.wait() == -signal.SIGKILL
+  ) as process:
+    # Killed as soon as it tells of step 3: the checkpoint of step 3 is not
+    # written yet or half, or it has gone a step or two further.
+    for line in process.stdout:
+      if line.startswith("step 3/"):
+        break
+    process.send_signal(signal.SIGKILL)
+  assert process.returncode == -signal.SIGKILL
   result = run(workdir, **{"data.path": sample_dataset})
   assert result.returncode == 0, result.stderr
   assert metrics_of(workdir) == metrics_of(undisturbed)
@@ -205,7 +205,7 @@ def test_sigterm_saves_and_says_how_to_go_on(sample_dataset, tmp_path):
       break
   rest, _ = process.communicate(timeout=120)
   assert process.returncode == 128 + signal.SIGTERM
-  assert "run the same command to go on" in rest
+  assert "the same command goes on from there" in rest
   last = max(metrics_of(tmp_path))
   assert (tmp_path / "checkpoints" / str(last)).is_dir()
 

@@ -12,7 +12,12 @@ from PIL import Image
 from marlin_jax import input_pipeline, summaries
 from marlin_jax.train_step import Trainer, TrainState, reconstruct
 
-_SCALARS = ("loss_rec", "loss_pixels", "loss_mean_colour")
+_SCALARS = (
+  "loss_rec",
+  "loss_pixels",
+  "loss_batch_colour",
+  "loss_own_colour",
+)
 
 
 class Reconstruction:
@@ -50,12 +55,7 @@ class Reconstruction:
       )
 
   def metrics(self, state: TrainState) -> dict[str, float]:
-    """Means over all clips.
-
-    `loss_rec` is measured on the target as in training; `loss_pixels` on plain
-    pixels, to be compared with `loss_mean_colour`, the loss of predicting each
-    hidden token's own mean colour.
-    """
+    """Means over all clips of what train_step.reconstruct measures."""
     rows = [
       [float(result[name]) for name in _SCALARS]
       for _, result in self._results(state, self._num_batches)
