@@ -11,20 +11,21 @@ from configs import pretrain_b
 
 def get_config():
   config = pretrain_b.get_config()
-  config.batch_size = 4
+  config.batch_size = 8
   config.num_epochs = 0.0
-  config.num_steps = 600
+  config.num_steps = 800
 
-  config.data.num_frames = 8
+  config.data.num_frames = 4
+  config.data.stride = 4
   config.mask.ratio = 0.5
 
-  config.model.width = 192
-  config.model.depth = 3
-  config.model.num_heads = 3
-  config.model.mlp_dim = 768
+  config.model.width = 128
+  config.model.depth = 2
+  config.model.num_heads = 4
+  config.model.mlp_dim = 512
   config.model.dec_width = 128
   config.model.dec_depth = 2
-  config.model.dec_num_heads = 2
+  config.model.dec_num_heads = 4
   config.model.dec_mlp_dim = 512
   config.model.start_grey = True
 
@@ -32,11 +33,11 @@ def get_config():
   config.adv.weight = 0.001
   config.adv.hidden = 64
 
-  config.optim.base_lr = 0.128  # 2e-3 at batch 4
+  config.optim.base_lr = 0.064  # 2e-3 at batch 8
   config.optim.warmup_ratio = 0.05
 
   config.eval_steps = 100
-  config.eval_batches = 4
+  config.eval_batches = 2
   config.picture_steps = 100
   config.checkpoint_steps = 100
   return config
