@@ -45,11 +45,12 @@ def picture(views: np.ndarray, *, num_frames: int = 6) -> np.ndarray:
 
   Args:
     views: uint8 (3, B, T, H, W, 3), from `panels`.
-    num_frames: how many of the T frames to show.
+    num_frames: how many of the T frames to show at most.
 
   Returns:
     uint8 (rows, columns, 3).
   """
+  num_frames = min(num_frames, views.shape[2])
   chosen = np.linspace(0, views.shape[2] - 1, num_frames).round().astype(int)
   rows = []
   for clip in range(views.shape[1]):

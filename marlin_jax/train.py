@@ -177,7 +177,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
           views = evaluator.views(state, config.picture_clips)
         if is_leader:
           picture, paths = reconstruction.save(
-            views, workdir / "pictures", f"step_{step:07d}", fps=15
+            views,
+            workdir / "pictures",
+            f"step_{step:07d}",
+            fps=30 / config.data.stride,  # most videos' own speed
           )
           writer.write_picture(step, "reconstruction", picture)
           progress.say(f"step {step}: {' and '.join(map(str, paths))}")
