@@ -10,8 +10,10 @@ import os
 
 import jax
 
-# Share of a device's memory that the run may plan with: the rest is for the
-# compiler's temporaries, other programs and, on CPU, the input pipeline.
+# For what the compiler adds of its own.
+_MARGIN = 1.15
+# Share of a device's memory that the run may plan with: the rest is for other
+# programs and, on CPU, the input pipeline.
 _USABLE = {"cpu": 0.5, "gpu": 0.8, "tpu": 0.9}
 
 
@@ -68,8 +70,8 @@ def clip_bytes(
       "dots": size * tokens * (mlp_dim + 6 * width),
       "full": size * tokens * width,
     }[remat]
-    # With remat one block at a time is whole.
-    return depth * kept + (block if remat != "none" else 0)
+    # With remat two blocks are whole where one ends and the next begins.
+    return depth * kept + (2 * block if remat != "none" else 0)
 
   encoder = stack(
     num_visible, model.width, model.depth, model.mlp_dim, model.num_heads
@@ -81,9 +83,9 @@ def clip_bytes(
     model.dec_mlp_dim,
     model.dec_num_heads,
   )
-  # Prediction, target, and the discriminator's two inputs and hidden layers.
-  ends = 10 * 4 * num_tokens * pixels
-  return encoder + decoder + ends
+  # Prediction, target, the discriminator's input and hidden layers, gradients.
+  ends = 16 * 4 * num_tokens * pixels
+  return int(_MARGIN * (encoder + decoder + ends))
 
 
 def num_parts(batch_size: int, num_devices: int, fit: int) -> int:
