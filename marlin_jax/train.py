@@ -146,7 +146,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
       state, scalars = step_fn(state, batch, rng)
       timer.step_started(scalars)
       progress.step()
-      last = step == num_steps or stop.received is not None
+      # Read once: a signal in the middle of this round ends the next.
+      stopping = stop.received is not None
+      last = step == num_steps or stopping
 
       if step % config.log_steps == 0 or last:
         scalars = {f"train/{k}": float(v) for k, v in scalars.items()}
@@ -160,7 +162,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
         with timer.paused():
           checkpoints.save(step, state, identity)
 
-      if (step % config.eval_steps == 0 or last) and stop.received is None:
+      if (step % config.eval_steps == 0 or last) and not stopping:
         with timer.paused():
           scalars = evaluator.metrics(state)
         name = f"eval/{config.data.eval_split}"
@@ -172,7 +174,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
           f"{scalars['loss_own_colour']:.4f}"
         )
 
-      if (step % config.picture_steps == 0 or last) and stop.received is None:
+      if (step % config.picture_steps == 0 or last) and not stopping:
         with timer.paused():
           views = evaluator.views(state, config.picture_clips)
         if is_leader:
@@ -185,7 +187,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
           writer.write_picture(step, "reconstruction", picture)
           progress.say(f"step {step}: {' and '.join(map(str, paths))}")
 
-      if stop.received is not None:
+      if stopping:
         break
 
   # --- End --------------------------------------------------------------------
@@ -194,7 +196,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   checkpoints.close()
   if is_leader:
     print(_summary(workdir, int(state.step), num_steps), flush=True)
-  return state, stop.received
+  return state, stop.received if int(state.step) < num_steps else None
 
 
 def _plan(config, dataset, mesh, trainer, num_params, num_steps) -> str:
