@@ -150,7 +150,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
       stopping = stop.received is not None
       last = step == num_steps or stopping
 
-      if step % config.log_steps == 0 or last:
+      # The first step too: on a small machine the tenth may be an hour away.
+      if step % config.log_steps == 0 or step == start_step + 1 or last:
         scalars = {f"train/{k}": float(v) for k, v in scalars.items()}
         _check_finite(scalars, step, checkpoints.latest_step, workdir)
         scalars["train/lr"] = float(schedule(step - 1))
