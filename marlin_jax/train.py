@@ -205,8 +205,8 @@ def _plan(config, dataset, mesh, trainer, num_params, num_steps) -> str:
   kinds = ", ".join(sorted({d.device_kind for d in mesh.devices.flat}))
   masks = trainer.task.masking
   lines = [
-    f"data     {dataset.path}: {dataset.num_records} records of "
-    f"{dataset.num_videos} videos in '{dataset.split}'",
+    f"data     {dataset.path}: split '{dataset.split}', records: "
+    f"{dataset.num_records}, videos: {dataset.num_videos}",
     f"model    {num_params / 1e6:.1f}M parameters, {config.dtype}",
     f"masking  {masks.strategy}: {masks.num_visible} of {masks.num_tokens} "
     "tokens are visible",
