@@ -10,11 +10,14 @@ Axes: B batch, N tokens, D width, H heads, K = D / H.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from marlin_jax.models import partition
 
 LAYER_NORM_EPS = 1e-5
 
@@ -112,13 +115,34 @@ class Attention(nnx.Module):
 
   def __call__(self, x):
     heads = (*x.shape[:2], self.num_heads, -1)
-    q, k, v = (f(x).reshape(heads) for f in (self.query, self.key, self.value))
-    # (B, N, H, K)
+    layers = (self.query, self.key, self.value)
+    # Joined where devices share the heads: there the gradient of x is summed
+    # over devices, once for all three instead of once for each.
+    project = joined if partition.num_tensor() > 1 else apart
+    q, k, v = (y.reshape(heads) for y in project(layers, x))  # (B, N, H, K)
     if self.implementation == "cudnn":
       y = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     else:
       y = plain_attention(q, k, v)
     return self.out(y.reshape(x.shape))
+
+
+def apart(layers: Sequence[Dense], x: jax.Array) -> list[jax.Array]:
+  """Several layers of the same size on one input, each on its own."""
+  return [layer(x) for layer in layers]
+
+
+def joined(layers: Sequence[Dense], x: jax.Array) -> list[jax.Array]:
+  """As `apart`, to rounding, in one matrix product."""
+  dtype = layers[0].dtype
+  kernel = jnp.stack([layer.kernel[...].astype(dtype) for layer in layers])
+  flat = x.reshape(-1, x.shape[-1]).astype(dtype)
+  out = jnp.einsum("nd,sdf->snf", flat, kernel)
+  out = out.reshape(len(layers), *x.shape[:-1], -1)
+  return [
+    y if layer.bias is None else y + layer.bias[...].astype(dtype)
+    for layer, y in zip(layers, out, strict=True)
+  ]
 
 
 def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -192,7 +216,8 @@ class Transformer(nnx.Module):
     params = [nnx.to_pure_dict(nnx.state(block)) for block in self.blocks]
 
     def apply(x, block_params):
-      return nnx.merge(graphdef, block_params)(x)
+      block = nnx.merge(graphdef, partition.weights(block_params))
+      return partition.tokens(block(partition.tokens(x)))
 
     if self.remat != "none":
       # Under scan the loop itself already keeps XLA from merging the two
