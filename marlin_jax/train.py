@@ -44,8 +44,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
     The last TrainState, and the signal that ended the run early or None.
 
   Raises:
-    ConfigError, DatasetError, ResumeError, SampleError: the run cannot be done
-      as asked; the message says why and what to do.
+    ConfigError, DatasetError, ResumeError, SampleError, WeightsError: the run
+      cannot be done as asked; the message says why and what to do.
   """
   validate(config)
   # Imported here: they take seconds, which --help and bad flags need not wait.
@@ -59,8 +59,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
     sample,
     sharding,
     train_step,
+    warm_start,
   )
   from marlin_jax.evaluators import reconstruction
+  from marlin_jax.formats import detect
 
   # --- Data -------------------------------------------------------------------
   data_path = config.data.path
@@ -103,7 +105,16 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
     state = checkpoints.restore(start_step, state_shapes, everywhere, identity)
     print(f"resumed from step {start_step} in {workdir}", flush=True)
   else:
+    if checkpoints.latest_step == 0:
+      raise checkpoint.ResumeError(
+        f"{workdir} holds converted weights, not a run: start from them with "
+        f"--config.init_from={workdir} and another --workdir"
+      )
     state = jax.jit(initialise, out_shardings=everywhere)()
+    if config.init_from:
+      weights = detect.read(config.init_from)
+      state, notices = warm_start.apply(weights, state, config)
+      print("\nnote: ".join([f"starts from {weights.source}", *notices]))
   if is_leader:
     (workdir / "config.json").write_text(config.to_json(indent=2) + "\n")
 
@@ -263,6 +274,7 @@ def main(argv):
   try:
     validate(config)
     from marlin_jax.checkpoint import ResumeError
+    from marlin_jax.formats.weights import WeightsError
     from marlin_jax.input_pipeline import DatasetError
     from marlin_jax.sample import SampleError
   except ConfigError as e:
@@ -274,6 +286,7 @@ def main(argv):
     DatasetError,
     ResumeError,
     SampleError,
+    WeightsError,
     FloatingPointError,
   ) as e:
     sys.exit(f"error: {e}")
