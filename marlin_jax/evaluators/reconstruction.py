@@ -35,7 +35,7 @@ class Reconstruction:
     seed: int,
   ):
     """Says which clips; nothing is read yet."""
-    self._grid = trainer.task.tubelets.grid
+    self._task = trainer.task
     self._reconstruct = jax.jit(functools.partial(reconstruct, trainer))
     self._batches = functools.partial(
       input_pipeline.eval_batches, dataset, transform, batch_size=batch_size
@@ -62,22 +62,28 @@ class Reconstruction:
     ]
     return dict(zip(_SCALARS, np.mean(rows, axis=0).tolist(), strict=True))
 
-  def views(self, state: TrainState, num_clips: int) -> np.ndarray:
-    """uint8 (3, B, T, H, W, 3) of the first clips; see summaries.panels."""
+  def views(self, state: TrainState, num_clips: int) -> summaries.Views:
+    """Pictures of the first clips; see summaries.panels."""
     batch, result = next(self._results(state, 1))
     # With several processes each shows clips of its own.
     video, visible, made = (
       np.concatenate([s.data for s in x.addressable_shards])[:num_clips]
       for x in (batch["video"], result["visible"], result["video"])
     )
-    return summaries.panels(video, visible, made, self._grid)
+    return summaries.panels(
+      video,
+      visible,
+      made,
+      self._task.tubelets.grid,
+      norm_pix=self._task.norm_pix,
+    )
 
 
-def save(views: np.ndarray, directory: Path, name: str, fps: float):
+def save(views: summaries.Views, directory: Path, name: str, fps: float):
   """Writes NAME.png and NAME.gif.
 
   Args:
-    views: uint8 (3, B, T, H, W, 3), from `Reconstruction.views`.
+    views: from `Reconstruction.views`.
     directory: created where it is missing.
     name: of the files.
     fps: of the animation.
