@@ -22,6 +22,9 @@ from marlin_jax.formats.weights import Architecture, of_modules
 from marlin_jax.marlin import Marlin
 from marlin_jax.masking import Masking
 
+# On two busy cores L and the steps of B take minutes.
+pytestmark = pytest.mark.timeout(900)
+
 SIZES = {
   "S": Architecture(384, 12, 6, 1536, 192, 4, 3, 768, disc_hidden=768),
   "B": Architecture(768, 12, 12, 3072, 384, 4, 6, 1536, disc_hidden=1536),
@@ -34,6 +37,10 @@ def random_weights(size):
   architecture = SIZES[size]
   mae = architecture.make_autoencoder()
   disc = architecture.make_discriminator()
+  # Leaky ReLU's slope jumps at 0, and among two million inputs some would lie
+  # so near that rounding decides. Half the units are far on either side.
+  bias = disc.hidden.bias
+  bias[...] = jnp.where(jnp.arange(bias[...].size) % 2, 4.0, -4.0)
   return of_modules(
     architecture,
     nnx.to_pure_dict(nnx.state(mae)),
@@ -206,16 +213,17 @@ def test_five_alternating_steps_have_the_authors_losses_and_gradients(size):
       "encoder.pos_embedding.emb",
       "decoder.pos_embedding.emb",
     }
-    # What shifts every score alike does not change their difference.
-    shift = "discriminator.layers.1.linear.bias"
-    assert abs(gradients.pop(shift)) < 1e-6
-    assert abs(ours[shift]) < 1e-6
+    # Biases shift the scores of both sides alike: no gradient but rounding.
+    for layer in range(2):
+      name = f"discriminator.layers.{layer}.linear.bias"
+      assert np.linalg.norm(gradients.pop(name)) < 1e-6
+      assert np.linalg.norm(ours[name]) < 1e-6
     for player in ("mae", "discriminator"):
-      mine = [n for n in gradients if (player in n) == (player != "mae")]
+      is_disc = player == "discriminator"
+      mine = [n for n in gradients if n.startswith("disc") == is_disc]
       assert distance(ours, gradients, mine) < 1e-5, (i, player)
-    # The query's biases nearly cancel, which leaves them more rounding.
     for name in gradients:
-      assert distance(ours, gradients, [name]) < 5e-5, (i, name)
+      assert distance(ours, gradients, [name]) < 1e-5, (i, name)
 
 
 def distance(got, want, names):
