@@ -88,7 +88,18 @@ def get_config():
   config.remat = "none"  # dots, full: less memory, more arithmetic
 
   config.mesh = ConfigDict()
-  config.mesh.data = -1  # devices that share the batch; -1: all
+  config.mesh.data = -1  # devices that share the batch; -1: all others
+  config.mesh.fsdp = 1  # these share the batch too, and the weights
+  config.mesh.tensor = 1  # these share every clip's heads and hidden units
+
+  # Several processes, each with devices of its own, that train together.
+  config.distributed = ConfigDict()
+  # host:port of process 0; 'auto': ask the cluster (TPU, Slurm, Kubernetes,
+  # Open MPI); 'none': alone; '': as JAX_COORDINATOR_ADDRESS or Slurm say.
+  config.distributed.coordinator = ""
+  config.distributed.num_processes = 0  # with host:port only
+  config.distributed.process_id = 0
+  config.distributed.timeout_secs = 300  # to wait for the others to start
 
   config.log_steps = 10
   config.eval_steps = 1000

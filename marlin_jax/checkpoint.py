@@ -53,14 +53,15 @@ class Checkpoints:
       self._manager.wait_until_finished()
 
   def restore(
-    self, step: int, like: Pytree, sharding: jax.sharding.Sharding, meta: dict
+    self, step: int, like: Pytree, shardings: Pytree, meta: dict
   ) -> Pytree:
     """Restores the train state of `step`.
 
     Args:
       step: one of the saved steps.
       like: a state of the right structure, arrays or shapes.
-      sharding: where the arrays shall live.
+      shardings: a tree like it, where each array shall live; how they were
+        spread over devices when they were saved does not matter.
       meta: what this run is about; it must equal the checkpoint's.
 
     Raises:
@@ -82,7 +83,9 @@ class Checkpoints:
         + "\nSet them back, or start afresh in another --workdir."
       )
     abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      like,
+      shardings,
     )
     try:
       return self._manager.restore(

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from marlin_jax import masking, memory, optim, train_step, video
+from marlin_jax import masking, memory, optim, sharding, train_step, video
 from marlin_jax.input_pipeline import Dataset, TakeClip
 from marlin_jax.models import discriminator, mae
 
@@ -24,11 +25,17 @@ _FREE_ON_RESUME = (
   "data.eval_split",
   "data.num_threads",
   "data.path",  # the data set's fingerprint is compared instead
+  "distributed.coordinator",
+  "distributed.num_processes",
+  "distributed.process_id",
+  "distributed.timeout_secs",
   "eval_batches",
   "eval_steps",
   "keep_checkpoints",
   "log_steps",
   "mesh.data",
+  "mesh.fsdp",
+  "mesh.tensor",
   "num_epochs",  # compared as num_steps
   "picture_clips",
   "picture_steps",
@@ -53,13 +60,20 @@ class Experiment(NamedTuple):
   take_clip: TakeClip
 
 
-def build(config: ConfigDict, num_steps: int, num_devices: int) -> Experiment:
+def build(
+  config: ConfigDict,
+  num_steps: int,
+  mesh: Mesh | None = None,
+  device_bytes: int | None = None,
+) -> Experiment:
   """Puts a run together.
 
   Args:
     config: a valid configuration, see configs/pretrain_b.py.
     num_steps: steps of the whole run.
-    num_devices: devices that share the batch.
+    mesh: the devices, from sharding.make_mesh; None: one device.
+    device_bytes: memory to plan with on each device; None: that of this
+      process's first. Must be the same on every process.
   """
   tubelets = video.Tubelets(
     config.data.num_frames, tubelet_size=config.model.tubelet_size
@@ -95,9 +109,13 @@ def build(config: ConfigDict, num_steps: int, num_devices: int) -> Experiment:
   disc_graph, *disc_shapes = train_step.split_model(
     nnx.eval_shape(make_discriminator)
   )
+  if device_bytes is None:
+    device_bytes = memory.device_bytes(jax.local_devices()[0])
+  params, fixed = mae_shapes
+  params = {"params": params, "fixed": fixed, "disc_params": disc_shapes[0]}
   fit = config.clips_per_device or memory.clips_that_fit(
-    jax.local_devices()[0],
-    num_params=count(mae_shapes) + count(disc_shapes),
+    device_bytes,
+    **_kept_and_gathered(config, mesh, params),
     clip_bytes=memory.clip_bytes(
       model=config.model,
       num_tokens=tubelets.num_tokens,
@@ -105,6 +123,7 @@ def build(config: ConfigDict, num_steps: int, num_devices: int) -> Experiment:
       pixels=tubelets.pixels,
       dtype=config.dtype,
       remat=config.remat,
+      num_tensor=mesh.shape["tensor"] if mesh else 1,
     ),
   )
   schedule = optim.learning_rate(
@@ -135,7 +154,12 @@ def build(config: ConfigDict, num_steps: int, num_devices: int) -> Experiment:
     discriminator=disc_graph,
     optimizer=adamw,
     disc_optimizer=adamw,
-    num_micro=memory.num_parts(config.batch_size, num_devices, fit),
+    num_micro=memory.num_parts(
+      config.batch_size, sharding.num_shards(mesh) if mesh else 1, fit
+    ),
+    placement=sharding.Placement(mesh, config.dtype)
+    if mesh and mesh.size > 1
+    else None,
   )
 
   def initialise():
@@ -150,9 +174,44 @@ def build(config: ConfigDict, num_steps: int, num_devices: int) -> Experiment:
   return Experiment(trainer, initialise, schedule, take_clip)
 
 
+def lay_out(config: ConfigDict, mesh: Mesh, shapes) -> sharding.Layout:
+  """Finds a place on the mesh for each array of a TrainState or its shapes."""
+  num_heads = {
+    "encoder": config.model.num_heads,
+    "decoder": config.model.dec_num_heads,
+  }
+  return sharding.lay_out(mesh, shapes, num_heads)
+
+
+def _kept_and_gathered(config, mesh, params) -> dict[str, int]:
+  """Parameters that one device keeps, and those it puts together in a step."""
+  if mesh is None:
+    return {"num_params": count(params), "num_gathered": 0}
+  shardings = lay_out(config, mesh, params).shardings
+  kept = sharding.bytes_per_device(params, shardings) // 4
+  cut_by_fsdp = mesh.shape["fsdp"] > 1
+  return {
+    "num_params": kept,
+    "num_gathered": kept * mesh.shape["fsdp"] if cut_by_fsdp else 0,
+  }
+
+
 def count(params) -> int:
   """Numbers in a pytree of arrays or shapes."""
   return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+
+
+def flat(config: ConfigDict) -> dict[str, Any]:
+  """A configuration with its keys as one writes them: {"data.path": ...}."""
+
+  def walk(tree, prefix):
+    for key, value in tree.items():
+      if isinstance(value, ConfigDict):
+        yield from walk(value, f"{prefix}{key}.")
+      else:
+        yield prefix + key, value
+
+  return dict(walk(config, ""))
 
 
 def identity(config: ConfigDict, dataset: Dataset, num_steps: int) -> dict:
@@ -162,14 +221,7 @@ def identity(config: ConfigDict, dataset: Dataset, num_steps: int) -> dict:
     A flat dict that survives JSON.
   """
 
-  def flatten(tree, prefix=""):
-    for key, value in tree.items():
-      if isinstance(value, ConfigDict):
-        yield from flatten(value, f"{prefix}{key}.")
-      else:
-        yield prefix + key, value
-
-  kept = {k: v for k, v in flatten(config) if k not in _FREE_ON_RESUME}
+  kept = {k: v for k, v in flat(config).items() if k not in _FREE_ON_RESUME}
   kept["num_steps"] = num_steps
   kept["data set (sha256)"] = dataset.fingerprint
   return json.loads(json.dumps(kept))

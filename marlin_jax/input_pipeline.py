@@ -14,7 +14,7 @@ import collections
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import grain
 import jax
@@ -180,6 +180,32 @@ class TakeClip(grain.transforms.RandomMap):
     }
 
 
+def own_rows(sharding: jax.sharding.Sharding, batch_size: int) -> list[int]:
+  """The clips of a global batch that this process's devices need, by number.
+
+  Processes whose devices share clips, along mesh.tensor, get the same ones.
+  """
+  held = sharding.addressable_devices_indices_map((batch_size,)).values()
+  return sorted({i for (part,) in held for i in range(batch_size)[part]})
+
+
+class _OwnClips:
+  """Every global batch's own rows, one after the other; a grain source."""
+
+  def __init__(self, clips: grain.MapDataset, rows, batch_size: int):
+    self._clips, self._rows, self._batch_size = clips, rows, batch_size
+
+  def __len__(self) -> int:
+    return len(self._clips) // self._batch_size * len(self._rows)
+
+  def __getitem__(self, index: int):
+    step, i = divmod(index, len(self._rows))
+    return self._clips[step * self._batch_size + self._rows[i]]
+
+  def __repr__(self) -> str:
+    return f"{self._clips}[{len(self._rows)} of {self._batch_size}]"
+
+
 def train_batches(
   dataset: Dataset,
   transform: TakeClip,
@@ -188,6 +214,7 @@ def train_batches(
   seed: int,
   start_step: int,
   num_threads: int,
+  rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
   """This process's share of every global batch, for ever.
 
@@ -199,9 +226,10 @@ def train_batches(
     seed: of order and starts.
     start_step: steps already taken.
     num_threads: readers; 2 saturate a core or two, see STACK in the docs.
+    rows: this process's share, from `own_rows`; None: all.
 
   Yields:
-    Dicts of arrays, each with batch_size / process_count clips.
+    Dicts of arrays, each with as many clips as there are rows.
   """
   clips = (
     grain.MapDataset.source(RecordSource(dataset))
@@ -210,10 +238,12 @@ def train_batches(
     .repeat()
     .random_map(transform)
   )
-  count = jax.process_count()
-  # Sliced after the random transform: a clip's start must not depend on how
-  # many processes there are.
-  batches = clips[jax.process_index() :: count].batch(batch_size // count)
+  if rows is not None and len(rows) < batch_size:
+    # Chosen after the random transform: a clip's start must not depend on how
+    # many processes there are.
+    clips = grain.MapDataset.source(_OwnClips(clips, rows, batch_size))
+    batch_size = len(rows)
+  batches = clips.batch(batch_size)
   # Each thread fills a whole batch; a few in store even out slow reads.
   options = grain.ReadOptions(
     num_threads=num_threads, prefetch_buffer_size=2 * num_threads
@@ -222,25 +252,35 @@ def train_batches(
 
 
 def eval_batches(
-  dataset: Dataset, transform: TakeClip, *, batch_size: int, num_batches: int
+  dataset: Dataset,
+  transform: TakeClip,
+  *,
+  batch_size: int,
+  num_batches: int,
+  rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
   """The same clips on every call, from records spread over the split.
 
   Where there are fewer records than clips, records repeat with other starts.
 
+  Args:
+    dataset: what to read.
+    transform: record -> clip.
+    batch_size: clips per batch over all processes.
+    num_batches: how many.
+    rows: this process's share, from `own_rows`; None: all.
+
   Yields:
-    Dicts of arrays, each with batch_size / process_count clips.
+    Dicts of arrays, each with as many clips as there are rows.
   """
   source = RecordSource(dataset)
   num_clips = batch_size * num_batches
   chosen = np.arange(num_clips) * len(source) // num_clips
   for first in range(0, num_clips, batch_size):
-    mine = range(first, first + batch_size)[
-      jax.process_index() :: jax.process_count()
-    ]
+    mine = range(batch_size) if rows is None else rows
     clips = [
       transform.random_map(source[chosen[i]], np.random.default_rng(i))
-      for i in mine
+      for i in (first + row for row in mine)
     ]
     yield {key: np.stack([c[key] for c in clips]) for key in clips[0]}
 

@@ -31,22 +31,32 @@ def device_bytes(device: jax.Device) -> int:
 
 
 def clips_that_fit(
-  device: jax.Device, *, num_params: int, clip_bytes: int
+  device_bytes: int, *, num_params: int, num_gathered: int, clip_bytes: int
 ) -> int:
   """Clips that fit beside the state; 0 where not even one is sure to.
 
   Args:
-    device: one of the devices.
-    num_params: of both networks; each takes five float32 values: itself, its
-      two Adam moments, its gradient and the gradient's accumulator.
+    device_bytes: what training may use on one device.
+    num_params: of both networks, kept by one device; each takes five float32
+      values: itself, its two Adam moments, its gradient and the gradient's
+      accumulator.
+    num_gathered: parameters that a device puts together from what it and
+      others keep; each takes one more value.
     clip_bytes: activations per clip.
   """
-  room = device_bytes(device) - 5 * 4 * num_params
+  room = device_bytes - 4 * (5 * num_params + num_gathered)
   return max(room // clip_bytes, 0)
 
 
 def clip_bytes(
-  *, model, num_tokens: int, num_visible: int, pixels: int, dtype: str, remat
+  *,
+  model,
+  num_tokens: int,
+  num_visible: int,
+  pixels: int,
+  dtype: str,
+  remat: str,
+  num_tensor: int = 1,
 ) -> int:
   """Activations that one clip keeps alive between forward and backward.
 
@@ -57,12 +67,15 @@ def clip_bytes(
     pixels: values per token.
     dtype: of the matmuls.
     remat: config.remat.
+    num_tensor: devices that share heads and hidden units.
   """
   size = 2 if dtype == "bfloat16" else 4
 
   def stack(tokens, width, depth, mlp_dim, heads):
     # Scores and weights (softmax is float32), the hidden layer before and
     # after GELU with its derivative, and what is as wide as the stream.
+    if heads % num_tensor == 0:
+      heads, mlp_dim = heads // num_tensor, -(-mlp_dim // num_tensor)
     scores = tokens**2 * heads * (4 + size)
     block = scores + size * tokens * (4 * mlp_dim + 12 * width)
     kept = {

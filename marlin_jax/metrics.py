@@ -22,11 +22,15 @@ class MetricWriter:
   """Writes scalars and pictures of one run.
 
   metrics.jsonl has one object per logged step and is the source of truth;
-  TensorBoard shows the same beside it.
+  TensorBoard shows the same beside it. Of several processes only the first
+  writes.
   """
 
   def __init__(self, workdir: str | Path, *, start_step: int):
     """Opens the files; what an interrupted run wrote past start_step goes."""
+    self._writes = jax.process_index() == 0
+    if not self._writes:
+      return
     self._path = Path(workdir) / "metrics.jsonl"
     kept = []
     if self._path.exists():
@@ -42,17 +46,21 @@ class MetricWriter:
 
   def write(self, step: int, scalars: dict[str, float]) -> None:
     """Adds one object to metrics.jsonl, and the scalars to TensorBoard."""
+    if not self._writes:
+      return
     self._file.write(json.dumps({"step": step, **scalars}) + "\n")
     for name, value in scalars.items():
       self._board.add_scalar(name, value, step)
 
   def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
     """Adds uint8 (H, W, 3) to TensorBoard."""
-    self._board.add_image(name, picture, step, dataformats="HWC")
+    if self._writes:
+      self._board.add_image(name, picture, step, dataformats="HWC")
 
   def close(self) -> None:
-    self._file.close()
-    self._board.close()
+    if self._writes:
+      self._file.close()
+      self._board.close()
 
 
 def _step_of(line: str) -> float:
@@ -149,11 +157,13 @@ class StopSignal:
 class Progress:
   """The line that tells how far a run is.
 
-  A bar with ETA on a terminal; in a log file one plain line per report.
+  A bar with ETA on a terminal; in a log file one plain line per report. Of
+  several processes only the first speaks.
   """
 
   def __init__(self, total: int, *, start: int):
     self._total = total
+    self._speaks = jax.process_index() == 0
     self._bar = tqdm(
       total=total,
       initial=start,
@@ -161,7 +171,7 @@ class Progress:
       dynamic_ncols=True,
       # Steps are slow on small machines: show each.
       mininterval=0.5,
-      disable=not sys.stderr.isatty(),
+      disable=not (self._speaks and sys.stderr.isatty()),
       bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
       "[{elapsed}<{remaining}{postfix}]",
     )
@@ -194,8 +204,9 @@ class Progress:
 
   def say(self, line: str) -> None:
     """Prints a line that stays, above the bar where there is one."""
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
+    if self._speaks:
+      tqdm.write(line, file=sys.stdout)
+      sys.stdout.flush()
 
   def close(self) -> None:
     self._bar.close()

@@ -1,44 +1,255 @@
-"""The device mesh, and where arrays live on it."""
+"""The device mesh, and where arrays live on it.
+
+Every device has a place along three axes:
+  data: each has clips of its own and a copy of the weights;
+  fsdp: each has clips of its own and keeps a part of every large weight; the
+    parts are put together block by block, when they are used (ZeRO-3);
+  tensor: all have the same clips; each computes some of the attention heads
+    and hidden units of every block (Megatron-LM).
+The fastest links should join tensor, the slowest data: the axes are laid over
+the devices in that order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-# Clips are spread over this axis; parameters are copied to every device.
-DATA_AXIS = "data"
+Pytree = Any
+
+AXES = ("data", "fsdp", "tensor")
+# Clips are spread over these.
+BATCH = P(("data", "fsdp"))
+
+# (pattern that ends a parameter's path, where each of its axes lives). The
+# first that matches holds, for the parameter and for its optimiser moments.
+# In a block tensor cuts what comes out of the first layer of a pair and what
+# goes into the second, so that one sum over devices ends each pair. fsdp cuts
+# the other axis: cutting the axis that tensor cuts, or the largest, makes the
+# compiler move whole activations between devices.
+RULES = (
+  (r"attention/(query|key|value)/kernel", P("fsdp", "tensor")),
+  (r"attention/(query|value)/bias", P("tensor")),
+  (r"attention/out/kernel", P("tensor", "fsdp")),
+  (r"mlp_in/kernel", P("fsdp", "tensor")),
+  (r"mlp_in/bias", P("tensor")),
+  (r"mlp_out/kernel", P("tensor", "fsdp")),
+  (r"(patch_embedding|enc_to_dec|head|hidden)/kernel", P("fsdp", None)),
+  # Norms, other biases, the mask token, position tables, the discriminator's
+  # last layer, counters: a thousandth of the whole.
+  (r".*", P()),
+)
 
 
-def make_mesh(num_data: int, devices: Sequence[jax.Device] | None = None):
-  """A mesh with one data axis.
+def make_mesh(
+  data: int = -1,
+  fsdp: int = 1,
+  tensor: int = 1,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+  """A mesh of all devices.
+
+  Devices of several TPU slices, which only the data centre's network joins,
+  differ along data alone.
 
   Args:
-    num_data: devices along the axis; -1 takes all there are.
+    data: devices along the axis; -1 takes all that the others leave.
+    fsdp: likewise, at least 1.
+    tensor: likewise, at least 1.
     devices: the devices to use; all of the process group by default.
 
   Raises:
-    ValueError: more devices are asked for than there are.
+    ValueError: the sizes do not fit the number of devices or of slices.
   """
   devices = list(devices if devices is not None else jax.devices())
-  if num_data == -1:
-    num_data = len(devices)
-  if num_data != len(devices):
-    kinds = sorted({d.device_kind for d in devices})
+  asked = f"config.mesh.data={data}, fsdp={fsdp}, tensor={tensor}"
+  kinds = ", ".join(sorted({d.device_kind for d in devices}))
+  there = f"there are {len(devices)} devices ({kinds})"
+  if data == -1:
+    if len(devices) % (fsdp * tensor):
+      raise ValueError(
+        f"{asked}, but {there}, which {fsdp} x {tensor} does not divide; "
+        "lower fsdp or tensor"
+      )
+    data = len(devices) // (fsdp * tensor)
+  if data * fsdp * tensor != len(devices):
     raise ValueError(
-      f"config.mesh.data={num_data}, but there are {len(devices)} devices "
-      f"({', '.join(kinds)}); use -1 for all of them"
+      f"{asked}: a mesh of {data * fsdp * tensor}, but {there}; use "
+      "config.mesh.data=-1 for all that fsdp and tensor leave"
     )
-  return Mesh(np.asarray(devices), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+  num_slices = len({getattr(d, "slice_index", 0) for d in devices})
+  if data % num_slices:
+    raise ValueError(
+      f"{asked}: {data} along data is no multiple of the {num_slices} slices "
+      "that the devices belong to; fsdp and tensor must fit into one slice"
+    )
+  if num_slices > 1:
+    grid = mesh_utils.create_hybrid_device_mesh(
+      (data // num_slices, fsdp, tensor), (num_slices, 1, 1), devices
+    )
+  else:
+    grid = mesh_utils.create_device_mesh((data, fsdp, tensor), devices)
+  return Mesh(np.asarray(grid), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def num_shards(mesh: Mesh) -> int:
+  """Parts that a batch is spread in: the devices along data and fsdp."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Leading axis over the data axis."""
-  return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+  """Leading axis over data and fsdp."""
+  return NamedSharding(mesh, BATCH)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
   """A whole copy on every device."""
-  return NamedSharding(mesh, PartitionSpec())
+  return NamedSharding(mesh, P())
+
+
+class Layout(NamedTuple):
+  """Where each array of a state lives.
+
+  Attributes:
+    shardings: a tree like the state, of NamedShardings.
+    notes: for each axis that could not be cut as RULES say, a line that tells
+      which and why; it is kept whole instead.
+  """
+
+  shardings: Pytree
+  notes: tuple[str, ...]
+
+
+def lay_out(mesh: Mesh, shapes: Pytree, num_heads: Mapping[str, int]) -> Layout:
+  """Finds a place for every array before any is made.
+
+  Args:
+    mesh: from `make_mesh`.
+    shapes: the state, arrays or ShapeDtypeStructs.
+    num_heads: attention heads, which stay whole, by the part of the path that
+      they are for: {"encoder": 12, "decoder": 6}.
+  """
+  notes = {}
+
+  def place(path, leaf):
+    name = _name(path)
+    spec = []
+    for axis, mesh_axis in enumerate(_rule(name)):
+      pieces, what = leaf.shape[axis], f"axis {axis}"
+      if mesh_axis == "tensor" and "attention/" in name:
+        pieces = next(n for part, n in num_heads.items() if f"{part}/" in name)
+        what = "heads"
+      if mesh_axis and pieces % mesh.shape[mesh_axis]:
+        # One line for all blocks, and none for the moments again.
+        where = re.sub(r"blocks/\d+", "blocks/*", name)
+        if name.split("/")[0] in ("params", "disc_params"):
+          notes[where, mesh_axis] = (
+            f"{where}: {pieces} {what} do not divide over "
+            f"mesh.{mesh_axis}={mesh.shape[mesh_axis]}, kept whole"
+          )
+        mesh_axis = None
+      spec.append(mesh_axis)
+    return NamedSharding(mesh, P(*spec))
+
+  shardings = jax.tree_util.tree_map_with_path(place, shapes)
+  return Layout(shardings, tuple(notes.values()))
+
+
+def bytes_per_device(shapes: Pytree, shardings: Pytree) -> int:
+  """Bytes that one device holds of a tree of arrays or shapes."""
+  sizes = jax.tree.map(
+    lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize,
+    shapes,
+    shardings,
+  )
+  return sum(jax.tree.leaves(sizes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """Where tokens and weights live while a network runs; models.partition.
+
+  Attributes:
+    mesh: from `make_mesh`.
+    dtype: of the matmuls; weights travel in it.
+  """
+
+  mesh: Mesh
+  dtype: str
+
+  @property
+  def num_tensor(self) -> int:
+    return self.mesh.shape["tensor"]
+
+  def tokens(self, x: jax.Array) -> jax.Array:
+    """(B, N, D): clips spread over data and fsdp, whole along tensor."""
+    return jax.lax.with_sharding_constraint(x, batch_sharding(self.mesh))
+
+  def weights(self, params: Pytree) -> Pytree:
+    """Puts the parts that fsdp has cut together again.
+
+    The blocks of a stack stay as they are: each asks for its own as it runs,
+    so that no device ever holds all of them.
+
+    Args:
+      params: of a network or of a single block, nested dicts by name.
+    """
+
+    def whole(path, x):
+      name = _name(path)
+      rule = _rule(name)
+      if "blocks/" in name or "fsdp" not in rule:
+        return x
+      axis = rule.index("fsdp")
+      size = self.mesh.shape["fsdp"]
+      if size == 1 or x.shape[axis] % size:
+        return x
+      # Cast before the journey, not after.
+      return _gather(x.astype(self.dtype), self.mesh, axis)
+
+    return jax.tree_util.tree_map_with_path(whole, params)
+
+
+def _name(path) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _rule(name: str) -> P:
+  return next(
+    spec for pattern, spec in RULES if re.search(f"(^|/){pattern}$", name)
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x, mesh, axis):
+  """Whole along one axis; what tensor does to the others stays."""
+  return _constrain(x, mesh, axis, None)
+
+
+def _gather_forward(x, mesh, axis):
+  return _gather(x, mesh, axis), None
+
+
+def _gather_backward(mesh, axis, _, grad):
+  # The gradient is wanted in parts only. With the transpose of the above every
+  # device would get all of it.
+  return (_constrain(grad, mesh, axis, "fsdp"),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def _constrain(x, mesh, axis, mesh_axis):
+  spec = [P.UNCONSTRAINED] * x.ndim
+  spec[axis] = mesh_axis
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))

@@ -3,8 +3,9 @@
   python -m marlin_jax.train --config=configs/pretrain_b.py --workdir=runs/b
 
 Any value of the configuration can be overridden: --config.batch_size=64. Run
-again with the same --workdir, it goes on where it stopped; a run interrupted by
-Ctrl-C or SIGTERM saves first.
+again with the same --workdir, it goes on where it stopped, on as many devices
+and processes as there are now; a run interrupted by Ctrl-C or SIGTERM saves
+first.
 
 A workdir holds config.json, metrics.jsonl (one object per logged step),
 tensorboard/, checkpoints/ and pictures/.
@@ -44,8 +45,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
     The last TrainState, and the signal that ended the run early or None.
 
   Raises:
-    ConfigError, DatasetError, ResumeError, SampleError, WeightsError: the run
-      cannot be done as asked; the message says why and what to do.
+    ConfigError, DatasetError, ResumeError, SampleError, StartError,
+      WeightsError: the run cannot be done as asked; the message says why and
+      what to do.
   """
   validate(config)
   # Imported here: they take seconds, which --help and bad flags need not wait.
@@ -53,8 +55,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
 
   from marlin_jax import (
     checkpoint,
+    distributed,
     experiment,
     input_pipeline,
+    memory,
     metrics,
     sample,
     sharding,
@@ -64,11 +68,24 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   from marlin_jax.evaluators import reconstruction
   from marlin_jax.formats import detect
 
+  # --- Processes --------------------------------------------------------------
+  distributed.initialise(config.distributed)
+  is_leader = jax.process_index() == 0
+  distributed.check_same(
+    {
+      f"config.{key}": value
+      for key, value in experiment.flat(config).items()
+      if not key.startswith("distributed.")
+    }
+  )
+
   # --- Data -------------------------------------------------------------------
   data_path = config.data.path
   if data_path == "sample":
-    print(sample.NOTICE, flush=True)
-    data_path = sample.prepare_sample()
+    if is_leader:
+      print(sample.NOTICE, flush=True)
+    with distributed.leader_first():
+      data_path = sample.prepare_sample()
   dataset = input_pipeline.open_dataset(data_path, config.data.split)
   eval_dataset = input_pipeline.open_dataset(data_path, config.data.eval_split)
   num_steps = config.num_steps or math.ceil(
@@ -77,21 +94,22 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
 
   # --- Devices ----------------------------------------------------------------
   try:
-    mesh = sharding.make_mesh(config.mesh.data)
+    mesh = sharding.make_mesh(**config.mesh)
   except ValueError as e:
     raise ConfigError(str(e)) from e
-  check_batch(config, mesh.size, jax.process_count())
+  check_batch(config, sharding.num_shards(mesh))
   everywhere, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-  is_leader = jax.process_index() == 0
 
   # --- Model ------------------------------------------------------------------
+  # The least, so that all cut a batch into as many parts.
+  device_bytes = memory.device_bytes(jax.local_devices()[0])
   trainer, initialise, schedule, take_clip = experiment.build(
-    config, num_steps, mesh.size
+    config, num_steps, mesh, distributed.smallest(device_bytes)
   )
-  state_shapes = jax.eval_shape(initialise)
+  shapes = jax.eval_shape(initialise)
+  layout = experiment.lay_out(config, mesh, shapes)
   if is_leader:
-    num_params = experiment.count(state_shapes.params)
-    print(_plan(config, dataset, mesh, trainer, num_params, num_steps))
+    print(_plan(config, dataset, trainer, mesh, shapes, layout, num_steps))
 
   # --- Resume -----------------------------------------------------------------
   workdir = Path(workdir)
@@ -101,21 +119,29 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   )
   identity = experiment.identity(config, dataset, num_steps)
   start_step = checkpoints.latest_step or 0
+  distributed.check_same(
+    {
+      f"the data set in {data_path}": dataset.fingerprint,
+      f"the last step saved in {workdir}": start_step,
+    }
+  )
   if start_step:
-    state = checkpoints.restore(start_step, state_shapes, everywhere, identity)
-    print(f"resumed from step {start_step} in {workdir}", flush=True)
+    state = checkpoints.restore(start_step, shapes, layout.shardings, identity)
   else:
     if checkpoints.latest_step == 0:
       raise checkpoint.ResumeError(
         f"{workdir} holds converted weights, not a run: start from them with "
         f"--config.init_from={workdir} and another --workdir"
       )
-    state = jax.jit(initialise, out_shardings=everywhere)()
+    state = jax.jit(initialise, out_shardings=layout.shardings)()
     if config.init_from:
       weights = detect.read(config.init_from)
       state, notices = warm_start.apply(weights, state, config)
-      print("\nnote: ".join([f"starts from {weights.source}", *notices]))
+      if is_leader:
+        print("\nnote: ".join([f"starts from {weights.source}", *notices]))
   if is_leader:
+    if start_step:
+      print(f"resumed from step {start_step} in {workdir}", flush=True)
     (workdir / "config.json").write_text(config.to_json(indent=2) + "\n")
 
   # --- Compile ----------------------------------------------------------------
@@ -127,6 +153,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
       seed=config.seed,
       start_step=start_step,
       num_threads=config.data.num_threads,
+      rows=input_pipeline.own_rows(split, config.batch_size),
     ),
     split,
   )
@@ -139,17 +166,20 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
     num_batches=config.eval_batches,
     seed=config.seed,
   )
-  rng = jax.device_put(jax.random.key(config.seed), everywhere)
+  make_key = functools.partial(jax.random.key, config.seed)
+  rng = jax.jit(make_key, out_shardings=everywhere)()
   step_fn = jax.jit(
     functools.partial(train_step.train_step, trainer),
     donate_argnums=0,
-    out_shardings=everywhere,
+    out_shardings=(layout.shardings, everywhere),
   )
 
   # --- Loop -------------------------------------------------------------------
   writer = metrics.MetricWriter(workdir, start_step=start_step)
   progress = metrics.Progress(num_steps, start=start_step)
   timer = metrics.Timer(clips_per_step=config.batch_size)
+  stop_together = distributed.StopTogether(mesh)
+  signum = None
   with metrics.StopSignal() as stop:
     for step in range(start_step + 1, num_steps + 1):
       with timer.waiting_for_data():
@@ -158,7 +188,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
       timer.step_started(scalars)
       progress.step()
       # Read once: a signal in the middle of this round ends the next.
-      stopping = stop.received is not None
+      signum = stop_together(stop.received)
+      stopping = signum is not None
       last = step == num_steps or stopping
 
       # The first step too: on a small machine the tenth may be an hour away.
@@ -208,25 +239,38 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   checkpoints.close()
   if is_leader:
     print(_summary(workdir, int(state.step), num_steps), flush=True)
-  return state, stop.received if int(state.step) < num_steps else None
+  return state, signum if int(state.step) < num_steps else None
 
 
-def _plan(config, dataset, mesh, trainer, num_params, num_steps) -> str:
+def _plan(config, dataset, trainer, mesh, shapes, layout, num_steps) -> str:
   """Tells what is about to happen, before the first long wait."""
+  from marlin_jax import experiment, sharding
+
   kinds = ", ".join(sorted({d.device_kind for d in mesh.devices.flat}))
+  processes = {d.process_index for d in mesh.devices.flat}
   masks = trainer.task.masking
+  num_params = experiment.count(shapes.params)
+  state_bytes = sharding.bytes_per_device(shapes, layout.shardings)
   lines = [
     f"data     {dataset.path}: split '{dataset.split}', records: "
     f"{dataset.num_records}, videos: {dataset.num_videos}",
     f"model    {num_params / 1e6:.1f}M parameters, {config.dtype}",
     f"masking  {masks.strategy}: {masks.num_visible} of {masks.num_tokens} "
     "tokens are visible",
-    f"devices  {mesh.size} x {kinds}",
+    f"devices  {mesh.size} x {kinds}"
+    + (f" in {len(processes)} processes" if len(processes) > 1 else ""),
     f"batch    {config.batch_size} clips",
     f"steps    {num_steps}",
   ]
   if trainer.num_micro > 1:
     lines[-2] += f", in {trainer.num_micro} parts with accumulated gradients"
+  if mesh.size > 1:
+    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    lines[3] += (
+      f": {sizes}; each keeps {state_bytes / 1e6:.1f} MB of parameters and "
+      "optimiser states"
+    )
+    lines[3] += "".join(f"\n         {note}" for note in layout.notes)
   if dataset.num_records < config.batch_size:
     lines[0] += (
       "\n         fewer records than clips in a batch: they repeat in it, with "
@@ -273,23 +317,27 @@ def main(argv):
   name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
   try:
     validate(config)
+    from marlin_jax import distributed
     from marlin_jax.checkpoint import ResumeError
     from marlin_jax.formats.weights import WeightsError
     from marlin_jax.input_pipeline import DatasetError
+    from marlin_jax.rendezvous import StartError
     from marlin_jax.sample import SampleError
   except ConfigError as e:
     sys.exit(f"error: {e}")
-  try:
-    _, signum = train_and_evaluate(config, _WORKDIR.value or f"runs/{name}")
-  except (
-    ConfigError,
-    DatasetError,
-    ResumeError,
-    SampleError,
-    WeightsError,
-    FloatingPointError,
-  ) as e:
-    sys.exit(f"error: {e}")
+  with distributed.leaving_on_errors():
+    try:
+      _, signum = train_and_evaluate(config, _WORKDIR.value or f"runs/{name}")
+    except (
+      ConfigError,
+      DatasetError,
+      ResumeError,
+      SampleError,
+      StartError,
+      WeightsError,
+      FloatingPointError,
+    ) as e:
+      distributed.leave(f"error: {e}")
   if signum is not None:
     sys.exit(128 + signum)
 

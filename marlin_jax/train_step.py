@@ -28,6 +28,7 @@ from flax import nnx
 
 from marlin_jax import losses
 from marlin_jax.masking import Masking
+from marlin_jax.models import partition
 from marlin_jax.models.discriminator import Discriminator
 from marlin_jax.models.mae import MAE, gather_tokens
 from marlin_jax.models.vit import Fixed
@@ -159,6 +160,7 @@ class Trainer:
     disc_optimizer: updates the discriminator.
     num_micro: parts in which the batch is worked through, one after the other,
       with gradients accumulated: where memory is too small for the whole.
+    placement: where tokens and weights live on a mesh; None: on one device.
   """
 
   task: Task
@@ -168,14 +170,22 @@ class Trainer:
   optimizer: optax.GradientTransformation
   disc_optimizer: optax.GradientTransformation
   num_micro: int = 1
+  placement: partition.Placement | None = None
 
   def predict(self, params, fixed, patches, visible, masked):
     """float32 (B, M, P): the autoencoder's predictions."""
-    return nnx.merge(self.mae, params, fixed)(patches, visible, masked)
+    with partition.use(self.placement):
+      params = partition.weights(params)
+      return nnx.merge(self.mae, params, fixed)(patches, visible, masked)
 
   def judge(self, disc_params, tokens):
     """(B, M, P) -> (B, M, 1): the discriminator's scores."""
     return nnx.merge(self.discriminator, disc_params)(tokens)
+
+  def judging(self, disc_params):
+    """The discriminator's parameters, ready for `judge`."""
+    with partition.use(self.placement):
+      return partition.weights(disc_params)
 
   # --- the two losses ---------------------------------------------------------
 
@@ -184,6 +194,7 @@ class Trainer:
     # Side by side on the token axis: on the batch axis the partitioner would
     # move whole activations between devices, and two applications would
     # reduce the gradient twice.
+    disc_params = self.judging(disc_params)
     scores = self.judge(disc_params, jnp.concatenate([pred, target], axis=1))
     d_fake, d_real = jnp.split(scores, 2, axis=1)
     loss = losses.discriminator_loss(d_real, d_fake)
@@ -201,7 +212,8 @@ class Trainer:
     loss_rec = losses.reconstruction_loss(pred, target)
     if not self.adversarial.weight:
       return loss_rec, {"loss_rec": loss_rec}
-    loss_adv = losses.generator_adversarial_loss(self.judge(disc_params, pred))
+    scores = self.judge(self.judging(disc_params), pred)
+    loss_adv = losses.generator_adversarial_loss(scores)
     loss = loss_rec + self.adversarial.weight * loss_adv
     return loss, {"loss_rec": loss_rec, "loss_adv": loss_adv, "loss": loss}
 

@@ -39,6 +39,9 @@ _AT_LEAST_1 = (
   "picture_clips",
   "checkpoint_steps",
   "keep_checkpoints",
+  "mesh.fsdp",
+  "mesh.tensor",
+  "distributed.timeout_secs",
 )
 _AT_LEAST_0 = (
   "seed",
@@ -49,6 +52,8 @@ _AT_LEAST_0 = (
   "adv.gp_weight",
   "optim.min_lr",
   "optim.weight_decay",
+  "distributed.num_processes",
+  "distributed.process_id",
 )
 
 
@@ -70,20 +75,24 @@ def validate(config: ConfigDict) -> None:
     )
 
 
-def check_batch(config: ConfigDict, num_devices: int, num_processes: int):
-  """The checks that need to know the devices.
+def check_batch(config: ConfigDict, num_devices: int):
+  """The check that needs to know the devices.
+
+  Args:
+    config: the configuration.
+    num_devices: that share the batch: along mesh.data and mesh.fsdp.
 
   Raises:
     ConfigError: the batch does not divide over them.
   """
-  for count, what in ((num_devices, "devices"), (num_processes, "processes")):
-    if config.batch_size % count:
-      lower = config.batch_size // count * count
-      nearby = [n for n in (lower, lower + count) if n]
-      raise ConfigError(
-        f"config.batch_size={config.batch_size} does not divide over {count} "
-        f"{what}; nearby values that do: {', '.join(map(str, nearby))}"
-      )
+  if config.batch_size % num_devices:
+    lower = config.batch_size // num_devices * num_devices
+    nearby = [n for n in (lower, lower + num_devices) if n]
+    raise ConfigError(
+      f"config.batch_size={config.batch_size} does not divide over "
+      f"{num_devices} devices; nearby values that do: "
+      f"{', '.join(map(str, nearby))}"
+    )
 
 
 def _problems(config: ConfigDict) -> Iterator[str]:
@@ -116,7 +125,30 @@ def _problems(config: ConfigDict) -> Iterator[str]:
     yield f"optim.base_lr={config.optim.base_lr}: expected a value above 0"
   if config.mesh.data != -1 and config.mesh.data < 1:
     yield f"mesh.data={config.mesh.data}: expected -1 (all) or at least 1"
+  yield from _distributed_problems(config.distributed)
   yield from _mask_problems(config)
+
+
+def _distributed_problems(settings: ConfigDict) -> Iterator[str]:
+  address, num = settings.coordinator, settings.num_processes
+  if address in ("", "auto", "none"):
+    return
+  host, _, port = address.rpartition(":")
+  if not host or not port.isdigit():
+    yield (
+      f"distributed.coordinator={address!r}: expected host:port, 'auto', "
+      "'none' or ''"
+    )
+  if num < 1:
+    yield (
+      f"distributed.num_processes={num}: expected at least 1 with "
+      "distributed.coordinator=host:port"
+    )
+  elif settings.process_id >= num:
+    yield (
+      f"distributed.process_id={settings.process_id}: expected less than "
+      f"distributed.num_processes={num}"
+    )
 
 
 def _mask_problems(config: ConfigDict) -> Iterator[str]:

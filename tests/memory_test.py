@@ -18,7 +18,7 @@ def test_the_estimate_is_on_the_safe_side_and_no_more_than_double(remat):
   config.remat = remat
   config.batch_size = 2
   config.clips_per_device = 2
-  made = experiment.build(config, num_steps=10, num_devices=1)
+  made = experiment.build(config, num_steps=10)
   trainer = made.trainer
   state = jax.eval_shape(made.initialise)
   grid = trainer.task.tubelets.grid

@@ -57,6 +57,6 @@ def test_the_strategies_are_those_of_masking():
 def test_a_batch_that_does_not_divide_names_values_that_do():
   config = pretrain_b.get_config()
   config.batch_size = 30
-  check_batch(config, 6, 2)
+  check_batch(config, 6)
   with pytest.raises(ConfigError, match="over 8 devices; .* 24, 32"):
-    check_batch(config, 8, 1)
+    check_batch(config, 8)

@@ -50,7 +50,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def state(config):
-  return experiment.build(config, 10, 1).initialise()
+  return experiment.build(config, 10).initialise()
 
 
 def test_every_array_is_taken(config, state):

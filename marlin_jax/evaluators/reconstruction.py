@@ -7,9 +7,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 from PIL import Image
 
-from marlin_jax import input_pipeline, summaries
+from marlin_jax import input_pipeline, sharding, summaries
 from marlin_jax.train_step import Trainer, TrainState, reconstruct
 
 _SCALARS = (
@@ -28,27 +29,37 @@ class Reconstruction:
     trainer: Trainer,
     dataset: input_pipeline.Dataset,
     transform: input_pipeline.TakeClip,
-    sharding: jax.sharding.Sharding,
+    split: NamedSharding,
     *,
     batch_size: int,
     num_batches: int,
     seed: int,
   ):
-    """Says which clips; nothing is read yet."""
+    """Says which clips, and how they are spread; nothing is read yet."""
     self._task = trainer.task
-    self._reconstruct = jax.jit(functools.partial(reconstruct, trainer))
+    everywhere = sharding.replicated(split.mesh)
+    self._reconstruct = jax.jit(
+      functools.partial(reconstruct, trainer),
+      out_shardings={
+        "video": split,
+        "visible": split,
+        **dict.fromkeys(_SCALARS, everywhere),
+      },
+    )
     self._batches = functools.partial(
-      input_pipeline.eval_batches, dataset, transform, batch_size=batch_size
+      input_pipeline.eval_batches,
+      dataset,
+      transform,
+      batch_size=batch_size,
+      rows=input_pipeline.own_rows(split, batch_size),
     )
     self._num_batches = num_batches
-    self._sharding = sharding
+    self._split = split
     self._key = jax.random.key(seed)
 
   def _results(self, state: TrainState, num_batches: int):
     batches = self._batches(num_batches=num_batches)
-    for i, batch in enumerate(
-      input_pipeline.to_devices(batches, self._sharding)
-    ):
+    for i, batch in enumerate(input_pipeline.to_devices(batches, self._split)):
       yield (
         batch,
         self._reconstruct(state, batch, jax.random.fold_in(self._key, i)),
@@ -67,7 +78,7 @@ class Reconstruction:
     batch, result = next(self._results(state, 1))
     # With several processes each shows clips of its own.
     video, visible, made = (
-      np.concatenate([s.data for s in x.addressable_shards])[:num_clips]
+      _local_rows(x)[:num_clips]
       for x in (batch["video"], result["visible"], result["video"])
     )
     return summaries.panels(
@@ -77,6 +88,15 @@ class Reconstruction:
       self._task.tubelets.grid,
       norm_pix=self._task.norm_pix,
     )
+
+
+def _local_rows(x: jax.Array) -> np.ndarray:
+  """What of an array, spread along its first axis, this process holds.
+
+  Several devices may hold the same rows.
+  """
+  shards = {s.index[0].start or 0: s.data for s in x.addressable_shards}
+  return np.concatenate([shards[start] for start in sorted(shards)])
 
 
 def save(views: summaries.Views, directory: Path, name: str, fps: float):

@@ -10,11 +10,14 @@ Axes: B batch, N tokens, D width, H heads, K = D / H.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from marlin_jax.models import partition
 
 # MARLIN's. VideoMAE has 1e-6, and HuggingFace's copy of it 1e-12.
 NORM_EPS = 1e-5
@@ -116,7 +119,11 @@ class Attention(nnx.Module):
   def project(self, x):
     """Query, key and value, (B, N, H, K) each."""
     heads = (*x.shape[:2], self.num_heads, -1)
-    return [f(x).reshape(heads) for f in (self.query, self.key, self.value)]
+    layers = (self.query, self.key, self.value)
+    # Joined where devices share the heads: there the gradient of x is summed
+    # over devices, once for all three instead of once for each.
+    project = joined if partition.num_tensor() > 1 else apart
+    return [y.reshape(heads) for y in project(layers, x)]
 
   def weights(self, x):
     """How much each token looks at each: float32 (B, H, N, N), rows sum to 1.
@@ -134,6 +141,24 @@ class Attention(nnx.Module):
     else:
       y = plain_attention(q, k, v)
     return self.out(y.reshape(x.shape))
+
+
+def apart(layers: Sequence[Dense], x: jax.Array) -> list[jax.Array]:
+  """Several layers of the same size on one input, each on its own."""
+  return [layer(x) for layer in layers]
+
+
+def joined(layers: Sequence[Dense], x: jax.Array) -> list[jax.Array]:
+  """As `apart`, to rounding, in one matrix product."""
+  dtype = layers[0].dtype
+  kernel = jnp.stack([layer.kernel[...].astype(dtype) for layer in layers])
+  flat = x.reshape(-1, x.shape[-1]).astype(dtype)
+  out = jnp.einsum("nd,sdf->snf", flat, kernel)
+  out = out.reshape(len(layers), *x.shape[:-1], -1)
+  return [
+    y if layer.bias is None else y + layer.bias[...].astype(dtype)
+    for layer, y in zip(layers, out, strict=True)
+  ]
 
 
 def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -216,7 +241,8 @@ class Transformer(nnx.Module):
     params = [nnx.to_pure_dict(nnx.state(block)) for block in self.blocks]
 
     def apply(x, block_params):
-      return nnx.merge(graphdef, block_params)(x)
+      block = nnx.merge(graphdef, partition.weights(block_params))
+      return partition.tokens(block(partition.tokens(x)))
 
     if self.remat != "none":
       # Under scan the loop itself already keeps XLA from merging the two

@@ -1,0 +1,139 @@
+"""Trains a few steps under many layouts of 8 devices, and tells what happened.
+
+A process of its own, started by sharding_test.py: how many devices there are
+is settled when jax starts. Prints one JSON object, by the name of the case.
+"""
+
+import functools
+import json
+import math
+import sys
+from concurrent import futures
+
+import jax
+import numpy as np
+
+from configs import pretrain_b
+from marlin_jax import experiment, hlo, sharding, train_step
+
+BATCH_SIZE = 16
+
+SMALL = {
+  "batch_size": BATCH_SIZE,
+  "clips_per_device": BATCH_SIZE,
+  "data.num_frames": 2,
+  "model.width": 32,
+  "model.depth": 1,
+  "model.num_heads": 2,
+  "model.mlp_dim": 64,
+  "model.dec_width": 32,
+  "model.dec_depth": 1,
+  "model.dec_num_heads": 2,
+  "model.dec_mlp_dim": 64,
+  "adv.weight": 0.1,
+  "adv.hidden": 32,
+  "optim.base_lr": 0.01,
+}
+# What may get into the way of a layout, all at once; a device at a time works
+# on two clips, so that the batch is cut into as many parts with 4 as with 1.
+RICH = SMALL | {
+  "adv.gp_weight": 10.0,
+  "adv.d_steps": 2,
+  "scan": True,
+  "remat": "full",
+}
+# name: (overrides, clips at once, (data, fsdp, tensor), steps)
+CASES = {
+  "one device": (SMALL, 16, (1, 1, 1), 5),
+  "data": (SMALL, 2, (8, 1, 1), 5),
+  "fsdp": (SMALL, 2, (1, 8, 1), 5),
+  "fsdp and tensor": (SMALL, 4, (1, 4, 2), 5),
+  "rich, one device": (RICH, 8, (1, 1, 1), 3),
+  "rich, all axes": (RICH, 2, (2, 2, 2), 3),
+}
+
+
+class Case:
+  """One layout: made in the main thread, compiled in any."""
+
+  def __init__(self, overrides, clips_at_once, sizes, num_steps):
+    config = pretrain_b.get_config()
+    config.update_from_flattened_dict(overrides)
+    config.clips_per_device = clips_at_once
+    self.num_steps = num_steps
+    self.mesh = sharding.make_mesh(*sizes, jax.devices()[: math.prod(sizes)])
+    self.trainer, self.initialise, *_ = experiment.build(config, 100, self.mesh)
+    self.shapes = jax.eval_shape(self.initialise)
+    self.layout = experiment.lay_out(config, self.mesh, self.shapes)
+    everywhere = sharding.replicated(self.mesh)
+    np_rng = np.random.default_rng(0)
+    grid = self.trainer.task.tubelets.grid
+    frames = (BATCH_SIZE, 2, 224, 224, 3)
+    self.batch = jax.device_put(
+      {
+        "video": np_rng.integers(0, 256, frames, np.uint8),
+        "regions": np_rng.integers(0, 2048, (BATCH_SIZE, *grid), np.uint16),
+      },
+      sharding.batch_sharding(self.mesh),
+    )
+    self.rng = jax.device_put(jax.random.key(0), everywhere)
+    state = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      self.shapes,
+      self.layout.shardings,
+    )
+    self.lowered = jax.jit(
+      functools.partial(train_step.train_step, self.trainer),
+      donate_argnums=0,
+      out_shardings=(self.layout.shardings, everywhere),
+    ).lower(state, self.batch, self.rng)
+
+  def run(self, step, state) -> dict:
+    """Losses, bytes per device, bytes exchanged per step."""
+    state = jax.device_put(state, self.layout.shardings)
+    losses = []
+    for _ in range(self.num_steps):
+      donated, (state, scalars) = state, step(state, self.batch, self.rng)
+      losses.append({k: float(v) for k, v in scalars.items()})
+    masks = self.trainer.task.masking
+    learned = {
+      name: getattr(self.shapes, name)
+      for name in ("params", "opt_state", "disc_params", "disc_opt_state")
+    }
+    return {
+      "losses": losses,
+      "num_micro": self.trainer.num_micro,
+      "num_tokens": masks.num_tokens,
+      "num_visible": masks.num_visible,
+      "param_bytes": 4 * experiment.count(self.shapes.params),
+      "disc_bytes": 4 * experiment.count(self.shapes.disc_params),
+      "exchanged": hlo.total_bytes(
+        hlo.collectives(step.as_text(), self.mesh.size)
+      ),
+      "planned_bytes": sharding.bytes_per_device(
+        learned, {k: getattr(self.layout.shardings, k) for k in learned}
+      ),
+      "held_bytes": sum(
+        x.addressable_shards[0].data.nbytes
+        for x in jax.tree.leaves({k: getattr(state, k) for k in learned})
+      ),
+      "old_state_is_given_up": all(
+        x.is_deleted() for x in jax.tree.leaves(donated)
+      ),
+    }
+
+
+def main(names):
+  cases = [Case(*CASES[name]) for name in names]
+  with futures.ThreadPoolExecutor(2) as pool:
+    steps = pool.map(lambda case: case.lowered.compile(), cases)
+    first = jax.device_get(jax.jit(cases[0].initialise)())
+    results = {
+      name: case.run(step, first)
+      for name, case, step in zip(names, cases, steps, strict=True)
+    }
+  print(json.dumps(results))
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:] or list(CASES))
