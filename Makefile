@@ -9,16 +9,16 @@ export MALLOC_MMAP_THRESHOLD_ ?= 17179869184
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 export MALLOC_ARENA_MAX ?= 1
 
-.PHONY: quickstart test lint format clean help
+.PHONY: quickstart test lint format bench-features clean help
 
 help:  ## Show what there is
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 quickstart: $(VENV)/.installed  ## Prepare the sample video and pretrain on it
 	$(BIN)/python -m marlin_jax.train --config=configs/quickstart.py
 
 test: $(VENV)/.installed-test  ## Run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-test  ## Check style and format
 	$(BIN)/ruff check .
@@ -27,6 +27,9 @@ lint: $(VENV)/.installed-test  ## Check style and format
 format: $(VENV)/.installed-test  ## Mend style and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench-features: $(VENV)/.installed-test  ## Feature extraction against PyTorch
+	$(BIN)/python tests/benchmarks/features.py
 
 clean:  ## Remove the environment and runs/
 	rm -rf $(VENV) runs
@@ -44,4 +47,6 @@ $(VENV)/.installed: requirements.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --no-deps marlin-pytorch==0.3.4
 	touch $@

@@ -8,7 +8,8 @@ Hardware there: 2x A6000, 32 clips per step, float32. Not yet run whole here.
     --config.data.path=DATASET --workdir=runs/b
 
 Where the recipe differs from the authors': the learning rate moves every step
-instead of every epoch, and weights start at random instead of from VideoMAE.
+instead of every epoch, and weights start at random unless init_from names a
+VideoMAE checkpoint, as theirs did.
 """
 
 from ml_collections import ConfigDict
@@ -37,6 +38,10 @@ def get_config():
   config.data.num_frames = 16
   config.data.stride = 2
   config.data.num_threads = 2
+
+  # Weights to start from: the workdir of a run, or whatever
+  # `python -m marlin_jax.convert` reads, e.g. VideoMAE's .pth. "": random.
+  config.init_from = ""
 
   config.model = ConfigDict()
   config.model.tubelet_size = 2

@@ -1,1 +1,14 @@
-"""Facial-video masked autoencoder pretraining in JAX."""
+"""Masked-autoencoder pretraining on face videos (MARLIN) in JAX.
+
+from marlin_jax import Marlin
+features = Marlin.from_pretrained(PATH).extract_video("clip.mp4")
+"""
+
+
+def __getattr__(name: str):
+  # Not at import: it takes seconds, and most modules do not need it.
+  if name == "Marlin":
+    from marlin_jax.marlin import Marlin
+
+    return Marlin
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -39,11 +39,36 @@ class Masking:
     strategy: one of STRATEGIES.
     ratio: share of the tokens to hide, in (0, 1).
     grid: tokens along t, h, w.
+
+  Raises:
+    ValueError: at construction, where the strategy is not known, or nothing
+      would be visible.
   """
 
   strategy: str
   ratio: float
   grid: tuple[int, int, int] = (8, 14, 14)
+
+  def __post_init__(self):
+    if self.strategy not in STRATEGIES:
+      raise ValueError(
+        f"strategy is {self.strategy!r}, expected one of "
+        f"{', '.join(STRATEGIES)}"
+      )
+    if not 0 < self.ratio < 1:
+      raise ValueError(
+        f"ratio is {self.ratio}, expected a value between 0 and 1"
+      )
+    if not self.num_visible:
+      raise ValueError(
+        f"ratio is {self.ratio}, which leaves nothing visible of {self.grid} "
+        f"tokens with strategy {self.strategy}; a lower one does"
+      )
+
+  @property
+  def needs_regions(self) -> bool:
+    """Whether it looks at the region bits."""
+    return self.strategy.startswith("fasking")
 
   @property
   def num_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""The sample data set behind `data.path = 'sample'`."""
+"""The sample video, and the data set behind `data.path = 'sample'`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,20 @@ To train on your own videos:
 
 class SampleError(RuntimeError):
   """The sample data set could not be prepared."""
+
+
+def fetch_video() -> Path:
+  """The sample video of a talking man, 176x144, downloaded on first use.
+
+  Raises:
+    SampleError: it could not be had.
+  """
+  from data_prep import assets
+
+  try:
+    return assets.fetch_sample_videos() / "carphone_pristine.mp4"
+  except assets.AssetError as e:
+    raise SampleError(str(e)) from e
 
 
 def prepare_sample() -> str:

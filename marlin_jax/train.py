@@ -45,8 +45,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
     The last TrainState, and the signal that ended the run early or None.
 
   Raises:
-    ConfigError, DatasetError, ResumeError, SampleError, StartError: the run
-      cannot be done as asked; the message says why and what to do.
+    ConfigError, DatasetError, ResumeError, SampleError, StartError,
+      WeightsError: the run cannot be done as asked; the message says why and
+      what to do.
   """
   validate(config)
   # Imported here: they take seconds, which --help and bad flags need not wait.
@@ -62,8 +63,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
     sample,
     sharding,
     train_step,
+    warm_start,
   )
   from marlin_jax.evaluators import reconstruction
+  from marlin_jax.formats import detect
 
   # --- Processes --------------------------------------------------------------
   distributed.initialise(config.distributed)
@@ -125,7 +128,17 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   if start_step:
     state = checkpoints.restore(start_step, shapes, layout.shardings, identity)
   else:
+    if checkpoints.latest_step == 0:
+      raise checkpoint.ResumeError(
+        f"{workdir} holds converted weights, not a run: start from them with "
+        f"--config.init_from={workdir} and another --workdir"
+      )
     state = jax.jit(initialise, out_shardings=layout.shardings)()
+    if config.init_from:
+      weights = detect.read(config.init_from)
+      state, notices = warm_start.apply(weights, state, config)
+      if is_leader:
+        print("\nnote: ".join([f"starts from {weights.source}", *notices]))
   if is_leader:
     if start_step:
       print(f"resumed from step {start_step} in {workdir}", flush=True)
@@ -306,6 +319,7 @@ def main(argv):
     validate(config)
     from marlin_jax import distributed
     from marlin_jax.checkpoint import ResumeError
+    from marlin_jax.formats.weights import WeightsError
     from marlin_jax.input_pipeline import DatasetError
     from marlin_jax.rendezvous import StartError
     from marlin_jax.sample import SampleError
@@ -320,6 +334,7 @@ def main(argv):
       ResumeError,
       SampleError,
       StartError,
+      WeightsError,
       FloatingPointError,
     ) as e:
       distributed.leave(f"error: {e}")

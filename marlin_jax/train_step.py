@@ -116,11 +116,10 @@ class Task:
     target = gather_tokens(tokens, masked).astype(jnp.float32) / 255
     if self.norm_pix:
       mean, std = self.pixel_stats(target)
-      target = ((self._by_colour(target) - mean) / std).reshape(target.shape)
+      target = ((_by_colour(target) - mean) / std).reshape(target.shape)
     patches = gather_tokens(tokens, visible).astype(jnp.float32) / 255
     if self.imagenet_input:
-      mean, std = (jnp.array(x)[:, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
-      patches = ((self._by_colour(patches) - mean) / std).reshape(patches.shape)
+      patches = imagenet_normalised(patches)
     return patches, visible, masked, target
 
   def pixel_stats(self, tokens):
@@ -133,12 +132,19 @@ class Task:
       Two arrays (..., 3, 1); the deviation is unbiased, plus 1e-6 (VideoMAE's
       run_mae_pretraining), so it is finite for a token of one colour.
     """
-    colours = self._by_colour(tokens)
+    colours = _by_colour(tokens)
     mean = colours.mean(-1, keepdims=True)
     return mean, jnp.sqrt(colours.var(-1, ddof=1, keepdims=True)) + 1e-6
 
-  def _by_colour(self, tokens):
-    return tokens.reshape(*tokens.shape[:-1], 3, -1)
+
+def imagenet_normalised(tokens: jax.Array) -> jax.Array:
+  """Tokens (..., P) in [0, 1] as VideoMAE checkpoints expect them."""
+  mean, std = (jnp.array(x)[:, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+  return ((_by_colour(tokens) - mean) / std).reshape(tokens.shape)
+
+
+def _by_colour(tokens):
+  return tokens.reshape(*tokens.shape[:-1], 3, -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,18 +280,16 @@ def train_step(
   return state.replace(step=state.step + 1), metrics
 
 
-def _prepare(trainer: Trainer, batch):
+def _prepare(task: Task, batch):
   """A batch of raw clips -> autoencoder inputs, target, penalty keys."""
   keys = jax.vmap(jax.random.split)(batch["keys"])
-  *inputs, target = trainer.task.split(
-    batch["video"], batch["regions"], keys[:, 0]
-  )
+  *inputs, target = task.split(batch["video"], batch["regions"], keys[:, 0])
   return inputs, target, keys[:, 1]
 
 
 def _step_at_once(trainer: Trainer, state: TrainState, batch):
   """The fused step: the first of the g_steps shares the only forward."""
-  inputs, target, keys = _prepare(trainer, batch)
+  inputs, target, keys = _prepare(trainer.task, batch)
   metrics = {}
 
   def forward(params):
@@ -327,14 +331,14 @@ def _step_in_parts(trainer: Trainer, state: TrainState, batch):
   metrics = {}
 
   def disc_grads(part, i):
-    inputs, target, keys = _prepare(trainer, part)
+    inputs, target, keys = _prepare(trainer.task, part)
     pred = trainer.predict(state.params, state.fixed, *inputs)
     return jax.grad(trainer.disc_loss, has_aux=True)(
       state.disc_params, pred, target, _fold(keys, i)
     )
 
   def mae_grads(part):
-    inputs, target, _ = _prepare(trainer, part)
+    inputs, target, _ = _prepare(trainer.task, part)
 
     def loss(params):
       pred = trainer.predict(params, state.fixed, *inputs)
@@ -387,19 +391,38 @@ def reconstruct(
     rng: key of the masks.
 
   Returns:
-    `video` float32 (B, T, H, W, 3), the prediction where hidden and the
-    original where visible, in [0, 1] with normalised targets undone; `visible`
-    bool (B, N); and the scalars `loss_rec`, on the target as in training, and
-    on plain pixels `loss_pixels` and, to compare it with, `loss_batch_colour`
-    and `loss_own_colour` (see losses.flat_patch_losses).
+    As `fill_in`.
   """
   keys = jax.random.split(rng, batch["video"].shape[0])
-  (patches, visible, masked), target, _ = _prepare(
-    trainer,
+  return fill_in(
+    trainer.task,
+    functools.partial(trainer.predict, state.params, state.fixed),
     {"video": batch["video"], "regions": batch["regions"], "keys": keys},
   )
-  task = trainer.task
-  pred = trainer.predict(state.params, state.fixed, patches, visible, masked)
+
+
+def fill_in(
+  task: Task, predict: Callable[..., jax.Array], batch: dict
+) -> dict[str, jax.Array]:
+  """Hides tokens of clips and has them predicted.
+
+  Args:
+    task: what is hidden, and in what form it is predicted.
+    predict: the autoencoder: patches (B, V, P), visible (B, V) and masked
+      (B, M) -> predictions float32 (B, M, P); see models.mae.MAE.
+    batch: as for `train_step`, and `keys`, B jax keys of the masks.
+
+  Returns:
+    `video` float32 (B, T, H, W, 3), the prediction where hidden and the
+    original where visible; as the network says it, so it may leave [0, 1]
+    where it is hidden, but with normalised targets undone, each token with its
+    true mean and deviation; `visible` bool (B, N); and the scalars `loss_rec`,
+    on the target as in training, and on plain pixels `loss_pixels` and, to
+    compare it with, `loss_batch_colour` and `loss_own_colour` (see
+    losses.flat_patch_losses).
+  """
+  (patches, visible, masked), target, _ = _prepare(task, batch)
+  pred = predict(patches, visible, masked)
   loss_rec = losses.reconstruction_loss(pred, target)
   tokens = task.tubelets.patchify(batch["video"]).astype(jnp.float32) / 255
   pixels = gather_tokens(tokens, masked)

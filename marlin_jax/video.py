@@ -23,6 +23,11 @@ class Clip:
     """Frames of the source from a clip's first to its last, inclusive."""
     return (self.num_frames - 1) * self.stride + 1
 
+  @property
+  def extent(self) -> int:
+    """Frames of the source that a window stands for: 32 by default."""
+    return self.num_frames * self.stride
+
   def indices(self, start: int, total: int) -> np.ndarray:
     """Frame numbers of the clip that begins at `start`.
 
@@ -42,6 +47,37 @@ class Clip:
   def random_start(self, total: int, np_rng: np.random.Generator) -> int:
     """A start such that the clip fits; 0 where the source is too short."""
     return int(np_rng.integers(max(total - self.span, 0) + 1))
+
+  def window_starts(self, total: int, hop: int | None = None) -> np.ndarray:
+    """Starts of the windows that cover a whole video: the one window rule.
+
+    A window stands for `extent` frames, of which its clip shows every
+    `stride`-th. Windows start every `hop` frames while they fit; where frames
+    remain at the end, one more window is moved back so that it ends with the
+    last frame. A video shorter than a window is one window, padded as `indices`
+    says. So every frame is in a window, and none is padded that need not be.
+
+    Args:
+      total: frames of the video, at least 1.
+      hop: frames from one start to the next; `extent` by default, where windows
+        lie side by side.
+
+    Returns:
+      int (W,), ascending, at least one.
+
+    Raises:
+      ValueError: the hop is not in [1, extent], so that frames between windows
+        would be left out.
+    """
+    hop = self.extent if hop is None else hop
+    if not 1 <= hop <= self.extent:
+      raise ValueError(
+        f"windows of {self.extent} frames that start every {hop} frames do not "
+        f"cover a video; expected 1 to {self.extent}"
+      )
+    last = max(total - self.extent, 0)
+    starts = np.arange(0, last + 1, hop)
+    return starts if starts[-1] == last else np.append(starts, last)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,9 @@ import pytest
 # counts. What one process has compiled the next finds here.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp())
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+  # JAX may read an entry while another process is writing it.
+  os.environ["JAX_COMPILATION_CACHE_DIR"] += f"/{worker}"
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 ROOT = Path(__file__).parents[1]

@@ -275,3 +275,25 @@ def test_a_batch_that_does_not_divide_over_devices(sample_dataset, tmp_path):
 def test_a_folder_without_data_set(tmp_path):
   message = refused(run(tmp_path, **{"data.path": tmp_path}))
   assert "python -m data_prep.prepare" in message
+
+
+def test_a_run_starts_from_the_weights_of_another(finished, tmp_path):
+  source, _ = finished
+  result = run(
+    tmp_path / "run",
+    init_from=source,
+    num_steps=1,
+    **{
+      "data.path": json.loads((source / "config.json").read_text())["data"][
+        "path"
+      ],
+      "optim.base_lr": 1e-12,
+      "optim.min_lr": 0,
+    },
+  )
+  assert result.returncode == 0, result.stderr
+  assert f"starts from {source}" in result.stdout
+  got, want = state_of(tmp_path / "run", 1), state_of(source, 6)
+  for name in want:
+    if name.startswith(("['params']", "['fixed']", "['disc_params']")):
+      np.testing.assert_allclose(got[name], want[name], atol=1e-9, err_msg=name)

@@ -30,6 +30,49 @@ def test_every_start_is_drawn_and_fits(total):
       np.testing.assert_array_equal(np.diff(indices), 2)
 
 
+@pytest.mark.parametrize("hop", [1, 7, 16, 31, 32, None])
+def test_windows_cover_every_frame_and_pad_only_what_is_too_short(hop):
+  clip = Clip(num_frames=16, stride=2)
+  for total in range(1, 101):
+    starts = clip.window_starts(total, hop)
+    ends = starts + clip.extent
+    seen = {i for s, e in zip(starts, ends, strict=True) for i in range(s, e)}
+    assert seen >= set(range(total))
+    assert starts[0] == 0
+    assert np.all(np.diff(starts) > 0)
+    for start in starts:
+      indices = clip.indices(start, total)
+      if total >= clip.span:
+        np.testing.assert_array_equal(np.diff(indices), clip.stride)
+    if total >= clip.extent:
+      assert ends[-1] == total
+      # Only the last one leaves the beat.
+      assert np.all(starts[:-1] % (hop or clip.extent) == 0)
+
+
+@pytest.mark.parametrize(
+  ("total", "expected"),
+  [
+    (1, [0]),
+    (31, [0]),
+    (32, [0]),
+    (33, [0, 1]),
+    (64, [0, 32]),
+    (300, [*range(0, 257, 32), 268]),
+  ],
+)
+def test_the_last_window_is_moved_back_to_end_with_the_video(total, expected):
+  assert Clip(16, 2).window_starts(total).tolist() == expected
+
+
+@pytest.mark.parametrize("hop", [0, -32, 33])
+def test_windows_with_gaps_between_them_are_refused(hop):
+  with pytest.raises(
+    ValueError, match="do not cover a video; expected 1 to 32"
+  ):
+    Clip(16, 2).window_starts(100, hop)
+
+
 def test_tokens_are_ordered_t_h_w_and_pixels_c_pt_ph_pw():
   tubelets = Tubelets()
   assert tubelets.grid == (8, 14, 14)

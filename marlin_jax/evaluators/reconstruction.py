@@ -36,7 +36,7 @@ class Reconstruction:
     seed: int,
   ):
     """Says which clips, and how they are spread; nothing is read yet."""
-    self._grid = trainer.task.tubelets.grid
+    self._task = trainer.task
     everywhere = sharding.replicated(split.mesh)
     self._reconstruct = jax.jit(
       functools.partial(reconstruct, trainer),
@@ -73,15 +73,21 @@ class Reconstruction:
     ]
     return dict(zip(_SCALARS, np.mean(rows, axis=0).tolist(), strict=True))
 
-  def views(self, state: TrainState, num_clips: int) -> np.ndarray:
-    """uint8 (3, B, T, H, W, 3) of the first clips; see summaries.panels."""
+  def views(self, state: TrainState, num_clips: int) -> summaries.Views:
+    """Pictures of the first clips; see summaries.panels."""
     batch, result = next(self._results(state, 1))
     # With several processes each shows clips of its own.
     video, visible, made = (
       _local_rows(x)[:num_clips]
       for x in (batch["video"], result["visible"], result["video"])
     )
-    return summaries.panels(video, visible, made, self._grid)
+    return summaries.panels(
+      video,
+      visible,
+      made,
+      self._task.tubelets.grid,
+      norm_pix=self._task.norm_pix,
+    )
 
 
 def _local_rows(x: jax.Array) -> np.ndarray:
@@ -93,11 +99,11 @@ def _local_rows(x: jax.Array) -> np.ndarray:
   return np.concatenate([shards[start] for start in sorted(shards)])
 
 
-def save(views: np.ndarray, directory: Path, name: str, fps: float):
+def save(views: summaries.Views, directory: Path, name: str, fps: float):
   """Writes NAME.png and NAME.gif.
 
   Args:
-    views: uint8 (3, B, T, H, W, 3), from `Reconstruction.views`.
+    views: from `Reconstruction.views`.
     directory: created where it is missing.
     name: of the files.
     fps: of the animation.

@@ -34,6 +34,7 @@ class Encoder(nnx.Module):
     mlp_dim: int,
     rngs: nnx.Rngs,
     dtype: jnp.dtype = jnp.float32,
+    norm_eps: float = vit.NORM_EPS,
     **transformer,
   ):
     self.patch_embedding = vit.dense(pixels, width, rngs, dtype)
@@ -46,10 +47,11 @@ class Encoder(nnx.Module):
       num_heads=num_heads,
       mlp_dim=mlp_dim,
       dtype=dtype,
+      norm_eps=norm_eps,
       rngs=rngs,
       **transformer,
     )
-    self.norm = vit.layer_norm(width, rngs)
+    self.norm = vit.layer_norm(width, rngs, norm_eps)
     self.dtype = dtype
 
   def __call__(self, patches: jax.Array, indices: jax.Array) -> jax.Array:
@@ -64,10 +66,20 @@ class Encoder(nnx.Module):
     """
     return self.norm(self.tokens(patches, indices))
 
-  def tokens(self, patches: jax.Array, indices: jax.Array) -> jax.Array:
-    """As `__call__`, before the final norm."""
-    x = self.patch_embedding(patches) + self.positions[...][indices]
-    return self.transformer(x.astype(self.dtype))
+  def tokens(
+    self, patches: jax.Array, indices: jax.Array | None = None
+  ) -> jax.Array:
+    """As `__call__`, before the final norm; without indices of all tokens."""
+    return self.transformer(self.embed(patches, indices))
+
+  def embed(
+    self, patches: jax.Array, indices: jax.Array | None = None
+  ) -> jax.Array:
+    """The transformer's input: (B, V, P) -> (B, V, D), positions added."""
+    positions = self.positions[...]
+    if indices is not None:
+      positions = positions[indices]
+    return (self.patch_embedding(patches) + positions).astype(self.dtype)
 
 
 class MAE(nnx.Module):
@@ -98,8 +110,14 @@ class MAE(nnx.Module):
     attention: str = "plain",
     scan: bool = False,
     remat: str = "none",
+    norm_eps: float = vit.NORM_EPS,
   ):
-    transformer = {"attention": attention, "scan": scan, "remat": remat}
+    transformer = {
+      "attention": attention,
+      "scan": scan,
+      "remat": remat,
+      "norm_eps": norm_eps,
+    }
     self.encoder = Encoder(
       num_tokens=num_tokens,
       pixels=pixels,
@@ -129,7 +147,7 @@ class MAE(nnx.Module):
       rngs=rngs,
       **transformer,
     )
-    self.dec_norm = vit.layer_norm(dec_width, rngs)
+    self.dec_norm = vit.layer_norm(dec_width, rngs, norm_eps)
     self.head = vit.dense(dec_width, pixels, rngs, dtype)
     if start_grey:
       self.head.kernel[...] = jnp.zeros_like(self.head.kernel[...])

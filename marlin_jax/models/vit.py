@@ -1,8 +1,8 @@
 """Vision transformer: a stack of pre-norm blocks on tokens.
 
-No class token, joint space-time attention, exact GELU, LayerNorm eps 1e-5, and
-no bias on the key projection (VideoMAE's and MARLIN's network). Parameters are
-float32; matmuls run in `dtype`; normalisation and softmax in float32.
+No class token, joint space-time attention, exact GELU, and no bias on the key
+projection (VideoMAE's and MARLIN's network). Parameters are float32; matmuls
+run in `dtype`; normalisation and softmax in float32.
 
 Axes: B batch, N tokens, D width, H heads, K = D / H.
 """
@@ -19,7 +19,8 @@ from flax import nnx
 
 from marlin_jax.models import partition
 
-LAYER_NORM_EPS = 1e-5
+# MARLIN's. VideoMAE has 1e-6, and HuggingFace's copy of it 1e-12.
+NORM_EPS = 1e-5
 
 # What the backward pass keeps of a block; everything else it computes again.
 REMAT_POLICIES = {
@@ -48,11 +49,13 @@ def sincos_positions(num_tokens: int, width: int) -> np.ndarray:
   return table.astype(np.float32)
 
 
-def layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(
+  width: int, rngs: nnx.Rngs, eps: float = NORM_EPS
+) -> nnx.LayerNorm:
   # The two-pass variance: the fast one loses digits where the mean is large.
   return nnx.LayerNorm(
     width,
-    epsilon=LAYER_NORM_EPS,
+    epsilon=eps,
     dtype=jnp.float32,
     use_fast_variance=False,
     rngs=rngs,
@@ -113,13 +116,26 @@ class Attention(nnx.Module):
     self.value = project()
     self.out = dense(width, width, rngs, dtype)
 
-  def __call__(self, x):
+  def project(self, x):
+    """Query, key and value, (B, N, H, K) each."""
     heads = (*x.shape[:2], self.num_heads, -1)
     layers = (self.query, self.key, self.value)
     # Joined where devices share the heads: there the gradient of x is summed
     # over devices, once for all three instead of once for each.
     project = joined if partition.num_tensor() > 1 else apart
-    q, k, v = (y.reshape(heads) for y in project(layers, x))  # (B, N, H, K)
+    return [y.reshape(heads) for y in project(layers, x)]
+
+  def weights(self, x):
+    """How much each token looks at each: float32 (B, H, N, N), rows sum to 1.
+
+    Whatever the implementation: 'cudnn' never holds them, and its own differ by
+    rounding.
+    """
+    q, k, _ = self.project(x)
+    return attention_weights(q, k)
+
+  def __call__(self, x):
+    q, k, v = self.project(x)
     if self.implementation == "cudnn":
       y = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     else:
@@ -150,24 +166,32 @@ def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
   On CPU about 8% faster than jax.nn.dot_product_attention, which it equals.
   """
-  q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))  # (B, H, N, K)
+  weights = attention_weights(q, k).astype(v.dtype)
+  v = v.transpose(0, 2, 1, 3)  # (B, H, N, K)
+  return jnp.einsum("bhqn,bhnk->bhqk", weights, v).transpose(0, 2, 1, 3)
+
+
+def attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:
+  """q, k (B, N, H, K) -> float32 (B, H, N, N), one row per query."""
+  q, k = (a.transpose(0, 2, 1, 3) for a in (q, k))  # (B, H, N, K)
   logits = jnp.einsum(
     "bhqk,bhnk->bhqn",
     q * q.shape[-1] ** -0.5,
     k,
     preferred_element_type=jnp.float32,
   )
-  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-  return jnp.einsum("bhqn,bhnk->bhqk", weights, v).transpose(0, 2, 1, 3)
+  return jax.nn.softmax(logits, axis=-1)
 
 
 class Block(nnx.Module):
   """Pre-norm transformer block; (B, N, D) -> (B, N, D)."""
 
-  def __init__(self, width, mlp_dim, num_heads, dtype, attention, rngs):
-    self.norm1 = layer_norm(width, rngs)
+  def __init__(
+    self, width, mlp_dim, num_heads, dtype, attention, norm_eps, rngs
+  ):
+    self.norm1 = layer_norm(width, rngs, norm_eps)
     self.attention = Attention(width, num_heads, dtype, attention, rngs)
-    self.norm2 = layer_norm(width, rngs)
+    self.norm2 = layer_norm(width, rngs, norm_eps)
     self.mlp_in = dense(width, mlp_dim, rngs, dtype)
     self.mlp_out = dense(mlp_dim, width, rngs, dtype)
 
@@ -200,13 +224,14 @@ class Transformer(nnx.Module):
     attention: str,
     scan: bool,
     remat: str,
+    norm_eps: float,
     rngs: nnx.Rngs,
   ):
     self.scan = scan
     self.remat = remat
     self.blocks = nnx.List(
       [
-        Block(width, mlp_dim, num_heads, dtype, attention, rngs)
+        Block(width, mlp_dim, num_heads, dtype, attention, norm_eps, rngs)
         for _ in range(depth)
       ]
     )

@@ -1,0 +1,379 @@
+"""Converts weights between formats.
+
+  python -m marlin_jax.convert --from=marlin --to=safetensors \\
+    marlin_vit_base_ytf.full.pt models/marlin_b
+  python -m marlin_jax.convert --to=marlin runs/b marlin_b.encoder.pt
+
+Formats:
+  safetensors  a folder that `Marlin.from_pretrained` opens (default of --to)
+  orbax        a training run of this project: its workdir, or WORKDIR/
+               checkpoints/STEP; written as step 0, for config.init_from
+  marlin       the MARLIN authors' files: .encoder.pt (the encoder alone), .pt
+               (with the decoder) or .ckpt (with the discriminator); SRC may
+               be the name of a published model
+  hf           a HuggingFace VideoMAE folder
+  videomae     the original VideoMAE's .pth
+
+Keys that are missing or left over are an error, and no file is allowed to run
+code. In the end what was written is read back and compared with what was read,
+on a real clip; where PyTorch is installed, its network runs on PyTorch's files
+too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+
+# Features of one clip may differ by so much; float32 gives about 1e-5.
+TOLERANCE = 1e-4
+
+_FORMATS = ("safetensors", "marlin", "hf", "videomae", "orbax")
+_READ_OPTIONS = {
+  "num_heads": "of the encoder, where its width is none of a published network",
+  "dec_num_heads": "of the decoder, likewise",
+  "num_frames": "frames of a clip, where the file does not say (videomae)",
+  "image_size": "of a frame, where the file does not say (videomae, marlin)",
+}
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    prog="python -m marlin_jax.convert",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("src", metavar="SRC", help="file, folder or name")
+  parser.add_argument("dst", metavar="DST", help="file or folder to write")
+  parser.add_argument(
+    "--from",
+    dest="source_format",
+    choices=_FORMATS,
+    default="",
+    help="format of SRC; by default what it looks like",
+  )
+  parser.add_argument(
+    "--to",
+    dest="target_format",
+    choices=_FORMATS,
+    default="safetensors",
+    help="format of DST (default: %(default)s)",
+  )
+  parser.add_argument(
+    "--overwrite", action="store_true", help="replace DST where it exists"
+  )
+  parser.add_argument(
+    "--encoder_only",
+    action="store_true",
+    help="leave decoder and discriminator behind",
+  )
+  reading = parser.add_argument_group("what SRC may not say")
+  for name, text in _READ_OPTIONS.items():
+    reading.add_argument(f"--{name}", type=int, metavar="N", help=text)
+  reading.add_argument(
+    "--drop_classifier",
+    action="store_true",
+    help="leave a fine-tuned classifier behind (hf, videomae)",
+  )
+  writing = parser.add_argument_group("--to=hf")
+  writing.add_argument(
+    "--hf_class",
+    choices=("model", "pretraining", "classification"),
+    help="VideoMAEModel, VideoMAEForPreTraining or "
+    "VideoMAEForVideoClassification, whose output without labels is the pooled "
+    "feature (default: pretraining where there is a decoder, else model)",
+  )
+  writing.add_argument(
+    "--fold_input",
+    action="store_true",
+    help="fold ImageNet's normalisation into the patch embedding, so that the "
+    "usual VideoMAE preprocessing gives the same features; else the written "
+    "preprocessor leaves pixels in [0, 1]",
+  )
+  parser.add_argument(
+    "--clip",
+    metavar="VIDEO",
+    help="video for the check (default: the sample video)",
+  )
+  return parser.parse_args(argv)
+
+
+def convert(args: argparse.Namespace) -> None:
+  """The whole conversion.
+
+  Raises:
+    WeightsError: see formats; or the check failed.
+  """
+  from marlin_jax import published
+  from marlin_jax.formats import detect
+
+  # --- Read -------------------------------------------------------------------
+  source = published.resolve(args.src, full=not args.encoder_only)
+  options = {
+    name: getattr(args, name)
+    for name in _READ_OPTIONS
+    if getattr(args, name) is not None
+  }
+  read_options = dict(options)
+  if args.drop_classifier:
+    read_options["drop_classifier"] = True
+  weights = detect.read(source, args.source_format, **read_options)
+  print(f"{source}: {describe(weights.architecture)}")
+  kept = weights.encoder_only() if args.encoder_only else weights
+
+  # --- Write ------------------------------------------------------------------
+  target = Path(args.dst).expanduser()
+  _make_room(target, source, overwrite=args.overwrite)
+  write_options = {}
+  if args.hf_class:
+    write_options["kind"] = _HF_CLASSES[args.hf_class]
+  if args.fold_input:
+    write_options["fold_input"] = True
+  module = detect.FORMATS[args.target_format]
+  notices = detect.call(
+    module.write,
+    target,
+    f"writing {args.target_format}",
+    write_options,
+    kept,
+  )
+  for notice in notices:
+    print(f"note: {notice}")
+
+  # --- Check ------------------------------------------------------------------
+  back = detect.read(
+    target,
+    args.target_format,
+    # What was known of the source, where the target cannot say it.
+    **{
+      name: getattr(kept.architecture, name)
+      for name in _UNSAID.get(args.target_format, ())
+    },
+  )
+  print(f"{target}: {describe(back.architecture)}")
+  check(
+    (source, args.source_format or detect.format_of(source), weights),
+    (target, args.target_format, back),
+    _clip(args.clip, kept.architecture),
+  )
+
+
+_HF_CLASSES = {
+  "model": "VideoMAEModel",
+  "pretraining": "VideoMAEForPreTraining",
+  "classification": "VideoMAEForVideoClassification",
+}
+
+
+# Arguments of a format's `read` that its files do not hold.
+_UNSAID = {
+  "marlin": ("num_heads", "dec_num_heads", "image_size"),
+  "videomae": ("num_heads", "dec_num_heads", "image_size", "num_frames"),
+}
+
+
+def describe(architecture) -> str:
+  """One line: parts and sizes of a network."""
+  a = architecture
+  parts = [f"encoder {a.width}/{a.depth}/{a.num_heads}"]
+  if a.has_decoder:
+    parts.append(f"decoder {a.dec_width}/{a.dec_depth}/{a.dec_num_heads}")
+  if a.has_discriminator:
+    parts.append(f"discriminator {a.disc_hidden}")
+  pixels = "ImageNet-normalised" if a.imagenet_input else "in [0, 1]"
+  parts.append(f"{a.num_frames} frames of {a.image_size}, pixels {pixels}")
+  return ", ".join(parts)
+
+
+def _make_room(target: Path, source: Path, *, overwrite: bool) -> None:
+  from marlin_jax.formats.weights import WeightsError
+
+  if not target.exists():
+    return
+  if not overwrite:
+    raise WeightsError(f"{target} exists: choose another name, or --overwrite")
+  if source.resolve().is_relative_to(target.resolve()):
+    raise WeightsError(f"{target} holds SRC itself: choose another name")
+  if target.is_dir():
+    shutil.rmtree(target)
+  else:
+    target.unlink()
+
+
+# --- The check ----------------------------------------------------------------
+
+
+def check(before, after, clip: np.ndarray) -> None:
+  """Compares both ends of a conversion on a clip and prints the differences.
+
+  Args:
+    before: path, format and Weights that were read.
+    after: path, format and Weights read back from what was written.
+    clip: uint8 (1, T, S, S, 3).
+
+  Raises:
+    WeightsError: something differs by more than TOLERANCE.
+  """
+  from marlin_jax.formats.weights import WeightsError
+
+  outputs, rows = [], []
+  for path, format, weights in (before, after):
+    ours = _outputs(weights, clip)
+    outputs.append(ours)
+    theirs, network = _torch_outputs(path, format, weights, clip)
+    rows += [
+      (f"{what} of {path}: JAX against {network}", ours[what] - theirs[what])
+      for what in theirs
+    ]
+  # The target's decoder may have been left out.
+  rows += [
+    (f"{what}: before against after", outputs[0][what] - outputs[1][what])
+    for what in outputs[1]
+  ]
+  worst = 0.0
+  for what, difference in rows:
+    largest = float(np.abs(difference).max())
+    worst = max(worst, largest)
+    print(f"  {what}: largest difference {largest:.1e}")
+  if not worst <= TOLERANCE:
+    raise WeightsError(
+      f"the check failed: {worst:.1e} is more than {TOLERANCE:.0e}. "
+      f"{after[0]} is not the same network; do not use it."
+    )
+
+
+def _clip(path: str | None, architecture) -> np.ndarray:
+  """uint8 (1, T, S, S, 3) from a real video, noise where there is none."""
+  from marlin_jax import face_video, sample
+
+  settings = face_video.WindowSettings(
+    clip=architecture.clip, image_size=architecture.image_size
+  )
+  try:
+    path = path or sample.fetch_video()
+    return next(face_video.read_windows(path, settings)).frames[None]
+  except sample.SampleError as e:
+    print(f"note: checked on noise, for the sample video is not there: {e}")
+  size = architecture.image_size
+  shape = (1, architecture.num_frames, size, size, 3)
+  return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def _visible(architecture) -> np.ndarray:
+  """bool (N,): a tenth of the tokens, always the same."""
+  num_tokens = architecture.tubelets.num_tokens
+  order = np.random.default_rng(0).permutation(num_tokens)
+  return order < max(num_tokens // 10, 1)
+
+
+def _outputs(weights, clip: np.ndarray) -> dict[str, np.ndarray]:
+  """Token features (1, N, D) and, with a decoder, predictions (1, M, P)."""
+  import jax
+  from flax import nnx
+
+  from marlin_jax.marlin import Marlin, to_tokens
+
+  marlin = Marlin(weights)
+  found = {"features": np.asarray(marlin.extract_features(clip, keep_seq=True))}
+  if weights.architecture.has_decoder:
+    visible = _visible(weights.architecture)
+    seen, hidden = np.flatnonzero(visible)[None], np.flatnonzero(~visible)[None]
+    tokens = to_tokens(clip, weights.architecture)
+    graphdef, state = nnx.split(marlin.mae)
+    predict = jax.jit(lambda state, *args: nnx.merge(graphdef, state)(*args))
+    found["predictions"] = np.asarray(
+      predict(state, tokens[:, seen[0]], seen, hidden)
+    )
+  return found
+
+
+def _torch_outputs(path: Path, format: str, weights, clip: np.ndarray):
+  """The same of a PyTorch file by PyTorch, and what computed it."""
+  from marlin_jax.formats import marlin, torch_network, videomae
+
+  loaders = {"marlin": marlin.load_state, "videomae": videomae.load_state}
+  if format == "hf":
+    return _transformers_outputs(path, weights, clip)
+  if format not in loaders:
+    return {}, ""
+  # These files cannot have been read without PyTorch.
+  network = torch_network.TorchNetwork(
+    loaders[format](path), weights.architecture, weights.arrays
+  )
+  video = _as_expected(clip, weights.architecture)
+  found = {"features": network.features(video)}
+  if weights.architecture.has_decoder:
+    visible = _visible(weights.architecture)
+    found["predictions"] = network.predictions(video, visible)
+    if format == "videomae":
+      found["predictions"] = _colours_first(found["predictions"])
+  return found, "PyTorch"
+
+
+def _transformers_outputs(path: Path, weights, clip: np.ndarray):
+  try:
+    import torch
+    import transformers
+  except ImportError:
+    print(
+      "note: not checked against transformers, which is not installed: "
+      "pip install transformers torch"
+    )
+    return {}, ""
+  transformers.utils.logging.disable_progress_bar()
+  kind = transformers.AutoConfig.from_pretrained(path).architectures[0]
+  network = getattr(transformers, kind).from_pretrained(path).eval()
+  video = _as_expected(clip, weights.architecture)
+  video = torch.from_numpy(video).permute(0, 1, 4, 2, 3)  # (B, T, C, H, W)
+  with torch.no_grad():
+    if kind == "VideoMAEForPreTraining":
+      hidden = torch.from_numpy(~_visible(weights.architecture))[None]
+      logits = network(video, bool_masked_pos=hidden).logits.numpy()
+      found = {
+        "features": network.videomae(video).last_hidden_state.numpy(),
+        "predictions": _colours_first(logits),
+      }
+    elif kind == "VideoMAEForVideoClassification":
+      tokens = network.videomae(video).last_hidden_state
+      found = {"features": network.fc_norm(tokens).numpy()}
+    else:
+      found = {"features": network(video).last_hidden_state.numpy()}
+  return found, "transformers"
+
+
+def _as_expected(clip: np.ndarray, architecture) -> np.ndarray:
+  """uint8 clips as float32, normalised as the network expects."""
+  from marlin_jax.train_step import IMAGENET_MEAN, IMAGENET_STD
+
+  video = clip.astype(np.float32) / 255
+  if architecture.imagenet_input:
+    video = (video - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
+  return video
+
+
+def _colours_first(tokens: np.ndarray) -> np.ndarray:
+  """VideoMAE's pixel order (pt ph pw c) -> ours (c pt ph pw)."""
+  by_pixel = tokens.reshape(*tokens.shape[:-1], -1, 3)
+  return by_pixel.swapaxes(-1, -2).reshape(tokens.shape)
+
+
+def main(argv: list[str] | None = None) -> None:
+  args = parse_args(sys.argv[1:] if argv is None else argv)
+  from absl import logging
+
+  from marlin_jax.face_video import FaceVideoError
+  from marlin_jax.formats.weights import WeightsError
+
+  logging.set_verbosity(logging.ERROR)  # orbax tells of every file
+  try:
+    convert(args)
+  except (WeightsError, FaceVideoError, OSError) as e:
+    sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,497 @@
+"""Features of whole folders of videos.
+
+  python -m marlin_jax.features VIDEO_OR_DIR... --checkpoint PATH --output DIR
+
+writes for each video, named by its path below the folder given:
+  OUTPUT/<path>.npz, or .parquet   features, with the times of their windows
+  OUTPUT/quarantine.jsonl          the videos without, and why
+  OUTPUT/settings.json             what all files were made with
+
+A file has one row per window, or with a reduction one for the whole video:
+  features     float32 (D,), with keep_seq (N, D); in parquet a flat list
+  first_frame  number of the first frame it stands for, from 0
+  num_frames   how many frames it stands for
+  start_secs   time of the first of them
+  end_secs     time of the last of them
+and `metadata`, JSON: the video and its hash, checkpoint, settings, versions; in
+parquet the schema's metadata `marlin_jax`.
+
+Safe to stop at any moment, also by force: the same command does what is
+missing.
+
+Axes: N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  import numpy as np
+
+  from marlin_jax.face_video import Window, WindowSettings
+  from marlin_jax.feature_files import FeatureFolder, Span
+  from marlin_jax.formats.weights import Weights
+  from marlin_jax.marlin import Marlin
+  from marlin_jax.video_folder import Outcome, Video
+
+
+class _Failure(Exception):
+  """The run is of no use; the message says why."""
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Returns the exit code: 0, 1 for an error, 130 when interrupted."""
+  args = _parser().parse_args(argv)
+  # Imported here, so that --help answers at once.
+  from marlin_jax import feature_files, video_folder
+  from marlin_jax.formats.weights import WeightsError
+
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
+  try:
+    _run(args)
+  except KeyboardInterrupt:
+    print(
+      "\nInterrupted. What is done is kept: the same command goes on from "
+      "there.",
+      file=sys.stderr,
+    )
+    return 130
+  except (
+    WeightsError,
+    feature_files.OutputError,
+    video_folder.InputError,
+    video_folder.ReaderError,
+    _Failure,
+    OSError,
+  ) as e:
+    print(f"error: {e}", file=sys.stderr)
+    return 1
+  return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+  from marlin_jax import feature_files, video_folder, window_features
+  from marlin_jax.marlin import Marlin
+
+  # --- What to do -------------------------------------------------------------
+  videos = video_folder.list_videos(args.videos)
+  marlin = Marlin.from_pretrained(args.checkpoint)
+  try:
+    windows = window_features.window_settings(
+      marlin.architecture,
+      crop_face=args.crop_face,
+      sample_rate=args.sample_rate,
+      stride=args.stride,
+      window_rule=args.window_rule,
+    )
+  except ValueError as e:
+    raise _Failure(f"--stride, --sample_rate: {e}") from e
+  settings = _settings(args, marlin, windows)
+  with feature_files.FeatureFolder(args.output, settings) as folder:
+    todo = [
+      video
+      for video in videos
+      if not folder.holds(video.name, video.path)
+      and (
+        args.retry_quarantined or not folder.quarantines(video.name, video.path)
+      )
+    ]
+    num_before = len(videos) - len(todo)
+    done = f", {num_before} of them done before" if num_before else ""
+    print(
+      f"{_count(len(videos), 'video')}{done}; writing to {args.output}",
+      flush=True,
+    )
+
+    # --- Videos to features ---------------------------------------------------
+    started_at = time.monotonic()
+    folder.begin()
+    with (
+      contextlib.closing(
+        video_folder.read_many(
+          [video.path for video in todo], windows, args.num_workers
+        )
+      ) as events,
+      _ProgressBar(todo) as bar,
+    ):
+      extraction = _Extraction(todo, args.reduction, folder, bar)
+      extraction.run(marlin, events, args.keep_seq, args.batch_size)
+    folder.finish()
+
+    # --- What came of it ------------------------------------------------------
+    names = {video.name for video in videos}
+    refused = {n: r for n, r in folder.reasons.items() if n in names}
+    if len(refused) == len(videos):
+      raise _Failure(_nothing_extracted(folder.path, refused))
+    print(
+      f"Done in {time.monotonic() - started_at:.0f} s: "
+      f"{_count(bar.num_windows, 'window')} of {_count(len(todo), 'video')}. "
+      f"{args.output} holds the features of {len(videos) - len(refused)} of "
+      f"{_count(len(videos), 'video')}."
+    )
+    if refused:
+      print(
+        f"  left out: {len(refused)}; why: {folder.path / 'quarantine.jsonl'}"
+      )
+
+
+def _settings(
+  args: argparse.Namespace, marlin: Marlin, windows: WindowSettings
+) -> dict[str, Any]:
+  """Returns what the features depend on."""
+  return {
+    "checkpoint": str(args.checkpoint),
+    "checkpoint_sha256": fingerprint(marlin.weights),
+    "format": args.format,
+    "reduction": args.reduction,
+    "keep_seq": args.keep_seq,
+    "crop_face": args.crop_face,
+    "sample_rate": windows.clip.stride,
+    "stride": windows.step // windows.clip.stride,
+    "window_rule": args.window_rule,
+  }
+
+
+def fingerprint(weights: Weights) -> str:
+  """Returns a hash of the encoder, whatever format its weights are kept in."""
+  encoder = weights.encoder_only()
+  architecture = dataclasses.asdict(encoder.architecture)
+  digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
+  for name in sorted(encoder.arrays):
+    digest.update(name.encode())
+    digest.update(encoder.arrays[name].tobytes())
+  return digest.hexdigest()
+
+
+# --- Extracting ---------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Result:
+  """What is known of one video so far.
+
+  Attributes:
+    spans: of its windows.
+    features: of the first of them.
+    outcome: how reading it ended, None while it goes on.
+  """
+
+  spans: list[Span] = dataclasses.field(default_factory=list)
+  features: list[np.ndarray] = dataclasses.field(default_factory=list)
+  outcome: Outcome | None = None
+
+  @property
+  def is_complete(self) -> bool:
+    return self.outcome is not None and (
+      bool(self.outcome.reason) or len(self.features) == len(self.spans)
+    )
+
+
+class _Extraction:
+  """Videos on their way to files; windows of several share a batch."""
+
+  def __init__(
+    self,
+    todo: Sequence[Video],
+    reduction: str,
+    folder: FeatureFolder,
+    bar: _ProgressBar,
+  ) -> None:
+    self._todo = todo
+    self._reduction = reduction
+    self._folder = folder
+    self._bar = bar
+    self._results: dict[int, _Result] = {}
+    # The videos of the windows whose features are still to come.
+    self._owners: collections.deque[int] = collections.deque()
+
+  def run(
+    self,
+    marlin: Marlin,
+    events: Iterator[tuple[int, Window | float | Outcome]],
+    keep_seq: bool,
+    batch_size: int | None,
+  ) -> None:
+    """Takes what comes of the videos, until all are finished."""
+    from marlin_jax import window_features
+
+    for features in window_features.extract(
+      marlin,
+      self._clips(events),
+      keep_seq=keep_seq,
+      batch_size=batch_size or window_features.default_batch_size(),
+    ):
+      self._bar.count_window()
+      number = self._owners.popleft()
+      # A video that turned out to be bad is not known any more.
+      if number in self._results:
+        self._results[number].features.append(features)
+        self._finish_if_complete(number)
+
+  def _clips(
+    self, events: Iterator[tuple[int, Window | float | Outcome]]
+  ) -> Iterator[np.ndarray]:
+    from marlin_jax.face_video import Window
+    from marlin_jax.feature_files import Span
+
+    for number, event in events:
+      if isinstance(event, float):
+        self._bar.report(number, event)
+        continue
+      result = self._results.setdefault(number, _Result())
+      if isinstance(event, Window):
+        result.spans.append(
+          Span(*(getattr(event, field) for field in Span._fields))
+        )
+        self._owners.append(number)
+        yield event.frames
+      else:
+        result.outcome = event
+        self._finish_if_complete(number)
+
+  def _finish_if_complete(self, number: int) -> None:
+    import numpy as np
+
+    from marlin_jax import feature_files, window_features
+
+    result = self._results[number]
+    if not result.is_complete:
+      return
+    del self._results[number]
+    outcome = result.outcome
+    origin = feature_files.Origin(
+      self._todo[number].name, outcome.sha256, outcome.num_bytes
+    )
+    if outcome.reason:
+      self._folder.refuse(origin, outcome.reason)
+    else:
+      features, spans = np.stack(result.features), result.spans
+      if self._reduction != "none":
+        features = window_features.reduced(features, self._reduction)[None]
+        spans = [spans[0].to(spans[-1])]
+      self._folder.write(origin, spans, features)
+    self._bar.done(number, refused=bool(outcome.reason))
+
+
+class _ProgressBar:
+  """Shows videos, windows and time left; a context manager.
+
+  The bar counts bytes of video files: unlike windows they are known at once,
+  and unlike videos they tell a long one from a short one.
+  """
+
+  def __init__(self, todo: Sequence[Video]) -> None:
+    from tqdm import tqdm
+
+    self._sizes = [max(video.num_bytes, 1) for video in todo]
+    self._shares = [0.0] * len(todo)
+    self._num_done = self._num_refused = self.num_windows = 0
+    self._started_at = time.monotonic()
+    terminal = sys.stderr.isatty()
+    self._bar = tqdm(
+      desc=f"0/{len(todo)} videos",
+      total=sum(self._sizes),
+      bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+      "{postfix}",
+      dynamic_ncols=terminal,
+      # A log file gets a line now and then, not ten a second.
+      mininterval=0.2 if terminal else 30.0,
+      disable=not todo,
+    )
+
+  def report(self, number: int, share: float) -> None:
+    """Notes the share of a video that has been read."""
+    # A container that announced too few frames must not turn the bar back.
+    gained = max(share - self._shares[number], 0.0)
+    self._shares[number] += gained
+    self._advance(gained * self._sizes[number])
+
+  def count_window(self) -> None:
+    self.num_windows += 1
+    self._advance(0)
+
+  def done(self, number: int, refused: bool) -> None:
+    self._num_done += 1
+    self._num_refused += refused
+    self.report(number, 1.0)
+
+  def _advance(self, num_bytes: float) -> None:
+    rate = self.num_windows / max(time.monotonic() - self._started_at, 1e-6)
+    self._bar.set_description_str(
+      f"{self._num_done}/{len(self._sizes)} videos", refresh=False
+    )
+    self._bar.set_postfix_str(
+      f"{self.num_windows} windows ({rate:.1f}/s), "
+      f"{self._num_refused} quarantined",
+      refresh=False,
+    )
+    self._bar.update(num_bytes)
+
+  def __enter__(self) -> _ProgressBar:
+    return self
+
+  def __exit__(self, kind: type | None, *_) -> None:
+    if kind is None:
+      # Shares were added up in floating point.
+      self._bar.update(self._bar.total - self._bar.n)
+    self._bar.close()
+
+
+# --- Words --------------------------------------------------------------------
+
+
+def _count(number: int, noun: str) -> str:
+  return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def _nothing_extracted(output: Path, reasons: dict[str, str]) -> str:
+  counts = collections.Counter(reasons.values())
+  lines = [f"no features came of {_count(len(reasons), 'video')}:"]
+  for reason, count in counts.most_common(5):
+    example = min(name for name, why in reasons.items() if why == reason)
+    lines.append(f"  {count} x {reason} (e.g. {example!r})")
+  if len(counts) > 5:
+    lines.append(f"  and {len(counts) - 5} more reasons")
+  lines.append(f"All of them: {output / 'quarantine.jsonl'}")
+  return "\n".join(lines)
+
+
+# --- Command line -------------------------------------------------------------
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+  """Shows defaults, where there are any."""
+
+  def _get_help_string(self, action: argparse.Action) -> str | None:
+    if action.default is None or action.default is False:
+      return action.help
+    return super()._get_help_string(action)
+
+
+def _parser() -> argparse.ArgumentParser:
+  from marlin_jax import face_video, feature_files, window_features
+
+  parser = argparse.ArgumentParser(
+    prog="python -m marlin_jax.features",
+    description="Extracts features of videos, one file each with the times of "
+    "its windows. Stop it when you like; the same command goes on where it "
+    "was, and does only what is missing.",
+    formatter_class=_HelpFormatter,
+    allow_abbrev=False,  # a misspelled flag is an error
+  )
+  add = parser.add_argument
+  add(
+    "videos",
+    nargs="+",
+    metavar="VIDEO_OR_DIR",
+    help="a video, a folder of videos, a manifest of data_prep.prepare, or the "
+    "word sample for three sample videos",
+  )
+  add(
+    "--checkpoint",
+    required=True,
+    help="weights in any format that Marlin.from_pretrained takes, or the name "
+    "of a published model",
+  )
+  add(
+    "--output",
+    required=True,
+    type=Path,
+    help="folder of the features; an existing one is completed",
+  )
+  add(
+    "--format",
+    choices=feature_files.FORMATS,
+    default="npz",
+    help="parquet needs pyarrow: pip install 'marlin-jax[parquet]'",
+  )
+  add(
+    "--reduction",
+    choices=window_features.REDUCTIONS,
+    default="none",
+    help="one row for all windows of a video instead of one for each; std is "
+    "the population's, mean_std both side by side",
+  )
+  add(
+    "--keep_seq",
+    action="store_true",
+    help="a feature for each token of a window (1568) instead of their mean",
+  )
+  add(
+    "--crop_face",
+    action="store_true",
+    help="find the face that is there longest, follow it and cut it out; "
+    "without, whole frames are taken, which is right for face crops",
+  )
+  add(
+    "--sample_rate",
+    type=_at_least(1),
+    help="every such frame is seen; without it, as in training (MARLIN: 2)",
+  )
+  add(
+    "--stride",
+    type=_at_least(1),
+    help="seen frames from the start of one window to that of the next; "
+    "without it those of a window (MARLIN: 16), side by side",
+  )
+  add(
+    "--window_rule",
+    choices=face_video.WINDOW_RULES,
+    default="cover",
+    help="cover: every frame is in a window, the last of which is moved back "
+    "to end with the video; authors: the windows of marlin-pytorch, which "
+    "leave out the end, for comparison",
+  )
+  add(
+    "--batch_size",
+    type=_at_least(1),
+    help="windows computed at a time, of whatever videos; without it 1 on CPU, "
+    "else 16",
+  )
+  add(
+    "--num_workers",
+    type=_at_least(1),
+    default=_num_cores(),
+    help="videos read at a time; the result does not depend on it",
+  )
+  add(
+    "--retry_quarantined",
+    action="store_true",
+    help="try videos again that gave nothing before",
+  )
+  return parser
+
+
+def _num_cores() -> int:
+  """Returns how many cores this process may use."""
+  if sys.platform == "linux":
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+  def parse(text: str) -> int:
+    value = int(text)
+    if value < least:
+      raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+    return value
+
+  parse.__name__ = "int"  # for argparse's own message
+  return parse
+
+
+if __name__ == "__main__":
+  sys.exit(main())

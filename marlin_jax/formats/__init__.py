@@ -1,0 +1,1 @@
+"""File formats of weights: one module each, all to and from `Weights`."""

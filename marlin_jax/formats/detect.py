@@ -1,0 +1,77 @@
+"""Opening weights whatever their format is."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+from marlin_jax.formats import huggingface, marlin, native, run, videomae
+from marlin_jax.formats.weights import Weights, WeightsError
+
+# Name on the command line -> its module, which has `read` and `write`.
+FORMATS = {
+  "safetensors": native,
+  "marlin": marlin,
+  "hf": huggingface,
+  "videomae": videomae,
+  "orbax": run,
+}
+
+
+def format_of(path: Path) -> str:
+  """A key of FORMATS.
+
+  Raises:
+    WeightsError: it is none of them; the message lists what would be.
+  """
+  if not path.exists():
+    raise WeightsError(f"no weights at {path}: there is no such file or folder")
+  if path.is_dir():
+    for name, is_it in (
+      ("safetensors", native.is_native),
+      ("hf", huggingface.is_huggingface),
+      ("orbax", run.is_run),
+    ):
+      if is_it(path):
+        return name
+  elif path.suffix in (".pt", ".ckpt"):
+    return "marlin"
+  elif path.suffix == ".pth":
+    return "videomae"
+  raise WeightsError(
+    f"{path} is in no format known here: expected a folder with config.json "
+    "and model.safetensors (marlin_jax or HuggingFace VideoMAE), the workdir "
+    "of a run, the authors' .pt or .ckpt, or VideoMAE's .pth"
+  )
+
+
+def read(path: str | Path, format: str = "", **options) -> Weights:
+  """Reads weights.
+
+  Args:
+    path: a file or folder.
+    format: a key of FORMATS; '': whatever it looks like.
+    **options: of that module's `read`.
+
+  Raises:
+    WeightsError: there are none, or they cannot be read or do not fit, or the
+      format knows no such option.
+  """
+  path = Path(path).expanduser()
+  format = format or format_of(path)
+  return call(FORMATS[format].read, path, f"reading {format}", options)
+
+
+def call(function, path, what: str, options: dict, *args):
+  """Calls a format's function with the options that were given.
+
+  Raises:
+    WeightsError: it has no such option.
+  """
+  known = inspect.signature(function).parameters
+  wrong = sorted(options.keys() - known.keys())
+  if wrong:
+    raise WeightsError(
+      f"{', '.join('--' + name for name in wrong)} has no meaning for {what}"
+    )
+  return function(*args, path, **options)

@@ -1,0 +1,209 @@
+"""The authors' format: .encoder.pt, .full.pt and Lightning's .ckpt.
+
+What `marlin_pytorch.Marlin.from_file` opens (METHOD section 5). Its input is
+plain pixels in [0, 1] and its targets are plain pixels; nothing in the file
+says so, nor how many heads there are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from marlin_jax.formats import tables, torch_files
+from marlin_jax.formats.weights import (
+  Architecture,
+  Weights,
+  WeightsError,
+  eps_notice,
+)
+from marlin_jax.models.vit import NORM_EPS
+
+_SUFFIXES = (".pt", ".ckpt")
+
+
+def rules(architecture: Architecture) -> list[tables.Rule]:
+  """The table for such a network."""
+  found = [
+    *tables.patch_embedding(
+      "encoder.patch_embedding.projection",
+      "encoder.patch_embedding",
+      architecture,
+    ),
+    tables.batched("encoder.pos_embedding.emb", "encoder.positions", 1),
+    *_blocks("encoder.blocks", "encoder.transformer", architecture.depth),
+    *tables.norm("encoder.norm", "encoder.norm"),
+  ]
+  if architecture.has_decoder:
+    found += [
+      tables.transposed("enc_dec_proj.weight", "enc_to_dec.kernel"),
+      tables.batched("decoder.mask_token", "mask_token", 2),
+      tables.batched("decoder.pos_embedding.emb", "dec_positions", 1),
+      *_blocks("decoder.blocks", "decoder", architecture.dec_depth),
+      *tables.norm("decoder.norm", "dec_norm"),
+      *tables.linear("decoder.head", "head"),
+    ]
+  if architecture.has_discriminator:
+    for i, ours in enumerate(("hidden", "out")):
+      found += tables.linear(
+        f"discriminator.layers.{i}.linear", f"discriminator.{ours}"
+      )
+  return found
+
+
+def _blocks(theirs: str, ours: str, depth: int) -> list[tables.Rule]:
+  found = []
+  for i in range(depth):
+    a, b = f"{theirs}.{i}", f"{ours}.blocks.{i}"
+    found += [
+      *tables.norm(f"{a}.norm1", f"{b}.norm1"),
+      *tables.fused_attention(f"{a}.attn", f"{b}.attention"),
+      *tables.norm(f"{a}.norm2", f"{b}.norm2"),
+      *tables.linear(f"{a}.mlp.layers.0.linear", f"{b}.mlp_in"),
+      *tables.linear(f"{a}.mlp.layers.1.linear", f"{b}.mlp_out"),
+    ]
+  return found
+
+
+def read(
+  path: Path,
+  *,
+  num_heads: int = 0,
+  dec_num_heads: int = 0,
+  image_size: int = 224,
+) -> Weights:
+  """Reads a .pt or .ckpt file; a .ckpt's discriminator too.
+
+  Args:
+    path: the file.
+    num_heads: of the encoder; 0: that of the published network of this width.
+    dec_num_heads: of the decoder, likewise.
+    image_size: height and width of its frames in pixels; not in the file.
+
+  Raises:
+    WeightsError: see torch_files.load and tables.read.
+  """
+  theirs, source = load_state(path), str(path)
+  width, tubelet_size, patch_size = tables.patch_sizes(
+    theirs, "encoder.patch_embedding.projection.weight", source
+  )
+  num_tokens = tables.shape_of(theirs, "encoder.pos_embedding.emb", source)[1]
+  architecture = Architecture(
+    width=width,
+    depth=tables.infer_depth(theirs, "encoder.blocks."),
+    num_heads=tables.infer_heads(width, num_heads, "--num_heads", source),
+    mlp_dim=tables.shape_of(
+      theirs, "encoder.blocks.0.mlp.layers.0.linear.weight", source
+    )[0],
+    tubelet_size=tubelet_size,
+    patch_size=patch_size,
+    image_size=image_size,
+    num_frames=_num_frames(
+      num_tokens, tubelet_size, patch_size, image_size, source
+    ),
+  )
+  if any(key.startswith("decoder.") for key in theirs):
+    dec_width = tables.shape_of(theirs, "enc_dec_proj.weight", source)[0]
+    architecture = dataclasses.replace(
+      architecture,
+      dec_width=dec_width,
+      dec_depth=tables.infer_depth(theirs, "decoder.blocks."),
+      dec_num_heads=tables.infer_heads(
+        dec_width, dec_num_heads, "--dec_num_heads", source
+      ),
+      dec_mlp_dim=tables.shape_of(
+        theirs, "decoder.blocks.0.mlp.layers.0.linear.weight", source
+      )[0],
+    )
+  if any(key.startswith("discriminator.") for key in theirs):
+    architecture = dataclasses.replace(
+      architecture,
+      disc_hidden=tables.shape_of(
+        theirs, "discriminator.layers.0.linear.weight", source
+      )[0],
+    )
+  return Weights(
+    architecture, tables.read(rules(architecture), theirs, source), source
+  )
+
+
+def load_state(path: Path) -> dict[str, np.ndarray]:
+  """The arrays of a .pt or .ckpt file by their names there.
+
+  Raises:
+    WeightsError: the name ends otherwise; see torch_files.load.
+  """
+  if path.suffix not in _SUFFIXES:
+    raise WeightsError(
+      f"{path}: the authors' files end in {' or '.join(_SUFFIXES)}"
+    )
+  content = torch_files.load(path)
+  if path.suffix == ".ckpt":
+    if not isinstance(content, dict) or "state_dict" not in content:
+      raise WeightsError(f"{path}: a Lightning checkpoint has a 'state_dict'")
+    content = content["state_dict"]
+  return torch_files.to_numpy(content, path)
+
+
+def _num_frames(num_tokens, tubelet_size, patch_size, image_size, source):
+  per_tubelet = (image_size // patch_size) ** 2
+  if num_tokens % per_tubelet:
+    raise WeightsError(
+      f"{source}: {num_tokens} positions do not divide into frames of "
+      f"{image_size}x{image_size} with {per_tubelet} patches: give --image_size"
+    )
+  return num_tokens // per_tubelet * tubelet_size
+
+
+def write(weights: Weights, path: Path) -> list[str]:
+  """Writes a file that `Marlin.from_file` opens.
+
+  A name that ends in .encoder.pt gets the encoder alone, .pt the decoder too,
+  .ckpt also the discriminator.
+
+  Returns:
+    Notices: what of the network the format cannot say.
+
+  Raises:
+    WeightsError: the name ends otherwise, or PyTorch is missing.
+  """
+  if path.suffix not in _SUFFIXES:
+    raise WeightsError(
+      f"{path}: the authors' files end in .encoder.pt, .full.pt or .ckpt"
+    )
+  torch = torch_files.import_torch()
+  weights, notices = prepare(weights, path)
+  theirs = torch_files.to_torch(
+    tables.write(rules(weights.architecture), weights.arrays)
+  )
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(path.name + ".partial")
+  torch.save(
+    {"state_dict": theirs} if path.suffix == ".ckpt" else theirs, partial
+  )
+  partial.replace(path)
+  return notices
+
+
+def prepare(weights: Weights, path: Path) -> tuple[Weights, list[str]]:
+  """What of the weights goes into such a file, and what it cannot say."""
+  notices = eps_notice(weights.architecture, NORM_EPS, "the authors' code")
+  if weights.architecture.imagenet_input:
+    notices.append(
+      "the encoder expected ImageNet-normalised pixels; that is folded into "
+      "its patch embedding, for the authors' code feeds plain ones"
+    )
+    weights = weights.with_plain_input()
+  if path.name.endswith(".encoder.pt"):
+    return weights.encoder_only(), notices
+  if weights.architecture.norm_pix:
+    notices.append(
+      "the decoder predicts pixels normalised by token, which the authors' "
+      "code does not expect and the file cannot say"
+    )
+  if path.suffix == ".pt" and weights.architecture.has_discriminator:
+    notices.append("the discriminator stays behind: only a .ckpt holds one")
+    weights = weights.without_discriminator()
+  return weights, notices

@@ -1,0 +1,99 @@
+"""This project's own folder: config.json and model.safetensors.
+
+Plain data that nothing can run, readable without this project: what
+`Marlin.from_pretrained` opens and `convert` writes by default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import safetensors
+import safetensors.numpy
+
+from marlin_jax.formats.weights import Architecture, Weights, WeightsError
+
+CONFIG = "config.json"
+ARRAYS = "model.safetensors"
+_FORMAT = "marlin_jax"
+_VERSION = 1
+
+
+def is_native(path: Path) -> bool:
+  return read_config(path).get("format") == _FORMAT
+
+
+def read(path: Path) -> Weights:
+  """Reads such a folder.
+
+  Raises:
+    WeightsError: a file is missing, damaged or of another kind.
+  """
+  config = read_config(path)
+  if config.get("format") != _FORMAT:
+    raise WeightsError(
+      f"{path}: expected a folder with {CONFIG} that says format "
+      f"'{_FORMAT}', and {ARRAYS}"
+    )
+  if config.get("version") != _VERSION:
+    raise WeightsError(
+      f"{path / CONFIG} is of version {config.get('version')}, this code reads "
+      f"{_VERSION}: use a newer marlin_jax"
+    )
+  try:
+    architecture = Architecture(**config["architecture"])
+  except (KeyError, TypeError) as e:
+    raise WeightsError(f"{path / CONFIG}: {e}") from e
+  return Weights(architecture, load_arrays(path / ARRAYS), str(path))
+
+
+def write(weights: Weights, path: Path) -> list[str]:
+  """Writes such a folder; config.json, which makes it one, comes last."""
+  path.mkdir(parents=True, exist_ok=True)
+  save_arrays(weights.arrays, path / ARRAYS)
+  config = {
+    "format": _FORMAT,
+    "version": _VERSION,
+    "architecture": dataclasses.asdict(weights.architecture),
+  }
+  save_config(config, path)
+  return []
+
+
+def load_arrays(path: Path) -> dict:
+  """The arrays of a .safetensors file.
+
+  Raises:
+    WeightsError: it is missing or damaged.
+  """
+  try:
+    return safetensors.numpy.load_file(path)
+  except (OSError, safetensors.SafetensorError) as e:
+    raise WeightsError(f"{path} cannot be read: {e}") from e
+
+
+def save_arrays(arrays: dict, path: Path, **metadata: str) -> None:
+  partial = path.with_name(path.name + ".partial")
+  safetensors.numpy.save_file(arrays, partial, metadata=metadata)
+  partial.replace(path)
+
+
+def save_config(config: dict, path: Path, name: str = CONFIG) -> None:
+  (path / name).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_config(path: Path, name: str = CONFIG) -> dict:
+  """What config.json says; nothing where there is none.
+
+  Raises:
+    WeightsError: it is no JSON object.
+  """
+  if not (path / name).is_file():
+    return {}
+  try:
+    config = json.loads((path / name).read_text())
+  except ValueError as e:
+    raise WeightsError(f"{path / name} is no JSON: {e}") from e
+  return config if isinstance(config, dict) else {}

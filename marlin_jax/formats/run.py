@@ -1,0 +1,168 @@
+"""This project's training runs: weights out of, and into, orbax checkpoints.
+
+A run's checkpoint says itself what the network is: its `meta` holds the
+configuration. Only the weights are read, not the optimisers' states.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from marlin_jax.formats import weights as weights_lib
+from marlin_jax.formats.weights import (
+  Architecture,
+  Weights,
+  WeightsError,
+  eps_notice,
+)
+from marlin_jax.models.vit import NORM_EPS
+from marlin_jax.records import FRAME_SIZE, PATCH_SIZE
+
+_PARTS = ("params", "fixed", "disc_params")
+_CONVERTED_STEP = 0
+
+# Field of Architecture -> key of a run's configuration.
+KEYS = {
+  "num_frames": "data.num_frames",
+  "stride": "data.stride",
+  "disc_hidden": "adv.hidden",
+  "norm_pix": "target.norm_pix",
+  "imagenet_input": "input.imagenet_norm",
+} | {
+  name: f"model.{name}"
+  for name in (
+    "tubelet_size",
+    "width",
+    "depth",
+    "num_heads",
+    "mlp_dim",
+    "dec_width",
+    "dec_depth",
+    "dec_num_heads",
+    "dec_mlp_dim",
+  )
+}
+
+
+def is_run(path: Path) -> bool:
+  return _checkpoints(path) is not None
+
+
+def read(path: Path) -> Weights:
+  """Reads the weights of a run's last checkpoint.
+
+  Args:
+    path: a workdir, or one checkpoint: WORKDIR/checkpoints/STEP.
+
+  Raises:
+    WeightsError: there is no checkpoint, or it is damaged.
+  """
+  directory = _checkpoints(path)
+  if directory is None:
+    raise WeightsError(
+      f"{path}: expected a workdir with checkpoints/, or one step in it"
+    )
+  with ocp.CheckpointManager(directory) as manager:
+    step = int(path.name) if directory == path.parent else manager.latest_step()
+    if step is None:
+      raise WeightsError(f"{directory} holds no complete checkpoint")
+    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+    try:
+      meta = manager.restore(step, args=args)["meta"]
+      trees = _restore_parts(directory / str(step) / "state")
+    except (OSError, ValueError, KeyError) as e:
+      raise WeightsError(f"{directory / str(step)} cannot be read: {e}") from e
+  try:
+    architecture = Architecture(**{k: meta[v] for k, v in KEYS.items()})
+  except KeyError as e:
+    raise WeightsError(
+      f"{directory / str(step)} does not say what {e} is: was it written by "
+      "marlin_jax.train?"
+    ) from e
+  prefix = {"params": "", "fixed": "", "disc_params": "discriminator."}
+  arrays = {
+    prefix[part] + name: array
+    for part, tree in trees.items()
+    for name, array in weights_lib.flatten(tree).items()
+  }
+  return Weights(architecture, arrays, str(directory / str(step)))
+
+
+def _checkpoints(path: Path) -> Path | None:
+  """The directory of checkpoints that `path` is about, absolute."""
+  path = path.absolute()
+  if (path / "checkpoints").is_dir():
+    return path / "checkpoints"
+  if path.name.isdigit() and (path / "state").is_dir():
+    return path.parent
+  return None
+
+
+def _restore_parts(path: Path) -> dict:
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    tree = checkpointer.metadata(path).item_metadata.tree
+    wanted = {part: tree[part] for part in _PARTS}
+    return checkpointer.restore(
+      path,
+      args=ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=jax.tree.map(
+          lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
+        ),
+        partial_restore=True,
+      ),
+    )
+
+
+def write(weights: Weights, path: Path) -> list[str]:
+  """Writes weights as the checkpoint of step 0: for `config.init_from`.
+
+  Raises:
+    WeightsError: there is a run already; no decoder or discriminator; other
+      sizes than records have.
+  """
+  architecture = weights.architecture
+  if (path / "checkpoints").exists():
+    raise WeightsError(f"{path} holds a run already: choose another name")
+  sizes = (architecture.image_size, architecture.patch_size)
+  if sizes != (FRAME_SIZE, PATCH_SIZE):
+    raise WeightsError(
+      f"{weights.source} is for images and patches of {sizes} pixels, a run's "
+      f"are {(FRAME_SIZE, PATCH_SIZE)}"
+    )
+  lacking = [
+    what
+    for what, there in (
+      ("decoder", architecture.has_decoder),
+      ("discriminator", architecture.has_discriminator),
+    )
+    if not there
+  ]
+  if lacking:
+    raise WeightsError(
+      f"{weights.source} has no {' and no '.join(lacking)}, which a run's "
+      "checkpoint holds; --to=safetensors takes what there is, and "
+      "config.init_from reads that too"
+    )
+  prefix = "discriminator."
+  fixed = ("encoder.positions", "dec_positions")
+  flat = {part: {} for part in _PARTS}
+  for name, array in weights.arrays.items():
+    if name.startswith(prefix):
+      flat["disc_params"][name.removeprefix(prefix)] = array
+    else:
+      flat["fixed" if name in fixed else "params"][name] = array
+  state = {part: weights_lib.unflatten(arrays) for part, arrays in flat.items()}
+  meta = {key: getattr(architecture, name) for name, key in KEYS.items()}
+  with ocp.CheckpointManager((path / "checkpoints").absolute()) as manager:
+    manager.save(
+      _CONVERTED_STEP,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+      ),
+    )
+  return eps_notice(architecture, NORM_EPS, "a run")

@@ -1,0 +1,221 @@
+"""The original VideoMAE's .pth files, to start from.
+
+Pretrained ones hold encoder and decoder below 'model', fine-tuned ones an
+encoder and a classifier below 'module' or 'model'. Their input is
+ImageNet-normalised, pretraining targets are normalised by token, and the head
+writes a token's pixels as (pt ph pw c) (METHOD, 'Pitfalls'). Position tables
+are not in the file: they are computed, from float64, as ours. LayerNorm's eps
+is 1e-6, which the file does not say either.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from marlin_jax.formats import tables, torch_files
+from marlin_jax.formats.weights import (
+  Architecture,
+  Weights,
+  WeightsError,
+  eps_notice,
+)
+from marlin_jax.models.vit import sincos_positions
+
+_NORM_EPS = 1e-6
+
+
+def rules(architecture: Architecture, *, prefix: str, norm: str):
+  """The table for such a network.
+
+  Args:
+    architecture: the network.
+    prefix: of the encoder's names; 'encoder.' or ''.
+    norm: the final norm's name; 'norm' or, after the mean over tokens,
+      'fc_norm'.
+  """
+  found = [
+    *tables.patch_embedding(
+      f"{prefix}patch_embed.proj", "encoder.patch_embedding", architecture
+    ),
+    *_blocks(f"{prefix}blocks", "encoder.transformer", architecture.depth),
+    *tables.norm(f"{prefix}{norm}", "encoder.norm"),
+  ]
+  if architecture.has_decoder:
+    found += [
+      tables.transposed("encoder_to_decoder.weight", "enc_to_dec.kernel"),
+      tables.batched("mask_token", "mask_token", 2),
+      *_blocks("decoder.blocks", "decoder", architecture.dec_depth),
+      *tables.norm("decoder.norm", "dec_norm"),
+      *tables.videomae_head("decoder.head", "head"),
+    ]
+  return found
+
+
+def _blocks(theirs: str, ours: str, depth: int) -> list[tables.Rule]:
+  found = []
+  for i in range(depth):
+    a, b = f"{theirs}.{i}", f"{ours}.blocks.{i}"
+    found += [
+      *tables.norm(f"{a}.norm1", f"{b}.norm1"),
+      *tables.fused_attention(f"{a}.attn", f"{b}.attention"),
+      *tables.norm(f"{a}.norm2", f"{b}.norm2"),
+      *tables.linear(f"{a}.mlp.fc1", f"{b}.mlp_in"),
+      *tables.linear(f"{a}.mlp.fc2", f"{b}.mlp_out"),
+    ]
+  return found
+
+
+def read(
+  path: Path,
+  *,
+  num_heads: int = 0,
+  dec_num_heads: int = 0,
+  num_frames: int = 16,
+  image_size: int = 224,
+  drop_classifier: bool = False,
+) -> Weights:
+  """Reads a .pth file.
+
+  Args:
+    path: the file.
+    num_heads: of the encoder; 0: that of the published network of this width.
+    dec_num_heads: of the decoder, likewise.
+    num_frames: per clip; not in the file.
+    image_size: height and width of its frames in pixels; not in the file.
+    drop_classifier: leave a fine-tuned network's classifier behind, which has
+      no place here.
+
+  Raises:
+    WeightsError: see torch_files.load and tables.read.
+  """
+  theirs, source = load_state(path), str(path)
+  if drop_classifier:
+    theirs = {k: v for k, v in theirs.items() if not k.startswith("head.")}
+  prefix = "encoder." if "encoder.patch_embed.proj.weight" in theirs else ""
+  width, tubelet_size, patch_size = tables.patch_sizes(
+    theirs, f"{prefix}patch_embed.proj.weight", source
+  )
+  architecture = Architecture(
+    width=width,
+    depth=tables.infer_depth(theirs, f"{prefix}blocks."),
+    num_heads=tables.infer_heads(width, num_heads, "--num_heads", source),
+    mlp_dim=tables.shape_of(theirs, f"{prefix}blocks.0.mlp.fc1.weight", source)[
+      0
+    ],
+    num_frames=num_frames,
+    image_size=image_size,
+    tubelet_size=tubelet_size,
+    patch_size=patch_size,
+    imagenet_input=True,
+    norm_eps=_NORM_EPS,
+  )
+  if any(key.startswith("decoder.") for key in theirs):
+    dec_width = tables.shape_of(theirs, "encoder_to_decoder.weight", source)[0]
+    architecture = dataclasses.replace(
+      architecture,
+      dec_width=dec_width,
+      dec_depth=tables.infer_depth(theirs, "decoder.blocks."),
+      dec_num_heads=tables.infer_heads(
+        dec_width, dec_num_heads, "--dec_num_heads", source
+      ),
+      dec_mlp_dim=tables.shape_of(
+        theirs, "decoder.blocks.0.mlp.fc1.weight", source
+      )[0],
+      norm_pix=True,
+    )
+  norm = "fc_norm" if f"{prefix}fc_norm.weight" in theirs else "norm"
+  table = rules(architecture, prefix=prefix, norm=norm)
+  try:
+    arrays = tables.read(table, theirs, source)
+  except WeightsError as e:
+    if "head.weight" in theirs:
+      raise WeightsError(
+        f"{e}\nhead.* is a classifier: --drop_classifier leaves it behind"
+      ) from e
+    raise
+  return Weights(architecture, arrays | position_tables(architecture), source)
+
+
+def load_state(path: Path) -> dict:
+  """The arrays of a .pth file by their names there.
+
+  Raises:
+    WeightsError: see torch_files.
+  """
+  content = torch_files.load(path)
+  for key in ("model", "module"):
+    if isinstance(content, dict) and key in content:
+      content = content[key]
+      break
+  return torch_files.to_numpy(content, path)
+
+
+def position_tables(architecture: Architecture) -> dict:
+  """The tables that VideoMAE computes and never saves."""
+  num_tokens = architecture.tubelets.num_tokens
+  found = {
+    "encoder.positions": sincos_positions(num_tokens, architecture.width)
+  }
+  if architecture.has_decoder:
+    found["dec_positions"] = sincos_positions(
+      num_tokens, architecture.dec_width
+    )
+  return found
+
+
+def write(weights: Weights, path: Path) -> list[str]:
+  """Writes a pretraining checkpoint as VideoMAE's code loads it.
+
+  Returns:
+    Notices: what of the network the format cannot say.
+
+  Raises:
+    WeightsError: PyTorch is missing, or the name does not end in .pth.
+  """
+  if path.suffix != ".pth":
+    raise WeightsError(f"{path}: VideoMAE's files end in .pth")
+  torch = torch_files.import_torch()
+  notices = eps_notice(weights.architecture, _NORM_EPS, "VideoMAE's code")
+  if not weights.architecture.imagenet_input:
+    notices.append(
+      "the encoder expected plain pixels; ImageNet's normalisation is folded "
+      "into its patch embedding, for VideoMAE's code feeds normalised ones"
+    )
+    weights = weights.with_imagenet_input()
+  architecture, arrays, left = leave_behind(weights)
+  table = rules(architecture, prefix="encoder.", norm="norm")
+  theirs = torch_files.to_torch(tables.write(table, arrays))
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(path.name + ".partial")
+  torch.save({"model": theirs}, partial)
+  partial.replace(path)
+  return notices + left
+
+
+def leave_behind(weights: Weights):
+  """What of the weights VideoMAE's formats hold.
+
+  Returns:
+    The architecture, the arrays, and notices of what stays behind.
+  """
+  notices = []
+  if weights.architecture.has_discriminator:
+    notices.append("the discriminator stays behind: the format has no place")
+    weights = weights.without_discriminator()
+  computed = position_tables(weights.architecture)
+  off = max(
+    float(abs(weights.arrays[name] - table).max())
+    for name, table in computed.items()
+  )
+  if off:
+    notices.append(
+      "the position tables stay behind: VideoMAE computes its own, which "
+      f"differ by up to {off:.1e}"
+    )
+  arrays = {
+    name: array
+    for name, array in weights.arrays.items()
+    if name not in computed
+  }
+  return weights.architecture, arrays, notices

@@ -1,0 +1,183 @@
+"""Many videos in, their windows out: lists folders, reads in processes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from marlin_jax.face_video import (
+  FaceVideoError,
+  Window,
+  WindowSettings,
+  read_windows,
+)
+
+# A worker process is replaced after so many videos, as in data_prep.prepare.
+_VIDEOS_PER_WORKER = 50
+# Longer than a decoder may keep its reader waiting; beyond that a worker that
+# says nothing hangs.
+_STALL_SECS = 600.0
+_REPORT_SECS = 0.25
+
+
+class InputError(ValueError):
+  """The inputs name no videos, or some that must not be read."""
+
+
+class ReaderError(RuntimeError):
+  """No video can be read on this machine; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """What became of one of many videos.
+
+  Attributes:
+    reason: why it has no windows, '' where it was read to its end. Windows that
+      came before a reason are void.
+    sha256: hash of the file, '' where it cannot be read.
+    num_bytes: its size.
+  """
+
+  reason: str
+  sha256: str
+  num_bytes: int
+
+
+class Video(NamedTuple):
+  """A video file.
+
+  Attributes:
+    name: its path below the input it was found in, with forward slashes.
+    path: where it lies.
+    num_bytes: its size.
+  """
+
+  name: str
+  path: Path
+  num_bytes: int
+
+
+def list_videos(inputs: Iterable[str | os.PathLike]) -> list[Video]:
+  """Lists videos by name.
+
+  Args:
+    inputs: each a folder, a video file or a manifest, see
+      `data_prep.manifest.read_sources`.
+
+  Raises:
+    InputError: nothing found, something that must not be read, or two videos
+      of one name.
+  """
+  from data_prep import assets, manifest
+
+  found: dict[str, Video] = {}
+  for source in inputs:
+    try:
+      sources = manifest.read_sources(source)
+    except (manifest.ManifestError, assets.AssetError) as e:
+      raise InputError(str(e)) from e
+    for name, path in ((s.video_id, s.path) for s in sources):
+      video = Video(name, path, path.stat().st_size)
+      other = found.setdefault(name, video)
+      if not other.path.samefile(path):
+        raise InputError(
+          f"{other.path} and {path} are both {name!r} below the inputs, so "
+          "their results would have one name; give the folder above them, or "
+          "take two runs with an output each"
+        )
+  return [found[name] for name in sorted(found)]
+
+
+def read_many(
+  paths: list[Path], settings: WindowSettings, num_workers: int
+) -> Iterator[tuple[int, Window | float | Outcome]]:
+  """Reads videos in worker processes, some at a time.
+
+  No video can end the reading of the others: a worker that dies of one, or
+  hangs, is replaced. Workers wait while their windows are not taken.
+
+  Args:
+    paths: the videos; started in this order.
+    settings: which windows.
+    num_workers: processes.
+
+  Yields:
+    Numbers of videos, each with one of: the share of it that has been read; its
+    next window; its outcome, the last.
+
+  Raises:
+    ReaderError: no video can be read on this machine.
+  """
+  from data_prep import workers
+
+  with contextlib.closing(
+    workers.run_tasks(
+      paths,
+      _open_work,
+      settings,
+      num_workers=num_workers,
+      tasks_per_worker=_VIDEOS_PER_WORKER,
+      stall_secs=_STALL_SECS,
+    )
+  ) as events:
+    try:
+      for event in events:
+        if event.kind == "died":
+          yield event.task, _outcome(paths[event.task], event.value)
+        else:
+          yield event.task, event.value
+    except workers.WorkerError as e:
+      raise ReaderError(str(e)) from e
+
+
+@contextlib.contextmanager
+def _open_work(settings: WindowSettings) -> Iterator[Callable]:
+  """Opens the models in a worker; yields what reads a video."""
+  import cv2
+
+  from data_prep import decode, process
+
+  # There is a worker for every core already.
+  cv2.setNumThreads(1)
+
+  def work(path: Path, report: Callable[[Window | float], None]) -> Outcome:
+    reported_at = time.monotonic()
+
+    def progress(share: float) -> None:
+      nonlocal reported_at
+      if time.monotonic() - reported_at > _REPORT_SECS:
+        reported_at = time.monotonic()
+        report(share)
+
+    try:
+      for window in read_windows(path, settings, models, progress):
+        report(window)
+    except FaceVideoError as e:
+      return _outcome(path, e.reason)
+    except (decode.DecoderSetupError, BrokenPipeError, EOFError):
+      raise  # for every other video, too
+    except Exception as e:  # one bad video must not end a run of thousands
+      return _outcome(path, f"unexpected error: {type(e).__name__}: {e}")
+    return _outcome(path, "")
+
+  if settings.crop_face or settings.regions:
+    with process.Models() as models:
+      yield work
+  else:
+    models = None
+    yield work
+
+
+def _outcome(path: Path, reason: str) -> Outcome:
+  from data_prep import ledger
+
+  try:
+    return Outcome(reason, ledger.sha256_of(path), path.stat().st_size)
+  except OSError as e:
+    return Outcome(reason or f"cannot read: {e.strerror}", "", 0)

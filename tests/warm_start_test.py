@@ -1,0 +1,127 @@
+"""What a run takes from weights, and what it says about it."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from configs import pretrain_b
+from marlin_jax import experiment, warm_start
+from marlin_jax.formats import videomae
+from marlin_jax.formats.weights import Architecture, Weights, WeightsError
+
+TINY = Architecture(
+  width=16,
+  depth=1,
+  num_heads=2,
+  mlp_dim=32,
+  dec_width=16,
+  dec_depth=1,
+  dec_num_heads=2,
+  dec_mlp_dim=32,
+  disc_hidden=16,
+  num_frames=4,
+)
+
+
+def random_weights(**changes):
+  architecture = dataclasses.replace(TINY, **changes)
+  np_rng = np.random.default_rng(0)
+  return Weights(
+    architecture,
+    {
+      name: np_rng.normal(size=shape).astype(np.float32)
+      for name, shape in architecture.shapes().items()
+    },
+  )
+
+
+@pytest.fixture(scope="module")
+def config():
+  config = pretrain_b.get_config()
+  config.data.num_frames = TINY.num_frames
+  config.adv.hidden = TINY.disc_hidden
+  for name in config.model:
+    if hasattr(TINY, name):
+      config.model[name] = getattr(TINY, name)
+  return config
+
+
+@pytest.fixture(scope="module")
+def state(config):
+  return experiment.build(config, 10).initialise()
+
+
+def test_every_array_is_taken(config, state):
+  weights = random_weights()
+  got, notices = warm_start.apply(weights, state, config)
+  assert not notices
+  assert jax.tree.structure(got) == jax.tree.structure(state)
+  block = got.params["decoder"]["blocks"][0]
+  for name, array in (
+    ("decoder.blocks.0.mlp_in.kernel", block["mlp_in"]["kernel"]),
+    ("encoder.positions", got.fixed["encoder"]["positions"]),
+    ("discriminator.out.bias", got.disc_params["out"]["bias"]),
+  ):
+    np.testing.assert_array_equal(array, weights.arrays[name])
+
+
+def test_what_is_not_there_stays_and_is_said(config, state):
+  got, notices = warm_start.apply(
+    random_weights().encoder_only(), state, config
+  )
+  np.testing.assert_array_equal(
+    got.params["head"]["kernel"], state.params["head"]["kernel"]
+  )
+  assert not np.array_equal(
+    got.params["encoder"]["norm"]["scale"],
+    state.params["encoder"]["norm"]["scale"],
+  )
+  assert ["no decoder" in notices[0], "discriminator" in notices[1]] == [
+    True
+  ] * 2
+
+
+def test_videomae_is_adapted_to_the_runs_conventions(config, state):
+  theirs = random_weights(
+    disc_hidden=0, imagenet_input=True, norm_pix=True, norm_eps=1e-6
+  )
+  got, notices = warm_start.apply(theirs, state, config)
+  assert "eps was 1e-06 and is 1e-05" in notices[0]
+  assert "folded" in notices[1]
+  assert "normalised pixels" in notices[2]
+  kernel = got.params["encoder"]["patch_embedding"]["kernel"]
+  want = theirs.with_plain_input().arrays["encoder.patch_embedding.kernel"]
+  np.testing.assert_array_equal(kernel, want)
+  config = config.copy_and_resolve_references()
+  config.input.imagenet_norm = config.target.norm_pix = True
+  got, notices = warm_start.apply(theirs, state, config)
+  assert len(notices) == 2  # eps and the discriminator
+  np.testing.assert_array_equal(
+    got.params["encoder"]["patch_embedding"]["kernel"],
+    theirs.arrays["encoder.patch_embedding.kernel"],
+  )
+
+
+def test_a_videomae_file_is_a_warm_start(config, state, tmp_path):
+  weights = random_weights(disc_hidden=0, imagenet_input=True, norm_pix=True)
+  weights = Weights(
+    weights.architecture,
+    weights.arrays | videomae.position_tables(weights.architecture),
+  )
+  videomae.write(weights, tmp_path / "a.pth")
+  read = videomae.read(
+    tmp_path / "a.pth", num_heads=2, dec_num_heads=2, num_frames=4
+  )
+  got, _ = warm_start.apply(read, state, config)
+  np.testing.assert_array_equal(
+    got.params["head"]["bias"], weights.arrays["head.bias"]
+  )
+
+
+def test_another_network_is_refused_with_every_difference(config, state):
+  with pytest.raises(WeightsError) as error:
+    warm_start.apply(random_weights(width=32, depth=2), state, config)
+  assert "config.model.width=16, in the weights 32" in str(error.value)
+  assert "config.model.depth=1, in the weights 2" in str(error.value)
