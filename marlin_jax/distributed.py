@@ -27,7 +27,7 @@ _SHUTDOWN_SECS = 60
 # jax's own timeout ends the process with a stack trace: ours comes first.
 _GRACE_SECS = 30
 # What says that a cluster has started several of us.
-_CLUSTER_VARIABLES = (
+CLUSTER_VARIABLES = (
   "SLURM_STEP_NUM_TASKS",
   "SLURM_STEP_NODELIST",
   "SLURM_PROCID",
@@ -54,7 +54,7 @@ def initialise(settings: Any) -> None:
     StartError: they did not come together; says who is missing, as far as
       known, where they were expected and what to check.
   """
-  address, num, me = _who(settings)
+  address, num, me = who(settings)
   if not address:
     return
   # Its SIGTERM handler would swallow the signal until the training loop, which
@@ -74,7 +74,7 @@ def initialise(settings: Any) -> None:
   )
 
 
-def _who(settings) -> tuple[str, int, int]:
+def who(settings) -> tuple[str, int, int]:
   """Coordinator ('': none, or 'auto'), number of processes, own number."""
   address = settings.coordinator
   if address == "none":
@@ -110,7 +110,7 @@ def _who(settings) -> tuple[str, int, int]:
 
 def _initialise_by_cluster(timeout_secs: int) -> None:
   """Lets jax find the others as the cluster describes them."""
-  told = [f"{k}={v}" for k in _CLUSTER_VARIABLES if (v := os.environ.get(k))]
+  told = [f"{k}={v}" for k in CLUSTER_VARIABLES if (v := os.environ.get(k))]
   known = ", ".join(told) or "nothing in the environment"
 
   def give_up():

@@ -16,7 +16,7 @@ import numpy as np
 from configs import pretrain_b
 from marlin_jax import experiment, hlo, sharding, train_step
 
-BATCH_SIZE = 16
+BATCH_SIZE = 8
 
 SMALL = {
   "batch_size": BATCH_SIZE,
@@ -34,8 +34,7 @@ SMALL = {
   "adv.hidden": 32,
   "optim.base_lr": 0.01,
 }
-# What may get into the way of a layout, all at once; a device at a time works
-# on two clips, so that the batch is cut into as many parts with 4 as with 1.
+# What may get into the way of a layout, all at once, and in two parts.
 RICH = SMALL | {
   "adv.gp_weight": 10.0,
   "adv.d_steps": 2,
@@ -44,12 +43,12 @@ RICH = SMALL | {
 }
 # name: (overrides, clips at once, (data, fsdp, tensor), steps)
 CASES = {
-  "one device": (SMALL, 16, (1, 1, 1), 5),
-  "data": (SMALL, 2, (8, 1, 1), 5),
-  "fsdp": (SMALL, 2, (1, 8, 1), 5),
-  "fsdp and tensor": (SMALL, 4, (1, 4, 2), 5),
-  "rich, one device": (RICH, 8, (1, 1, 1), 3),
-  "rich, all axes": (RICH, 2, (2, 2, 2), 3),
+  "one device": (SMALL, 8, (1, 1, 1), 5),
+  "data": (SMALL, 1, (8, 1, 1), 5),
+  "fsdp": (SMALL, 1, (1, 8, 1), 5),
+  "fsdp and tensor": (SMALL, 2, (1, 4, 2), 5),
+  "rich, one device": (RICH, 4, (1, 1, 1), 3),
+  "rich, all axes": (RICH, 1, (2, 2, 2), 3),
 }
 
 
