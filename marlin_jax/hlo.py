@@ -68,10 +68,11 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
       if match:
         one = _read(match, line, num_devices, name)
         # The TPU compiler spreads one operation over several computations,
-        # all of which show it.
+        # all of which show it, with results in other kinds of memory.
         channel = re.search(r"channel_id=(\d+)", line)
-        twin = (name if not channel else channel[1], match["type"], one.kind)
-        if one.group_size > 1 and (twin not in seen or not channel):
+        shapes = tuple(_SHAPE.findall(match["type"]))
+        twin = channel and (channel[1], one.kind, shapes)
+        if one.group_size > 1 and (not twin or twin not in seen):
           found.append(one._replace(times=times))
         seen.add(twin)
         continue

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 Pytree = Any
@@ -59,9 +59,6 @@ def make_mesh(
 ) -> Mesh:
   """A mesh of all devices.
 
-  Devices of several TPU slices, which only the data centre's network joins,
-  differ along data alone.
-
   Args:
     data: devices along the axis; -1 takes all that the others leave.
     fsdp: likewise, at least 1.
@@ -71,7 +68,19 @@ def make_mesh(
   Raises:
     ValueError: the sizes do not fit the number of devices or of slices.
   """
-  devices = list(devices if devices is not None else jax.devices())
+  devices = jax.devices() if devices is None else devices
+  grid = arrange(data, fsdp, tensor, devices)
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arrange(
+  data: int, fsdp: int, tensor: int, devices: Sequence[Any]
+) -> np.ndarray:
+  """Devices in their places, (data, fsdp, tensor); see `make_mesh`.
+
+  Devices of several TPU slices, which only the data centre's network joins,
+  differ along data alone.
+  """
   asked = f"config.mesh.data={data}, fsdp={fsdp}, tensor={tensor}"
   kinds = ", ".join(sorted({d.device_kind for d in devices}))
   there = f"there are {len(devices)} devices ({kinds})"
@@ -94,12 +103,10 @@ def make_mesh(
       "that the devices belong to; fsdp and tensor must fit into one slice"
     )
   if num_slices > 1:
-    grid = mesh_utils.create_hybrid_device_mesh(
+    return mesh_utils.create_hybrid_device_mesh(
       (data // num_slices, fsdp, tensor), (num_slices, 1, 1), devices
     )
-  else:
-    grid = mesh_utils.create_device_mesh((data, fsdp, tensor), devices)
-  return Mesh(np.asarray(grid), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return mesh_utils.create_device_mesh((data, fsdp, tensor), devices)
 
 
 def num_shards(mesh: Mesh) -> int:
@@ -130,7 +137,9 @@ class Layout(NamedTuple):
   notes: tuple[str, ...]
 
 
-def lay_out(mesh: Mesh, shapes: Pytree, num_heads: Mapping[str, int]) -> Layout:
+def lay_out(
+  mesh: Mesh | AbstractMesh, shapes: Pytree, num_heads: Mapping[str, int]
+) -> Layout:
   """Finds a place for every array before any is made.
 
   Args:
@@ -145,7 +154,7 @@ def lay_out(mesh: Mesh, shapes: Pytree, num_heads: Mapping[str, int]) -> Layout:
     name = _name(path)
     spec = []
     for axis, mesh_axis in enumerate(_rule(name)):
-      pieces, what = leaf.shape[axis], f"axis {axis}"
+      pieces, what = leaf.shape[axis], f"along axis {axis}"
       if mesh_axis == "tensor" and "attention/" in name:
         pieces = next(n for part, n in num_heads.items() if f"{part}/" in name)
         what = "heads"

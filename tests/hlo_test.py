@@ -1,0 +1,122 @@
+"""What is read from HLO text, on lines as the three compilers write them."""
+
+import pytest
+
+from marlin_jax import hlo
+
+
+def computation(head, *lines):
+  body = "".join(f"  {line}\n" for line in lines)
+  return f"%{head} {{\n{body}}}\n\n"
+
+
+def program(*lines, others=""):
+  entry = computation("main.1 (p: f32[8]) -> f32[8]", *lines)
+  return f"HloModule jit_step\n\n{others}ENTRY {entry}"
+
+
+@pytest.mark.parametrize(
+  ("line", "expected"),
+  [
+    pytest.param(
+      "%all-reduce.79 = (f32[1,128]{1,0}, bf16[16]{0}) all-reduce(%a, %b), "
+      "channel_id=3, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, "
+      "use_global_device_ids=true, to_apply=%add",
+      ("all-reduce", 544, 4),
+      id="several_arrays_along_a_mesh_axis",
+    ),
+    pytest.param(
+      "%all-gather = f32[64,32]{1,0} all-gather(%p), channel_id=1, "
+      "replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4], "
+      "device_ids=([2,2,2]T(1,0,2)) {'axis_0'}, dimensions={0}",
+      ("all-gather", 8192, 2),
+      id="devices_in_another_order",
+    ),
+    pytest.param(
+      "%all-gather.1 = bf16[64]{0:T(8,128)(2,1)S(1)} all-gather(%p), "
+      "channel_id=1, replica_groups=mesh['a'=8] {'a':(2)4}, dimensions={0}",
+      ("all-gather", 128, 4),
+      id="a_part_of_a_mesh_axis",
+    ),
+    pytest.param(
+      "%reduce-scatter = f32[8,32]{1,0} reduce-scatter(%p), channel_id=2, "
+      "replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}, to_apply=%add",
+      ("reduce-scatter", 4096, 4),
+      id="the_whole_of_what_is_scattered",
+    ),
+    pytest.param(
+      "%all-gather-start = (f32[8]{0}, f32[32]{0}) all-gather-start(%p), "
+      "channel_id=4, replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}",
+      ("all-gather", 128, 4),
+      id="asynchronous",
+    ),
+    pytest.param(
+      "%collective-permute = pred[16]{0} collective-permute(%p), "
+      "source_target_pairs={{0,1},{1,0}}",
+      ("collective-permute", 16, 8),
+      id="permute",
+    ),
+    pytest.param(
+      "%all-to-all = s32[16]{0} all-to-all(%p), replica_groups={}, "
+      "dimensions={0}",
+      ("all-to-all", 64, 8),
+      id="among_all",
+    ),
+  ],
+)
+def test_an_operation_is_read_with_its_size_and_group(line, expected):
+  assert hlo.collectives(program(line), 8) == [hlo.Collective(*expected, 1)]
+
+
+def test_what_is_no_exchange_is_left_out():
+  text = program(
+    "%all-reduce = f32[4]{0} all-reduce(%p), replica_groups=[8,1]<=[8]",
+    "%add.all-reduce = f32[4]{0} add(%p, %all-reduce)",
+  )
+  assert hlo.collectives(text, 8) == []
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+  reduce = (
+    "all-reduce(%x), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add"
+  )
+  others = computation(
+    "body.1 (p: (s32[], f32[4])) -> (s32[], f32[4])",
+    f"%all-reduce.1 = f32[4]{{0}} {reduce}",
+  ) + computation(
+    "never_called (p: f32[4]) -> f32[4]",
+    f"%all-reduce.2 = f32[4]{{0}} {reduce}",
+  )
+  loop = (
+    "%while = (s32[], f32[4]) while(%t), condition=%cond, body=%body.1, "
+    'backend_config={"known_trip_count":{"n":"12"}}'
+  )
+  (found,) = hlo.collectives(program(loop, others=others), 8)
+  assert found == hlo.Collective("all-reduce", 16, 8, 12)
+  assert hlo.total_bytes([found]) == {"all-reduce": 16 * 12}
+
+
+def test_the_tpu_compilers_fused_operations_count_once_by_their_real_kind():
+  gather = (
+    "all-gather(%p), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}"
+  )
+  fused = computation(
+    "all-reduce-scatter.1 (a: f32[8]) -> f32[2]",
+    "%all-reduce.3 = f32[8]{0} all-reduce(%a), channel_id=1, "
+    "replica_groups={{0,2,4,6},{1,3,5,7}}",
+  )
+  for i in (1, 2):
+    fused += computation(
+      f"async_collective_fusion.{i} (p: bf16[4]) -> bf16[16]",
+      f"%all-gather.{i} = bf16[16]{{0}} {gather}",
+    )
+  text = program(
+    "%f1 = f32[2]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1",
+    "%f2 = bf16[16]{0} fusion(%p), calls=%async_collective_fusion.1",
+    "%f3 = bf16[16]{0} fusion(%p), calls=%async_collective_fusion.2",
+    others=fused,
+  )
+  assert hlo.total_bytes(hlo.collectives(text, 8)) == {
+    "reduce-scatter": 32,
+    "all-gather": 32,
+  }
