@@ -20,7 +20,6 @@ moves into place where a run was killed between the two.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import itertools
 import json
 import math
@@ -35,13 +34,10 @@ from data_prep import ledger, process, shards
 from data_prep.ledger import Entry
 from data_prep.manifest import Source, stable_hash
 from marlin_jax import records
+from marlin_jax.output_folder import Lock, OutputFolderError
 
 # Some 100 MB of short clips.
 VIDEOS_PER_SHARD = 32
-
-
-class DatasetFolderError(RuntimeError):
-  """The output folder cannot be used; the message says why and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,18 +81,13 @@ class DatasetFolder:
       sources: all videos.
 
     Raises:
-      DatasetFolderError: the folder is in use, holds something else, was made
+      OutputFolderError: the folder is in use, holds something else, was made
         with another recipe or from videos that are now missing.
     """
     self.path = path
     self._parts = path / "parts"
+    self._lock = Lock(path)
     try:
-      path.mkdir(parents=True, exist_ok=True)
-      self._lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as e:
-      raise DatasetFolderError(f"cannot use {path}: {e.strerror}") from e
-    try:
-      self._take_lock()
       self._settings = self._agree(recipe, num_shards, sources)
       self._sources = {source.video_id: source for source in sources}
       self._shards: dict[str, dict[str, Source]] = {
@@ -114,24 +105,14 @@ class DatasetFolder:
       self._todo: set[str] = set()
       self._recover()
     except BaseException:
-      os.close(self._lock)
+      self._lock.close()
       raise
 
   def __enter__(self) -> Self:
     return self
 
   def __exit__(self, *_) -> None:
-    os.close(self._lock)
-
-  def _take_lock(self) -> None:
-    try:
-      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-      raise DatasetFolderError(
-        f"another run is writing to {self.path}; wait for it or stop it"
-      ) from e
-    except OSError:
-      pass  # a network disk without locks
+    self._lock.close()
 
   def _agree(
     self,
@@ -143,7 +124,7 @@ class DatasetFolder:
     path = self.path / "settings.json"
     found = ledger.read_json(path)
     if found is None and any(self.path.iterdir()):
-      raise DatasetFolderError(
+      raise OutputFolderError(
         f"{self.path} holds files but no settings.json, so it is no data set "
         "of this program; choose an empty or new folder as --output"
       )
@@ -160,7 +141,7 @@ class DatasetFolder:
         f"num_shards was {max(counts.values())} and is now {num_shards}"
       )
     if differences:
-      raise DatasetFolderError(
+      raise OutputFolderError(
         f"{self.path} was made with other settings: {'; '.join(differences)}. "
         "Use those settings again, or another --output"
       )
@@ -217,7 +198,7 @@ class DatasetFolder:
       if video_id not in self._sources
     )
     if missing:
-      raise DatasetFolderError(
+      raise OutputFolderError(
         f"{len(missing)} videos of {self.path} are not in the input any more, "
         f"the first is {missing[0]!r}. Give the whole input, or another "
         "--output"
@@ -231,7 +212,7 @@ class DatasetFolder:
       lines = path.read_text(encoding="utf-8").splitlines()
       return [Entry(**json.loads(line)) for line in lines]
     except (ValueError, TypeError) as e:
-      raise DatasetFolderError(
+      raise OutputFolderError(
         f"{path} is damaged ({e}); restore it, or choose another --output"
       ) from e
 

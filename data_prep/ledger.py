@@ -6,12 +6,12 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from data_prep import process
 from data_prep.manifest import Source
+from marlin_jax.output_folder import write_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +110,4 @@ def _write_text(path: Path, text: str) -> None:
   data = text.encode()
   if path.exists() and path.read_bytes() == data:
     return
-  partial = path.with_name(f"{path.name}.partial")
-  with open(partial, "wb") as file:
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)
+  write_bytes(path, data)

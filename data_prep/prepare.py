@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import signal
 import sys
 import time
@@ -19,6 +18,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from marlin_jax import arguments
+from marlin_jax.arguments import counted
+from marlin_jax.output_folder import OutputFolderError
 
 if TYPE_CHECKING:
   from data_prep import ledger, process
@@ -39,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
   """Returns the exit code: 0, 1 for an error, 130 when interrupted."""
   args = _parser().parse_args(argv)
   # Imported here, so that --help answers at once.
-  from data_prep import assets, dataset_folder, manifest, shards, workers
+  from data_prep import assets, manifest, shards, workers
 
   signal.signal(signal.SIGTERM, signal.default_int_handler)
   try:
@@ -53,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     return 130
   except (
     assets.AssetError,
-    dataset_folder.DatasetFolderError,
+    OutputFolderError,
     manifest.ManifestError,
     shards.ShardError,
     workers.WorkerError,
@@ -75,7 +78,7 @@ def _run(args: argparse.Namespace) -> None:
     args.output, _recipe(args), args.num_shards, sources
   ) as folder:
     plan = folder.plan(settings, args.retry_quarantined)
-    num_videos = _count(len(sources), "video")
+    num_videos = counted(len(sources), "video")
     if folder.is_finished and not plan.shards:
       folder.remove_parts()
       print(f"Nothing to do for {num_videos}: {args.output} is complete.")
@@ -270,10 +273,6 @@ def _size(source: Source) -> int:
 # --- Words --------------------------------------------------------------------
 
 
-def _count(number: int, noun: str) -> str:
-  return f"{number} {noun}{'s' * (number != 1)}"
-
-
 def _summary(
   output: Path, entries: list[ledger.Entry], num_frames: int, secs: float
 ) -> str:
@@ -292,7 +291,7 @@ def _summary(
     }
     lines.append(
       f"  {split}: "
-      + ", ".join(_count(number, noun) for noun, number in counts.items())
+      + ", ".join(counted(number, noun) for noun, number in counts.items())
     )
   refused = len(entries) - statuses[process.KEPT]
   if refused:
@@ -305,27 +304,16 @@ def _summary(
 
 
 def _nothing_kept(output: Path, entries: list[ledger.Entry]) -> str:
-  reasons = Counter(entry.reason for entry in entries)
-  lines = [f"no face track came of {_count(len(entries), 'video')}:"]
-  for reason, count in reasons.most_common(5):
-    example = next(e.video_id for e in entries if e.reason == reason)
-    lines.append(f"  {count} x {reason} (e.g. {example!r})")
-  if len(reasons) > 5:
-    lines.append(f"  and {len(reasons) - 5} more reasons")
-  lines.append(f"All of them: {output / 'quarantine.jsonl'}")
-  return "\n".join(lines)
+  return "\n".join(
+    [
+      f"no face track came of {counted(len(entries), 'video')}:",
+      *arguments.reasons({entry.video_id: entry.reason for entry in entries}),
+      f"All of them: {output / 'quarantine.jsonl'}",
+    ]
+  )
 
 
 # --- Command line -------------------------------------------------------------
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-  """Shows defaults, where there are any."""
-
-  def _get_help_string(self, action: argparse.Action) -> str | None:
-    if action.default is None or action.default is False:
-      return action.help
-    return super()._get_help_string(action)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -337,7 +325,7 @@ def _parser() -> argparse.ArgumentParser:
     description="Turns videos into a data set of face tracks. Stop it when you "
     "like; the same command goes on where it was, and does only what is "
     "missing.",
-    formatter_class=_HelpFormatter,
+    formatter_class=arguments.HelpFormatter,
     allow_abbrev=False,  # a misspelled flag is an error
   )
   add = parser.add_argument
@@ -362,13 +350,13 @@ def _parser() -> argparse.ArgumentParser:
   )
   add(
     "--num_workers",
-    type=_at_least(1),
-    default=_num_cores(),
+    type=arguments.at_least(1),
+    default=arguments.num_cores(),
     help="videos processed at a time; the result does not depend on it",
   )
   add(
     "--segment_frames",
-    type=_at_least(62),
+    type=arguments.at_least(62),
     default=64,
     help="longest record; longer tracks are cut into equal parts",
   )
@@ -381,7 +369,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   add(
     "--num_shards",
-    type=_at_least(1),
+    type=arguments.at_least(1),
     help="files of the largest split; without it, one for every 32 videos",
   )
   add("--name", type=_name, default="faces", help="first part of file names")
@@ -396,53 +384,35 @@ def _parser() -> argparse.ArgumentParser:
   add = limits_group.add_argument
   add(
     "--max_frame_pixels",
-    type=_at_least(1),
+    type=arguments.at_least(1),
     default=limits.frame_pixels,
     help="width x height of a frame",
   )
   add(
     "--max_frames",
-    type=_at_least(1),
+    type=arguments.at_least(1),
     default=limits.frames,
     help="frames of a video",
   )
   add(
     "--max_video_pixels",
-    type=_at_least(1),
+    type=arguments.at_least(1),
     default=limits.video_pixels,
     help="width x height x frames of a video",
   )
   add(
     "--max_decode_secs",
-    type=_at_least(1),
+    type=arguments.at_least(1),
     default=int(limits.secs),
     help="seconds of waiting for the decoder, per pass",
   )
   add(
     "--max_decode_mib",
-    type=_at_least(256),
+    type=arguments.at_least(256),
     default=limits.memory_bytes >> 20,
     help="memory of the decoder in MiB",
   )
   return parser
-
-
-def _num_cores() -> int:
-  """Returns how many cores this process may use."""
-  if sys.platform == "linux":
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-  def parse(text: str) -> int:
-    value = int(text)
-    if value < least:
-      raise argparse.ArgumentTypeError(f"{value} is less than {least}")
-    return value
-
-  parse.__name__ = "int"  # for argparse's own message
-  return parse
 
 
 def _ratio(text: str) -> float:

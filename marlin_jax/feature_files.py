@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
 import io
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+
+from marlin_jax.output_folder import Lock, OutputFolderError, write_bytes
 
 # Raised whenever the meaning of a file changes.
 SCHEMA_VERSION = 1
@@ -34,10 +34,6 @@ _FREE_SETTINGS = ("checkpoint",)
 _METADATA = b"marlin_jax"
 # What numbers depend on beside the settings.
 _VERSIONED = ("marlin-jax", "jax", "numpy", "av", "mediapipe")
-
-
-class OutputError(RuntimeError):
-  """The output folder cannot be used; the message says why and what to do."""
 
 
 class Span(NamedTuple):
@@ -90,11 +86,11 @@ class FeatureFolder:
         what an existing folder was made with.
 
     Raises:
-      OutputError: the folder is in use, holds something else, was made with
-        other settings, or pyarrow is missing.
+      OutputFolderError: the folder is in use, holds something else, was made
+        with other settings, or pyarrow is missing.
     """
     if settings["format"] == "parquet" and not has_parquet():
-      raise OutputError(
+      raise OutputFolderError(
         "the format parquet needs pyarrow: pip install 'marlin-jax[parquet]'"
       )
     self.path = path
@@ -104,34 +100,19 @@ class FeatureFolder:
       **settings,
     }
     self._refused: dict[str, dict[str, str]] = {}
+    self._lock = Lock(path)
     try:
-      path.mkdir(parents=True, exist_ok=True)
-      self._lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as e:
-      raise OutputError(f"cannot use {path}: {e.strerror}") from e
-    try:
-      self._take_lock()
       self._agree()
       self._read_quarantine()
     except BaseException:
-      os.close(self._lock)
+      self._lock.close()
       raise
 
   def __enter__(self) -> Self:
     return self
 
   def __exit__(self, *_) -> None:
-    os.close(self._lock)
-
-  def _take_lock(self) -> None:
-    try:
-      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-      raise OutputError(
-        f"another run is writing to {self.path}; wait for it or stop it"
-      ) from e
-    except OSError:
-      pass  # a network disk without locks
+    self._lock.close()
 
   def _agree(self) -> None:
     """Compares the settings with those of the folder."""
@@ -139,13 +120,13 @@ class FeatureFolder:
       found = json.loads((self.path / _SETTINGS).read_bytes())
     except FileNotFoundError:
       if any(self.path.iterdir()):
-        raise OutputError(
+        raise OutputFolderError(
           f"{self.path} holds files but no {_SETTINGS}, so it was not made by "
           "this program; choose an empty or new folder as --output"
         ) from None
       return
     except ValueError as e:
-      raise OutputError(
+      raise OutputFolderError(
         f"{self.path / _SETTINGS} is damaged ({e}); choose another --output"
       ) from e
     differences = [
@@ -154,7 +135,7 @@ class FeatureFolder:
       if found.get(key) != self._settings.get(key)
     ]
     if differences:
-      raise OutputError(
+      raise OutputFolderError(
         f"{self.path} was made with other settings: {'; '.join(differences)}. "
         "Use those settings again, or another --output"
       )
@@ -211,7 +192,7 @@ class FeatureFolder:
     """Makes the folder one of these settings, where it is not yet."""
     if not (self.path / _SETTINGS).exists():
       data = json.dumps(self._settings, indent=2) + "\n"
-      _write(self.path / _SETTINGS, data.encode())
+      write_bytes(self.path / _SETTINGS, data.encode())
 
   def write(
     self, origin: Origin, spans: list[Span], features: np.ndarray
@@ -238,7 +219,7 @@ class FeatureFolder:
     }
     file = self.file_of(origin.source)
     file.parent.mkdir(parents=True, exist_ok=True)
-    _write(file, encode(features, columns, json.dumps(metadata)))
+    write_bytes(file, encode(features, columns, json.dumps(metadata)))
     self._refused.pop(origin.source, None)
 
   def refuse(self, origin: Origin, reason: str) -> None:
@@ -257,7 +238,7 @@ class FeatureFolder:
     """Writes the quarantine in order, without what was mended since."""
     lines = [json.dumps(self._refused[name]) for name in sorted(self._refused)]
     data = "".join(f"{line}\n" for line in lines)
-    _write(self.path / _QUARANTINE, data.encode())
+    write_bytes(self.path / _QUARANTINE, data.encode())
 
 
 # --- Files --------------------------------------------------------------------
@@ -314,16 +295,6 @@ def _parquet(
   data = io.BytesIO()
   pyarrow.parquet.write_table(table, data, compression="zstd")
   return data.getvalue()
-
-
-def _write(path: Path, data: bytes) -> None:
-  """Writes under another name and renames."""
-  partial = path.with_name(f"{path.name}.partial")
-  with open(partial, "wb") as file:
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)
 
 
 def sha256_of(path: Path) -> str:

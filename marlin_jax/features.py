@@ -30,13 +30,16 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from marlin_jax import arguments
+from marlin_jax.arguments import counted
+from marlin_jax.output_folder import OutputFolderError
 
 if TYPE_CHECKING:
   import numpy as np
@@ -56,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
   """Returns the exit code: 0, 1 for an error, 130 when interrupted."""
   args = _parser().parse_args(argv)
   # Imported here, so that --help answers at once.
-  from marlin_jax import feature_files, video_folder
+  from marlin_jax import video_folder
   from marlin_jax.formats.weights import WeightsError
 
   signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -71,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     return 130
   except (
     WeightsError,
-    feature_files.OutputError,
+    OutputFolderError,
     video_folder.InputError,
     video_folder.ReaderError,
     _Failure,
@@ -112,7 +115,7 @@ def _run(args: argparse.Namespace) -> None:
     num_before = len(videos) - len(todo)
     done = f", {num_before} of them done before" if num_before else ""
     print(
-      f"{_count(len(videos), 'video')}{done}; writing to {args.output}",
+      f"{counted(len(videos), 'video')}{done}; writing to {args.output}",
       flush=True,
     )
 
@@ -138,9 +141,9 @@ def _run(args: argparse.Namespace) -> None:
       raise _Failure(_nothing_extracted(folder.path, refused))
     print(
       f"Done in {time.monotonic() - started_at:.0f} s: "
-      f"{_count(bar.num_windows, 'window')} of {_count(len(todo), 'video')}. "
+      f"{counted(bar.num_windows, 'window')} of {counted(len(todo), 'video')}. "
       f"{args.output} holds the features of {len(videos) - len(refused)} of "
-      f"{_count(len(videos), 'video')}."
+      f"{counted(len(videos), 'video')}."
     )
     if refused:
       print(
@@ -353,32 +356,17 @@ class _ProgressBar:
 # --- Words --------------------------------------------------------------------
 
 
-def _count(number: int, noun: str) -> str:
-  return f"{number} {noun}{'s' * (number != 1)}"
-
-
-def _nothing_extracted(output: Path, reasons: dict[str, str]) -> str:
-  counts = collections.Counter(reasons.values())
-  lines = [f"no features came of {_count(len(reasons), 'video')}:"]
-  for reason, count in counts.most_common(5):
-    example = min(name for name, why in reasons.items() if why == reason)
-    lines.append(f"  {count} x {reason} (e.g. {example!r})")
-  if len(counts) > 5:
-    lines.append(f"  and {len(counts) - 5} more reasons")
-  lines.append(f"All of them: {output / 'quarantine.jsonl'}")
-  return "\n".join(lines)
+def _nothing_extracted(output: Path, refused: dict[str, str]) -> str:
+  return "\n".join(
+    [
+      f"no features came of {counted(len(refused), 'video')}:",
+      *arguments.reasons(refused),
+      f"All of them: {output / 'quarantine.jsonl'}",
+    ]
+  )
 
 
 # --- Command line -------------------------------------------------------------
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-  """Shows defaults, where there are any."""
-
-  def _get_help_string(self, action: argparse.Action) -> str | None:
-    if action.default is None or action.default is False:
-      return action.help
-    return super()._get_help_string(action)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -389,7 +377,7 @@ def _parser() -> argparse.ArgumentParser:
     description="Extracts features of videos, one file each with the times of "
     "its windows. Stop it when you like; the same command goes on where it "
     "was, and does only what is missing.",
-    formatter_class=_HelpFormatter,
+    formatter_class=arguments.HelpFormatter,
     allow_abbrev=False,  # a misspelled flag is an error
   )
   add = parser.add_argument
@@ -438,12 +426,12 @@ def _parser() -> argparse.ArgumentParser:
   )
   add(
     "--sample_rate",
-    type=_at_least(1),
+    type=arguments.at_least(1),
     help="every such frame is seen; without it, as in training (MARLIN: 2)",
   )
   add(
     "--stride",
-    type=_at_least(1),
+    type=arguments.at_least(1),
     help="seen frames from the start of one window to that of the next; "
     "without it those of a window (MARLIN: 16), side by side",
   )
@@ -457,14 +445,14 @@ def _parser() -> argparse.ArgumentParser:
   )
   add(
     "--batch_size",
-    type=_at_least(1),
+    type=arguments.at_least(1),
     help="windows computed at a time, of whatever videos; without it 1 on CPU, "
     "else 16",
   )
   add(
     "--num_workers",
-    type=_at_least(1),
-    default=_num_cores(),
+    type=arguments.at_least(1),
+    default=arguments.num_cores(),
     help="videos read at a time; the result does not depend on it",
   )
   add(
@@ -473,24 +461,6 @@ def _parser() -> argparse.ArgumentParser:
     help="try videos again that gave nothing before",
   )
   return parser
-
-
-def _num_cores() -> int:
-  """Returns how many cores this process may use."""
-  if sys.platform == "linux":
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-  def parse(text: str) -> int:
-    value = int(text)
-    if value < least:
-      raise argparse.ArgumentTypeError(f"{value} is less than {least}")
-    return value
-
-  parse.__name__ = "int"  # for argparse's own message
-  return parse
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from marlin_jax import arguments
 
 if TYPE_CHECKING:
   import numpy as np
@@ -192,7 +193,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
   )
   add(
     "--num_clips",
-    type=_at_least(1),
+    type=arguments.at_least(1),
     default=4,
     help="how many clips to show from the beginning of the video, of 32 frames "
     "by default (default 4)",
@@ -211,7 +212,10 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     help="share that is hidden; best as in training (default 0.9)",
   )
   hidden.add_argument(
-    "--seed", type=_at_least(0), default=0, help="of what is hidden (default 0)"
+    "--seed",
+    type=arguments.at_least(0),
+    default=0,
+    help="of what is hidden (default 0)",
   )
   looked_at = parser.add_argument_group("attention")
   looked_at.add_argument(
@@ -247,17 +251,6 @@ def _head(text: str) -> tuple[int, int]:
   if len(parts) != 2 or not all(part.isdecimal() for part in parts):
     raise argparse.ArgumentTypeError(f"{text} is not LAYER,HEAD, such as 11,0")
   return int(parts[0]), int(parts[1])
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-  def parse(text: str) -> int:
-    value = int(text)
-    if value < least:
-      raise argparse.ArgumentTypeError(f"{value} is less than {least}")
-    return value
-
-  parse.__name__ = "int"  # for argparse's own message
-  return parse
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ from conftest import ROOT, moving_noise, shared_video, write_video
 from marlin_jax import features, window_features
 from marlin_jax.face_video import FaceVideoError, NoFaceError, WindowSettings
 from marlin_jax.face_video import read_windows as windows_of
-from marlin_jax.feature_files import FeatureFolder, Origin, OutputError, Span
+from marlin_jax.feature_files import FeatureFolder, Origin, Span
 from marlin_jax.formats import native
 from marlin_jax.formats.weights import Architecture, Weights
 from marlin_jax.marlin import Marlin
+from marlin_jax.output_folder import OutputFolderError
 
 TINY = Architecture(width=32, depth=1, num_heads=2, mlp_dim=64, image_size=32)
 SHARED = {
@@ -341,7 +342,9 @@ def test_features_of_tokens_are_flat_in_parquet(tmp_path):
 
 def test_parquet_without_pyarrow_names_the_package(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "pyarrow", None)
-  with pytest.raises(OutputError, match=r"pip install 'marlin-jax\[parquet\]'"):
+  with pytest.raises(
+    OutputFolderError, match=r"pip install 'marlin-jax\[parquet\]'"
+  ):
     FeatureFolder(tmp_path, {"format": "parquet"})
 
 
@@ -389,7 +392,7 @@ def test_inputs_and_outputs_of_no_use_are_refused(
 def test_one_run_at_a_time(tmp_path):
   with (
     FeatureFolder(tmp_path, {"format": "npz"}),
-    pytest.raises(OutputError, match="another run is writing"),
+    pytest.raises(OutputFolderError, match="another run is writing"),
   ):
     FeatureFolder(tmp_path, {"format": "npz"})
 

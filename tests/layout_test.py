@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # A file imports from its own floor or below; binaries never import each other.
 FLOORS = {
-  0: ("records", "video"),
+  0: ("records", "video", "arguments", "output_folder"),
   1: ("attention", "masking", "losses", "models"),
   2: (
     "train_step",

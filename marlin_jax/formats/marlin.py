@@ -22,6 +22,7 @@ from marlin_jax.formats.weights import (
 from marlin_jax.models.vit import NORM_EPS
 
 _SUFFIXES = (".pt", ".ckpt")
+_MLP = ("mlp.layers.0.linear", "mlp.layers.1.linear")
 
 
 def rules(architecture: Architecture) -> list[tables.Rule]:
@@ -33,7 +34,9 @@ def rules(architecture: Architecture) -> list[tables.Rule]:
       architecture,
     ),
     tables.batched("encoder.pos_embedding.emb", "encoder.positions", 1),
-    *_blocks("encoder.blocks", "encoder.transformer", architecture.depth),
+    *tables.fused_blocks(
+      "encoder.blocks", "encoder.transformer", architecture.depth, *_MLP
+    ),
     *tables.norm("encoder.norm", "encoder.norm"),
   ]
   if architecture.has_decoder:
@@ -41,7 +44,9 @@ def rules(architecture: Architecture) -> list[tables.Rule]:
       tables.transposed("enc_dec_proj.weight", "enc_to_dec.kernel"),
       tables.batched("decoder.mask_token", "mask_token", 2),
       tables.batched("decoder.pos_embedding.emb", "dec_positions", 1),
-      *_blocks("decoder.blocks", "decoder", architecture.dec_depth),
+      *tables.fused_blocks(
+        "decoder.blocks", "decoder", architecture.dec_depth, *_MLP
+      ),
       *tables.norm("decoder.norm", "dec_norm"),
       *tables.linear("decoder.head", "head"),
     ]
@@ -50,20 +55,6 @@ def rules(architecture: Architecture) -> list[tables.Rule]:
       found += tables.linear(
         f"discriminator.layers.{i}.linear", f"discriminator.{ours}"
       )
-  return found
-
-
-def _blocks(theirs: str, ours: str, depth: int) -> list[tables.Rule]:
-  found = []
-  for i in range(depth):
-    a, b = f"{theirs}.{i}", f"{ours}.blocks.{i}"
-    found += [
-      *tables.norm(f"{a}.norm1", f"{b}.norm1"),
-      *tables.fused_attention(f"{a}.attn", f"{b}.attention"),
-      *tables.norm(f"{a}.norm2", f"{b}.norm2"),
-      *tables.linear(f"{a}.mlp.layers.0.linear", f"{b}.mlp_in"),
-      *tables.linear(f"{a}.mlp.layers.1.linear", f"{b}.mlp_out"),
-    ]
   return found
 
 
@@ -173,17 +164,14 @@ def write(weights: Weights, path: Path) -> list[str]:
     raise WeightsError(
       f"{path}: the authors' files end in .encoder.pt, .full.pt or .ckpt"
     )
-  torch = torch_files.import_torch()
+  torch_files.import_torch()  # or an error, before anything else
   weights, notices = prepare(weights, path)
   theirs = torch_files.to_torch(
     tables.write(rules(weights.architecture), weights.arrays)
   )
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(path.name + ".partial")
-  torch.save(
-    {"state_dict": theirs} if path.suffix == ".ckpt" else theirs, partial
+  torch_files.save(
+    {"state_dict": theirs} if path.suffix == ".ckpt" else theirs, path
   )
-  partial.replace(path)
   return notices
 
 

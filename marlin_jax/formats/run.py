@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from marlin_jax.formats import weights as weights_lib
 from marlin_jax.formats.weights import (
@@ -103,11 +104,14 @@ def _checkpoints(path: Path) -> Path | None:
 
 
 def _restore_parts(path: Path) -> dict:
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-    tree = checkpointer.metadata(path).item_metadata.tree
+  # The handler itself: a Checkpointer warns of metadata that an item of a
+  # CheckpointManager never has.
+  handler = ocp.PyTreeCheckpointHandler()
+  try:
+    tree = handler.metadata(epath.Path(path)).tree
     wanted = {part: tree[part] for part in _PARTS}
-    return checkpointer.restore(
-      path,
+    return handler.restore(
+      epath.Path(path),
       args=ocp.args.PyTreeRestore(
         item=wanted,
         restore_args=jax.tree.map(
@@ -116,6 +120,8 @@ def _restore_parts(path: Path) -> dict:
         partial_restore=True,
       ),
     )
+  finally:
+    handler.close()
 
 
 def write(weights: Weights, path: Path) -> list[str]:

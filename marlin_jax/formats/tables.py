@@ -99,6 +99,31 @@ def fused_attention(theirs: str, ours: str) -> list[Rule]:
   ]
 
 
+def fused_blocks(
+  theirs: str, ours: str, depth: int, hidden: str, out: str
+) -> list[Rule]:
+  """A stack of blocks.
+
+  Args:
+    theirs: what their blocks' numbers follow.
+    ours: the Transformer.
+    depth: how many.
+    hidden: their name of a block's first MLP layer.
+    out: of its second.
+  """
+  found = []
+  for i in range(depth):
+    a, b = f"{theirs}.{i}", f"{ours}.blocks.{i}"
+    found += [
+      *norm(f"{a}.norm1", f"{b}.norm1"),
+      *fused_attention(f"{a}.attn", f"{b}.attention"),
+      *norm(f"{a}.norm2", f"{b}.norm2"),
+      *linear(f"{a}.{hidden}", f"{b}.mlp_in"),
+      *linear(f"{a}.{out}", f"{b}.mlp_out"),
+    ]
+  return found
+
+
 def videomae_head(theirs: str, ours: str) -> list[Rule]:
   """A head whose pixels are ordered (pt ph pw c), where ours are c pt ph pw."""
 

@@ -72,6 +72,15 @@ def to_numpy(state_dict: object, path: Path) -> dict[str, np.ndarray]:
   return {k: v.detach().float().numpy() for k, v in state_dict.items()}
 
 
+def save(content: object, path: Path) -> None:
+  """Writes under another name and renames: never half a file."""
+  torch = import_torch()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f"{path.name}.partial")
+  torch.save(content, partial)
+  partial.replace(path)
+
+
 def to_torch(arrays: Mapping[str, np.ndarray]) -> dict:
   torch = import_torch()
   return {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()}

@@ -23,6 +23,7 @@ from marlin_jax.formats.weights import (
 from marlin_jax.models.vit import sincos_positions
 
 _NORM_EPS = 1e-6
+_MLP = ("mlp.fc1", "mlp.fc2")
 
 
 def rules(architecture: Architecture, *, prefix: str, norm: str):
@@ -38,30 +39,20 @@ def rules(architecture: Architecture, *, prefix: str, norm: str):
     *tables.patch_embedding(
       f"{prefix}patch_embed.proj", "encoder.patch_embedding", architecture
     ),
-    *_blocks(f"{prefix}blocks", "encoder.transformer", architecture.depth),
+    *tables.fused_blocks(
+      f"{prefix}blocks", "encoder.transformer", architecture.depth, *_MLP
+    ),
     *tables.norm(f"{prefix}{norm}", "encoder.norm"),
   ]
   if architecture.has_decoder:
     found += [
       tables.transposed("encoder_to_decoder.weight", "enc_to_dec.kernel"),
       tables.batched("mask_token", "mask_token", 2),
-      *_blocks("decoder.blocks", "decoder", architecture.dec_depth),
+      *tables.fused_blocks(
+        "decoder.blocks", "decoder", architecture.dec_depth, *_MLP
+      ),
       *tables.norm("decoder.norm", "dec_norm"),
       *tables.videomae_head("decoder.head", "head"),
-    ]
-  return found
-
-
-def _blocks(theirs: str, ours: str, depth: int) -> list[tables.Rule]:
-  found = []
-  for i in range(depth):
-    a, b = f"{theirs}.{i}", f"{ours}.blocks.{i}"
-    found += [
-      *tables.norm(f"{a}.norm1", f"{b}.norm1"),
-      *tables.fused_attention(f"{a}.attn", f"{b}.attention"),
-      *tables.norm(f"{a}.norm2", f"{b}.norm2"),
-      *tables.linear(f"{a}.mlp.fc1", f"{b}.mlp_in"),
-      *tables.linear(f"{a}.mlp.fc2", f"{b}.mlp_out"),
     ]
   return found
 
@@ -175,7 +166,7 @@ def write(weights: Weights, path: Path) -> list[str]:
   """
   if path.suffix != ".pth":
     raise WeightsError(f"{path}: VideoMAE's files end in .pth")
-  torch = torch_files.import_torch()
+  torch_files.import_torch()  # or an error, before anything else
   notices = eps_notice(weights.architecture, _NORM_EPS, "VideoMAE's code")
   if not weights.architecture.imagenet_input:
     notices.append(
@@ -186,10 +177,7 @@ def write(weights: Weights, path: Path) -> list[str]:
   architecture, arrays, left = leave_behind(weights)
   table = rules(architecture, prefix="encoder.", norm="norm")
   theirs = torch_files.to_torch(tables.write(table, arrays))
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(path.name + ".partial")
-  torch.save({"model": theirs}, partial)
-  partial.replace(path)
+  torch_files.save({"model": theirs}, path)
   return notices + left
 
 

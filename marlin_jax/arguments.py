@@ -1,0 +1,57 @@
+"""What the argparse binaries share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+  """Shows defaults, where there are any."""
+
+  def _get_help_string(self, action: argparse.Action) -> str | None:
+    if action.default is None or action.default is False:
+      return action.help
+    return super()._get_help_string(action)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+  """An argument's type: whole numbers from `least` on."""
+
+  def parse(text: str) -> int:
+    value = int(text)
+    if value < least:
+      raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+    return value
+
+  parse.__name__ = "int"  # for argparse's own message
+  return parse
+
+
+def num_cores() -> int:
+  """How many cores this process may use."""
+  if sys.platform == "linux":
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+def counted(number: int, noun: str) -> str:
+  """'1 video', '2 videos'."""
+  return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def reasons(why: dict[str, str]) -> list[str]:
+  """The commonest reasons with an example each: {name: reason} -> lines."""
+  by_reason: dict[str, list[str]] = {}
+  for name, reason in why.items():
+    by_reason.setdefault(reason, []).append(name)
+  commonest = sorted(by_reason.items(), key=lambda item: -len(item[1]))
+  lines = [
+    f"  {len(names)} x {reason} (e.g. {min(names)!r})"
+    for reason, names in commonest[:5]
+  ]
+  if len(commonest) > 5:
+    lines.append(f"  and {len(commonest) - 5} more reasons")
+  return lines
