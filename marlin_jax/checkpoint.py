@@ -8,6 +8,8 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from marlin_jax import run_files
+
 Pytree = Any
 
 
@@ -25,8 +27,11 @@ class Checkpoints:
 
   def __init__(self, directory: str, *, keep: int):
     """Opens or creates the directory; keeps the last `keep` checkpoints."""
+    path = epath.Path(directory)
+    if not run_files.is_remote(path):
+      path = path.absolute()  # which would take gs:// for a folder here
     self._manager = ocp.CheckpointManager(
-      epath.Path(directory).absolute(),
+      path,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.LatestN(keep),
         enable_async_checkpointing=True,

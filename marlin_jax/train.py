@@ -29,8 +29,8 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "Where the run is kept and resumed from. Default: runs/<name of the "
-  "configuration>.",
+  "Where the run is kept and resumed from, a folder or gs://BUCKET/FOLDER. "
+  "Default: runs/<name of the configuration>.",
 )
 
 
@@ -52,6 +52,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   validate(config)
   # Imported here: they take seconds, which --help and bad flags need not wait.
   import jax
+  from etils import epath
 
   from marlin_jax import (
     checkpoint,
@@ -60,6 +61,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
     input_pipeline,
     memory,
     metrics,
+    run_files,
     sample,
     sharding,
     train_step,
@@ -67,6 +69,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   )
   from marlin_jax.evaluators import reconstruction
   from marlin_jax.formats import detect
+
+  run_files.check_reachable(str(workdir), config.data.path)
 
   # --- Processes --------------------------------------------------------------
   distributed.initialise(config.distributed)
@@ -112,7 +116,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
     print(_plan(config, dataset, trainer, mesh, shapes, layout, num_steps))
 
   # --- Resume -----------------------------------------------------------------
-  workdir = Path(workdir)
+  workdir = epath.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   checkpoints = checkpoint.Checkpoints(
     str(workdir / "checkpoints"), keep=config.keep_checkpoints
@@ -143,6 +147,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
     if start_step:
       print(f"resumed from step {start_step} in {workdir}", flush=True)
     (workdir / "config.json").write_text(config.to_json(indent=2) + "\n")
+  files = run_files.RunFiles(
+    workdir, apart=is_leader and run_files.is_remote(workdir)
+  )
 
   # --- Compile ----------------------------------------------------------------
   batches = input_pipeline.to_devices(
@@ -175,7 +182,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   )
 
   # --- Loop -------------------------------------------------------------------
-  writer = metrics.MetricWriter(workdir, start_step=start_step)
+  writer = metrics.MetricWriter(files.path, start_step=start_step)
   progress = metrics.Progress(num_steps, start=start_step)
   timer = metrics.Timer(clips_per_step=config.batch_size)
   stop_together = distributed.StopTogether(mesh)
@@ -223,12 +230,17 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
         if is_leader:
           picture, paths = reconstruction.save(
             views,
-            workdir / "pictures",
+            files.path / "pictures",
             f"step_{step:07d}",
             fps=30 / config.data.stride,  # most videos' own speed
           )
           writer.write_picture(step, "reconstruction", picture)
-          progress.say(f"step {step}: {' and '.join(map(str, paths))}")
+          names = [str(workdir / "pictures" / path.name) for path in paths]
+          progress.say(f"step {step}: {' and '.join(names)}")
+
+      if step % config.checkpoint_steps == 0 or last:
+        with timer.paused():
+          files.publish()
 
       if stopping:
         break
@@ -236,6 +248,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   # --- End --------------------------------------------------------------------
   progress.close()
   writer.close()
+  files.close()
   checkpoints.close()
   if is_leader:
     print(_summary(workdir, int(state.step), num_steps), flush=True)
@@ -279,7 +292,7 @@ def _plan(config, dataset, trainer, mesh, shapes, layout, num_steps) -> str:
   return "\n".join(lines)
 
 
-def _summary(workdir: Path, step: int, num_steps: int) -> str:
+def _summary(workdir, step: int, num_steps: int) -> str:
   """What a run leaves and where to look."""
   pictures = sorted((workdir / "pictures").glob("step_*.*"))[-2:]
   lines = [f"step {step} of {num_steps} is saved in {workdir / 'checkpoints'}"]

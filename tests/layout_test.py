@@ -27,6 +27,7 @@ FLOORS = {
     "memory",
     "checkpoint",
     "metrics",
+    "run_files",
     "summaries",
     "sample",
     "validate",
