@@ -1,28 +1,57 @@
 """Timing side by side: what is compared runs in turns, on the same machine."""
 
+import importlib
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 
 def in_turns(
-  candidates: dict[str, Callable[[], object]], repeats: int
+  module: str, candidates: dict[str, tuple], repeats: int
 ) -> dict[str, list[float]]:
-  """Seconds of each call, in turns, after a first call of each."""
-  for run in candidates.values():
-    run()
+  """Seconds of each call, in turns, after a first call of each.
+
+  Each candidate has a process of its own: thread pools of two libraries in one
+  process get in each other's way.
+
+  Args:
+    module: has `make(*arguments)`, which gives a function to be timed.
+    candidates: arguments of `make` by name.
+    repeats: calls of each.
+  """
+  spawn = multiprocessing.get_context("spawn")
+  started = {}
+  for name, arguments in candidates.items():
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(
+      target=_serve, args=(theirs, module, arguments), daemon=True
+    )
+    process.start()
+    theirs.close()
+    started[name] = process, ours
+    ours.recv()  # its first call is over
   secs = {name: [] for name in candidates}
   for _ in range(repeats):
-    for name, run in candidates.items():
-      start = time.perf_counter()
-      run()
-      secs[name].append(time.perf_counter() - start)
+    for name, (_, pipe) in started.items():
+      pipe.send(None)
+      secs[name].append(pipe.recv())
+  for process, _ in started.values():
+    process.kill()
   return secs
+
+
+def _serve(pipe, module: str, arguments: tuple) -> None:
+  run = importlib.import_module(module).make(*arguments)
+  while True:
+    start = time.perf_counter()
+    run()
+    pipe.send(time.perf_counter() - start)
+    pipe.recv()
 
 
 def table(what: str, secs: dict[str, list[float]], ours: str) -> dict:
