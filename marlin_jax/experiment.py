@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -16,6 +18,7 @@ from ml_collections import ConfigDict
 from marlin_jax import masking, memory, optim, sharding, train_step, video
 from marlin_jax.input_pipeline import Dataset, TakeClip
 from marlin_jax.models import discriminator, mae
+from marlin_jax.records import FRAME_SIZE
 
 # Keys that change neither what is learned nor from what: free on resume.
 _FREE_ON_RESUME = (
@@ -181,6 +184,49 @@ def lay_out(config: ConfigDict, mesh: Mesh, shapes) -> sharding.Layout:
     "decoder": config.model.dec_num_heads,
   }
   return sharding.lay_out(mesh, shapes, num_heads)
+
+
+def lower_step(
+  trainer: train_step.Trainer,
+  shapes: train_step.TrainState,
+  layout: sharding.Layout,
+  mesh: Mesh,
+  batch_size: int,
+) -> jax.stages.Lowered:
+  """Traces the training step for a mesh, which need not be of this machine.
+
+  Args:
+    trainer: from `build`.
+    shapes: of the state: jax.eval_shape(initialise).
+    layout: of the state: `lay_out`.
+    mesh: the devices.
+    batch_size: clips per step over all of them.
+
+  Returns:
+    `.compile()` gives step(state, batch, rng) -> (state, scalars), where batch
+    holds `video` and `regions` alone. The old state's memory is given up.
+  """
+  everywhere = sharding.replicated(mesh)
+  split = sharding.batch_sharding(mesh)
+  tubelets = trainer.task.tubelets
+
+  def struct(shape, dtype, where):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+  frames = (batch_size, tubelets.num_frames, FRAME_SIZE, FRAME_SIZE, 3)
+  batch = {
+    "video": struct(frames, jnp.uint8, split),
+    "regions": struct((batch_size, *tubelets.grid), jnp.uint16, split),
+  }
+  rng = jax.eval_shape(lambda: jax.random.key(0))
+  state = jax.tree.map(
+    lambda x, where: struct(x.shape, x.dtype, where), shapes, layout.shardings
+  )
+  return jax.jit(
+    functools.partial(train_step.train_step, trainer),
+    donate_argnums=0,
+    out_shardings=(layout.shardings, everywhere),
+  ).lower(state, batch, struct(rng.shape, rng.dtype, everywhere))
 
 
 def _kept_and_gathered(config, mesh, params) -> dict[str, int]:

@@ -64,7 +64,6 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
     run_files,
     sample,
     sharding,
-    train_step,
     warm_start,
   )
   from marlin_jax.evaluators import reconstruction
@@ -175,11 +174,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   )
   make_key = functools.partial(jax.random.key, config.seed)
   rng = jax.jit(make_key, out_shardings=everywhere)()
-  step_fn = jax.jit(
-    functools.partial(train_step.train_step, trainer),
-    donate_argnums=0,
-    out_shardings=(layout.shardings, everywhere),
-  )
+  step_fn = experiment.lower_step(
+    trainer, shapes, layout, mesh, config.batch_size
+  ).compile()
 
   # --- Loop -------------------------------------------------------------------
   writer = metrics.MetricWriter(files.path, start_step=start_step)
@@ -191,7 +188,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
     for step in range(start_step + 1, num_steps + 1):
       with timer.waiting_for_data():
         batch = next(batches)
-      state, scalars = step_fn(state, batch, rng)
+      inputs = {"video": batch["video"], "regions": batch["regions"]}
+      state, scalars = step_fn(state, inputs, rng)
       timer.step_started(scalars)
       progress.step()
       # Read once: a signal in the middle of this round ends the next.

@@ -4,7 +4,6 @@ A process of its own, started by sharding_test.py: how many devices there are
 is settled when jax starts. Prints one JSON object, by the name of the case.
 """
 
-import functools
 import json
 import math
 import sys
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 
 from configs import pretrain_b
-from marlin_jax import experiment, hlo, sharding, train_step
+from marlin_jax import experiment, hlo, sharding
 
 BATCH_SIZE = 8
 
@@ -76,16 +75,9 @@ class Case:
       sharding.batch_sharding(self.mesh),
     )
     self.rng = jax.device_put(jax.random.key(0), everywhere)
-    state = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      self.shapes,
-      self.layout.shardings,
+    self.lowered = experiment.lower_step(
+      self.trainer, self.shapes, self.layout, self.mesh, BATCH_SIZE
     )
-    self.lowered = jax.jit(
-      functools.partial(train_step.train_step, self.trainer),
-      donate_argnums=0,
-      out_shardings=(self.layout.shardings, everywhere),
-    ).lower(state, self.batch, self.rng)
 
   def run(self, step, state) -> dict:
     """Losses, bytes per device, bytes exchanged per step."""

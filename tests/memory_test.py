@@ -1,13 +1,10 @@
 """The estimate of what fits, against what the compiler allocates."""
 
-import functools
-
 import jax
-import jax.numpy as jnp
 import pytest
 
 from configs import pretrain_s
-from marlin_jax import experiment, memory, train_step
+from marlin_jax import experiment, memory, sharding
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
@@ -21,17 +18,11 @@ def test_the_estimate_is_on_the_safe_side_and_no_more_than_double(remat):
   made = experiment.build(config, num_steps=10)
   trainer = made.trainer
   state = jax.eval_shape(made.initialise)
-  grid = trainer.task.tubelets.grid
-  batch = {
-    "video": jax.ShapeDtypeStruct((2, 16, 224, 224, 3), jnp.uint8),
-    "regions": jax.ShapeDtypeStruct((2, *grid), jnp.uint16),
-  }
-  rng = jax.eval_shape(lambda: jax.random.key(0))
-  compiled = (
-    jax.jit(functools.partial(train_step.train_step, trainer), donate_argnums=0)
-    .lower(state, batch, rng)
-    .compile()
-  )
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  layout = experiment.lay_out(config, mesh, state)
+  compiled = experiment.lower_step(
+    trainer, state, layout, mesh, config.batch_size
+  ).compile()
   gradients = 4 * experiment.count((state.params, state.disc_params))
   found = compiled.memory_analysis().temp_size_in_bytes - gradients
   estimate = 2 * memory.clip_bytes(
