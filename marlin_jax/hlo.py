@@ -223,12 +223,12 @@ def _trips(line: str, computations: dict[str, list[str]]) -> int:
   trips = _TRIPS.search(line)
   if trips:
     return int(trips[1])
-  # The TPU compiler does not tell; a scan counts up to a constant.
+  # The TPU compiler does not tell; its loops count up to a constant.
   condition = re.search(r"condition=%?([\w.\-]+)", line)
   text = "\n".join(computations.get(condition[1], ())) if condition else ""
   last = re.search(r"compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT", text)
   limit = last and re.search(
-    rf"%?{re.escape(last[1])} = s32\[\]\S* constant\((\d+)\)", text
+    rf"%?{re.escape(last[1])} = [su]32\[\]\S* constant\((\d+)\)", text
   )
   return int(limit[1]) if limit else 1
 

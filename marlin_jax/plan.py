@@ -100,8 +100,9 @@ def plan(config):
   # --- Others -----------------------------------------------------------------
   if _SEARCH.value and step.fits:
     best = step_plan.largest(step, busy)
-    say(_largest_text(step, best))
-    report["largest"] = _numbers(best)
+    if best:
+      say(_largest_text(step, best))
+      report["largest"] = _numbers(best)
   elif _SEARCH.value:
     report["remedies"] = []
     for changes in step_plan.remedies(step):
@@ -145,11 +146,11 @@ def _text(step) -> str:
   config, devices = step.config, step.topology
   first = devices.devices[0]
   kind = devices.chip.name if devices.chip else first.device_kind
-  sizes = ", ".join(f"{k} {v}" for k, v in config.mesh.items())
+  sizes = ", ".join(f"{k} {v}" for k, v in step.mesh.items())
   lines = [
     f"network  {step.num_params / 1e6:.1f}M parameters, {config.dtype}, remat "
     f"{config.remat}, scan {config.scan}, attention {config.attention}",
-    f"devices  {len(devices.devices)} x {kind} of {devices.num_hosts} hosts"
+    f"devices  {len(devices.devices)} x {kind} of {devices.num_hosts} host(s)"
     + (f" in {devices.num_slices} slices" if devices.num_slices > 1 else "")
     + f"; mesh {sizes}",
     f"batch    {config.batch_size} clips, "
@@ -320,6 +321,7 @@ def _numbers(step) -> dict:
     "num_hosts": devices.num_hosts,
     "num_slices": devices.num_slices,
     "device_kind": devices.devices[0].device_kind,
+    "mesh": step.mesh,
     "num_params": step.num_params,
     "num_parts": step.num_micro,
     "num_parts_training_chooses": step.chosen_micro,

@@ -63,6 +63,7 @@ class Step:
   Attributes:
     config: the configuration.
     topology: the devices.
+    mesh: its shape, by axis.
     num_micro: parts in which a batch is worked through.
     chosen_micro: parts that training takes where clips_per_device is 0.
     clips_at_once: clips of one part on one device.
@@ -79,6 +80,7 @@ class Step:
 
   config: ConfigDict
   topology: Topology
+  mesh: dict[str, int]
   num_micro: int
   chosen_micro: int
   clips_at_once: int
@@ -95,7 +97,7 @@ class Step:
   @property
   def num_shards(self) -> int:
     """Devices that share the batch."""
-    return self.config.batch_size // (self.num_micro * self.clips_at_once)
+    return self.mesh["data"] * self.mesh["fsdp"]
 
   @property
   def fits(self) -> bool:
@@ -146,17 +148,21 @@ def compile_step(config: ConfigDict, topology: Topology, busy: Busy) -> Step:
   num_shards = sharding.num_shards(mesh)
   check_batch(config, num_shards)
   usable = memory.usable(topology.memory_bytes, topology.devices[0].platform)
-  # Of the number of steps only the schedule knows.
-  num_steps = config.num_steps or 1000
-  trainer, initialise, *_ = experiment.build(config, num_steps, mesh, usable)
-  alone = with_changes(config, {"clips_per_device": 0})
-  chosen = experiment.build(alone, num_steps, mesh, usable).trainer
+  trainer, initialise, *_ = experiment.build(
+    config,
+    config.num_steps or 1000,  # the schedule's, which takes no memory
+    mesh,
+    usable,
+  )
   shapes = jax.eval_shape(initialise)
   layout = experiment.lay_out(config, mesh, shapes)
   lowered = experiment.lower_step(
     trainer, shapes, layout, mesh, config.batch_size
   )
   traced = time.perf_counter()
+  names = ("params", "fixed", "disc_params")
+  params = {name: getattr(shapes, name) for name in names}
+  chosen = experiment.clips_that_fit(config, mesh, params, usable)
   tubelets = trainer.task.tubelets
   clip = tubelets.num_tokens * (tubelets.pixels + 2)  # uint8, and region bits
   state_bytes = _state_bytes(shapes, layout) | {
@@ -179,8 +185,9 @@ def compile_step(config: ConfigDict, topology: Topology, busy: Busy) -> Step:
   return Step(
     config=config,
     topology=topology,
+    mesh=dict(mesh.shape),
     num_micro=trainer.num_micro,
-    chosen_micro=chosen.num_micro,
+    chosen_micro=memory.num_parts(config.batch_size, num_shards, chosen),
     clips_at_once=config.batch_size // num_shards // trainer.num_micro,
     num_params=experiment.count((shapes.params, shapes.disc_params)),
     clip_bytes=tubelets.num_tokens * tubelets.pixels,
@@ -250,7 +257,7 @@ def largest(step: Step, busy: Busy) -> Step | None:
   """Looks for the most clips that fit on a device at once, in one part.
 
   By compiling: guesses follow the line through what was found so far. Stops
-  within a sixteenth of the true number, or after _MOST_TRIES.
+  where the next would be less than a sixteenth away, or after _MOST_TRIES.
 
   Args:
     step: of the configuration.
@@ -269,10 +276,9 @@ def largest(step: Step, busy: Busy) -> Step | None:
     clips = _guess(needed, there)
   for _ in range(_MOST_TRIES):
     least = best.clips_at_once if best else 0
-    if most is not None:
-      clips = min(clips, most - 1)
-    clips = max(clips, least + 1)
-    if most is not None and most - least <= max(1, least // 16):
+    if most is not None and not least < clips < most:
+      clips = (least + most) // 2
+    if clips - least <= least // 16:
       break
     tried = compile_step(
       with_changes(
@@ -288,8 +294,6 @@ def largest(step: Step, busy: Busy) -> Step | None:
     else:
       most = clips
     clips = _guess(needed, there)
-    if most is not None and not (best and least < clips < most):
-      clips = ((best.clips_at_once if best else 0) + most) // 2
   return best
 
 
@@ -305,27 +309,37 @@ def _guess(needed: dict[int, int], there: int) -> int:
 def remedies(step: Step) -> Iterator[dict[str, Any]]:
   """Changes that may make a configuration fit, the least costly first.
 
-  Each stands alone. Where the state is most of what is needed, those that
-  spread it come first.
+  Each stands alone. Those that cannot save enough are left out.
   """
   config, there = step.config, step.topology.memory_bytes
+  state = sum(step.state_bytes.values())
   spread = {"mesh.data": 1, "mesh.fsdp": step.num_shards}
   thrifty = {"remat": "full", "scan": True}
-  half, quarter = (max(step.clips_at_once // n, 1) for n in (2, 4))
-  found = [
-    {"remat": "dots"} if config.remat == "none" else thrifty,
-    thrifty,
-    {"clips_per_device": half},
-    thrifty | {"clips_per_device": quarter},
+  found = []
+  if state < there:
+    # Activations go with the clips that are there at once.
+    excess = (step.needed_bytes - state) / (there - state)
+    fewer = {"clips_per_device": max(int(0.9 * step.clips_at_once / excess), 1)}
+    if excess < 3 and config.remat == "none":
+      found.append({"remat": "dots"})
+    if excess < 8:
+      found.append(thrifty)
+    found += [fewer, thrifty | fewer]
+  found += [
+    spread,
     thrifty | spread,
     thrifty | spread | {"clips_per_device": 1},
   ]
-  if sum(step.state_bytes.values()) > there // 2:
-    found.insert(0, spread)
-  values = experiment.flat(config) | {"clips_per_device": step.clips_at_once}
+  values = experiment.flat(config) | _values(step)
   seen = [{}]
   for changes in found:
     changes = {k: v for k, v in changes.items() if values[k] != v}
     if changes not in seen:
       seen.append(changes)
       yield changes
+
+
+def _values(step: Step) -> dict[str, Any]:
+  """What the configuration comes to where it leaves the choice."""
+  sizes = {f"mesh.{axis}": size for axis, size in step.mesh.items()}
+  return {"clips_per_device": step.clips_at_once} | sizes

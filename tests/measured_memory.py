@@ -16,7 +16,7 @@ import re
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config")
@@ -110,6 +110,4 @@ if __name__ == "__main__":
   if MALLOC.items() <= os.environ.items():
     app.run(main)
   else:
-    os.execve(
-      sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC
-    )
+    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
