@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -45,12 +46,22 @@ class MetricWriter:
     )
 
   def write(self, step: int, scalars: dict[str, float]) -> None:
-    """Adds one object to metrics.jsonl, and the scalars to TensorBoard."""
+    """Adds one object to metrics.jsonl, and the scalars to TensorBoard.
+
+    What is not finite is left out: JSON has no word for it.
+    """
     if not self._writes:
       return
+    scalars = {k: v for k, v in scalars.items() if math.isfinite(v)}
     self._file.write(json.dumps({"step": step, **scalars}) + "\n")
     for name, value in scalars.items():
       self._board.add_scalar(name, value, step)
+
+  def event(self, name: str, step: int, **details: Any) -> None:
+    """Adds an object with `event`, its name, to metrics.jsonl alone."""
+    if self._writes:
+      line = {"step": step, "event": name, **details}
+      self._file.write(json.dumps(line) + "\n")
 
   def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
     """Adds uint8 (H, W, 3) to TensorBoard."""
