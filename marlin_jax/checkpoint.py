@@ -42,6 +42,8 @@ def steps(directory: epath.PathLike) -> list[int]:
 def set_damaged_aside(directory: epath.PathLike) -> list[str]:
   """Moves away what is newer than the last good checkpoint.
 
+  What a killed run has left half written, under another name, goes.
+
   To be called by one process before a `Checkpoints` is opened.
 
   Args:
@@ -55,6 +57,8 @@ def set_damaged_aside(directory: epath.PathLike) -> list[str]:
     ResumeError: there are checkpoints, and none of them is good.
   """
   directory = epath.Path(directory)
+  for unfinished in directory.glob("*.orbax-checkpoint-tmp"):
+    unfinished.rmtree()
   problems, unproven = {}, None
   for step in steps(directory):
     problem = checksums.problem(directory / str(step))
@@ -120,8 +124,6 @@ class Checkpoints:
       options=ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.LatestN(keep),
         enable_async_checkpointing=True,
-        # What a killed run has left half written.
-        cleanup_tmp_directories=True,
       ),
     )
     self._pool = futures.ThreadPoolExecutor(1, "checkpoint")

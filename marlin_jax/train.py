@@ -370,8 +370,9 @@ def _summary(workdir, step: int, num_steps: int) -> str:
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-  # Orbax tells twenty lines about every save.
-  logging.set_verbosity(logging.WARNING)
+  # Orbax tells twenty lines about every save, and shows the stacks of errors
+  # that it raises all the same.
+  logging.set_verbosity(logging.FATAL)
   config = _CONFIG.value
   name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
   try:

@@ -66,7 +66,7 @@ def start_two(workdir, **overrides):
   settings = {
     "distributed.coordinator": address,
     "distributed.num_processes": 2,
-    "distributed.timeout_secs": 60,
+    "distributed.timeout_secs": 120,
   }
   return [
     start(

@@ -30,6 +30,7 @@ TINY = {
   "model.dec_num_heads": 2,
   "model.dec_mlp_dim": 32,
   "adv.hidden": 16,
+  "ema_decay": 0.9,
   "log_steps": 1,
   "eval_steps": 1000,
   "eval_batches": 1,
@@ -139,7 +140,7 @@ def test_killed_and_resumed_gives_the_same_bits(
   assert metrics_of(workdir) == metrics_of(undisturbed)
   got, want = state_of(workdir, 6), state_of(undisturbed, 6)
   assert got.keys() == want.keys()
-  for part in ("['params']", "['opt_state']", "['disc_params']"):
+  for part in ("['params']", "['ema']", "['opt_state']", "['disc_params']"):
     assert any(key.startswith(part) for key in want)
   assert any(key.startswith("['disc_opt_state']") for key in want)
   for key, value in want.items():
@@ -227,6 +228,24 @@ def test_another_configuration_cannot_resume(finished, sample_dataset):
   assert "model.width: was 16, is 32" in message
   assert "seed: was 0, is 1" in message
   assert "another --workdir" in message
+  assert "--config.allow_change=model.width,seed" in message
+
+
+def test_a_change_that_is_meant_goes_on_from_the_same_state(
+  finished, sample_dataset, tmp_path
+):
+  undisturbed, _ = finished
+  workdir = tmp_path / "run"
+  subprocess.run(["cp", "-r", undisturbed, workdir], check=True)
+  result = run(
+    workdir,
+    num_steps=8,
+    allow_change="num_steps,adv.max_pull",
+    **{"data.path": sample_dataset, "adv.max_pull": 5},
+  )
+  assert result.returncode == 0, result.stderr
+  assert "resumed from step 6" in result.stdout
+  assert list(metrics_of(workdir)) == list(range(1, 9))
 
 
 @pytest.mark.parametrize(
