@@ -58,9 +58,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
     checkpoint,
     distributed,
     experiment,
+    goodput,
     input_pipeline,
     memory,
     metrics,
+    profiler,
     run_files,
     sample,
     sharding,
@@ -151,6 +153,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   )
 
   # --- Compile ----------------------------------------------------------------
+  timer = goodput.Timer(
+    clips_per_step=config.batch_size,
+    peak_clips_per_sec=goodput.peak_clips_per_sec(
+      config, mesh.devices.flat[0].device_kind, mesh.size
+    ),
+    carried=goodput.carried_over(files.path / "metrics.jsonl", start_step)
+    if is_leader
+    else None,
+  )
   batches = input_pipeline.to_devices(
     input_pipeline.train_batches(
       dataset,
@@ -174,23 +185,35 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   )
   make_key = functools.partial(jax.random.key, config.seed)
   rng = jax.jit(make_key, out_shardings=everywhere)()
-  step_fn = experiment.lower_step(
-    trainer, shapes, layout, mesh, config.batch_size
-  ).compile()
+  with timer.on("compile"):
+    step_fn = experiment.lower_step(
+      trainer, shapes, layout, mesh, config.batch_size
+    ).compile()
+  if is_leader:
+    secs = timer.own_secs("compile")
+    print(f"compiled the step in {secs:.1f} s", flush=True)
 
   # --- Loop -------------------------------------------------------------------
   writer = metrics.MetricWriter(files.path, start_step=start_step)
   progress = metrics.Progress(num_steps, start=start_step)
-  timer = metrics.Timer(clips_per_step=config.batch_size)
+  profile = profiler.Profiler(
+    files.path / "profile",
+    str(workdir / "profile"),
+    config.profile,
+    timer,
+    progress.say,
+  )
   stop_together = distributed.StopTogether(mesh)
   signum = None
-  with metrics.StopSignal() as stop:
+  timer.enter("step")
+  with metrics.StopSignal() as stop, profile:
     for step in range(start_step + 1, num_steps + 1):
-      with timer.waiting_for_data():
+      with timer.on("data"):
         batch = next(batches)
       inputs = {"video": batch["video"], "regions": batch["regions"]}
-      state, scalars = step_fn(state, inputs, rng)
-      timer.step_started(scalars)
+      with profile.step(step):
+        state, scalars = step_fn(state, inputs, rng)
+        timer.step_started(scalars)
       progress.step()
       # Read once: a signal in the middle of this round ends the next.
       signum = stop_together(stop.received)
@@ -207,11 +230,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
         progress.report(step, scalars)
 
       if step % config.checkpoint_steps == 0 or last:
-        with timer.paused():
+        with timer.on("checkpoint"):
           checkpoints.save(step, state, identity)
 
       if (step % config.eval_steps == 0 or last) and not stopping:
-        with timer.paused():
+        with timer.on("eval"):
           scalars = evaluator.metrics(state)
         name = f"eval/{config.data.eval_split}"
         writer.write(step, {f"{name}/{k}": v for k, v in scalars.items()})
@@ -223,33 +246,38 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
         )
 
       if (step % config.picture_steps == 0 or last) and not stopping:
-        with timer.paused():
+        with timer.on("eval"):
           views = evaluator.views(state, config.picture_clips)
-        if is_leader:
-          picture, paths = reconstruction.save(
-            views,
-            files.path / "pictures",
-            f"step_{step:07d}",
-            fps=30 / config.data.stride,  # most videos' own speed
-          )
-          writer.write_picture(step, "reconstruction", picture)
-          names = [str(workdir / "pictures" / path.name) for path in paths]
-          progress.say(f"step {step}: {' and '.join(names)}")
+          if is_leader:
+            picture, paths = reconstruction.save(
+              views,
+              files.path / "pictures",
+              f"step_{step:07d}",
+              fps=30 / config.data.stride,  # most videos' own speed
+            )
+            writer.write_picture(step, "reconstruction", picture)
+            names = [str(workdir / "pictures" / path.name) for path in paths]
+            progress.say(f"step {step}: {' and '.join(names)}")
 
       if step % config.checkpoint_steps == 0 or last:
-        with timer.paused():
+        # What a run that is resumed from here has spent.
+        writer.write(step, timer.totals())
+        with timer.on("checkpoint"):
           files.publish()
 
       if stopping:
         break
 
   # --- End --------------------------------------------------------------------
+  timer.enter("checkpoint")
   progress.close()
+  checkpoints.close()
+  writer.write(int(state.step), timer.totals())
   writer.close()
   files.close()
-  checkpoints.close()
   if is_leader:
-    print(_summary(workdir, int(state.step), num_steps), flush=True)
+    print(_summary(workdir, int(state.step), num_steps))
+    print(timer.summary(), flush=True)
   return state, signum if int(state.step) < num_steps else None
 
 
