@@ -126,15 +126,14 @@ class Progress:
       for name, value in scalars.items()
       if name.startswith("train/loss_")
     ]
-    rates = [
-      f"{scalars['time/clips_per_sec']:.1f} clips/s",
-      f"data wait {scalars['time/data_wait_ratio']:.1%}",
-    ]
+    rates = [f"{scalars['time/clips_per_sec']:.1f} clips/s"]
     if "time/mfu" in scalars:
       rates.append(f"MFU {scalars['time/mfu']:.1%}")
+    rates.append(f"data wait {scalars['time/data_wait_ratio']:.1%}")
     text = ", ".join(losses + rates)
     if not self._bar.disable:
-      self._bar.set_postfix_str(text)
+      # Room is short, and the end is cut off.
+      self._bar.set_postfix_str(text.replace("loss_", ""))
       return
     remaining = (self._total - step) * scalars["time/step_secs"]
     self.say(

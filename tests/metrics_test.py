@@ -48,7 +48,7 @@ def test_the_progress_line_tells_the_utilisation_where_it_is_known(
   progress.close()
   mfu = ", MFU 41.3%" if known else ""
   assert capsys.readouterr().out == (
-    f"step 4/10: loss_rec 0.5000, 12.3 clips/s, data wait 1.2%{mfu}, "
+    f"step 4/10: loss_rec 0.5000, 12.3 clips/s{mfu}, data wait 1.2%, "
     "ETA 06:00\n"
   )
 
