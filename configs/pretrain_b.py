@@ -124,4 +124,9 @@ def get_config():
   config.picture_clips = 2
   config.checkpoint_steps = 1000
   config.keep_checkpoints = 3
+
+  # Of the devices, from a step on; `kill -USR1 PID` takes one at any time.
+  config.profile = ConfigDict()
+  config.profile.start_step = 0  # 0: none
+  config.profile.num_steps = 3
   return config

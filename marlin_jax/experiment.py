@@ -45,6 +45,8 @@ _FREE_ON_RESUME = (
   "num_epochs",  # compared as num_steps
   "picture_clips",
   "picture_steps",
+  "profile.num_steps",
+  "profile.start_step",
   "remat",
   "scan",
   "watchdog.dump_secs",

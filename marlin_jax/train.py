@@ -70,10 +70,12 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
     checkpoint,
     distributed,
     experiment,
+    goodput,
     input_pipeline,
     memory,
     metrics,
     output_folder,
+    profiler,
     run_files,
     sample,
     sharding,
@@ -183,6 +185,15 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
   )
 
   # --- Compile ----------------------------------------------------------------
+  timer = goodput.Timer(
+    clips_per_step=config.batch_size,
+    peak_clips_per_sec=goodput.peak_clips_per_sec(
+      config, mesh.devices.flat[0].device_kind, mesh.size
+    ),
+    carried=goodput.carried_over(files.path / "metrics.jsonl", start_step)
+    if is_leader
+    else None,
+  )
   me = jax.process_index()
   bad_records = input_pipeline.BadRecords(
     workdir / f"quarantine{f'.process_{me}' if me else ''}.jsonl",
@@ -213,14 +224,24 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
   )
   make_key = functools.partial(jax.random.key, config.seed)
   rng = jax.jit(make_key, out_shardings=everywhere)()
-  step_fn = experiment.lower_step(
-    trainer, shapes, layout, mesh, config.batch_size
-  ).compile()
+  with timer.on("compile"):
+    step_fn = experiment.lower_step(
+      trainer, shapes, layout, mesh, config.batch_size
+    ).compile()
+  if is_leader:
+    secs = timer.own_secs("compile")
+    print(f"compiled the step in {secs:.1f} s", flush=True)
 
   # --- Loop -------------------------------------------------------------------
   writer = metrics.MetricWriter(files.path, start_step=start_step)
   progress = metrics.Progress(num_steps, start=start_step)
-  timer = metrics.Timer(clips_per_step=config.batch_size)
+  profile = profiler.Profiler(
+    files.path / "profile",
+    str(workdir / "profile"),
+    config.profile,
+    timer,
+    progress.say,
+  )
   stop_together = distributed.StopTogether(mesh)
   skips = skipped.SkippedSteps(
     dataset,
@@ -236,14 +257,16 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
       writer.event("skipped", **found._asdict())
       progress.say(str(found))
 
-  with metrics.StopSignal() as stop:
+  timer.enter("step")
+  with metrics.StopSignal() as stop, profile:
     for step in range(start_step + 1, num_steps + 1):
       guard.alive(f"step {step}")
-      with timer.waiting_for_data():
+      with timer.on("data"):
         batch = next(batches)
       inputs = {"video": batch["video"], "regions": batch["regions"]}
-      state, scalars = step_fn(state, inputs, rng)
-      timer.step_started(scalars)
+      with profile.step(step):
+        state, scalars = step_fn(state, inputs, rng)
+        timer.step_started(scalars)
       progress.step()
       tell_skipped(skips.check())
       skips.follow(step, scalars, batch["_id"])
@@ -265,11 +288,11 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
         progress.report(step, scalars)
 
       if step % config.checkpoint_steps == 0 or last:
-        with timer.paused():
+        with timer.on("checkpoint"):
           checkpoints.save(step, state, identity)
 
       if (step % config.eval_steps == 0 or last) and not stopping:
-        with timer.paused():
+        with timer.on("eval"):
           scalars = evaluator.metrics(state)
         name = f"eval/{config.data.eval_split}"
         writer.write(step, {f"{name}/{k}": v for k, v in scalars.items()})
@@ -281,33 +304,38 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
         )
 
       if (step % config.picture_steps == 0 or last) and not stopping:
-        with timer.paused():
+        with timer.on("eval"):
           views = evaluator.views(state, config.picture_clips)
-        if is_leader:
-          picture, paths = reconstruction.save(
-            views,
-            files.path / "pictures",
-            f"step_{step:07d}",
-            fps=30 / config.data.stride,  # most videos' own speed
-          )
-          writer.write_picture(step, "reconstruction", picture)
-          names = [str(workdir / "pictures" / path.name) for path in paths]
-          progress.say(f"step {step}: {' and '.join(names)}")
+          if is_leader:
+            picture, paths = reconstruction.save(
+              views,
+              files.path / "pictures",
+              f"step_{step:07d}",
+              fps=30 / config.data.stride,  # most videos' own speed
+            )
+            writer.write_picture(step, "reconstruction", picture)
+            names = [str(workdir / "pictures" / path.name) for path in paths]
+            progress.say(f"step {step}: {' and '.join(names)}")
 
       if step % config.checkpoint_steps == 0 or last:
-        with timer.paused():
+        # What a run that is resumed from here has spent.
+        writer.write(step, timer.totals())
+        with timer.on("checkpoint"):
           files.publish()
 
       if stopping:
         break
 
   # --- End --------------------------------------------------------------------
+  timer.enter("checkpoint")
   progress.close()
+  checkpoints.close()
+  writer.write(int(state.step), timer.totals())
   writer.close()
   files.close()
-  checkpoints.close()
   if is_leader:
-    print(_summary(workdir, int(state.step), num_steps), flush=True)
+    print(_summary(workdir, int(state.step), num_steps))
+    print(timer.summary(), flush=True)
   return state, signum if int(state.step) < num_steps else None
 
 
