@@ -59,26 +59,14 @@ def set_damaged_aside(directory: epath.PathLike) -> list[str]:
   directory = epath.Path(directory)
   for unfinished in directory.glob("*.orbax-checkpoint-tmp"):
     unfinished.rmtree()
-  problems, unproven = {}, None
+  problems = {}
   for step in steps(directory):
     problem = checksums.problem(directory / str(step))
     if problem is None:
       break
     problems[step] = problem
-    if unproven is None and _looks_complete(directory / str(step)):
-      unproven = step
   else:
-    # Of a time before there were checksums, or the very first, saved by a run
-    # that was killed before it could write them.
-    problems = {s: p for s, p in problems.items() if s != unproven}
-    if problems and unproven is None:
-      raise ResumeError(
-        f"no checkpoint in {directory} is whole:\n"
-        + "\n".join(f"  {s}: {p}" for s, p in problems.items())
-        + "\nCopy them again from where they came from, or start afresh in "
-        "another --workdir."
-      )
-    problems = {s: p for s, p in problems.items() if s > (unproven or 0)}
+    problems = _unusable(directory, problems)
   notes = []
   for step, problem in problems.items():
     place = _free_name(directory.parent / DAMAGED / str(step))
@@ -90,12 +78,29 @@ def set_damaged_aside(directory: epath.PathLike) -> list[str]:
   return notes
 
 
-def _looks_complete(path: epath.Path) -> bool:
-  # Without any of our checksums orbax's own marks must do.
-  return not checksums.exist(path) and all(
-    (path / name).exists()
-    for name in ("_CHECKPOINT_METADATA", "state/_METADATA", "meta/metadata")
-  )
+def _unusable(directory: epath.Path, problems: dict[int, str]):
+  """Of checkpoints none of which is proven good: those not to be used."""
+  marks = ("commit_success.txt", "state/_METADATA", "meta/metadata")
+  damaged = []
+  for step, problem in problems.items():
+    path = directory / str(step)
+    if checksums.exist(path):
+      damaged.append(f"  {step}: {problem}")
+    elif all((path / mark).exists() for mark in marks):
+      # Of a time before there were checksums, or the very first, of a run that
+      # was killed before it could write them.
+      return {s: p for s, p in problems.items() if s > step}
+    elif not run_files.is_remote(path) or (path / marks[0]).exists():
+      damaged.append(f"  {step}: {problem}")
+    # Else it is a save that was not finished: buckets know no renaming.
+  if damaged:
+    raise ResumeError(
+      f"no checkpoint in {directory} is whole:\n"
+      + "\n".join(damaged)
+      + "\nCopy them again from where they came from, or start afresh in "
+      "another --workdir."
+    )
+  return problems
 
 
 def _free_name(path: epath.Path) -> epath.Path:
