@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -130,10 +131,16 @@ def face_models() -> None:
 def sample_dataset(
   sample_videos, face_models, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-  """The sample videos, prepared once by the real binary."""
-  path = tmp_path_factory.mktemp("sample") / "dataset"
-  result = run_prepare("--input", "sample", "--output", path)
-  assert result.returncode == 0, result.stderr
+  """The sample videos, prepared once by the real binary, for all workers."""
+  root = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    root = root.parent
+  path = root / "sample_dataset"
+  with (root / "sample_dataset.lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not path.exists():
+      result = run_prepare("--input", "sample", "--output", path)
+      assert result.returncode == 0, result.stderr
   return path
 
 
