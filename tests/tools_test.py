@@ -5,11 +5,15 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+
+from configs import pretrain_b
+from marlin_jax import experiment
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / "tools"
@@ -103,6 +107,18 @@ def test_the_flags_of_each_example_are_the_trainers(name):
   flags = re.findall(r"--(?:config|workdir)\S*=\S+", text[start:end])
   assert len(flags) >= 3
   assert check_flags(*flags).endswith("runs/b")
+
+
+def test_the_guide_names_flags_that_there_are():
+  keys = experiment.flat(pretrain_b.get_config()).keys()
+  text = (ROOT / "docs" / "TRAINING.md").read_text()
+  named = set(re.findall(r"--config\.([a-z_.]+)=", text))
+  # The table of what to set.
+  table = text[text.index("## What to set") : text.index("### Which mesh")]
+  for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE):
+    named |= {key.split("=")[0] for key in re.findall(r"`(.*?)`", row)}
+  assert {"data.path", "remat", "batch_size"} <= named
+  assert named <= keys, named - keys
 
 
 def test_the_jobset_restarts_a_run_unless_it_was_refused():
@@ -360,9 +376,11 @@ printf '%s\\n' "$@" > "$CLOUD/argv-$WORKER"
 next=$(head -n 1 "$plan")
 sed -i 1d "$plan"
 case $next in
-  SUSPENDED) echo SUSPENDED > "$CLOUD/states"; exit 143 ;;
-  PREEMPTED) echo PREEMPTED > "$CLOUD/node"; exit 75 ;;
-  wait) trap 'echo saved; exit 143' TERM; while :; do sleep 0.05; done ;;
+  SUSPENDED) echo SUSPENDED > new && mv new "$CLOUD/states"; exit 143 ;;
+  PREEMPTED) echo PREEMPTED > new && mv new "$CLOUD/node"; exit 75 ;;
+  wait) trap 'echo saved; exit 143' TERM
+    echo training
+    while :; do sleep 0.05; done ;;
   *) exit "$next" ;;
 esac
 """
@@ -460,13 +478,15 @@ def test_stop_lets_a_run_save_and_babysit_leaves_it_alone(cloud):
     result = cloud(plans, command, *flags)
     assert result.returncode == 0, result.stdout + result.stderr
   assert cloud(plans, "status").stdout.count(": running\n") == 2
+  logs = [cloud.path / f"home-{i}/marlin_jax/run/train.log" for i in (0, 1)]
+  while not all("training" in log.read_text() for log in logs):
+    time.sleep(0.01)
   again = cloud(plans, "launch", "--", *TRAIN)
   assert again.returncode == 1
   assert "a training is running" in again.stderr
   stopped = cloud(plans, "stop")
   assert stopped.stdout.count("ended with 143") == 2
-  log = (cloud.path / "home-1/marlin_jax/run/train.log").read_text()
-  assert log == "saved\n"
+  assert all(log.read_text() == "training\nsaved\n" for log in logs)
   assert cloud(plans, "status").stdout.count(": stopped 143\n") == 2
   result = cloud(plans, "babysit", "--", *TRAIN)
   assert result.returncode == 0

@@ -54,8 +54,8 @@ restarts=${SLURM_RESTART_COUNT:-0}
 # A job that was cancelled gets SIGTERM too, but no longer runs.
 state=$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID" || true)
 if ((code > 1 && restarts < max_restarts)) && [[ $state = RUNNING ]]; then
-  echo "ended with $code: queued again, restart $((restarts + 1)) of" \
-    "$max_restarts at most"
-  scontrol requeue "$SLURM_JOB_ID"
+  echo "ended with $code: restart $((restarts + 1)) of $max_restarts at most"
+  # Refused after `scontrol update JobId=... Requeue=0`: it is not wanted.
+  scontrol requeue "$SLURM_JOB_ID" || true
 fi
 exit "$code"

@@ -282,13 +282,13 @@ wait_until_active() {
 setup() {
   need name project zone
   local archive=${TMPDIR:-/tmp}/marlin_jax-$name.tar.gz
-  # The TPU images' own Python is too old.
+  # The TPU images' own Python is too old; uv, in the home, brings another.
   # shellcheck disable=SC2016 # for the worker to expand
   local install='set -e
 mkdir -p ~/marlin_jax/run && cd ~/marlin_jax
 flock -n run/lock true || { echo "$(hostname): a training is running" >&2; exit 1; }
 rm -rf marlin_jax data_prep configs && tar -xzf ../marlin_jax.tar.gz
-python3 -m pip install --quiet --user uv
+PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
 uv="python3 -m uv"
 $uv venv --quiet --allow-existing --python ">=3.11,<3.13" .venv
 $uv pip install --quiet --python .venv/bin/python -e ".[tpu,gcs]"
@@ -433,7 +433,11 @@ babysit() {
   local now
   while true; do
     now=$(state)
-    [[ $now != ACTIVE ]] || now=$(outcome)
+    if [[ $now = ACTIVE ]]; then
+      now=$(outcome)
+      # When a TPU goes its workers go first.
+      [[ $now != ended || $(state) = ACTIVE ]] || now=going
+    fi
     case $now in
       finished)
         say "$name: finished; its costs end with: tools/tpu_vm.sh delete"
@@ -452,7 +456,7 @@ babysit() {
         say "$name: $now"
         if step delete; then try create setup launch; fi ;;
       NONE) try create setup launch ;;
-      *) ;; # running, or on its way to somewhere
+      *) ;; # running, or on the way to another state
     esac
     sleep "$poll_secs"
   done
