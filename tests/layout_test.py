@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # A file imports from its own floor or below; binaries never import each other.
 FLOORS = {
   0: ("records", "video", "arguments", "output_folder"),
-  1: ("attention", "masking", "losses", "models"),
+  1: ("attention", "chips", "masking", "losses", "models"),
   2: (
     "train_step",
     "input_pipeline",
@@ -24,9 +24,15 @@ FLOORS = {
     "hlo",
     "rendezvous",
     "distributed",
+    "flops",
     "memory",
+    "checksums",
     "checkpoint",
+    "skipped",
+    "watchdog",
+    "goodput",
     "metrics",
+    "profiler",
     "run_files",
     "summaries",
     "sample",

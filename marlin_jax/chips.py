@@ -1,0 +1,149 @@
+"""Accelerators and what their makers say of them.
+
+Peaks are dense, without sparsity. Decimal units unless a name says GiB.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One accelerator, as jax counts devices.
+
+  Attributes:
+    name: for people.
+    device_kinds: what jax.Device.device_kind says; several where libraries
+      differ.
+    hbm_bytes: memory that programs may use, a little less than what is sold.
+    hbm_bandwidth: bytes/s.
+    bfloat16: peak FLOP/s of matrix products.
+    float32: likewise, as jax multiplies float32 unless told otherwise: on TPU
+      in one pass of bfloat16, on GPU as TF32.
+    link_bandwidth: bytes/s that leave a chip over all its links to others of
+      its slice (ICI) or machine (NVLink).
+    network_bandwidth: bytes/s per chip to other slices or machines; None: not
+      published.
+    per_host: chips that one machine feeds with data.
+  """
+
+  name: str
+  device_kinds: tuple[str, ...]
+  hbm_bytes: int
+  hbm_bandwidth: float
+  bfloat16: float
+  float32: float
+  link_bandwidth: float
+  network_bandwidth: float | None
+  per_host: int
+
+  def peak_flops(self, dtype: str) -> float:
+    """FLOP/s of matrix products in config.dtype."""
+    return {"bfloat16": self.bfloat16, "float32": self.float32}[dtype]
+
+
+# TPU: https://docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, read in
+# November 2026. Their "ICI bandwidth per chip" counts both directions; older
+# revisions give one in Gbps (v4 2400, v5e 1600, v5p 4800, v6e 3200). Memory is
+# what the compiler of libtpu 0.0.42 lets a program have.
+# GPU: NVIDIA's data sheets of A100, H100 and H200 (SXM) and of DGX A100, H100
+# and H200, whose network is one 200, 400 and 400 Gbit/s port per GPU; NVLink
+# counts both directions (600, 900 and 900 GB/s). Memory is what is sold.
+CHIPS = (
+  Chip(
+    name="TPU v4",  # 275 TFLOP/s, 32 GiB, 1200 GB/s
+    device_kinds=("TPU v4",),
+    hbm_bytes=int(30.75 * _GIB),
+    hbm_bandwidth=1200e9,
+    bfloat16=275e12,
+    float32=275e12,
+    link_bandwidth=300e9,
+    network_bandwidth=None,
+    per_host=4,
+  ),
+  Chip(
+    name="TPU v5e",  # 197 TFLOP/s, 16 GB, 819 GB/s; 2 x 100 Gbit/s per host
+    device_kinds=("TPU v5 lite", "TPU v5e"),
+    hbm_bytes=int(15.75 * _GIB),
+    hbm_bandwidth=819e9,
+    bfloat16=197e12,
+    float32=197e12,
+    link_bandwidth=200e9,
+    network_bandwidth=3.125e9,
+    per_host=4,
+  ),
+  Chip(
+    name="TPU v5p",  # 459 TFLOP/s, 95 GiB, 2765 GB/s; 50 Gbit/s per chip
+    device_kinds=("TPU v5", "TPU v5p"),
+    hbm_bytes=int(95.74 * _GIB),
+    hbm_bandwidth=2765e9,
+    bfloat16=459e12,
+    float32=459e12,
+    link_bandwidth=600e9,
+    network_bandwidth=6.25e9,
+    per_host=4,
+  ),
+  Chip(
+    name="TPU v6e",  # 918 TFLOP/s, 32 GB, 1640 GB/s; 4 x 200 Gbit/s per host
+    device_kinds=("TPU v6 lite", "TPU v6e"),
+    hbm_bytes=int(31.25 * _GIB),
+    hbm_bandwidth=1640e9,
+    bfloat16=918e12,
+    float32=918e12,
+    link_bandwidth=400e9,
+    network_bandwidth=12.5e9,
+    per_host=4,
+  ),
+  Chip(
+    name="A100 40GB",
+    device_kinds=("NVIDIA A100-SXM4-40GB",),
+    hbm_bytes=40 * 10**9,
+    hbm_bandwidth=1555e9,
+    bfloat16=312e12,
+    float32=156e12,
+    link_bandwidth=300e9,
+    network_bandwidth=25e9,
+    per_host=8,
+  ),
+  Chip(
+    name="A100 80GB",
+    device_kinds=("NVIDIA A100-SXM4-80GB",),
+    hbm_bytes=80 * 10**9,
+    hbm_bandwidth=2039e9,
+    bfloat16=312e12,
+    float32=156e12,
+    link_bandwidth=300e9,
+    network_bandwidth=25e9,
+    per_host=8,
+  ),
+  Chip(
+    name="H100",
+    device_kinds=("NVIDIA H100 80GB HBM3",),
+    hbm_bytes=80 * 10**9,
+    hbm_bandwidth=3350e9,
+    bfloat16=989e12,
+    float32=494e12,
+    link_bandwidth=450e9,
+    network_bandwidth=50e9,
+    per_host=8,
+  ),
+  Chip(
+    name="H200",
+    device_kinds=("NVIDIA H200",),
+    hbm_bytes=141 * 10**9,
+    hbm_bandwidth=4800e9,
+    bfloat16=989e12,
+    float32=494e12,
+    link_bandwidth=450e9,
+    network_bandwidth=50e9,
+    per_host=8,
+  ),
+)
+
+
+def find(device_kind: str) -> Chip | None:
+  """The chip that jax calls so; None for those that are not in the table."""
+  return next((c for c in CHIPS if device_kind in c.device_kinds), None)

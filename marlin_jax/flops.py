@@ -1,0 +1,138 @@
+"""Floating-point operations of the networks, counted from their sizes.
+
+Matrix products alone, a fused multiply-add as 2: what model FLOPs utilisation
+(MFU) is about. Everything else a step does is about a hundredth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from marlin_jax.masking import Masking
+from marlin_jax.video import Tubelets
+
+
+def train_step(config: ConfigDict, num_micro: int = 1) -> float:
+  """FLOPs of one training step, per clip.
+
+  What remat computes again does not count, see `repeated_by_remat`; nor does
+  what a mesh computes twice.
+
+  Args:
+    config: a valid configuration, see configs/pretrain_b.py.
+    num_micro: parts in which a batch is worked through; with more than one
+      the discriminator's updates run the autoencoder forwards once more each.
+  """
+  parts, adv = _Parts.of(config), config.adv
+  # Nothing upstream of the embedding has a gradient.
+  mae = 3 * parts.forward - parts.embed
+  if not adv.weight:
+    return mae * adv.g_steps
+  # Prediction and target; of the first layer only the weights' gradient.
+  update = 2 * (2 * parts.judge + 3 * parts.verdict)
+  if adv.gp_weight:
+    # The slope at one point is forwards and back through the first layer; its
+    # gradient, a product for each factor of the slope.
+    update += 4 * parts.judge
+  if num_micro > 1:
+    update += parts.forward
+  # The autoencoder's loss: forwards, and back to the pixels.
+  adversarial = 2 * (parts.judge + parts.verdict)
+  return adv.d_steps * update + adv.g_steps * (mae + adversarial)
+
+
+def repeated_by_remat(config: ConfigDict) -> float:
+  """FLOPs per clip and step that `config.remat` spends to save memory."""
+  blocks = (_Parts.of(config).encoder, _Parts.of(config).decoder)
+  per_backward = {
+    "none": 0,
+    "dots": sum(b.depth * b.attention for b in blocks),
+    # No gradient asks for what a block's last product gives.
+    "full": sum(b.forward - b.depth * b.mlp / 2 for b in blocks),
+  }[config.remat]
+  return config.adv.g_steps * per_backward
+
+
+def features(config: ConfigDict) -> float:
+  """FLOPs of one clip's features: the encoder on all tokens."""
+  parts = _Parts.of(config)
+  everything = dataclasses.replace(parts.encoder, tokens=parts.num_tokens)
+  embed = parts.embed * parts.num_tokens / parts.encoder.tokens
+  return embed + everything.forward
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+  """A stack of transformer blocks on one clip's tokens."""
+
+  tokens: int
+  width: int
+  depth: int
+  mlp_dim: int
+
+  @property
+  def attention(self) -> float:
+    """Scores and weighted sums of one block."""
+    return 4 * self.tokens**2 * self.width
+
+  @property
+  def mlp(self) -> float:
+    return 4 * self.tokens * self.width * self.mlp_dim
+
+  @property
+  def forward(self) -> float:
+    projections = 8 * self.tokens * self.width**2
+    return self.depth * (projections + self.attention + self.mlp)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+  """One clip forwards through each part.
+
+  Attributes:
+    num_tokens: of the clip.
+    embed: patch embedding of the visible tokens.
+    encoder: on the visible tokens.
+    enc_to_dec: from the encoder's width to the decoder's.
+    decoder: on all tokens.
+    head: pixels of the masked tokens.
+    judge: the discriminator's first layer, on the masked tokens.
+    verdict: its second.
+  """
+
+  num_tokens: int
+  embed: float
+  encoder: _Blocks
+  enc_to_dec: float
+  decoder: _Blocks
+  head: float
+  judge: float
+  verdict: float
+
+  @classmethod
+  def of(cls, config: ConfigDict) -> _Parts:
+    model = config.model
+    tubelets = Tubelets(config.data.num_frames, tubelet_size=model.tubelet_size)
+    masks = Masking(config.mask.strategy, config.mask.ratio, tubelets.grid)
+    num_tokens, visible = masks.num_tokens, masks.num_visible
+    masked, pixels = num_tokens - visible, tubelets.pixels
+    return cls(
+      num_tokens=num_tokens,
+      embed=2 * visible * pixels * model.width,
+      encoder=_Blocks(visible, model.width, model.depth, model.mlp_dim),
+      enc_to_dec=2 * visible * model.width * model.dec_width,
+      decoder=_Blocks(
+        num_tokens, model.dec_width, model.dec_depth, model.dec_mlp_dim
+      ),
+      head=2 * masked * model.dec_width * pixels,
+      judge=2 * masked * pixels * config.adv.hidden,
+      verdict=2 * masked * config.adv.hidden,
+    )
+
+  @property
+  def forward(self) -> float:
+    """The autoencoder."""
+    blocks = self.encoder.forward + self.decoder.forward
+    return self.embed + blocks + self.enc_to_dec + self.head

@@ -1,0 +1,112 @@
+"""FLOPs counted from sizes, against the paper's networks and against XLA."""
+
+import jax
+import pytest
+
+from configs import pretrain_b, pretrain_h, pretrain_l, pretrain_s
+from marlin_jax import chips, experiment, flops, sharding
+
+# A step small enough to compile in seconds, large enough that its matrix
+# products are nearly all of it; nothing in it is as large as anything else.
+SMALL = {
+  "batch_size": 4,
+  "clips_per_device": 4,
+  "data.num_frames": 4,
+  "model.width": 192,
+  "model.depth": 2,
+  "model.num_heads": 2,
+  "model.mlp_dim": 1152,
+  "model.dec_width": 256,
+  "model.dec_depth": 3,
+  "model.dec_num_heads": 2,
+  "model.dec_mlp_dim": 640,
+  "adv.hidden": 704,
+}
+
+
+def xlas_count(config, compiled=False):
+  """FLOPs of one clip in one step, as XLA counts them, and the parts."""
+  trainer, initialise, *_ = experiment.build(config, num_steps=10)
+  shapes = jax.eval_shape(initialise)
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  layout = experiment.lay_out(config, mesh, shapes)
+  step = experiment.lower_step(trainer, shapes, layout, mesh, config.batch_size)
+  if compiled:
+    step = step.compile()
+  return step.cost_analysis()["flops"] / config.batch_size, trainer.num_micro
+
+
+@pytest.mark.parametrize(
+  ("module", "step", "features"),
+  [
+    # The authors' step, counted by PyTorch, less what it computes twice.
+    (pretrain_s, 83.5, 113.8),
+    (pretrain_b, 240.1, 360.7),
+    (pretrain_l, 887.7, 1193.7),
+  ],
+)
+def test_the_papers_networks(module, step, features):
+  config = module.get_config()
+  assert flops.train_step(config) / 1e9 == pytest.approx(step, abs=0.06)
+  assert flops.features(config) / 1e9 == pytest.approx(features, abs=0.06)
+
+
+@pytest.mark.parametrize(
+  "overrides",
+  [
+    pytest.param({}, id="recipe"),
+    pytest.param(
+      {"adv.gp_weight": 10.0, "adv.d_steps": 2}, id="penalty_and_two_d_steps"
+    ),
+    pytest.param({"adv.weight": 0.0}, id="no_game"),
+    pytest.param({"adv.g_steps": 2}, id="two_g_steps"),
+    pytest.param({"remat": "dots"}, id="remat_dots"),
+    pytest.param({"remat": "full"}, id="remat_full"),
+  ],
+)
+def test_a_step_has_the_flops_that_xla_counts(overrides):
+  config = pretrain_b.get_config()
+  config.update_from_flattened_dict(SMALL | overrides)
+  found, num_micro = xlas_count(config)
+  assert num_micro == 1
+  expected = flops.train_step(config) + flops.repeated_by_remat(config)
+  assert found == pytest.approx(expected, rel=0.03)
+
+
+def test_compiling_neither_adds_nor_removes_any():
+  config = pretrain_b.get_config()
+  config.update_from_flattened_dict(SMALL)
+  found, _ = xlas_count(config, compiled=True)
+  assert found == pytest.approx(flops.train_step(config), rel=0.03)
+
+
+def test_parts_cost_the_discriminator_a_forward_of_its_own():
+  config = pretrain_b.get_config()
+  config.update_from_flattened_dict(SMALL | {"clips_per_device": 2})
+  found, num_micro = xlas_count(config)
+  assert num_micro == 2
+  # XLA counts what a loop repeats once: here, half of the batch.
+  assert 2 * found == pytest.approx(flops.train_step(config, 2), rel=0.03)
+  config.adv.weight = 0.0
+  assert flops.train_step(config, 2) == flops.train_step(config)
+
+
+def test_a_larger_network_takes_more():
+  large, huge = (m.get_config() for m in (pretrain_l, pretrain_h))
+  assert flops.train_step(huge) > 1.5 * flops.train_step(large)
+
+
+@pytest.mark.parametrize(
+  ("kind", "name"),
+  [
+    ("TPU v5 lite", "TPU v5e"),
+    ("TPU v5", "TPU v5p"),
+    ("NVIDIA H100 80GB HBM3", "H100"),
+  ],
+)
+def test_chips_are_found_by_what_jax_calls_them(kind, name):
+  assert chips.find(kind).name == name
+
+
+def test_what_is_not_in_the_table_is_no_chip():
+  assert chips.find("cpu") is None
