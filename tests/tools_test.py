@@ -479,7 +479,7 @@ def test_stop_lets_a_run_save_and_babysit_leaves_it_alone(cloud):
     assert result.returncode == 0, result.stdout + result.stderr
   assert cloud(plans, "status").stdout.count(": running\n") == 2
   logs = [cloud.path / f"home-{i}/marlin_jax/run/train.log" for i in (0, 1)]
-  while not all("training" in log.read_text() for log in logs):
+  while not all(log.exists() and log.stat().st_size for log in logs):
     time.sleep(0.01)
   again = cloud(plans, "launch", "--", *TRAIN)
   assert again.returncode == 1
