@@ -315,3 +315,10 @@ def test_who_belongs_together(monkeypatch, environment, coordinator, expected):
   assert found[0] == expected[0]
   if found[0] not in ("", "auto"):
     assert found == expected
+
+
+def test_an_unforeseen_error_ends_with_the_code_to_try_again(capfd):
+  with pytest.raises(SystemExit) as end, distributed.leaving_on_errors():
+    raise KeyError("lost")
+  assert end.value.code == distributed.TRY_AGAIN == 75
+  assert "KeyError: 'lost'" in capfd.readouterr().err
