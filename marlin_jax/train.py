@@ -12,8 +12,9 @@ tensorboard/, checkpoints/ and pictures/; quarantine.jsonl where records could
 not be read, damaged/ where checkpoints could not be trusted, and lock, which
 says who is writing.
 
-Exit codes: 0 done; 1 cannot be done as asked, see the message; 75 hung, to be
-started again; 128 + signal: saved and ended because of the signal.
+Exit codes: 0 done; 1 cannot be done as asked, see the message; 75 broke off
+(hung, could not save, lost another process), to be started again; 128 + signal:
+saved and ended because of the signal.
 """
 
 from __future__ import annotations
@@ -424,11 +425,14 @@ def main(argv):
       OutputFolderError,
       ResumeError,
       SampleError,
-      SaveError,
       StartError,
       WeightsError,
     ) as e:
       distributed.leave(f"error: {e}")
+    except SaveError as e:
+      # Started again it is refused if the disk is full, and may go well if a
+      # bucket did not answer.
+      distributed.leave(f"error: {e}", code=distributed.TRY_AGAIN)
   if signum is not None:
     sys.exit(128 + signum)
 

@@ -8,15 +8,14 @@ import sys
 import threading
 import time
 
-# sysexits.h's EX_TEMPFAIL: nothing is wrong with what was asked, try again.
-EXIT_CODE = 75
+from marlin_jax.distributed import TRY_AGAIN
 
 
 class Watchdog:
   """Expects signs of life; without, it tells where all threads are.
 
   After `dump_secs` without one it prints the stacks of all threads, after
-  `exit_secs` it prints them again and ends the process with EXIT_CODE: a
+  `exit_secs` it prints them again and ends the process with TRY_AGAIN: a
   scheduler can then start the run again, which goes on from its last
   checkpoint.
   """
@@ -70,7 +69,7 @@ class Watchdog:
 
   def _report(self, waited: float, *, ends: bool) -> None:
     advice = (
-      f"The process ends with exit code {EXIT_CODE}; the same command goes on "
+      f"The process ends with exit code {TRY_AGAIN}; the same command goes on "
       "from the last checkpoint."
       if ends
       else "config.watchdog says how long to wait."
@@ -85,4 +84,4 @@ class Watchdog:
     print(advice, file=sys.stderr, flush=True)
     if ends:
       # No kinder way: the main thread is inside a call that does not return.
-      os._exit(EXIT_CODE)
+      os._exit(TRY_AGAIN)

@@ -16,7 +16,7 @@ from distributed_test import finish, start_two
 from train_step_test import BATCH_SIZE, TUBELETS, make, step_of
 from train_test import TINY, refused, run, state_of
 
-from marlin_jax import masking, train_step, watchdog
+from marlin_jax import distributed, masking, train_step, watchdog
 
 ROOT = Path(__file__).parents[2]
 ADAM = optax.adamw(1e-2)
@@ -241,7 +241,7 @@ def test_a_process_that_hangs_shows_where_and_ends():
     check=False,
     timeout=60,
   )
-  assert result.returncode == watchdog.EXIT_CODE
+  assert result.returncode == distributed.TRY_AGAIN
   assert result.stderr.count("step 3 has not come to an end for 0 s") == 2
   assert result.stderr.count("read_from_a_disk_that_does_not_answer") == 2
   assert "the same command goes on from the last checkpoint" in result.stderr
@@ -274,7 +274,7 @@ def test_a_run_that_waits_for_a_dead_process_ends_to_be_started_again(
     if line.startswith("step 2/"):
       second.send_signal(signal.SIGSTOP)
       break
-  output = "".join(seen) + finish(first, watchdog.EXIT_CODE)
+  output = "".join(seen) + finish(first, distributed.TRY_AGAIN)
   second.kill()
   second.communicate()
   assert "has not come to an end for 4 s" in output
