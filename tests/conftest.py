@@ -13,6 +13,8 @@ import av
 import numpy as np
 import pytest
 
+# With libtpu installed, which plan_test.py needs, jax looks for a TPU first.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile many small programs and run each a few times: quick compiling
 # counts. What one process has compiled the next finds here.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
