@@ -256,6 +256,7 @@ def test_a_watchdog_that_is_told_never_to_bark_does_not():
 def test_a_run_that_waits_for_a_dead_process_ends_to_be_started_again(
   sample_dataset, tmp_path
 ):
+  """And both find together that a step was not finite, before one dies."""
   first, second = start_two(
     tmp_path,
     **{
@@ -264,6 +265,10 @@ def test_a_run_that_waits_for_a_dead_process_ends_to_be_started_again(
       "num_steps": 100_000,
       "checkpoint_steps": 100_000,
       "mask.strategy": "random",
+      "adv.weight": 0,
+      "optim.base_lr": 1e32,
+      "optim.warmup_ratio": 0,
+      "max_skipped_steps": 100_000,
       "watchdog.dump_secs": 2,
       "watchdog.exit_secs": 4,
     },
@@ -271,11 +276,14 @@ def test_a_run_that_waits_for_a_dead_process_ends_to_be_started_again(
   seen = []
   for line in first.stdout:
     seen.append(line)
-    if line.startswith("step 2/"):
+    if line.startswith("step 3/"):
       second.send_signal(signal.SIGSTOP)
       break
   output = "".join(seen) + finish(first, distributed.TRY_AGAIN)
   second.kill()
   second.communicate()
+  assert "step 2 not applied" in output
+  # Of eight, four of them read by the other.
+  assert "and 4 more" in output
   assert "has not come to an end for 4 s" in output
   assert "Thread 0x" in output
