@@ -2,7 +2,6 @@
 
 import socket
 import time
-import time
 from concurrent import futures
 
 import pytest
