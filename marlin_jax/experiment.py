@@ -123,19 +123,8 @@ def build(
     device_bytes = memory.device_bytes(jax.local_devices()[0])
   params, fixed = mae_shapes
   params = {"params": params, "fixed": fixed, "disc_params": disc_shapes[0]}
-  fit = config.clips_per_device or memory.clips_that_fit(
-    device_bytes,
-    **_kept_and_gathered(config, mesh, params),
-    has_ema=bool(config.ema_decay),
-    clip_bytes=memory.clip_bytes(
-      model=config.model,
-      num_tokens=tubelets.num_tokens,
-      num_visible=masks.num_visible,
-      pixels=tubelets.pixels,
-      dtype=config.dtype,
-      remat=config.remat,
-      num_tensor=mesh.shape["tensor"] if mesh else 1,
-    ),
+  fit = config.clips_per_device or clips_that_fit(
+    config, mesh, params, device_bytes
   )
   schedule = optim.learning_rate(
     base_lr=config.optim.base_lr,
@@ -185,6 +174,40 @@ def build(
     config.model.tubelet_size,
   )
   return Experiment(trainer, initialise, schedule, take_clip)
+
+
+def clips_that_fit(
+  config: ConfigDict, mesh: Mesh | None, params, device_bytes: int
+) -> int:
+  """How many clips one device is thought to hold at once.
+
+  Args:
+    config: a valid configuration.
+    mesh: as for `build`.
+    params: the parameters' shapes: {"params": ..., "fixed": ...,
+      "disc_params": ...}.
+    device_bytes: memory to plan with on each device.
+  """
+  tubelets = video.Tubelets(
+    config.data.num_frames, tubelet_size=config.model.tubelet_size
+  )
+  masks = masking.Masking(
+    config.mask.strategy, config.mask.ratio, tubelets.grid
+  )
+  return memory.clips_that_fit(
+    device_bytes,
+    **_kept_and_gathered(config, mesh, params),
+    has_ema=bool(config.ema_decay),
+    clip_bytes=memory.clip_bytes(
+      model=config.model,
+      num_tokens=tubelets.num_tokens,
+      num_visible=masks.num_visible,
+      pixels=tubelets.pixels,
+      dtype=config.dtype,
+      remat=config.remat,
+      num_tensor=mesh.shape["tensor"] if mesh else 1,
+    ),
+  )
 
 
 def lay_out(config: ConfigDict, mesh: Mesh, shapes) -> sharding.Layout:

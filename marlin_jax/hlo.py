@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its HLO text."""
+"""What a compiled program moves, read from its HLO text."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ KINDS = (
 
 _ITEM_BYTES = {"pred": 1, "bf16": 2, "token": 0}
 _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+# With its layout, which says where in the chip it is: S(1) is not its HBM.
+_PLACED = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
+_ELSEWHERE = re.compile(r"S\([1-9]")
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(
   rf"= (?P<type>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\("
@@ -76,8 +79,7 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
           found.append(one._replace(times=times))
         seen.add(twin)
         continue
-      trips = _TRIPS.search(line)
-      inner = times * int(trips[1]) if trips and " while(" in line else times
+      inner = times * _trips(line, computations)
       for callee in _callees(line):
         visit(callee, inner)
 
@@ -91,6 +93,144 @@ def total_bytes(found: list[Collective]) -> dict[str, int]:
   for one in found:
     totals[one.kind] += one.num_bytes * one.times
   return dict(totals)
+
+
+def memory_bytes(text: str) -> int:
+  """Bytes that a compiled program reads from and writes to a chip's memory.
+
+  What each operation takes and gives, as often as it runs; of an array that it
+  cuts a slice from or writes one into, the slice alone. Buffers that the
+  compiler keeps in the chip's own fast memory do not count.
+
+  Args:
+    text: as for `collectives`.
+  """
+  computations, entry = _computations(text)
+
+  def visit(name: str) -> int:
+    lines = computations.get(name, ())
+    made = {one.name: one for one in map(_instruction, lines) if one}
+    total = 0
+    for one in made.values():
+      if one.op in ("while", "conditional", "call"):
+        inner = sum(visit(name) for name in _callees(one.line))
+        total += inner * _trips(one.line, computations)
+      elif one.op not in _MOVES_NOTHING:
+        inside = _inside(one, computations)
+        total += _taken(one, made, inside) + _given(one, made, inside)
+    return total
+
+  return visit(entry)
+
+
+# Names for what is there; ends of what has been counted at its start.
+_MOVES_NOTHING = (
+  *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota"),
+  *("partition-id", "replica-id", "after-all", "opt-barrier"),
+  *("copy-done", "async-done", "async-update", "send-done", "recv-done"),
+  *(f"{kind}-done" for kind in KINDS),
+)
+_INSTRUCTION = re.compile(
+  r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.*?) (?P<op>[a-z][a-z\-]*)"
+  r"\((?P<operands>[^)]*)\)"
+)
+
+
+class _Instruction(NamedTuple):
+  name: str
+  type: str
+  op: str
+  operands: list[str]
+  line: str
+
+
+def _instruction(line: str) -> _Instruction | None:
+  match = _INSTRUCTION.match(line)
+  if not match:
+    return None
+  operands = re.findall(r"%([\w.\-]+)", match["operands"])
+  return _Instruction(match["name"], match["type"], match["op"], operands, line)
+
+
+def _inside(one: _Instruction, computations) -> list[_Instruction]:
+  """What a fusion computes; nothing for all others."""
+  called = _CALLS.search(one.line) if one.op == "fusion" else None
+  lines = computations.get(called[1], ()) if called else ()
+  return [inner for inner in map(_instruction, lines) if inner]
+
+
+def _taken(one: _Instruction, made, inside) -> int:
+  """Bytes that an operation reads."""
+  parameters = {
+    int(re.search(r"parameter\((\d+)\)", inner.line)[1]): inner.name
+    for inner in inside
+    if inner.op == "parameter"
+  }
+  total = 0
+  for i, name in enumerate(one.operands):
+    if name not in made:
+      continue
+    whole = _stored(made[name].type)
+    if one.op in ("dynamic-slice", "gather") and i == 0:
+      whole = min(whole, _stored(one.type))
+    if one.op == "dynamic-update-slice" and i == 0:
+      whole = 0
+    users = [x for x in inside if parameters.get(i) in x.operands]
+    if users and all(_takes_a_part(x, parameters[i]) for x in users):
+      parts = sum(
+        _size(x.type) for x in users if x.op != "dynamic-update-slice"
+      )
+      whole = min(whole, parts)
+    total += whole
+  return total
+
+
+def _takes_a_part(user: _Instruction, name: str) -> bool:
+  parts = ("dynamic-slice", "gather", "dynamic-update-slice")
+  return user.op in parts and user.operands[0] == name
+
+
+def _given(one: _Instruction, made, inside) -> int:
+  """Bytes that an operation writes."""
+  if one.op == "copy-start":  # it shows both ends
+    return _stored(_PLACED.search(one.type)[0])
+  written = _stored(one.type)
+  types = {x.name: x.type for x in inside or made.values()}
+  for inner in inside or [one]:
+    if inner.op == "dynamic-update-slice":
+      part = _size(types[inner.operands[1]])
+      written -= max(min(written, _size(inner.type)) - part, 0)
+  return written
+
+
+def _stored(type_: str) -> int:
+  """Bytes of a result that lie in the chip's main memory."""
+  return sum(
+    _num_bytes((dtype, dims))
+    for dtype, dims, layout in _PLACED.findall(type_)
+    if not _ELSEWHERE.search(layout)
+  )
+
+
+def _size(type_: str) -> int:
+  return sum(map(_num_bytes, _SHAPE.findall(type_)))
+
+
+def _trips(line: str, computations: dict[str, list[str]]) -> int:
+  """How often what a line calls runs: 1 but for loops of known length."""
+  if " while(" not in line:
+    return 1
+  trips = _TRIPS.search(line)
+  if trips:
+    return int(trips[1])
+  # The TPU compiler does not tell; its loops count up to a constant.
+  condition = re.search(r"condition=%?([\w.\-]+)", line)
+  text = "\n".join(computations.get(condition[1], ())) if condition else ""
+  last = re.search(r"compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT", text)
+  limit = last and re.search(
+    rf"%?{re.escape(last[1])} = [su]32\[\]\S* constant\((\d+)\)", text
+  )
+  return int(limit[1]) if limit else 1
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

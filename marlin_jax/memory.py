@@ -17,8 +17,8 @@ _MARGIN = 1.15
 _USABLE = {"cpu": 0.5, "gpu": 0.8, "tpu": 0.9}
 
 
-def device_bytes(device: jax.Device) -> int:
-  """Memory that training may use on one device.
+def total_bytes(device: jax.Device) -> int:
+  """All memory of one device that is here.
 
   On CPU an equal part of the machine's memory for each of its devices.
   """
@@ -26,8 +26,18 @@ def device_bytes(device: jax.Device) -> int:
   total = stats.get("bytes_limit")
   if total is None:
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    total = machine / jax.local_device_count()
-  return int(total * _USABLE.get(device.platform, 0.5))
+    total = machine // jax.local_device_count()
+  return total
+
+
+def usable(total: int, platform: str) -> int:
+  """What of a device's memory training may plan with."""
+  return int(total * _USABLE.get(platform, 0.5))
+
+
+def device_bytes(device: jax.Device) -> int:
+  """Memory that training may use on one device that is here."""
+  return usable(total_bytes(device), device.platform)
 
 
 def clips_that_fit(

@@ -28,6 +28,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from marlin_jax import config_arguments
 from marlin_jax.validate import ConfigError, check_batch, validate
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -437,25 +438,6 @@ def main(argv):
     sys.exit(128 + signum)
 
 
-def _parse_flags(argv):
-  try:
-    args = app.parse_flags_with_usage(argv)
-  except (AttributeError, KeyError, TypeError, ValueError) as e:
-    # What ml_collections raises for an unknown key or a value of another type;
-    # one error may be the only argument of the next.
-    while e.args and isinstance(e.args[0], Exception):
-      e = e.args[0]
-    sys.exit(f"error: in a --config flag: {e.args[0]}")
-  path = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
-  if not path.is_file():
-    there = sorted(path.parent.glob("*.py"))
-    sys.exit(
-      f"error: no configuration file at {path}; in {path.parent} there are: "
-      + (", ".join(p.name for p in there) or "none")
-    )
-  return args
-
-
 if __name__ == "__main__":
   flags.mark_flag_as_required("config")
-  app.run(main, flags_parser=_parse_flags)
+  app.run(main, flags_parser=config_arguments.parse)

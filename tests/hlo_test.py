@@ -96,6 +96,62 @@ def test_a_loop_counts_as_often_as_it_runs():
   assert hlo.total_bytes([found]) == {"all-reduce": 16 * 12}
 
 
+def test_a_loop_whose_length_only_its_condition_tells_counts_too():
+  # As the TPU compiler writes loops.
+  others = computation(
+    "body (p: (s32[], f32[4])) -> (s32[], f32[4])",
+    "%all-reduce.1 = f32[4]{0} all-reduce(%x), channel_id=1, "
+    "replica_groups=[1,8]<=[8], to_apply=%add",
+  ) + computation(
+    "cond (p: (s32[], f32[4])) -> pred[]",
+    "%constant.7 = s32[]{:T(128)} constant(12)",
+    "%i = s32[]{:T(128)} get-tuple-element(%p), index=0",
+    "ROOT %lt.1 = pred[]{:T(512)} compare(%i, %constant.7), direction=LT",
+  )
+  loop = "%while = (s32[], f32[4]) while(%t), condition=%cond, body=%body"
+  (found,) = hlo.collectives(program(loop, others=others), 8)
+  assert found.times == 12
+
+
+def test_memory_traffic_is_what_operations_take_and_give():
+  text = program(
+    "%p = f32[256]{0:T(256)} parameter(0)",
+    "%b = f32[16,16]{1,0} bitcast(%p)",
+    "%a = bf16[16,16]{1,0:T(8,128)(2,1)} convert(%b)",
+    # Into the chip's own memory, and from it.
+    "%c = bf16[16,16]{1,0:T(8,128)(2,1)S(1)} copy(%a)",
+    "%d = bf16[16]{0} reduce(%c, %zero), to_apply=%add",
+  )
+  convert = 1024 + 512
+  assert hlo.memory_bytes(text) == convert + 512 + 32
+
+
+def test_of_what_is_sliced_only_the_slice_is_moved():
+  others = computation(
+    "fused (a: f32[100,8], i: s32[]) -> f32[1,8]",
+    "%a = f32[100,8]{1,0} parameter(0)",
+    "%i = s32[] parameter(1)",
+    "ROOT %s = f32[1,8]{1,0} dynamic-slice(%a, %i, %i), dynamic_slice_sizes={}",
+  ) + computation(
+    "put (a: f32[100,8], i: s32[], x: f32[1,8]) -> f32[100,8]",
+    "%a.1 = f32[100,8]{1,0} parameter(0)",
+    "%i.1 = s32[] parameter(1)",
+    "%x.1 = f32[1,8]{1,0} parameter(2)",
+    "ROOT %u = f32[100,8]{1,0} dynamic-update-slice(%a.1, %x.1, %i.1, %i.1)",
+  )
+  text = program(
+    "%all = f32[100,8]{1,0} parameter(0)",
+    "%i = s32[] parameter(1)",
+    "%one = f32[1,8]{1,0} fusion(%all, %i), kind=kLoop, calls=%fused",
+    "%new = f32[100,8]{1,0} fusion(%all, %i, %one), kind=kLoop, calls=%put",
+    others=others,
+  )
+  slice_bytes, index = 32, 4
+  take = slice_bytes + index + slice_bytes
+  put = index + slice_bytes + slice_bytes
+  assert hlo.memory_bytes(text) == take + put
+
+
 def test_the_tpu_compilers_fused_operations_count_once_by_their_real_kind():
   gather = (
     "all-gather(%p), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}"

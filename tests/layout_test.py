@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # A file imports from its own floor or below; binaries never import each other.
 FLOORS = {
-  0: ("records", "video", "arguments", "output_folder"),
+  0: ("records", "video", "arguments", "config_arguments", "output_folder"),
   1: ("attention", "chips", "masking", "losses", "models"),
   2: (
     "train_step",
@@ -22,6 +22,8 @@ FLOORS = {
     "optim",
     "sharding",
     "hlo",
+    "roofline",
+    "topology",
     "rendezvous",
     "distributed",
     "flops",
@@ -48,11 +50,12 @@ FLOORS = {
     "face_video",
     "feature_files",
     "marlin",
+    "step_plan",
     "video_folder",
     "warm_start",
     "window_features",
   ),
-  4: ("train", "convert", "features", "reconstruct"),
+  4: ("train", "convert", "features", "plan", "reconstruct"),
 }
 # The only ones that may import data_prep.
 VIDEO_READERS = ("face_video", "sample", "video_folder")
@@ -61,6 +64,7 @@ BINARIES = (
   "marlin_jax.train",
   "marlin_jax.convert",
   "marlin_jax.features",
+  "marlin_jax.plan",
   "marlin_jax.reconstruct",
   "data_prep.prepare",
   "data_prep.contact_sheet",

@@ -1,0 +1,154 @@
+"""Devices to plan for, which need not be of this machine.
+
+jax's compiler for TPU, libtpu, needs no TPU; for CPU any number of devices can
+be had.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+
+from marlin_jax import memory
+from marlin_jax.chips import Chip, find
+
+FORMS = """\
+  v5e:4x4    TPU slices by chip and shape: v5e and v6e, two sides up to 16x16;
+  v5p:4x4x4  v4 and v5p, three sides
+  cpu:8      so many CPU devices, in this machine's memory
+  here       the devices that this machine has"""
+
+# Sides of the mesh of chips, and the most chips of a slice.
+_SLICES = {
+  "v4": (3, 4096),
+  "v5e": (2, 256),
+  "v5p": (3, 6144),
+  "v6e": (2, 256),
+}
+# A chip of two cores is one device; libtpu's default for v4 is two.
+_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
+
+
+class TopologyError(ValueError):
+  """There are no such devices; the message says which there are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """Devices, and what is known of them.
+
+  Attributes:
+    name: as asked for.
+    devices: jax devices; those of a topology can only be compiled for.
+    chip: None where it is not in chips.CHIPS.
+    memory_bytes: of each device.
+    num_slices: TPU slices that only the data centre's network joins.
+  """
+
+  name: str
+  devices: Sequence
+  chip: Chip | None
+  memory_bytes: int
+  num_slices: int = 1
+
+  @property
+  def num_hosts(self) -> int:
+    return len({d.process_index for d in self.devices})
+
+
+def parse(name: str) -> tuple[str, tuple[int, ...]]:
+  """A topology's kind and shape: 'v5e:4x4' -> ('v5e', (4, 4)).
+
+  Looked at here since libtpu kills the process over some bad shapes.
+
+  Raises:
+    TopologyError: there is no such topology.
+  """
+  match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+  kind, shape = "", ()
+  if name == "here":
+    return "here", ()
+  if match:
+    kind = match[1]
+    shape = tuple(int(n) for n in match[2].split("x"))
+  if kind == "cpu" and len(shape) == 1 and shape[0] > 0:
+    return kind, shape
+  if kind not in _SLICES or 0 in shape:
+    raise TopologyError(f"--topology={name}: expected one of\n{FORMS}")
+  num_sides, most = _SLICES[kind]
+  if len(shape) != num_sides or math.prod(shape) > most:
+    example = "x".join(["4"] * num_sides)
+    raise TopologyError(
+      f"--topology={name}: a slice of {kind} has {num_sides} sides and at most "
+      f"{most} chips, e.g. {kind}:{example}"
+    )
+  return kind, shape
+
+
+def find_devices(name: str, num_slices: int = 1) -> Topology:
+  """Finds the devices of a topology.
+
+  Call it before anything asks jax for devices: it settles which there are.
+
+  Args:
+    name: one of FORMS.
+    num_slices: of a TPU topology, so many slices of that shape.
+
+  Raises:
+    TopologyError: there is no such topology, or libtpu is missing.
+  """
+  kind, shape = parse(name)
+  if num_slices > 1 and kind not in _SLICES:
+    raise TopologyError(f"--topology={name} has no slices; drop --num_slices")
+  if kind in _SLICES:
+    return _slices(name, kind, shape, num_slices)
+  import jax
+
+  if kind == "cpu":
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", shape[0])
+  devices = jax.devices()
+  return Topology(
+    name,
+    devices,
+    find(devices[0].device_kind),
+    memory.total_bytes(jax.local_devices()[0]),
+  )
+
+
+def _slices(name, kind, shape, num_slices) -> Topology:
+  if importlib.util.find_spec("libtpu") is None:
+    raise TopologyError(
+      f"--topology={name}: compiling for TPU needs libtpu, which is not "
+      "installed; it needs no TPU: pip install 'marlin-jax[plan]', or "
+      "pip install 'jax[tpu]'"
+    )
+  # Nothing is to be asked of a machine that is no TPU, nor to be said of it;
+  # and several processes may compile.
+  os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{kind}-1")
+  import jax
+  from jax.experimental import topologies
+
+  jax.config.update("jax_platforms", "cpu")
+  options = dict(_OPTIONS.get(kind, {}))
+  if math.prod(shape) == 1:
+    options["chips_per_host_bounds"] = (1, 1, 1)
+  if num_slices > 1:
+    options["num_slices"] = num_slices
+  try:
+    found = topologies.get_topology_desc(
+      platform="tpu", topology_name=name, **options
+    )
+  except jax.errors.JaxRuntimeError as e:
+    raise TopologyError(
+      f"--topology={name}: libtpu does not know it: {e}\nknown are\n{FORMS}"
+    ) from e
+  chip = find(found.devices[0].device_kind)
+  return Topology(name, found.devices, chip, chip.hbm_bytes, num_slices)
