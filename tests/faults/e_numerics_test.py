@@ -269,8 +269,9 @@ def test_a_run_that_waits_for_a_dead_process_ends_to_be_started_again(
       "optim.base_lr": 1e32,
       "optim.warmup_ratio": 0,
       "max_skipped_steps": 100_000,
-      "watchdog.dump_secs": 2,
-      "watchdog.exit_secs": 4,
+      # Longer than any step on a busy machine.
+      "watchdog.dump_secs": 10,
+      "watchdog.exit_secs": 15,
     },
   )
   seen = []
@@ -285,5 +286,5 @@ def test_a_run_that_waits_for_a_dead_process_ends_to_be_started_again(
   assert "step 2 not applied" in output
   # Of eight, four of them read by the other.
   assert "and 4 more" in output
-  assert "has not come to an end for 4 s" in output
+  assert "has not come to an end for 15 s" in output
   assert "Thread 0x" in output
