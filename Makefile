@@ -18,7 +18,7 @@ quickstart: $(VENV)/.installed  ## Prepare the sample video and pretrain on it
 	$(BIN)/python -m marlin_jax.train --config=configs/quickstart.py
 
 test: $(VENV)/.installed-test  ## Run all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-test  ## Check style and format
 	$(BIN)/ruff check .

@@ -24,8 +24,24 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
   os.environ["JAX_COMPILATION_CACHE_DIR"] += f"/{worker}"
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
+# Files that take minutes: first, so that no worker is left with one at the end.
+LONG = (
+  "parity_test",
+  "sharding_test",
+  "distributed_test",
+  "train_test",
+  "e_numerics_test",
+  "train_step_test",
+  "prepare_test",
+)
+
 ROOT = Path(__file__).parents[1]
 VIDEOS = ROOT.parent / "shared" / "videos"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  order = {name: i for i, name in enumerate(LONG)}
+  items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
 
 
 def run_prepare(*args: object) -> subprocess.CompletedProcess[str]:
