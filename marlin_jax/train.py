@@ -31,9 +31,7 @@ from ml_collections import ConfigDict, config_flags
 from marlin_jax import config_arguments
 from marlin_jax.validate import ConfigError, check_batch, validate
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", help_string="Configuration file, e.g. configs/pretrain_b.py."
-)
+flags.adopt_module_key_flags(config_arguments)
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
@@ -403,7 +401,7 @@ def main(argv):
   # Orbax tells twenty lines about every save, and shows the stacks of errors
   # that it raises all the same.
   logging.set_verbosity(logging.FATAL)
-  config = _CONFIG.value
+  config = config_arguments.CONFIG.value
   name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
   try:
     validate(config)
