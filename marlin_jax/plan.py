@@ -242,8 +242,9 @@ def _rate_lines(step) -> list[str]:
     f"binds (ms: {shown})",
     f"rate        at most {rate['clips_per_sec']:.0f} clips/s, with all at "
     "their published peaks at once;",
-    f"            {rate['usual_clips_per_sec']:.0f} clips/s at "
-    f"{_USUAL_SHARE:.0%} of peak arithmetic, as good trainers of ViTs reach",
+    f"            {rate['usual_clips_per_sec']:.0f} where no more than "
+    f"{_USUAL_SHARE:.0%} of peak arithmetic is reached, as good trainers of "
+    "ViTs do",
     f"input       at that most, uint8: {to_device:.0f} MB/s to each device, "
     f"{to_host:.2f} GB/s to each host",
   ]

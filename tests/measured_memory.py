@@ -66,7 +66,7 @@ def main(argv):
     sharding.batch_sharding(mesh),
   )
   state = start()
-  for _ in range(3):
+  for _ in range(2):
     state, _ = step(state, batch, rng)
   jax.block_until_ready(state)
   measured = _peak() - before

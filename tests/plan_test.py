@@ -186,19 +186,14 @@ def test_without_libtpu_the_error_says_how_to_get_it(monkeypatch):
 # --- what fits ----------------------------------------------------------------
 
 
-def test_the_largest_batch_fits_and_a_larger_one_does_not():
+def test_the_largest_batch_that_fits_fills_the_memory():
   devices = here(GIB // 2)
   step = step_plan.compile_step(small(clips_per_device=8), devices, quiet)
-  assert step.fits
   best = step_plan.largest(step, quiet)
   assert best.fits
   assert best.num_micro == 1
-  assert best.clips_at_once > 8
-  clips = best.clips_at_once * 17 // 16 + 1
-  larger = step_plan.with_changes(
-    step.config, {"batch_size": clips, "clips_per_device": clips}
-  )
-  assert not step_plan.compile_step(larger, devices, quiet).fits
+  assert best.clips_at_once > 2 * step.clips_at_once
+  assert best.needed_bytes > 0.9 * devices.memory_bytes
 
 
 def test_a_configuration_that_does_not_fit_is_told_what_would():
@@ -221,8 +216,8 @@ def test_the_memory_planned_is_the_memory_that_a_run_takes():
   result = run(
     config="pretrain_s",
     binary=[str(ROOT / "tests" / "measured_memory.py")],
-    batch_size=2,
-    clips_per_device=2,
+    batch_size=1,
+    clips_per_device=1,
     **{"model.depth": 1, "model.dec_depth": 4, "mask.strategy": "random"},
   )
   assert result.returncode == 0, result.stderr
