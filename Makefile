@@ -9,7 +9,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 17179869184
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 export MALLOC_ARENA_MAX ?= 1
 
-.PHONY: quickstart test lint format bench-features clean help
+.PHONY: quickstart test lint format bench-features bench-compile clean help
 
 help:  ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -18,7 +18,7 @@ quickstart: $(VENV)/.installed  ## Prepare the sample video and pretrain on it
 	$(BIN)/python -m marlin_jax.train --config=configs/quickstart.py
 
 test: $(VENV)/.installed-test  ## Run all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-test  ## Check style and format
 	$(BIN)/ruff check .
@@ -30,6 +30,9 @@ format: $(VENV)/.installed-test  ## Mend style and format
 
 bench-features: $(VENV)/.installed-test  ## Feature extraction against PyTorch
 	$(BIN)/python tests/benchmarks/features.py
+
+bench-compile: $(VENV)/.installed-test  ## Compile time of B and L
+	$(BIN)/python tests/benchmarks/compile.py
 
 clean:  ## Remove the environment and runs/
 	rm -rf $(VENV) runs

@@ -38,10 +38,14 @@ def get_config():
   config.data.num_frames = 16
   config.data.stride = 2
   config.data.num_threads = 2
+  # Records that may be unreadable: each is told of, and another taken instead.
+  config.data.max_bad_records = 0
 
   # Weights to start from: the workdir of a run, or whatever
   # `python -m marlin_jax.convert` reads, e.g. VideoMAE's .pth. "": random.
   config.init_from = ""
+  # Keys, with commas between, that may differ from the run that is resumed.
+  config.allow_change = ""
 
   config.model = ConfigDict()
   config.model.tubelet_size = 2
@@ -72,6 +76,9 @@ def get_config():
   config.adv.gp_weight = 0.0
   config.adv.d_steps = 1
   config.adv.g_steps = 1
+  # Limit of the adversarial gradient, in reconstruction gradients; 0: none.
+  # adv_pull in the metrics is what it would act on.
+  config.adv.max_pull = 0.0
 
   config.optim = ConfigDict()
   config.optim.base_lr = 1.5e-4  # at batch 256, scaled with the batch
@@ -81,6 +88,10 @@ def get_config():
   config.optim.b2 = 0.95
   config.optim.eps = 1e-8
   config.optim.weight_decay = 0.0
+  # Of an average of the weights, for evaluation and export; 0: none is kept.
+  config.ema_decay = 0.0
+  # Steps in a row without a finite loss and gradient; none of them is applied.
+  config.max_skipped_steps = 10
 
   config.dtype = "float32"  # of matmuls; bfloat16 on TPU and GPU
   config.attention = "plain"  # cudnn: fused, on GPU in bfloat16
@@ -101,6 +112,11 @@ def get_config():
   config.distributed.process_id = 0
   config.distributed.timeout_secs = 300  # to wait for the others to start
 
+  # Seconds without the end of a step, a save or an evaluation; 0: for ever.
+  config.watchdog = ConfigDict()
+  config.watchdog.dump_secs = 900.0  # then the stacks of all threads are shown
+  config.watchdog.exit_secs = 3600.0  # then the run ends, to be started again
+
   config.log_steps = 10
   config.eval_steps = 1000
   config.eval_batches = 4
@@ -108,4 +124,9 @@ def get_config():
   config.picture_clips = 2
   config.checkpoint_steps = 1000
   config.keep_checkpoints = 3
+
+  # Of the devices, from a step on; `kill -USR1 PID` takes one at any time.
+  config.profile = ConfigDict()
+  config.profile.start_step = 0  # 0: none
+  config.profile.num_steps = 3
   return config

@@ -9,6 +9,10 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
+CONFIG = config_flags.DEFINE_config_file(
+  "config", help_string="Configuration file, e.g. configs/pretrain_b.py."
+)
+
 
 def parse(argv: Sequence[str]) -> list[str]:
   """Parses absl flags with --config; errors in them are for people.

@@ -26,6 +26,9 @@ from marlin_jax.rendezvous import StartError, meet
 _SHUTDOWN_SECS = 60
 # jax's own timeout ends the process with a stack trace: ours comes first.
 _GRACE_SECS = 30
+# Exit code of what may go well when it is tried again, unlike a refusal's 1:
+# the launchers in tools/ do so.
+TRY_AGAIN = os.EX_TEMPFAIL
 # What says that a cluster has started several of us.
 CLUSTER_VARIABLES = (
   "SLURM_STEP_NUM_TASKS",
@@ -126,6 +129,7 @@ def _initialise_by_cluster(timeout_secs: int) -> None:
       "output of the others. To name them yourself set config.distributed."
       "coordinator=host:port, num_processes and process_id; config.distributed."
       "timeout_secs says how long to wait",
+      code=TRY_AGAIN,
       at_once=True,
     )
 
@@ -241,32 +245,35 @@ class StopTogether:
 # --- leaving ------------------------------------------------------------------
 
 
-def leave(message: str, *, at_once: bool | None = None) -> NoReturn:
+def leave(
+  message: str, *, code: int = 1, at_once: bool | None = None
+) -> NoReturn:
   """Ends this process with an error.
 
   Args:
     message: printed to stderr.
+    code: exit code.
     at_once: skip all that Python does at its end, which would wait for the
       other processes, who wait for this one. Default: where there are others.
   """
   if at_once is None:
     at_once = jax.distributed.is_initialized()
-  if not at_once:
-    sys.exit(message)
   print(message, file=sys.stderr, flush=True)
+  if not at_once:
+    sys.exit(code)
   sys.stdout.flush()
-  os._exit(1)
+  os._exit(code)
 
 
 @contextlib.contextmanager
 def leaving_on_errors() -> Iterator[None]:
-  """An unforeseen exception inside ends the process at once; see `leave`."""
+  """An unforeseen exception inside, as when another process has gone, ends this
+  one; see `leave`. TRY_AGAIN is its exit code.
+  """
   try:
     yield
   except Exception:
-    if not jax.distributed.is_initialized():
-      raise
-    leave(
-      f"process {jax.process_index()} of {jax.process_count()}:\n"
-      + traceback.format_exc()
-    )
+    whose = ""
+    if jax.distributed.is_initialized():
+      whose = f"process {jax.process_index()} of {jax.process_count()}:\n"
+    leave(whose + traceback.format_exc(), code=TRY_AGAIN)

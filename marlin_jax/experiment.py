@@ -22,10 +22,12 @@ from marlin_jax.records import FRAME_SIZE
 
 # Keys that change neither what is learned nor from what: free on resume.
 _FREE_ON_RESUME = (
+  "allow_change",
   "attention",
   "checkpoint_steps",
   "clips_per_device",
   "data.eval_split",
+  "data.max_bad_records",
   "data.num_threads",
   "data.path",  # the data set's fingerprint is compared instead
   "distributed.coordinator",
@@ -36,14 +38,19 @@ _FREE_ON_RESUME = (
   "eval_steps",
   "keep_checkpoints",
   "log_steps",
+  "max_skipped_steps",
   "mesh.data",
   "mesh.fsdp",
   "mesh.tensor",
   "num_epochs",  # compared as num_steps
   "picture_clips",
   "picture_steps",
+  "profile.num_steps",
+  "profile.start_step",
   "remat",
   "scan",
+  "watchdog.dump_secs",
+  "watchdog.exit_secs",
 )
 
 
@@ -142,11 +149,13 @@ def build(
       config.adv.gp_weight,
       config.adv.d_steps,
       config.adv.g_steps,
+      config.adv.max_pull,
     ),
     mae=mae_graph,
     discriminator=disc_graph,
     optimizer=adamw,
     disc_optimizer=adamw,
+    ema_decay=config.ema_decay,
     num_micro=memory.num_parts(
       config.batch_size, sharding.num_shards(mesh) if mesh else 1, fit
     ),
@@ -188,6 +197,7 @@ def clips_that_fit(
   return memory.clips_that_fit(
     device_bytes,
     **_kept_and_gathered(config, mesh, params),
+    has_ema=bool(config.ema_decay),
     clip_bytes=memory.clip_bytes(
       model=config.model,
       num_tokens=tubelets.num_tokens,
@@ -292,5 +302,5 @@ def identity(config: ConfigDict, dataset: Dataset, num_steps: int) -> dict:
 
   kept = {k: v for k, v in flat(config).items() if k not in _FREE_ON_RESUME}
   kept["num_steps"] = num_steps
-  kept["data set (sha256)"] = dataset.fingerprint
+  kept["data.fingerprint"] = dataset.fingerprint
   return json.loads(json.dumps(kept))

@@ -14,6 +14,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 
 import grain
@@ -173,11 +174,95 @@ class TakeClip(grain.transforms.RandomMap):
     start = self.clip.random_start(total, rng)
     frames = self.clip.indices(start, total)
     return {
-      "video": records.decode_frames(record, frames),
+      "video": self._decode(index, record, frames),
       "regions": record.regions[frames[:: self.tubelet_size]],
       "_id": np.int32(index),
       "start": np.int32(start),
     }
+
+  def _decode(self, index, record, frames):
+    try:
+      return records.decode_frames(record, frames)
+    except ValueError as e:
+      raise DatasetError(f"record {index} is damaged: {e}") from e
+
+
+class BadRecords:
+  """Records that turned out to be unusable: each is told of once.
+
+  One line for each goes to a quarantine file: record, where it lies, reason.
+  """
+
+  def __init__(self, path: epath.PathLike, limit: int):
+    """Reads what earlier runs have found.
+
+    Args:
+      path: the quarantine file, JSON lines; made when there is a first one.
+      limit: how many are bearable.
+    """
+    self._path, self._limit = epath.Path(path), limit
+    self._lock = threading.Lock()  # readers are threads
+    lines = self._path.read_text().splitlines() if self._path.exists() else ()
+    self._found = {_place(row): row for row in map(json.loads, lines)}
+
+  def add(self, dataset: Dataset, index: int, error: DatasetError) -> None:
+    """Notes a bad record.
+
+    Raises:
+      DatasetError: there are more than are bearable.
+    """
+    row = {
+      "record": index,
+      "split": dataset.split,
+      "path": dataset.path,
+      "data": dataset.fingerprint,
+      "reason": str(error),
+    }
+    with self._lock:
+      if _place(row) not in self._found:
+        self._found[_place(row)] = row
+        rows = self._found.values()
+        # The whole file: a bucket cannot append.
+        self._path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+      if len(self._found) > self._limit:
+        raise DatasetError(
+          f"{error}\nRecords found bad so far: {len(self._found)}, and "
+          f"config.data.max_bad_records is {self._limit}. They are listed in "
+          f"{self._path}. Copy or prepare the data set again, or raise the "
+          "limit to go on without them."
+        ) from error
+
+
+def _place(row: dict) -> tuple[str, int]:
+  return row["data"], row["record"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadClip(grain.transforms.RandomMap):
+  """Number of a record -> a clip of it, or of the next that can be read.
+
+  The clip follows from the number and the generator alone: whether a record was
+  found to be bad before does not matter, so that a resumed run reads the same.
+  """
+
+  dataset: Dataset
+  source: RecordSource
+  take_clip: TakeClip
+  bad: BadRecords | None = None
+
+  def random_map(self, index: int, rng: np.random.Generator):
+    seed = rng.integers(2**63)
+    for i in range(len(self.source)):
+      tried = (int(index) + i) % len(self.source)
+      try:
+        return self.take_clip.random_map(
+          self.source[tried], np.random.default_rng((seed, i))
+        )
+      except DatasetError as e:
+        if self.bad is None:
+          raise
+        self.bad.add(self.dataset, tried, e)
+    raise DatasetError(f"{self.source} has no record that can be read")
 
 
 def own_rows(sharding: jax.sharding.Sharding, batch_size: int) -> list[int]:
@@ -215,6 +300,7 @@ def train_batches(
   start_step: int,
   num_threads: int,
   rows: Sequence[int] | None = None,
+  bad: BadRecords | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
   """This process's share of every global batch, for ever.
 
@@ -227,16 +313,19 @@ def train_batches(
     start_step: steps already taken.
     num_threads: readers; 2 saturate a core or two, see STACK in the docs.
     rows: this process's share, from `own_rows`; None: all.
+    bad: where to tell of records that cannot be read, and of which another one
+      takes the place; None: the first ends the iteration with a DatasetError.
 
   Yields:
     Dicts of arrays, each with as many clips as there are rows.
   """
+  read_clip = ReadClip(dataset, RecordSource(dataset), transform, bad)
   clips = (
-    grain.MapDataset.source(RecordSource(dataset))
+    grain.MapDataset.range(dataset.num_records)
     .seed(seed)
     .shuffle()
     .repeat()
-    .random_map(transform)
+    .random_map(read_clip)
   )
   if rows is not None and len(rows) < batch_size:
     # Chosen after the random transform: a clip's start must not depend on how
@@ -258,6 +347,7 @@ def eval_batches(
   batch_size: int,
   num_batches: int,
   rows: Sequence[int] | None = None,
+  bad: BadRecords | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
   """The same clips on every call, from records spread over the split.
 
@@ -269,17 +359,18 @@ def eval_batches(
     batch_size: clips per batch over all processes.
     num_batches: how many.
     rows: this process's share, from `own_rows`; None: all.
+    bad: as for `train_batches`.
 
   Yields:
     Dicts of arrays, each with as many clips as there are rows.
   """
-  source = RecordSource(dataset)
+  read_clip = ReadClip(dataset, RecordSource(dataset), transform, bad)
   num_clips = batch_size * num_batches
-  chosen = np.arange(num_clips) * len(source) // num_clips
+  chosen = np.arange(num_clips) * dataset.num_records // num_clips
   for first in range(0, num_clips, batch_size):
     mine = range(batch_size) if rows is None else rows
     clips = [
-      transform.random_map(source[chosen[i]], np.random.default_rng(i))
+      read_clip.random_map(chosen[i], np.random.default_rng(i))
       for i in (first + row for row in mine)
     ]
     yield {key: np.stack([c[key] for c in clips]) for key in clips[0]}

@@ -41,7 +41,12 @@ def device_bytes(device: jax.Device) -> int:
 
 
 def clips_that_fit(
-  device_bytes: int, *, num_params: int, num_gathered: int, clip_bytes: int
+  device_bytes: int,
+  *,
+  num_params: int,
+  num_gathered: int,
+  clip_bytes: int,
+  has_ema: bool,
 ) -> int:
   """Clips that fit beside the state; 0 where not even one is sure to.
 
@@ -53,8 +58,9 @@ def clips_that_fit(
     num_gathered: parameters that a device puts together from what it and
       others keep; each takes one more value.
     clip_bytes: activations per clip.
+    has_ema: an average of the parameters is kept: one value more for each.
   """
-  room = device_bytes - 4 * (5 * num_params + num_gathered)
+  room = device_bytes - 4 * ((5 + has_ema) * num_params + num_gathered)
   return max(room // clip_bytes, 0)
 
 

@@ -1,14 +1,12 @@
-"""What a run tells: metrics.jsonl, TensorBoard, progress, timing."""
+"""What a run tells: metrics.jsonl, TensorBoard, progress."""
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import json
+import math
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +43,22 @@ class MetricWriter:
     )
 
   def write(self, step: int, scalars: dict[str, float]) -> None:
-    """Adds one object to metrics.jsonl, and the scalars to TensorBoard."""
+    """Adds one object to metrics.jsonl, and the scalars to TensorBoard.
+
+    What is not finite is left out: JSON has no word for it.
+    """
     if not self._writes:
       return
+    scalars = {k: v for k, v in scalars.items() if math.isfinite(v)}
     self._file.write(json.dumps({"step": step, **scalars}) + "\n")
     for name, value in scalars.items():
       self._board.add_scalar(name, value, step)
+
+  def event(self, name: str, step: int, **details: Any) -> None:
+    """Adds an object with `event`, its name, to metrics.jsonl alone."""
+    if self._writes:
+      line = {"step": step, "event": name, **details}
+      self._file.write(json.dumps(line) + "\n")
 
   def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
     """Adds uint8 (H, W, 3) to TensorBoard."""
@@ -68,62 +76,6 @@ def _step_of(line: str) -> float:
     return json.loads(line)["step"]
   except (ValueError, KeyError):
     return float("inf")  # the half-written last line of a killed run
-
-
-class Timer:
-  """Where the time of the loop goes."""
-
-  def __init__(self, *, clips_per_step: int):
-    self._clips_per_step = clips_per_step
-    self._running = collections.deque()
-    self._start = time.perf_counter()
-    self._steps = 0
-    self._waited_secs = 0.0
-    self._paused_secs = 0.0
-
-  @contextlib.contextmanager
-  def waiting_for_data(self):
-    """Around the call that fetches a batch.
-
-    A step is running meanwhile, so this counts more than the device waits.
-    """
-    start = time.perf_counter()
-    yield
-    self._waited_secs += time.perf_counter() - start
-
-  @contextlib.contextmanager
-  def paused(self):
-    """Around what is neither step nor data: its time does not count."""
-    start = time.perf_counter()
-    yield
-    self._paused_secs += time.perf_counter() - start
-
-  def step_started(self, result: Any) -> None:
-    """Waits for the step before this one: at most one runs ahead.
-
-    Args:
-      result: arrays that are ready when the step is done.
-    """
-    self._steps += 1
-    self._running.append(result)
-    if len(self._running) > 1:
-      jax.block_until_ready(self._running.popleft())
-
-  def read(self) -> dict[str, float]:
-    """Rates since the last reading, and starts anew.
-
-    Call when all steps so far are done.
-    """
-    now = time.perf_counter()
-    secs = now - self._start - self._paused_secs
-    rates = {
-      "time/step_secs": secs / self._steps,
-      "time/clips_per_sec": self._clips_per_step * self._steps / secs,
-      "time/data_wait_ratio": self._waited_secs / secs,
-    }
-    self._start, self._steps = now, 0
-    self._waited_secs = self._paused_secs = 0.0
-    return rates
 
 
 class StopSignal:
@@ -186,15 +138,14 @@ class Progress:
       for name, value in scalars.items()
       if name.startswith("train/loss_")
     ]
-    text = ", ".join(
-      [
-        *losses,
-        f"{scalars['time/clips_per_sec']:.1f} clips/s",
-        f"data wait {scalars['time/data_wait_ratio']:.1%}",
-      ]
-    )
+    rates = [f"{scalars['time/clips_per_sec']:.1f} clips/s"]
+    if "time/mfu" in scalars:
+      rates.append(f"MFU {scalars['time/mfu']:.1%}")
+    rates.append(f"data wait {scalars['time/data_wait_ratio']:.1%}")
+    text = ", ".join(losses + rates)
     if not self._bar.disable:
-      self._bar.set_postfix_str(text)
+      # Room is short, and the end is cut off.
+      self._bar.set_postfix_str(text.replace("loss_", ""))
       return
     remaining = (self._total - step) * scalars["time/step_secs"]
     self.say(

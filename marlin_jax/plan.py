@@ -28,14 +28,11 @@ import time
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 from marlin_jax import config_arguments, topology
 from marlin_jax.validate import ConfigError, validate
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", help_string="Configuration file, e.g. configs/pretrain_b.py."
-)
+flags.adopt_module_key_flags(config_arguments)
 _TOPOLOGY = flags.DEFINE_string(
   "topology", "here", f"The devices:\n{topology.FORMS}"
 )
@@ -62,7 +59,7 @@ def main(argv):
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.WARNING)
   try:
-    report, fits = plan(_CONFIG.value)
+    report, fits = plan(config_arguments.CONFIG.value)
   except (ConfigError, topology.TopologyError) as e:
     sys.exit(f"error: {e}")
   text = json.dumps(report, indent=2)

@@ -10,11 +10,13 @@ directly.
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import tempfile
 from pathlib import Path
 
 from etils import epath
 
+from marlin_jax.output_folder import OutputFolderError
 from marlin_jax.validate import ConfigError
 
 
@@ -40,6 +42,20 @@ def check_reachable(*paths: str) -> None:
         f"{path}: paths on gs:// need the package gcsfs, which is not "
         "installed; install it with: pip install 'marlin-jax[gcs]' (or gcsfs)"
       )
+
+
+def check_room(path: Path, num_bytes: int) -> None:
+  """Finds out early that a checkpoint would not fit on the disk.
+
+  Raises:
+    OutputFolderError: says how much room there is.
+  """
+  free = shutil.disk_usage(path).free
+  if free < num_bytes:
+    raise OutputFolderError(
+      f"{path} has {free / 1e9:.2f} GB left and a checkpoint takes "
+      f"{num_bytes / 1e9:.2f} GB: make room, or choose another --workdir"
+    )
 
 
 class RunFiles:

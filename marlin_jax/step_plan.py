@@ -209,7 +209,7 @@ def _state_bytes(shapes, layout) -> dict[str, int]:
     return sharding.bytes_per_device(*trees)
 
   return {
-    "parameters": size("params", "fixed", "disc_params"),
+    "parameters": size("params", "ema", "fixed", "disc_params"),
     "optimisers": size("opt_state", "disc_opt_state"),
   }
 

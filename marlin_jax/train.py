@@ -8,11 +8,18 @@ and processes as there are now; a run interrupted by Ctrl-C or SIGTERM saves
 first.
 
 A workdir holds config.json, metrics.jsonl (one object per logged step),
-tensorboard/, checkpoints/ and pictures/.
+tensorboard/, checkpoints/ and pictures/; quarantine.jsonl where records could
+not be read, damaged/ where checkpoints could not be trusted, and lock, which
+says who is writing.
+
+Exit codes: 0 done; 1 cannot be done as asked, see the message; 75 broke off
+(hung, could not save, lost another process), to be started again; 128 + signal:
+saved and ended because of the signal.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import sys
@@ -21,11 +28,10 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from marlin_jax import config_arguments
 from marlin_jax.validate import ConfigError, check_batch, validate
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", help_string="Configuration file, e.g. configs/pretrain_b.py."
-)
+flags.adopt_module_key_flags(config_arguments)
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
@@ -45,11 +51,17 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
     The last TrainState, and the signal that ended the run early or None.
 
   Raises:
-    ConfigError, DatasetError, ResumeError, SampleError, StartError,
-      WeightsError: the run cannot be done as asked; the message says why and
-      what to do.
+    ConfigError, DatasetError, FloatingPointError, OutputFolderError,
+      ResumeError, SampleError, SaveError, StartError, WeightsError: the run
+      cannot be done as asked; the message says why and what to do.
   """
   validate(config)
+  with contextlib.ExitStack() as held:
+    return _run(config, workdir, held)
+
+
+def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
+  """The phases in their order; what is to be closed in any case is `held`."""
   # Imported here: they take seconds, which --help and bad flags need not wait.
   import jax
   from etils import epath
@@ -58,13 +70,18 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
     checkpoint,
     distributed,
     experiment,
+    goodput,
     input_pipeline,
     memory,
     metrics,
+    output_folder,
+    profiler,
     run_files,
     sample,
     sharding,
+    skipped,
     warm_start,
+    watchdog,
   )
   from marlin_jax.evaluators import reconstruction
   from marlin_jax.formats import detect
@@ -114,14 +131,25 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   if is_leader:
     print(_plan(config, dataset, trainer, mesh, shapes, layout, num_steps))
 
-  # --- Resume -----------------------------------------------------------------
+  # --- Workdir ----------------------------------------------------------------
   workdir = epath.Path(workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
+  with distributed.leader_first():
+    if is_leader:
+      if run_files.is_remote(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+      else:
+        lock = output_folder.Lock(Path(workdir), "lock")
+        held.callback(lock.close)
+        run_files.check_room(Path(workdir), 4 * experiment.count(shapes))
+      for note in checkpoint.set_damaged_aside(workdir / "checkpoints"):
+        print(f"warning: {note}", flush=True)
+
+  # --- Resume -----------------------------------------------------------------
   checkpoints = checkpoint.Checkpoints(
     str(workdir / "checkpoints"), keep=config.keep_checkpoints
   )
   identity = experiment.identity(config, dataset, num_steps)
-  start_step = checkpoints.latest_step or 0
+  start_step = checkpoints.last_saved or 0
   distributed.check_same(
     {
       f"the data set in {data_path}": dataset.fingerprint,
@@ -129,9 +157,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
     }
   )
   if start_step:
-    state = checkpoints.restore(start_step, shapes, layout.shardings, identity)
+    state = checkpoints.restore(
+      start_step,
+      shapes,
+      layout.shardings,
+      identity,
+      allow=config.allow_change.split(","),
+    )
   else:
-    if checkpoints.latest_step == 0:
+    if checkpoints.last_saved == 0:
       raise checkpoint.ResumeError(
         f"{workdir} holds converted weights, not a run: start from them with "
         f"--config.init_from={workdir} and another --workdir"
@@ -151,6 +185,20 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   )
 
   # --- Compile ----------------------------------------------------------------
+  timer = goodput.Timer(
+    clips_per_step=config.batch_size,
+    peak_clips_per_sec=goodput.peak_clips_per_sec(
+      config, mesh.devices.flat[0].device_kind, mesh.size
+    ),
+    carried=goodput.carried_over(files.path / "metrics.jsonl", start_step)
+    if is_leader
+    else None,
+  )
+  me = jax.process_index()
+  bad_records = input_pipeline.BadRecords(
+    workdir / f"quarantine{f'.process_{me}' if me else ''}.jsonl",
+    limit=config.data.max_bad_records,
+  )
   batches = input_pipeline.to_devices(
     input_pipeline.train_batches(
       dataset,
@@ -160,6 +208,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
       start_step=start_step,
       num_threads=config.data.num_threads,
       rows=input_pipeline.own_rows(split, config.batch_size),
+      bad=bad_records,
     ),
     split,
   )
@@ -171,27 +220,58 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
     batch_size=config.batch_size // trainer.num_micro,
     num_batches=config.eval_batches,
     seed=config.seed,
+    bad=bad_records,
   )
   make_key = functools.partial(jax.random.key, config.seed)
   rng = jax.jit(make_key, out_shardings=everywhere)()
-  step_fn = experiment.lower_step(
-    trainer, shapes, layout, mesh, config.batch_size
-  ).compile()
+  with timer.on("compile"):
+    step_fn = experiment.lower_step(
+      trainer, shapes, layout, mesh, config.batch_size
+    ).compile()
+  if is_leader:
+    secs = timer.own_secs("compile")
+    print(f"compiled the step in {secs:.1f} s", flush=True)
 
   # --- Loop -------------------------------------------------------------------
   writer = metrics.MetricWriter(files.path, start_step=start_step)
   progress = metrics.Progress(num_steps, start=start_step)
-  timer = metrics.Timer(clips_per_step=config.batch_size)
+  profile = profiler.Profiler(
+    files.path / "profile",
+    str(workdir / "profile"),
+    config.profile,
+    timer,
+    progress.say,
+  )
   stop_together = distributed.StopTogether(mesh)
+  skips = skipped.SkippedSteps(
+    dataset,
+    max_in_row=config.max_skipped_steps,
+    num_before=int(state.num_skipped),
+  )
+  guard = watchdog.Watchdog(**config.watchdog)
+  held.callback(guard.close)
   signum = None
-  with metrics.StopSignal() as stop:
+
+  def tell_skipped(found: skipped.SkippedStep | None) -> None:
+    if found:
+      writer.event("skipped", **found._asdict())
+      progress.say(str(found))
+
+  timer.enter("step")
+  with metrics.StopSignal() as stop, profile:
     for step in range(start_step + 1, num_steps + 1):
-      with timer.waiting_for_data():
+      guard.alive(f"step {step}")
+      with timer.on("data"):
         batch = next(batches)
       inputs = {"video": batch["video"], "regions": batch["regions"]}
-      state, scalars = step_fn(state, inputs, rng)
-      timer.step_started(scalars)
+      with profile.step(step):
+        state, scalars = step_fn(state, inputs, rng)
+        timer.step_started(scalars)
       progress.step()
+      tell_skipped(skips.check())
+      skips.follow(step, scalars, batch["_id"])
+      if saved := checkpoints.poll():
+        progress.say(f"step {saved} is saved")
       # Read once: a signal in the middle of this round ends the next.
       signum = stop_together(stop.received)
       stopping = signum is not None
@@ -199,19 +279,20 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
 
       # The first step too: on a small machine the tenth may be an hour away.
       if step % config.log_steps == 0 or step == start_step + 1 or last:
+        tell_skipped(skips.check())
         scalars = {f"train/{k}": float(v) for k, v in scalars.items()}
-        _check_finite(scalars, step, checkpoints.latest_step, workdir)
-        scalars["train/lr"] = float(schedule(step - 1))
+        updates = step - 1 - scalars["train/num_skipped"]
+        scalars["train/lr"] = float(schedule(updates))
         scalars |= timer.read()
         writer.write(step, scalars)
         progress.report(step, scalars)
 
       if step % config.checkpoint_steps == 0 or last:
-        with timer.paused():
+        with timer.on("checkpoint"):
           checkpoints.save(step, state, identity)
 
       if (step % config.eval_steps == 0 or last) and not stopping:
-        with timer.paused():
+        with timer.on("eval"):
           scalars = evaluator.metrics(state)
         name = f"eval/{config.data.eval_split}"
         writer.write(step, {f"{name}/{k}": v for k, v in scalars.items()})
@@ -223,33 +304,38 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
         )
 
       if (step % config.picture_steps == 0 or last) and not stopping:
-        with timer.paused():
+        with timer.on("eval"):
           views = evaluator.views(state, config.picture_clips)
-        if is_leader:
-          picture, paths = reconstruction.save(
-            views,
-            files.path / "pictures",
-            f"step_{step:07d}",
-            fps=30 / config.data.stride,  # most videos' own speed
-          )
-          writer.write_picture(step, "reconstruction", picture)
-          names = [str(workdir / "pictures" / path.name) for path in paths]
-          progress.say(f"step {step}: {' and '.join(names)}")
+          if is_leader:
+            picture, paths = reconstruction.save(
+              views,
+              files.path / "pictures",
+              f"step_{step:07d}",
+              fps=30 / config.data.stride,  # most videos' own speed
+            )
+            writer.write_picture(step, "reconstruction", picture)
+            names = [str(workdir / "pictures" / path.name) for path in paths]
+            progress.say(f"step {step}: {' and '.join(names)}")
 
       if step % config.checkpoint_steps == 0 or last:
-        with timer.paused():
+        # What a run that is resumed from here has spent.
+        writer.write(step, timer.totals())
+        with timer.on("checkpoint"):
           files.publish()
 
       if stopping:
         break
 
   # --- End --------------------------------------------------------------------
+  timer.enter("checkpoint")
   progress.close()
+  checkpoints.close()
+  writer.write(int(state.step), timer.totals())
   writer.close()
   files.close()
-  checkpoints.close()
   if is_leader:
-    print(_summary(workdir, int(state.step), num_steps), flush=True)
+    print(_summary(workdir, int(state.step), num_steps))
+    print(timer.summary(), flush=True)
   return state, signum if int(state.step) < num_steps else None
 
 
@@ -309,29 +395,21 @@ def _summary(workdir, step: int, num_steps: int) -> str:
   return "\n".join(lines)
 
 
-def _check_finite(scalars, step, last_good, workdir):
-  bad = {k: v for k, v in scalars.items() if not math.isfinite(v)}
-  if bad:
-    raise FloatingPointError(
-      f"step {step}: {bad}; nothing of this is saved, the last checkpoint in "
-      f"{workdir} is of step {last_good}. A lower optim.base_lr or adv.weight, "
-      "or dtype float32, may help."
-    )
-
-
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-  # Orbax tells twenty lines about every save.
-  logging.set_verbosity(logging.WARNING)
-  config = _CONFIG.value
+  # Orbax tells twenty lines about every save, and shows the stacks of errors
+  # that it raises all the same.
+  logging.set_verbosity(logging.FATAL)
+  config = config_arguments.CONFIG.value
   name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
   try:
     validate(config)
     from marlin_jax import distributed
-    from marlin_jax.checkpoint import ResumeError
+    from marlin_jax.checkpoint import ResumeError, SaveError
     from marlin_jax.formats.weights import WeightsError
     from marlin_jax.input_pipeline import DatasetError
+    from marlin_jax.output_folder import OutputFolderError
     from marlin_jax.rendezvous import StartError
     from marlin_jax.sample import SampleError
   except ConfigError as e:
@@ -342,36 +420,22 @@ def main(argv):
     except (
       ConfigError,
       DatasetError,
+      FloatingPointError,
+      OutputFolderError,
       ResumeError,
       SampleError,
       StartError,
       WeightsError,
-      FloatingPointError,
     ) as e:
       distributed.leave(f"error: {e}")
+    except SaveError as e:
+      # Started again it is refused if the disk is full, and may go well if a
+      # bucket did not answer.
+      distributed.leave(f"error: {e}", code=distributed.TRY_AGAIN)
   if signum is not None:
     sys.exit(128 + signum)
 
 
-def _parse_flags(argv):
-  try:
-    args = app.parse_flags_with_usage(argv)
-  except (AttributeError, KeyError, TypeError, ValueError) as e:
-    # What ml_collections raises for an unknown key or a value of another type;
-    # one error may be the only argument of the next.
-    while e.args and isinstance(e.args[0], Exception):
-      e = e.args[0]
-    sys.exit(f"error: in a --config flag: {e.args[0]}")
-  path = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
-  if not path.is_file():
-    there = sorted(path.parent.glob("*.py"))
-    sys.exit(
-      f"error: no configuration file at {path}; in {path.parent} there are: "
-      + (", ".join(p.name for p in there) or "none")
-    )
-  return args
-
-
 if __name__ == "__main__":
   flags.mark_flag_as_required("config")
-  app.run(main, flags_parser=_parse_flags)
+  app.run(main, flags_parser=config_arguments.parse)

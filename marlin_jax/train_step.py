@@ -47,7 +47,10 @@ class TrainState:
 
   Attributes:
     step: int32, steps taken.
+    num_skipped: int32, how many of these changed nothing, because a loss or a
+      gradient was not finite.
     params: the autoencoder's trained parameters, nested dicts by path.
+    ema: their exponential moving average; {} where none is kept.
     fixed: its position tables.
     opt_state: its optimiser state.
     disc_params: the discriminator's parameters.
@@ -55,11 +58,18 @@ class TrainState:
   """
 
   step: jax.Array
+  num_skipped: jax.Array
   params: Pytree
+  ema: Pytree
   fixed: Pytree
   opt_state: Pytree
   disc_params: Pytree
   disc_opt_state: Pytree
+
+  @property
+  def best_params(self) -> Pytree:
+    """The parameters to evaluate: the average, where one is kept."""
+    return self.ema or self.params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +83,17 @@ class Adversarial:
     d_steps: discriminator updates per step, all on the same predictions.
     g_steps: autoencoder updates per step; each after the first runs the
       autoencoder again.
+    max_pull: limit of the adversarial term's gradient in a clip's prediction,
+      as a multiple of the reconstruction's; where the discriminator has grown
+      out of bounds, the autoencoder goes on learning to reconstruct. 0: none,
+      as in the reference.
   """
 
   weight: float
   gp_weight: float
   d_steps: int
   g_steps: int
+  max_pull: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +173,7 @@ class Trainer:
     discriminator: structure of the discriminator.
     optimizer: updates the autoencoder.
     disc_optimizer: updates the discriminator.
+    ema_decay: of the average of the autoencoder's parameters; 0: none is kept.
     num_micro: parts in which the batch is worked through, one after the other,
       with gradients accumulated: where memory is too small for the whole.
     placement: where tokens and weights live on a mesh; None: on one device.
@@ -169,6 +185,7 @@ class Trainer:
   discriminator: nnx.GraphDef
   optimizer: optax.GradientTransformation
   disc_optimizer: optax.GradientTransformation
+  ema_decay: float = 0.0
   num_micro: int = 1
   placement: partition.Placement | None = None
 
@@ -207,15 +224,34 @@ class Trainer:
       loss += self.adversarial.gp_weight * penalty
     return loss, metrics | {"loss_disc": loss}
 
-  def mae_loss(self, pred, target, disc_params):
-    """The autoencoder's loss and metrics, as a function of its predictions."""
-    loss_rec = losses.reconstruction_loss(pred, target)
-    if not self.adversarial.weight:
-      return loss_rec, {"loss_rec": loss_rec}
-    scores = self.judge(self.judging(disc_params), pred)
-    loss_adv = losses.generator_adversarial_loss(scores)
-    loss = loss_rec + self.adversarial.weight * loss_adv
-    return loss, {"loss_rec": loss_rec, "loss_adv": loss_adv, "loss": loss}
+  def mae_slope(self, pred, target, disc_params):
+    """The gradient of the autoencoder's loss in its predictions; metrics.
+
+    Returns:
+      float32 like pred, and scalars; among them `adv_pull`, the norm of the
+      adversarial term's gradient over the reconstruction's, as a mean over
+      clips: far above 1 the discriminator alone says what is learned.
+    """
+    reconstruction = functools.partial(
+      losses.reconstruction_loss, target=target
+    )
+    loss_rec, slope = jax.value_and_grad(reconstruction)(pred)
+    metrics = {"loss_rec": loss_rec}
+    weight = self.adversarial.weight
+    if not weight:
+      return slope, metrics
+
+    def adversarial(pred):
+      scores = self.judge(self.judging(disc_params), pred)
+      return losses.generator_adversarial_loss(scores)
+
+    loss_adv, slope_adv = jax.value_and_grad(adversarial)(pred)
+    slope_adv = weight * slope_adv
+    pull = _clip_norms(slope_adv) / jnp.maximum(_clip_norms(slope), 1e-20)
+    if self.adversarial.max_pull:
+      slope_adv *= jnp.minimum(1, self.adversarial.max_pull / pull)
+    metrics |= {"loss_adv": loss_adv, "loss": loss_rec + weight * loss_adv}
+    return slope + slope_adv, metrics | {"adv_pull": pull.mean()}
 
   # --- updates ----------------------------------------------------------------
 
@@ -236,12 +272,30 @@ class Trainer:
       params=optax.apply_updates(state.params, updates), opt_state=opt_state
     )
 
+  def update_ema(self, state):
+    if not self.ema_decay:
+      return state
+    ema = jax.tree.map(
+      lambda mean, new: mean + (1 - self.ema_decay) * (new - mean),
+      state.ema,
+      state.params,
+    )
+    return state.replace(ema=ema)
+
+
+def _clip_norms(slope):
+  """(B, M, P) -> (B, 1, 1)."""
+  return jnp.sqrt(jnp.square(slope).sum((1, 2), keepdims=True))
+
 
 def init_state(trainer: Trainer, params, fixed, disc_params) -> TrainState:
   """The state before the first step."""
   return TrainState(
     step=jnp.zeros((), jnp.int32),
+    num_skipped=jnp.zeros((), jnp.int32),
     params=params,
+    # A copy: each array of the state gives its memory to the next.
+    ema=jax.tree.map(jnp.copy, params) if trainer.ema_decay else {},
     fixed=fixed,
     opt_state=trainer.optimizer.init(params),
     disc_params=disc_params,
@@ -258,7 +312,11 @@ def split_model(model: MAE | Discriminator):
 def train_step(
   trainer: Trainer, state: TrainState, batch: dict, rng: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """Takes one step.
+  """Takes one step, for both players or for neither.
+
+  Where a loss or the norm of a gradient is not finite, nothing but the counters
+  changes. That keeps the whole state finite: where a norm is, so is the square
+  of every gradient, which is the largest thing that Adam remembers.
 
   Args:
     trainer: the static half.
@@ -269,15 +327,22 @@ def train_step(
 
   Returns:
     The new state, and float32 scalars: loss_rec, loss_adv, loss_disc, d_real,
-    d_fake, gradient norms and, where they apply, the others named above.
+    d_fake, gradient norms, `num_skipped` so far and, where they apply, the
+    others named above.
   """
   step_rng = jax.random.fold_in(rng, state.step)
   # A key per clip: masks do not depend on the layout of devices or parts.
   keys = jax.random.split(step_rng, batch["video"].shape[0])
   batch = {"video": batch["video"], "regions": batch["regions"], "keys": keys}
   take = _step_at_once if trainer.num_micro == 1 else _step_in_parts
-  state, metrics = take(trainer, state, batch)
-  return state.replace(step=state.step + 1), metrics
+  new, metrics = take(trainer, state, batch)
+  finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
+  new = jax.tree.map(
+    lambda new, old: jnp.where(finite, new, old), trainer.update_ema(new), state
+  )
+  num_skipped = state.num_skipped + ~finite
+  new = new.replace(step=state.step + 1, num_skipped=num_skipped)
+  return new, metrics | {"num_skipped": num_skipped.astype(jnp.float32)}
 
 
 def _prepare(task: Task, batch):
@@ -307,9 +372,7 @@ def _step_at_once(trainer: Trainer, state: TrainState, batch):
   for i in range(trainer.adversarial.g_steps):
     if i:
       pred, pull_back = jax.vjp(forward, state.params)
-    slope, mae_metrics = jax.grad(trainer.mae_loss, has_aux=True)(
-      pred, target, state.disc_params
-    )
+    slope, mae_metrics = trainer.mae_slope(pred, target, state.disc_params)
     (grads,) = pull_back(slope)
     state = trainer.update_mae(state, grads)
     metrics |= mae_metrics | {"grad_norm": optax.tree.norm(grads)}
@@ -339,12 +402,11 @@ def _step_in_parts(trainer: Trainer, state: TrainState, batch):
 
   def mae_grads(part):
     inputs, target, _ = _prepare(trainer.task, part)
-
-    def loss(params):
-      pred = trainer.predict(params, state.fixed, *inputs)
-      return trainer.mae_loss(pred, target, state.disc_params)
-
-    return jax.grad(loss, has_aux=True)(state.params)
+    pred, pull_back = jax.vjp(
+      lambda params: trainer.predict(params, state.fixed, *inputs), state.params
+    )
+    slope, mae_metrics = trainer.mae_slope(pred, target, state.disc_params)
+    return *pull_back(slope), mae_metrics
 
   if trainer.adversarial.weight:
     for i in range(trainer.adversarial.d_steps):
@@ -396,7 +458,7 @@ def reconstruct(
   keys = jax.random.split(rng, batch["video"].shape[0])
   return fill_in(
     trainer.task,
-    functools.partial(trainer.predict, state.params, state.fixed),
+    functools.partial(trainer.predict, state.best_params, state.fixed),
     {"video": batch["video"], "regions": batch["regions"], "keys": keys},
   )
 

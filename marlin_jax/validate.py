@@ -39,6 +39,8 @@ _AT_LEAST_1 = (
   "picture_clips",
   "checkpoint_steps",
   "keep_checkpoints",
+  "max_skipped_steps",
+  "profile.num_steps",
   "mesh.fsdp",
   "mesh.tensor",
   "distributed.timeout_secs",
@@ -48,12 +50,17 @@ _AT_LEAST_0 = (
   "num_epochs",
   "num_steps",
   "clips_per_device",
+  "data.max_bad_records",
+  "profile.start_step",
   "adv.weight",
   "adv.gp_weight",
+  "adv.max_pull",
   "optim.min_lr",
   "optim.weight_decay",
   "distributed.num_processes",
   "distributed.process_id",
+  "watchdog.dump_secs",
+  "watchdog.exit_secs",
 )
 
 
@@ -121,10 +128,18 @@ def _problems(config: ConfigDict) -> Iterator[str]:
   for key in ("b1", "b2", "warmup_ratio"):
     if not 0 <= config.optim[key] < 1:
       yield f"optim.{key}={config.optim[key]}: expected 0 <= value < 1"
+  if not 0 <= config.ema_decay < 1:
+    yield f"ema_decay={config.ema_decay}: expected 0 <= value < 1"
   if config.optim.base_lr <= 0:
     yield f"optim.base_lr={config.optim.base_lr}: expected a value above 0"
   if config.mesh.data != -1 and config.mesh.data < 1:
     yield f"mesh.data={config.mesh.data}: expected -1 (all) or at least 1"
+  for key in filter(None, config.allow_change.split(",")):
+    try:
+      _get(config, key)
+    except (AttributeError, KeyError, TypeError):
+      if key != "data.fingerprint":
+        yield f"allow_change names {key!r}, which is no key"
   yield from _distributed_problems(config.distributed)
   yield from _mask_problems(config)
 

@@ -50,7 +50,7 @@ def apply(
     )
   architecture = weights.architecture
   _compare(weights, config)
-  parts = {"params": state.params, "fixed": state.fixed}
+  parts = {"params": state.params, "ema": state.ema, "fixed": state.fixed}
   if not architecture.has_decoder:
     notices.append("there is no decoder in it: ours starts at random")
   elif architecture.norm_pix != config.target.norm_pix:

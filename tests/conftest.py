@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import av
 import numpy as np
 import pytest
 
+# With libtpu installed, which plan_test.py needs, jax looks for a TPU first.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile many small programs and run each a few times: quick compiling
 # counts. What one process has compiled the next finds here.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
@@ -21,8 +24,24 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
   os.environ["JAX_COMPILATION_CACHE_DIR"] += f"/{worker}"
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
+# Files that take minutes: first, so that no worker is left with one at the end.
+LONG = (
+  "parity_test",
+  "sharding_test",
+  "distributed_test",
+  "train_test",
+  "e_numerics_test",
+  "train_step_test",
+  "prepare_test",
+)
+
 ROOT = Path(__file__).parents[1]
 VIDEOS = ROOT.parent / "shared" / "videos"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  order = {name: i for i, name in enumerate(LONG)}
+  items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
 
 
 def run_prepare(*args: object) -> subprocess.CompletedProcess[str]:
@@ -130,10 +149,16 @@ def face_models() -> None:
 def sample_dataset(
   sample_videos, face_models, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-  """The sample videos, prepared once by the real binary."""
-  path = tmp_path_factory.mktemp("sample") / "dataset"
-  result = run_prepare("--input", "sample", "--output", path)
-  assert result.returncode == 0, result.stderr
+  """The sample videos, prepared once by the real binary, for all workers."""
+  root = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    root = root.parent
+  path = root / "sample_dataset"
+  with (root / "sample_dataset.lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not path.exists():
+      result = run_prepare("--input", "sample", "--output", path)
+      assert result.returncode == 0, result.stderr
   return path
 
 

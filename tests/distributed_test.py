@@ -66,7 +66,7 @@ def start_two(workdir, **overrides):
   settings = {
     "distributed.coordinator": address,
     "distributed.num_processes": 2,
-    "distributed.timeout_secs": 60,
+    "distributed.timeout_secs": 120,
   }
   return [
     start(
@@ -110,6 +110,7 @@ def runs(sample_dataset, tmp_path_factory):
   for line in first.stdout:
     seen.append(line)
     if line.startswith("step 2/"):
+      second.send_signal(signal.SIGUSR1)
       second.send_signal(signal.SIGTERM)
       break
   finish(undisturbed)
@@ -149,6 +150,12 @@ def test_only_the_first_process_tells_and_writes(runs):
   assert steps == sorted(set(steps))
   assert len(list((ended / "tensorboard").glob("events.*"))) == 1
   assert (ended / "pictures" / "step_0000002.png").exists()
+
+
+def test_a_profile_is_asked_of_the_first_process(runs):
+  _, ended, (_, second) = runs
+  assert "SIGUSR1: only process 0 profiles" in second
+  assert not (ended / "profile").exists()
 
 
 def test_evaluation_takes_the_same_clips_in_two_processes(runs):
@@ -308,3 +315,10 @@ def test_who_belongs_together(monkeypatch, environment, coordinator, expected):
   assert found[0] == expected[0]
   if found[0] not in ("", "auto"):
     assert found == expected
+
+
+def test_an_unforeseen_error_ends_with_the_code_to_try_again(capfd):
+  with pytest.raises(SystemExit) as end, distributed.leaving_on_errors():
+    raise KeyError("lost")
+  assert end.value.code == distributed.TRY_AGAIN == 75
+  assert "KeyError: 'lost'" in capfd.readouterr().err

@@ -147,13 +147,30 @@ def test_a_missing_shard_is_named(damaged):
   assert "-00000-of-00001" in refused(path)
 
 
-@pytest.mark.parametrize("keep", [0, 1000, -1])
-def test_a_truncated_shard_is_refused_before_training(damaged, keep):
+@pytest.mark.parametrize(
+  "damage",
+  [
+    lambda data: b"",
+    lambda data: data[:1000],
+    lambda data: data[:-1],
+    lambda data: data[:-70_000],
+    lambda data: b"this is text\n" * 10_000,
+    lambda data: data + b"x",
+    lambda data: data + bytes(1 << 16),
+  ],
+  ids=["empty", "head", "cut", "cut by a block", "text", "longer", "zeros"],
+)
+def test_a_damaged_shard_is_refused_before_training(damaged, damage):
   path, shard = damaged
-  data = shard.read_bytes()
-  shard.write_bytes(data[:keep])
+  shard.write_bytes(damage(shard.read_bytes()))
   message = refused(path)
   assert "cannot be opened" in message or "hold 0 records" in message
+
+
+def test_a_shard_too_many_is_refused(damaged):
+  path, shard = damaged
+  shutil.copy(shard, shard.with_name(shard.name.replace("-00000-", "-00001-")))
+  assert "should have 1 shards and has 2" in refused(path)
 
 
 def test_another_number_of_records_than_announced_is_refused(damaged):

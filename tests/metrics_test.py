@@ -33,21 +33,24 @@ def test_a_resumed_run_replaces_what_came_after_its_step(tmp_path):
   ]
 
 
-def test_rates_leave_out_what_is_neither_step_nor_data():
-  timer = metrics.Timer(clips_per_step=4)
-  with timer.waiting_for_data():
-    pass
-  timer.step_started(np.zeros(()))
-  rates = timer.read()
-  assert set(rates) == {
-    "time/step_secs",
-    "time/clips_per_sec",
-    "time/data_wait_ratio",
+@pytest.mark.parametrize("known", [True, False])
+def test_the_progress_line_tells_the_utilisation_where_it_is_known(
+  capsys, known
+):
+  progress = metrics.Progress(10, start=0)
+  scalars = {
+    "train/loss_rec": 0.5,
+    "time/step_secs": 60.0,
+    "time/clips_per_sec": 12.34,
+    "time/data_wait_ratio": 0.012,
   }
-  np.testing.assert_allclose(
-    rates["time/clips_per_sec"] * rates["time/step_secs"], 4
+  progress.report(4, scalars | ({"time/mfu": 0.4128} if known else {}))
+  progress.close()
+  mfu = ", MFU 41.3%" if known else ""
+  assert capsys.readouterr().out == (
+    f"step 4/10: loss_rec 0.5000, 12.3 clips/s{mfu}, data wait 1.2%, "
+    "ETA 06:00\n"
   )
-  assert 0 <= rates["time/data_wait_ratio"] <= 1
 
 
 def test_the_first_signal_is_noted_and_a_second_ctrl_c_interrupts():

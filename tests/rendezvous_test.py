@@ -76,20 +76,16 @@ def test_a_port_in_use_is_named():
 def test_strangers_and_those_that_left_are_not_counted(address):
   host, port = address.split(":")
   with futures.ThreadPoolExecutor() as pool:
-    first = pool.submit(meet, address, 3, 0, 30)
+    first = pool.submit(together, address, [(3, 0)], timeout_secs=2)
     for hello in (b"GET / HTTP/1.1\r\n\r\n", b"marlin_jax 1 of 3\n"):
       while True:
         try:
           with socket.create_connection((host, port)) as stranger:
             stranger.sendall(hello)
-            time.sleep(0.1)
           break
         except ConnectionRefusedError:
-          time.sleep(0.05)
-    second = pool.submit(meet, address, 3, 2, 30)
-    time.sleep(0.3)
-    assert not first.done()
-    assert not second.done()
-    meet(address, 3, 1, 30)
-    first.result()
-    second.result()
+          assert not first.done()  # process 0 does not listen yet
+    messages = together(address, [(3, 2)], timeout_secs=30) + first.result()
+  for message in messages:
+    assert "2 of 3 processes" in message
+    assert "missing: 1." in message

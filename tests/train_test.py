@@ -1,7 +1,9 @@
 """The trainer as its users start it."""
 
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,12 +32,15 @@ TINY = {
   "model.dec_num_heads": 2,
   "model.dec_mlp_dim": 32,
   "adv.hidden": 16,
+  "ema_decay": 0.9,
   "log_steps": 1,
   "eval_steps": 1000,
   "eval_batches": 1,
   "picture_steps": 1000,
   "checkpoint_steps": 3,
 }
+
+PART_OF_TIME = "goodput/(?!total|down).*_secs"
 
 
 def command(workdir, **overrides):
@@ -65,13 +70,17 @@ def run(workdir, *, devices=1, **overrides):
   )
 
 
+def rows_of(workdir):
+  """The lines of metrics.jsonl."""
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
 def metrics_of(workdir):
   """step -> the numbers that a repeated run must give again."""
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  rows = [json.loads(line) for line in lines]
   return {
     row["step"]: {k: v for k, v in row.items() if k.startswith("train/")}
-    for row in rows
+    for row in rows_of(workdir)
     if "train/loss_rec" in row
   }
 
@@ -114,6 +123,9 @@ def test_a_run_leaves_what_it_promises(finished):
   assert "6/6" in output
   assert "ETA" in output
   assert "data wait" in output
+  assert "MFU" not in output  # nobody knows a CPU's
+  assert re.search(r"^compiled the step in \d", output, re.MULTILINE)
+  assert re.search(r"^time 0:0\d:\d\d: step \d", output, re.MULTILINE)
 
 
 def test_killed_and_resumed_gives_the_same_bits(
@@ -139,28 +151,56 @@ def test_killed_and_resumed_gives_the_same_bits(
   assert metrics_of(workdir) == metrics_of(undisturbed)
   got, want = state_of(workdir, 6), state_of(undisturbed, 6)
   assert got.keys() == want.keys()
-  for part in ("['params']", "['opt_state']", "['disc_params']"):
+  for part in ("['params']", "['ema']", "['opt_state']", "['disc_params']"):
     assert any(key.startswith(part) for key in want)
   assert any(key.startswith("['disc_opt_state']") for key in want)
   for key, value in want.items():
     assert value.tobytes() == got[key].tobytes(), key
 
 
-def test_three_steps_and_three_more_equal_six(
-  finished, sample_dataset, tmp_path
-):
-  """As above, and surely resumed from step 3: what follows it is removed."""
-  undisturbed, _ = finished
-  workdir = tmp_path / "halved"
-  subprocess.run(["cp", "-r", undisturbed, workdir], check=True)
+@pytest.fixture(scope="module")
+def halved(finished, sample_dataset, tmp_path_factory):
+  """The same run without its last checkpoint, resumed: surely from step 3."""
+  workdir = tmp_path_factory.mktemp("halved") / "run"
+  subprocess.run(["cp", "-r", finished[0], workdir], check=True)
   subprocess.run(["rm", "-r", workdir / "checkpoints" / "6"], check=True)
   result = run(workdir, **{"data.path": sample_dataset})
   assert result.returncode == 0, result.stderr
-  assert "resumed from step 3" in result.stdout
+  return workdir, result.stdout
+
+
+def test_three_steps_and_three_more_equal_six(finished, halved):
+  """As above, and what follows step 3 is removed."""
+  undisturbed, _ = finished
+  workdir, output = halved
+  assert "resumed from step 3" in output
   assert metrics_of(workdir) == metrics_of(undisturbed)
   got, want = state_of(workdir, 6), state_of(undisturbed, 6)
   for key, value in want.items():
     assert value.tobytes() == got[key].tobytes(), key
+
+
+def test_the_time_of_both_processes_adds_up(finished, halved):
+  first, both = (
+    [row for row in rows_of(workdir) if "goodput/total_secs" in row]
+    for workdir in (finished[0], halved[0])
+  )
+  for row in first + both:
+    parts = [v for k, v in row.items() if re.fullmatch(PART_OF_TIME, k)]
+    assert len(parts) == 8
+    assert math.fsum(parts) == row["goodput/total_secs"]
+  first, both = first[-1], both[-1]
+  born = first["time/unix_secs"] - first["goodput/total_secs"]
+  np.testing.assert_allclose(
+    born + both["goodput/down_secs"] + both["goodput/total_secs"],
+    both["time/unix_secs"],
+    atol=0.05,  # the kernel tells the time of a start in hundredths
+  )
+  assert first["goodput/lost_secs"] == 0 < both["goodput/lost_secs"]
+  # Both had to start, and to compile.
+  for kind in ("start", "compile"):
+    assert both[f"goodput/{kind}_secs"] > first[f"goodput/{kind}_secs"] > 0
+  assert re.search(r"^time 0:0.*lost \d.*down", halved[1], re.MULTILINE)
 
 
 def test_a_finished_run_has_nothing_to_do(finished, sample_dataset):
@@ -227,6 +267,24 @@ def test_another_configuration_cannot_resume(finished, sample_dataset):
   assert "model.width: was 16, is 32" in message
   assert "seed: was 0, is 1" in message
   assert "another --workdir" in message
+  assert "--config.allow_change=model.width,seed" in message
+
+
+def test_a_change_that_is_meant_goes_on_from_the_same_state(
+  finished, sample_dataset, tmp_path
+):
+  undisturbed, _ = finished
+  workdir = tmp_path / "run"
+  subprocess.run(["cp", "-r", undisturbed, workdir], check=True)
+  result = run(
+    workdir,
+    num_steps=8,
+    allow_change="num_steps,adv.max_pull",
+    **{"data.path": sample_dataset, "adv.max_pull": 5},
+  )
+  assert result.returncode == 0, result.stderr
+  assert "resumed from step 6" in result.stdout
+  assert list(metrics_of(workdir)) == list(range(1, 9))
 
 
 @pytest.mark.parametrize(
@@ -296,4 +354,8 @@ def test_a_run_starts_from_the_weights_of_another(finished, tmp_path):
   got, want = state_of(tmp_path / "run", 1), state_of(source, 6)
   for name in want:
     if name.startswith(("['params']", "['fixed']", "['disc_params']")):
-      np.testing.assert_allclose(got[name], want[name], atol=1e-9, err_msg=name)
+      # The average, where one was kept, is what a run hands on.
+      source_name = name.replace("['params']", "['ema']")
+      np.testing.assert_allclose(
+        got[name], want[source_name], atol=1e-9, err_msg=name
+      )

@@ -34,6 +34,7 @@ class Reconstruction:
     batch_size: int,
     num_batches: int,
     seed: int,
+    bad: input_pipeline.BadRecords | None = None,
   ):
     """Says which clips, and how they are spread; nothing is read yet."""
     self._task = trainer.task
@@ -52,6 +53,7 @@ class Reconstruction:
       transform,
       batch_size=batch_size,
       rows=input_pipeline.own_rows(split, batch_size),
+      bad=bad,
     )
     self._num_batches = num_batches
     self._split = split

@@ -1,7 +1,8 @@
 """This project's training runs: weights out of, and into, orbax checkpoints.
 
 A run's checkpoint says itself what the network is: its `meta` holds the
-configuration. Only the weights are read, not the optimisers' states.
+configuration. Only the weights are read, not the optimisers' states; the
+average of them, where the run kept one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from marlin_jax import checksums
 from marlin_jax.formats import weights as weights_lib
 from marlin_jax.formats.weights import (
   Architecture,
@@ -71,6 +73,13 @@ def read(path: Path) -> Weights:
     step = int(path.name) if directory == path.parent else manager.latest_step()
     if step is None:
       raise WeightsError(f"{directory} holds no complete checkpoint")
+    if checksums.exist(directory / str(step)):
+      problem = checksums.problem(directory / str(step))
+      if problem:
+        raise WeightsError(
+          f"{directory / str(step)} is damaged: {problem}. Take another "
+          "checkpoint, or copy it again"
+        )
     args = ocp.args.Composite(meta=ocp.args.JsonRestore())
     try:
       meta = manager.restore(step, args=args)["meta"]
@@ -110,7 +119,9 @@ def _restore_parts(path: Path) -> dict:
   try:
     tree = handler.metadata(epath.Path(path)).tree
     wanted = {part: tree[part] for part in _PARTS}
-    return handler.restore(
+    if tree.get("ema"):
+      wanted["ema"] = wanted.pop("params")
+    parts = handler.restore(
       epath.Path(path),
       args=ocp.args.PyTreeRestore(
         item=wanted,
@@ -120,6 +131,9 @@ def _restore_parts(path: Path) -> dict:
         partial_restore=True,
       ),
     )
+    if "ema" in parts:
+      parts["params"] = parts.pop("ema")
+    return parts
   finally:
     handler.close()
 
@@ -171,4 +185,5 @@ def write(weights: Weights, path: Path) -> list[str]:
         state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
       ),
     )
+  checksums.write(path / "checkpoints" / str(_CONVERTED_STEP))
   return eps_notice(architecture, NORM_EPS, "a run")

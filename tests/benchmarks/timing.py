@@ -67,7 +67,7 @@ def table(what: str, secs: dict[str, list[float]], ours: str) -> dict:
     }
     print(
       f"{what:26} {name:26} {median:8.3f} s  ({min(values):.3f} to "
-      f"{max(values):.3f})  {median / base:5.2f} x ours",
+      f"{max(values):.3f})  {median / base:5.2f} x {ours}",
       flush=True,
     )
   return {"what": what, "rows": rows}

@@ -1,0 +1,37 @@
+"""Saves checkpoints, and dies in the middle of one; d_checkpoints_test.py.
+
+  dying.py DIRECTORY EVENT NAME
+
+Saves steps 1 and 2 of a small state and is killed, while it saves step 2, the
+moment before it does EVENT (open, os.mkdir, os.rename) to a file called NAME:
+how far it has come does not depend on luck.
+"""
+
+import os
+import signal
+import sys
+
+import numpy as np
+
+from marlin_jax import checkpoint
+
+
+def state_of(step):
+  return {"a": np.arange(1000.0) * step, "b": np.full((30, 30), step)}
+
+
+def main(directory, event, name):
+  def watch(what, args):
+    if what == event and os.path.basename(str(args[0])) == name:
+      os.kill(os.getpid(), signal.SIGKILL)
+
+  checkpoints = checkpoint.Checkpoints(directory, keep=3)
+  checkpoints.save(1, state_of(1), {"run": 1})
+  checkpoints.wait()
+  sys.addaudithook(watch)
+  checkpoints.save(2, state_of(2), {"run": 1})
+  checkpoints.close()
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])

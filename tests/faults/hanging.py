@@ -1,0 +1,16 @@
+"""Shows a few signs of life and then hangs; e_numerics_test.py."""
+
+import threading
+
+from marlin_jax.watchdog import Watchdog
+
+
+def read_from_a_disk_that_does_not_answer():
+  threading.Event().wait()
+
+
+if __name__ == "__main__":
+  watchdog = Watchdog(dump_secs=0.2, exit_secs=0.4)
+  for step in range(1, 4):
+    watchdog.alive(f"step {step}")
+  read_from_a_disk_that_does_not_answer()

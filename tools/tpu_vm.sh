@@ -1,0 +1,491 @@
+#!/usr/bin/env bash
+# Cloud TPU from nothing to a trained model; `tools/tpu_vm.sh help` says how.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# What a worker needs of the repository.
+parts=(marlin_jax data_prep configs pyproject.toml requirements.txt README.md
+  LICENSE)
+stop_secs=600 # the longest that a stopped run may take to save
+
+usage() {
+  cat << 'EOF'
+Trains on Cloud TPU VMs: one host, a pod slice, or several slices.
+
+  tools/tpu_vm.sh COMMAND [SETTINGS] [-- FLAGS OF marlin_jax.train]
+
+From nothing to a trained model, whatever is preempted in between:
+
+  export TPU_NAME=marlin-b TPU_PROJECT=my-project TPU_ZONE=us-west4-a
+  export TPU_ACCELERATOR=v5litepod-16 TPU_CAPACITY=spot
+  tools/tpu_vm.sh babysit -- --config=configs/pretrain_b.py \
+    --config.dtype=bfloat16 --config.batch_size=256 \
+    --config.data.path=gs://BUCKET/DATASET --workdir=gs://BUCKET/runs/b
+  tools/tpu_vm.sh delete
+
+or step by step: create, setup, launch -- FLAGS, logs, stop, delete.
+With --dry-run each prints the commands it would run, and runs none.
+
+Commands
+  create    asks for the TPU as a queued resource and waits until it is there
+  setup     copies this working tree to all workers and installs it
+  launch    starts the training in the background on all workers
+  status    the TPU's state, and what each worker does
+  logs      the end of worker 0's log; --worker=all, --follow
+  stop      lets the run save and end; returns when all workers have ended
+  restart   stop, setup and launch; makes the TPU anew if it is lost
+  babysit   does all that is missing until the run has finished: makes the TPU,
+            and again when it is SUSPENDED, FAILED or PREEMPTED; starts a run
+            again that has ended, but not one that ended with 1, refused (the
+            log says why), or by `stop`
+  delete    gives the TPU back; it costs until then
+  help      this
+
+Settings, each also by the variable behind it
+  --name=NAME            TPU_NAME
+  --project=PROJECT      TPU_PROJECT
+  --zone=ZONE            TPU_ZONE
+  --accelerator=TYPE     TPU_ACCELERATOR  v4-32, v5litepod-16, v5p-32, v6e-16
+  --slices=N             TPU_SLICES       of that type each; default 1
+  --capacity=KIND        TPU_CAPACITY     spot, reserved or on-demand (default)
+  --runtime=VERSION      TPU_RUNTIME      default: the one for the accelerator
+  --create-flag=FLAG     for gcloud's create, may be repeated, e.g.
+                         --create-flag=--service-account=NAME@...
+  --max-restarts=N       TPU_MAX_RESTARTS of babysit after failures, default 20;
+                         preemptions do not count
+  --poll-secs=N          TPU_POLL_SECS    between two looks, default 30
+  --worker=N --slice=N   whose logs; default 0, or all
+  --follow               goes on printing one worker's log
+  --dry-run              prints, runs nothing
+
+Needs gcloud (logged in) and, for several workers, their key in the ssh agent:
+  eval "$(ssh-agent)" && ssh-add ~/.ssh/google_compute_engine
+The TPU's service account must read the data set's bucket and write the
+workdir's. TPU7x and later are to be had through GKE only: gke_jobset.yaml.
+EOF
+}
+
+die() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+say() {
+  echo "$(date +%H:%M:%S) $*"
+}
+
+# --- settings -----------------------------------------------------------------
+
+name=${TPU_NAME:-}
+project=${TPU_PROJECT:-}
+zone=${TPU_ZONE:-}
+accelerator=${TPU_ACCELERATOR:-}
+slices=${TPU_SLICES:-1}
+capacity=${TPU_CAPACITY:-on-demand}
+runtime=${TPU_RUNTIME:-}
+max_restarts=${TPU_MAX_RESTARTS:-20}
+poll_secs=${TPU_POLL_SECS:-30}
+create_flags=()
+worker=0
+slice=0
+follow=false
+dry_run=false
+settings=() # as given, for the commands that babysit runs
+train_flags=()
+
+parse() {
+  while (($#)); do
+    case $1 in
+      --) train_flags=("${@:2}") && return ;;
+      --dry-run) dry_run=true ;;
+      --follow) follow=true ;;
+      --name=*) name=${1#*=} ;;
+      --project=*) project=${1#*=} ;;
+      --zone=*) zone=${1#*=} ;;
+      --accelerator=*) accelerator=${1#*=} ;;
+      --slices=*) slices=${1#*=} ;;
+      --capacity=*) capacity=${1#*=} ;;
+      --runtime=*) runtime=${1#*=} ;;
+      --create-flag=*) create_flags+=("${1#*=}") ;;
+      --max-restarts=*) max_restarts=${1#*=} ;;
+      --poll-secs=*) poll_secs=${1#*=} ;;
+      --worker=*) worker=${1#*=} ;;
+      --slice=*) slice=${1#*=} ;;
+      --config*=* | --workdir=*)
+        die "$1: flags of the training go behind --" ;;
+      *) die "unknown setting $1; settings are written --name=VALUE, see:" \
+        "tools/tpu_vm.sh help" ;;
+    esac
+    settings+=("$1")
+    shift
+  done
+}
+
+# Args: names of settings that the command needs.
+need() {
+  local missing=() setting
+  for setting in "$@"; do
+    [[ -n ${!setting} ]] || missing+=("--$setting=... (or TPU_${setting^^})")
+  done
+  ((${#missing[@]} == 0)) ||
+    die "the command '$command' needs ${missing[*]}; see: tools/tpu_vm.sh help"
+  place=("--project=$project" "--zone=$zone" --quiet)
+}
+
+check_numbers() {
+  local setting
+  for setting in slices max_restarts poll_secs; do
+    [[ ${!setting} =~ ^[0-9]+$ ]] ||
+      die "--${setting//_/-}=${!setting}: expected a number"
+  done
+  ((slices)) || die "--slices=0: expected at least 1"
+}
+
+check_train_flags() {
+  local flag workdir='' config=''
+  for flag in ${train_flags[@]+"${train_flags[@]}"}; do
+    case $flag in
+      --workdir=*) workdir=${flag#*=} ;;
+      --config=*) config=${flag#*=} ;;
+      --dry-run | --name=* | --project=* | --zone=* | --poll-secs=*)
+        die "$flag: is no flag of the training; settings go before --" ;;
+    esac
+  done
+  [[ -n $config ]] || die "'$command' needs the training's flags behind --," \
+    "among them --config=configs/...py"
+  [[ -f $root/${config%%:*} ]] || die "--config=$config: no such file in $root"
+  [[ $workdir = gs://* ]] || die "--workdir=$workdir: expected gs://..., which" \
+    "all workers see and which outlives the TPU"
+}
+
+# Default software of each TPU: cloud.google.com/tpu/docs/runtimes.
+choose_runtime() {
+  accelerator=${accelerator/#v5e-/v5litepod-}
+  [[ -z $runtime ]] || return 0
+  case $accelerator in
+    v2-* | v3-* | v4-*) runtime=tpu-ubuntu2204-base ;;
+    v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
+    v5p-*) runtime=v2-alpha-tpuv5 ;;
+    v6e-*) runtime=v2-alpha-tpuv6e ;;
+    *) die "--accelerator=$accelerator: expected v4-N, v5litepod-N (v5e), v5p-N" \
+      "or v6e-N, or give its --runtime=..." ;;
+  esac
+}
+
+# --- running ------------------------------------------------------------------
+
+# Words as one would type them.
+quote() {
+  local word out=()
+  for word in "$@"; do
+    if [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then
+      out+=("$word")
+    else
+      out+=("'${word//\'/\'\\\'\'}'")
+    fi
+  done
+  echo "${out[*]}"
+}
+
+run() {
+  if $dry_run; then
+    quote "$@"
+  else
+    "$@"
+  fi
+}
+
+resource() {
+  local verb=$1
+  shift
+  run gcloud compute tpus queued-resources "$verb" "$name" "$@" "${place[@]}"
+}
+
+# Runs $1 on workers $2 (default all) of slices $3 (default all).
+remote() {
+  resource ssh "--node=${3:-all}" "--worker=${2:-all}" "--command=$1"
+}
+
+# The first argument is a gcloud command that prints a state.
+ask() {
+  local answer errors
+  errors=$(mktemp)
+  if answer=$("$@" 2> "$errors"); then
+    echo "${answer:-UNKNOWN}"
+  elif grep -qE 'NOT_FOUND|was not found' "$errors"; then
+    echo NONE
+  else
+    cat "$errors" >&2
+    echo UNREACHABLE
+  fi
+  rm -f "$errors"
+}
+
+# ACTIVE: all slices are there and usable. NONE: no such resource. Else the
+# state of the resource or of the first slice that is not READY.
+state() {
+  local found node i
+  found=$(ask resource describe '--format=value(state.state)')
+  if [[ $found = ACTIVE ]]; then
+    for ((i = 0; i < slices; i++)); do
+      node=$name
+      ((slices == 1)) || node=$name-$i
+      node=$(ask run gcloud compute tpus tpu-vm describe "$node" \
+        '--format=value(state)' "${place[@]}")
+      [[ $node = READY ]] || { found=$node && break; }
+    done
+  fi
+  echo "$found"
+}
+
+# --- commands -----------------------------------------------------------------
+
+create() {
+  need name project zone accelerator
+  choose_runtime
+  local flags=("--accelerator-type=$accelerator" "--runtime-version=$runtime")
+  if ((slices > 1)); then
+    flags+=("--node-count=$slices" "--node-prefix=$name")
+  else
+    flags+=("--node-id=$name")
+  fi
+  case $capacity in
+    spot | reserved) flags+=("--$capacity") ;;
+    on-demand) ;;
+    *) die "--capacity=$capacity: expected spot, reserved or on-demand" ;;
+  esac
+  resource create "${flags[@]}" ${create_flags[@]+"${create_flags[@]}"}
+  wait_until_active
+}
+
+wait_until_active() {
+  if $dry_run; then
+    echo "# every $poll_secs s, until it says ACTIVE:"
+    resource describe '--format=value(state.state)'
+    return
+  fi
+  local now='' before
+  while [[ $now != ACTIVE ]]; do
+    before=$now
+    now=$(state)
+    [[ $now = "$before" ]] || say "$name: $now"
+    case $now in
+      ACTIVE) ;;
+      SUSPENDED | FAILED | PREEMPTED | TERMINATED | NONE)
+        die "$name is $now; the reason: gcloud compute tpus queued-resources" \
+          "describe $name ${place[*]}" ;;
+      *) sleep "$poll_secs" ;;
+    esac
+  done
+}
+
+setup() {
+  need name project zone
+  local archive=${TMPDIR:-/tmp}/marlin_jax-$name.tar.gz
+  # The TPU images' own Python is too old; uv, in the home, brings another.
+  # shellcheck disable=SC2016 # for the worker to expand
+  local install='set -e
+mkdir -p ~/marlin_jax/run && cd ~/marlin_jax
+flock -n run/lock true || { echo "$(hostname): a training is running" >&2; exit 1; }
+rm -rf marlin_jax data_prep configs && tar -xzf ../marlin_jax.tar.gz
+PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
+uv="python3 -m uv"
+$uv venv --quiet --allow-existing --python ">=3.11,<3.13" .venv
+$uv pip install --quiet --python .venv/bin/python -e ".[tpu,gcs]"
+.venv/bin/python -c "import jax, marlin_jax.train; print(jax.__version__)"'
+  run tar -czf "$archive" --exclude=__pycache__ -C "$root" "${parts[@]}"
+  run gcloud compute tpus queued-resources scp "$archive" \
+    "$name:marlin_jax.tar.gz" --node=all --worker=all "${place[@]}"
+  remote "$install"
+}
+
+launch() {
+  need name project zone
+  check_train_flags
+  local train start
+  train=$(quote .venv/bin/python -m marlin_jax.train "${train_flags[@]}" \
+    --config.distributed.coordinator=auto)
+  # Whoever holds run/lock is training: the shell below hands it on.
+  start="$train >> run/train.log 2>&1 & echo \$! > run/pid
+wait \$!; echo \$? > run/exit"
+  remote "set -e; cd ~/marlin_jax; exec 9> run/lock
+flock -n 9 || { echo \"\$(hostname): a training is running\" >&2; exit 1; }
+rm -f run/pid run/exit run/stopped
+nohup setsid bash -c $(quote "$start") < /dev/null > run/nohup.log 2>&1 &"
+  $dry_run || say "$name: training; its log: tools/tpu_vm.sh logs --name=$name"
+}
+
+# One line per worker: 'worker HOST: ', then running, stopped CODE, ended CODE,
+# gone (it or its machine was killed) or idle (never launched).
+# shellcheck disable=SC2016 # for the worker to expand
+report='cd ~/marlin_jax/run 2> /dev/null || { echo "worker $(hostname): idle"; exit 0; }
+code=$(cat exit 2> /dev/null || true)
+if ! flock -n lock true; then now=running
+elif [ -e stopped ]; then now="stopped $code"
+elif [ -n "$code" ]; then now="ended $code"
+elif [ -e pid ]; then now=gone
+else now=idle; fi
+echo "worker $(hostname): $now"'
+
+status() {
+  need name project zone
+  local now=ACTIVE
+  if $dry_run; then
+    resource describe '--format=value(state.state)'
+  else
+    now=$(state)
+    say "$name: $now"
+  fi
+  [[ $now != ACTIVE ]] || remote "$report; tail -n 1 train.log"
+}
+
+logs() {
+  need name project zone
+  local tail="tail -n 50 ~/marlin_jax/run/train.log"
+  if $follow; then
+    [[ $worker != all && $slice != all ]] ||
+      die "--follow: of one worker, give its --worker=N and --slice=N"
+    tail="tail -n 50 -f ~/marlin_jax/run/train.log"
+  fi
+  remote "$tail" "$worker" "$slice"
+}
+
+stop() {
+  need name project zone
+  # A training that is stuck does not answer and is killed in the end.
+  remote "cd ~/marlin_jax/run || exit 0
+flock -n lock true && { echo \"\$(hostname): no training is running\"; exit 0; }
+until [ -s pid ]; do sleep 0.1; done
+touch stopped && kill -TERM \$(cat pid)
+flock -w $stop_secs lock true || kill -KILL \$(cat pid)
+echo \"\$(hostname): ended with \$(cat exit)\""
+}
+
+restart() {
+  need name project zone
+  check_train_flags
+  local now=ACTIVE
+  $dry_run || now=$(state)
+  case $now in
+    ACTIVE) stop ;;
+    SUSPENDED | FAILED | PREEMPTED | TERMINATED) delete && create ;;
+    NONE) create ;;
+    UNREACHABLE) die "$name could not be asked for its state, see above" ;;
+    *) wait_until_active ;;
+  esac
+  setup
+  launch
+}
+
+delete() {
+  need name project zone
+  resource delete --force
+}
+
+# --- babysit ------------------------------------------------------------------
+
+# What the workers do: running, stopped, finished (all ended with 0), failed (all
+# with 1), ended (none is running) or unknown.
+outcome() {
+  local states
+  states=$(remote "$report" 2> /dev/null |
+    sed -nE 's/^worker [^ ]+: (running|idle|gone|(stopped|ended).*)$/\1/p' |
+    sort -u)
+  case $states in
+    '') echo unknown ;;
+    *running*) echo running ;;
+    *stopped*) echo stopped ;;
+    'ended 0') echo finished ;;
+    'ended 1') echo failed ;;
+    *) echo ended ;;
+  esac
+}
+
+# Runs another command of this script, which may fail.
+step() {
+  say "$name: $1"
+  bash "${BASH_SOURCE[0]}" "$1" ${settings[@]+"${settings[@]}"} \
+    -- "${train_flags[@]}"
+}
+
+show_babysit() {
+  echo "# every $poll_secs s:"
+  resource describe '--format=value(state.state)'
+  echo "# while it is ACTIVE, until all have ended with 0 or all with 1:"
+  remote "$report"
+  echo "# when it is SUSPENDED, FAILED or PREEMPTED:"
+  delete
+  echo "# then, and when there is none yet:"
+  create
+  echo "# then, and when all workers have ended with another code:"
+  setup
+  launch
+}
+
+babysit() {
+  need name project zone accelerator
+  check_train_flags
+  choose_runtime
+  if $dry_run; then
+    show_babysit
+    return
+  fi
+  local now
+  while true; do
+    now=$(state)
+    if [[ $now = ACTIVE ]]; then
+      now=$(outcome)
+      # When a TPU goes its workers go first.
+      [[ $now != ended || $(state) = ACTIVE ]] || now=going
+    fi
+    case $now in
+      finished)
+        say "$name: finished; its costs end with: tools/tpu_vm.sh delete"
+        return ;;
+      stopped)
+        say "$name: stopped by 'stop'; 'restart' goes on"
+        return ;;
+      failed)
+        remote 'tail -n 30 ~/marlin_jax/run/train.log' all all || true
+        die "$name: the training was refused, the reason is above. The TPU is" \
+          "still there: set it right and 'restart', or 'delete'" ;;
+      ended)
+        count_failure "no worker was training"
+        try setup launch ;;
+      SUSPENDED | PREEMPTED | TERMINATED | FAILED)
+        say "$name: $now"
+        if step delete; then try create setup launch; fi ;;
+      NONE) try create setup launch ;;
+      *) ;; # running, or on the way to another state
+    esac
+    sleep "$poll_secs"
+  done
+}
+
+# Runs commands until one fails.
+try() {
+  local each
+  for each; do
+    step "$each" || { count_failure "$each failed" && return; }
+  done
+}
+
+failures=0
+count_failure() {
+  failures=$((failures + 1))
+  ((failures <= max_restarts)) || die "$name: $1, failure $failures" \
+    "(--max-restarts=$max_restarts); see: tools/tpu_vm.sh logs --worker=all"
+  say "$name: $1, failure $failures of $max_restarts allowed"
+}
+
+command=${1:-help}
+case $command in
+  help | -h | --help) usage ;;
+  create | setup | launch | status | logs | stop | restart | babysit | delete)
+    shift
+    parse "$@"
+    check_numbers
+    "$command"
+    ;;
+  *) die "unknown command '$command'; see: tools/tpu_vm.sh help" ;;
+esac
