@@ -84,8 +84,9 @@ def test_scripts_pass_shellcheck(name):
 def check_flags(*flags):
   """The trainer's own parser, and the check of the configuration."""
   program = (
-    "import sys; from absl import flags; from marlin_jax import train;"
-    "flags.mark_flag_as_required('config'); train._parse_flags(sys.argv);"
+    "import sys; from absl import flags;"
+    "from marlin_jax import config_arguments, train;"
+    "flags.mark_flag_as_required('config'); config_arguments.parse(sys.argv);"
     "train.validate(flags.FLAGS.config); print(flags.FLAGS.workdir)"
   )
   result = subprocess.run(
