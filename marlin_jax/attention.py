@@ -52,25 +52,26 @@ def attention_maps(encoder: Encoder, patches: jax.Array) -> AttentionMaps:
   """
   x = encoder.embed(patches)
   batch_size, num_tokens, _ = x.shape
-  flow = jnp.tile(jnp.eye(num_tokens), (batch_size, 1, 1))
-  heads = []
-  for block in encoder.transformer.blocks:
-    graphdef, params = nnx.split(block)
-    x, received, flow = _layer(graphdef, params, x, flow)
-    heads.append(received)
-  return AttentionMaps(jnp.stack(heads, axis=1), flow.mean(axis=1))
+  even = jnp.tile(jnp.eye(num_tokens), (batch_size, 1, 1))
+  heads, flow = _follow(*nnx.split(encoder.transformer.blocks), x, even)
+  return AttentionMaps(heads.swapaxes(0, 1), flow.mean(axis=1))
 
 
-# Compiled once for all layers, which differ in their parameters alone.
 @functools.partial(jax.jit, static_argnums=0)
-def _layer(graphdef, params, x, flow):
-  """One block: its output, attention received (B, H, N), rollout so far."""
-  block = nnx.merge(graphdef, params)
-  weights = block.attention.weights(block.norm1(x))  # (B, H, N, N)
-  mean = weights.mean(axis=1)
-  flow = (jnp.matmul(mean, flow, precision="highest") + flow) / 2
-  # XLA sees that both want the same weights and computes them once.
-  return block(x), weights.mean(axis=2), flow
+def _follow(graphdef, blocks, x, flow):
+  """Attention received in each block, (L, B, H, N), and rollout at the end."""
+
+  def layer(carry, params):
+    x, flow = carry
+    block = nnx.merge(graphdef, params)
+    weights = block.attention.weights(block.norm1(x))  # (B, H, N, N)
+    mean = weights.mean(axis=1)
+    flow = (jnp.matmul(mean, flow, precision="highest") + flow) / 2
+    # XLA sees that both want the same weights and computes them once.
+    return (block(x), flow), weights.mean(axis=2)
+
+  (_, flow), heads = jax.lax.scan(layer, (x, flow), blocks)
+  return heads, flow
 
 
 def region_shares(attention: np.ndarray, regions: np.ndarray) -> np.ndarray:

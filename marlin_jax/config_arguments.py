@@ -12,6 +12,19 @@ from ml_collections import config_flags
 CONFIG = config_flags.DEFINE_config_file(
   "config", help_string="Configuration file, e.g. configs/pretrain_b.py."
 )
+_WORKDIR = flags.DEFINE_string(
+  "workdir",
+  None,
+  "Folder of the results, which training may keep on gs://BUCKET/FOLDER too; "
+  "the same command goes on from there. Default: runs/<name of the "
+  "configuration>.",
+)
+
+
+def workdir() -> str:
+  """The folder of the results, as asked for or by the default."""
+  config = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+  return _WORKDIR.value or f"runs/{config.stem}"
 
 
 def parse(argv: Sequence[str]) -> list[str]:

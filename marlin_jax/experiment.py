@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from marlin_jax import masking, memory, optim, sharding, train_step, video
-from marlin_jax.input_pipeline import Dataset, TakeClip
-from marlin_jax.models import discriminator, mae
+from marlin_jax.input_pipeline import TakeClip
+from marlin_jax.models import discriminator, mae, softmax_attention
+from marlin_jax.prepared_dataset import Dataset
 from marlin_jax.records import FRAME_SIZE
 
 # Keys that change neither what is learned nor from what: free on resume.
@@ -45,6 +46,16 @@ _FREE_ON_RESUME = (
   "num_epochs",  # compared as num_steps
   "picture_clips",
   "picture_steps",
+  "probe.batch_size",
+  "probe.eval_split",
+  "probe.k",
+  "probe.label",
+  "probe.num_videos",
+  "probe.num_windows",
+  "probe.path",
+  "probe.penalty",
+  "probe.split",
+  "probe.steps",
   "profile.num_steps",
   "profile.start_step",
   "remat",
@@ -100,7 +111,7 @@ def build(
       num_tokens=tubelets.num_tokens,
       pixels=tubelets.pixels,
       dtype=config.dtype,
-      attention=config.attention,
+      attention=attention_of(config, mesh),
       scan=config.scan,
       remat=config.remat,
       rngs=nnx.Rngs(jax.random.fold_in(key, 0)),
@@ -139,6 +150,7 @@ def build(
     b2=config.optim.b2,
     eps=config.optim.eps,
     weight_decay=config.optim.weight_decay,
+    mu_dtype=config.optim.mu_dtype,
   )
   trainer = train_step.Trainer(
     task=train_step.Task(
@@ -156,6 +168,7 @@ def build(
     optimizer=adamw,
     disc_optimizer=adamw,
     ema_decay=config.ema_decay,
+    decoder_ratio=config.mask.decoder_ratio,
     num_micro=memory.num_parts(
       config.batch_size, sharding.num_shards(mesh) if mesh else 1, fit
     ),
@@ -204,10 +217,17 @@ def clips_that_fit(
       num_visible=masks.num_visible,
       pixels=tubelets.pixels,
       dtype=config.dtype,
+      attention=attention_of(config, mesh),
       remat=config.remat,
       num_tensor=mesh.shape["tensor"] if mesh else 1,
     ),
   )
+
+
+def attention_of(config: ConfigDict, mesh: Mesh | None) -> str:
+  """What `config.attention` stands for on these devices."""
+  platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
+  return softmax_attention.choose(config.attention, platform, config.dtype)
 
 
 def lay_out(config: ConfigDict, mesh: Mesh, shapes) -> sharding.Layout:

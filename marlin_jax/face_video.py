@@ -335,17 +335,19 @@ class _Reading:
           share = _share(video.num_frames, video.info.announced_frames)
           self._progress(_FINDING_SHARE * share)
 
-      tracks = faces.find_tracks(frames(), self._models.finder, min_frames=1)
+      tracks = faces.find_tracks(
+        frames(), self._models.finder, video.info.rate, min_frames=1
+      )
       num_frames = video.num_frames
     # What is too short to be prepared for training is too short here.
     min_frames = min(process.MIN_TRACK_FRAMES, num_frames)
     tracks = [track for track in tracks if len(track) >= min_frames]
     if not tracks:
       raise NoFaceError(self._path)
-    return max(tracks, key=lambda track: (len(track), _side(track)))
+    return max(tracks, key=lambda track: (len(track), track.side))
 
   def _cropped_frames(self, track: faces.Track) -> Iterator[_Frame]:
-    from data_prep import decode, faces
+    from data_prep import boxes, decode
 
     size = self._settings.image_size
     to_parse = self._rows_to_parse(len(track))
@@ -361,7 +363,7 @@ class _Reading:
         regions = None
         if row in to_parse:
           regions = self._parse(frame, box, track.landmarks[row])
-        picture = fit_square(faces.crop_frame(frame, box), size)
+        picture = fit_square(boxes.crop_frame(frame, box), size)
         yield _Frame(picture, secs, regions)
         if i + 1 == stop:
           return
@@ -421,11 +423,6 @@ def fit_square(frame: np.ndarray, size: int) -> np.ndarray:
   out = np.zeros((size, size, 3), np.uint8)
   out[y : y + new[1], x : x + new[0]] = scaled
   return out
-
-
-def _side(track: faces.Track) -> float:
-  """Returns the median side of a track's crops."""
-  return float(np.median(track.boxes[:, 2] - track.boxes[:, 0]))
 
 
 def _share(num_read: int, num_announced: int) -> float:

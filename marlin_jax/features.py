@@ -28,8 +28,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import hashlib
-import json
 import signal
 import sys
 import time
@@ -46,7 +44,6 @@ if TYPE_CHECKING:
 
   from marlin_jax.face_video import Window, WindowSettings
   from marlin_jax.feature_files import FeatureFolder, Span
-  from marlin_jax.formats.weights import Weights
   from marlin_jax.marlin import Marlin
   from marlin_jax.video_folder import Outcome, Video
 
@@ -155,9 +152,11 @@ def _settings(
   args: argparse.Namespace, marlin: Marlin, windows: WindowSettings
 ) -> dict[str, Any]:
   """Returns what the features depend on."""
+  from marlin_jax.formats.weights import encoder_sha256
+
   return {
     "checkpoint": str(args.checkpoint),
-    "checkpoint_sha256": fingerprint(marlin.weights),
+    "checkpoint_sha256": encoder_sha256(marlin.weights),
     "format": args.format,
     "reduction": args.reduction,
     "keep_seq": args.keep_seq,
@@ -166,17 +165,6 @@ def _settings(
     "stride": windows.step // windows.clip.stride,
     "window_rule": args.window_rule,
   }
-
-
-def fingerprint(weights: Weights) -> str:
-  """Returns a hash of the encoder, whatever format its weights are kept in."""
-  encoder = weights.encoder_only()
-  architecture = dataclasses.asdict(encoder.architecture)
-  digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
-  for name in sorted(encoder.arrays):
-    digest.update(name.encode())
-    digest.update(encoder.arrays[name].tobytes())
-  return digest.hexdigest()
 
 
 # --- Extracting ---------------------------------------------------------------

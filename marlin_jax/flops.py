@@ -10,7 +10,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from marlin_jax.masking import Masking
+from marlin_jax.masking import Masking, num_decoded
 from marlin_jax.video import Tubelets
 
 
@@ -48,9 +48,9 @@ def repeated_by_remat(config: ConfigDict) -> float:
   blocks = (_Parts.of(config).encoder, _Parts.of(config).decoder)
   per_backward = {
     "none": 0,
-    "dots": sum(b.depth * b.attention for b in blocks),
+    "dots": sum(b.attention for b in blocks),
     # No gradient asks for what a block's last product gives.
-    "full": sum(b.forward - b.depth * b.mlp / 2 for b in blocks),
+    "full": sum(b.forward - b.mlp / 2 for b in blocks),
   }[config.remat]
   return config.adv.g_steps * per_backward
 
@@ -58,33 +58,45 @@ def repeated_by_remat(config: ConfigDict) -> float:
 def features(config: ConfigDict) -> float:
   """FLOPs of one clip's features: the encoder on all tokens."""
   parts = _Parts.of(config)
-  everything = dataclasses.replace(parts.encoder, tokens=parts.num_tokens)
+  everything = dataclasses.replace(
+    parts.encoder, tokens=parts.num_tokens, wanted=parts.num_tokens
+  )
   embed = parts.embed * parts.num_tokens / parts.encoder.tokens
   return embed + everything.forward
 
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-  """A stack of transformer blocks on one clip's tokens."""
+  """A stack of transformer blocks on one clip's tokens.
+
+  Attributes:
+    wanted: of the tokens, those that the last block computes.
+  """
 
   tokens: int
+  wanted: int
   width: int
   depth: int
   mlp_dim: int
 
+  def _sum(self, of_block) -> float:
+    return (self.depth - 1) * of_block(self.tokens) + of_block(self.wanted)
+
   @property
   def attention(self) -> float:
-    """Scores and weighted sums of one block."""
-    return 4 * self.tokens**2 * self.width
+    """Scores and weighted sums."""
+    return self._sum(lambda queries: 4 * queries * self.tokens * self.width)
 
   @property
   def mlp(self) -> float:
-    return 4 * self.tokens * self.width * self.mlp_dim
+    return self._sum(lambda queries: 4 * queries * self.width * self.mlp_dim)
 
   @property
   def forward(self) -> float:
-    projections = 8 * self.tokens * self.width**2
-    return self.depth * (projections + self.attention + self.mlp)
+    projections = self._sum(
+      lambda queries: 4 * (queries + self.tokens) * self.width**2
+    )
+    return projections + self.attention + self.mlp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +108,9 @@ class _Parts:
     embed: patch embedding of the visible tokens.
     encoder: on the visible tokens.
     enc_to_dec: from the encoder's width to the decoder's.
-    decoder: on all tokens.
-    head: pixels of the masked tokens.
-    judge: the discriminator's first layer, on the masked tokens.
+    decoder: on the visible tokens and those to predict.
+    head: pixels of the tokens to predict.
+    judge: the discriminator's first layer, on the same.
     verdict: its second.
   """
 
@@ -117,14 +129,21 @@ class _Parts:
     tubelets = Tubelets(config.data.num_frames, tubelet_size=model.tubelet_size)
     masks = Masking(config.mask.strategy, config.mask.ratio, tubelets.grid)
     num_tokens, visible = masks.num_tokens, masks.num_visible
-    masked, pixels = num_tokens - visible, tubelets.pixels
+    masked = num_decoded(num_tokens - visible, config.mask.decoder_ratio)
+    pixels = tubelets.pixels
     return cls(
       num_tokens=num_tokens,
       embed=2 * visible * pixels * model.width,
-      encoder=_Blocks(visible, model.width, model.depth, model.mlp_dim),
+      encoder=_Blocks(
+        visible, visible, model.width, model.depth, model.mlp_dim
+      ),
       enc_to_dec=2 * visible * model.width * model.dec_width,
       decoder=_Blocks(
-        num_tokens, model.dec_width, model.dec_depth, model.dec_mlp_dim
+        visible + masked,
+        masked,
+        model.dec_width,
+        model.dec_depth,
+        model.dec_mlp_dim,
       ),
       head=2 * masked * model.dec_width * pixels,
       judge=2 * masked * pixels * config.adv.hidden,

@@ -115,9 +115,9 @@ def memory_bytes(text: str) -> int:
       if one.op in ("while", "conditional", "call"):
         inner = sum(visit(name) for name in _callees(one.line))
         total += inner * _trips(one.line, computations)
-      elif one.op not in _MOVES_NOTHING:
+      elif one.op not in _MOVES_NOTHING and not _NAMES_MEMORY.search(one.line):
         inside = _inside(one, computations)
-        total += _taken(one, made, inside) + _given(one, made, inside)
+        total += _taken(one, made, computations) + _given(one, made, inside)
     return total
 
   return visit(entry)
@@ -127,8 +127,12 @@ def memory_bytes(text: str) -> int:
 _MOVES_NOTHING = (
   *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota"),
   *("partition-id", "replica-id", "after-all", "opt-barrier"),
-  *("copy-done", "async-done", "async-update", "send-done", "recv-done"),
+  *("copy-done", "slice-done", "async-done", "async-update"),
+  *("send-done", "recv-done"),
   *(f"{kind}-done" for kind in KINDS),
+)
+_NAMES_MEMORY = re.compile(
+  r'custom_call_target="(AllocateBuffer|ConcatBitcast)"'
 )
 _INSTRUCTION = re.compile(
   r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.*?) (?P<op>[a-z][a-z\-]*)"
@@ -159,41 +163,51 @@ def _inside(one: _Instruction, computations) -> list[_Instruction]:
   return [inner for inner in map(_instruction, lines) if inner]
 
 
-def _taken(one: _Instruction, made, inside) -> int:
+def _taken(one: _Instruction, made, computations) -> int:
   """Bytes that an operation reads."""
-  parameters = {
-    int(re.search(r"parameter\((\d+)\)", inner.line)[1]): inner.name
-    for inner in inside
-    if inner.op == "parameter"
-  }
+  if one.op == "slice-start":
+    return _num_bytes(_slice_of(one)[:2])
+  return sum(
+    min(_stored(made[name].type), _needed(i, one, computations))
+    for i, name in enumerate(one.operands)
+    if name in made
+  )
+
+
+def _needed(i: int, user: _Instruction, computations) -> float:
+  """Bytes that an operation wants of its operand number i."""
+  if user.op in ("dynamic-slice", "gather", "slice") and i == 0:
+    return _size(user.type)
+  if user.op == "dynamic-update-slice" and i == 0:
+    return 0
+  inside = _inside(user, computations)
+  names = [x.name for x in inside if f" parameter({i})" in x.line]
+  if not names:
+    return math.inf
   total = 0
-  for i, name in enumerate(one.operands):
-    if name not in made:
-      continue
-    whole = _stored(made[name].type)
-    if one.op in ("dynamic-slice", "gather") and i == 0:
-      whole = min(whole, _stored(one.type))
-    if one.op == "dynamic-update-slice" and i == 0:
-      whole = 0
-    users = [x for x in inside if parameters.get(i) in x.operands]
-    if users and all(_takes_a_part(x, parameters[i]) for x in users):
-      parts = sum(
-        _size(x.type) for x in users if x.op != "dynamic-update-slice"
-      )
-      whole = min(whole, parts)
-    total += whole
+  for x in inside:  # in order: what is made comes before what uses it
+    for j, name in enumerate(x.operands):
+      if name not in names:
+        continue
+      if x.op == "bitcast":
+        names.append(x.name)
+      else:
+        total += _needed(j, x, computations)
   return total
 
 
-def _takes_a_part(user: _Instruction, name: str) -> bool:
-  parts = ("dynamic-slice", "gather", "dynamic-update-slice")
-  return user.op in parts and user.operands[0] == name
+def _slice_of(start: _Instruction) -> tuple[str, str, str]:
+  """What a slice-start fetches; it shows first what it is a slice of."""
+  return _PLACED.findall(start.type)[1]
 
 
 def _given(one: _Instruction, made, inside) -> int:
   """Bytes that an operation writes."""
   if one.op == "copy-start":  # it shows both ends
     return _stored(_PLACED.search(one.type)[0])
+  if one.op == "slice-start":
+    dtype, dims, layout = _slice_of(one)
+    return _stored(f"{dtype}[{dims}]{layout}")
   written = _stored(one.type)
   types = {x.name: x.type for x in inside or made.values()}
   for inner in inside or [one]:

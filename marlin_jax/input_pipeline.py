@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import hashlib
+import functools
 import json
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import grain
 import jax
@@ -23,166 +25,65 @@ import numpy as np
 from etils import epath
 
 from marlin_jax import records
+from marlin_jax.prepared_dataset import Dataset, DatasetError, RecordSource
 from marlin_jax.video import Clip
 
 
 @dataclasses.dataclass(frozen=True)
-class Dataset:
-  """A prepared data set, checked but not yet read.
+class TakeClip:
+  """What a batch holds of a record: clips of decoded frames.
 
-  Attributes:
-    path: its directory.
-    split: TFDS split.
-    shards: paths of the split's shards, in order.
-    num_records: track segments in the split.
-    num_videos: source videos in the split.
-    fingerprint: sha256 over the split's content; tells data sets apart.
-  """
-
-  path: str
-  split: str
-  shards: tuple[str, ...]
-  num_records: int
-  num_videos: int
-  fingerprint: str
-
-
-class DatasetError(ValueError):
-  """The data set is missing, damaged or not what was asked for."""
-
-
-def open_dataset(path: str, split: str) -> Dataset:
-  """Reads what the directory says about itself and checks its shards.
-
-  Args:
-    path: directory written by data_prep.prepare, local or gs://.
-    split: 'train', 'val', ...
-
-  Raises:
-    DatasetError: says what was found, what was expected, where, and what to do.
-  """
-  root = epath.Path(path)
-  advice = "Make one with: python -m data_prep.prepare --input DIR --output DIR"
-  if not (root / "dataset_info.json").exists():
-    started = (root / "parts").exists()
-    raise DatasetError(
-      f"{path} has no dataset_info.json"
-      + (
-        ": its preparation has not finished; run it again to complete it."
-        if started
-        else f", so it is no prepared data set. {advice}"
-      )
-    )
-  info = json.loads((root / "dataset_info.json").read_text())
-  meta = json.loads((root / "metadata.json").read_text())
-  version = meta["schema_version"]
-  if version != records.SCHEMA_VERSION:
-    raise DatasetError(
-      f"{path} has record schema {version}, this code reads "
-      f"{records.SCHEMA_VERSION}; prepare it again with this code's data_prep"
-    )
-  splits = {s["name"]: s for s in info["splits"]}
-  if split not in splits:
-    raise DatasetError(
-      f"{path} has no split '{split}', it has {sorted(splits)}; set "
-      "config.data.split, or prepare with --val_ratio"
-    )
-  lengths = [int(n) for n in splits[split].get("shardLengths", ())]
-  shards = _shards(root, split, len(lengths))
-  if not sum(lengths):
-    raise DatasetError(f"split '{split}' of {path} holds no records. {advice}")
-  hashes = json.loads((root / "hashes.json").read_text())
-  content = [version, [hashes[epath.Path(s).name] for s in shards]]
-  return Dataset(
-    path=str(path),
-    split=split,
-    shards=shards,
-    num_records=sum(lengths),
-    num_videos=meta["splits"][split]["num_videos"],
-    fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
-  )
-
-
-def _shards(root: epath.Path, split: str, expected: int) -> tuple[str, ...]:
-  found = sorted(
-    p.name for p in root.iterdir() if f"-{split}.array_record-" in p.name
-  )
-  suffixes = [f"-{i:05d}-of-{expected:05d}" for i in range(expected)]
-  missing = [s for s in suffixes if not any(f.endswith(s) for f in found)]
-  if missing or len(found) != expected:
-    raise DatasetError(
-      f"split '{split}' of {root} should have {expected} shards and has "
-      f"{len(found)}"
-      + (f"; missing: {', '.join(missing)}" if missing else "")
-      + ". Copy the directory again, or run data_prep.prepare on it again."
-    )
-  return tuple(str(root / name) for name in found)
-
-
-class RecordSource:
-  """Random access to a split's records; grain's source protocol."""
-
-  def __init__(self, dataset: Dataset):
-    self._dataset = dataset
-    try:
-      self._source = grain.sources.ArrayRecordDataSource(list(dataset.shards))
-    except Exception as e:  # array_record raises bare RuntimeErrors
-      raise DatasetError(
-        f"a shard of {dataset.path} cannot be opened ({e}); copy the directory "
-        "again, or run data_prep.prepare on it again"
-      ) from e
-    if len(self._source) != dataset.num_records:
-      raise DatasetError(
-        f"the shards of {dataset.path} hold {len(self._source)} records in "
-        f"split '{dataset.split}', dataset_info.json says "
-        f"{dataset.num_records}; copy the directory again, or run "
-        "data_prep.prepare on it again"
-      )
-
-  def __len__(self) -> int:
-    return len(self._source)
-
-  def __getitem__(self, index: int) -> tuple[int, records.Record]:
-    try:
-      return index, records.decode(self._source[index])
-    except (RuntimeError, ValueError) as e:
-      raise DatasetError(
-        f"record {index} of split '{self._dataset.split}' in "
-        f"{self._dataset.path} is damaged: {e}"
-      ) from e
-
-  def __repr__(self) -> str:
-    # Grain names the pipeline's source in its messages.
-    return f"RecordSource({self._dataset.path!r}, {self._dataset.split!r})"
-
-
-@dataclasses.dataclass(frozen=True)
-class TakeClip(grain.transforms.RandomMap):
-  """Record -> one clip of decoded frames, from a random start.
-
-  Gives `video` uint8 (T, H, W, 3), `regions` uint16 (T / tubelet_size, h, w) of
-  each tubelet's first frame, `_id` the record's number and `start`, the clip's
-  first frame in it.
+  `video` uint8 (B, T, H, W, 3), `regions` uint16 (B, T / tubelet_size, h, w) of
+  each tubelet's first frame, `_id` int32 (B,), the records' numbers, and
+  `start` int32 (B,), the clips' first frames in them.
   """
 
   clip: Clip
   tubelet_size: int
 
-  def random_map(self, element, rng: np.random.Generator):
-    index, record = element
-    total = len(record)
-    start = self.clip.random_start(total, rng)
-    frames = self.clip.indices(start, total)
+  def empty(self, num_clips: int) -> dict[str, np.ndarray]:
+    """A batch to be filled."""
+    num_frames, grid = self.clip.num_frames, 2 * (records.GRID_SIZE,)
+    num_tubelets = num_frames // self.tubelet_size
+    frame = (records.FRAME_SIZE, records.FRAME_SIZE, 3)
     return {
-      "video": self._decode(index, record, frames),
-      "regions": record.regions[frames[:: self.tubelet_size]],
-      "_id": np.int32(index),
-      "start": np.int32(start),
+      "video": np.empty((num_clips, num_frames, *frame), np.uint8),
+      "regions": np.empty((num_clips, num_tubelets, *grid), np.uint16),
+      "_id": np.empty(num_clips, np.int32),
+      "start": np.empty(num_clips, np.int32),
     }
 
-  def _decode(self, index, record, frames):
+  def choose(
+    self,
+    clips: dict[str, np.ndarray],
+    index: int,
+    record: records.Record,
+    np_rng: np.random.Generator,
+  ) -> list[int]:
+    """Fills a part of a batch but for `video`, with clips from random starts.
+
+    Returns:
+      The frames of the record that `video` is to show, of all clips in turn.
+    """
+    total = len(record)
+    starts = self.clip.random_starts(total, len(clips["start"]), np_rng)
+    frames = self.clip.indices(starts[:, None], total)  # (B, T)
+    clips["regions"][:] = record.regions[frames[:, :: self.tubelet_size]]
+    clips["_id"][:] = index
+    clips["start"][:] = starts
+    return frames.ravel().tolist()
+
+  def decode(
+    self,
+    clips: dict[str, np.ndarray],
+    index: int,
+    record: records.Record,
+    frames: Sequence[int],
+  ) -> None:
+    """Fills `video` with what `choose` gave; raises DatasetError."""
+    video = clips["video"]
     try:
-      return records.decode_frames(record, frames)
+      records.decode_frames(record, frames, video.reshape(-1, *video.shape[2:]))
     except ValueError as e:
       raise DatasetError(f"record {index} is damaged: {e}") from e
 
@@ -237,27 +138,63 @@ def _place(row: dict) -> tuple[str, int]:
   return row["data"], row["record"]
 
 
-@dataclasses.dataclass(frozen=True)
-class ReadClip(grain.transforms.RandomMap):
-  """Number of a record -> a clip of it, or of the next that can be read.
+class _Draw(NamedTuple):
+  """A record, by its place among those served; seed of the clips' starts."""
 
-  The clip follows from the number and the generator alone: whether a record was
-  found to be bad before does not matter, so that a resumed run reads the same.
+  record: int
+  seed: tuple[int, ...]
+
+
+_NUM_STEPS = 4  # read, parse, choose, decode
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+  """Draws -> a batch, `num_clips` for each draw, one after the other.
+
+  A record that cannot be read is replaced by the next that can. The clips
+  follow from the draw alone: whether a record was found to be bad before does
+  not matter, so that a resumed run reads the same.
   """
 
   dataset: Dataset
   source: RecordSource
   take_clip: TakeClip
   bad: BadRecords | None = None
+  num_clips: int = 1
 
-  def random_map(self, index: int, rng: np.random.Generator):
-    seed = rng.integers(2**63)
-    for i in range(len(self.source)):
-      tried = (int(index) + i) % len(self.source)
+  def __call__(self, draws: Sequence[_Draw]) -> dict[str, np.ndarray]:
+    n = self.num_clips
+    batch = self.take_clip.empty(n * len(draws))
+    # All are read, then all parsed, and so on: a clip's decoding empties the
+    # caches, and what comes after it takes up to 8 times as long.
+    steps = [
+      self._steps({k: x[i * n : (i + 1) * n] for k, x in batch.items()}, draw)
+      for i, draw in enumerate(draws)
+    ]
+    for _ in range(_NUM_STEPS):
+      for step in steps:
+        next(step, None)
+    for step in steps:  # bad records take more
+      collections.deque(step, maxlen=0)
+    return batch
+
+  def _steps(self, clips: dict[str, np.ndarray], draw: _Draw) -> Iterator[None]:
+    """Fills a part of a batch; pauses _NUM_STEPS - 1 times for each record."""
+    num_records = self.dataset.num_records
+    for i in range(num_records):
+      tried = self.dataset.number_of((draw.record + i) % num_records)
       try:
-        return self.take_clip.random_map(
-          self.source[tried], np.random.default_rng((seed, i))
-        )
+        data = self.source.read(tried)
+        yield
+        record = self.source.parse(tried, data)
+        del data
+        yield
+        np_rng = np.random.default_rng((*draw.seed, i))
+        frames = self.take_clip.choose(clips, tried, record, np_rng)
+        yield
+        self.take_clip.decode(clips, tried, record, frames)
+        return
       except DatasetError as e:
         if self.bad is None:
           raise
@@ -274,31 +211,64 @@ def own_rows(sharding: jax.sharding.Sharding, batch_size: int) -> list[int]:
   return sorted({i for (part,) in held for i in range(batch_size)[part]})
 
 
-class _OwnClips:
-  """Every global batch's own rows, one after the other; a grain source."""
+class _Draws:
+  """Records for ever, every pass over them in an order of its own.
 
-  def __init__(self, clips: grain.MapDataset, rows, batch_size: int):
-    self._clips, self._rows, self._batch_size = clips, rows, batch_size
+  Not grain's shuffle: it tries 65,536 / n places for one of n records, which
+  for two takes longer than decoding a clip.
+  """
+
+  def __init__(self, num_records: int, seed: int):
+    self._num_records, self._seed = num_records, seed
+    # Readers may be on both sides of a pass's end.
+    self._order = functools.lru_cache(maxsize=2)(self._shuffled)
+
+  def __getitem__(self, position: int) -> _Draw:
+    num_passes, place = divmod(position, self._num_records)
+    record = int(self._order(num_passes)[place])
+    return _Draw(record, (self._seed, 1, position))
+
+  def _shuffled(self, num_passes: int) -> np.ndarray:
+    np_rng = np.random.default_rng((self._seed, 0, num_passes))
+    return np_rng.permutation(self._num_records)
+
+
+class _Batches:
+  """Number of a step -> this process's share of its batch; a grain source."""
+
+  def __init__(
+    self, read: _Reader, draws: _Draws, batch_size: int, rows: Sequence[int]
+  ):
+    self._read, self._draws = read, draws
+    n = read.num_clips
+    self._per_step = batch_size // n
+    # A draw that processes share is read whole by each: they must agree on
+    # whether it can be.
+    self._places = sorted({row // n for row in rows})
+    read_rows = [n * place + i for place in self._places for i in range(n)]
+    at = {row: i for i, row in enumerate(read_rows)}
+    self._own = None if list(rows) == read_rows else [at[row] for row in rows]
 
   def __len__(self) -> int:
-    return len(self._clips) // self._batch_size * len(self._rows)
+    return sys.maxsize
 
-  def __getitem__(self, index: int):
-    step, i = divmod(index, len(self._rows))
-    return self._clips[step * self._batch_size + self._rows[i]]
-
-  def __repr__(self) -> str:
-    return f"{self._clips}[{len(self._rows)} of {self._batch_size}]"
+  def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+    first = step * self._per_step
+    batch = self._read([self._draws[first + place] for place in self._places])
+    if self._own is None:
+      return batch
+    return {key: x[self._own] for key, x in batch.items()}
 
 
 def train_batches(
   dataset: Dataset,
-  transform: TakeClip,
+  take_clip: TakeClip,
   *,
   batch_size: int,
   seed: int,
   start_step: int,
   num_threads: int,
+  clips_per_record: int = 1,
   rows: Sequence[int] | None = None,
   bad: BadRecords | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -307,11 +277,14 @@ def train_batches(
   Args:
     dataset: what to read; where it is smaller than a batch, its records repeat
       within the batch, with other starts.
-    transform: record -> clip.
+    take_clip: record -> clips.
     batch_size: clips per step over all processes.
     seed: of order and starts.
     start_step: steps already taken.
-    num_threads: readers; 2 saturate a core or two, see STACK in the docs.
+    num_threads: readers; each makes whole batches.
+    clips_per_record: so many clips in a row are of one record, repeated
+      sampling (Hoffer et al., CVPR 2020; MAE-ST, NeurIPS 2022; VideoMAE,
+      NeurIPS 2022); a divisor of batch_size.
     rows: this process's share, from `own_rows`; None: all.
     bad: where to tell of records that cannot be read, and of which another one
       takes the place; None: the first ends the iteration with a DatasetError.
@@ -319,30 +292,24 @@ def train_batches(
   Yields:
     Dicts of arrays, each with as many clips as there are rows.
   """
-  read_clip = ReadClip(dataset, RecordSource(dataset), transform, bad)
-  clips = (
-    grain.MapDataset.range(dataset.num_records)
-    .seed(seed)
-    .shuffle()
-    .repeat()
-    .random_map(read_clip)
+  source = RecordSource(dataset)
+  batches = _Batches(
+    _Reader(dataset, source, take_clip, bad, clips_per_record),
+    _Draws(dataset.num_records, seed),
+    batch_size,
+    range(batch_size) if rows is None else rows,
   )
-  if rows is not None and len(rows) < batch_size:
-    # Chosen after the random transform: a clip's start must not depend on how
-    # many processes there are.
-    clips = grain.MapDataset.source(_OwnClips(clips, rows, batch_size))
-    batch_size = len(rows)
-  batches = clips.batch(batch_size)
-  # Each thread fills a whole batch; a few in store even out slow reads.
+  # A few in store even out slow reads.
   options = grain.ReadOptions(
     num_threads=num_threads, prefetch_buffer_size=2 * num_threads
   )
-  return iter(batches[start_step:].to_iter_dataset(options))
+  made = grain.MapDataset.source(batches)[start_step:]
+  return iter(made.to_iter_dataset(options))
 
 
 def eval_batches(
   dataset: Dataset,
-  transform: TakeClip,
+  take_clip: TakeClip,
   *,
   batch_size: int,
   num_batches: int,
@@ -355,7 +322,7 @@ def eval_batches(
 
   Args:
     dataset: what to read.
-    transform: record -> clip.
+    take_clip: record -> clip.
     batch_size: clips per batch over all processes.
     num_batches: how many.
     rows: this process's share, from `own_rows`; None: all.
@@ -364,16 +331,17 @@ def eval_batches(
   Yields:
     Dicts of arrays, each with as many clips as there are rows.
   """
-  read_clip = ReadClip(dataset, RecordSource(dataset), transform, bad)
+  read = _Reader(dataset, RecordSource(dataset), take_clip, bad)
   num_clips = batch_size * num_batches
   chosen = np.arange(num_clips) * dataset.num_records // num_clips
   for first in range(0, num_clips, batch_size):
     mine = range(batch_size) if rows is None else rows
-    clips = [
-      read_clip.random_map(chosen[i], np.random.default_rng(i))
-      for i in (first + row for row in mine)
-    ]
-    yield {key: np.stack([c[key] for c in clips]) for key in clips[0]}
+    yield read(
+      [
+        _Draw(int(chosen[i]), (int(np.random.default_rng(i).integers(2**63)),))
+        for i in (first + row for row in mine)
+      ]
+    )
 
 
 def to_devices(

@@ -25,6 +25,7 @@ from marlin_jax import (
 from marlin_jax.clips import as_clips, read_clips
 from marlin_jax.formats import detect
 from marlin_jax.formats.weights import Architecture, Weights, WeightsError
+from marlin_jax.models import softmax_attention
 from marlin_jax.models.mae import MAE, Encoder
 from marlin_jax.train_step import imagenet_normalised
 from marlin_jax.video import Tubelets
@@ -45,7 +46,7 @@ class Marlin:
   """
 
   def __init__(
-    self, weights: Weights, *, dtype="float32", attention: str = "plain"
+    self, weights: Weights, *, dtype="float32", attention: str = "auto"
   ):
     """Builds the network.
 
@@ -53,9 +54,12 @@ class Marlin:
       weights: see formats.
       dtype: of matrix products; 'bfloat16' on TPU and GPU is faster and good
         for about two digits. Results are float32.
-      attention: 'plain', or 'cudnn' (GPU, bfloat16).
+      attention: one of models.softmax_attention.IMPLEMENTATIONS.
     """
     self.weights = weights
+    attention = softmax_attention.choose(
+      attention, jax.default_backend(), dtype
+    )
     self.model = weights.autoencoder(dtype=dtype, attention=attention)
     graphdef, params = nnx.split(self.encoder)
     self._params = params

@@ -131,6 +131,46 @@ class Masking:
     return jnp.where(candidates.reshape(-1), draw, 1 + draw)
 
 
+def num_decoded(num_masked: int, decoder_ratio: float) -> int:
+  """Hidden tokens that the decoder predicts, at least one."""
+  return max(round(num_masked * (1 - decoder_ratio)), 1)
+
+
+def running_cells(
+  masked: jax.Array,
+  grid: tuple[int, int, int],
+  keys: jax.Array,
+  num_kept: int,
+) -> jax.Array:
+  """Some of the hidden tokens, spread evenly over space and time.
+
+  Every 2x2 cell of patches shows its places one after the other as time goes
+  on (Qing et al. 2023, MAR, section 3.2; as the decoder's mask: Wang et al.
+  2023, VideoMAE V2, section 3.2).
+
+  Args:
+    masked: int (B, M), ascending.
+    grid: tokens along t, h, w.
+    keys: B jax keys.
+    num_kept: M', how many.
+
+  Returns:
+    int32 (B, M'), ascending.
+  """
+  t, h, w = np.unravel_index(np.arange(math.prod(grid)), grid)
+  # Places clockwise, so that two that follow are neighbours.
+  place = np.where(h % 2, 3 - w % 2, w % 2)
+
+  def keep(masked, key):
+    start_key, tie_key = jax.random.split(key)
+    start = jax.random.randint(start_key, (), 0, 4)
+    turn = (jnp.asarray(place - t)[masked] + start) % 4
+    rank = turn + jax.random.uniform(tie_key, masked.shape)
+    return jnp.sort(masked[jnp.argsort(rank)[:num_kept]])
+
+  return jax.vmap(keep)(masked, keys)
+
+
 def label_order(components: jax.Array, *, opposite: bool = False) -> jax.Array:
   """The order in which labels are made visible.
 

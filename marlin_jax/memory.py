@@ -10,6 +10,8 @@ import os
 
 import jax
 
+from marlin_jax.models import softmax_attention
+
 # For what the compiler adds of its own.
 _MARGIN = 1.15
 # Share of a device's memory that the run may plan with: the rest is for other
@@ -71,6 +73,7 @@ def clip_bytes(
   num_visible: int,
   pixels: int,
   dtype: str,
+  attention: str,
   remat: str,
   num_tensor: int = 1,
 ) -> int:
@@ -82,25 +85,29 @@ def clip_bytes(
     num_visible: of these, seen by the encoder.
     pixels: values per token.
     dtype: of the matmuls.
+    attention: what softmax_attention.choose gave.
     remat: config.remat.
     num_tensor: devices that share heads and hidden units.
   """
   size = 2 if dtype == "bfloat16" else 4
 
   def stack(tokens, width, depth, mlp_dim, heads):
-    # Scores and weights (softmax is float32), the hidden layer before and
-    # after GELU with its derivative, and what is as wide as the stream.
+    # Scores and weights, the hidden layer before and after GELU, and what is as
+    # wide as the stream. Softmax and norms are float32.
     if heads % num_tensor == 0:
       heads, mlp_dim = heads // num_tensor, -(-mlp_dim // num_tensor)
-    scores = tokens**2 * heads * (4 + size)
-    block = scores + size * tokens * (4 * mlp_dim + 12 * width)
+    scores, passing = tokens**2 * heads * (4 + size), 0
+    if not softmax_attention.keeps_weights(attention, tokens):
+      # Of one chunk of one block at a time.
+      scores, passing = 0, 3 * 4 * softmax_attention.CHUNK * tokens * heads
+    block = scores + tokens * (size * 2 * mlp_dim + 4 * 12 * width)
     kept = {
       "none": block,
       "dots": size * tokens * (mlp_dim + 6 * width),
       "full": size * tokens * width,
     }[remat]
     # With remat two blocks are whole where one ends and the next begins.
-    return depth * kept + (2 * block if remat != "none" else 0)
+    return depth * kept + (2 * block if remat != "none" else 0) + passing
 
   encoder = stack(
     num_visible, model.width, model.depth, model.mlp_dim, model.num_heads

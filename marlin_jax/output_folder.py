@@ -6,6 +6,7 @@ import datetime
 import fcntl
 import os
 import socket
+import uuid
 from pathlib import Path
 
 
@@ -18,6 +19,7 @@ class Lock:
 
   Args:
     path: the folder; made where it is missing.
+    shared: keep out only those that want the folder for themselves.
     file_name: lock a file of this name in it, which then tells who has it, and
       which network disks can lock, too. Without, the folder itself is locked,
       and stays as it is.
@@ -26,7 +28,9 @@ class Lock:
     OutputFolderError: another run holds it, or it cannot be written to.
   """
 
-  def __init__(self, path: Path, file_name: str | None = None) -> None:
+  def __init__(
+    self, path: Path, file_name: str | None = None, shared: bool = False
+  ) -> None:
     try:
       path.mkdir(parents=True, exist_ok=True)
       self._descriptor = (
@@ -37,7 +41,8 @@ class Lock:
     except OSError as e:
       raise OutputFolderError(f"cannot use {path}: {e.strerror}") from e
     try:
-      fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+      fcntl.flock(self._descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError as e:
       holder = os.read(self._descriptor, 200).decode() if file_name else ""
       self.close()
@@ -67,8 +72,15 @@ class Lock:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-  """Writes under another name and renames: never half a file."""
-  partial = path.with_name(f"{path.name}.partial")
+  """Writes under another name and renames: never half a file.
+
+  An object of a bucket (gs://) appears whole by itself.
+  """
+  if "://" in os.fspath(path):
+    path.write_bytes(data)
+    return
+  # Of its own name: others may be writing the same file.
+  partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
   with open(partial, "wb") as file:
     file.write(data)
     file.flush()

@@ -32,7 +32,7 @@ from absl import app, flags, logging
 from marlin_jax import config_arguments, topology
 from marlin_jax.validate import ConfigError, validate
 
-flags.adopt_module_key_flags(config_arguments)
+flags.declare_key_flag("config")
 _TOPOLOGY = flags.DEFINE_string(
   "topology", "here", f"The devices:\n{topology.FORMS}"
 )

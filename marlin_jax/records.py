@@ -12,7 +12,8 @@ Axes: T frames, H W pixels (224), h w patches (14).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from google.protobuf import (
@@ -22,7 +23,7 @@ from google.protobuf import (
 )
 
 # Raised whenever the meaning of a feature changes; kept in metadata.json.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 FRAME_SIZE = 224
 PATCH_SIZE = 16
@@ -45,6 +46,14 @@ REGIONS = (
   "hair",
 )
 
+# What a track's quality is made of; each in [0, 1], see data_prep.faces.
+QUALITY_TERMS = ("size", "sharpness", "pose", "landmarks")
+
+SAMPLE_RATE = 16_000
+NUM_MELS = 80
+
+_LABEL = "label_"
+
 
 @dataclasses.dataclass(frozen=True)
 class Record:
@@ -64,6 +73,13 @@ class Record:
     fps: frames per second of the source.
     start_secs: time of the first frame in the source, in seconds.
     quality: score of the track in [0, 1]; higher is better.
+    quality_terms: float32 (4,), what it is made of, as QUALITY_TERMS.
+    labels: what is known of the video, by name: float32 (K,), NaN where it is
+      not known. `labels` in metadata.json says what the numbers mean.
+    audio: sound of the segment, 16-bit little-endian PCM, 16 kHz, mono; empty
+      where the video has none, None in a data set without sound.
+    mel: float32 (N, 80), the sound's log-mel spectrogram, 80 rows a second;
+      (0, 80) without sound.
   """
 
   frames: Sequence[bytes]
@@ -77,6 +93,12 @@ class Record:
   fps: float
   start_secs: float
   quality: float
+  quality_terms: np.ndarray
+  labels: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  audio: bytes | None = None
+  mel: np.ndarray = dataclasses.field(
+    default_factory=lambda: np.zeros((0, NUM_MELS), np.float32)
+  )
 
   def __len__(self) -> int:
     return len(self.frames)
@@ -129,12 +151,16 @@ def decode_parsing(record: Record) -> np.ndarray:
   return np.frombuffer(raw, np.uint8).reshape(shape)
 
 
-def decode_frames(record: Record, indices: Iterable[int]) -> np.ndarray:
+def decode_frames(
+  record: Record, indices: Iterable[int], out: np.ndarray | None = None
+) -> np.ndarray:
   """Decodes the chosen frames.
 
   Args:
     record: the record.
     indices: frame numbers in [0, T); a repeated number is decoded once.
+    out: where to, uint8 (len(indices), 224, 224, 3), in one piece of memory; a
+      new array where None.
 
   Returns:
     uint8 (len(indices), 224, 224, 3), RGB.
@@ -146,7 +172,8 @@ def decode_frames(record: Record, indices: Iterable[int]) -> np.ndarray:
 
   indices = list(indices)
   shape = (FRAME_SIZE, FRAME_SIZE, 3)
-  out = np.empty((len(indices), *shape), np.uint8)
+  if out is None:
+    out = np.empty((len(indices), *shape), np.uint8)
   first_at: dict[int, int] = {}
   for i, index in enumerate(indices):
     if index in first_at:
@@ -244,7 +271,12 @@ def encode(record: Record) -> bytes:
     ValueError: shapes of the record's parts do not agree.
   """
   t = len(record)
-  expected = {"regions": (t, GRID_SIZE, GRID_SIZE), "boxes": (t, 4)}
+  expected = {
+    "regions": (t, GRID_SIZE, GRID_SIZE),
+    "boxes": (t, 4),
+    "quality_terms": (len(QUALITY_TERMS),),
+    "mel": (len(record.mel), NUM_MELS),
+  }
   for name, shape in expected.items():
     if getattr(record, name).shape != shape:
       raise ValueError(
@@ -265,6 +297,12 @@ def encode(record: Record) -> bytes:
     feature[name].int64_list.value.append(getattr(record, name))
   for name in ("fps", "start_secs", "quality"):
     feature[name].float_list.value.append(getattr(record, name))
+  feature["quality_terms"].float_list.value.extend(record.quality_terms)
+  for name, values in record.labels.items():
+    feature[_LABEL + name].float_list.value.extend(values)
+  if record.audio is not None:
+    feature["audio"].bytes_list.value.append(record.audio)
+    feature["mel"].bytes_list.value.append(record.mel.astype("<f4").tobytes())
   return example.SerializeToString(deterministic=True)
 
 
@@ -280,7 +318,8 @@ def decode(data: bytes) -> Record:
     raise ValueError(f"not a tf.train.Example of {len(data)} bytes: {e}") from e
 
   def one(name: str, kind: str):
-    values = getattr(feature[name], kind).value if name in feature else ()
+    found = feature.get(name)
+    values = getattr(found, kind).value if found else ()
     if len(values) != 1:
       raise ValueError(
         f"record feature '{name}' holds {len(values)} values in {kind}, "
@@ -288,11 +327,12 @@ def decode(data: bytes) -> Record:
       )
     return values[0]
 
-  frames = list(feature["frames"].bytes_list.value)
+  # Not a list: a frame is copied out of the message when it is asked for.
+  frames = feature["frames"].bytes_list.value
 
   def array(name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     raw = one(name, "bytes_list")
-    found, expected = len(raw), int(np.prod(shape)) * np.dtype(dtype).itemsize
+    found, expected = len(raw), math.prod(shape) * np.dtype(dtype).itemsize
     if found != expected or not frames:
       raise ValueError(
         f"record feature '{name}' holds {found} bytes, expected {expected} "
@@ -300,7 +340,15 @@ def decode(data: bytes) -> Record:
       )
     return np.frombuffer(raw, dtype).reshape(shape)
 
+  def floats(name: str) -> np.ndarray:
+    return np.array(feature[name].float_list.value, np.float32)
+
   t = len(frames)
+  audio, mel = None, np.zeros((0, NUM_MELS), np.float32)
+  if "audio" in feature:
+    audio = one("audio", "bytes_list")
+    num_rows = len(one("mel", "bytes_list")) // (NUM_MELS * mel.itemsize)
+    mel = array("mel", "<f4", (num_rows, NUM_MELS))
   return Record(
     frames=frames,
     regions=array("regions", "<u2", (t, GRID_SIZE, GRID_SIZE)),
@@ -313,4 +361,12 @@ def decode(data: bytes) -> Record:
     fps=one("fps", "float_list"),
     start_secs=one("start_secs", "float_list"),
     quality=one("quality", "float_list"),
+    quality_terms=floats("quality_terms"),
+    labels={
+      name.removeprefix(_LABEL): floats(name)
+      for name in sorted(feature)
+      if name.startswith(_LABEL)
+    },
+    audio=audio,
+    mel=mel,
   )

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from marlin_jax import records
+
 NOTICE = """\
 data.path is 'sample': one public video of a talking man (and two without a
 face, to show what happens to those). It is real, and enough to see every part
@@ -48,7 +50,9 @@ def prepare_sample() -> str:
     SampleError: the stage failed; it has said why.
   """
   home = os.environ.get("MARLIN_HOME", "~/.cache/marlin_jax")
-  directory = Path(home).expanduser() / "sample"
+  # An older version's data set stays where that version looks for it.
+  name = f"sample-v{records.SCHEMA_VERSION}"
+  directory = Path(home).expanduser() / name
   if not (directory / "dataset_info.json").exists():
     print(f"Preparing the sample data set in {directory} ...", flush=True)
     command = [sys.executable, "-m", "data_prep.prepare"]

@@ -32,7 +32,8 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
 # (pattern that ends a parameter's path, where each of its axes lives). The
-# first that matches holds, for the parameter and for its optimiser moments.
+# first that matches holds, for the parameter and for its optimiser moments. A
+# stack of blocks has one more axis, in front, which stays whole.
 # In a block tensor cuts what comes out of the first layer of a pair and what
 # goes into the second, so that one sum over devices ends each pair. fsdp cuts
 # the other axis: cutting the axis that tensor cuts, or the largest, makes the
@@ -124,6 +125,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
+def local_rows(x: jax.Array) -> np.ndarray:
+  """What of an array, spread along its first axis, this process holds.
+
+  Several devices may hold the same rows.
+  """
+  shards = {s.index[0].start or 0: s.data for s in x.addressable_shards}
+  return np.concatenate([shards[start] for start in sorted(shards)])
+
+
 class Layout(NamedTuple):
   """Where each array of a state lives.
 
@@ -148,7 +158,7 @@ def lay_out(
     num_heads: attention heads, which stay whole, by the part of the path that
       they are for: {"encoder": 12, "decoder": 6}.
   """
-  notes = {}
+  notes = []
 
   def place(path, leaf):
     name = _name(path)
@@ -159,11 +169,10 @@ def lay_out(
         pieces = next(n for part, n in num_heads.items() if f"{part}/" in name)
         what = "heads"
       if mesh_axis and pieces % mesh.shape[mesh_axis]:
-        # One line for all blocks, and none for the moments again.
-        where = re.sub(r"blocks/\d+", "blocks/*", name)
+        # None for the moments again.
         if name.split("/")[0] in ("params", "disc_params"):
-          notes[where, mesh_axis] = (
-            f"{where}: {pieces} {what} do not divide over "
+          notes.append(
+            f"{name}: {pieces} {what} do not divide over "
             f"mesh.{mesh_axis}={mesh.shape[mesh_axis]}, kept whole"
           )
         mesh_axis = None
@@ -171,7 +180,7 @@ def lay_out(
     return NamedSharding(mesh, P(*spec))
 
   shardings = jax.tree_util.tree_map_with_path(place, shapes)
-  return Layout(shardings, tuple(notes.values()))
+  return Layout(shardings, tuple(notes))
 
 
 def bytes_per_device(shapes: Pytree, shardings: Pytree) -> int:
@@ -204,6 +213,20 @@ class Placement:
     """(B, N, D): clips spread over data and fsdp, whole along tensor."""
     return jax.lax.with_sharding_constraint(x, batch_sharding(self.mesh))
 
+  def own_heads(self, attend):
+    """Has each device run a function of (B, N, H, K) on its clips and heads."""
+
+    def run(*arrays):
+      num_heads = arrays[0].shape[2]
+      # As lay_out does: what does not divide is whole everywhere.
+      heads = None if num_heads % self.num_tensor else "tensor"
+      spec = P(*BATCH, None, heads)
+      return jax.shard_map(
+        attend, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False
+      )(*arrays)
+
+    return run
+
   def weights(self, params: Pytree) -> Pytree:
     """Puts the parts that fsdp has cut together again.
 
@@ -234,9 +257,10 @@ def _name(path) -> str:
 
 
 def _rule(name: str) -> P:
-  return next(
+  spec = next(
     spec for pattern, spec in RULES if re.search(f"(^|/){pattern}$", name)
   )
+  return P(None, *spec) if "blocks/" in name else spec
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

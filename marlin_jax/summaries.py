@@ -188,9 +188,9 @@ def picture(views: Views, *, num_frames: int = 6) -> np.ndarray:
   rows = []
   for clip in range(views.frames.shape[1]):
     for name, video in zip(views.names, views.frames[:, clip], strict=True):
-      row = _beside(list(video[chosen]))
-      rows += [_caption(name, row.shape[1]), row]
-    rows.append(_blank(_MARGIN, rows[-1].shape[1]))
+      row = beside(list(video[chosen]))
+      rows += [caption(name, row.shape[1]), row]
+    rows.append(blank(_MARGIN, rows[-1].shape[1]))
   return np.concatenate(rows)
 
 
@@ -206,12 +206,12 @@ def save_animation(views: Views, path: Path, *, fps: float) -> None:
     OSError: it cannot be written.
   """
   width = views.frames.shape[4]
-  captions = _beside([_caption(name, width) for name in views.names])
+  captions = beside([caption(name, width) for name in views.names])
   frames = []
   for time in range(views.frames.shape[2]):
     rows = []
     for clip in range(views.frames.shape[1]):
-      rows += [captions, _beside(list(views.frames[:, clip, time]))]
+      rows += [captions, beside(list(views.frames[:, clip, time]))]
     frames.append(np.concatenate(rows))
   if path.suffix == ".mp4":
     _save_mp4(frames, path, fps)
@@ -247,24 +247,27 @@ def _save_mp4(frames: list[np.ndarray], path: Path, fps: float) -> None:
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
     stream.options = {"crf": "18"}
     for pixels in frames:
-      frame = _blank(height, width)
+      frame = blank(height, width)
       frame[: pixels.shape[0], : pixels.shape[1]] = pixels
       container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
     container.mux(stream.encode())
 
 
-def _blank(height: int, width: int) -> np.ndarray:
+def blank(height: int, width: int) -> np.ndarray:
+  """Nothing but white, uint8 (height, width, 3)."""
   return np.full((height, width, 3), 255, np.uint8)
 
 
-def _beside(images: list[np.ndarray]) -> np.ndarray:
-  gap = _blank(images[0].shape[0], _MARGIN)
+def beside(images: list[np.ndarray]) -> np.ndarray:
+  """Pictures of the same height from left to right."""
+  gap = blank(images[0].shape[0], _MARGIN)
   parts = [part for image in images for part in (image, gap)]
   return np.concatenate(parts[:-1], axis=1)
 
 
-def _caption(text: str, width: int) -> np.ndarray:
-  image = Image.fromarray(_blank(_CAPTION, width))
+def caption(text: str, width: int) -> np.ndarray:
+  """A line of text, uint8 (22, width, 3)."""
+  image = Image.fromarray(blank(_CAPTION, width))
   ImageDraw.Draw(image).text(
     (4, 3), text, fill=(40, 40, 40), font=ImageFont.load_default(14)
   )

@@ -22,22 +22,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import sys
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from marlin_jax import config_arguments
 from marlin_jax.validate import ConfigError, check_batch, validate
 
 flags.adopt_module_key_flags(config_arguments)
-_WORKDIR = flags.DEFINE_string(
-  "workdir",
-  None,
-  "Where the run is kept and resumed from, a folder or gs://BUCKET/FOLDER. "
-  "Default: runs/<name of the configuration>.",
-)
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str):
@@ -52,8 +47,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
 
   Raises:
     ConfigError, DatasetError, FloatingPointError, OutputFolderError,
-      ResumeError, SampleError, SaveError, StartError, WeightsError: the run
-      cannot be done as asked; the message says why and what to do.
+      ResumeError, SampleError, SaveError, StartError, TaskError, WeightsError:
+      the run cannot be done as asked; the message says why and what to do.
   """
   validate(config)
   with contextlib.ExitStack() as held:
@@ -75,6 +70,7 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
     memory,
     metrics,
     output_folder,
+    prepared_dataset,
     profiler,
     run_files,
     sample,
@@ -83,10 +79,11 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
     warm_start,
     watchdog,
   )
-  from marlin_jax.evaluators import reconstruction
+  from marlin_jax.evaluators import probe, reconstruction
   from marlin_jax.formats import detect
+  from marlin_jax.formats import run as run_format
 
-  run_files.check_reachable(str(workdir), config.data.path)
+  run_files.check_reachable(str(workdir), config.data.path, config.probe.path)
 
   # --- Processes --------------------------------------------------------------
   distributed.initialise(config.distributed)
@@ -106,8 +103,16 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
       print(sample.NOTICE, flush=True)
     with distributed.leader_first():
       data_path = sample.prepare_sample()
-  dataset = input_pipeline.open_dataset(data_path, config.data.split)
-  eval_dataset = input_pipeline.open_dataset(data_path, config.data.eval_split)
+  dataset = prepared_dataset.open_dataset(
+    data_path, config.data.split, config.data.min_quality
+  )
+  # Evaluated on all of it: whatever the threshold, on the same clips.
+  eval_dataset = prepared_dataset.open_dataset(
+    data_path, config.data.eval_split
+  )
+  probe_path = config.probe.path or data_path
+  if config.probe.steps:
+    probe.task_of(config.probe, probe_path)
   num_steps = config.num_steps or math.ceil(
     config.num_epochs * dataset.num_videos / config.batch_size
   )
@@ -184,6 +189,20 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
     workdir, apart=is_leader and run_files.is_remote(workdir)
   )
 
+  # --- Probe ------------------------------------------------------------------
+  prober = None
+  if config.probe.steps:
+    architecture = run_format.architecture_of(experiment.flat(config))
+    cache = None if run_files.is_remote(workdir) else files.path / "probe"
+    with distributed.leader_first():
+      data = probe.open_data(config.probe, architecture, probe_path, cache)
+    distributed.check_same(
+      {f"the data set in {probe_path}": data.train.split.dataset.fingerprint}
+    )
+    if is_leader:
+      print("\n".join([str(data), *(f"WARNING: {w}" for w in data.warnings)]))
+    prober = probe.TrainingProbe(trainer, architecture, data, config, mesh)
+
   # --- Compile ----------------------------------------------------------------
   timer = goodput.Timer(
     clips_per_step=config.batch_size,
@@ -207,6 +226,7 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
       seed=config.seed,
       start_step=start_step,
       num_threads=config.data.num_threads,
+      clips_per_record=config.data.clips_per_record,
       rows=input_pipeline.own_rows(split, config.batch_size),
       bad=bad_records,
     ),
@@ -303,6 +323,17 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
           f"{scalars['loss_own_colour']:.4f}"
         )
 
+      if prober and (step % config.probe.steps == 0 or last) and not stopping:
+        with timer.on("eval"):
+          # Minutes, on a slow machine.
+          scalars = prober.metrics(state, lambda _: guard.alive("the probe"))
+        writer.write(step, {f"eval/{k}": v for k, v in scalars.items()})
+        progress.say(
+          f"step {step}: AUC for {config.probe.label} on "
+          f"{config.probe.eval_split}: linear probe "
+          f"{scalars['probe/auc']:.4f}, neighbours {scalars['knn/auc']:.4f}"
+        )
+
       if (step % config.picture_steps == 0 or last) and not stopping:
         with timer.on("eval"):
           views = evaluator.views(state, config.picture_clips)
@@ -346,6 +377,7 @@ def _plan(config, dataset, trainer, mesh, shapes, layout, num_steps) -> str:
   kinds = ", ".join(sorted({d.device_kind for d in mesh.devices.flat}))
   processes = {d.process_index for d in mesh.devices.flat}
   masks = trainer.task.masking
+  per_record = config.data.clips_per_record
   num_params = experiment.count(shapes.params)
   state_bytes = sharding.bytes_per_device(shapes, layout.shardings)
   lines = [
@@ -356,7 +388,8 @@ def _plan(config, dataset, trainer, mesh, shapes, layout, num_steps) -> str:
     "tokens are visible",
     f"devices  {mesh.size} x {kinds}"
     + (f" in {len(processes)} processes" if len(processes) > 1 else ""),
-    f"batch    {config.batch_size} clips",
+    f"batch    {config.batch_size} clips"
+    + (f", {per_record} of each record" if per_record > 1 else ""),
     f"steps    {num_steps}",
   ]
   if trainer.num_micro > 1:
@@ -368,6 +401,17 @@ def _plan(config, dataset, trainer, mesh, shapes, layout, num_steps) -> str:
       "optimiser states"
     )
     lines[3] += "".join(f"\n         {note}" for note in layout.notes)
+  on_cpu = mesh.devices.flat[0].platform == "cpu" and sys.platform == "linux"
+  if on_cpu and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+    lines[3] += (
+      "\n         steps are faster with MALLOC_TRIM_THRESHOLD_ set, see CPU in "
+      "docs/TRAINING.md"
+    )
+  if found := dataset.selection:
+    lines[0] += (
+      f"\n         left out, below data.min_quality={found.min_quality}: "
+      f"records: {found.num_left_out}, videos: {found.num_videos_left_out}"
+    )
   if dataset.num_records < config.batch_size:
     lines[0] += (
       "\n         fewer records than clips in a batch: they repeat in it, with "
@@ -402,21 +446,21 @@ def main(argv):
   # that it raises all the same.
   logging.set_verbosity(logging.FATAL)
   config = config_arguments.CONFIG.value
-  name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
   try:
     validate(config)
     from marlin_jax import distributed
     from marlin_jax.checkpoint import ResumeError, SaveError
+    from marlin_jax.downstream.tasks import TaskError
     from marlin_jax.formats.weights import WeightsError
-    from marlin_jax.input_pipeline import DatasetError
     from marlin_jax.output_folder import OutputFolderError
+    from marlin_jax.prepared_dataset import DatasetError
     from marlin_jax.rendezvous import StartError
     from marlin_jax.sample import SampleError
   except ConfigError as e:
     sys.exit(f"error: {e}")
   with distributed.leaving_on_errors():
     try:
-      _, signum = train_and_evaluate(config, _WORKDIR.value or f"runs/{name}")
+      _, signum = train_and_evaluate(config, config_arguments.workdir())
     except (
       ConfigError,
       DatasetError,
@@ -425,6 +469,7 @@ def main(argv):
       ResumeError,
       SampleError,
       StartError,
+      TaskError,
       WeightsError,
     ) as e:
       distributed.leave(f"error: {e}")

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from marlin_jax import losses
+from marlin_jax import losses, masking
 from marlin_jax.masking import Masking
 from marlin_jax.models import partition
 from marlin_jax.models.discriminator import Discriminator
@@ -113,19 +113,24 @@ class Task:
   norm_pix: bool = False
   imagenet_input: bool = False
 
-  def split(self, video, regions, keys):
+  def split(self, video, regions, keys, decoder_ratio=0.0):
     """Cuts a batch into what the encoder sees and what is to be predicted.
 
     Args:
       video: uint8 (B, T, H, W, 3).
       regions: uint16 (B, T / tubelet_size, h, w).
       keys: B jax keys.
+      decoder_ratio: share of the hidden tokens that are not predicted either.
 
     Returns:
       patches float32 (B, V, P), visible int (B, V), masked int (B, M) and
       target float32 (B, M, P).
     """
     visible, masked = self.masking(regions, keys)
+    if decoder_ratio:
+      num_kept = masking.num_decoded(masked.shape[1], decoder_ratio)
+      grid = self.tubelets.grid
+      masked = masking.running_cells(masked, grid, _fold(keys, 1), num_kept)
     tokens = self.tubelets.patchify(video)
     # Gathered while still uint8, and only then converted.
     target = gather_tokens(tokens, masked).astype(jnp.float32) / 255
@@ -174,6 +179,7 @@ class Trainer:
     optimizer: updates the autoencoder.
     disc_optimizer: updates the discriminator.
     ema_decay: of the average of the autoencoder's parameters; 0: none is kept.
+    decoder_ratio: share of the hidden tokens that a step leaves to others.
     num_micro: parts in which the batch is worked through, one after the other,
       with gradients accumulated: where memory is too small for the whole.
     placement: where tokens and weights live on a mesh; None: on one device.
@@ -186,8 +192,13 @@ class Trainer:
   optimizer: optax.GradientTransformation
   disc_optimizer: optax.GradientTransformation
   ema_decay: float = 0.0
+  decoder_ratio: float = 0.0
   num_micro: int = 1
   placement: partition.Placement | None = None
+
+  def prepare(self, batch):
+    """A batch of raw clips -> autoencoder inputs, target, penalty keys."""
+    return _prepare(self.task, batch, self.decoder_ratio)
 
   def predict(self, params, fixed, patches, visible, masked):
     """float32 (B, M, P): the autoencoder's predictions."""
@@ -345,16 +356,18 @@ def train_step(
   return new, metrics | {"num_skipped": num_skipped.astype(jnp.float32)}
 
 
-def _prepare(task: Task, batch):
+def _prepare(task: Task, batch, decoder_ratio=0.0):
   """A batch of raw clips -> autoencoder inputs, target, penalty keys."""
   keys = jax.vmap(jax.random.split)(batch["keys"])
-  *inputs, target = task.split(batch["video"], batch["regions"], keys[:, 0])
+  *inputs, target = task.split(
+    batch["video"], batch["regions"], keys[:, 0], decoder_ratio
+  )
   return inputs, target, keys[:, 1]
 
 
 def _step_at_once(trainer: Trainer, state: TrainState, batch):
   """The fused step: the first of the g_steps shares the only forward."""
-  inputs, target, keys = _prepare(trainer.task, batch)
+  inputs, target, keys = trainer.prepare(batch)
   metrics = {}
 
   def forward(params):
@@ -394,14 +407,14 @@ def _step_in_parts(trainer: Trainer, state: TrainState, batch):
   metrics = {}
 
   def disc_grads(part, i):
-    inputs, target, keys = _prepare(trainer.task, part)
+    inputs, target, keys = trainer.prepare(part)
     pred = trainer.predict(state.params, state.fixed, *inputs)
     return jax.grad(trainer.disc_loss, has_aux=True)(
       state.disc_params, pred, target, _fold(keys, i)
     )
 
   def mae_grads(part):
-    inputs, target, _ = _prepare(trainer.task, part)
+    inputs, target, _ = trainer.prepare(part)
     pred, pull_back = jax.vjp(
       lambda params: trainer.predict(params, state.fixed, *inputs), state.params
     )

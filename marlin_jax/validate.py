@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ml_collections import ConfigDict
 
 from marlin_jax.records import FRAME_SIZE, PATCH_SIZE
 
-# As masking.STRATEGIES, which cannot be imported without jax.
+# As masking and softmax_attention have them, which need jax to be imported.
 _CHOICES = {
   "mask.strategy": ("fasking", "fasking_opp", "random", "tube", "frame"),
   "dtype": ("float32", "bfloat16"),
-  "attention": ("plain", "cudnn"),
+  "attention": ("auto", "plain", "chunked", "cudnn", "flash"),
   "remat": ("none", "dots", "full"),
+  "optim.mu_dtype": ("float32", "bfloat16"),
 }
 _AT_LEAST_1 = (
   "batch_size",
   "data.num_frames",
   "data.stride",
   "data.num_threads",
+  "data.clips_per_record",
   "model.tubelet_size",
   "model.width",
   "model.depth",
@@ -40,6 +42,10 @@ _AT_LEAST_1 = (
   "checkpoint_steps",
   "keep_checkpoints",
   "max_skipped_steps",
+  "probe.num_videos",
+  "probe.num_windows",
+  "probe.batch_size",
+  "probe.k",
   "profile.num_steps",
   "mesh.fsdp",
   "mesh.tensor",
@@ -51,6 +57,8 @@ _AT_LEAST_0 = (
   "num_steps",
   "clips_per_device",
   "data.max_bad_records",
+  "probe.steps",
+  "probe.penalty",
   "profile.start_step",
   "adv.weight",
   "adv.gp_weight",
@@ -74,7 +82,12 @@ def validate(config: ConfigDict) -> None:
   Raises:
     ConfigError: one line per problem: key, value found, what is expected.
   """
-  problems = list(_problems(config))
+  refuse(_problems(config))
+
+
+def refuse(problems: Iterable[str]) -> None:
+  """Raises a ConfigError that lists the problems, if there are any."""
+  problems = list(problems)
   if problems:
     lines = "\n".join(f"  {problem}" for problem in problems)
     raise ConfigError(
@@ -104,7 +117,7 @@ def check_batch(config: ConfigDict, num_devices: int):
 
 def _problems(config: ConfigDict) -> Iterator[str]:
   values = {
-    key: _get(config, key) for key in (*_CHOICES, *_AT_LEAST_1, *_AT_LEAST_0)
+    key: get(config, key) for key in (*_CHOICES, *_AT_LEAST_1, *_AT_LEAST_0)
   }
   for key, choices in _CHOICES.items():
     if values[key] not in choices:
@@ -118,6 +131,12 @@ def _problems(config: ConfigDict) -> Iterator[str]:
       f"num_epochs={config.num_epochs} and num_steps={config.num_steps}: "
       "exactly one must be above 0"
     )
+  per_record = config.data.clips_per_record
+  if per_record >= 1 and config.batch_size % per_record:
+    yield (
+      f"batch_size={config.batch_size}: expected a multiple of "
+      f"data.clips_per_record={per_record}"
+    )
   for prefix in ("", "dec_"):
     width, heads = (config.model[prefix + k] for k in ("width", "num_heads"))
     if heads >= 1 and width % (2 * heads):
@@ -128,23 +147,45 @@ def _problems(config: ConfigDict) -> Iterator[str]:
   for key in ("b1", "b2", "warmup_ratio"):
     if not 0 <= config.optim[key] < 1:
       yield f"optim.{key}={config.optim[key]}: expected 0 <= value < 1"
-  if not 0 <= config.ema_decay < 1:
-    yield f"ema_decay={config.ema_decay}: expected 0 <= value < 1"
+  for key in ("ema_decay", "mask.decoder_ratio"):
+    value = get(config, key)
+    if not 0 <= value < 1:
+      yield f"{key}={value}: expected 0 <= value < 1"
+  quality = config.data.min_quality
+  if not 0 <= quality <= 1:
+    yield f"data.min_quality={quality}: expected 0 <= value <= 1"
   if config.optim.base_lr <= 0:
     yield f"optim.base_lr={config.optim.base_lr}: expected a value above 0"
   if config.mesh.data != -1 and config.mesh.data < 1:
     yield f"mesh.data={config.mesh.data}: expected -1 (all) or at least 1"
   for key in filter(None, config.allow_change.split(",")):
     try:
-      _get(config, key)
+      get(config, key)
     except (AttributeError, KeyError, TypeError):
       if key != "data.fingerprint":
         yield f"allow_change names {key!r}, which is no key"
-  yield from _distributed_problems(config.distributed)
+  yield from _probe_problems(config.probe)
+  yield from distributed_problems(config.distributed)
   yield from _mask_problems(config)
 
 
-def _distributed_problems(settings: ConfigDict) -> Iterator[str]:
+def _probe_problems(settings: ConfigDict) -> Iterator[str]:
+  if not settings.steps:
+    return
+  if not settings.label:
+    yield (
+      f"probe.label='' with probe.steps={settings.steps}: name a label of the "
+      "data set"
+    )
+  if settings.split == settings.eval_split:
+    yield (
+      f"probe.split={settings.split!r} and probe.eval_split="
+      f"{settings.eval_split!r}: expected two splits"
+    )
+
+
+def distributed_problems(settings: ConfigDict) -> Iterator[str]:
+  """What is wrong with config.distributed, a line for each."""
   address, num = settings.coordinator, settings.num_processes
   if address in ("", "auto", "none"):
     return
@@ -190,7 +231,8 @@ def _mask_problems(config: ConfigDict) -> Iterator[str]:
     )
 
 
-def _get(config: ConfigDict, path: str):
+def get(config: ConfigDict, path: str):
+  """The value of a key as one writes it: 'data.path'."""
   for key in path.split("."):
     config = config[key]
   return config

@@ -28,25 +28,46 @@ class Clip:
     """Frames of the source that a window stands for: 32 by default."""
     return self.num_frames * self.stride
 
-  def indices(self, start: int, total: int) -> np.ndarray:
+  def indices(self, start: int | np.ndarray, total: int) -> np.ndarray:
     """Frame numbers of the clip that begins at `start`.
 
     The one padding rule, used in training, evaluation and features: the stride
     is kept, and past the end of the source its last frame is repeated.
 
     Args:
-      start: first frame, in [0, total).
+      start: first frame, in [0, total); or those of several clips, (B, 1).
       total: frames in the source, at least 1.
 
     Returns:
-      int (num_frames,).
+      int (num_frames,), or (B, num_frames).
     """
     wanted = start + self.stride * np.arange(self.num_frames)
     return np.minimum(wanted, total - 1)
 
-  def random_start(self, total: int, np_rng: np.random.Generator) -> int:
-    """A start such that the clip fits; 0 where the source is too short."""
-    return int(np_rng.integers(max(total - self.span, 0) + 1))
+  def random_starts(
+    self, total: int, num_clips: int, np_rng: np.random.Generator
+  ) -> np.ndarray:
+    """Draws starts such that the clips fit; 0 where the source is too short.
+
+    The first is random, the others follow at equal distances from it: each is
+    anywhere with the same probability, and all differ where there are as many
+    as `num_clips`. Where there are enough of them, they lie a multiple of the
+    stride apart, so that clips that overlap show the same frames.
+
+    Args:
+      total: frames in the source, at least 1.
+      num_clips: how many.
+      np_rng: draws once.
+
+    Returns:
+      int (num_clips,).
+    """
+    num_starts = max(total - self.span, 0) + 1
+    first = int(np_rng.integers(num_starts))
+    step = self.stride if num_starts // self.stride >= num_clips else 1
+    starts = np.arange(first % step, num_starts, step)
+    ahead = np.arange(num_clips) * len(starts) // num_clips
+    return starts[(first // step + ahead) % len(starts)]
 
   def window_starts(self, total: int, hop: int | None = None) -> np.ndarray:
     """Starts of the windows that cover a whole video: the one window rule.

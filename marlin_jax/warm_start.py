@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from marlin_jax.formats import run
@@ -11,7 +12,6 @@ from marlin_jax.formats.weights import (
   Weights,
   WeightsError,
   eps_notice,
-  flatten,
   unflatten,
 )
 from marlin_jax.models.vit import NORM_EPS
@@ -100,11 +100,20 @@ def _compare(weights: Weights, config: ConfigDict) -> None:
 
 def _filled(tree, arrays: dict[str, np.ndarray], prefix: str):
   """The tree with every leaf replaced that has an array of its name."""
-  return unflatten(
+  given = flatten_dict(
+    unflatten(
+      {
+        name.removeprefix(prefix): array
+        for name, array in arrays.items()
+        if name.startswith(prefix)
+      }
+    )
+  )
+  return unflatten_dict(
     {
-      name: jax.device_put(arrays[prefix + name], leaf.sharding)
-      if prefix + name in arrays
+      path: jax.device_put(given[path], leaf.sharding)
+      if path in given
       else leaf
-      for name, leaf in flatten(tree).items()
+      for path, leaf in flatten_dict(tree).items()
     }
   )

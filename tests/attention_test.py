@@ -1,6 +1,7 @@
 """Attention maps against a loop in NumPy, and their shares by region."""
 
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,8 @@ def loop(encoder, patches):
   x = x + state["positions"]
   size = WIDTH // HEADS
   layers = []
-  for _, block in sorted(state["transformer"]["blocks"].items()):
+  for i in range(DEPTH):
+    block = jax.tree.map(operator.itemgetter(i), state["transformer"]["blocks"])
     part = block["attention"]
     y = norm(x, block["norm1"])
     q, k, v = (linear(y, part[name]) for name in ("query", "key", "value"))
@@ -122,16 +124,20 @@ def blind(encoder, query_bias, key_kernel):
   Its blocks pass their input on as it is.
   """
   changed = nnx.clone(encoder)
-  for block in changed.transformer.blocks:
-    part = block.attention
-    part.query.kernel[...] = jnp.zeros((WIDTH, WIDTH))
-    part.query.bias[...] = jnp.full(WIDTH, query_bias)
-    part.key.kernel[...] = jnp.asarray(key_kernel)
-    for layer in (part.out, block.mlp_out):
-      layer.kernel[...] = jnp.zeros_like(layer.kernel[...])
-      layer.bias[...] = jnp.zeros(WIDTH)
-    block.norm1.scale[...] = jnp.ones(WIDTH)
-    block.norm1.bias[...] = jnp.zeros(WIDTH)
+  blocks = changed.transformer.blocks
+  part = blocks.attention
+
+  def fill(param, value):
+    param[...] = jnp.broadcast_to(jnp.asarray(value, jnp.float32), param.shape)
+
+  fill(part.query.kernel, 0)
+  fill(part.query.bias, query_bias)
+  fill(part.key.kernel, key_kernel)
+  for layer in (part.out, blocks.mlp_out):
+    fill(layer.kernel, 0)
+    fill(layer.bias, 0)
+  fill(blocks.norm1.scale, 1)
+  fill(blocks.norm1.bias, 0)
   return changed
 
 

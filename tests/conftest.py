@@ -24,15 +24,29 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
   os.environ["JAX_COMPILATION_CACHE_DIR"] += f"/{worker}"
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
+# On as many cores as pytest has workers, a second thread of PyTorch's mostly
+# waits for the first, and burns its core in doing so: 9 s for 2.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Files that take minutes: first, so that no worker is left with one at the end.
 LONG = (
   "parity_test",
+  "prepare_test",
   "sharding_test",
   "distributed_test",
   "train_test",
+  "lipsync_training_test",
   "e_numerics_test",
   "train_step_test",
-  "prepare_test",
+  "downstream_test",
+  "verify_test",
+  "plan_test",
+  "scale_test",
+  "evaluation_test",
+  "probes_test",
+  "video_to_results_test",
+  "training_probe_test",
+  "a_video_test",
 )
 
 ROOT = Path(__file__).parents[1]
@@ -136,11 +150,10 @@ def sample_videos() -> Path:
 @pytest.fixture(scope="session")
 def face_models() -> None:
   """Skips a test where the face models cannot be had."""
-  from data_prep import assets, prepare
+  from data_prep import assets, parsers, prepare
 
   try:
-    for name in prepare.model_names():
-      assets.fetch(name)
+    prepare.fetch_models(parsers.DEFAULT)
   except assets.AssetError as e:
     pytest.skip(f"face models could not be fetched: {e}")
 
@@ -163,12 +176,26 @@ def sample_dataset(
 
 
 @pytest.fixture(scope="session")
-def carphone(sample_videos) -> Callable[[Path, int], Path]:
-  """Writes the first frames of a man talking (176x144) as a video."""
+def face_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """A small data set with labels of every kind; see labelled_data.py."""
+  import labelled_data
+
+  return labelled_data.write_faces(tmp_path_factory.mktemp("labelled") / "data")
+
+
+@pytest.fixture(scope="session")
+def carphone_frames(sample_videos) -> list[np.ndarray]:
+  """A man talking, uint8 (144, 176, 3) RGB."""
   with av.open(str(sample_videos / "carphone_pristine.mp4")) as container:
-    frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+    return [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+
+
+@pytest.fixture(scope="session")
+def carphone(carphone_frames) -> Callable[[Path, int], Path]:
+  """Writes the first frames of a man talking as a video."""
 
   def write(path: Path, num_frames: int) -> Path:
-    return write_video(path, frames[:num_frames], crf="10", preset="veryfast")
+    frames = carphone_frames[:num_frames]
+    return write_video(path, frames, crf="10", preset="veryfast")
 
   return write

@@ -29,6 +29,7 @@ def a_record(segment: int, grey: int, code: int, t: int = 4) -> records.Record:
     fps=30.0,
     start_secs=0.0,
     quality=1.0,
+    quality_terms=np.ones(4, np.float32),
   )
 
 

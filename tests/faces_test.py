@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep import assets, faces, mediapipe_tasks
+from data_prep import assets, boxes, face_finder, faces, mediapipe_tasks
 
 VIDEOS = Path(__file__).parents[2] / "shared" / "videos"
 
@@ -40,7 +40,7 @@ def sample_videos() -> Path:
 @pytest.fixture(scope="module")
 def finder():
   try:
-    with faces.FaceFinder() as opened:
+    with face_finder.FaceFinder() as opened:
       yield opened
   except assets.AssetError as e:
     pytest.skip(f"face models could not be fetched: {e}")
@@ -90,7 +90,8 @@ def test_crop_path_jitters_less_than_the_mesh_does(carphone_track):
   def jitter(path):
     return np.abs(np.diff(path, n=2, axis=0)).mean()
 
-  assert jitter(centres) < 0.2 * jitter(mesh)
+  # Interpolated in every other frame, the mesh hides half of its own jitter.
+  assert jitter(centres) < 0.25 * jitter(mesh)
   # Under a 300th of the side between one step and the next.
   sides = boxes[:, 2] - boxes[:, 0]
   assert np.abs(np.diff(centres, n=2, axis=0)).max() < sides.mean() / 300
@@ -110,7 +111,7 @@ def test_two_runs_give_the_same_bits_whatever_was_seen_between(
 
 def test_another_finder_gives_the_same_bits(carphone, finder):
   first = faces.find_tracks(carphone[:16], finder)
-  with faces.FaceFinder() as other:
+  with face_finder.FaceFinder() as other:
     second = faces.find_tracks(carphone[:16], other)
   np.testing.assert_array_equal(first[0].boxes, second[0].boxes)
   np.testing.assert_array_equal(first[0].landmarks, second[0].landmarks)
@@ -208,13 +209,13 @@ def test_small_letterboxed_face_is_followed(finder):
 
 def test_source_box_of_crop_size_is_copied_exactly():
   frame = np.random.default_rng(0).integers(0, 256, (300, 280, 3), np.uint8)
-  crop = faces.crop_frame(frame, np.float32([20, 30, 244, 254]))
+  crop = boxes.crop_frame(frame, np.float32([20, 30, 244, 254]))
   np.testing.assert_array_equal(crop, frame[30:254, 20:244])
 
 
 def test_box_past_the_border_is_zero_padded():
   frame = np.full((224, 224, 3), 200, np.uint8)
-  crop = faces.crop_frame(frame, np.float32([-56, -112, 168, 112]))
+  crop = boxes.crop_frame(frame, np.float32([-56, -112, 168, 112]))
   assert (crop[:112] == 0).all()
   assert (crop[:, :56] == 0).all()
   assert (crop[112:, 56:] == 200).all()
@@ -222,7 +223,7 @@ def test_box_past_the_border_is_zero_padded():
 
 def test_box_outside_the_frame_is_black():
   frame = np.full((64, 64, 3), 200, np.uint8)
-  assert not faces.crop_frame(frame, np.float32([500, 500, 600, 600])).any()
+  assert not boxes.crop_frame(frame, np.float32([500, 500, 600, 600])).any()
 
 
 def test_shrinking_averages_the_area():
@@ -231,16 +232,16 @@ def test_shrinking_averages_the_area():
   frame[:, ::2] = 200
   for shift in (0.0, 0.3):
     box = np.float32([shift, shift, 895 + shift, 895 + shift])
-    inner = faces.crop_frame(frame, box)[2:-2, 2:-2]
+    inner = boxes.crop_frame(frame, box)[2:-2, 2:-2]
     assert np.abs(inner.astype(int) - 100).max() <= 40
-  exact = faces.crop_frame(frame, np.float32([0, 0, 896, 896]))
+  exact = boxes.crop_frame(frame, np.float32([0, 0, 896, 896]))
   np.testing.assert_array_equal(exact, 100)
 
 
 def test_enlarging_keeps_places():
   frame = np.zeros((56, 56, 3), np.uint8)
   frame[14:28, 28:42] = 255
-  crop = faces.crop_frame(frame, np.float32([0, 0, 56, 56]))
+  crop = boxes.crop_frame(frame, np.float32([0, 0, 56, 56]))
   rows, columns = np.nonzero(crop[..., 0] > 127)
   assert (rows.min(), rows.max() + 1) == (56, 112)
   assert (columns.min(), columns.max() + 1) == (112, 168)
@@ -251,7 +252,7 @@ def test_enlarging_keeps_places():
 )
 def test_crop_refuses_a_box_without_area(box):
   with pytest.raises(ValueError, match="box"):
-    faces.crop_frame(np.zeros((8, 8, 3), np.uint8), np.float32(box))
+    boxes.crop_frame(np.zeros((8, 8, 3), np.uint8), np.float32(box))
 
 
 def test_missing_system_library_says_what_to_install():
@@ -263,6 +264,6 @@ def test_missing_system_library_says_what_to_install():
 
 
 def test_opening_and_closing_the_models_prints_nothing(capfd):
-  with faces.FaceFinder() as other:
+  with face_finder.FaceFinder() as other:
     other.detect(np.zeros((64, 64, 3), np.uint8))
   assert capfd.readouterr() == ("", "")

@@ -152,6 +152,46 @@ def test_of_what_is_sliced_only_the_slice_is_moved():
   assert hlo.memory_bytes(text) == take + put
 
 
+def test_a_slice_is_seen_inside_a_fusion_of_fusions():
+  inner = computation(
+    "inner (a: f32[100,8], i: s32[]) -> f32[1,8]",
+    "%a.2 = f32[100,8]{1,0} parameter(0)",
+    "%b.2 = f32[100,8]{1,0} bitcast(%a.2)",
+    "%i.2 = s32[] parameter(1)",
+    "ROOT %s.2 = f32[1,8]{1,0} dynamic-slice(%b.2, %i.2, %i.2)",
+  )
+  outer = computation(
+    "outer (a: f32[100,8], i: s32[]) -> f32[1,8]",
+    "%a.1 = f32[100,8]{1,0} parameter(0)",
+    "%i.1 = s32[] parameter(1)",
+    "ROOT %f = f32[1,8]{1,0} fusion(%a.1, %i.1), kind=kLoop, calls=%inner",
+  )
+  text = program(
+    "%all = f32[100,8]{1,0} parameter(0)",
+    "%i = s32[] parameter(1)",
+    "%one = f32[1,8]{1,0} fusion(%all, %i), kind=kOutput, calls=%outer",
+    others=inner + outer,
+  )
+  assert hlo.memory_bytes(text) == 32 + 4 + 32
+
+
+def test_memory_that_is_only_set_aside_is_not_moved():
+  text = program(
+    '%all = f32[100,8]{1,0} custom-call(), custom_call_target="AllocateBuffer"',
+  )
+  assert hlo.memory_bytes(text) == 0
+
+
+def test_a_slice_fetched_ahead_into_fast_memory_is_read_once():
+  text = program(
+    "%all = f32[100,8]{1,0} parameter(0)",
+    "%ahead = ((f32[100,8]{1,0}), f32[25,8]{1,0:S(1)}, s32[]{:S(2)}) "
+    "slice-start(%all), slice={[0:25], [0:8]}",
+    "%part = f32[25,8]{1,0:S(1)} slice-done(%ahead)",
+  )
+  assert hlo.memory_bytes(text) == 25 * 8 * 4
+
+
 def test_the_tpu_compilers_fused_operations_count_once_by_their_real_kind():
   gather = (
     "all-gather(%p), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}"

@@ -1,13 +1,14 @@
-"""Order, resume and refusals of the input pipeline."""
+"""Order, resume and choice of the input pipeline."""
 
+import dataclasses
 import json
-import shutil
 
 import jax
+import made_dataset
 import numpy as np
 import pytest
 
-from marlin_jax import input_pipeline, records
+from marlin_jax import input_pipeline, prepared_dataset, records
 from marlin_jax.video import Clip
 
 TAKE_CLIP = input_pipeline.TakeClip(Clip(4, 2), tubelet_size=2)
@@ -15,17 +16,27 @@ TAKE_CLIP = input_pipeline.TakeClip(Clip(4, 2), tubelet_size=2)
 
 @pytest.fixture
 def dataset(sample_dataset):
-  return input_pipeline.open_dataset(str(sample_dataset), "train")
+  return prepared_dataset.open_dataset(str(sample_dataset), "train")
 
 
-def take(dataset, num_batches, *, start_step=0, seed=0, num_threads=2):
+def take(
+  dataset,
+  num_batches,
+  *,
+  start_step=0,
+  seed=0,
+  num_threads=2,
+  batch_size=3,
+  **k,
+):
   batches = input_pipeline.train_batches(
     dataset,
     TAKE_CLIP,
-    batch_size=3,
+    batch_size=batch_size,
     seed=seed,
     start_step=start_step,
     num_threads=num_threads,
+    **k,
   )
   return [next(batches) for _ in range(num_batches)]
 
@@ -43,7 +54,7 @@ def test_a_batch_holds_decoded_frames_and_their_regions(dataset):
   assert batch["video"].dtype == np.uint8
   assert batch["regions"].shape == (3, 2, 14, 14)
   assert batch["regions"].dtype == np.uint16
-  source = input_pipeline.RecordSource(dataset)
+  source = prepared_dataset.RecordSource(dataset)
   _, record = source[int(batch["_id"][1])]
   start = int(batch["start"][1])
   frames = np.arange(start, start + 8, 2)
@@ -79,6 +90,46 @@ def test_every_record_is_seen_once_per_pass(dataset):
     assert set(ids[first : first + n]) == set(range(n))
 
 
+@pytest.fixture
+def many():
+  """Numbers of records and their order, without the records."""
+  return input_pipeline._Draws(1000, seed=3)
+
+
+def test_every_pass_over_many_records_has_an_order_of_its_own(many):
+  passes = [
+    [many[position].record for position in range(first, first + 1000)]
+    for first in range(0, 3000, 1000)
+  ]
+  for order in passes:
+    assert sorted(order) == list(range(1000))
+    # Neighbours on the disk are none in it.
+    assert np.mean(np.abs(np.diff(order)) < 10) < 0.05
+  assert np.mean(np.equal(passes[0], passes[1])) < 0.05
+  assert np.mean(np.equal(passes[1], passes[2])) < 0.05
+  # In any order of asking.
+  assert many[0].record == passes[0][0]
+
+
+def test_clips_of_one_record_follow_each_other_and_differ(dataset):
+  whole = take(dataset, 4, batch_size=6, clips_per_record=3)
+  assert len({int(i) for batch in whole for i in batch["_id"]}) == 2
+  source = prepared_dataset.RecordSource(dataset)
+  for batch in whole:
+    for first in (0, 3):
+      three = {key: x[first : first + 3] for key, x in batch.items()}
+      assert len(set(three["_id"].tolist())) == 1
+      assert len(set(three["start"].tolist())) == 3
+      _, record = source[int(three["_id"][0])]
+      for start, video in zip(three["start"], three["video"], strict=True):
+        frames = range(start, start + 8, 2)
+        np.testing.assert_array_equal(
+          video, records.decode_frames(record, frames)
+        )
+  again = take(dataset, 2, start_step=2, batch_size=6, clips_per_record=3)
+  assert_same(again, whole[2:])
+
+
 def test_evaluation_takes_the_same_clips_every_time(dataset):
   first, again = (
     list(
@@ -93,111 +144,48 @@ def test_evaluation_takes_the_same_clips_every_time(dataset):
   assert set(ids) == set(range(dataset.num_records))
 
 
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+  """Six videos in turn good and bad; one of the good has no pictures."""
+  videos = {
+    f"{i}.mp4": [
+      made_dataset.a_record(f"{i}.mp4", num_frames=10, quality=0.3 + i % 2 / 2)
+    ]
+    for i in range(6)
+  }
+  (third,) = videos["3.mp4"]
+  videos["3.mp4"] = [dataclasses.replace(third, frames=[b"no picture"] * 10)]
+  path = tmp_path_factory.mktemp("mixed") / "dataset"
+  made_dataset.make(path, videos)
+  return prepared_dataset.open_dataset(str(path), "train", min_quality=0.5)
+
+
+def test_only_records_of_the_wanted_quality_are_served(mixed, tmp_path):
+  def served(num_batches, **k):
+    bad = input_pipeline.BadRecords(tmp_path / "bad", limit=1)
+    return take(mixed, num_batches, bad=bad, **k)
+
+  whole = served(4)
+  ids = [batch["_id"].tolist() for batch in whole]
+  # Every pass holds each once, but for the one that cannot be read: the next
+  # that is good enough takes its place.
+  assert [sorted(batch) for batch in ids] == [[1, 5, 5]] * 4
+  assert len({tuple(batch) for batch in ids}) > 1
+  assert_same(served(2, start_step=2), whole[2:])
+  rows = (tmp_path / "bad").read_text().splitlines()
+  assert [json.loads(row)["record"] for row in rows] == [3]
+
+
+def test_evaluation_serves_only_records_of_the_wanted_quality(mixed, tmp_path):
+  bad = input_pipeline.BadRecords(tmp_path / "bad", limit=1)
+  batches = input_pipeline.eval_batches(
+    mixed, TAKE_CLIP, batch_size=3, num_batches=2, bad=bad
+  )
+  found = [batch["_id"].tolist() for batch in batches]
+  assert found == [[1, 1, 5], [5, 5, 5]]
+
+
 def test_batches_reach_the_devices_unchanged_and_all(dataset):
   host = take(dataset, 4)
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   assert_same(list(input_pipeline.to_devices(host, sharding)), host)
-
-
-# --- refusals -----------------------------------------------------------------
-
-
-@pytest.fixture
-def damaged(sample_dataset, tmp_path):
-  """A copy to be damaged, and its first shard."""
-  path = tmp_path / "dataset"
-  shutil.copytree(sample_dataset, path)
-  return path, next(iter(sorted(path.glob("*.array_record-*"))))
-
-
-def refused(path, split="train"):
-  with pytest.raises(input_pipeline.DatasetError) as error:
-    input_pipeline.RecordSource(input_pipeline.open_dataset(str(path), split))
-  message = str(error.value)
-  assert str(path) in message
-  return message
-
-
-def test_a_folder_that_is_no_data_set_names_the_command(tmp_path):
-  assert "python -m data_prep.prepare" in refused(tmp_path)
-
-
-def test_an_unfinished_data_set_says_so(damaged):
-  path, _ = damaged
-  (path / "dataset_info.json").unlink()
-  (path / "parts").mkdir(exist_ok=True)
-  assert "has not finished" in refused(path)
-
-
-def test_a_split_that_is_not_there_names_those_that_are(damaged):
-  assert "it has ['train']" in refused(damaged[0], "val")
-
-
-def test_a_data_set_without_records_is_refused(damaged):
-  path, _ = damaged
-  info = json.loads((path / "dataset_info.json").read_text())
-  info["splits"][0]["shardLengths"] = ["0"]
-  (path / "dataset_info.json").write_text(json.dumps(info))
-  assert "holds no records" in refused(path)
-
-
-def test_a_missing_shard_is_named(damaged):
-  path, shard = damaged
-  shard.unlink()
-  assert "-00000-of-00001" in refused(path)
-
-
-@pytest.mark.parametrize(
-  "damage",
-  [
-    lambda data: b"",
-    lambda data: data[:1000],
-    lambda data: data[:-1],
-    lambda data: data[:-70_000],
-    lambda data: b"this is text\n" * 10_000,
-    lambda data: data + b"x",
-    lambda data: data + bytes(1 << 16),
-  ],
-  ids=["empty", "head", "cut", "cut by a block", "text", "longer", "zeros"],
-)
-def test_a_damaged_shard_is_refused_before_training(damaged, damage):
-  path, shard = damaged
-  shard.write_bytes(damage(shard.read_bytes()))
-  message = refused(path)
-  assert "cannot be opened" in message or "hold 0 records" in message
-
-
-def test_a_shard_too_many_is_refused(damaged):
-  path, shard = damaged
-  shutil.copy(shard, shard.with_name(shard.name.replace("-00000-", "-00001-")))
-  assert "should have 1 shards and has 2" in refused(path)
-
-
-def test_another_number_of_records_than_announced_is_refused(damaged):
-  path, _ = damaged
-  info = json.loads((path / "dataset_info.json").read_text())
-  info["splits"][0]["shardLengths"] = ["7"]
-  (path / "dataset_info.json").write_text(json.dumps(info))
-  assert "dataset_info.json says 7" in refused(path)
-
-
-def test_a_newer_schema_is_refused(damaged):
-  path, _ = damaged
-  meta = json.loads((path / "metadata.json").read_text())
-  meta["schema_version"] = 99
-  (path / "metadata.json").write_text(json.dumps(meta))
-  assert "schema 99" in refused(path)
-
-
-def test_a_flipped_bit_names_the_record(damaged):
-  path, shard = damaged
-  data = bytearray(shard.read_bytes())
-  data[len(data) // 3] ^= 4
-  shard.write_bytes(bytes(data))
-  source = input_pipeline.RecordSource(
-    input_pipeline.open_dataset(str(path), "train")
-  )
-  with pytest.raises(
-    input_pipeline.DatasetError, match=r"record \d+ of split 'train'"
-  ):
-    list(map(source.__getitem__, range(len(source))))

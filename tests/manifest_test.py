@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.manifest import ManifestError, read_sources
+from data_prep.manifest import ManifestError, read_input, read_sources
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_links_that_leave_a_folder_are_refused_together(folder, tmp_path):
   (folder / "circle.mp4").symlink_to("circle.mp4")
   (folder / "inner.mp4").symlink_to("b.mp4")
   message = error(folder)
-  assert "3 bad paths, no video was opened" in message
+  assert "3 bad rows, no video was opened" in message
   assert "'link.mp4' is a link that leads out of the root" in message
   assert "'linked' is a link that leads out of the root" in message
   assert "'circle.mp4'" in message
@@ -140,7 +140,7 @@ def test_unsafe_rows_are_all_listed_and_nothing_is_opened(folder, tmp_path):
   lines = [path if path else '""' for path, _ in rows.values()]
   manifest = write(folder / "m.csv", "\n".join(["path", *lines]) + "\n")
   message = error(manifest)
-  assert f"{len(rows)} bad paths, no video was opened" in message
+  assert f"{len(rows)} bad rows, no video was opened" in message
   for number, (_, problem) in rows.items():
     (line,) = [x for x in message.splitlines() if f"row {number}:" in x]
     assert problem in line
@@ -161,7 +161,7 @@ def test_colon_in_the_name_of_a_real_file_is_no_address(folder):
 def test_long_lists_of_bad_rows_are_cut(folder):
   manifest = write(folder / "m.txt", "".join(f"no{i}\n" for i in range(50)))
   message = error(manifest)
-  assert "50 bad paths" in message
+  assert "50 bad rows" in message
   assert "and 30 more" in message
   assert len(message.splitlines()) == 22
 
@@ -177,12 +177,15 @@ def test_long_lists_of_bad_rows_are_cut(folder):
     ("path,path\nb.mp4,b.mp4\n", "the header is"),
     ("path,subject_id\nb.mp4\n", "row 2: 1 columns, expected 2"),
     ('path\n"b.mp4\n', "row 2: unexpected end of data"),
-    ("path\nb.mp4\n./b.mp4\n", "row 3: './b.mp4' as in row 2"),
+    ("path\nb.mp4\n./b.mp4\n", "row 3: './b.mp4' is there twice (row 2)"),
     ("path,split\nb.mp4,Train!\n", "row 2: split 'Train!' is not made of"),
-    ("path,split\nb.mp4,a\na.MKV,\n", "row 3: the split is empty"),
+    (
+      "path,split\nb.mp4,a\na.MKV,\n",
+      "row 3: 'a.MKV' has no split, but 'b.mp4' has (row 2)",
+    ),
     (
       "path,subject_id,split\nb.mp4,s,a\na.MKV,s,b\n",
-      "row 3: subject 's' is in split 'b', but in 'a' in row 2",
+      "row 3: subject 's' is in split 'b', but in 'a' (row 2)",
     ),
   ],
 )
@@ -210,7 +213,7 @@ def people(tmp_path) -> Path:
 
 
 def test_people_are_in_one_split_only(people):
-  sources = read_sources(people, val_ratio=0.3)
+  sources = read_input(people, val_ratio=0.3).sources
   splits = {}
   for source in sources:
     splits.setdefault(source.subject_id, set()).add(source.split)
@@ -220,17 +223,19 @@ def test_people_are_in_one_split_only(people):
 
 
 def test_split_of_a_video_does_not_depend_on_the_others(people, tmp_path):
-  every = {s.video_id: s.split for s in read_sources(people, val_ratio=0.5)}
+  every = {
+    s.video_id: s.split for s in read_input(people, val_ratio=0.5).sources
+  }
   assert set(every.values()) == {"train", "val"}
   lines = people.read_text().splitlines()
   shuffled = write(tmp_path / "n.csv", "\n".join([lines[0], *lines[:100:-1]]))
-  for source in read_sources(shuffled, val_ratio=0.5):
+  for source in read_input(shuffled, val_ratio=0.5).sources:
     assert source.split == every[source.video_id]
 
 
 def test_larger_ratio_only_adds_to_val(people):
   def val(ratio):
-    sources = read_sources(people, val_ratio=ratio)
+    sources = read_input(people, val_ratio=ratio).sources
     return {s.video_id for s in sources if s.split == "val"}
 
   assert val(0.0) == set()
@@ -239,7 +244,7 @@ def test_larger_ratio_only_adds_to_val(people):
 
 def test_splits_of_a_manifest_win_over_the_ratio(folder):
   manifest = write(folder / "m.csv", "path,split\nb.mp4,test\na.MKV,train\n")
-  for source in read_sources(manifest, val_ratio=0.99):
+  for source in read_input(manifest, val_ratio=0.99).sources:
     assert source.split == {"b.mp4": "test", "a.MKV": "train"}[source.video_id]
 
 

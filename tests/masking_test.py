@@ -205,3 +205,30 @@ def test_a_clip_is_masked_alike_in_any_batch():
   whole, _ = masks(regions, keys)
   part, _ = masks(regions[2:], keys[2:])
   np.testing.assert_array_equal(whole[2:], part)
+
+
+def test_running_cells_take_turns_in_every_cell():
+  keys = jax.random.split(jax.random.key(0), 2)
+  hidden = np.tile(np.arange(1568, dtype=np.int32), (2, 1))
+  kept = np.asarray(masking.running_cells(hidden, GRID, keys, 784))
+  assert (np.diff(kept, axis=1) > 0).all()
+  shown = np.zeros((2, 1568), int)
+  np.put_along_axis(shown, kept, 1, axis=1)
+  cells = shown.reshape(2, 8, 7, 2, 7, 2)
+  # At every time half of each cell, and each place half of the time.
+  assert (cells.sum((3, 5)) == 2).all()
+  assert (cells.reshape(2, 2, 4, 7, 2, 7, 2).sum(2) == 2).all()
+
+
+def test_running_cells_are_exactly_as_many_of_the_hidden_tokens_as_asked():
+  masks = masking.Masking("fasking", 0.9)
+  regions = np.random.default_rng(0).integers(1, 2048, (2, *GRID))
+  keys = jax.random.split(jax.random.key(0), 2)
+  _, hidden = masks(regions.astype(np.uint16), keys)
+  num_kept = masking.num_decoded(1412, 0.3)
+  assert num_kept == 988
+  kept = masking.running_cells(hidden, GRID, keys, num_kept)
+  for clip in range(2):
+    chosen = set(np.asarray(kept[clip]).tolist())
+    assert len(chosen) == num_kept
+    assert chosen < set(np.asarray(hidden[clip]).tolist())

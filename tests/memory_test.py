@@ -7,12 +7,17 @@ from configs import pretrain_s
 from marlin_jax import experiment, memory, sharding
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_the_estimate_is_on_the_safe_side_and_no_more_than_double(remat):
+@pytest.mark.parametrize(
+  ("attention", "remat"),
+  [("plain", "none"), ("chunked", "none"), ("chunked", "full")],
+)
+def test_the_estimate_is_on_the_safe_side_and_no_more_than_double(
+  attention, remat
+):
   config = pretrain_s.get_config()
   config.model.depth = 3
   config.model.dec_depth = 2
-  config.remat = remat
+  config.attention, config.remat = attention, remat
   config.batch_size = 2
   config.clips_per_device = 2
   made = experiment.build(config, num_steps=10)
@@ -31,6 +36,7 @@ def test_the_estimate_is_on_the_safe_side_and_no_more_than_double(remat):
     num_visible=trainer.task.masking.num_visible,
     pixels=trainer.task.tubelets.pixels,
     dtype=config.dtype,
+    attention=attention,
     remat=config.remat,
   )
   assert found <= estimate <= 2 * found, (found / 2e6, estimate / 2e6)

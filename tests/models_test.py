@@ -1,5 +1,7 @@
 """The networks."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,7 +93,7 @@ def test_matmuls_run_in_bfloat16_and_parameters_stay_float32(inputs):
 
 
 def test_the_key_has_no_bias_and_projections_start_as_one_matrix():
-  attention = make().encoder.transformer.blocks[0].attention
+  attention = make().encoder.transformer.blocks.attention
   assert attention.key.bias is None
   assert attention.query.bias is not None
   # Xavier over the fan of query, key and value together.
@@ -115,10 +117,23 @@ def test_positions_alternate_sine_and_cosine():
   )
 
 
-def test_attention_equals_the_libraries():
-  q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 4, 8))
+def test_tokens_that_are_not_wanted_do_not_change_the_others(inputs):
+  decoder = make().decoder
+  x = jax.random.normal(jax.random.key(0), (2, 7, 8))
+  np.testing.assert_allclose(decoder(x, start=3), decoder(x)[:, 3:], atol=1e-6)
+
+
+def test_gelu_is_the_exact_one_and_so_is_its_slope():
+  x = jnp.linspace(-9, 9, 2001)
+  exact = functools.partial(jax.nn.gelu, approximate=False)
+  np.testing.assert_allclose(vit.gelu(x), exact(x), atol=1e-6)
+  slopes, want = (jax.vmap(jax.grad(f))(x) for f in (vit.gelu, exact))
+  np.testing.assert_allclose(slopes, want, atol=1e-6)
+  low = x.astype(jnp.bfloat16)
+  assert vit.gelu(low).dtype == jnp.bfloat16
   np.testing.assert_allclose(
-    vit.plain_attention(q, k, v),
-    jax.nn.dot_product_attention(q, k, v),
+    vit.gelu(low).astype(jnp.float32),
+    exact(low.astype(jnp.float32)),
+    rtol=4e-3,
     atol=1e-6,
   )

@@ -216,8 +216,8 @@ def test_the_memory_planned_is_the_memory_that_a_run_takes():
   result = run(
     config="pretrain_s",
     binary=[str(ROOT / "tests" / "measured_memory.py")],
-    batch_size=1,
-    clips_per_device=1,
+    batch_size=3,
+    clips_per_device=3,
     **{"model.depth": 1, "model.dec_depth": 4, "mask.strategy": "random"},
   )
   assert result.returncode == 0, result.stderr

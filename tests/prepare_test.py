@@ -22,7 +22,7 @@ from conftest import (
 )
 
 from data_prep import dataset_folder, manifest, process
-from marlin_jax import records
+from marlin_jax import quality_index, records
 
 LENGTHS = (1, 15, 16, 31, 32, 33)
 BAD = {
@@ -142,6 +142,7 @@ def test_metadata_counts_what_the_shards_hold(prepared):
         "num_frames": 128,
       }
     },
+    "labels": {},
   }
   shards = sorted(path.glob("*.array_record-*"))
   assert [shard.name for shard in shards] == [
@@ -153,6 +154,18 @@ def test_metadata_counts_what_the_shards_hold(prepared):
     len(grain.sources.ArrayRecordDataSource([str(s)])) for s in shards
   ]
   assert not (path / "parts").exists()
+
+
+def test_qualities_for_the_trainer_are_those_of_the_records(prepared):
+  path, _ = prepared
+  rows = quality_index.unpack((path / "faces-train.quality.npy").read_bytes())
+  found = read_records(path)
+  assert rows["video"].tolist() == [*range(len(found))]
+  for row, record in zip(rows, found, strict=True):
+    assert row["quality"] == record.quality
+    terms = [row[name] for name in records.QUALITY_TERMS]
+    np.testing.assert_array_equal(terms, record.quality_terms)
+  assert len({*rows["quality"].tolist()}) > 1
 
 
 def test_ledger_has_a_line_for_every_video(prepared, videos):
@@ -315,6 +328,20 @@ def test_lost_and_cut_shards_are_made_again(dataset, videos):
   assert content(dataset) == expected
 
 
+@pytest.mark.parametrize("damage", [b"", None], ids=["empty", "missing"])
+def test_qualities_that_are_lost_are_written_again_without_work(
+  dataset, videos, damage
+):
+  expected, path = content(dataset), dataset / "faces-train.quality.npy"
+  path.unlink()
+  if damage is not None:
+    path.write_bytes(damage)
+  result = run_prepare("--input", videos, "--output", dataset)
+  assert result.returncode == 0, result.stderr
+  assert "13 videos, 13 of them done before" in result.stdout
+  assert content(dataset) == expected
+
+
 def test_new_video_touches_only_its_shard(dataset, videos, carphone, tmp_path):
   folder = Path(shutil.copytree(videos, tmp_path / "in"))
   carphone(folder / "new.mp4", 20)
@@ -331,6 +358,11 @@ def test_new_video_touches_only_its_shard(dataset, videos, carphone, tmp_path):
   found = {r.video_id: len(r) for r in read_records(dataset)}
   assert found.pop("new.mp4") == 20
   assert found == {f"{length:02d} frames.mp4": length for length in LENGTHS}
+  rows = quality_index.unpack(
+    (dataset / "faces-train.quality.npy").read_bytes()
+  )
+  qualities = [record.quality for record in read_records(dataset)]
+  assert rows["quality"].tolist() == qualities
 
 
 def test_changed_video_is_processed_again(dataset, videos, carphone, tmp_path):
@@ -361,9 +393,9 @@ def test_quarantined_videos_are_tried_again_under_other_limits(dataset, videos):
 def test_quarantined_videos_can_be_tried_again_in_any_case(dataset, videos):
   recipe = json.loads((dataset / "settings.json").read_text())
   recipe.pop("num_shards")
-  sources = manifest.read_sources(videos)
+  found = manifest.read_input(videos)
   settings = process.Settings()
-  with dataset_folder.DatasetFolder(dataset, recipe, None, sources) as folder:
+  with dataset_folder.DatasetFolder(dataset, recipe, None, found) as folder:
     assert folder.plan(settings, retry_quarantined=False).todo == []
     todo = folder.plan(settings, retry_quarantined=True).todo
   # A video without a face is not at fault, and will not have one next time.
@@ -460,7 +492,7 @@ def test_bad_input_is_one_error_before_anything_is_made(videos, tmp_path):
   paths = tmp_path / "m.txt"
   paths.write_text("../../etc/passwd\nhttp://host/x.mp4\n")
   output = tmp_path / "out"
-  assert "2 bad paths" in failure("--input", paths, "--output", output)
+  assert "2 bad rows" in failure("--input", paths, "--output", output)
   assert "no such file" in failure(
     "--input", tmp_path / "none", "--output", output
   )
@@ -495,8 +527,8 @@ def test_folder_of_something_else_is_not_written_to(videos):
 def test_two_runs_into_one_folder_do_not_mix(dataset, videos):
   settings = json.loads((dataset / "settings.json").read_text())
   settings.pop("num_shards")
-  sources = manifest.read_sources(videos)
-  with dataset_folder.DatasetFolder(dataset, settings, None, sources):
+  found = manifest.read_input(videos)
+  with dataset_folder.DatasetFolder(dataset, settings, None, found):
     message = failure("--input", videos, "--output", dataset)
   assert "another run is writing" in message
 

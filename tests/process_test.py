@@ -1,14 +1,17 @@
 """How tracks become records, whatever engine runs it."""
 
+import math
+
 import av
 import numpy as np
 import pytest
-from conftest import moving_noise, write_video
+import simplejpeg
+from conftest import moving_noise, shared_video, write_video
 
 from data_prep import decode, process
 from data_prep.manifest import Source
 from data_prep.process import segment_lengths
-from marlin_jax import records
+from marlin_jax import quality_index, records, sound
 
 
 @pytest.fixture(scope="module")
@@ -17,11 +20,11 @@ def models(face_models):
     yield opened
 
 
-def run(path, models, emit=None, **settings):
+def run(path, models, emit=None, source=None, **settings):
   """Returns the outcome and the decoded records."""
   encoded = []
   outcome = process.process_video(
-    Source("id.mp4", path, "someone", "train"),
+    source or Source("id.mp4", path, "someone", "train"),
     process.Settings(**settings),
     models,
     emit or encoded.append,
@@ -56,6 +59,7 @@ def test_record_tells_where_its_crops_come_from(carphone, models, tmp_path):
     num_tracks=1,
     num_records=2,
     num_frames=70,
+    quality=[quality_index.row_of(record) for record in (first, second)],
   )
   assert (len(first), len(second)) == (35, 35)
   assert [(r.track_id, r.segment) for r in (first, second)] == [(0, 0), (0, 1)]
@@ -77,6 +81,27 @@ def test_record_tells_where_its_crops_come_from(carphone, models, tmp_path):
   crop = records.decode_frames(first, [0])[0]
   inside = crop[crop.sum(axis=-1) > 0]
   np.testing.assert_allclose(inside.mean(axis=0), means, atol=8)
+
+
+def test_a_video_too_large_to_keep_gives_the_same_records(
+  carphone, models, tmp_path, monkeypatch
+):
+  path = carphone(tmp_path / "v.mp4", 40)
+  opened = []
+  monkeypatch.setattr(
+    process.decode,
+    "open_video",
+    lambda *args: opened.append(args) or decode.Video(*args),
+  )
+  kept = []
+  run(path, models, kept.append)
+  assert len(opened) == 1
+  frame_bytes = 176 * 144 * 3
+  monkeypatch.setattr(process, "KEPT_BYTES", 39 * frame_bytes)
+  decoded_again = []
+  run(path, models, decoded_again.append)
+  assert len(opened) == 3
+  assert decoded_again == kept
 
 
 def test_regions_are_the_bits_of_the_label_maps(carphone, models, tmp_path):
@@ -125,3 +150,98 @@ def test_full_disk_is_no_fault_of_the_video(carphone, models, tmp_path):
 
   with pytest.raises(OSError, match="no space left"):
     run(carphone(tmp_path / "v.mp4", 5), models, emit)
+
+
+def test_labels_are_in_every_record(carphone, models, tmp_path):
+  path = carphone(tmp_path / "v.mp4", 64)
+  labels = {"mood": (2.0,), "face": (1.0, math.nan)}
+  source = Source("id.mp4", path, "", "train", labels)
+  _, found = run(path, models, source=source, segment_frames=62)
+  assert len(found) == 2
+  for record in found:
+    np.testing.assert_equal(
+      record.labels,
+      {"mood": np.float32([2]), "face": np.float32([1, np.nan])},
+    )
+    assert record.audio is None
+
+
+def test_a_folder_of_pictures_gives_what_its_video_gives(
+  carphone, models, tmp_path
+):
+  with av.open(str(carphone(tmp_path / "v.mp4", 20))) as container:
+    frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+  folder = tmp_path / "3"
+  folder.mkdir()
+  for i, frame in enumerate(frames, 95):  # 95 to 114: numbers, not words
+    jpeg = simplejpeg.encode_jpeg(frame, 95, colorsubsampling="444")
+    (folder / f"3.{i}.jpg").write_bytes(jpeg)
+  (folder / "Thumbs.db").write_bytes(b"no picture")
+  source = Source("Ann/3", folder, "Ann", "val", frame_rate=24.0)
+  outcome, (record,) = run(folder, models, source=source)
+  assert outcome.num_decoded_frames == len(record) == 20
+  assert record.fps == 24
+  _, (expected,) = run(tmp_path / "v.mp4", models)
+  np.testing.assert_allclose(record.boxes, expected.boxes, atol=2)
+  crops = [
+    records.decode_frames(r, range(20)).astype(int) for r in (record, expected)
+  ]
+  assert np.abs(crops[0] - crops[1]).mean() < 4
+
+
+def test_damaged_and_missing_pictures_are_refused(models, tmp_path):
+  folder = tmp_path / "pictures"
+  folder.mkdir()
+  source = Source("x", folder, "", "train", frame_rate=24.0)
+  outcome, _ = run(folder, models, source=source)
+  assert "no picture in the folder" in outcome.reason
+  noise = moving_noise(2)
+  for i, frame in enumerate(noise):
+    jpeg = simplejpeg.encode_jpeg(frame, 95)
+    (folder / f"{i}.jpg").write_bytes(jpeg if i == 0 else jpeg[:200])
+  outcome, _ = run(folder, models, source=source)
+  assert outcome.status == process.QUARANTINED
+  assert "picture 1.jpg is damaged" in outcome.reason
+  (folder / "1.jpg").unlink()
+  (folder / "1.jpg").symlink_to("0.jpg")
+  outcome, _ = run(folder, models, source=source)
+  assert outcome.num_decoded_frames == 1
+
+
+def test_sound_is_cut_at_the_times_of_the_frames(models, tmp_path):
+  path = shared_video("video01.mp4")
+  outcome, found = run(path, models, has_sound=True)
+  assert outcome.status == process.KEPT
+  whole = decode.read_sound(path)
+  mel = sound.mel_spectrogram(whole)
+  for record in found:
+    secs = len(record) / record.fps
+    samples = np.frombuffer(record.audio, "<i2")
+    assert len(samples) == pytest.approx(16_000 * secs, abs=2)
+    start = round(16_000 * record.start_secs)
+    np.testing.assert_array_equal(samples, whole[start:][: len(samples)])
+    np.testing.assert_array_equal(
+      record.mel, mel[round(80 * record.start_secs) :][: len(record.mel)]
+    )
+    assert len(record.mel) == pytest.approx(80 * secs, abs=1)
+
+
+def test_a_video_without_sound_has_empty_sound(carphone, models, tmp_path):
+  path = carphone(tmp_path / "v.mp4", 16)
+  _, (record,) = run(path, models, has_sound=True)
+  assert record.audio == b""
+  assert record.mel.shape == (0, 80)
+
+
+def test_a_video_is_brought_to_another_rate_with_its_sound(models):
+  path = shared_video("video01.mp4")
+  _, found = run(path, models, has_sound=True, fps=25.0)
+  assert sum(map(len, found)) == 250  # 10 s
+  whole = decode.read_sound(path)
+  for record in found:
+    assert record.fps == 25
+    samples = np.frombuffer(record.audio, "<i2")
+    assert len(samples) == pytest.approx(640 * len(record), abs=1)
+    start = round(16_000 * record.start_secs)
+    expected = whole[start:][: len(samples)]
+    np.testing.assert_array_equal(samples[: len(expected)], expected)

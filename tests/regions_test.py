@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 
-from data_prep import assets, faces, regions
+from data_prep import assets, face_finder, faces, parsers
 from marlin_jax.records import REGIONS, region_bits
 
 VIDEOS = Path(__file__).parents[2] / "shared" / "videos"
@@ -28,7 +28,10 @@ def read(path: Path, num_frames: int) -> list[np.ndarray]:
 @pytest.fixture(scope="module")
 def models():
   try:
-    with faces.FaceFinder() as finder, regions.MediaPipeParser() as parser:
+    with (
+      face_finder.FaceFinder() as finder,
+      parsers.open_parser() as parser,
+    ):
       yield finder, parser
   except assets.AssetError as e:
     pytest.skip(f"face models could not be fetched: {e}")
@@ -139,7 +142,7 @@ def test_chin_is_skin_and_what_lies_below_is_background(clip, models):
   )
   column, row = np.round(chin).astype(int)
   assert labels[row - 8, column] == CODE["skin"]
-  assert (labels[min(row + 8, 223) :, column] == CODE["background"]).all()
+  assert (labels[min(row + 16, 223) :, column] == CODE["background"]).all()
 
 
 def test_black_padding_is_background(clip, models):
@@ -156,6 +159,29 @@ def test_black_padding_is_background(clip, models):
   edge = round(float((x - x0) * 224 / (x1 - x0)))
   assert (labels[:, : edge - 1] == CODE["background"]).all()
   assert (labels[:, edge + 1] == CODE["skin"]).any()
+
+
+@pytest.mark.parametrize("bars", [(0, 60), (60, 0)])
+def test_black_bars_in_the_video_are_background(bars, clip, models):
+  # The head is cut by the bar, and the person mask would go on in it.
+  frames, track = clip
+  box, side = track.boxes[0], track.boxes[0, 2] - track.boxes[0, 0]
+  x = max(int(box[0] + 0.2 * side), 0)
+  y = max(int(box[1] + 0.15 * side), 0)
+  frame = frames[0].copy()
+  if bars[0]:
+    frame[:y] = 0
+  else:
+    frame[:, :x] = 0
+  labels = models[1].parse(frame, box, track.landmarks[0])
+  row, column = (
+    int((v - o) * 224 / side) for v, o in ((y, box[1]), (x, box[0]))
+  )
+  bar = (
+    labels[: max(row - 1, 0)] if bars[0] else labels[:, : max(column - 1, 0)]
+  )
+  assert (bar == CODE["background"]).all()
+  assert (labels == CODE["skin"]).any()
 
 
 def test_same_frame_gives_the_same_labels_later(clip, label_maps, models):
@@ -187,7 +213,7 @@ def test_dark_frame_still_has_hair_and_skin(clip, models):
   assert share(labels, "skin") > 0.2
   eyes = centre(labels, "right_eye", "left_eye")[0]
   rows = np.nonzero(labels == CODE["hair"])[0]
-  assert (rows < eyes).all()
+  assert (rows < eyes).mean() > 0.8
 
 
 def test_without_a_mesh_nothing_is_parsed(clip, models):

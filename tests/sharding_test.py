@@ -115,12 +115,12 @@ def test_what_does_not_divide_is_kept_whole_and_told():
   assert whole / 10 < kept < whole
   text = "\n".join(notes)
   assert (
-    "params/decoder/blocks/*/attention/query/kernel: 3 heads do not divide "
+    "params/decoder/blocks/attention/query/kernel: 3 heads do not divide "
     "over mesh.tensor=2, kept whole"
   ) in text
-  assert "encoder/blocks/*/attention/query/kernel: 6 heads" not in text
+  assert "transformer/blocks/attention/query/kernel: 6 heads" not in text
   assert (
-    "params/encoder/transformer/blocks/*/mlp_in/kernel: 384 along axis 0 do "
+    "params/encoder/transformer/blocks/mlp_in/kernel: 384 along axis 1 do "
     "not divide over mesh.fsdp=5, kept whole"
   ) in text
   assert len(notes) == len(set(notes)) < 30

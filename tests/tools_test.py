@@ -389,13 +389,17 @@ esac
 
 @pytest.fixture
 def cloud(tmp_path):
-  """Returns run(plans, *args): tpu_vm.sh on a stand-in for Google's cloud."""
+  """Returns run(plans, *args): tpu_vm.sh on a stand-in for Google's cloud.
+
+  A training takes its plan as it starts; None leaves the plans alone, for a
+  command that may come while one does.
+  """
   write_program(tmp_path / "bin/gcloud", GCLOUD)
   write_program(tmp_path / "bin/python3", INSTALLER)
   write_program(tmp_path / "python", PYTHON)
 
   def run(plans, *args, states="PROVISIONING ACTIVE"):
-    for i, plan in enumerate(plans):
+    for i, plan in enumerate(plans or ()):
       (tmp_path / f"plan-{i}").write_text("".join(f"{end}\n" for end in plan))
     (tmp_path / "calls").unlink(missing_ok=True)
     return tpu_vm(
@@ -473,27 +477,27 @@ def test_babysit_does_not_start_a_refused_run_again(cloud):
 
 
 def test_stop_lets_a_run_save_and_babysit_leaves_it_alone(cloud):
-  plans = [["wait"], ["wait"]]
   for command in ("create", "setup", "launch"):
-    flags = ["--", *TRAIN] if command == "launch" else []
-    result = cloud(plans, command, *flags)
+    launched = command == "launch"
+    plans = [["wait"], ["wait"]] if launched else None
+    result = cloud(plans, command, *(["--", *TRAIN] if launched else []))
     assert result.returncode == 0, result.stdout + result.stderr
-  assert cloud(plans, "status").stdout.count(": running\n") == 2
+  assert cloud(None, "status").stdout.count(": running\n") == 2
   logs = [cloud.path / f"home-{i}/marlin_jax/run/train.log" for i in (0, 1)]
   while not all(log.exists() and log.stat().st_size for log in logs):
     time.sleep(0.01)
-  again = cloud(plans, "launch", "--", *TRAIN)
+  again = cloud(None, "launch", "--", *TRAIN)
   assert again.returncode == 1
   assert "a training is running" in again.stderr
-  stopped = cloud(plans, "stop")
+  stopped = cloud(None, "stop")
   assert stopped.stdout.count("ended with 143") == 2
   assert all(log.read_text() == "training\nsaved\n" for log in logs)
-  assert cloud(plans, "status").stdout.count(": stopped 143\n") == 2
-  result = cloud(plans, "babysit", "--", *TRAIN)
+  assert cloud(None, "status").stdout.count(": stopped 143\n") == 2
+  result = cloud(None, "babysit", "--", *TRAIN)
   assert result.returncode == 0
   assert "stopped by 'stop'" in result.stdout
   result = cloud([[0], [0]], "restart", "--", *TRAIN)
   assert result.returncode == 0, result.stdout + result.stderr
-  assert cloud([], "babysit", "--", *TRAIN).returncode == 0
-  assert cloud([], "delete").returncode == 0
-  assert "NONE" in cloud([], "status").stdout
+  assert cloud(None, "babysit", "--", *TRAIN).returncode == 0
+  assert cloud(None, "delete").returncode == 0
+  assert "NONE" in cloud(None, "status").stdout

@@ -24,7 +24,13 @@ def remember() -> optax.GradientTransformation:
   )
 
 
-def make(strategy="fasking", num_micro=1, norm_pix=False, **adversarial):
+def make(
+  strategy="fasking",
+  num_micro=1,
+  norm_pix=False,
+  decoder_ratio=0.0,
+  **adversarial,
+):
   """A small trainer and its first state."""
   sizes = {"num_tokens": TUBELETS.num_tokens, "pixels": TUBELETS.pixels}
   graph, params, fixed = train_step.split_model(
@@ -61,6 +67,7 @@ def make(strategy="fasking", num_micro=1, norm_pix=False, **adversarial):
     optimizer=optimizer,
     disc_optimizer=optimizer,
     num_micro=num_micro,
+    decoder_ratio=decoder_ratio,
   )
   return trainer, train_step.init_state(trainer, params, fixed, disc_params)
 
@@ -93,7 +100,7 @@ def two_forward_step(trainer, state, batch, rng):
   step_rng = jax.random.fold_in(rng, state.step)
   keys = jax.vmap(jax.random.split)(jax.random.split(step_rng, BATCH_SIZE))
   patches, visible, masked, target = trainer.task.split(
-    batch["video"], batch["regions"], keys[:, 0]
+    batch["video"], batch["regions"], keys[:, 0], trainer.decoder_ratio
   )
 
   def run(params):
@@ -165,7 +172,13 @@ def assert_same_gradients(got, want):
   "settings",
   [
     {"weight": 0.01},
-    {"weight": 0.1, "gp_weight": 10.0, "d_steps": 3, "g_steps": 2},
+    {
+      "weight": 0.1,
+      "gp_weight": 10.0,
+      "d_steps": 3,
+      "g_steps": 2,
+      "decoder_ratio": 0.5,
+    },
   ],
   ids=["recipe", "several_of_each"],
 )

@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import jax
+import made_dataset
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from made_dataset import a_record
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -268,6 +270,29 @@ def test_another_configuration_cannot_resume(finished, sample_dataset):
   assert "seed: was 0, is 1" in message
   assert "another --workdir" in message
   assert "--config.allow_change=model.width,seed" in message
+
+
+def test_a_run_on_cpu_tells_what_would_make_it_faster(finished):
+  _, stdout = finished
+  name = "MALLOC_TRIM_THRESHOLD_"
+  wanted = sys.platform == "linux" and name not in os.environ
+  assert (name in stdout) == wanted
+
+
+def test_a_threshold_leaves_out_low_quality_and_cannot_change_silently(
+  finished, tmp_path
+):
+  workdir, _ = finished
+  videos = {f"{i}.mp4": [a_record(f"{i}.mp4", quality=i / 4)] for i in range(4)}
+  data = made_dataset.make(tmp_path / "data", videos)
+  overrides = {"data.path": data, "data.min_quality": 0.5, "num_epochs": 4}
+  result = run(workdir, num_steps=0, **overrides)
+  assert "split 'train', records: 2, videos: 2\n" in result.stdout
+  assert "below data.min_quality=0.5: records: 2, videos: 2\n" in result.stdout
+  assert "steps    2\n" in result.stdout
+  message = refused(result)
+  assert "data.min_quality: was 0.0, is 0.5" in message
+  assert "allow_change=data.fingerprint,data.min_quality" in message
 
 
 def test_a_change_that_is_meant_goes_on_from_the_same_state(

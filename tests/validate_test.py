@@ -4,6 +4,7 @@ import pytest
 
 from configs import pretrain_b
 from marlin_jax import masking
+from marlin_jax.models import softmax_attention
 from marlin_jax.validate import _CHOICES, ConfigError, check_batch, validate
 
 
@@ -41,17 +42,30 @@ def test_all_problems_are_reported_together():
     ({"mask.ratio": 0.9, "mask.strategy": "frame"}, "at most 0.8750"),
     ({"mask.ratio": 0.9995}, "leaves nothing visible"),
     ({"mask.ratio": 1.0}, "between 0 and 1"),
+    (
+      {"data.clips_per_record": 3},
+      "batch_size=32: expected a multiple of data.clips_per_record=3",
+    ),
+    ({"data.clips_per_record": 0}, "data.clips_per_record=0: expected at"),
+    ({"data.min_quality": 1.5}, "data.min_quality=1.5: expected 0 <= value"),
+    ({"data.min_quality": -0.1}, "data.min_quality=-0.1: expected 0 <= value"),
     ({"mesh.data": 0}, "mesh.data=0"),
     ({"optim.base_lr": 0.0}, "optim.base_lr=0.0"),
     ({"dtype": "float16"}, "dtype='float16'"),
+    ({"probe.steps": 5}, "probe.label='' with probe.steps=5: name a label"),
+    (
+      {"probe.steps": 5, "probe.label": "x", "probe.eval_split": "train"},
+      "probe.eval_split='train': expected two splits",
+    ),
   ],
 )
 def test_values_that_make_no_sense_are_refused(changes, words):
   assert words in refuse(**changes)
 
 
-def test_the_strategies_are_those_of_masking():
+def test_choices_are_those_of_the_modules_they_are_for():
   assert _CHOICES["mask.strategy"] == masking.STRATEGIES
+  assert _CHOICES["attention"] == softmax_attention.IMPLEMENTATIONS
 
 
 def test_a_batch_that_does_not_divide_names_values_that_do():

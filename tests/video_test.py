@@ -19,7 +19,7 @@ def test_a_clip_keeps_its_stride_and_repeats_the_last_frame():
 def test_every_start_is_drawn_and_fits(total):
   clip = Clip(num_frames=16, stride=2)
   np_rng = np.random.default_rng(0)
-  starts = {clip.random_start(total, np_rng) for _ in range(1000)}
+  starts = {int(clip.random_starts(total, 1, np_rng)[0]) for _ in range(1000)}
   assert starts == set(range(max(total - 30, 1)))
   for start in starts:
     indices = clip.indices(start, total)
@@ -28,6 +28,27 @@ def test_every_start_is_drawn_and_fits(total):
     assert indices.max() < total
     if total >= 31:
       np.testing.assert_array_equal(np.diff(indices), 2)
+
+
+@pytest.mark.parametrize("total", [1, 20, 31, 32, 36, 60, 64])
+@pytest.mark.parametrize("num_clips", [1, 2, 3, 4])
+def test_starts_of_one_record_differ_and_each_is_as_likely(total, num_clips):
+  clip = Clip(num_frames=16, stride=2)
+  np_rng = np.random.default_rng(0)
+  num_starts = max(total - 30, 1)
+  drawn = np.stack(
+    [clip.random_starts(total, num_clips, np_rng) for _ in range(4000)]
+  )
+  assert drawn.shape == (4000, num_clips)
+  for starts in drawn[:100]:
+    assert len(set(starts)) == min(num_clips, num_starts)
+    if num_starts >= 2 * num_clips:  # they share frames
+      assert set((starts - starts[0]) % 2) == {0}
+  for column in drawn.T:
+    counts = np.bincount(column, minlength=num_starts)
+    expected = 4000 / num_starts
+    assert len(counts) == num_starts
+    assert (abs(counts - expected) < 5 * np.sqrt(expected) + 1).all()
 
 
 @pytest.mark.parametrize("hop", [1, 7, 16, 31, 32, None])

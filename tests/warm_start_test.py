@@ -58,9 +58,9 @@ def test_every_array_is_taken(config, state):
   got, notices = warm_start.apply(weights, state, config)
   assert not notices
   assert jax.tree.structure(got) == jax.tree.structure(state)
-  block = got.params["decoder"]["blocks"][0]
+  blocks = got.params["decoder"]["blocks"]
   for name, array in (
-    ("decoder.blocks.0.mlp_in.kernel", block["mlp_in"]["kernel"]),
+    ("decoder.blocks.0.mlp_in.kernel", blocks["mlp_in"]["kernel"][0]),
     ("encoder.positions", got.fixed["encoder"]["positions"]),
     ("discriminator.out.bias", got.disc_params["out"]["bias"]),
   ):

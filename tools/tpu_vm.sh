@@ -316,15 +316,19 @@ nohup setsid bash -c $(quote "$start") < /dev/null > run/nohup.log 2>&1 &"
 }
 
 # One line per worker: 'worker HOST: ', then running, stopped CODE, ended CODE,
-# gone (it or its machine was killed) or idle (never launched).
+# gone (it or its machine was killed) or idle (never launched). A run writes its
+# code before it lets go of the lock: asked in the other order, one that ends in
+# between would seem gone.
 # shellcheck disable=SC2016 # for the worker to expand
 report='cd ~/marlin_jax/run 2> /dev/null || { echo "worker $(hostname): idle"; exit 0; }
-code=$(cat exit 2> /dev/null || true)
 if ! flock -n lock true; then now=running
-elif [ -e stopped ]; then now="stopped $code"
-elif [ -n "$code" ]; then now="ended $code"
-elif [ -e pid ]; then now=gone
-else now=idle; fi
+else
+  code=$(cat exit 2> /dev/null || true)
+  if [ -e stopped ]; then now="stopped $code"
+  elif [ -n "$code" ]; then now="ended $code"
+  elif [ -e pid ]; then now=gone
+  else now=idle; fi
+fi
 echo "worker $(hostname): $now"'
 
 status() {

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from PIL import Image
 
 from marlin_jax import input_pipeline, sharding, summaries
+from marlin_jax.prepared_dataset import Dataset
 from marlin_jax.train_step import Trainer, TrainState, reconstruct
 
 _SCALARS = (
@@ -27,8 +28,8 @@ class Reconstruction:
   def __init__(
     self,
     trainer: Trainer,
-    dataset: input_pipeline.Dataset,
-    transform: input_pipeline.TakeClip,
+    dataset: Dataset,
+    take_clip: input_pipeline.TakeClip,
     split: NamedSharding,
     *,
     batch_size: int,
@@ -50,7 +51,7 @@ class Reconstruction:
     self._batches = functools.partial(
       input_pipeline.eval_batches,
       dataset,
-      transform,
+      take_clip,
       batch_size=batch_size,
       rows=input_pipeline.own_rows(split, batch_size),
       bad=bad,
@@ -80,7 +81,7 @@ class Reconstruction:
     batch, result = next(self._results(state, 1))
     # With several processes each shows clips of its own.
     video, visible, made = (
-      _local_rows(x)[:num_clips]
+      sharding.local_rows(x)[:num_clips]
       for x in (batch["video"], result["visible"], result["video"])
     )
     return summaries.panels(
@@ -90,15 +91,6 @@ class Reconstruction:
       self._task.tubelets.grid,
       norm_pix=self._task.norm_pix,
     )
-
-
-def _local_rows(x: jax.Array) -> np.ndarray:
-  """What of an array, spread along its first axis, this process holds.
-
-  Several devices may hold the same rows.
-  """
-  shards = {s.index[0].start or 0: s.data for s in x.addressable_shards}
-  return np.concatenate([shards[start] for start in sorted(shards)])
 
 
 def save(views: summaries.Views, directory: Path, name: str, fps: float):

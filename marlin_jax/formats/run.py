@@ -7,7 +7,9 @@ average of them, where the run kept one.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -51,6 +53,18 @@ KEYS = {
 }
 
 
+def architecture_of(meta: Mapping[str, Any]) -> Architecture:
+  """The network that a run's configuration describes.
+
+  Args:
+    meta: flat, as from experiment.flat.
+
+  Raises:
+    KeyError: it does not say one of KEYS.
+  """
+  return Architecture(**{name: meta[key] for name, key in KEYS.items()})
+
+
 def is_run(path: Path) -> bool:
   return _checkpoints(path) is not None
 
@@ -64,6 +78,46 @@ def read(path: Path) -> Weights:
   Raises:
     WeightsError: there is no checkpoint, or it is damaged.
   """
+  where, meta = read_meta(path)
+  try:
+    architecture = architecture_of(meta)
+  except KeyError as e:
+    raise WeightsError(
+      f"{where} does not say what {e} is: was it written by marlin_jax.train?"
+    ) from e
+  trees = read_state(where, _averaged)
+  if "ema" in trees:
+    trees["params"] = trees.pop("ema")
+  prefix = {"params": "", "fixed": "", "disc_params": "discriminator."}
+  arrays = {
+    prefix[part] + name: array
+    for part, tree in trees.items()
+    for name, array in weights_lib.flatten(tree).items()
+  }
+  return Weights(architecture, arrays, str(where))
+
+
+def _averaged(tree: dict) -> dict:
+  """_PARTS of a state; for the parameters their average, if there is one."""
+  wanted = {part: tree[part] for part in _PARTS}
+  if tree.get("ema"):
+    wanted["ema"] = tree["ema"]
+    del wanted["params"]
+  return wanted
+
+
+def read_meta(path: Path) -> tuple[Path, dict]:
+  """Finds a run's last checkpoint.
+
+  Args:
+    path: as for `read`.
+
+  Returns:
+    WORKDIR/checkpoints/STEP, and what it says that the run is about.
+
+  Raises:
+    WeightsError: there is no checkpoint, or it is damaged.
+  """
   directory = _checkpoints(path)
   if directory is None:
     raise WeightsError(
@@ -73,33 +127,54 @@ def read(path: Path) -> Weights:
     step = int(path.name) if directory == path.parent else manager.latest_step()
     if step is None:
       raise WeightsError(f"{directory} holds no complete checkpoint")
-    if checksums.exist(directory / str(step)):
-      problem = checksums.problem(directory / str(step))
+    where = directory / str(step)
+    if checksums.exist(where):
+      problem = checksums.problem(where)
       if problem:
         raise WeightsError(
-          f"{directory / str(step)} is damaged: {problem}. Take another "
-          "checkpoint, or copy it again"
+          f"{where} is damaged: {problem}. Take another checkpoint, or copy it "
+          "again"
         )
     args = ocp.args.Composite(meta=ocp.args.JsonRestore())
     try:
-      meta = manager.restore(step, args=args)["meta"]
-      trees = _restore_parts(directory / str(step) / "state")
+      return where, manager.restore(step, args=args)["meta"]
     except (OSError, ValueError, KeyError) as e:
-      raise WeightsError(f"{directory / str(step)} cannot be read: {e}") from e
+      raise WeightsError(f"{where} cannot be read: {e}") from e
+
+
+def read_state(where: Path, choose: Callable[[dict], dict]) -> dict:
+  """Reads some arrays of a checkpoint.
+
+  Args:
+    where: from `read_meta`.
+    choose: of the tree of all that is there, returns the part to read.
+
+  Returns:
+    That part, with NumPy arrays.
+
+  Raises:
+    WeightsError: it cannot be read.
+  """
+  # The handler itself: a Checkpointer warns of metadata that an item of a
+  # CheckpointManager never has.
+  handler = ocp.PyTreeCheckpointHandler()
+  path = epath.Path(where) / "state"
   try:
-    architecture = Architecture(**{k: meta[v] for k, v in KEYS.items()})
-  except KeyError as e:
-    raise WeightsError(
-      f"{directory / str(step)} does not say what {e} is: was it written by "
-      "marlin_jax.train?"
-    ) from e
-  prefix = {"params": "", "fixed": "", "disc_params": "discriminator."}
-  arrays = {
-    prefix[part] + name: array
-    for part, tree in trees.items()
-    for name, array in weights_lib.flatten(tree).items()
-  }
-  return Weights(architecture, arrays, str(directory / str(step)))
+    wanted = choose(handler.metadata(path).tree)
+    return handler.restore(
+      path,
+      args=ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=jax.tree.map(
+          lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
+        ),
+        partial_restore=True,
+      ),
+    )
+  except (OSError, ValueError, KeyError) as e:
+    raise WeightsError(f"{where} cannot be read: {e}") from e
+  finally:
+    handler.close()
 
 
 def _checkpoints(path: Path) -> Path | None:
@@ -110,32 +185,6 @@ def _checkpoints(path: Path) -> Path | None:
   if path.name.isdigit() and (path / "state").is_dir():
     return path.parent
   return None
-
-
-def _restore_parts(path: Path) -> dict:
-  # The handler itself: a Checkpointer warns of metadata that an item of a
-  # CheckpointManager never has.
-  handler = ocp.PyTreeCheckpointHandler()
-  try:
-    tree = handler.metadata(epath.Path(path)).tree
-    wanted = {part: tree[part] for part in _PARTS}
-    if tree.get("ema"):
-      wanted["ema"] = wanted.pop("params")
-    parts = handler.restore(
-      epath.Path(path),
-      args=ocp.args.PyTreeRestore(
-        item=wanted,
-        restore_args=jax.tree.map(
-          lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
-        ),
-        partial_restore=True,
-      ),
-    )
-    if "ema" in parts:
-      parts["params"] = parts.pop("ema")
-    return parts
-  finally:
-    handler.close()
 
 
 def write(weights: Weights, path: Path) -> list[str]:

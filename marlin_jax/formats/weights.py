@@ -9,7 +9,11 @@ Axes: N tokens, D width, P pixels per token.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import hashlib
+import json
+import re
 
 import flax.traverse_util
 import jax
@@ -24,6 +28,7 @@ from marlin_jax.train_step import IMAGENET_MEAN, IMAGENET_STD
 from marlin_jax.video import Clip, Tubelets
 
 _DISCRIMINATOR = "discriminator."
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 class WeightsError(ValueError):
@@ -138,7 +143,7 @@ class Architecture:
     return {
       prefix + name: value.shape
       for prefix, make in modules.items()
-      for name, value in flatten(nnx.state(nnx.eval_shape(make))).items()
+      for name, value in _shapes(make).items()
     }
 
   @property
@@ -201,12 +206,11 @@ class Weights:
     return self._fill(self.architecture.make_discriminator, _DISCRIMINATOR)
 
   def _fill(self, make, prefix):
-    graphdef, state = nnx.split(nnx.eval_shape(make))
-    filled = {
-      tuple(name.split(".")): jnp.asarray(self.arrays[prefix + name])
-      for name in flatten(state)
-    }
-    return nnx.merge(graphdef, _with_int_keys(filled))
+    arrays = {name: self.arrays[prefix + name] for name in _shapes(make)}
+    return nnx.merge(
+      nnx.graphdef(nnx.eval_shape(make)),
+      jax.tree.map(jnp.asarray, unflatten(arrays)),
+    )
 
   def encoder_only(self) -> Weights:
     """The same without decoder and discriminator."""
@@ -266,6 +270,17 @@ class Weights:
     )
 
 
+def encoder_sha256(weights: Weights) -> str:
+  """Hash of the encoder, whatever format its weights are kept in."""
+  encoder = weights.encoder_only()
+  architecture = dataclasses.asdict(encoder.architecture)
+  digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
+  for name in sorted(encoder.arrays):
+    digest.update(name.encode())
+    digest.update(encoder.arrays[name].tobytes())
+  return digest.hexdigest()
+
+
 def eps_notice(architecture: Architecture, eps: float, whose: str) -> list[str]:
   """What to say where a LayerNorm's eps does not come along."""
   if architecture.norm_eps == eps:
@@ -276,29 +291,41 @@ def eps_notice(architecture: Architecture, eps: float, whose: str) -> list[str]:
   ]
 
 
-def flatten(state) -> dict[str, object]:
-  """An NNX state or nested dict as {'a.b.0.c': leaf}."""
-  if isinstance(state, nnx.State):
-    state = nnx.to_pure_dict(state)
-  flat = flax.traverse_util.flatten_dict(state)
-  return {".".join(map(str, path)): leaf for path, leaf in flat.items()}
+def flatten(module: nnx.Module | dict) -> dict[str, jax.Array]:
+  """A module's arrays, or nested dicts of them, by name.
+
+  A stack of blocks becomes arrays for each of them: 'a.blocks.0.b'.
+  """
+  if isinstance(module, nnx.Module):
+    module = nnx.to_pure_dict(nnx.state(module))
+  arrays = {}
+  for path, leaf in flax.traverse_util.flatten_dict(module, sep=".").items():
+    stack, blocks, name = path.rpartition("blocks.")
+    if blocks:
+      for i in range(len(leaf)):
+        arrays[f"{stack}blocks.{i}.{name}"] = leaf[i]
+    else:
+      arrays[path] = leaf
+  return arrays
 
 
-def unflatten(arrays: dict[str, object]) -> dict:
-  """The inverse of `flatten`."""
-  return _with_int_keys(
-    {tuple(name.split(".")): leaf for name, leaf in arrays.items()}
-  )
+def unflatten(arrays: dict[str, np.ndarray]) -> dict:
+  """The inverse of `flatten`, as nested dicts."""
+  flat = {}
+  stacks = collections.defaultdict(dict)
+  for path, array in arrays.items():
+    found = _BLOCK.search(path)
+    if found:
+      stacks[_BLOCK.sub("blocks.", path)][int(found[1])] = array
+    else:
+      flat[path] = array
+  for path, blocks in stacks.items():
+    flat[path] = np.stack([blocks[i] for i in range(len(blocks))])
+  return flax.traverse_util.unflatten_dict(flat, sep=".")
 
 
-def _with_int_keys(flat):
-  # The blocks of a stack are numbered, not named.
-  return flax.traverse_util.unflatten_dict(
-    {
-      tuple(int(key) if key.isdigit() else key for key in path): leaf
-      for path, leaf in flat.items()
-    }
-  )
+def _shapes(make):
+  return jax.eval_shape(lambda: flatten(make()))
 
 
 def of_modules(

@@ -67,10 +67,18 @@ class Encoder(nnx.Module):
     return self.norm(self.tokens(patches, indices))
 
   def tokens(
-    self, patches: jax.Array, indices: jax.Array | None = None
+    self,
+    patches: jax.Array,
+    indices: jax.Array | None = None,
+    keep: jax.Array | None = None,
   ) -> jax.Array:
-    """As `__call__`, before the final norm; without indices of all tokens."""
-    return self.transformer(self.embed(patches, indices))
+    """As `__call__`, before the final norm; without indices of all tokens.
+
+    Args:
+      patches, indices: as there.
+      keep: float32 (depth, 2, B), from vit.drop_path.
+    """
+    return self.transformer(self.embed(patches, indices), keep=keep)
 
   def embed(
     self, patches: jax.Array, indices: jax.Array | None = None
@@ -173,7 +181,7 @@ class MAE(nnx.Module):
       [latent + positions[visible], self.mask_token[...] + positions[masked]],
       axis=1,
     )
-    x = self.decoder(x.astype(self.dtype))
-    # Only masked tokens are predicted: norm and head run on them alone.
-    x = self.dec_norm(x[:, visible.shape[1] :])
-    return self.head(x).astype(jnp.float32)
+    # Only masked tokens are predicted: the last block's queries, the norm and
+    # the head run on them alone.
+    x = self.decoder(x.astype(self.dtype), start=visible.shape[1])
+    return self.head(self.dec_norm(x)).astype(jnp.float32)

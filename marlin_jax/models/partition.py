@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -31,6 +31,9 @@ class Placement(Protocol):
 
   def weights(self, params: Pytree) -> Pytree:
     """Readies parameters, nested dicts by name, for use."""
+
+  def own_heads(self, attend: Callable[..., jax.Array]):
+    """Has each device run a function on its own clips and heads."""
 
 
 _in_use: contextvars.ContextVar[Placement | None] = contextvars.ContextVar(
@@ -58,6 +61,18 @@ def weights(params: Pytree) -> Pytree:
   """Readies one block's parameters as the placement in use wants it."""
   placement = _in_use.get()
   return params if placement is None else placement.weights(params)
+
+
+def own_heads(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  """Has each device run a function on the clips and heads it has.
+
+  For what the compiler cannot cut up itself.
+
+  Args:
+    attend: of arrays (B, N, H, K) each, and so its result.
+  """
+  placement = _in_use.get()
+  return attend if placement is None else placement.own_heads(attend)
 
 
 def num_tensor() -> int:

@@ -10,6 +10,7 @@ Axes: B batch, N tokens, D width, H heads, K = D / H.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -17,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from marlin_jax.models import partition
+from marlin_jax.models import partition, softmax_attention
 
 # MARLIN's. VideoMAE has 1e-6, and HuggingFace's copy of it 1e-12.
 NORM_EPS = 1e-5
+_SQRT_HALF = 0.5**0.5
 
 # What the backward pass keeps of a block; everything else it computes again.
 REMAT_POLICIES = {
@@ -66,7 +68,8 @@ class Dense(nnx.Linear):
   """nnx.Linear on the last axis, as one plain matrix product.
 
   With batch and tokens as two axes XLA's CPU backend takes twice as long for
-  the gradient of the weights; elsewhere the two are the same program.
+  the gradient of the weights. Elsewhere the two are the same program, but for a
+  copy on TPU where the number of tokens is no multiple of 8.
   """
 
   def __call__(self, x):
@@ -103,7 +106,7 @@ def dense(
 
 
 class Attention(nnx.Module):
-  """Multi-head self-attention; (B, N, D) -> (B, N, D)."""
+  """Multi-head self-attention; (B, N, D) -> (B, M, D) for the last M tokens."""
 
   def __init__(self, width, num_heads, dtype, implementation, rngs):
     self.num_heads = num_heads
@@ -116,40 +119,35 @@ class Attention(nnx.Module):
     self.value = project()
     self.out = dense(width, width, rngs, dtype)
 
-  def project(self, x):
-    """Query, key and value, (B, N, H, K) each."""
-    heads = (*x.shape[:2], self.num_heads, -1)
+  def project(self, x, start=0):
+    """Queries (B, M, H, K) of the last M tokens, keys and values of all."""
     layers = (self.query, self.key, self.value)
-    # Joined where devices share the heads: there the gradient of x is summed
-    # over devices, once for all three instead of once for each.
-    project = joined if partition.num_tensor() > 1 else apart
-    return [y.reshape(heads) for y in project(layers, x)]
+    if partition.num_tensor() > 1:
+      # There the gradient of x is summed over devices: once for all three
+      # instead of once for each.
+      q, k, v = joined(layers, x)
+      q = q[:, start:]
+    else:
+      q, k, v = self.query(x[:, start:]), self.key(x), self.value(x)
+    return [y.reshape(*y.shape[:2], self.num_heads, -1) for y in (q, k, v)]
 
   def weights(self, x):
     """How much each token looks at each: float32 (B, H, N, N), rows sum to 1.
 
-    Whatever the implementation: 'cudnn' never holds them, and its own differ by
+    Whatever the implementation: most never hold them, and their own differ by
     rounding.
     """
     q, k, _ = self.project(x)
-    return attention_weights(q, k)
+    return softmax_attention.weights(q, k)
 
-  def __call__(self, x):
-    q, k, v = self.project(x)
-    if self.implementation == "cudnn":
-      y = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    else:
-      y = plain_attention(q, k, v)
-    return self.out(y.reshape(x.shape))
-
-
-def apart(layers: Sequence[Dense], x: jax.Array) -> list[jax.Array]:
-  """Several layers of the same size on one input, each on its own."""
-  return [layer(x) for layer in layers]
+  def __call__(self, x, start=0):
+    q, k, v = self.project(x, start)
+    y = softmax_attention.attend(self.implementation, q, k, v)
+    return self.out(y.reshape(*y.shape[:2], -1))
 
 
 def joined(layers: Sequence[Dense], x: jax.Array) -> list[jax.Array]:
-  """As `apart`, to rounding, in one matrix product."""
+  """Several layers of the same size on one input, in one matrix product."""
   dtype = layers[0].dtype
   kernel = jnp.stack([layer.kernel[...].astype(dtype) for layer in layers])
   flat = x.reshape(-1, x.shape[-1]).astype(dtype)
@@ -161,30 +159,8 @@ def joined(layers: Sequence[Dense], x: jax.Array) -> list[jax.Array]:
   ]
 
 
-def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """Exact attention on every backend; q, k, v (B, N, H, K) -> (B, N, H, K).
-
-  On CPU about 8% faster than jax.nn.dot_product_attention, which it equals.
-  """
-  weights = attention_weights(q, k).astype(v.dtype)
-  v = v.transpose(0, 2, 1, 3)  # (B, H, N, K)
-  return jnp.einsum("bhqn,bhnk->bhqk", weights, v).transpose(0, 2, 1, 3)
-
-
-def attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:
-  """q, k (B, N, H, K) -> float32 (B, H, N, N), one row per query."""
-  q, k = (a.transpose(0, 2, 1, 3) for a in (q, k))  # (B, H, N, K)
-  logits = jnp.einsum(
-    "bhqk,bhnk->bhqn",
-    q * q.shape[-1] ** -0.5,
-    k,
-    preferred_element_type=jnp.float32,
-  )
-  return jax.nn.softmax(logits, axis=-1)
-
-
 class Block(nnx.Module):
-  """Pre-norm transformer block; (B, N, D) -> (B, N, D)."""
+  """Pre-norm transformer block; (B, N, D) -> (B, M, D), the last M tokens."""
 
   def __init__(
     self, width, mlp_dim, num_heads, dtype, attention, norm_eps, rngs
@@ -195,21 +171,82 @@ class Block(nnx.Module):
     self.mlp_in = dense(width, mlp_dim, rngs, dtype)
     self.mlp_out = dense(mlp_dim, width, rngs, dtype)
 
-  def __call__(self, x):
-    x = x + self.attention(self.norm1(x))
-    hidden = jax.nn.gelu(self.mlp_in(self.norm2(x)), approximate=False)
-    return x + self.mlp_out(hidden)
+  def __call__(self, x, start=0, keep=None):
+    """Runs the block.
+
+    Args:
+      x: tokens.
+      start: the first that is wanted.
+      keep: float32 (2, B), what the two branches of each clip are multiplied
+        with; see `drop_path`.
+    """
+    y = self.attention(self.norm1(x), start)
+    x = x[:, start:] + (y if keep is None else _scaled(y, keep[0]))
+    y = self.mlp_out(gelu(self.mlp_in(self.norm2(x))))
+    return x + (y if keep is None else _scaled(y, keep[1]))
+
+
+def _scaled(y: jax.Array, factor: jax.Array) -> jax.Array:
+  return y * factor[:, None, None].astype(y.dtype)
+
+
+def drop_path(
+  rng: jax.Array, rate: float, depth: int, num_clips: int
+) -> jax.Array:
+  """Draws which branches of which clips are left out (Huang et al. 2016).
+
+  Args:
+    rng: a key.
+    rate: of the last block, below 1; that of the others rises to it from 0.
+    depth: blocks.
+    num_clips: B.
+
+  Returns:
+    float32 (depth, 2, B): 0, or what makes up for those that are 0.
+  """
+  kept = 1 - rate * jnp.arange(depth) / max(depth - 1, 1)
+  kept = kept[:, None, None]
+  drawn = jax.random.uniform(rng, (depth, 2, num_clips)) < kept
+  return drawn / kept
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+  """x Phi(x) for the normal distribution's Phi, not its tanh approximation.
+
+  As jax.nn.gelu to rounding. Of arrays as wide as the hidden layer, the largest
+  a block has beside attention, that one's gradient asks for four; this one's
+  for x.
+  """
+  wide = x.astype(jnp.float32)
+  return (wide * (1 + jax.lax.erf(wide * _SQRT_HALF)) / 2).astype(x.dtype)
+
+
+def _gelu_backward(x, slope):
+  wide = x.astype(jnp.float32)
+  # Of -x: the compiler would take erf(x) for the forward pass' own, and keep it
+  # from there to here.
+  cdf = (1 - jax.lax.erf(-wide * _SQRT_HALF)) / 2
+  density = jnp.exp(-jnp.square(wide) / 2) * (0.5 / math.pi) ** 0.5
+  return ((slope * (cdf + wide * density)).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 class Transformer(nnx.Module):
-  """A stack of blocks without the final norm; (B, N, D) -> (B, N, D).
+  """A stack of blocks without the final norm; (B, N, D) -> (B, M, D).
 
-  Parameters are kept block by block whatever `scan` says, so that a checkpoint
-  does not depend on it.
+  Whatever `scan` says, each parameter is one array for all blocks, stacked
+  along a leading axis: what is done to every array, as by the optimiser, then
+  compiles no longer for a deep network than for a shallow one.
 
   Attributes:
-    scan: compile one block and loop over it: compiles faster, and with remat
-      needs the least memory; unrolled runs 1.1-1.25x faster on CPU.
+    blocks: one Block, its parameters with a leading axis of length `depth`.
+    depth: how many there are.
+    scan: compile one block and loop over it, which compiles faster and with
+      remat needs the least memory; otherwise the loop is unrolled, which runs
+      a few percent faster.
     remat: 'none', or a key of REMAT_POLICIES.
   """
 
@@ -227,32 +264,49 @@ class Transformer(nnx.Module):
     norm_eps: float,
     rngs: nnx.Rngs,
   ):
+    self.depth = depth
     self.scan = scan
     self.remat = remat
-    self.blocks = nnx.List(
-      [
-        Block(width, mlp_dim, num_heads, dtype, attention, norm_eps, rngs)
-        for _ in range(depth)
-      ]
-    )
 
-  def __call__(self, x):
-    graphdef = nnx.graphdef(self.blocks[0])
-    params = [nnx.to_pure_dict(nnx.state(block)) for block in self.blocks]
+    @nnx.split_rngs(splits=depth)
+    @nnx.vmap
+    def draw(rngs):
+      return Block(width, mlp_dim, num_heads, dtype, attention, norm_eps, rngs)
 
-    def apply(x, block_params):
+    self.blocks = draw(rngs)
+
+  def __call__(self, x, start=0, keep=None):
+    """Runs the blocks.
+
+    Args:
+      x: tokens.
+      start: the first that is wanted: the last block computes no other.
+      keep: float32 (depth, 2, B), from `drop_path`; not together with `start`.
+    """
+    graphdef, params = nnx.split(self.blocks)
+    params = nnx.to_pure_dict(params)
+    last = None
+    if start:
+      last = jax.tree.map(lambda p: p[-1], params)
+      params = jax.tree.map(lambda p: p[:-1], params)
+
+    def apply(start, x, block_params, keep=None):
       block = nnx.merge(graphdef, partition.weights(block_params))
-      return partition.tokens(block(partition.tokens(x)))
+      return partition.tokens(block(partition.tokens(x), start, keep))
 
     if self.remat != "none":
       # Under scan the loop itself already keeps XLA from merging the two
       # computations of a block.
       apply = jax.checkpoint(
-        apply, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan
+        apply,
+        policy=REMAT_POLICIES[self.remat],
+        prevent_cse=not self.scan,
+        static_argnums=0,
       )
-    if self.scan:
-      stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-      return jax.lax.scan(lambda x, p: (apply(x, p), None), x, stacked)[0]
-    for block_params in params:
-      x = apply(x, block_params)
-    return x
+    x, _ = jax.lax.scan(
+      lambda x, p: (apply(0, x, *p), None),
+      x,
+      (params, keep),
+      unroll=1 if self.scan else self.depth,
+    )
+    return apply(start, x, last) if start else x

@@ -59,12 +59,12 @@ def make(name: str, size: str, on_video: bool) -> Callable[[], object]:
 
 def compare(size: str, repeats: int) -> list[dict]:
   names = (AUTHORS, FUSED, OURS)
-  secs = timing.in_turns(
+  secs, _ = timing.in_turns(
     "features", {name: (name, size, False) for name in names}, repeats
   )
   results = [timing.table(f"{size}, a clip", secs, OURS)]
   if VIDEO.is_file():
-    secs = timing.in_turns(
+    secs, _ = timing.in_turns(
       "features", {name: (name, size, True) for name in names}, repeats
     )
     # 143 frames: theirs leave out the end.

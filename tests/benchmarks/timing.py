@@ -5,7 +5,9 @@ import json
 import multiprocessing
 import os
 import platform
+import resource
 import statistics
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 
 def in_turns(
   module: str, candidates: dict[str, tuple], repeats: int
-) -> dict[str, list[float]]:
+) -> tuple[dict[str, list[float]], dict[str, dict]]:
   """Seconds of each call, in turns, after a first call of each.
 
   Each candidate has a process of its own: thread pools of two libraries in one
@@ -23,9 +25,14 @@ def in_turns(
     module: has `make(*arguments)`, which gives a function to be timed.
     candidates: arguments of `make` by name.
     repeats: calls of each.
+
+  Returns:
+    Seconds by name; and by name `first_secs`, of making it and the first call,
+    compilation included, and `peak_bytes`, on a GPU of its memory and else of
+    the process.
   """
   spawn = multiprocessing.get_context("spawn")
-  started = {}
+  started, about = {}, {}
   for name, arguments in candidates.items():
     ours, theirs = spawn.Pipe()
     process = spawn.Process(
@@ -34,28 +41,53 @@ def in_turns(
     process.start()
     theirs.close()
     started[name] = process, ours
-    ours.recv()  # its first call is over
+    about[name] = {"first_secs": ours.recv()[0]}
   secs = {name: [] for name in candidates}
   for _ in range(repeats):
     for name, (_, pipe) in started.items():
       pipe.send(None)
-      secs[name].append(pipe.recv())
+      taken, about[name]["peak_bytes"] = pipe.recv()
+      secs[name].append(taken)
   for process, _ in started.values():
     process.kill()
-  return secs
+  return secs, about
 
 
 def _serve(pipe, module: str, arguments: tuple) -> None:
+  start = time.perf_counter()
   run = importlib.import_module(module).make(*arguments)
   while True:
-    start = time.perf_counter()
     run()
-    pipe.send(time.perf_counter() - start)
+    pipe.send((time.perf_counter() - start, _peak_bytes()))
     pipe.recv()
+    start = time.perf_counter()
 
 
-def table(what: str, secs: dict[str, list[float]], ours: str) -> dict:
-  """Prints medians, spread and the ratio to ours; returns them."""
+def _peak_bytes() -> int:
+  torch = sys.modules.get("torch")
+  if torch and torch.cuda.is_available():
+    return torch.cuda.max_memory_allocated()
+  jax = sys.modules.get("jax")
+  stats = jax and jax.local_devices()[0].memory_stats()
+  if stats:
+    return stats["peak_bytes_in_use"]
+  return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def table(
+  what: str,
+  secs: dict[str, list[float]],
+  ours: str,
+  about: dict[str, dict] | None = None,
+) -> dict:
+  """Prints medians, spread and the ratio to ours; returns them.
+
+  Args:
+    what: is timed.
+    secs: by name.
+    ours: the name that the others are compared with.
+    about: what else is known of them, from `in_turns`.
+  """
   base = statistics.median(secs[ours])
   rows = {}
   for name, values in secs.items():
@@ -65,11 +97,17 @@ def table(what: str, secs: dict[str, list[float]], ours: str) -> dict:
       "over_ours": median / base,
       "secs": values,
     }
-    print(
+    line = (
       f"{what:26} {name:26} {median:8.3f} s  ({min(values):.3f} to "
-      f"{max(values):.3f})  {median / base:5.2f} x {ours}",
-      flush=True,
+      f"{max(values):.3f})  {median / base:5.2f} x {ours}"
     )
+    if about:
+      rows[name] |= about[name]
+      line += (
+        f"  peak {about[name]['peak_bytes'] / 1e9:5.2f} GB, first "
+        f"{about[name]['first_secs']:4.0f} s"
+      )
+    print(line, flush=True)
   return {"what": what, "rows": rows}
 
 

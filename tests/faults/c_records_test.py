@@ -16,7 +16,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from train_test import metrics_of, refused, run
 
-from marlin_jax import input_pipeline, records
+from marlin_jax import input_pipeline, prepared_dataset, records
 from marlin_jax.video import Clip
 
 TAKE_CLIP = input_pipeline.TakeClip(Clip(4, 2), tubelet_size=2)
@@ -26,8 +26,8 @@ BATCH_SIZE = 3
 @pytest.fixture(scope="module")
 def good(sample_dataset):
   """Records to be spoiled, as they are on disk: eight copies of real ones."""
-  dataset = input_pipeline.open_dataset(str(sample_dataset), "train")
-  source = input_pipeline.RecordSource(dataset)
+  dataset = prepared_dataset.open_dataset(str(sample_dataset), "train")
+  source = prepared_dataset.RecordSource(dataset)
   return [
     dataclasses.replace(source[i % len(source)][1], segment=i) for i in range(8)
   ]
@@ -40,7 +40,7 @@ def write(directory, contents):
   for content in contents:
     writer.write(content)
   writer.close()
-  return input_pipeline.Dataset(
+  return prepared_dataset.Dataset(
     path=str(directory),
     split="train",
     shards=(str(path),),
@@ -50,15 +50,15 @@ def write(directory, contents):
   )
 
 
-def batches(dataset, quarantine, limit, start_step=0):
+def batches(dataset, quarantine, limit, start_step=0, **k):
   return input_pipeline.train_batches(
     dataset,
     TAKE_CLIP,
-    batch_size=BATCH_SIZE,
     seed=0,
     start_step=start_step,
     num_threads=2,
     bad=input_pipeline.BadRecords(quarantine, limit),
+    **{"batch_size": BATCH_SIZE} | k,
   )
 
 
@@ -138,23 +138,57 @@ def test_a_resumed_run_reads_the_same_clips_around_bad_records(spoiled):
   assert quarantine.read_text() == told
 
 
+def test_processes_agree_on_what_replaces_a_record_that_is_bad_in_part(
+  good, tmp_path
+):
+  """Other clips of it could be read, and one process wants only those."""
+  num_good = len(good[3]) - 6
+  frames = [*good[3].frames[:num_good], *[b"no picture"] * 6]
+  contents = [records.encode(record) for record in good]
+  contents[3] = records.encode(dataclasses.replace(good[3], frames=frames))
+  dataset = write(tmp_path, contents)
+
+  def take(name, rows):
+    made = batches(
+      dataset, tmp_path / name, 1, batch_size=6, clips_per_record=3, rows=rows
+    )
+    return list(itertools.islice(made, 40))
+
+  whole = take("whole", range(6))
+  first, second = take("first", [0, 1]), take("second", [2, 3, 4, 5])
+  for all_rows, *parts in zip(whole, first, second, strict=True):
+    for key, value in all_rows.items():
+      np.testing.assert_array_equal(
+        value, np.concatenate([part[key] for part in parts])
+      )
+  for batch in whole:
+    for i in (0, 3):
+      assert len(set(batch["_id"][i : i + 3].tolist())) == 1
+  # It was taken where no clip reached its end, and only there.
+  starts = np.concatenate([b["start"][b["_id"] == 3] for b in whole])
+  assert len(starts)
+  assert starts.max() <= num_good - TAKE_CLIP.clip.span
+  for name in ("whole", "first", "second"):
+    assert "record 3 is damaged" in (tmp_path / name).read_text()
+
+
 def test_more_bad_records_than_allowed_end_the_run(spoiled):
   dataset, quarantine = spoiled
-  with pytest.raises(input_pipeline.DatasetError) as error:
+  with pytest.raises(prepared_dataset.DatasetError) as error:
     list(itertools.islice(batches(dataset, quarantine, 1), 8))
   message = str(error.value)
   assert "config.data.max_bad_records is 1" in message
   assert str(quarantine) in message
   # Restarting does not wear the limit down.
-  with pytest.raises(input_pipeline.DatasetError):
+  with pytest.raises(prepared_dataset.DatasetError):
     list(itertools.islice(batches(dataset, quarantine, 1), 8))
 
 
 def test_a_data_set_without_any_good_record_ends_at_once(good, tmp_path):
   dataset = write(tmp_path, [not_a_jpeg(record) for record in good])
-  with pytest.raises(input_pipeline.DatasetError, match="no record that can"):
+  with pytest.raises(prepared_dataset.DatasetError, match="no record that can"):
     next(batches(dataset, tmp_path / "quarantine.jsonl", 1000))
-  with pytest.raises(input_pipeline.DatasetError, match="max_bad_records"):
+  with pytest.raises(prepared_dataset.DatasetError, match="max_bad_records"):
     next(batches(dataset, tmp_path / "again.jsonl", 0))
 
 

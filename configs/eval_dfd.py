@@ -1,0 +1,31 @@
+"""Deepfakes on FaceForensics++: real or manipulated.
+
+Paper: MARLIN, CVPR 2023, section 4.2: AUC 0.9305 with B, 0.9377 with L. The
+authors released no code for it. Not yet run here.
+
+  python -m data_prep.prepare --dataset=ffpp_c23 --input=FFPP --output=DATA
+  python -m marlin_jax.eval.dfd --config=configs/eval_dfd.py \
+    --checkpoint=runs/b --data=DATA --workdir=runs/dfd \
+    --config.modes=finetune
+
+'deepfake' is trained on all manipulations, and scored on all together and on
+each against the real videos. The other tasks know one manipulation only.
+"""
+
+from configs import eval_far
+
+METHODS = ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures")
+
+
+def get_config():
+  config = eval_far.get_config()
+  config.tasks = "deepfake"  # or Deepfakes,Face2Face,FaceSwap,NeuralTextures
+
+  real = {"label": "manipulation", "negative": "original"}
+  config.derive.deepfake = real
+  for method in METHODS:
+    config.derive[method] = real | {"only": method}
+
+  # Two mixed faces look like a manipulated one.
+  config.finetune.mixup = 0.0
+  return config

@@ -1,0 +1,362 @@
+"""Shows what several parsers, or hand-drawn masks, say of the same faces.
+
+  python -m data_prep.compare_parsers VIDEOS --parsers=mediapipe,bisenet \
+    --output=sheet.png
+  python -m data_prep.compare_parsers VIDEOS --parsers=mediapipe \
+    --masks=tests/data/masks --output=sheet.png
+
+Every row of the picture is a face: the crop, then each one's regions. Printed,
+and written beside the picture as .json: intersection over union per region,
+over all pixels of all faces, with the masks where there are some, else with
+the first parser.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from marlin_jax import arguments
+from marlin_jax.records import FRAME_SIZE, REGIONS
+
+if TYPE_CHECKING:
+  from data_prep.face_finder import FaceFinder
+  from data_prep.manifest import Source
+  from data_prep.parsers import ParserChoice
+
+NAME_HEIGHT = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Face:
+  """One face to compare on.
+
+  Attributes:
+    name: for the picture.
+    frame: uint8 (H, W, 3), RGB.
+    box: float32 (4,), the crop.
+    landmarks: float32 (478, 2), or None.
+    mask: uint8 (224, 224), drawn by hand, or None.
+  """
+
+  name: str
+  frame: np.ndarray
+  box: np.ndarray
+  landmarks: np.ndarray | None
+  mask: np.ndarray | None = None
+
+
+def iou_per_region(
+  found: np.ndarray, expected: np.ndarray
+) -> dict[str, float | None]:
+  """Returns intersection over union, None where neither has the region.
+
+  Args:
+    found: uint8 (N, 224, 224), LaPa codes.
+    expected: likewise.
+  """
+  scores: dict[str, float | None] = {}
+  for code, name in enumerate(REGIONS):
+    a, b = found == code, expected == code
+    union = int((a | b).sum())
+    scores[name] = int((a & b).sum()) / union if union else None
+  return scores
+
+
+def drawn_faces(
+  sources: Sequence[Source], folder: Path, finder: FaceFinder
+) -> Iterator[Face]:
+  """Yields the faces that were drawn, of the videos that are there.
+
+  Raises:
+    DrawingError: there is no drawing, or a bad one, or one of a frame that the
+      video does not have.
+    decode.DecodeError: a video cannot be read.
+  """
+  from data_prep import drawings
+
+  by_name = {source.path.name: source for source in sources}
+  wanted = drawings.read_folder(folder)
+  for video in sorted({drawing.video for drawing in wanted}):
+    if video not in by_name:
+      print(f"note: {video}, of which there are drawings, is not there")
+      continue
+    of_video = [drawing for drawing in wanted if drawing.video == video]
+    frames = _frames(by_name[video], {drawing.frame for drawing in of_video})
+    for drawing in of_video:
+      if drawing.frame not in frames:
+        raise drawings.DrawingError(
+          f"{drawing.name}: {video} has no frame {drawing.frame}"
+        )
+      frame = frames[drawing.frame]
+      landmarks = finder.mesh(frame, _face_box(drawing.box))
+      yield Face(drawing.name, frame, drawing.box, landmarks, drawing.labels)
+
+
+def tracked_faces(
+  sources: Sequence[Source], num_faces: int, finder: FaceFinder
+) -> Iterator[Face]:
+  """Yields faces evenly spaced over the tracks of all videos.
+
+  Raises:
+    decode.DecodeError: a video cannot be read.
+  """
+  from data_prep import decode, faces
+
+  of_source = []
+  for source in sources:
+    with _opened(source) as video:
+      frames = (frame for frame, _ in video)
+      try:
+        tracks = faces.find_tracks(frames, finder, min_frames=1)
+      except decode.DecodeError as e:
+        raise decode.DecodeError(f"{source.path}: {e}") from e
+    of_source.append(
+      [(track, row) for track in tracks for row in range(len(track))]
+    )
+  total = sum(map(len, of_source))
+  places = (np.arange(num_faces) + 0.5) * total / num_faces
+  chosen = set(np.unique(places.astype(int)).tolist()) if total else set()
+  start = 0
+  for source, rows in zip(sources, of_source, strict=True):
+    own = [rows[i] for i in range(len(rows)) if start + i in chosen]
+    start += len(rows)
+    numbers = {track.first_frame + row for track, row in own}
+    frames = _frames(source, numbers) if numbers else {}
+    for track, row in own:
+      number = track.first_frame + row
+      landmarks = track.landmarks[row]
+      yield Face(
+        f"{source.path.name} #{track.track_id} frame {number}",
+        frames[number],
+        track.boxes[row],
+        landmarks if np.isfinite(landmarks).all() else None,
+      )
+
+
+def label_maps(faces: Sequence[Face], choice: ParserChoice) -> np.ndarray:
+  """Returns uint8 (N, 224, 224); all background where no face was parsed."""
+  from data_prep import parsers
+
+  maps = np.zeros((len(faces), FRAME_SIZE, FRAME_SIZE), np.uint8)
+  with parsers.open_parser(choice) as parser:
+    for i, face in enumerate(faces):
+      labels = parser.parse(face.frame, face.box, face.landmarks)
+      if labels is not None:
+        maps[i] = labels
+  return maps
+
+
+def sheet(
+  faces: Sequence[Face], columns: Sequence[tuple[str, np.ndarray]]
+) -> np.ndarray:
+  """Draws a row per face: the crop, and each column's regions over it.
+
+  Args:
+    faces: N of them.
+    columns: name and uint8 (N, 224, 224) label maps.
+
+  Returns:
+    uint8 (H, W, 3), RGB.
+  """
+  from PIL import Image, ImageDraw
+
+  from data_prep import boxes, contact_sheet
+
+  width = (1 + len(columns)) * FRAME_SIZE
+  legend = contact_sheet.legend(width)
+  row_height = FRAME_SIZE + NAME_HEIGHT
+  height = len(legend) + NAME_HEIGHT + len(faces) * row_height
+  image = Image.new("RGB", (width, height), "white")
+  image.paste(Image.fromarray(legend), (0, 0))
+  draw = ImageDraw.Draw(image)
+  y = len(legend)
+  for i, (name, _) in enumerate(columns):
+    draw.text(((1 + i) * FRAME_SIZE + 4, y), name, fill="black")
+  y += NAME_HEIGHT
+  for i, face in enumerate(faces):
+    crop = boxes.crop_frame(face.frame, face.box)
+    image.paste(Image.fromarray(crop), (0, y))
+    for j, (_, maps) in enumerate(columns):
+      picture = contact_sheet.overlay(crop, maps[i])
+      image.paste(Image.fromarray(picture), ((1 + j) * FRAME_SIZE, y))
+    draw.text((4, y + FRAME_SIZE + 2), face.name, fill="black")
+    y += row_height
+  return np.asarray(image)
+
+
+def table(reference: str, scores: dict[str, dict[str, float | None]]) -> str:
+  """Returns the scores as text, a line per region."""
+  lines = [
+    f"IoU with {reference}",
+    f"{'region':12}" + "".join(f"{name:>12}" for name in scores),
+  ]
+  for region in REGIONS:
+    values = [of_region[region] for of_region in scores.values()]
+    cells = ["-" if value is None else f"{value:.3f}" for value in values]
+    lines.append(f"{region:12}" + "".join(f"{cell:>12}" for cell in cells))
+  return "\n".join(lines)
+
+
+# --- Reading ------------------------------------------------------------------
+
+
+def _opened(source: Source):
+  from data_prep import decode
+
+  return decode.open_video(source.path, frame_rate=source.frame_rate)
+
+
+def _frames(source: Source, numbers: set[int]) -> dict[int, np.ndarray]:
+  """Returns frames of a video by number; those it does not have are missing."""
+  frames = {}
+  with _opened(source) as video:
+    for i, (frame, _) in enumerate(video):
+      if i in numbers:
+        frames[i] = frame
+      if i >= max(numbers):
+        break
+  return frames
+
+
+def _face_box(box: np.ndarray) -> np.ndarray:
+  """Returns where the face is in a crop."""
+  from data_prep import boxes, regions
+
+  return regions.grown(box, 1 / boxes.CROP_RATIO)
+
+
+# --- Command line -------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Returns the exit code."""
+  args = _parser().parse_args(argv)
+  from data_prep import assets, decode, drawings, manifest
+
+  try:
+    _run(args)
+  except (
+    assets.AssetError,
+    decode.DecodeError,
+    decode.DecoderSetupError,
+    drawings.DrawingError,
+    manifest.ManifestError,
+    RuntimeError,
+    OSError,
+  ) as e:
+    print(f"error: {e}", file=sys.stderr)
+    return 1
+  return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+  from PIL import Image
+
+  from data_prep import face_finder, manifest
+  from data_prep.parsers import ParserChoice
+
+  # --- The faces --------------------------------------------------------------
+  sources = manifest.read_sources(args.input)
+  with contextlib.closing(face_finder.FaceFinder()) as finder:
+    if args.masks is not None:
+      faces = list(drawn_faces(sources, args.masks, finder))
+    else:
+      faces = list(tracked_faces(sources, args.num_faces, finder))
+  if not faces:
+    raise RuntimeError(f"no face to compare on in {args.input}")
+
+  # --- Their label maps -------------------------------------------------------
+  files = dict(args.parser_path)
+  columns = [
+    (name, label_maps(faces, ParserChoice(name, files.get(name))))
+    for name in args.parsers
+  ]
+  if args.masks is not None:
+    columns.insert(0, ("drawn", np.stack([face.mask for face in faces])))
+
+  # --- What they agree on -----------------------------------------------------
+  reference, expected = columns[0]
+  scores = {name: iou_per_region(m, expected) for name, m in columns[1:]}
+  if scores:
+    print(table(reference, scores))
+  args.output.parent.mkdir(parents=True, exist_ok=True)
+  Image.fromarray(sheet(faces, columns)).save(args.output)
+  report = {"reference": reference, "num_faces": len(faces), "iou": scores}
+  written = args.output.with_suffix(".json")
+  written.write_text(json.dumps(report, indent=2) + "\n")
+  num_faces = arguments.counted(len(faces), "face")
+  print(f"{num_faces}; pictures: {args.output}, numbers: {written}")
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="python -m data_prep.compare_parsers",
+    description="Shows what several face parsers, or masks drawn by hand, say "
+    "of the same faces, with their intersection over union per region.",
+    formatter_class=arguments.HelpFormatter,
+    allow_abbrev=False,
+  )
+  add = parser.add_argument
+  add("input", help="a video, a folder of videos, a manifest, or sample")
+  add(
+    "--parsers",
+    type=_names,
+    default="mediapipe",
+    help="which, with commas between them: mediapipe, multiclass, farl, "
+    "bisenet",
+  )
+  add(
+    "--parser_path",
+    type=_named_path,
+    action="append",
+    default=[],
+    metavar="NAME=FILE",
+    help="the model file of a parser; may be given for each",
+  )
+  add(
+    "--masks",
+    type=Path,
+    help="folder of masks drawn by hand (see data_prep/drawings.py): compare "
+    "with these, on their frames",
+  )
+  add("--output", type=Path, required=True, help="picture to write (.png)")
+  add(
+    "--num_faces",
+    type=arguments.at_least(1),
+    default=12,
+    help="faces to compare on, without masks",
+  )
+  return parser
+
+
+def _names(text: str) -> list[str]:
+  from data_prep.parsers import PARSERS
+
+  names = text.split(",")
+  for name in names:
+    if name not in PARSERS:
+      raise argparse.ArgumentTypeError(
+        f"no parser {name!r}; expected some of {', '.join(PARSERS)}"
+      )
+  return names
+
+
+def _named_path(text: str) -> tuple[str, Path]:
+  name, _, path = text.partition("=")
+  (name,) = _names(name)
+  if not path:
+    raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE")
+  return name, Path(path)
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,317 @@
+"""Numbers of a prepared data set, from its ledger and a sample of its records.
+
+Counts come from the ledger and are exact. The rest comes from whole videos,
+chosen by a hash of their names until enough records are read: of small data
+sets that is all of them. No picture is decoded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep import dataset_folder, ledger, process, shards
+from data_prep.listing import Label
+from data_prep.manifest import stable_hash
+from marlin_jax import records
+from marlin_jax.records import Record
+
+# Label maps differ little from one frame to the next.
+_AREA_STEPS = 8
+
+
+class DatasetError(ValueError):
+  """The folder holds no data set that can be described."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where a record lies: path of its shard and number in it."""
+
+  shard: Path
+  number: int
+
+
+@dataclasses.dataclass
+class Track:
+  """One face track.
+
+  Attributes:
+    video_id, track_id, split: which.
+    fps, quality, quality_terms, labels: as in its records.
+    num_frames: of all its segments.
+    side: median side of its crop in source pixels.
+    places: of its records.
+  """
+
+  video_id: str
+  track_id: int
+  split: str
+  fps: float
+  quality: float
+  quality_terms: np.ndarray
+  labels: Mapping[str, np.ndarray]
+  num_frames: int = 0
+  side: float = 0.0
+  places: list[Place] = dataclasses.field(default_factory=list)
+
+  @property
+  def secs(self) -> float:
+    return self.num_frames / self.fps if self.fps > 0 else 0.0
+
+
+@dataclasses.dataclass
+class Statistics:
+  """What the report shows.
+
+  Attributes:
+    labels: what the tracks' labels mean.
+    counts: per split, as in metadata.json.
+    statuses: how many videos were kept, without a face, and quarantined.
+    refused: (video_id, reason) of those that were not kept.
+    num_records: read for the following, of all that there are.
+    tracks: of the sampled videos.
+    num_frames: of the sampled records.
+    present: int64 (11,), in how many of these frames a region is there.
+    area: float64 (11,), mean share of the crop that a region covers.
+  """
+
+  labels: dict[str, Label]
+  counts: dict[str, dict[str, int]]
+  statuses: Counter[str]
+  refused: list[tuple[str, str]]
+  num_records: int = 0
+  tracks: list[Track] = dataclasses.field(default_factory=list)
+  num_frames: int = 0
+  present: np.ndarray = dataclasses.field(
+    default_factory=lambda: np.zeros(len(records.REGIONS), np.int64)
+  )
+  area: np.ndarray = dataclasses.field(
+    default_factory=lambda: np.zeros(len(records.REGIONS))
+  )
+
+  @property
+  def num_videos(self) -> int:
+    return self.statuses.total()
+
+  @property
+  def is_complete(self) -> bool:
+    """Whether every record was read."""
+    total = sum(count["num_records"] for count in self.counts.values())
+    return self.num_records == total
+
+  def secs(self, split: str) -> float:
+    """Returns how long all tracks of a split are; nan where none was read."""
+    tracks = [track for track in self.tracks if track.split == split]
+    num_read = sum(track.num_frames for track in tracks)
+    if not num_read:
+      return float("nan") if self.counts[split]["num_frames"] else 0.0
+    secs = sum(track.secs for track in tracks)
+    return secs / num_read * self.counts[split]["num_frames"]
+
+
+def read(
+  dataset_dir: Path,
+  max_records: int,
+  progress: Callable[[int, int], None] = lambda num, total: None,
+) -> Statistics:
+  """Reads the ledger and a sample.
+
+  Args:
+    dataset_dir: a folder that data_prep.prepare wrote.
+    max_records: no further video is begun once so many were read.
+    progress: called with the number of records read and to be read.
+
+  Raises:
+    DatasetError: the folder holds no such data set, or a damaged one.
+  """
+  settings, metadata, entries = _described(dataset_dir)
+  statistics = Statistics(
+    labels={
+      name: Label(label["kind"], tuple(label["names"]))
+      for name, label in metadata["labels"].items()
+    },
+    counts={
+      split: dataset_folder.counts(e for e in entries if e.split == split)
+      for split in sorted({entry.split for entry in entries})
+    },
+    statuses=Counter(entry.status for entry in entries),
+    refused=[
+      (entry.video_id, entry.reason)
+      for entry in entries
+      if entry.status != process.KEPT
+    ],
+  )
+  first = _first_records(dataset_dir, settings, entries)
+  chosen = _chosen(entries, max_records)
+  total = sum(entry.num_records for entry in chosen)
+  area = _Mean(len(records.REGIONS))
+  for entry in chosen:
+    tracks: dict[int, list[tuple[Place, Record]]] = {}
+    for place, record in _records(first[entry.video_id], entry):
+      tracks.setdefault(record.track_id, []).append((place, record))
+      _add_regions(statistics, area, record)
+      statistics.num_records += 1
+      progress(statistics.num_records, total)
+    for parts in tracks.values():
+      statistics.tracks.append(_track(parts, entry.split))
+  statistics.area = area.value
+  statistics.tracks.sort(key=lambda track: (track.video_id, track.track_id))
+  return statistics
+
+
+def read_record(place: Place) -> Record:
+  """Reads one record again.
+
+  Raises:
+    DatasetError: it is damaged.
+  """
+  try:
+    (data,) = shards.read_records(place.shard, place.number, 1)
+    return records.decode(data)
+  except (RuntimeError, ValueError) as e:
+    raise _damaged(place.shard, f"record {place.number}: {e}") from e
+
+
+# --- The small files ----------------------------------------------------------
+
+
+def _described(
+  dataset_dir: Path,
+) -> tuple[dict[str, Any], dict[str, Any], list[ledger.Entry]]:
+  """Returns settings, metadata and ledger."""
+  settings = ledger.read_json(dataset_dir / "settings.json")
+  metadata = ledger.read_json(dataset_dir / "metadata.json")
+  if not settings or not metadata:
+    raise DatasetError(
+      f"{dataset_dir} is no finished data set of data_prep.prepare: "
+      "settings.json or metadata.json is missing or damaged"
+    )
+  if metadata["schema_version"] != records.SCHEMA_VERSION:
+    raise DatasetError(
+      f"{dataset_dir} is of schema_version {metadata['schema_version']}, this "
+      f"program reads {records.SCHEMA_VERSION}; prepare into a new folder"
+    )
+  path = dataset_dir / "videos.jsonl"
+  try:
+    with path.open("rb") as lines:
+      entries = [ledger.Entry(**json.loads(line)) for line in lines]
+  except (OSError, ValueError, TypeError) as e:
+    raise _damaged(path, str(e)) from e
+  if not any(entry.num_records for entry in entries):
+    raise DatasetError(f"{dataset_dir} holds no record")
+  return settings, metadata, entries
+
+
+def _damaged(path: Path, why: str) -> DatasetError:
+  return DatasetError(
+    f"{path} cannot be read ({why}); python -m data_prep.verify "
+    f"{path.parent} tells all that is wrong"
+  )
+
+
+def _first_records(
+  dataset_dir: Path, settings: dict[str, Any], entries: list[ledger.Entry]
+) -> dict[str, Place]:
+  """Returns where each video's first record lies: they are sorted by name."""
+  places, counts = {}, Counter()
+  for entry in sorted(entries, key=lambda entry: entry.video_id):
+    name = dataset_folder.shard_of(settings, entry.split, entry.video_id)
+    places[entry.video_id] = Place(dataset_dir / name, counts[name])
+    counts[name] += entry.num_records
+  return places
+
+
+def _chosen(
+  entries: list[ledger.Entry], max_records: int
+) -> list[ledger.Entry]:
+  """Returns kept videos, `max_records` records or a few more of them.
+
+  One of each split first, then by a hash: which ones does not depend on what
+  they hold, nor on the order of the ledger.
+  """
+  kept = sorted(
+    (entry for entry in entries if entry.num_records),
+    key=lambda entry: stable_hash(f"report:{entry.video_id}"),
+  )
+  of_split = {entry.split: entry for entry in reversed(kept)}
+  first = list(of_split.values())
+  others = [e for e in kept if of_split[e.split] is not e]
+  chosen, num = [], 0
+  for entry in (*first, *others):
+    if num >= max_records:
+      break
+    chosen.append(entry)
+    num += entry.num_records
+  return chosen
+
+
+# --- Records ------------------------------------------------------------------
+
+
+def _records(
+  first: Place, entry: ledger.Entry
+) -> Iterator[tuple[Place, Record]]:
+  try:
+    encoded = shards.read_records(first.shard, first.number, entry.num_records)
+    for i, data in enumerate(encoded):
+      record = records.decode(data)
+      if record.video_id != entry.video_id:
+        raise ValueError(
+          f"record {first.number + i} is of {record.video_id!r}, expected "
+          f"{entry.video_id!r}"
+        )
+      yield Place(first.shard, first.number + i), record
+  except (RuntimeError, ValueError, IndexError) as e:
+    raise _damaged(first.shard, str(e)) from e
+
+
+def _track(parts: list[tuple[Place, Record]], split: str) -> Track:
+  places, found = zip(*parts, strict=True)
+  record = found[0]
+  boxes = np.concatenate([record.boxes for record in found])
+  return Track(
+    video_id=record.video_id,
+    track_id=record.track_id,
+    split=split,
+    fps=record.fps,
+    quality=record.quality,
+    quality_terms=record.quality_terms,
+    labels=record.labels,
+    num_frames=len(boxes),
+    side=float(np.median(boxes[:, 2] - boxes[:, 0])),
+    places=list(places),
+  )
+
+
+class _Mean:
+  """A running mean of vectors."""
+
+  def __init__(self, size: int) -> None:
+    self._sum, self._num = np.zeros(size), 0
+
+  def add(self, total: np.ndarray, num: int) -> None:
+    self._sum += total
+    self._num += num
+
+  @property
+  def value(self) -> np.ndarray:
+    return self._sum / max(self._num, 1)
+
+
+def _add_regions(statistics: Statistics, area: _Mean, record: Record) -> None:
+  codes = np.arange(len(records.REGIONS), dtype=np.uint16)
+  in_frame = np.bitwise_or.reduce(record.regions, axis=(1, 2))
+  statistics.present += (in_frame[:, None] >> codes & 1).sum(
+    axis=0, dtype=np.int64
+  )
+  statistics.num_frames += len(record)
+  label_maps = records.decode_parsing(record)[::_AREA_STEPS]
+  counts = np.bincount(label_maps.reshape(-1), minlength=len(codes))
+  area.add(counts[: len(codes)], label_maps.size)

@@ -1,0 +1,42 @@
+"""Published data sets, by how they lie on disk: folder layout -> listing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+from data_prep.datasets import celebvhq, ffpp, files, lrs2, mosei, ytf
+from data_prep.listing import Listing
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How a data set lies on disk.
+
+  Attributes:
+    read: takes its folder; raises ManifestError where the layout is another.
+    summary: what it holds, in a line for --help.
+  """
+
+  read: Callable[[Path], Listing]
+  summary: str
+
+
+LAYOUTS = {
+  "class_folders": Layout(
+    files.class_folders, "[SPLIT/]CLASS/VIDEO, for a task of one's own"
+  ),
+  "ytf": Layout(ytf.read, "YouTube Faces: frame_images_DB/, splits.txt"),
+  "celebvhq": Layout(celebvhq.read, "CelebV-HQ: celebvhq_info.json and clips"),
+  "mosei": Layout(mosei.read, "CMU-MOSEI: labels (.csd or .csv) and segments"),
+  **{
+    f"ffpp_{compression}": Layout(
+      functools.partial(ffpp.read, compression=compression),
+      f"FaceForensics++ at compression {compression}",
+    )
+    for compression in ffpp.COMPRESSIONS
+  },
+  "lrs2": Layout(lrs2.read, "LRS2 with its sound: mvlrs_v1/main, pretrain"),
+}

@@ -1,0 +1,144 @@
+"""A CSV manifest: path, and optionally subject_id, split and labels.
+
+  path,subject_id,split,label_mood,label_face.glasses,label_face.beard
+  a.mp4,Ann,train,happy,1,0
+  b.mp4,Bob,test,sad,0,
+
+`label_NAME` is a label of one number or class, `label_NAME.PART` one number of
+a label that has several. Words make a class; 0 and 1 alone a yes-or-no
+attribute; any other numbers a value. A cell that is empty or `nan` is unknown.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_prep.datasets.files import read_text
+from data_prep.listing import (
+  BINARY,
+  CLASS,
+  VALUE,
+  Label,
+  Listing,
+  ManifestError,
+  Row,
+)
+
+COLUMNS = ("path", "subject_id", "split")
+LABEL = "label_"
+
+
+def table(manifest: Path, root: Path) -> Listing:
+  """Reads a CSV manifest.
+
+  Raises:
+    ManifestError: the header is not as above. What is wrong with single rows
+      is in the listing.
+  """
+  # newline='': the csv module itself deals with CRLF, also within quotes.
+  text = io.StringIO(read_text(manifest), newline="")
+  reader = csv.reader(text, strict=True)
+  cells: list[tuple[int, dict[str, str]]] = []
+  problems = []
+  header: list[str] = []
+  try:
+    header = [name.strip() for name in next(reader, [])]
+    _check(manifest, header)
+    for values in reader:
+      if len(values) == len(header):
+        cells.append((reader.line_num, dict(zip(header, values, strict=True))))
+      elif values:
+        problem = (
+          f"{len(values)} columns, expected {len(header)} "
+          f"({', '.join(header)}); quote a path that holds a comma"
+        )
+        problems.append((reader.line_num, problem))
+  except csv.Error as e:
+    problems.append((reader.line_num, f"{e}; nothing after it was read"))
+  notes: list[str] = []
+  labels, numbers = _labels(header, [row for _, row in cells], notes)
+  rows = [
+    Row(
+      number,
+      **{name: row[name] for name in COLUMNS if name in row},
+      labels={name: numbers[name][i] for name in labels},
+    )
+    for i, (number, row) in enumerate(cells)
+  ]
+  return Listing(root, rows, labels, problems, notes)
+
+
+def _check(manifest: Path, header: list[str]) -> None:
+  unknown = [
+    name
+    for name in header
+    if name not in COLUMNS and not name.startswith(LABEL)
+  ]
+  # label_a, label_a. and label_a.a are one column.
+  columns = {
+    _label_part(name) if name.startswith(LABEL) else name for name in header
+  }
+  if "path" not in header or unknown or len(columns) < len(header):
+    raise ManifestError(
+      f"{manifest}: the header is {header}, expected `path` and optionally "
+      "`subject_id`, `split` and `label_NAME`, separated by commas"
+    )
+
+
+def _label_part(column: str) -> tuple[str, str]:
+  """Returns the name and the part of a label's column."""
+  name, _, part = column.removeprefix(LABEL).partition(".")
+  return name, part or name
+
+
+def _labels(
+  header: Sequence[str], rows: Sequence[dict[str, str]], notes: list[str]
+) -> tuple[dict[str, Label], dict[str, list[tuple[float, ...]]]]:
+  """Returns the labels, and of each the numbers of every row; adds notes."""
+  columns: dict[str, dict[str, str]] = {}
+  for column in header:
+    if column.startswith(LABEL):
+      name, part = _label_part(column)
+      columns.setdefault(name, {})[part] = column
+  labels, numbers = {}, {}
+  for name, parts in columns.items():
+    texts = [[_cell(row[column]) for column in parts.values()] for row in rows]
+    words = sorted({t for cells in texts for t in cells if not _is_number(t)})
+    if words and len(parts) > 1:
+      raise ManifestError(
+        f"label {name} has the parts {list(parts)} and words such as "
+        f"{words[0]!r}; parts hold numbers, or leave out the full stop"
+      )
+    if words:
+      classes = sorted({t for cells in texts for t in cells if t})
+      if len(words) < len(classes):
+        notes.append(
+          f"label {name} holds words such as {words[0]!r} beside numbers, so "
+          f"that each of its {len(classes)} values is a class"
+        )
+      labels[name] = Label(CLASS, tuple(classes))
+      number_of = {text: float(i) for i, text in enumerate(classes)}
+      numbers[name] = [(number_of.get(text, math.nan),) for (text,) in texts]
+      continue
+    found = [tuple(float(t) if t else math.nan for t in c) for c in texts]
+    only_bits = {v for row in found for v in row if v == v} <= {0.0, 1.0}
+    labels[name] = Label(BINARY if only_bits else VALUE, tuple(parts))
+    numbers[name] = found
+  return labels, numbers
+
+
+def _cell(text: str) -> str:
+  text = text.strip()
+  return "" if text.lower() == "nan" else text
+
+
+def _is_number(text: str) -> bool:
+  """Says whether a cell is empty or a finite number."""
+  try:
+    return not text or math.isfinite(float(text))
+  except ValueError:
+    return False

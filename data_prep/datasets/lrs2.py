@@ -1,0 +1,66 @@
+"""LRS2 (Son Chung et al., CVPR 2017): spoken sentences of the BBC, with sound.
+
+  main/PROGRAMME/NUMBER.mp4, pretrain/PROGRAMME/NUMBER.mp4
+  train.txt, val.txt, test.txt, pretrain.txt     PROGRAMME/NUMBER a line
+
+The folder may be the unpacked mvlrs_v1 or what holds it. Speakers are not
+known, so splits can only be the official ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data_prep.datasets.files import read_text
+from data_prep.listing import Listing, ManifestError, Row, missing_notes
+
+# Split, and the folder that its videos are in.
+SPLITS = {
+  "train": "main",
+  "val": "main",
+  "test": "main",
+  "pretrain": "pretrain",
+}
+
+
+def read(root: Path) -> Listing:
+  """Lists the videos of the lists that are there.
+
+  Raises:
+    ManifestError: no list or no video is there.
+  """
+  lists = root
+  if not (root / "main").is_dir() and (root / "mvlrs_v1").is_dir():
+    root = root / "mvlrs_v1"
+  rows, num_missing, num_lists = [], 0, 0
+  for split, folder in SPLITS.items():
+    found = [
+      path
+      for path in (lists / f"{split}.txt", root / f"{split}.txt")
+      if path.is_file()
+    ]
+    for path in found[:1]:
+      num_lists += 1
+      for line in read_text(path).split("\n"):
+        # test.txt has a second column, on the quality of the alignment.
+        name = line.split()[:1]
+        if not name:
+          continue
+        video = f"{folder}/{name[0]}.mp4"
+        if (root / video).exists():
+          rows.append(Row(0, video, split=split))
+        else:
+          num_missing += 1
+  if not num_lists:
+    raise ManifestError(
+      f"{lists} has none of {', '.join(f'{s}.txt' for s in SPLITS)}: the lists "
+      "come with LRS2"
+    )
+  if not rows:
+    raise ManifestError(
+      f"{root} holds none of the {num_missing} videos of its lists; expected "
+      "files such as main/PROGRAMME/00001.mp4"
+    )
+  num_listed = num_missing + len(rows)
+  notes = missing_notes(num_missing, num_listed, "listed videos")
+  return Listing(root, rows, notes=notes, has_sound=True)

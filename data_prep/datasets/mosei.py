@@ -1,0 +1,197 @@
+"""CMU-MOSEI (Zadeh et al., ACL 2018): opinions, with sentiment and emotions.
+
+  CMU_MOSEI_Labels.csd                          HDF5: numbers and times
+  Raw/Transcript/Segmented/Combined/VIDEO.txt   VIDEO___N___start___end___text
+  Raw/Videos/Segmented/Combined/VIDEO_N.mp4     the segments
+  cmu_mosei_std_folds.py                        the official split (optional)
+
+or, instead of the first two, a table CMU_MOSEI_Labels.csv or label.csv with the
+columns video_id, clip_id, label (or sentiment), and optionally mode (the split)
+and happy, sad, anger, surprise, disgust, fear.
+
+Labels: sentiment, a value from -3 to 3; emotion, six attributes, 1 where there
+is evidence of it (a score over 0), as in the paper. The official split is by
+video and comes with the CMU-MultimodalSDK as a Python file of three lists,
+which is parsed, never run. Without it 10% of the videos go to val, 20% to test.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import io
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from data_prep.datasets.files import read_text
+from data_prep.listing import (
+  BINARY,
+  VALUE,
+  Label,
+  Listing,
+  ManifestError,
+  Row,
+  missing_notes,
+)
+
+EMOTIONS = ("happy", "sad", "anger", "surprise", "disgust", "fear")
+CSD = "CMU_MOSEI_Labels.csd"
+TABLES = ("CMU_MOSEI_Labels.csv", "label.csv")
+TRANSCRIPTS = "Raw/Transcript/Segmented/Combined"
+VIDEOS = "Raw/Videos/Segmented/Combined"
+FOLDS = "cmu_mosei_std_folds.py"
+# Times of labels and of transcripts come from two files.
+MAX_SECS_APART = 0.1
+
+# Video, number of the segment, split or '', sentiment, the six emotions.
+_Segment = tuple[str, str, str, float, tuple[float, ...]]
+
+
+def read(root: Path) -> Listing:
+  """Lists the labelled segments that are there.
+
+  Raises:
+    ManifestError: labels are missing or not as published, or no video is there.
+  """
+  tables = [root / name for name in TABLES if (root / name).is_file()]
+  if (root / CSD).is_file():
+    segments = list(_csd_segments(root))
+  elif tables:
+    segments = list(_table_segments(tables[0]))
+  else:
+    raise ManifestError(
+      f"{root} has none of {', '.join((CSD, *TABLES))}; expected the labels of "
+      "CMU-MOSEI there"
+    )
+  folds = _folds(root / FOLDS)
+  rows, num_missing = [], 0
+  for video, number, split, sentiment, scores in segments:
+    path = f"{VIDEOS}/{video}_{number}.mp4"
+    if not (root / path).exists():
+      num_missing += 1
+      continue
+    evidence = tuple(s if math.isnan(s) else float(s > 0) for s in scores)
+    labels = {"sentiment": (sentiment,), "emotion": evidence}
+    rows.append(Row(0, path, video, split or folds.get(video, ""), labels))
+  if not rows:
+    raise ManifestError(
+      f"none of the {len(segments)} labelled segments is in {root / VIDEOS}; "
+      "expected files VIDEO_NUMBER.mp4"
+    )
+  notes = missing_notes(num_missing, len(segments), "labelled segments")
+  if folds:
+    unlisted = [row for row in rows if not row.split]
+    rows = [row for row in rows if row.split]
+    if unlisted:
+      notes.append(
+        f"{len(unlisted)} segments are left out: their videos are in none of "
+        f"the lists of {FOLDS}."
+      )
+  labels = {
+    "sentiment": Label(VALUE, ("sentiment",)),
+    "emotion": Label(BINARY, EMOTIONS),
+  }
+  return Listing(root, rows, labels, notes=notes, split_ratios=(0.1, 0.2))
+
+
+# --- .csd ---------------------------------------------------------------------
+
+
+def _csd_segments(root: Path) -> Iterator[_Segment]:
+  """Joins labels and segments by time: only the transcripts number them."""
+  try:
+    import h5py
+  except ImportError as e:
+    raise ManifestError(
+      f"{CSD} is an HDF5 file: pip install h5py, then run again"
+    ) from e
+  folder = root / TRANSCRIPTS
+  if not folder.is_dir():
+    raise ManifestError(
+      f"{folder} is missing: {CSD} gives times, and only the transcripts tell "
+      "which segment file is at which time"
+    )
+  try:
+    with h5py.File(root / CSD, "r") as file:
+      # The one group has the name of the whole: 'All Labels' or another.
+      (group,) = file.values()
+      for video, item in group["data"].items():
+        times, numbers = item["intervals"][()], item["features"][()]
+        if numbers.shape != (len(times), 1 + len(EMOTIONS)):
+          raise ValueError(
+            f"{video} has numbers {numbers.shape}, expected {len(times)} x "
+            f"{1 + len(EMOTIONS)}"
+          )
+        starts = dict(_starts(folder / f"{video}.txt"))
+        for (start, _), row in zip(times, numbers, strict=True):
+          number = _nearest(starts, float(start))
+          if number is not None:
+            del starts[number]
+            scores = tuple(float(v) for v in row)
+            yield video, number, "", scores[0], scores[1:]
+  except (OSError, KeyError, ValueError) as e:
+    raise ManifestError(f"{root / CSD} is not as published: {e}") from e
+
+
+def _starts(path: Path) -> list[tuple[str, float]]:
+  """Returns number and start in seconds of a video's segments."""
+  if not path.is_file():
+    return []
+  fields = (line.split("___") for line in read_text(path).split("\n"))
+  return [(f[1], float(f[2])) for f in fields if len(f) >= 4]
+
+
+def _nearest(starts: Mapping[str, float], start: float) -> str | None:
+  apart = {number: abs(at - start) for number, at in starts.items()}
+  number = min(apart, key=apart.__getitem__, default=None)
+  return number if number and apart[number] <= MAX_SECS_APART else None
+
+
+# --- .csv ---------------------------------------------------------------------
+
+
+def _table_segments(path: Path) -> Iterator[_Segment]:
+  reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+  columns = reader.fieldnames or []
+  value = "sentiment" if "sentiment" in columns else "label"
+  missing = [c for c in ("video_id", "clip_id", value) if c not in columns]
+  if missing:
+    raise ManifestError(
+      f"{path} has the columns {columns}, expected video_id, clip_id, label "
+      "(or sentiment), and optionally mode and " + ", ".join(EMOTIONS)
+    )
+  for row in reader:
+    try:
+      numbers = [float(row.get(n) or math.nan) for n in (value, *EMOTIONS)]
+    except ValueError as e:
+      raise ManifestError(f"{path}, line {reader.line_num}: {e}") from e
+    split = {"valid": "val"}.get(row.get("mode") or "", row.get("mode") or "")
+    # A spreadsheet turns 3 into 0003 or back; the files have no zeros.
+    number = row["clip_id"].lstrip("0") or "0"
+    yield row["video_id"], number, split, numbers[0], tuple(numbers[1:])
+
+
+# --- The official split -------------------------------------------------------
+
+
+def _folds(path: Path) -> dict[str, str]:
+  """Returns the split of each video, empty where the file is not there."""
+  if not path.is_file():
+    return {}
+  names = {
+    "standard_train_fold": "train",
+    "standard_valid_fold": "val",
+    "standard_test_fold": "test",
+  }
+  folds = {}
+  try:
+    for node in ast.parse(read_text(path)).body:
+      if isinstance(node, ast.Assign) and node.targets[0].id in names:
+        for video in ast.literal_eval(node.value):
+          folds[video] = names[node.targets[0].id]
+  except (SyntaxError, ValueError, AttributeError, TypeError) as e:
+    raise ManifestError(f"{path} holds no three lists of video ids: {e}") from e
+  if set(folds.values()) != set(names.values()):
+    raise ManifestError(f"{path} lacks some of the lists {', '.join(names)}")
+  return folds

@@ -1,0 +1,123 @@
+"""YouTube Faces (Wolf, Hassner and Maoz, CVPR 2011): folders of frames.
+
+  frame_images_DB/NAME/K/K.FRAME.jpg     the frames of video K of a person
+  splits.txt                             ten folds of pairs, no person in two
+  train_set.csv, val_set.csv             MARLIN's split (optional): path,len
+
+MARLIN pretrains on it. Its authors' split (2,593 videos to train on, 633 to
+validate, no person in both, none shorter than 48 frames) is in their
+repository, github.com/ControlNet/MARLIN, dataset/misc/youtube_face/: with both
+files beside the frames it is taken, and what they do not list is left out.
+Else the official folds give a split of the same kind and nearly the same size:
+the people of the last two folds go to val, everybody else to train.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from data_prep.datasets.files import read_text
+from data_prep.listing import Listing, ManifestError, Row
+
+FRAMES = "frame_images_DB"
+FRAME_RATE = 24.0  # the videos' own, as the paper says
+VAL_FOLDS = (9, 10)
+MARLINS_SPLIT = {"train": "train_set.csv", "val": "val_set.csv"}
+
+
+def read(root: Path) -> Listing:
+  """Lists every folder of frames.
+
+  Raises:
+    ManifestError: there is no frame folder, or splits.txt is missing or gives a
+      person two folds.
+  """
+  folder_of_frames = root / FRAMES
+  if not folder_of_frames.is_dir():
+    raise ManifestError(
+      f"{root} has no folder {FRAMES}; expected the unpacked YouTube Faces, "
+      f"{FRAMES}/NAME/K/K.FRAME.jpg and splits.txt"
+    )
+  marlins = _marlins_split(root)
+  folds = {} if marlins else _folds(root / "splits.txt")
+
+  def split_of(person: str, video: str) -> str:
+    if marlins:
+      return marlins.get(f"{person}/{video}", "")
+    return "val" if folds.get(person) in VAL_FOLDS else "train"
+
+  rows = [
+    Row(
+      0,
+      video.relative_to(root).as_posix(),
+      subject_id=person.name,
+      split=split_of(person.name, video.name),
+      frame_rate=FRAME_RATE,
+    )
+    for person in folder_of_frames.iterdir()
+    if person.is_dir()
+    for video in person.iterdir()
+    if video.is_dir()
+  ]
+  if not rows:
+    raise ManifestError(
+      f"{folder_of_frames} holds no folder NAME/K; unpack YouTube Faces there"
+    )
+  notes = []
+  if marlins:
+    listed = [row for row in rows if row.split]
+    notes.append(
+      f"MARLIN's split: {len(listed)} of its {len(marlins)} videos are there; "
+      f"{len(rows) - len(listed)} others are left out."
+    )
+    rows = listed
+  return Listing(root, rows, notes=notes)
+
+
+def _marlins_split(root: Path) -> dict[str, str]:
+  """Returns the split of each NAME/K; {} where the two files are not there."""
+  paths = {split: root / name for split, name in MARLINS_SPLIT.items()}
+  there = [path for path in paths.values() if path.is_file()]
+  if not there:
+    return {}
+  if len(there) < len(paths):
+    raise ManifestError(
+      f"{root} has {there[0].name} alone; expected both of "
+      + ", ".join(MARLINS_SPLIT.values())
+    )
+  splits: dict[str, str] = {}
+  for split, path in paths.items():
+    for row in csv.DictReader(read_text(path).splitlines()):
+      if not row.get("path"):
+        raise ManifestError(f"{path} has no column 'path' with NAME/K")
+      splits[row["path"]] = split
+  return splits
+
+
+def _folds(path: Path) -> dict[str, int]:
+  """Returns the fold of each person that is in a pair.
+
+  A line is `fold, NAME/K, NAME/K, ...`; what follows is about the pair.
+  """
+  if not path.is_file():
+    raise ManifestError(
+      f"{path} is missing: it gives the official folds, and comes with YouTube "
+      "Faces"
+    )
+  folds: dict[str, int] = {}
+  for number, line in enumerate(read_text(path).splitlines(), 1):
+    fields = [field.strip() for field in line.split(",")]
+    if not fields[0].isdigit():
+      continue  # the header
+    for video in fields[1:3]:
+      name = video.partition("/")[0]
+      fold = folds.setdefault(name, int(fields[0]))
+      if fold != int(fields[0]):
+        raise ManifestError(
+          f"{path}, line {number}: {name} is in fold {fields[0]} and in fold "
+          f"{fold}; the folds share no person"
+        )
+  if not folds:
+    raise ManifestError(f"{path} holds no line such as '1, NAME/0, NAME/1, 1'")
+  return folds

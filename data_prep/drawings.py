@@ -1,0 +1,79 @@
+"""Masks drawn by hand: polygons over one frame's crop, in a small JSON file.
+
+  {"video": "a.mp4", "frame": 12, "box": [x0, y0, x1, y1],
+   "polygons": [{"region": "hair", "points": [[x, y], ...]}, ...]}
+
+The frame is the 0-based number in the video, the box its crop in source pixels,
+and points are in the crop's 224x224 pixels. A later polygon covers an earlier
+one; "background" cuts a hole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+
+from data_prep import regions
+from marlin_jax.records import FRAME_SIZE
+
+
+class DrawingError(ValueError):
+  """A file is no drawing; the message says which and why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+  """A mask drawn by hand.
+
+  Attributes:
+    name: the file's, without suffix.
+    video: file name of the video.
+    frame: number of the frame, from 0.
+    box: float32 (4,), the crop in source pixels.
+    labels: uint8 (224, 224), LaPa codes.
+  """
+
+  name: str
+  video: str
+  frame: int
+  box: np.ndarray
+  labels: np.ndarray
+
+
+def read_folder(folder: Path) -> list[Drawing]:
+  """Reads all drawings of a folder, by name.
+
+  Raises:
+    DrawingError: there is none, or one of them is not what it should be.
+  """
+  files = sorted(folder.glob("*.json"))
+  if not files:
+    raise DrawingError(f"no drawing (*.json) in {folder}")
+  return [read(file) for file in files]
+
+
+def read(file: Path) -> Drawing:
+  """Reads one drawing.
+
+  Raises:
+    DrawingError: it is not what it should be.
+  """
+  try:
+    data = json.loads(file.read_text())
+    box = np.array(data["box"], np.float32)
+    labels = np.zeros((FRAME_SIZE, FRAME_SIZE), np.uint8)
+    for polygon in data["polygons"]:
+      ring = np.array(polygon["points"], np.float64).reshape(-1, 2)
+      regions.fill(labels, ring, regions.CODE[polygon["region"]])
+    if box.shape != (4,) or not (box[2] > box[0] and box[3] > box[1]):
+      raise ValueError(f"box {data['box']} is not x0 < x1, y0 < y1")
+    return Drawing(
+      file.stem, str(data["video"]), int(data["frame"]), box, labels
+    )
+  except (KeyError, TypeError, ValueError) as e:
+    raise DrawingError(
+      f"{file} is no drawing: {type(e).__name__}: {e}; see data_prep.drawings"
+    ) from e

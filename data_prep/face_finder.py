@@ -1,0 +1,205 @@
+"""The detectors and the face mesh, on one picture.
+
+Boxes are x0, y0, x1, y1 in pixels of the picture, where pixel (i, j) covers
+[j, j+1) x [i, i+1).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from typing import Any, Self
+
+import numpy as np
+
+from data_prep import assets, boxes, mediapipe_tasks
+
+# Each model and the score from which its detection is believed. The full-range
+# model misses faces that fill the frame; the short-range one misses those below
+# about 8% of its width, and gives a cartoon animal 0.6 where people have 0.69
+# and more.
+DETECTORS = (
+  ("face_detector.tflite", 0.65),
+  ("face_detection_full_range_sparse.tflite", 0.5),
+)
+LANDMARKER = "face_landmarker.task"
+MODELS = (*(name for name, _ in DETECTORS), LANDMARKER)
+# Pictures at least so much longer than wide are searched in parts.
+MIN_TILED_RATIO = 1.4
+# A detection smaller than this share of the frame is looked at again from
+# close, in a picture of so many times its side: its box is too rough for the
+# mesh model.
+SMALL_RATIO = 0.08
+CLOSE_UP_RATIO = 4.0
+# The mesh of a real face is 0.8 to 1.2 times as high as the detector's box.
+MESH_HEIGHT_RANGE = (0.65, 1.8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Detection:
+  """What a detector reports.
+
+  Attributes:
+    box: float64 (4,).
+    score: the detector's, in [0.5, 1].
+    believed: whether this detector is seldom wrong at that score.
+  """
+
+  box: np.ndarray
+  score: float
+  believed: bool
+
+  def shifted(self, x: int, y: int) -> Detection:
+    """Returns it as seen from a picture of which this one is a part."""
+    return dataclasses.replace(self, box=self.box + np.tile([x, y], 2))
+
+
+class FaceFinder:
+  """The detectors and the mesh model; use as a context manager.
+
+  It keeps no state between calls, so one finder serves any number of videos.
+  Faces below about 8% of the frame's shorter side may be missed.
+
+  Raises:
+    assets.AssetError: a model file could not be had.
+    RuntimeError: a system library is missing.
+  """
+
+  def __init__(self) -> None:
+    with contextlib.ExitStack() as stack:
+      self._detectors = [
+        (
+          stack.enter_context(
+            mediapipe_tasks.open_task("FaceDetector", assets.fetch(asset_name))
+          ),
+          believed_score,
+        )
+        for asset_name, believed_score in DETECTORS
+      ]
+      # Two, because a neighbour may stand in the same crop.
+      self._landmarker = stack.enter_context(
+        mediapipe_tasks.open_task(
+          "FaceLandmarker",
+          assets.fetch(LANDMARKER),
+          num_faces=2,
+        )
+      )
+      self._stack = stack.pop_all()
+
+  def close(self) -> None:
+    self._stack.close()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self.close()
+
+  def detect(self, frame: np.ndarray) -> list[Detection]:
+    """Finds the faces of a frame, the surest first.
+
+    Args:
+      frame: uint8 (H, W, 3), RGB.
+    """
+    short_range, full_range = self._detectors
+    found = _run(*short_range, frame)
+    for x, y, tile in _tiles(frame):
+      for face in _run(*full_range, tile):
+        found.append(face.shifted(x, y))
+    found.sort(key=lambda face: (not face.believed, -face.score))
+    faces: list[Detection] = []
+    for face in found:
+      if all(boxes.overlap(face.box, other.box) < 0.4 for other in faces):
+        faces.append(face)
+    small = SMALL_RATIO * max(frame.shape[:2])
+    return [
+      self._close_up(frame, face) if boxes.square(face.box)[2] < small else face
+      for face in faces
+    ]
+
+  def _close_up(self, frame: np.ndarray, face: Detection) -> Detection:
+    """Returns the face as the short-range detector sees it from close."""
+    x0, y0, x1, y1 = boxes.square_around(face.box, CLOSE_UP_RATIO)
+    x0, y0 = max(int(x0), 0), max(int(y0), 0)
+    picture = frame[y0 : math.ceil(y1), x0 : math.ceil(x1)]
+    near = [f.shifted(x0, y0) for f in _run(*self._detectors[0], picture)]
+    overlaps = [boxes.overlap(other.box, face.box) for other in near]
+    if max(overlaps, default=0.0) < 0.1:
+      return face
+    best = near[int(np.argmax(overlaps))]
+    return dataclasses.replace(best, believed=best.believed or face.believed)
+
+  def mesh(self, frame: np.ndarray, box: np.ndarray) -> np.ndarray | None:
+    """Returns the landmarks of the face at a place.
+
+    Args:
+      frame: uint8 (H, W, 3), RGB.
+      box: (4,), roughly where the face is; looked at with a margin.
+
+    Returns:
+      float32 (478, 2), x and y in source pixels, or None when there is no face
+      or only one elsewhere.
+    """
+    mesh = self.mesh_3d(frame, box)
+    return None if mesh is None else mesh[:, :2]
+
+  def mesh_3d(self, frame: np.ndarray, box: np.ndarray) -> np.ndarray | None:
+    """As `mesh`, with the depth, smaller when nearer, in the same unit."""
+    height, width = frame.shape[:2]
+    x, y, side = boxes.square(box)
+    x0, y0 = max(int(x - side), 0), max(int(y - side), 0)
+    x1 = min(math.ceil(x + side), width)
+    y1 = min(math.ceil(y + side), height)
+    if x1 - x0 < 8 or y1 - y0 < 8:
+      return None
+    result = self._landmarker.detect(
+      mediapipe_tasks.as_image(frame[y0:y1, x0:x1])
+    )
+    # The depth is in units of the picture's width.
+    scale = np.float32([x1 - x0, y1 - y0, x1 - x0])
+    best, best_overlap = None, 0.25
+    for face in result.face_landmarks:
+      points = np.array([(p.x, p.y, p.z) for p in face], np.float32)
+      points = points * scale + np.float32([x0, y0, 0])
+      bounds = boxes.bounds(points[:, :2])
+      ratio = (bounds[3] - bounds[1]) / side
+      if not MESH_HEIGHT_RANGE[0] < ratio < MESH_HEIGHT_RANGE[1]:
+        continue
+      overlap = boxes.overlap(bounds, box)
+      if overlap > best_overlap:
+        best, best_overlap = points, overlap
+    return best
+
+
+def _run(
+  detector: Any, believed_score: float, picture: np.ndarray
+) -> list[Detection]:
+  """Returns what one detector finds in a picture, in its pixels."""
+  found = []
+  result = detector.detect(mediapipe_tasks.as_image(picture))
+  for detection in result.detections:
+    x, y = detection.bounding_box.origin_x, detection.bounding_box.origin_y
+    width, height = detection.bounding_box.width, detection.bounding_box.height
+    score = detection.categories[0].score
+    box = np.array([x, y, x + width, y + height], np.float64)
+    found.append(Detection(box, score, score >= believed_score))
+  return found
+
+
+def _tiles(frame: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
+  """Cuts a wide or high picture into overlapping squares: x, y and the part.
+
+  A detector looks at a square of a fixed number of pixels, in which a wide
+  picture, taken whole, is small.
+  """
+  height, width = frame.shape[:2]
+  if max(height, width) < MIN_TILED_RATIO * min(height, width):
+    return [(0, 0, frame)]
+  side = min(height, width)
+  num = math.ceil(max(height, width) / side)
+  tiles = []
+  for start in np.linspace(0, max(height, width) - side, num).astype(int):
+    x, y = (start, 0) if width > height else (0, start)
+    tiles.append((x, y, frame[y : y + side, x : x + side]))
+  return tiles

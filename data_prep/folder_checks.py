@@ -1,0 +1,329 @@
+"""What must hold between the files of a data set; `verify` asks.
+
+Nothing here trusts what it reads: damaged files give problems, not errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from data_prep import dataset_folder, integrity, ledger, process, shards
+from data_prep.integrity import Expected, FoundShard, Problems
+from data_prep.listing import Label
+from marlin_jax import quality_index, records
+from marlin_jax.arguments import counted
+
+_FILES = (
+  *("settings.json", "videos.jsonl", "quarantine.jsonl", "hashes.json"),
+  *("metadata.json", "features.json", "dataset_info.json"),
+)
+# More would hide the other notes.
+_MAX_NOTES = 20
+
+
+def expected(settings: dict[str, Any]) -> tuple[dict[str, str], Expected]:
+  """Returns the split of each shard, and what holds of every record.
+
+  Raises:
+    KeyError, TypeError, AttributeError: the settings are damaged.
+  """
+  shard_split = {
+    dataset_folder.shard_name(settings, split, i): split
+    for split, num in settings["num_shards"].items()
+    for i in range(num)
+  }
+  labels = {
+    name: Label(label["kind"], tuple(label["names"]))
+    for name, label in settings["labels"].items()
+  }
+  return shard_split, Expected(
+    int(settings["segment_frames"]), labels, bool(settings["has_sound"])
+  )
+
+
+def check_files(
+  dataset_dir: Path, shard_split: dict[str, str], problems: Problems
+) -> None:
+  if (dataset_dir / "parts").exists():
+    problems.add(
+      "unfinished",
+      "parts",
+      "left by a run that was stopped, or that is still going",
+    )
+  if not (dataset_dir / "dataset_info.json").exists():
+    problems.add(
+      "unfinished", "dataset_info.json", "missing, and it is written last"
+    )
+  wanted = {*_FILES, *shard_split, *map(quality_index.name_for, shard_split)}
+  for name in sorted(wanted - {"dataset_info.json"}):
+    if not (dataset_dir / name).is_file():
+      problems.add("missing", name, "no such file")
+  found = {path.name for path in dataset_dir.iterdir()}
+  for name in sorted(found - wanted - {"parts"}):
+    problems.add("unexpected", name, "data_prep.prepare did not write it here")
+
+
+def read_ledger(
+  dataset_dir: Path, problems: Problems
+) -> dict[str, ledger.Entry]:
+  """Returns the ledger by video_id."""
+  path = dataset_dir / "videos.jsonl"
+  entries: dict[str, ledger.Entry] = {}
+  if not path.exists():
+    return entries
+  with path.open("rb") as lines:
+    for number, line in enumerate(lines, 1):
+      where = f"{path.name} line {number}"
+      try:
+        entry = ledger.Entry(**json.loads(line))
+        _check_types(entry)
+      except (ValueError, TypeError) as e:
+        problems.add("damaged", where, f"no line of the ledger: {e}")
+        continue
+      if entry.video_id in entries:
+        problems.add("split", where, f"{entry.video_id!r} is there twice")
+      entries[entry.video_id] = entry
+  return entries
+
+
+def _check_types(entry: ledger.Entry) -> None:
+  for field in dataclasses.fields(entry):
+    kind = {"str": str, "int": int}.get(field.type, object)
+    if not isinstance(getattr(entry, field.name), kind):
+      raise TypeError(f"{field.name} is {getattr(entry, field.name)!r}")
+
+
+def check_ledger(
+  dataset_dir: Path, entries: dict[str, ledger.Entry], problems: Problems
+) -> None:
+  """Checks lines of the ledger against each other and the quarantine."""
+  splits: dict[str, ledger.Entry] = {}
+  for entry in entries.values():
+    where = f"videos.jsonl {entry.video_id!r}"
+    other = splits.setdefault(entry.subject_id, entry)
+    if entry.subject_id and other.split != entry.split:
+      problems.add(
+        "split",
+        where,
+        f"subject {entry.subject_id!r} is in {entry.split!r}, but in "
+        f"{other.split!r} in {other.video_id!r}",
+      )
+    if (entry.status == process.KEPT) != bool(entry.num_records):
+      what = f"status {entry.status!r} with {entry.num_records} records"
+      problems.add("counts", where, what)
+  path = dataset_dir / "quarantine.jsonl"
+  expected = ledger.as_lines(dataset_folder.refused(entries.values()))
+  if path.exists() and path.read_bytes() != expected.encode():
+    what = "not the lines of videos.jsonl that were left out"
+    problems.add("counts", path.name, what)
+
+
+def notes(entries: dict[str, ledger.Entry]) -> list[str]:
+  """Returns what is no damage, but worth knowing."""
+  notes = []
+  by_content: dict[str, ledger.Entry] = {}
+  copies: Counter[bool] = Counter()
+  for entry in entries.values():
+    if entry.num_records and entry.sha256:
+      other = by_content.setdefault(entry.sha256, entry)
+      if other is not entry:
+        copies[other.split != entry.split] += 1
+        if copies.total() <= _MAX_NOTES:
+          notes.append(
+            f"{entry.video_id!r} ({entry.split}) is a copy of "
+            f"{other.video_id!r} ({other.split})"
+          )
+  if copies:
+    notes.insert(
+      0,
+      f"{counted(copies.total(), 'video')} of equal content under another "
+      f"name, {copies[True]} of them in another split",
+    )
+  return notes
+
+
+# --- Against the shards -------------------------------------------------------
+
+
+def check_hashes(
+  dataset_dir: Path,
+  shard_split: dict[str, str],
+  found: list[FoundShard],
+  problems: Problems,
+) -> None:
+  hashes = _json(dataset_dir / "hashes.json", problems)
+  for shard in found:
+    expected = hashes.get(shard.name)
+    if expected != shard.sha256 and shard.sha256:
+      what = f"SHA-256 {shard.sha256}, hashes.json says {expected}"
+      problems.add("damaged", shard.name, what)
+  for name in sorted(set(hashes) - set(shard_split)):
+    problems.add("counts", "hashes.json", f"names {name!r}, which is no shard")
+
+
+def check_places(
+  settings: dict[str, Any],
+  entries: dict[str, ledger.Entry],
+  found: list[FoundShard],
+  problems: Problems,
+) -> None:
+  """Checks that each video lies where it belongs, as the ledger says."""
+  seen: dict[str, str] = {}
+  for shard in found:
+    for video_id, video in shard.videos.items():
+      where = f"{shard.name} {video_id!r}"
+      if video_id in seen:
+        problems.add("split", where, f"also lies in {seen[video_id]}")
+      seen[video_id] = shard.name
+      entry = entries.get(video_id)
+      if entry is None:
+        problems.add("counts", where, "not in videos.jsonl")
+        continue
+      if entry.split not in settings["num_shards"]:
+        what = f"split {entry.split!r}, which settings.json does not know"
+        problems.add("split", where, what)
+        continue
+      place = dataset_folder.shard_of(settings, entry.split, video_id)
+      if place != shard.name:
+        problems.add("split", where, f"belongs to {place}")
+      if video.subject_ids != {entry.subject_id}:
+        problems.add(
+          "split",
+          where,
+          f"its records say subject {sorted(video.subject_ids)}, videos.jsonl "
+          f"{entry.subject_id!r}",
+        )
+      if not integrity.same_labels(video.labels, entry.labels):
+        what = "its records have other labels than videos.jsonl"
+        problems.add("counts", where, what)
+      if video.quality != entry.quality:
+        what = "its records have other qualities than videos.jsonl"
+        problems.add("counts", where, what)
+      for name, number in video.counts.items():
+        if number != getattr(entry, name):
+          what = f"{name} {number}, videos.jsonl says {getattr(entry, name)}"
+          problems.add("counts", where, what)
+  for entry in entries.values():
+    if entry.num_records and entry.video_id not in seen:
+      where = f"videos.jsonl {entry.video_id!r}"
+      what = f"none of its {entry.num_records} records is in a shard"
+      problems.add("counts", where, what)
+
+
+def check_quality(
+  dataset_dir: Path,
+  shard_split: dict[str, str],
+  found: list[FoundShard],
+  problems: Problems,
+) -> None:
+  """Compares what the trainer chooses by with the records."""
+  by_name = {shard.name: shard for shard in found}
+  split_shards: dict[str, list[FoundShard]] = {}
+  for name in shard_split:
+    shard = by_name.get(name, FoundShard(name))
+    split_shards.setdefault(quality_index.name_for(name), []).append(shard)
+  for name, of_split in split_shards.items():
+    path = dataset_dir / name
+    if not (path.exists() and all(shard.is_read for shard in of_split)):
+      continue  # told of already
+    expected = quality_index.pack(
+      video.quality for shard in of_split for video in shard.videos.values()
+    )
+    data = path.read_bytes()
+    if data == expected:
+      continue
+    try:
+      rows, wanted = map(quality_index.unpack, (data, expected))
+    except ValueError as e:
+      problems.add("damaged", name, str(e))
+      continue
+    what = f"{len(rows)} rows, expected {len(wanted)}"
+    if len(rows) == len(wanted):
+      wrong = rows != wanted
+      what = (
+        f"{wrong.sum()} of {len(rows)} rows are not what the records say, the "
+        f"first is row {int(wrong.argmax())}"
+      )
+    problems.add("counts", name, what)
+
+
+def check_metadata(
+  dataset_dir: Path,
+  settings: dict[str, Any],
+  entries: dict[str, ledger.Entry],
+  problems: Problems,
+) -> None:
+  metadata = _json(dataset_dir / "metadata.json", problems)
+  if not metadata:
+    return
+  version = metadata.get("schema_version")
+  if version != records.SCHEMA_VERSION:
+    problems.add(
+      "schema",
+      "metadata.json",
+      f"schema_version {version}, this program reads {records.SCHEMA_VERSION}",
+    )
+  if metadata.get("labels") != settings["labels"]:
+    what = "labels are not those of settings.json"
+    problems.add("counts", "metadata.json", what)
+  splits = metadata.get("splits", {})
+  for split in sorted({*splits, *(e.split for e in entries.values())}):
+    expected = dataset_folder.counts(
+      entry for entry in entries.values() if entry.split == split
+    )
+    if splits.get(split) != expected:
+      what = f"{split}: {splits.get(split)}, videos.jsonl gives {expected}"
+      problems.add("counts", "metadata.json", what)
+
+
+def check_tfds(
+  dataset_dir: Path,
+  expected: Expected,
+  shard_split: dict[str, str],
+  found: list[FoundShard],
+  problems: Problems,
+) -> None:
+  """Opens the data set with TFDS, reads a record a split, compares counts."""
+  if not (dataset_dir / "dataset_info.json").exists():
+    return
+  import tensorflow_datasets as tfds
+
+  by_name = {shard.name: shard for shard in found}
+  try:
+    builder = tfds.builder_from_directory(dataset_dir)
+    features = set(builder.info.features)
+    wanted = set(shards.features(expected.labels, expected.has_sound))
+    if features != wanted:
+      what = f"features {sorted(features)}, expected {sorted(wanted)}"
+      problems.add("tfds", "features.json", what)
+    infos = builder.info.splits
+    if set(infos) != set(shard_split.values()):
+      what = f"splits {sorted(infos)}, settings.json says "
+      what += str(sorted(set(shard_split.values())))
+      problems.add("counts", "dataset_info.json", what)
+    for split, info in infos.items():
+      names = [name for name in shard_split if shard_split[name] == split]
+      lengths = [
+        by_name[name].num_records if name in by_name else 0 for name in names
+      ]
+      if list(info.shard_lengths) != lengths:
+        what = f"{split}: {list(info.shard_lengths)} records, found {lengths}"
+        problems.add("counts", "dataset_info.json", what)
+      elif info.num_examples:
+        builder.as_data_source(split=split)[0]
+  except Exception as e:  # whatever TFDS raises, it could not read the data set
+    problems.add("tfds", str(dataset_dir), f"{type(e).__name__}: {e}")
+
+
+def _json(path: Path, problems: Problems) -> dict[str, Any]:
+  """Returns the content of a file; {} and a problem where it is damaged."""
+  found = ledger.read_json(path)
+  if isinstance(found, dict):
+    return found
+  if path.exists():  # a missing one was told of already
+    problems.add("damaged", path.name, "no JSON object")
+  return {}

@@ -1,0 +1,299 @@
+"""One self-contained HTML page: safe text, charts as inline SVG, pictures.
+
+Whatever is put into a tag is escaped, unless it was made here: names of files
+come from strangers. The page needs no network and no JavaScript, follows the
+reader's light or dark mode, and fits a phone.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+_VOID = ("br", "img", "meta", "rect", "line")
+
+
+class Html(str):
+  """Text that is HTML already; only `tag` makes it."""
+
+  __slots__ = ()
+
+
+def tag(name: str, /, *children: object, **attributes: object) -> Html:
+  """Returns an element; children that are not Html are escaped as text.
+
+  Args:
+    name: of the element.
+    *children: Html, or anything with a text.
+    **attributes: a trailing underscore is dropped (`class_`), the others become
+      hyphens (`text_anchor`).
+  """
+  inner = "".join(
+    child if isinstance(child, Html) else _text(child) for child in children
+  )
+  parts = [name]
+  for key, value in attributes.items():
+    key = key.rstrip("_").replace("_", "-")
+    parts.append(f'{key}="{_text(value)}"')
+  if name in _VOID and not children:
+    return Html(f"<{' '.join(parts)}/>")
+  return Html(f"<{' '.join(parts)}>{inner}</{name}>")
+
+
+def _text(value: object) -> str:
+  text = html.escape(str(value))
+  # Half a character from a damaged ledger cannot be written as UTF-8.
+  return text.encode(errors="backslashreplace").decode()
+
+
+def file_name(text: object) -> Html:
+  """A name from outside; may be in any script, and must not turn what
+  surrounds it."""
+  return tag("bdi", text, class_="name")
+
+
+def page(title: str, *children: Html) -> str:
+  """Returns the text of the whole file."""
+  head = tag(
+    "head",
+    tag("meta", charset="utf-8"),
+    tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+    tag("meta", name="color-scheme", content="light dark"),
+    # Belt and braces: nothing is loaded or run, whatever got in.
+    tag(
+      "meta",
+      http_equiv="Content-Security-Policy",
+      content="default-src 'none'; img-src data:; style-src 'unsafe-inline'",
+    ),
+    tag("title", title),
+    Html(f"<style>{_STYLE}</style>"),
+  )
+  body = tag("body", tag("main", tag("h1", title), *children))
+  return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
+
+
+def section(title: str, *children: Html) -> Html:
+  return tag("section", tag("h2", title), *children)
+
+
+def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> Html:
+  """A table; every column but the first is of numbers."""
+  head = tag("tr", *(tag("th", cell) for cell in header))
+  body = [
+    tag("tr", tag("th", row[0], scope="row"), *(tag("td", c) for c in row[1:]))
+    for row in rows
+  ]
+  inner = tag("table", tag("thead", head), tag("tbody", *body))
+  return tag("div", inner, class_="wide")
+
+
+def share_bar(share: float, colour: str = "var(--bar)") -> Html:
+  """A share in [0, 1] as a number and a bar."""
+  width = f"{100 * min(max(share, 0), 1):.1f}%"
+  bar = tag("i", style=f"width:{width};background:{colour}")
+  return tag(
+    "span",
+    tag("span", bar, class_="track"),
+    tag("span", percent(share), class_="number"),
+    class_="share",
+  )
+
+
+def percent(share: float) -> str:
+  """'0.03%', '4.2%', '57%'."""
+  value = 100 * share
+  digits = 0 if value >= 10 or value == 0 else 1 if value >= 1 else 2
+  return f"{value:.{digits}f}%"
+
+
+def swatch(rgb: Sequence[int]) -> Html:
+  colour = "rgb({},{},{})".format(*(int(c) for c in rgb))
+  return tag("i", class_="swatch", style=f"background:{colour}")
+
+
+def picture(pixels: np.ndarray, caption: Html, quality: int = 82) -> Html:
+  """A figure of uint8 (H, W, 3), RGB, kept in the page itself."""
+  from PIL import Image
+
+  file = io.BytesIO()
+  Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+  data = base64.b64encode(file.getvalue()).decode()
+  height, width = pixels.shape[:2]
+  image = tag(
+    "img",
+    src=f"data:image/jpeg;base64,{data}",
+    width=width,
+    height=height,
+    alt="face crop, plain and with its regions",
+  )
+  return tag("figure", image, tag("figcaption", caption))
+
+
+# --- Charts -------------------------------------------------------------------
+
+_WIDTH, _HEIGHT, _BOTTOM = 320, 150, 22
+# Values beyond the last bin are counted in it.
+_TOP_QUANTILE = 0.99
+_MOST_BINS = 24
+
+
+def histogram(
+  title: str,
+  values: np.ndarray,
+  unit: str = "",
+  limits: tuple[float, float] | None = None,
+  marker: float | None = None,
+) -> Html:
+  """A chart of finite numbers (N,), N > 0, with their quantiles below.
+
+  Args:
+    title: above the chart.
+    values: the numbers.
+    unit: of the numbers.
+    limits: of the axis; from 0 to beyond most values without.
+    marker: a number of special meaning, drawn as a line.
+  """
+  values = np.asarray(values, np.float64)
+  low, high, num = _bins(values) if limits is None else (*limits, 20)
+  step = (high - low) / num
+  clipped = np.clip(values, low, np.nextafter(high, low))
+  counts, _ = np.histogram(clipped, bins=num, range=(low, high))
+  bar = _WIDTH / num
+  plot = _HEIGHT - _BOTTOM
+  shapes = []
+  for i, count in enumerate(counts):
+    height = plot * 0.94 * count / counts.max()
+    first, last = low + i * step, low + (i + 1) * step
+    label = f"{first:.4g} to {last:.4g}{unit}: {count}"
+    shapes.append(
+      tag(
+        "rect",
+        tag("title", label),
+        x=f"{i * bar + 0.5:.2f}",
+        y=f"{plot - height:.2f}",
+        width=f"{max(bar - 1, 0.5):.2f}",
+        height=f"{height:.2f}",
+      )
+    )
+  if marker is not None and low < marker < high:
+    x = f"{(marker - low) / (high - low) * _WIDTH:.2f}"
+    shapes.append(tag("line", x1=x, x2=x, y1=0, y2=plot, class_="marker"))
+  axis = [tag("line", x1=0, x2=_WIDTH, y1=plot, y2=plot)]
+  for i, anchor in enumerate(("start", "middle", "end")):
+    at = low + (high - low) * i / 2
+    plus = "+" if i == 2 and values.max() > high else ""
+    axis.append(
+      tag(
+        "text",
+        f"{at:.4g}{plus}{unit}",
+        x=_WIDTH * i / 2,
+        y=_HEIGHT - 6,
+        text_anchor=anchor,
+      )
+    )
+  caption = _quantiles(values, unit)
+  svg = tag(
+    "svg",
+    *shapes,
+    *axis,
+    viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
+    role="img",
+    aria_label=f"{title}: {caption}",
+  )
+  return tag(
+    "figure",
+    tag("h3", title),
+    svg,
+    tag("figcaption", caption),
+    class_="chart",
+  )
+
+
+def _bins(values: np.ndarray) -> tuple[float, float, int]:
+  """Returns lowest edge, highest edge and number of bins.
+
+  Steps are 1, 2 or 5 times a power of ten. The few largest values, and the few
+  smallest below 0, may lie beyond the edges.
+  """
+  few, most = np.quantile(values, [1 - _TOP_QUANTILE, _TOP_QUANTILE])
+  few, most = min(few, 0.0), max(most, 0.0)
+  rough = (most - few) / _MOST_BINS or 1.0
+  power = 10.0 ** np.floor(np.log10(rough))
+  step = next(f * power for f in (1, 2, 5, 10) if f * power >= rough)
+  first, last = np.floor(few / step), np.floor(most / step) + 1
+  return float(first * step), float(last * step), int(last - first)
+
+
+def _quantiles(values: np.ndarray, unit: str) -> str:
+  if values.min() == values.max():
+    return f"{values[0]:.3g}{unit}, all of {len(values)}"
+  few, middle, many = np.quantile(values, [0.05, 0.5, 0.95])
+  return (
+    f"median {middle:.3g}{unit}; nine in ten from {few:.3g} to {many:.3g}; "
+    f"all from {values.min():.3g} to {values.max():.3g}"
+  )
+
+
+_STYLE = """
+:root{--paper:#fff;--ink:#1c2024;--quiet:#5b6570;--line:#d9dee3;--card:#f5f7f9;
+--bar:#2f6fb5;--marker:#b5382f}
+@media (prefers-color-scheme:dark){:root{--paper:#14171a;--ink:#e6e9ec;
+--quiet:#a0a9b2;--line:#333a41;--card:#1d2226;--bar:#6ea8e6;--marker:#ff8a80}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--paper);color:var(--ink);
+font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:1120px;margin:0 auto;padding:1rem}
+h1{font-size:1.6rem;line-height:1.25;margin:.5rem 0;overflow-wrap:anywhere}
+h2{font-size:1.2rem;margin:2rem 0 .5rem;padding-top:.75rem;
+border-top:1px solid var(--line)}
+h3{font-size:1rem;margin:1.25rem 0 .25rem}
+figure h3{margin-top:0}
+p{margin:.5rem 0;max-width:75ch}
+p,figcaption,.quiet{color:var(--quiet)}
+figcaption{font-size:.82rem;line-height:1.35;overflow-wrap:anywhere}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}
+th,td{padding:.3rem .6rem;text-align:right;vertical-align:top;
+border-bottom:1px solid var(--line);font-weight:400}
+thead th{color:var(--quiet);font-size:.85rem;vertical-align:bottom}
+th:first-child{text-align:left}
+tbody th{overflow-wrap:anywhere;min-width:8rem}
+td{white-space:nowrap}
+.charts,.crops{display:grid;gap:1rem;
+grid-template-columns:repeat(auto-fill,minmax(min(100%,260px),1fr))}
+.charts{margin:.75rem 0}
+figure{margin:0;background:var(--card);border-radius:8px;padding:.75rem;
+min-width:0}
+.crops figure{padding:0;overflow:hidden}
+.crops figcaption{padding:.4rem .6rem .5rem}
+img{display:block;width:100%;height:auto}
+svg{display:block;width:100%;height:auto}
+svg rect{fill:var(--bar)}
+svg line{stroke:var(--quiet)}
+svg .marker{stroke:var(--marker);stroke-dasharray:4 3}
+svg text{fill:var(--quiet);font-size:11px}
+.share{display:flex;align-items:center;gap:.5rem}
+.share .number{flex:none;width:3.2rem}
+.track{flex:1;height:.5rem;min-width:3rem;background:var(--line);
+border-radius:3px;overflow:hidden}
+.track i{display:block;height:100%}
+.swatch{display:inline-block;width:.9em;height:.9em;border-radius:3px;
+border:1px solid var(--quiet);vertical-align:-.1em;margin-right:.4em}
+.legend{display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin:.5rem 0;
+font-size:.85rem}
+.name{font-family:ui-monospace,monospace;font-size:.9em;overflow-wrap:anywhere}
+ul{margin:.25rem 0;padding-left:1.2rem}
+@media (max-width:600px){
+main{padding:.75rem}
+table{font-size:.88rem}
+th,td{padding:.3rem .3rem}
+tbody th{min-width:4.5rem}
+.share{justify-content:flex-end}
+.share .number{width:auto}
+.track{display:none}
+}
+"""

@@ -1,0 +1,367 @@
+"""What must hold of a shard and of each record in it; `verify` asks.
+
+Nothing here trusts what it reads: a damaged shard gives problems, not errors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep import ledger, listing, shards
+from data_prep.listing import Label
+from data_prep.process import segment_lengths
+from marlin_jax import quality_index, records, sound
+from marlin_jax.records import Record
+
+# The most important first: what is wrong, and what to do.
+_AGAIN = "remove these shards and prepare again with the same input"
+KINDS = {
+  "unfinished": "a run has not ended; start it again, it goes on",
+  "schema": "of another version; prepare into a new folder",
+  "missing": "prepare again with the same input: it makes what is missing",
+  "damaged": f"not the bytes that were written; {_AGAIN}",
+  "split": f"people or videos in two places; {_AGAIN}",
+  "content": f"parts of records are wrong or do not agree; {_AGAIN}",
+  "counts": "ledger, metadata and shards disagree; prepare again",
+  "tfds": "TFDS cannot read it; prepare again",
+  "unexpected": "does not belong there; remove it",
+}
+# Of each kind; more would bury the others. All are counted.
+MAX_LISTED = 100
+
+# Boxes are float32: at the far side of a large frame their last digit is this.
+_BOX_TOLERANCE = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """Something that does not hold.
+
+  Attributes:
+    kind: one of KINDS.
+    where: a file, or a record by shard and number.
+    what: what was found and what was expected.
+  """
+
+  kind: str
+  where: str
+  what: str
+
+
+class Problems:
+  """Problems by kind; all are counted, MAX_LISTED of each kind are kept."""
+
+  def __init__(self) -> None:
+    self._listed: dict[str, list[Problem]] = {kind: [] for kind in KINDS}
+    self.counts: Counter[str] = Counter()
+
+  def add(self, kind: str, where: str, what: str) -> None:
+    self.counts[kind] += 1
+    if len(self._listed[kind]) < MAX_LISTED:
+      self._listed[kind].append(Problem(kind, where, what))
+
+  def extend(self, other: Problems) -> None:
+    self.counts += other.counts
+    for kind, problems in self._listed.items():
+      room = MAX_LISTED - len(problems)
+      problems.extend(other._listed[kind][:room])
+
+  def listed(self) -> list[Problem]:
+    """Returns those that were kept, the most important kind first."""
+    return [
+      problem
+      for problems in self._listed.values()
+      for problem in sorted(problems, key=lambda p: (p.where, p.what))
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+  """What holds of every record of a data set.
+
+  Attributes:
+    segment_frames: longest record.
+    labels: which there are, and what they mean.
+    has_sound: whether there is sound.
+  """
+
+  segment_frames: int
+  labels: Mapping[str, Label]
+  has_sound: bool
+
+
+@dataclasses.dataclass
+class FoundVideo:
+  """What a shard holds of one video.
+
+  Attributes:
+    labels: of its first record.
+    subject_ids: as its records say; one, if all is well.
+    quality: a row for each record, see `quality_index.row_of`.
+    segments: per track the (segment, length) of its records, in order.
+  """
+
+  labels: Mapping[str, np.ndarray]
+  subject_ids: set[str] = dataclasses.field(default_factory=set)
+  quality: list[list[float]] = dataclasses.field(default_factory=list)
+  segments: dict[int, list[tuple[int, int]]] = dataclasses.field(
+    default_factory=dict
+  )
+
+  @property
+  def counts(self) -> dict[str, int]:
+    """Returns what a ledger line also says."""
+    found = [part for parts in self.segments.values() for part in parts]
+    return {
+      "num_tracks": len(self.segments),
+      "num_records": len(found),
+      "num_frames": sum(length for _, length in found),
+    }
+
+
+@dataclasses.dataclass
+class FoundShard:
+  """What a shard holds.
+
+  Attributes:
+    name: of the file.
+    sha256, num_bytes: of the file.
+    is_whole: whether the file is one of records, to its end.
+    num_records: as the file says; 0 where it is not whole.
+    videos: what could be read, by video_id in the order of the file.
+    problems: of the shard and its records by themselves.
+  """
+
+  name: str
+  sha256: str = ""
+  num_bytes: int = 0
+  is_whole: bool = False
+  num_records: int = 0
+  videos: dict[str, FoundVideo] = dataclasses.field(default_factory=dict)
+  problems: Problems = dataclasses.field(default_factory=Problems)
+
+  @property
+  def is_read(self) -> bool:
+    """Whether each of its records could be read."""
+    num_read = sum(len(video.quality) for video in self.videos.values())
+    return self.is_whole and num_read == self.num_records
+
+
+@contextlib.contextmanager
+def open_check(expected: Expected) -> Iterator[Any]:
+  """Work for `workers.run_tasks`: the path of a shard -> FoundShard."""
+
+  def work(path: Path, report: Callable[[Any], None]) -> FoundShard:
+    found = FoundShard(path.name)
+    try:
+      check_shard(path, expected, found, report)
+    except OSError as e:  # the disk's fault, or a missing permission
+      found.problems.add("damaged", path.name, f"cannot be read: {e}")
+    return found
+
+  yield work
+
+
+def check_shard(
+  path: Path,
+  expected: Expected,
+  found: FoundShard,
+  report: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
+  """Reads and decodes everything in a shard.
+
+  Args:
+    path: the shard.
+    expected: of every record.
+    found: filled in.
+    report: called with the bytes of each record.
+
+  Raises:
+    OSError: the file cannot be read.
+  """
+  found.num_bytes = path.stat().st_size
+  found.sha256 = ledger.sha256_of(path)
+  num_records = shards.num_records(path)
+  if num_records is None:
+    what = f"no whole ArrayRecord file ({found.num_bytes} bytes)"
+    found.problems.add("damaged", path.name, what)
+    return
+  found.is_whole, found.num_records = True, num_records
+  previous = ""
+  for number, data in shards.read_each(path, num_records):
+    where = f"{path.name} record {number}"
+    if isinstance(data, Exception):
+      found.problems.add("damaged", where, f"cannot be read: {data}")
+      continue
+    report(len(data))
+    try:
+      record = records.decode(data)
+    except ValueError as e:
+      found.problems.add("content", where, str(e))
+      continue
+    for problem in record_problems(record, expected):
+      found.problems.add("content", f"{where} ({record.name})", problem)
+    if record.video_id < previous:
+      what = f"{record.video_id!r} comes after {previous!r}, expected by name"
+      found.problems.add("content", where, what)
+    previous = record.video_id
+    video = found.videos.setdefault(record.video_id, FoundVideo(record.labels))
+    if not same_labels(video.labels, record.labels):
+      what = "other labels than the video's first record"
+      found.problems.add("content", where, what)
+    video.subject_ids.add(record.subject_id)
+    video.quality.append(quality_index.row_of(record))
+    part = record.segment, len(record)
+    video.segments.setdefault(record.track_id, []).append(part)
+  for video_id, video in found.videos.items():
+    for problem in video_problems(video, expected.segment_frames):
+      where = f"{path.name} {video_id!r}"
+      found.problems.add("content", where, problem)
+
+
+def same_labels(first: Mapping, second: Mapping) -> bool:
+  """Compares labels of records, or of the ledger (None is NaN there)."""
+  return first.keys() == second.keys() and all(
+    np.array_equal(
+      np.array(first[name], np.float32),
+      np.array(second[name], np.float32),
+      equal_nan=True,
+    )
+    for name in first
+  )
+
+
+def record_problems(record: Record, expected: Expected) -> Iterator[str]:
+  """Yields what is wrong with a record by itself; decodes all of it."""
+  try:
+    records.decode_frames(record, range(len(record)))
+  except ValueError as e:
+    yield str(e)
+  yield from _parsing_problems(record)
+  yield from _label_problems(record, expected.labels)
+  yield from _sound_problems(record, expected.has_sound)
+  if not np.isfinite(record.boxes).all():
+    yield "boxes are not finite"
+  else:
+    sides = record.boxes[:, 2:] - record.boxes[:, :2]
+    if (sides <= 0).any():
+      yield "boxes are not x0 < x1, y0 < y1"
+    elif (np.abs(sides[:, 0] - sides[:, 1]) > _BOX_TOLERANCE).any():
+      yield "boxes are not square"
+  if not (math.isfinite(record.fps) and record.fps >= 0):
+    yield f"fps is {record.fps}"
+  if not math.isfinite(record.start_secs):
+    yield f"start_secs is {record.start_secs}"
+  if not 0 <= record.quality <= 1:
+    yield f"quality is {record.quality}, expected a number in [0, 1]"
+  terms = record.quality_terms
+  if (
+    len(terms) != len(records.QUALITY_TERMS)
+    or not ((terms >= 0) & (terms <= 1)).all()
+  ):
+    yield f"quality_terms are {terms}, expected 4 numbers in [0, 1]"
+  for name in ("track_id", "segment"):
+    if getattr(record, name) < 0:
+      yield f"{name} is {getattr(record, name)}"
+
+
+def _parsing_problems(record: Record) -> Iterator[str]:
+  import zstandard
+
+  try:
+    label_maps = records.decode_parsing(record)
+  except (ValueError, zstandard.ZstdError) as e:
+    yield f"label maps cannot be read: {e}"
+    return
+  most = int(label_maps.max())
+  if most >= len(records.REGIONS):
+    yield f"a label map holds code {most}, expected 0 to 10"
+    return
+  expected = records.region_bits(label_maps)
+  # No face was parsed there: not even background is known.
+  unparsed = ~record.regions.any(axis=(1, 2))
+  labelled = label_maps.any(axis=(1, 2))
+  wrong = np.where(
+    unparsed, labelled, (record.regions != expected).any(axis=(1, 2))
+  )
+  if wrong.any():
+    yield (
+      f"region bits of {wrong.sum()} of {len(record)} frames are not those of "
+      f"the label maps, the first is frame {int(wrong.argmax())}"
+    )
+
+
+def _label_problems(
+  record: Record, expected: Mapping[str, Label]
+) -> Iterator[str]:
+  if record.labels.keys() != expected.keys():
+    yield f"labels {sorted(record.labels)}, expected {sorted(expected)}"
+    return
+  for name, label in expected.items():
+    values = record.labels[name]
+    known = values[~np.isnan(values)]
+    allowed = np.isfinite(known)
+    if label.kind == listing.BINARY:
+      allowed = np.isin(known, (0, 1))
+    elif label.kind == listing.CLASS:
+      allowed = np.isin(known, np.arange(len(label.names)))
+    if len(values) != label.length or not allowed.all():
+      yield (
+        f"label {name} is {_shown(list(values))}, expected {label.length} "
+        f"of kind {label.kind!r}"
+      )
+
+
+def _sound_problems(record: Record, has_sound: bool) -> Iterator[str]:
+  if (record.audio is not None) != has_sound:
+    yield f"sound is {'missing' if has_sound else 'not expected'}"
+  if record.audio is None:
+    return
+  if len(record.audio) % 2:
+    yield f"{len(record.audio)} bytes of sound are no 16-bit PCM"
+  secs = len(record.audio) / 2 / records.SAMPLE_RATE
+  expected = secs * sound.MEL_RATE
+  if abs(len(record.mel) - expected) > 2:
+    yield (
+      f"mel has {len(record.mel)} rows, expected {expected:.0f} for "
+      f"{secs:.2f} s of sound"
+    )
+  if not np.isfinite(record.mel).all():
+    yield "mel is not finite"
+
+
+def video_problems(video: FoundVideo, segment_frames: int) -> Iterator[str]:
+  """Yields what is wrong with the records of a video taken together."""
+  if sorted(video.segments) != list(range(len(video.segments))):
+    yield (
+      f"tracks are numbered {_shown(sorted(video.segments))}, expected 0 to "
+      f"{len(video.segments) - 1}"
+    )
+  for track_id, parts in sorted(video.segments.items()):
+    numbers = [number for number, _ in parts]
+    if numbers != list(range(len(parts))):
+      yield (
+        f"track {track_id} holds segments {_shown(numbers)}, expected 0 to "
+        f"{len(parts) - 1} in order"
+      )
+      continue
+    lengths = [length for _, length in parts]
+    expected = segment_lengths(sum(lengths), segment_frames)
+    if lengths != expected:
+      yield (
+        f"track {track_id} is cut into {_shown(lengths)} frames, expected "
+        f"{_shown(expected)}"
+      )
+
+
+def _shown(values: list) -> str:
+  more = ", ..." if len(values) > 10 else ""
+  return ", ".join(str(value) for value in values[:10]) + more

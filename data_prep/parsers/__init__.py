@@ -1,0 +1,176 @@
+"""Face parsers: one small protocol, one file for each that there is.
+
+mediapipe   the default: polygons of the mesh, hair from a person mask; all
+            models come with packages
+multiclass  MediaPipe's selfie_multiclass segments hair and skin; polygons of
+            the mesh for the rest
+farl        the paper's parser: FaRL fine-tuned on LaPa (TorchScript, PyTorch)
+bisenet     BiSeNet trained on CelebAMask-HQ (ONNX, onnxruntime)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from data_prep import assets
+
+# Each parser's model among the assets; None where nobody has published a hash
+# of it, so that it is never downloaded: a TorchScript file is a program.
+PARSERS: dict[str, str | None] = {
+  "mediapipe": "selfie_segmenter.tflite",
+  "multiclass": "selfie_multiclass_256x256.tflite",
+  "farl": None,
+  "bisenet": "resnet18.onnx",
+}
+FARL_NAME = "face_parsing.farl.lapa.main_ema_136500_jit191.pt"
+FARL_URL = (
+  f"https://github.com/FacePerceiver/facer/releases/download/models-v1/"
+  f"{FARL_NAME}"
+)
+
+
+class Parser(Protocol):
+  """What a face parser does. It keeps no state between calls."""
+
+  def parse(
+    self, frame: np.ndarray, box: np.ndarray, landmarks: np.ndarray | None
+  ) -> np.ndarray | None:
+    """Labels one face.
+
+    Args:
+      frame: uint8 (H, W, 3), RGB source frame.
+      box: float32 (4,), the crop in source pixels.
+      landmarks: float32 (478, 2) in source pixels; None or NaN where the mesh
+        was not found.
+
+    Returns:
+      uint8 (224, 224) of LaPa codes in crop coordinates, or None when no face
+      was parsed.
+    """
+    ...
+
+
+@runtime_checkable
+class SteadyParser(Parser, Protocol):
+  """A parser that tells what it sees in the pixels from what the mesh says.
+
+  Attributes:
+    LOOK_STEPS: frames from one look at the pixels to the next.
+  """
+
+  LOOK_STEPS: int
+
+  def look(
+    self, frame: np.ndarray, box: np.ndarray, landmarks: np.ndarray
+  ) -> np.ndarray:
+    """Returns what the pixels show, uint8 (224, 224, C), in the crop.
+
+    Args:
+      frame, box, landmarks: as for `parse`; the mesh was found.
+    """
+    ...
+
+  def label(self, seen: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Labels one face.
+
+    Args:
+      seen: what `look` gave, of this frame or blended of frames around it.
+      points: float32 (478, 2), the mesh in crop pixels.
+
+    Returns:
+      uint8 (224, 224) of LaPa codes.
+    """
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ParserChoice:
+  """Which parser, and the file of its model where it is given by hand.
+
+  Raises:
+    ValueError: there is no such parser.
+  """
+
+  name: str = "mediapipe"
+  path: Path | None = None
+
+  def __post_init__(self) -> None:
+    if self.name not in PARSERS:
+      raise ValueError(
+        f"no parser {self.name!r}; expected one of {', '.join(PARSERS)}"
+      )
+
+  def model_file(self) -> Path:
+    """Returns the file of the model, downloading it where needed.
+
+    Raises:
+      assets.AssetError: it could not be had; says where to get it.
+    """
+    if self.path is not None:
+      if not self.path.is_file():
+        raise assets.AssetError(
+          f"{self.path}, given as the model of the parser {self.name}, is no "
+          f"file. {_where_to_get(self.name)}"
+        )
+      return self.path
+    asset_name = PARSERS[self.name]
+    if asset_name is not None:
+      return assets.fetch(asset_name)
+    folder = os.environ.get("MARLIN_ASSETS")
+    if folder and (Path(folder) / FARL_NAME).is_file():
+      return Path(folder) / FARL_NAME
+    raise assets.AssetError(
+      f"the parser {self.name} has no model file. {_where_to_get(self.name)}"
+    )
+
+  def model_hash(self) -> dict[str, str]:
+    """Returns {file name: SHA-256} of the model: a part of the recipe.
+
+    Raises:
+      assets.AssetError: the file could not be had.
+    """
+    asset_name = PARSERS[self.name]
+    if self.path is None and asset_name is not None:
+      return {asset_name: assets.ASSETS[asset_name].sha256}
+    file = self.model_file()
+    with file.open("rb") as opened:
+      digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return {file.name: digest}
+
+
+DEFAULT = ParserChoice()
+
+
+def _where_to_get(name: str) -> str:
+  asset_name = PARSERS[name]
+  if asset_name is None:
+    return (
+      f"Download {FARL_URL} and give it with --parser_path, or put it into the "
+      "folder that the environment variable MARLIN_ASSETS names."
+    )
+  return (
+    f"{asset_name} is at {assets.ASSETS[asset_name].url}; without "
+    "--parser_path it is downloaded."
+  )
+
+
+@contextlib.contextmanager
+def open_parser(choice: ParserChoice = DEFAULT) -> Iterator[Parser]:
+  """Opens a parser, and closes it at the end.
+
+  Raises:
+    assets.AssetError: the model file could not be had.
+    RuntimeError: a library is missing, or the model does not open.
+  """
+  module = importlib.import_module(f"data_prep.parsers.{choice.name}")
+  with module.open_model(choice.model_file()) as parser:
+    yield parser

@@ -1,0 +1,276 @@
+"""The default parser: polygons of the mesh, hair from a person mask.
+
+Eyes, brows, nose, lips and the face's outline are polygons of the face mesh.
+Hair, and the forehead above the mesh, come from a person mask and from the
+colours of this very picture. What covers a part of the face is not seen: the
+labels say what lies behind.
+
+Axes: S = 224 crop pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_prep import boxes, mediapipe_tasks, regions
+from marlin_jax.records import FRAME_SIZE
+
+if TYPE_CHECKING:
+  from data_prep.parsers import Parser
+
+
+@contextlib.contextmanager
+def open_model(model: Path) -> Iterator[Parser]:
+  """Opens the parser; see `parsers.open_parser`."""
+  with open_segmenter(model) as segmenter:
+    yield MediaPipeParser(segmenter)
+
+
+def open_segmenter(model: Path) -> contextlib.AbstractContextManager[Any]:
+  """Opens a segmenter that says of each class how sure it is."""
+  return mediapipe_tasks.open_task(
+    "ImageSegmenter",
+    model,
+    output_confidence_masks=True,
+    output_category_mask=False,
+  )
+
+
+class MediaPipeParser:
+  """Parses with the mesh's polygons and MediaPipe's person mask.
+
+  Args:
+    segmenter: MediaPipe's Task.
+  """
+
+  LOOK_STEPS = 6
+
+  def __init__(self, segmenter: Any) -> None:
+    self._segmenter = segmenter
+
+  def parse(
+    self, frame: np.ndarray, box: np.ndarray, landmarks: np.ndarray | None
+  ) -> np.ndarray | None:
+    """See `Parser.parse`; None exactly when there are no landmarks."""
+    if landmarks is None or not np.isfinite(landmarks).all():
+      return None
+    seen = self.look(frame, box, landmarks)
+    return self.label(seen, regions.in_crop(landmarks, box))
+
+  def label(self, seen: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """See `SteadyParser.label`."""
+    import cv2
+
+    hair, forehead, fringe, inside = (part > 127 for part in cv2.split(seen))
+    labels = np.zeros((FRAME_SIZE, FRAME_SIZE), np.uint8)
+    labels[forehead] = regions.CODE["skin"]
+    labels[hair] = regions.CODE["hair"]
+    regions.fill(labels, regions.outline(points), regions.CODE["skin"])
+    labels[fringe] = regions.CODE["hair"]
+    regions.draw_features(labels, points)
+    labels[~inside] = regions.CODE["background"]
+    return labels
+
+  def look(
+    self, frame: np.ndarray, box: np.ndarray, landmarks: np.ndarray
+  ) -> np.ndarray:
+    """See `SteadyParser.look`.
+
+    Returns:
+      uint8 (S, S, 4), of 255 how sure it is of hair, of forehead, of a fringe,
+      and that the picture reaches so far.
+    """
+    import cv2
+
+    area = regions.picture_area(frame)
+    context, context_box = head_and_shoulders(frame, box)
+    scale = CONTEXT_SIZE / (context_box[2] - context_box[0])
+    result = self._segmenter.segment(mediapipe_tasks.as_image(context))
+    person = result.confidence_masks[-1].numpy_view().squeeze()
+
+    # The head alone, at the same scale: it holds the hair's colours, of which
+    # the crop may show little.
+    half = round(HEAD_RATIO / CONTEXT_RATIO * CONTEXT_SIZE / 2)
+    low, high = CONTEXT_SIZE // 2 - half, CONTEXT_SIZE // 2 + half
+    points = (landmarks - context_box[:2]) * scale - low
+    inside = regions.inside(area, context_box, CONTEXT_SIZE)
+    masks = _hair_forehead_fringe(
+      context[low:high, low:high],
+      points,
+      person[low:high, low:high],
+      inside[low:high, low:high],
+    )
+    stack = 255 * np.stack(masks, axis=-1).astype(np.uint8)
+    stack = cv2.GaussianBlur(stack, (0, 0), 1)
+    crop_box = np.concatenate([box[:2], box[2:]]) - np.tile(context_box[:2], 2)
+    stack = regions.warped(
+      stack, crop_box * scale - low, FRAME_SIZE, cv2.BORDER_REPLICATE
+    )
+    inside = regions.inside(area, box, FRAME_SIZE)
+    return np.dstack([stack, 255 * inside.astype(np.uint8)])
+
+
+def head_and_shoulders(
+  frame: np.ndarray, box: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns uint8 (256, 256, 3) round a crop, and its box (4,).
+
+  That context makes the person mask good.
+  """
+  import cv2
+
+  context_box = regions.grown(box, CONTEXT_RATIO / boxes.CROP_RATIO)
+  # Black, not the repeated border: the person mask then goes on past it.
+  context = regions.warped(
+    frame, context_box, CONTEXT_SIZE, cv2.BORDER_CONSTANT
+  )
+  return context, context_box
+
+
+# --- Hair ---------------------------------------------------------------------
+
+# Sides of the pictures that the person mask and the hair are made from, over
+# the height of the face.
+CONTEXT_RATIO = 3.0
+HEAD_RATIO = 1.8
+CONTEXT_SIZE = 256
+# Mean lightness of the cheeks, of 255, below which colours say nothing.
+DARK = 45.0
+# Squared distance, in standard deviations, beyond which a colour is not that
+# of the cheeks.
+NOT_SKIN = 9.0
+
+
+def _hair_forehead_fringe(
+  head: np.ndarray,
+  points: np.ndarray,
+  person: np.ndarray,
+  inside: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Splits what is of the person round the face into hair, forehead and rest.
+
+  Each pixel gets log odds of hair over skin from two colour models of this
+  picture and from its place on the head. In the dark the place alone decides.
+
+  Args:
+    head: uint8 (H, H, 3), RGB, the head and some of its surroundings.
+    points: (478, 2), the mesh in this picture.
+    person: float32 (H, H), probability of a person.
+    inside: bool (H, H), false where the picture reaches past the frame.
+
+  Returns:
+    Three bool (H, H): hair round the oval; forehead, skin above the oval;
+    fringe, hair inside the oval. The first two reach a little into the oval,
+    so that nothing is left between.
+  """
+  import cv2
+
+  size = len(head)
+  up, across = regions.face_coordinates(points, size)
+  oval = np.zeros((size, size), np.uint8)
+  regions.fill(oval, points[list(regions.OVAL)], 1)
+  inner = cv2.erode(oval, np.ones((5, 5), np.uint8)).astype(bool)
+  oval = oval.astype(bool)
+  body = (person > 0.5) & inside
+
+  # Log odds: hair above the forehead, less and less down to the chin, where it
+  # is the neck in the jaw's shadow. Beside the face, above the ears, there is
+  # little else: grey hair in bright light has the colour of skin.
+  prior = np.interp(
+    up, [0.1, 0.2, 0.4, 0.8, 1.0, 1.15], [-5.0, -3.5, -1.5, 0.0, 0.5, 2.0]
+  ) - 2.0 * np.clip(across - 1.5, 0, 1)
+  beside = np.clip((across - 1.0) / 0.1, 0, 1)
+  prior = prior + 4.0 * beside * np.clip((up - 0.6) / 0.2, 0, 1)
+  odds = _hair_colour(head, points, oval, body, up, across)
+  score = cv2.GaussianBlur((odds + prior).astype(np.float32), (0, 0), 1.5)
+
+  hair = body & (up > 0) & ~inner & (score > 0)
+  opened = _opened(hair)
+  hair = opened & _joined(opened, hair & (up > 0.75))
+  brows = points[list(regions.RIGHT_BROW + regions.LEFT_BROW)].astype(np.int64)
+  brows = np.clip(brows, 0, size - 1)
+  brow_top = up[brows[:, 1], brows[:, 0]].max()
+  fringe = _opened(oval & (up > brow_top + 0.06) & (score > 1.5))
+  # The forehead narrows towards the top of the head.
+  forehead = body & ~inner & ~hair & (up > 0.75)
+  forehead &= np.hypot(across, np.clip(up - 0.75, 0, None) / 0.6) < 1.0
+  forehead = _joined(forehead, oval & ~inner)
+  return hair, forehead, fringe
+
+
+def _hair_colour(
+  head: np.ndarray,
+  points: np.ndarray,
+  oval: np.ndarray,
+  body: np.ndarray,
+  up: np.ndarray,
+  across: np.ndarray,
+) -> np.ndarray:
+  """Returns float32 (H, H), log odds in [-4, 4] of hair by colour alone.
+
+  Skin is what the cheeks show; hair what the upper head shows beside it.
+  """
+  import cv2
+
+  lab = cv2.cvtColor(cv2.GaussianBlur(head, (3, 3), 0), cv2.COLOR_RGB2LAB)
+  lab = lab.astype(np.float32)
+  features = np.zeros(oval.shape, np.uint8)
+  for name, ring in regions.POLYGONS:
+    if name != "nose":
+      regions.fill(features, points[list(ring)], 1)
+  features = cv2.dilate(features, np.ones((5, 5), np.uint8)).astype(bool)
+  # Not lower, where a beard may be, nor higher, where a fringe may be.
+  cheeks = body & oval & ~features & (up > 0.38) & (up < 0.75) & (across < 0.8)
+  if cheeks.sum() < 50 or lab[cheeks, 0].mean() < DARK:
+    return np.zeros_like(up)
+  from_skin = _distance(lab, lab[cheeks])
+  top = body & ~oval & (up > 0.65) & (across < 1.3)
+  seeds = top & (from_skin > NOT_SKIN)
+  if seeds.sum() < 30:
+    # Nothing on the head looks other than skin.
+    return np.full_like(up, -4.0)
+  from_hair = _distance(lab, lab[seeds])
+  return np.clip(0.5 * (from_skin - from_hair), -4.0, 4.0)
+
+
+def _distance(lab: np.ndarray, sample: np.ndarray) -> np.ndarray:
+  """Returns squared Mahalanobis distances (H, H) of colours (H, H, 3).
+
+  Args:
+    lab: the picture.
+    sample: (N, 3), colours of the class.
+  """
+  import cv2
+
+  mean = np.median(sample, axis=0)
+  # Noise of the camera and of the codec.
+  covariance = np.cov(sample, rowvar=False) + 16.0 * np.eye(3)
+  root = np.linalg.cholesky(np.linalg.inv(covariance)).T
+  away = cv2.transform(lab, np.column_stack([root, -root @ mean]))
+  # The sum over colours: numpy takes ten times as long over a short last axis.
+  return cv2.transform(np.square(away, out=away), np.ones((1, 3)))
+
+
+def _opened(mask: np.ndarray) -> np.ndarray:
+  """Removes slivers of up to 4 pixels from a bool mask."""
+  import cv2
+
+  kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
+  opened = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_OPEN, kernel)
+  return opened.astype(bool)
+
+
+def _joined(mask: np.ndarray, to: np.ndarray) -> np.ndarray:
+  """Returns the connected parts of a bool mask that touch another."""
+  import cv2
+
+  _, parts = cv2.connectedComponents((mask | to).astype(np.uint8))
+  touched = np.zeros(parts.max() + 1, bool)
+  touched[np.unique(parts[to])] = True
+  touched[0] = False
+  return mask & touched[parts]

@@ -1,0 +1,113 @@
+"""Hair and skin of MediaPipe's selfie_multiclass, the rest from the mesh.
+
+The segmenter tells background, hair, body skin, face skin, clothes and others
+(hats, glasses, what is held) apart. Its face skin counts within the mesh's
+outline, and above it as forehead: LaPa has no ears and no neck. What it sees
+as others before the face is background.
+
+Axes: S = 224 crop pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_prep import mediapipe_tasks, regions
+from data_prep.parsers import mediapipe
+from marlin_jax.records import FRAME_SIZE
+
+if TYPE_CHECKING:
+  from data_prep.parsers import Parser
+
+# The model's classes, by position.
+CLASSES = ("background", "hair", "body_skin", "face_skin", "clothes", "others")
+
+
+@contextlib.contextmanager
+def open_model(model: Path) -> Iterator[Parser]:
+  """Opens the parser; see `parsers.open_parser`."""
+  with mediapipe.open_segmenter(model) as segmenter:
+    yield MulticlassParser(segmenter)
+
+
+class MulticlassParser:
+  """Parses with the mesh's polygons and a segmenter of six classes.
+
+  Args:
+    segmenter: MediaPipe's Task.
+  """
+
+  def __init__(self, segmenter: Any) -> None:
+    self._segmenter = segmenter
+
+  def parse(
+    self, frame: np.ndarray, box: np.ndarray, landmarks: np.ndarray | None
+  ) -> np.ndarray | None:
+    """See `Parser.parse`; None exactly when there are no landmarks.
+
+    Raises:
+      RuntimeError: the model has other classes.
+    """
+    if landmarks is None or not np.isfinite(landmarks).all():
+      return None
+    context, context_box = mediapipe.head_and_shoulders(frame, box)
+    result = self._segmenter.segment(mediapipe_tasks.as_image(context))
+    masks = [mask.numpy_view().squeeze() for mask in result.confidence_masks]
+    if len(masks) != len(CLASSES):
+      raise RuntimeError(
+        f"the model has {len(masks)} classes, expected {len(CLASSES)}: "
+        f"{', '.join(CLASSES)}"
+      )
+    return compose(np.stack(masks), context_box, frame, box, landmarks)
+
+
+def compose(
+  confidences: np.ndarray,
+  context_box: np.ndarray,
+  frame: np.ndarray,
+  box: np.ndarray,
+  landmarks: np.ndarray,
+) -> np.ndarray:
+  """Returns the label map, uint8 (S, S).
+
+  Args:
+    confidences: float32 (6, K, K), of CLASSES, over a square of the frame.
+    context_box: (4,), that square.
+    frame: uint8 (H, W, 3), RGB.
+    box: (4,), the crop.
+    landmarks: float32 (478, 2) in source pixels.
+  """
+  import cv2
+
+  scale = confidences.shape[-1] / (context_box[2] - context_box[0])
+  crop_box = (np.asarray(box) - np.tile(context_box[:2], 2)) * scale
+  segments = np.stack(
+    [
+      regions.warped(mask, crop_box, FRAME_SIZE, cv2.BORDER_REPLICATE)
+      for mask in confidences
+    ]
+  ).argmax(axis=0)
+  points = regions.in_crop(landmarks, box)
+  up, across = regions.face_coordinates(points, FRAME_SIZE)
+  oval = np.zeros((FRAME_SIZE, FRAME_SIZE), np.uint8)
+  regions.fill(oval, regions.outline(points), 1)
+  # The forehead is as wide as the face, and ends where the hair begins.
+  face = (oval > 0) | ((up > 0.75) & (across < 1.05))
+
+  labels = np.zeros((FRAME_SIZE, FRAME_SIZE), np.uint8)
+  # A beard may be taken for body skin, but nothing else may before the face.
+  skin = (segments == 3) | ((segments == 2) & (oval > 0))
+  labels[face & skin] = regions.CODE["skin"]
+  features = labels.copy()
+  regions.draw_features(features, points)
+  visible = ~np.isin(segments, (0, 4, 5))
+  labels[visible] = features[visible]
+  labels[(segments == 1) & (labels < 2)] = regions.CODE["hair"]
+  area = regions.picture_area(frame)
+  labels[~regions.inside(area, box, FRAME_SIZE)] = regions.CODE["background"]
+  return labels

@@ -1,0 +1,112 @@
+"""Videos to parts on this machine's cores, whatever becomes of a worker."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from data_prep import ledger, process, shards, storage, workers
+from data_prep.manifest import Source
+from data_prep.progress import ProgressBar
+
+# A worker is replaced after so many videos: what native libraries leak stays
+# bounded, and opening the models anew costs a few hundredths of a second each.
+VIDEOS_PER_WORKER = 50
+# Longer than the decoder may keep a worker waiting.
+EXTRA_STALL_SECS = 300.0
+
+
+def run(
+  output: Path,
+  todo: list[Source],
+  settings: process.Settings,
+  num_workers: int,
+  bar: ProgressBar | None = None,
+) -> Iterator[ledger.Entry]:
+  """Processes videos; yields as each one's part is there.
+
+  Args:
+    output: folder of the data set.
+    todo: the videos.
+    settings: see there.
+    num_workers: videos at a time.
+    bar: shows the progress.
+
+  Raises:
+    workers.WorkerError: no video can be processed on this machine.
+  """
+  with (
+    contextlib.closing(
+      workers.run_tasks(
+        todo,
+        open_work,
+        (output, settings),
+        num_workers=num_workers,
+        tasks_per_worker=VIDEOS_PER_WORKER,
+        stall_secs=settings.limits.secs + EXTRA_STALL_SECS,
+      )
+    ) as events,
+    bar or contextlib.nullcontext(),
+  ):
+    for event in events:
+      if event.kind == "report":
+        if bar is not None:
+          bar.report(event.task, *event.value)
+        continue
+      entry = event.value
+      if event.kind == "died":
+        source = todo[event.task]
+        outcome = process.Outcome(process.QUARANTINED, event.value)
+        entry = ledger.Entry.of(source, settings, outcome)
+        with shards.PartWriter(shards.Part(output, entry.video_id)) as part:
+          part.commit(entry)
+      if bar is not None:
+        bar.done(event.task, entry)
+      yield entry
+
+
+@contextlib.contextmanager
+def open_work(task_settings: tuple[Path, process.Settings]) -> Iterator[Any]:
+  """Opens the models in a worker; yields what turns a source into a part."""
+  import cv2
+
+  # There is a worker for every core already.
+  cv2.setNumThreads(1)
+  output, settings = task_settings
+
+  def work(source: Source, report: Callable[[Any], None]) -> ledger.Entry:
+    with shards.PartWriter(shards.Part(output, source.video_id)) as part:
+      entry = _process(
+        source,
+        settings,
+        models,
+        emit=part.add,
+        progress=lambda share, num_frames: report((share, num_frames)),
+      )
+      part.commit(entry)
+    return entry
+
+  with process.Models(settings.parser) as models:
+    yield work
+
+
+def _process(
+  source: Source,
+  settings: process.Settings,
+  models: process.Models,
+  emit: Callable[[bytes], None],
+  progress: process.Progress,
+) -> ledger.Entry:
+  """Processes a video; in a bucket, a copy of it."""
+  with contextlib.ExitStack() as stack:
+    try:
+      path = stack.enter_context(storage.local(source.path))
+    except OSError as e:
+      outcome = process.Outcome(process.QUARANTINED, f"cannot fetch: {e}")
+      return ledger.Entry.of(source, settings, outcome)
+    source = dataclasses.replace(source, path=path)
+    outcome = process.process_video(source, settings, models, emit, progress)
+    return ledger.Entry.of(source, settings, outcome)

@@ -1,0 +1,169 @@
+"""How good a face track is: four terms in [0, 1], and one number of them.
+
+  size       height of the face in source pixels over the 179 that it has in a
+             crop, at most 1: an enlarged crop shows less
+  sharpness  how fine the sharpest edges of the face are at the crop's scale;
+             out of focus, blurred by motion, enlarged before or crushed by a
+             codec is low, and noise does not count as an edge
+  pose       cosine of the angle between the face's normal and the direction to
+             the camera: 1 from the front, 0.5 turned by 60 degrees, 0 in
+             profile
+  landmarks  share of the frames that have a mesh, times how steady the mesh is
+             on the head
+
+Each is the median over the frames that tell it, so that a few bad frames of a
+good track count little.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from data_prep import boxes
+from marlin_jax.records import FRAME_SIZE
+
+# Standard deviations, in crop pixels, of the two Gaussians under the
+# Laplacians that are compared.
+FINE_SIGMA, COARSE_SIGMA = 1.0, 3.0
+# Their ratio at an edge that is much wider than both, and at one with a
+# standard deviation of 1.1 crop pixels, which counts as sharp. Real faces of
+# 224 pixels have 0.6.
+BLURRED_RATIO = (FINE_SIGMA / COARSE_SIGMA) ** 2
+SHARP_RATIO = 0.5
+# Noise is everywhere in a face and edges are not: this many times the energy
+# of its plainest quarter is taken off.
+NOISE_FACTOR = 2.5
+
+# What talking and frowning leave where it is: corners of the eyes, and the
+# bridge of the nose.
+_STEADY = (33, 133, 263, 362, 168, 6)
+# Mean jump of these points between frames, over the face's height, that halves
+# the score. Steady meshes have 0.002, those beside a face 0.05.
+HALF_JITTER = 0.02
+
+_RIGHT_SIDE, _LEFT_SIDE, _TOP, _CHIN = 234, 454, 10, 152
+
+
+def sharpness(frame: np.ndarray, mesh: np.ndarray) -> float:
+  """Says how sharp a face is at the scale of its crop.
+
+  The energy of a fine Laplacian over that of a coarse one, both where they are
+  strongest: contrast and light cancel, and the width of edges is left.
+
+  Args:
+    frame: uint8 (H, W, 3), RGB.
+    mesh: (N, 2 or 3), the face's landmarks in source pixels.
+  """
+  import cv2
+
+  box = boxes.square_around(boxes.bounds(mesh[:, :2]), boxes.CROP_RATIO)
+  crop = boxes.crop_frame(frame, box)
+  grey = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY).astype(np.float32)
+  face = _face_ellipse()
+  fine, coarse = (
+    _edge_energy(grey, sigma)[face] for sigma in (FINE_SIGMA, COARSE_SIGMA)
+  )
+  plain, strong = np.quantile(fine, (0.25, 0.95))
+  reference = float(np.quantile(coarse, 0.95))
+  if reference < 1.0:  # no edge of even one grey level
+    return 0.0
+  energy = max(float(strong - NOISE_FACTOR * plain), 0.0)
+  ratio = math.sqrt(energy / reference)
+  return float(
+    np.clip((ratio - BLURRED_RATIO) / (SHARP_RATIO - BLURRED_RATIO), 0, 1)
+  )
+
+
+def _edge_energy(grey: np.ndarray, sigma: float) -> np.ndarray:
+  """Returns the local energy of the scale-normalised Laplacian, (H, W)."""
+  import cv2
+
+  smooth = cv2.GaussianBlur(grey, (0, 0), sigma)
+  edges = sigma**2 * cv2.Laplacian(smooth, cv2.CV_32F, ksize=1)
+  return cv2.GaussianBlur(edges * edges, (0, 0), 3.0)
+
+
+def _face_ellipse() -> np.ndarray:
+  """Returns bool (S, S): within the face, away from what lies behind it."""
+  at = np.arange(FRAME_SIZE) + 0.5 - FRAME_SIZE / 2
+  half = FRAME_SIZE / 2 / boxes.CROP_RATIO
+  return np.hypot(at[None] / (0.78 * half), at[:, None] / (0.98 * half)) < 1
+
+
+def frontality(mesh: np.ndarray) -> float:
+  """Returns the cosine of the angle between a face and the camera.
+
+  Args:
+    mesh: (478, 3), x, y and depth in one unit, depth smaller when nearer.
+  """
+  mesh = np.asarray(mesh, np.float64)
+  across = mesh[_LEFT_SIDE] - mesh[_RIGHT_SIDE]
+  down = mesh[_CHIN] - mesh[_TOP]
+  normal = np.cross(across, down)
+  length = float(np.linalg.norm(normal))
+  return max(float(normal[2]) / length, 0.0) if length else 0.0
+
+
+def steadiness(landmarks: np.ndarray) -> float:
+  """Says how steady a mesh lies on a head.
+
+  How far each of some points that no muscle moves is from the middle between
+  its places in the frames before and after, once the common motion of all is
+  taken off.
+
+  Args:
+    landmarks: float32 (T, 478, 2) in source pixels; NaN without a mesh.
+
+  Returns:
+    In (0, 1]; 1 where no three frames in a row have a mesh.
+  """
+  points = landmarks[:, list(_STEADY)].astype(np.float64)
+  height = np.ptp(landmarks[..., 1], axis=1)[1:-1]
+  bend = points[1:-1] - (points[:-2] + points[2:]) / 2
+  bend -= bend.mean(axis=1, keepdims=True)
+  jitter = np.linalg.norm(bend, axis=2).mean(axis=1) / height
+  jitter = jitter[np.isfinite(jitter)]
+  if not len(jitter):
+    return 1.0
+  return float(HALF_JITTER / (HALF_JITTER + jitter.mean()))
+
+
+def terms(
+  face_heights: np.ndarray,
+  sharpnesses: np.ndarray,
+  frontalities: np.ndarray,
+  landmarks: np.ndarray,
+  steps: int = 1,
+) -> np.ndarray:
+  """Returns the terms of a track, float32 (4,), in the module's order.
+
+  Args:
+    face_heights: (N,), of the mesh or of what stands for it, source pixels.
+    sharpnesses: (M,), of some frames; none is 0.
+    frontalities: (K,), of the frames with a mesh; none is 0.
+    landmarks: float32 (T, 478, 2), NaN in frames without a mesh.
+    steps: of how many frames only the first was looked at.
+  """
+  has_mesh = np.isfinite(landmarks[:, 0, 0])
+  full_height = FRAME_SIZE / boxes.CROP_RATIO
+  return np.array(
+    [
+      min(float(np.median(face_heights)) / full_height, 1.0),
+      float(np.median(sharpnesses)) if len(sharpnesses) else 0.0,
+      float(np.median(frontalities)) if len(frontalities) else 0.0,
+      float(has_mesh.mean()) * steadiness(landmarks[::steps]),
+    ],
+    np.float32,
+  )
+
+
+def combine(quality_terms: np.ndarray) -> float:
+  """Returns the geometric mean of the terms, each counted as 0.01 or more.
+
+  A term near 0 pulls the whole down, as in a product, but the scale stays that
+  of one term, and a track is still told from a worse one.
+  """
+  floored = np.maximum(np.asarray(quality_terms, np.float64), 0.01)
+  return float(np.prod(floored) ** (1 / len(floored)))

@@ -1,0 +1,126 @@
+"""What one shard takes: some videos to process, and the shard to write.
+
+A job knows all it needs and finishes on any machine that sees the output
+folder. It is written once: where an attempt may have come before, `is_done`
+tells. The pool, an array of tasks and Beam
+differ only in who does which job.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from data_prep import ledger, shards, storage
+from data_prep.ledger import Entry
+from data_prep.manifest import Source
+
+
+@dataclasses.dataclass
+class ShardJob:
+  """The work of one shard.
+
+  Attributes:
+    job_id: unlike that of any other job, also of one for the same shard.
+    output: folder of the data set.
+    shard: name of the shard's file.
+    video_ids: all videos that belong in it.
+    written: ledger lines of the shard as it lies there.
+    processed: ledger lines of videos whose parts are there.
+    todo: videos that are still to be processed.
+  """
+
+  job_id: str
+  output: Path
+  shard: str
+  video_ids: list[str]
+  written: dict[str, Entry]
+  processed: dict[str, Entry]
+  todo: list[Source]
+
+  def to_json(self) -> str:
+    """Returns one line; `from_json` is the inverse."""
+    return json.dumps(dataclasses.asdict(self), default=os.fspath)
+
+  @classmethod
+  def from_json(cls, line: str) -> ShardJob:
+    """Raises ValueError or TypeError where the line is of another program."""
+    fields = json.loads(line)
+    for name in ("written", "processed"):
+      fields[name] = {k: Entry(**entry) for k, entry in fields[name].items()}
+    fields["todo"] = [
+      Source(
+        **source
+        | {
+          "path": storage.path_of(source["path"]),
+          "labels": {k: tuple(v) for k, v in source["labels"].items()},
+        }
+      )
+      for source in fields["todo"]
+    ]
+    fields["output"] = storage.path_of(fields["output"])
+    return cls(**fields)
+
+  def write(self) -> tuple[str, dict[str, Entry]]:
+    """Writes the shard from parts and from what the old shard holds.
+
+    Returns:
+      The shard's SHA-256, and the ledger lines of its videos by id.
+
+    Raises:
+      shards.ShardError: what was written does not read back.
+    """
+    sources: dict[str, tuple[Entry, Path, int]] = {}
+    first = 0
+    for video_id in sorted(self.written):
+      entry = self.written[video_id]
+      sources[video_id] = entry, self.output / self.shard, first
+      first += entry.num_records
+    for video_id, entry in self.processed.items():
+      path = shards.Part(self.output, video_id).records
+      sources[video_id] = entry, path, 0
+    in_order = [sources[video_id] for video_id in sorted(self.video_ids)]
+
+    ready = ready_path(self.output, self.shard)
+    partial = storage.partial_path(ready)
+    shards.write_shard(partial, in_order)
+    digest = ledger.sha256_of(partial)
+    storage.publish(partial, ready)
+    entries = {entry.video_id: entry for entry, _, _ in in_order}
+    lines = [dataclasses.asdict(entry) for entry in entries.values()]
+    ledger.write_json(
+      note_path(self.output, self.shard),
+      {"sha256": digest, "job": self.job_id, "videos": lines},
+    )
+    self._appear()
+    return digest, entries
+
+  def is_done(self) -> bool:
+    """Says whether an earlier attempt at this job has written the shard.
+
+    What it read, an older shard and parts, is not there any more.
+    """
+    note = ledger.read_json(note_path(self.output, self.shard))
+    if not note or note.get("job") != self.job_id:
+      return False
+    self._appear()
+    return True
+
+  def _appear(self) -> None:
+    ready = ready_path(self.output, self.shard)
+    if ready.exists():
+      storage.publish(ready, self.output / self.shard)
+    for video_id in self.video_ids:
+      shards.Part(self.output, video_id).remove()
+
+
+def ready_path(output: Path, shard: str) -> Path:
+  """Where a verified shard waits until its ledger lines are there."""
+  return output / "parts" / f"{shard}.ready"
+
+
+def note_path(output: Path, shard: str) -> Path:
+  """Where a shard's hash and ledger lines are until the run ends."""
+  return output / "parts" / f"{shard}.json"

@@ -1,0 +1,1 @@
+"""Labels, features, heads, reports: what the binaries in eval/ share."""

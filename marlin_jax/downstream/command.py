@@ -1,0 +1,74 @@
+"""The command line of the evaluations: flags, errors, exit codes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+from marlin_jax import config_arguments
+from marlin_jax.downstream import configuration
+from marlin_jax.validate import ConfigError
+
+flags.adopt_module_key_flags(config_arguments)
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint",
+  None,
+  "The encoder: the workdir of a run, whatever marlin_jax.convert reads or "
+  "writes (MARLIN's and VideoMAE's files), the name of a published model, or "
+  "'random' for one that has learned nothing (its sizes: config.random).",
+)
+_DATA = flags.DEFINE_string(
+  "data",
+  None,
+  "A data set written by data_prep.prepare: with labels; for lip "
+  "synchronisation with sound.",
+)
+
+
+def main(argv: Sequence[str]) -> None:
+  """What each of the binaries does with --config, --checkpoint and --data."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+  logging.set_verbosity(logging.FATAL)  # orbax tells of every save
+  config = config_arguments.CONFIG.value
+  try:
+    configuration.validate(config)
+  except ConfigError as e:
+    sys.exit(f"error: {e}")
+  # Imported here: they take seconds, which --help and bad flags need not wait.
+  from marlin_jax.checkpoint import ResumeError, SaveError
+  from marlin_jax.downstream.evaluation import evaluate
+  from marlin_jax.downstream.tasks import TaskError
+  from marlin_jax.formats.weights import WeightsError
+  from marlin_jax.output_folder import OutputFolderError
+  from marlin_jax.prepared_dataset import DatasetError
+
+  try:
+    evaluate(config, _CHECKPOINT.value, _DATA.value, config_arguments.workdir())
+  except KeyboardInterrupt:
+    print(
+      "\nInterrupted. What is done is kept: the same command goes on from "
+      "there.",
+      file=sys.stderr,
+    )
+    sys.exit(130)
+  except (
+    ConfigError,
+    DatasetError,
+    FloatingPointError,
+    OutputFolderError,
+    ResumeError,
+    SaveError,
+    TaskError,
+    WeightsError,
+  ) as e:
+    sys.exit(f"error: {e}")
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+  """Starts a binary."""
+  for name in ("config", "checkpoint", "data"):
+    flags.mark_flag_as_required(name)
+  app.run(main, flags_parser=config_arguments.parse)

@@ -1,0 +1,200 @@
+"""Features of all windows of a split, computed once.
+
+A folder for each encoder, split and rule of windows, named by their hash; in it
+settings.json, and the windows' features in parts that appear whole: a run that
+was stopped goes on with the part it was at.
+
+Axes: W windows, B clips of a batch, D width.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from marlin_jax import marlin, sharding
+from marlin_jax.downstream import clip_batches
+from marlin_jax.downstream.labelled import Split, Window
+from marlin_jax.formats.weights import Weights, encoder_sha256
+from marlin_jax.models import partition, softmax_attention
+from marlin_jax.output_folder import write_bytes
+
+# Raised whenever features of the same settings would be others.
+_VERSION = 1
+# Windows in a part: 3 MB for B/16.
+PART_WINDOWS = 1024
+
+
+class FrozenEncoder:
+  """Clips -> features; the weights lie on every device.
+
+  Attributes:
+    architecture: of the encoder.
+    identity: what features depend on beside the clips.
+  """
+
+  def __init__(self, weights: Weights, mesh: Mesh, dtype: str, attention: str):
+    """Puts the encoder on the devices.
+
+    Args:
+      weights: of any format; see formats.
+      mesh: clips are spread over all but `tensor`.
+      dtype: of matrix products.
+      attention: one of models.softmax_attention.IMPLEMENTATIONS.
+    """
+    self.architecture = weights.architecture.without_decoder()
+    self.identity = {"encoder": encoder_sha256(weights), "dtype": dtype}
+    self._mesh = mesh
+    platform = mesh.devices.flat[0].platform
+    encoder = weights.encoder_only().autoencoder(
+      dtype=dtype,
+      attention=softmax_attention.choose(attention, platform, dtype),
+    )
+    graphdef, params = nnx.split(encoder)
+    self._params = jax.device_put(params, sharding.replicated(mesh))
+    self._features = jax.jit(
+      functools.partial(
+        _features,
+        self.architecture,
+        graphdef,
+        sharding.Placement(mesh, dtype) if mesh.size > 1 else None,
+      ),
+      out_shardings=sharding.replicated(mesh),
+    )
+
+  def __call__(self, video: np.ndarray) -> jax.Array:
+    """Features of a batch that divides over the devices.
+
+    Args:
+      video: uint8 (B, T, S, S, 3).
+
+    Returns:
+      float32 (B, D), as Marlin.extract_features.
+    """
+    x = jax.device_put(video, sharding.batch_sharding(self._mesh))
+    return self._features(self._params, x)
+
+
+def _features(architecture, graphdef, placement, params, x):
+  with partition.use(placement):
+    return marlin.features(nnx.merge(graphdef, params), architecture, x)
+
+
+def window_features(
+  encoder: FrozenEncoder,
+  split: Split,
+  windows: list[Window],
+  cache: Path,
+  *,
+  batch_size: int,
+  num_threads: int,
+) -> np.ndarray:
+  """Features of windows, from the cache where they are there.
+
+  Args:
+    encoder: what computes them.
+    split: where the windows are.
+    windows: W of them.
+    cache: folder of caches.
+    batch_size: clips at a time; changes no more than the last digit.
+    num_threads: that read.
+
+  Returns:
+    float32 (W, D).
+
+  Raises:
+    DatasetError: a record is damaged.
+  """
+  settings = {
+    "version": _VERSION,
+    **encoder.identity,
+    "split": split.name,
+    "fingerprint": split.dataset.fingerprint,
+    "windows": hashlib.sha256(json.dumps(windows).encode()).hexdigest(),
+    "num_frames": encoder.architecture.num_frames,
+    "stride": encoder.architecture.stride,
+  }
+  text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+  folder = cache / f"features-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+  folder.mkdir(parents=True, exist_ok=True)
+  write_bytes(folder / "settings.json", text.encode())
+  width = encoder.architecture.width
+  starts = range(0, len(windows), PART_WINDOWS)
+  parts = {}
+  for start in starts:
+    num = min(PART_WINDOWS, len(windows) - start)
+    parts[start] = _read(folder / _name(start), (num, width))
+  missing = [start for start in starts if parts[start] is None]
+  if missing:
+    reader = clip_batches.ClipReader(split, encoder.architecture.clip)
+    todo = {s: windows[s : s + PART_WINDOWS] for s in missing}
+    with tqdm(
+      desc=f"features of {split.name}",
+      total=len(windows),
+      initial=len(windows) - sum(map(len, todo.values())),
+      unit="window",
+      mininterval=1.0,
+    ) as bar:
+      for start, part in todo.items():
+        batches = clip_batches.window_batches(
+          reader, part, batch_size, num_threads
+        )
+        parts[start] = computed(encoder, batches, len(part), bar.update)
+        data = io.BytesIO()
+        np.save(data, parts[start])
+        write_bytes(folder / _name(start), data.getvalue())
+  found = [parts[start] for start in starts]
+  return np.concatenate(found) if found else np.zeros((0, width), np.float32)
+
+
+def _name(start: int) -> str:
+  return f"{start:09d}.npy"
+
+
+def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+  """None where the part is missing or not whole."""
+  try:
+    found = np.load(path, allow_pickle=False)
+  except (OSError, EOFError, ValueError):
+    return None
+  return found if found.shape == shape else None
+
+
+def computed(
+  encode: Callable[[np.ndarray], jax.Array],
+  batches: Iterable[np.ndarray],
+  num: int,
+  report: Callable[[int], object] = lambda num: None,
+) -> np.ndarray:
+  """Features of batches of clips; while one is computed the next is read.
+
+  Args:
+    encode: clips -> float32 (B, D), of which every process has the whole.
+    batches: of clips, B at a time over all processes.
+    num: of the clips that count, W; what the last batch has beyond is dropped.
+    report: told how many more are done.
+
+  Returns:
+    float32 (W, D).
+  """
+  found: list[np.ndarray] = []
+  previous, left = None, num
+  for video in batches:
+    current = encode(video)
+    if previous is not None:
+      found.append(np.asarray(previous))
+    previous = current
+    report(min(len(current), left))
+    left -= len(current)
+  found.append(np.asarray(previous))
+  return np.concatenate(found)[:num]

@@ -1,0 +1,281 @@
+"""A head, with or without an encoder below it, and how one step changes it.
+
+Axes: B clips, N tokens, P pixels per token, D width, K predictions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from marlin_jax import marlin, sharding
+from marlin_jax.downstream import protocols
+from marlin_jax.downstream.tasks import Task
+from marlin_jax.formats.weights import Architecture, Weights
+from marlin_jax.models import heads, partition, softmax_attention, vit
+
+Pytree = Any
+
+
+class Classifier(nnx.Module):
+  """An encoder and a head on it; (B, N, P) -> float32 (B, K)."""
+
+  def __init__(self, encoder, head):
+    self.encoder = encoder
+    self.head = head
+
+  def __call__(self, tokens: jax.Array, keep: jax.Array | None = None):
+    hidden = self.encoder.tokens(tokens, keep=keep).astype(jnp.float32)
+    if not self.head.takes_tokens:
+      hidden = hidden.mean(axis=1)
+    return self.head(self.encoder.norm(hidden))
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+  """Something to train: its structure and the functions on its arrays.
+
+  Attributes:
+    graphdef: of the network: a Classifier, or a head alone.
+    trained, kept: its first arrays: those that learn, and the rest.
+    task: what it predicts.
+    config: of the optimiser, and of drop path, mixup and flips where there are.
+    mesh: the devices.
+    architecture: of the encoder; None: the input is features.
+    dtype: of the encoder's matrix products.
+  """
+
+  graphdef: nnx.GraphDef
+  trained: Pytree
+  kept: Pytree
+  task: Task
+  config: ConfigDict
+  mesh: Mesh
+  architecture: Architecture | None = None
+  dtype: str = "float32"
+
+  def begin(self) -> Pytree:
+    """The first state, where it belongs on the mesh."""
+    opt_state = self._optimiser.init(self.trained)
+    state = {"trained": self.trained, "opt": opt_state}
+    return jax.device_put(state, self.shardings)
+
+  @functools.cached_property
+  def _optimiser(self) -> optax.GradientTransformation:
+    return protocols.optimiser(self.config)
+
+  @functools.cached_property
+  def shardings(self) -> Pytree:
+    """Of a state."""
+    shapes = jax.eval_shape(
+      lambda trained: {
+        "trained": trained,
+        "opt": self._optimiser.init(trained),
+      },
+      self.trained,
+    )
+    return self._place(shapes)
+
+  def _place(self, tree: Pytree) -> Pytree:
+    heads_of = self.architecture.num_heads if self.architecture else 1
+    return sharding.lay_out(self.mesh, tree, {"encoder": heads_of}).shardings
+
+  @functools.cached_property
+  def _kept(self) -> Pytree:
+    return jax.device_put(self.kept, self._place(self.kept))
+
+  def put(self, *arrays: np.ndarray) -> list[jax.Array]:
+    """Spreads a batch over the devices."""
+    return jax.device_put(arrays, sharding.batch_sharding(self.mesh))
+
+  # --- What a step does -------------------------------------------------------
+
+  def step(self, state: Pytree, x, wanted, known, rng, lr):
+    """One update.
+
+    Args:
+      state: given up.
+      x: uint8 clips (B, T, H, W, 3), or features float32 (B, D).
+      wanted, known: float32 (B, K); see Task.encode.
+      rng: a key, for this step alone.
+      lr: the rate.
+
+    Returns:
+      The state, and the loss.
+    """
+    return self._step(state, self._kept, *self.put(x, wanted, known), rng, lr)
+
+  @functools.cached_property
+  def _step(self):
+    depth = self.architecture.depth if self.architecture else 0
+    decay = self.config.get("layer_decay", 1.0)
+
+    def step(state, kept, x, wanted, known, rng, lr):
+      loss, grads = jax.value_and_grad(self._loss)(
+        state["trained"], kept, x, wanted, known, rng
+      )
+      updates, opt = self._optimiser.update(
+        grads, state["opt"], state["trained"]
+      )
+      factors = protocols.layer_factors(state["trained"], depth, decay)
+      trained = protocols.moved(state["trained"], updates, lr, factors)
+      return {"trained": trained, "opt": opt}, loss
+
+    everywhere = sharding.replicated(self.mesh)
+    return jax.jit(
+      step, donate_argnums=0, out_shardings=(self.shardings, everywhere)
+    )
+
+  def _loss(self, trained, kept, x, wanted, known, rng):
+    keep = None
+    if self.architecture:
+      rng_flip, rng_mix, rng_drop = jax.random.split(rng, 3)
+      if self.config.get("flip", False):
+        x = _flipped(rng_flip, x)
+      x = marlin.to_tokens(x, self.architecture)
+      if self.config.get("mixup", 0.0):
+        x, wanted, known = _mixed(rng_mix, self.config.mixup, x, wanted, known)
+      if self.config.get("drop_path", 0.0):
+        keep = vit.drop_path(
+          rng_drop, self.config.drop_path, self.architecture.depth, len(x)
+        )
+    logits = self._network(trained, kept)(x, *([] if keep is None else [keep]))
+    return loss_of(self.task, logits, wanted, known)
+
+  def _network(self, trained, kept):
+    placement = None
+    if self.mesh.size > 1:
+      placement = sharding.Placement(self.mesh, self.dtype)
+
+    def call(*args):
+      with partition.use(placement):
+        whole = partition.weights(trained), partition.weights(kept)
+        return nnx.merge(self.graphdef, *whole)(*args)
+
+    return call
+
+  # --- What comes of it -------------------------------------------------------
+
+  def logits(self, trained: Pytree, x) -> jax.Array:
+    """float32 (B, K) of a batch, as for `step`."""
+    return self._logits(trained, self._kept, *self.put(x))
+
+  @functools.cached_property
+  def _logits(self):
+    def logits(trained, kept, x):
+      if self.architecture:
+        x = marlin.to_tokens(x, self.architecture)
+      return self._network(trained, kept)(x)
+
+    return jax.jit(logits, out_shardings=sharding.replicated(self.mesh))
+
+
+def loss_of(task: Task, logits, wanted, known) -> jax.Array:
+  """Mean cross-entropy over what is known.
+
+  Args:
+    task: says whether labels are independent or classes.
+    logits, wanted, known: (B, K).
+  """
+  if task.is_class:
+    each = optax.softmax_cross_entropy(logits, wanted)
+    known = known[:, 0]
+  else:
+    each = optax.sigmoid_binary_cross_entropy(logits, wanted)
+  return (each * known).sum() / jnp.maximum(known.sum(), 1.0)
+
+
+def _flipped(rng, x):
+  """Half of the clips mirrored."""
+  chosen = jax.random.bernoulli(rng, 0.5, (len(x), 1, 1, 1, 1))
+  return jnp.where(chosen, x[:, :, :, ::-1], x)
+
+
+def _mixed(rng, alpha, x, wanted, known):
+  """Mixup (Zhang et al., ICLR 2018) of each clip with another."""
+  share = jax.random.beta(rng, alpha, alpha)
+  return (
+    share * x + (1 - share) * x[::-1],
+    share * wanted + (1 - share) * wanted[::-1],
+    known * known[::-1],
+  )
+
+
+# --- The three kinds ----------------------------------------------------------
+
+
+def linear_probe(
+  task: Task, width: int, config: ConfigDict, mesh: Mesh, seed: int
+) -> Learner:
+  """A linear layer on features."""
+  head = heads.LinearHead(width, task.num_outputs, nnx.Rngs(seed))
+  graphdef, trained, kept = nnx.split(head, nnx.Param, ...)
+  return Learner(graphdef, _pure(trained), _pure(kept), task, config, mesh)
+
+
+def on_encoder(
+  task: Task,
+  weights: Weights,
+  config: ConfigDict,
+  mesh: Mesh,
+  seed: int,
+  *,
+  attentive: bool,
+  frozen: bool,
+  dtype: str,
+  attention: str,
+  remat: str,
+) -> Learner:
+  """A head on an encoder.
+
+  Args:
+    task: what to predict.
+    weights: of the encoder.
+    config: see Learner.
+    mesh: the devices.
+    seed: of the head.
+    attentive: the head sees every token, else their mean.
+    frozen: the encoder does not learn.
+    dtype, attention, remat: of the encoder; see models.vit.
+  """
+  platform = mesh.devices.flat[0].platform
+  encoder = weights.encoder_only().autoencoder(
+    dtype=dtype,
+    attention=softmax_attention.choose(attention, platform, dtype),
+    remat=remat,
+  )
+  architecture = weights.architecture.without_decoder()
+  width, rngs = architecture.width, nnx.Rngs(seed)
+  if attentive:
+    head = heads.AttentiveHead(
+      width, task.num_outputs, rngs, num_heads=architecture.num_heads
+    )
+  else:
+    head = heads.LinearHead(width, task.num_outputs, rngs)
+  learns = nnx.Param
+  if frozen:
+    learns = nnx.All(nnx.Param, nnx.PathContains("head"))
+  graphdef, trained, kept = nnx.split(Classifier(encoder, head), learns, ...)
+  return Learner(
+    graphdef,
+    _pure(trained),
+    _pure(kept),
+    task,
+    config,
+    mesh,
+    architecture,
+    dtype,
+  )
+
+
+def _pure(state) -> Pytree:
+  return nnx.to_pure_dict(state)

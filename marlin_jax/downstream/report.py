@@ -1,0 +1,213 @@
+"""What an evaluation tells: a table, and pictures."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from marlin_jax import scores
+
+# Columns of the table, of those that a task has.
+_SHOWN = (
+  "accuracy",
+  "auc_micro",
+  "auc",
+  "balanced_accuracy",
+  "f1_weighted",
+  "average_precision",
+)
+_MAX_CURVES = 12
+
+
+def summary(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Of the seeds of each task, mode and ratio: mean and deviation.
+
+  Returns:
+    Dicts of `task`, `mode`, `ratio`, `num_seeds`, `num_train` (the least), and
+    `metrics`: {name: {mean, std, low, high}}. `std` is the sample's, None of
+    one seed; `low` and `high` are the bootstrap's interval, of one seed only.
+  """
+  rows = []
+  keys = ("task", "mode", "ratio")
+  for key, group in itertools.groupby(
+    cells, lambda cell: tuple(cell[k] for k in keys)
+  ):
+    group = list(group)
+    rows.append(
+      dict(zip(keys, key, strict=True))
+      | {
+        "num_seeds": len(group),
+        "num_train": min(cell["num_train"] for cell in group),
+        "metrics": {
+          name: _over([cell["test"]["metrics"][name] for cell in group])
+          for name in group[0]["test"]["metrics"]
+        },
+      }
+    )
+  return rows
+
+
+def _over(numbers: list[dict[str, float | None]]) -> dict[str, float | None]:
+  values = [n["value"] for n in numbers if n["value"] is not None]
+  return {
+    "mean": statistics.fmean(values) if values else None,
+    "std": statistics.stdev(values) if len(values) > 1 else None,
+    "low": numbers[0]["low"] if len(numbers) == 1 else None,
+    "high": numbers[0]["high"] if len(numbers) == 1 else None,
+  }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+  """The summary for people: mean +- deviation, or value and interval."""
+  lines = []
+  for task, group in itertools.groupby(rows, lambda row: row["task"]):
+    group = list(group)
+    names = [n for n in _SHOWN if n in group[0]["metrics"]]
+    cells = [["mode", "data", "videos", *names]]
+    for row in group:
+      cells.append(
+        [row["mode"], f"{row['ratio']:.4g}", str(row["num_train"])]
+        + [_shown(row["metrics"][name]) for name in names]
+      )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines.append(f"\n{task}")
+    lines += [
+      "  "
+      + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+      for row in cells
+    ]
+  return "\n".join(lines).lstrip("\n")
+
+
+def _shown(number: dict[str, float | None]) -> str:
+  if number["mean"] is None:
+    return "-"
+  text = f"{number['mean']:.4f}"
+  if number["std"] is not None:
+    return f"{text} +- {number['std']:.4f}"
+  if number["low"] is not None:
+    return f"{text} [{number['low']:.3f}, {number['high']:.3f}]"
+  return text
+
+
+# --- Pictures -----------------------------------------------------------------
+
+
+def has_matplotlib() -> bool:
+  import importlib.util
+
+  return importlib.util.find_spec("matplotlib") is not None
+
+
+def plot_cell(
+  folder: Path,
+  cell: dict[str, Any],
+  names: Sequence[str],
+  targets: np.ndarray,
+  probabilities: np.ndarray,
+) -> None:
+  """Draws ROC curves, the AUC of each class and, of classes, the confusion.
+
+  Args:
+    folder: where to.
+    cell: its numbers.
+    names: of the K labels or classes.
+    targets: (V, K), as one_hot where they are classes.
+    probabilities: (V, K).
+  """
+  folder.mkdir(exist_ok=True)
+  _roc(folder, cell, names, targets, probabilities)
+  if len(names) > 1:
+    _bars(folder, cell)
+  if "confusion" in cell["test"]:
+    _confusion(folder, cell, names)
+
+
+def _roc(folder, cell, names, targets, probabilities):
+  figure, axes = _axes(5, 5)
+  axes.plot([0, 1], [0, 1], color="0.8", linewidth=1)
+  micro = scores.roc_curve(targets.ravel(), probabilities.ravel())
+  if len(names) > 1:
+    axes.plot(*micro, color="black", label="all pooled")
+  for k, row in enumerate(cell["test"]["per_class"][:_MAX_CURVES]):
+    if row["auc"] is not None:
+      curve = scores.roc_curve(targets[:, k], probabilities[:, k])
+      axes.plot(*curve, linewidth=1, label=f"{row['name']} {row['auc']:.3f}")
+  axes.set(xlabel="false positive rate", ylabel="true positive rate")
+  if axes.get_legend_handles_labels()[0]:
+    axes.legend(fontsize=7, loc="lower right")
+  _save(figure, folder / f"{cell['name']}-roc.png", cell)
+
+
+def _bars(folder, cell):
+  rows = cell["test"]["per_class"]
+  figure, axes = _axes(6, 1 + 0.18 * len(rows))
+  axes.barh(
+    [f"{row['name']} ({row['positives']:.0f})" for row in rows],
+    [row["auc"] or 0.0 for row in rows],
+  )
+  axes.axvline(0.5, color="0.5", linewidth=1)
+  axes.invert_yaxis()
+  axes.tick_params(axis="y", labelsize=7)
+  axes.set(xlabel="AUC (videos with the label in brackets)", xlim=(0, 1))
+  _save(figure, folder / f"{cell['name']}-classes.png", cell)
+
+
+def _confusion(folder, cell, names):
+  matrix = np.array(cell["test"]["confusion"])
+  size = 2 + 0.5 * len(names)
+  figure, axes = _axes(size, size)
+  shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+  axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+  for (i, j), value in np.ndenumerate(matrix):
+    colour = "white" if shares[i, j] > 0.5 else "black"
+    axes.text(j, i, f"{value:.0f}", ha="center", va="center", color=colour)
+  axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+  axes.set_yticks(range(len(names)), names)
+  axes.set(xlabel="predicted", ylabel="true")
+  _save(figure, folder / f"{cell['name']}-confusion.png", cell)
+
+
+def plot_ratios(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+  """Draws, of each task with several ratios, AUC over the part of the data."""
+  folder.mkdir(exist_ok=True)
+  for task, of_task in itertools.groupby(rows, lambda row: row["task"]):
+    of_task = [row for row in of_task if row["metrics"]["auc"]["mean"]]
+    if len({row["ratio"] for row in of_task}) < 2:
+      continue
+    figure, axes = _axes(5, 4)
+    for mode in dict.fromkeys(row["mode"] for row in of_task):
+      line = [row for row in of_task if row["mode"] == mode]
+      axes.errorbar(
+        [row["ratio"] for row in line],
+        [row["metrics"]["auc"]["mean"] for row in line],
+        [row["metrics"]["auc"]["std"] or 0.0 for row in line],
+        marker="o",
+        capsize=3,
+        label=mode,
+      )
+    axes.set(xscale="log", xlabel="part of the training data", ylabel="AUC")
+    axes.legend()
+    _save(figure, folder / f"{task}-ratios.png", {"name": task})
+
+
+def _axes(width: float, height: float):
+  import matplotlib
+
+  matplotlib.use("agg")
+  from matplotlib import pyplot
+
+  return pyplot.subplots(figsize=(width, height), layout="constrained")
+
+
+def _save(figure, path: Path, cell: dict[str, Any]) -> None:
+  from matplotlib import pyplot
+
+  figure.suptitle(cell["name"], fontsize=8)
+  figure.savefig(path, dpi=120)
+  pyplot.close(figure)

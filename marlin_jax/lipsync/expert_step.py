@@ -1,0 +1,163 @@
+"""One training step of the sync expert, and what it is worth.
+
+Everything here is pure: no I/O, no config object.
+
+Axes: B clips, T frames, S pixels of the square picture, M mel rows, O offsets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from marlin_jax import losses
+from marlin_jax.lipsync.structure import Arrays, Structure
+
+Pytree = Any
+
+
+@flax.struct.dataclass
+class ExpertState:
+  """All that a step reads and writes; a plain pytree.
+
+  Attributes:
+    step: int32, steps taken.
+    num_skipped: int32, how many of these changed nothing, because a loss or a
+      gradient was not finite.
+    expert: the network's arrays.
+    opt_state: its optimiser state.
+  """
+
+  step: jax.Array
+  num_skipped: jax.Array
+  expert: Arrays
+  opt_state: Pytree
+
+  @property
+  def trained(self) -> Arrays:
+    """The network that the run is about."""
+    return self.expert
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertTrainer:
+  """The step's static half.
+
+  Attributes:
+    expert: structure of a models.sync_expert.SyncExpert.
+    optimizer: updates it.
+  """
+
+  expert: Structure
+  optimizer: optax.GradientTransformation
+
+  def init(self, arrays: Arrays) -> ExpertState:
+    """The state before the first step."""
+    return ExpertState(
+      step=jnp.zeros((), jnp.int32),
+      num_skipped=jnp.zeros((), jnp.int32),
+      expert=arrays,
+      opt_state=self.optimizer.init(arrays.params),
+    )
+
+
+def cosines(faces: jax.Array, sound: jax.Array) -> jax.Array:
+  """Cosine similarity of unit vectors: (..., D) and (..., D) -> (...)."""
+  return (faces * sound).sum(-1)
+
+
+def as_floats(video: jax.Array) -> jax.Array:
+  """uint8 pictures to float32 in [0, 1]."""
+  return video.astype(jnp.float32) / 255
+
+
+def expert_step(
+  trainer: ExpertTrainer, state: ExpertState, batch: dict
+) -> tuple[ExpertState, dict[str, jax.Array]]:
+  """Takes one step, or none where something in it is not finite.
+
+  Args:
+    trainer: the static half.
+    state: the state.
+    batch: `video` uint8 (B, T, S, S, 3), `mel` float32 (B, M, 80) and `offset`
+      int32 (B,), 0 where the two are in sync.
+
+  Returns:
+    The new state and float32 scalars: loss_sync, accuracy (of the cosine being
+    above a half where they are in sync), the mean cosines cosine_in_sync and
+    cosine_shifted, grad_norm, and `num_skipped` so far.
+  """
+  in_sync = batch["offset"] == 0
+
+  def loss(params):
+    def similarity(net):
+      return cosines(
+        net.faces(as_floats(batch["video"])), net.sound(batch["mel"])
+      )
+
+    cosine, stats = trainer.expert.learn(params, state.expert, similarity)
+    return losses.sync_loss(cosine, in_sync), (cosine, stats)
+
+  (value, (cosine, stats)), grads = jax.value_and_grad(loss, has_aux=True)(
+    state.expert.params
+  )
+  metrics = {
+    "loss_sync": value,
+    "accuracy": jnp.mean((cosine > 0.5) == in_sync),
+    "cosine_in_sync": _mean_where(cosine, in_sync),
+    "cosine_shifted": _mean_where(cosine, ~in_sync),
+    "grad_norm": optax.tree.norm(grads),
+  }
+  updates, opt_state = trainer.optimizer.update(
+    grads, state.opt_state, state.expert.params
+  )
+  params = optax.apply_updates(state.expert.params, updates)
+  new = state.replace(
+    expert=state.expert.replace(params=params, stats=stats),
+    opt_state=opt_state,
+  )
+  return finite_or_old(new, state, metrics)
+
+
+def _mean_where(x: jax.Array, chosen: jax.Array) -> jax.Array:
+  """The mean of some of (B,); 0 where there are none."""
+  return jnp.where(chosen, x, 0).sum() / jnp.maximum(chosen.sum(), 1)
+
+
+def finite_or_old(new, old, metrics: dict[str, jax.Array]):
+  """The new state if all metrics are finite, else the old; one step further.
+
+  Args:
+    new, old: states with `step` and `num_skipped`.
+    metrics: scalars, among them the norms of all gradients.
+
+  Returns:
+    The state, and the metrics with `num_skipped`.
+  """
+  finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
+  kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+  num_skipped = old.num_skipped + ~finite
+  kept = kept.replace(step=old.step + 1, num_skipped=num_skipped)
+  return kept, metrics | {"num_skipped": num_skipped.astype(jnp.float32)}
+
+
+def offset_cosines(expert: Structure, arrays: Arrays, batch: dict) -> jax.Array:
+  """How well the sound fits at each offset, without learning.
+
+  Args:
+    expert: the structure.
+    arrays: of the network.
+    batch: `video` uint8 (B, T, S, S, 3) and `mel` float32 (B, O, M, 80).
+
+  Returns:
+    float32 (B, O) in [-1, 1].
+  """
+  net = expert.evaluate(arrays)
+  mel = batch["mel"]
+  sound = net.sound(mel.reshape(-1, *mel.shape[2:])).reshape(*mel.shape[:2], -1)
+  return cosines(net.faces(as_floats(batch["video"]))[:, None], sound)

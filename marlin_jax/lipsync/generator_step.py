@@ -1,0 +1,267 @@
+"""One training step of the generator and of the quality discriminator.
+
+The generator's loss is a mean of three with weights that sum to 1: the absolute
+error (L1), the expert's loss for the drawn pictures with their sound, and the
+discriminator's for taking them for real (github.com/Rudrabha/Wav2Lip,
+hq_wav2lip_train.py). As there, the generator learns first; the discriminator
+then sees the pictures that were drawn before that.
+
+Unlike there, the expert runs in evaluation mode: with statistics of the batch
+its verdict on a clip would depend on the others, and differ from the one that
+the schedule of the sync weight goes by.
+
+Everything here is pure: no I/O, no config object.
+
+Axes: B clips, T frames, S pixels of the square picture, M mel rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from marlin_jax import losses
+from marlin_jax.lipsync.expert_step import as_floats, cosines, finite_or_old
+from marlin_jax.lipsync.structure import Arrays, Structure
+from marlin_jax.models import convolutions
+
+Pytree = Any
+
+
+@flax.struct.dataclass
+class GeneratorState:
+  """All that a step reads and writes; a plain pytree.
+
+  Attributes:
+    step: int32, steps taken.
+    num_skipped: int32, how many of these changed nothing.
+    sync_weight: float32, of the expert's loss; 0 until the drawn pictures are
+      good enough, see `next_sync_weight`.
+    generator: the generator's arrays.
+    opt_state: its optimiser state.
+    discriminator: the discriminator's arrays; None without one.
+    disc_opt_state: its optimiser state; None without one.
+  """
+
+  step: jax.Array
+  num_skipped: jax.Array
+  sync_weight: jax.Array
+  generator: Arrays
+  opt_state: Pytree
+  discriminator: Arrays | None
+  disc_opt_state: Pytree | None
+
+  @property
+  def trained(self) -> Arrays:
+    """The network that the run is about."""
+    return self.generator
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorTrainer:
+  """The step's static half.
+
+  Attributes:
+    generator: structure of a models.lipsync_generator.LipsyncGenerator or a
+      models.wav2lip.Wav2Lip.
+    image_size: S of its pictures.
+    expert: structure of a models.sync_expert.SyncExpert.
+    discriminator: of a models.quality_discriminator.QualityDiscriminator; None
+      without one.
+    adv_weight: of the discriminator's loss; 0 without one.
+    optimizer: updates the generator.
+    disc_optimizer: updates the discriminator.
+  """
+
+  generator: Structure
+  image_size: int
+  expert: Structure
+  discriminator: Structure | None
+  adv_weight: float
+  optimizer: optax.GradientTransformation
+  disc_optimizer: optax.GradientTransformation
+
+  def init(self, arrays: Arrays, disc: Arrays | None) -> GeneratorState:
+    """The state before the first step."""
+    return GeneratorState(
+      step=jnp.zeros((), jnp.int32),
+      num_skipped=jnp.zeros((), jnp.int32),
+      sync_weight=jnp.zeros((), jnp.float32),
+      generator=arrays,
+      opt_state=self.optimizer.init(arrays.params),
+      discriminator=disc,
+      disc_opt_state=self.disc_optimizer.init(disc.params) if disc else None,
+    )
+
+  def pictures(self, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The generator's view of a batch.
+
+    Returns:
+      masked, reference and target, float32 (B, T, S, S, 3) in [0, 1].
+    """
+    size = self.image_size
+    target, reference = (
+      convolutions.resized(as_floats(batch[key]), size, size)
+      for key in ("video", "reference")
+    )
+    return hide_mouth(target), reference, target
+
+  def sync_loss(self, judge: Arrays, video: jax.Array, mel: jax.Array):
+    """The expert's loss for drawn pictures and the sound they shall fit."""
+    expert = self.expert.evaluate(judge)
+    cosine = cosines(expert.faces(video), expert.sound(mel))
+    return losses.sync_loss(cosine, jnp.ones(cosine.shape, bool))
+
+
+def hide_mouth(video: jax.Array) -> jax.Array:
+  """Pictures (..., S, S, 3) with a black lower half."""
+  return video.at[..., video.shape[-3] // 2 :, :, :].set(0)
+
+
+def next_sync_weight(
+  current: float, eval_loss: float, *, threshold: float, weight: float
+) -> float:
+  """The published schedule: once the loss is low enough, on for good.
+
+  Args:
+    current: the weight so far.
+    eval_loss: mean of the expert's loss for pictures drawn from the evaluation
+      split.
+    threshold: below it the weight is switched on; 0.75 in Wav2Lip.
+    weight: the weight then.
+  """
+  return weight if eval_loss < threshold else current
+
+
+def generator_step(
+  trainer: GeneratorTrainer, state: GeneratorState, judge: Arrays, batch: dict
+) -> tuple[GeneratorState, dict[str, jax.Array]]:
+  """Takes one step, for both players or, if anything is not finite, for none.
+
+  Args:
+    trainer: the static half.
+    state: the state.
+    judge: the expert's arrays.
+    batch: `video` and `reference` uint8 (B, T, 224, 224, 3), `mel` float32
+      (B, M, 80) of the window and `mels` float32 (B, T, 16, 80) of its frames.
+
+  Returns:
+    The new state and float32 scalars: loss, loss_l1, loss_sync, sync_weight,
+    grad_norm and `num_skipped` so far; with a discriminator loss_adv,
+    loss_disc_real, loss_disc_fake and grad_norm_disc, too.
+  """
+  masked, reference, target = trainer.pictures(batch)
+
+  def loss(params):
+    drawn, stats = trainer.generator.learn(
+      params,
+      state.generator,
+      lambda net: net(masked, reference, batch["mels"]),
+    )
+    parts = {
+      "loss_l1": jnp.abs(drawn - target).mean(),
+      "loss_sync": trainer.sync_loss(judge, drawn, batch["mel"]),
+    }
+    total = (1 - state.sync_weight - trainer.adv_weight) * parts["loss_l1"]
+    total += state.sync_weight * parts["loss_sync"]
+    if trainer.discriminator:
+      disc = trainer.discriminator.evaluate(state.discriminator)
+      parts["loss_adv"] = _cross_entropy(disc(drawn), real=True)
+      total += trainer.adv_weight * parts["loss_adv"]
+    return total, (drawn, stats, parts | {"loss": total})
+
+  grads, (drawn, stats, metrics) = jax.grad(loss, has_aux=True)(
+    state.generator.params
+  )
+  metrics["sync_weight"] = state.sync_weight
+  metrics["grad_norm"] = optax.tree.norm(grads)
+  updates, opt_state = trainer.optimizer.update(
+    grads, state.opt_state, state.generator.params
+  )
+  params = optax.apply_updates(state.generator.params, updates)
+  new = state.replace(
+    generator=state.generator.replace(params=params, stats=stats),
+    opt_state=opt_state,
+  )
+  if trainer.discriminator:
+    new, disc_metrics = _update_discriminator(trainer, new, drawn, target)
+    metrics |= disc_metrics
+  return finite_or_old(new, state, metrics)
+
+
+def _update_discriminator(trainer, state, drawn, target):
+  """The discriminator's turn; its loss is the sum over real and drawn."""
+  drawn = jax.lax.stop_gradient(drawn)
+
+  def loss(params):
+    def judge(net):
+      real = _cross_entropy(net(target), real=True)
+      return real, _cross_entropy(net(drawn), real=False)
+
+    (real, fake), stats = trainer.discriminator.learn(
+      params, state.discriminator, judge
+    )
+    return real + fake, (
+      stats,
+      {"loss_disc_real": real, "loss_disc_fake": fake},
+    )
+
+  grads, (stats, metrics) = jax.grad(loss, has_aux=True)(
+    state.discriminator.params
+  )
+  updates, opt_state = trainer.disc_optimizer.update(
+    grads, state.disc_opt_state, state.discriminator.params
+  )
+  params = optax.apply_updates(state.discriminator.params, updates)
+  new = state.replace(
+    discriminator=state.discriminator.replace(params=params, stats=stats),
+    disc_opt_state=opt_state,
+  )
+  return new, metrics | {"grad_norm_disc": optax.tree.norm(grads)}
+
+
+def _cross_entropy(logits: jax.Array, *, real: bool) -> jax.Array:
+  wanted = jnp.full(logits.shape, float(real))
+  return optax.sigmoid_binary_cross_entropy(logits, wanted).mean()
+
+
+def draw(
+  trainer: GeneratorTrainer, state: GeneratorState, judge: Arrays, batch: dict
+) -> dict[str, jax.Array]:
+  """Draws a batch without learning, and measures the result.
+
+  Args:
+    trainer, state, judge, batch: as for `generator_step`.
+
+  Returns:
+    `masked`, `reference`, `drawn` and `target`, float32 (B, T, S, S, 3), and
+    the scalars loss_l1, loss_sync, loss_sync_target (the expert's loss for the
+    true pictures: what could be reached), and in dB psnr_mouth of the lower
+    half, and psnr_reference, that of showing the reference there instead.
+  """
+  masked, reference, target = trainer.pictures(batch)
+  net = trainer.generator.evaluate(state.generator)
+  drawn = net(masked, reference, batch["mels"])
+  return {
+    "masked": masked,
+    "reference": reference,
+    "drawn": drawn,
+    "target": target,
+    "loss_l1": jnp.abs(drawn - target).mean(),
+    "loss_sync": trainer.sync_loss(judge, drawn, batch["mel"]),
+    "loss_sync_target": trainer.sync_loss(judge, target, batch["mel"]),
+    "psnr_mouth": _mouth_psnr(drawn, target),
+    "psnr_reference": _mouth_psnr(reference, target),
+  }
+
+
+def _mouth_psnr(video: jax.Array, target: jax.Array) -> jax.Array:
+  """Peak signal-to-noise ratio of the lower halves, all pixels together."""
+  half = target.shape[-3] // 2
+  error = jnp.square(video - target)[..., half:, :, :].mean()
+  return -10 * jnp.log10(jnp.maximum(error, 1e-10))

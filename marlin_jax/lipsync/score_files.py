@@ -1,0 +1,209 @@
+"""What scoring tells: files, a table, a picture, and how far it is."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from marlin_jax import arguments
+from marlin_jax.lipsync import offsets
+from marlin_jax.output_folder import write_bytes
+
+if TYPE_CHECKING:
+  from marlin_jax.lipsync.judges import Judge
+  from marlin_jax.lipsync.scoring import VideoScore
+  from marlin_jax.video_folder import Video
+
+# Rows of the table on screen; all are in scores.csv.
+_MAX_ROWS = 40
+_MAX_CURVES = 12
+
+
+def results(
+  scored: Sequence[VideoScore],
+  left_out: Mapping[str, str],
+  judge: Judge,
+  *,
+  max_offset: int,
+  crop_face: bool,
+) -> dict[str, Any]:
+  """Puts everything together, fit for JSON.
+
+  Returns:
+    `judge`, `metrics`, the names of the two numbers below; `max_offset`,
+    `crop_face`; `mean` of the videos, of both; `share_in_sync`, of the videos
+    whose offset is at most 1 frame; `offsets`, those that `curve` is over;
+    `curve`, the mean distance at each, over all videos; `videos`, a dict of
+    each with its own numbers and curve; `left_out`, reasons by name.
+  """
+  distance, confidence = judge.metric_names
+  videos = [
+    {
+      "video": one.name,
+      "offset": one.sync.offset,
+      distance: one.sync.distance,
+      confidence: one.sync.confidence,
+      "num_windows": one.sync.num_windows,
+      "num_frames": one.num_frames,
+      "num_faceless": one.num_faceless,
+      "num_unheard": one.num_unheard,
+      "curve": one.sync.curve.tolist(),
+    }
+    for one in scored
+  ]
+  return {
+    "judge": judge.name,
+    "metrics": [distance, confidence],
+    "max_offset": max_offset,
+    "crop_face": crop_face,
+    "mean": {
+      name: statistics.fmean(video[name] for video in videos)
+      for name in judge.metric_names
+    },
+    "share_in_sync": statistics.fmean(
+      abs(video["offset"]) <= 1 for video in videos
+    ),
+    "offsets": offsets.offset_axis(max_offset).tolist(),
+    "curve": [
+      statistics.fmean(distances)
+      for distances in zip(*(video["curve"] for video in videos), strict=True)
+    ],
+    "videos": videos,
+    "left_out": dict(left_out),
+  }
+
+
+def write(folder: Path, found: dict[str, Any]) -> None:
+  """Writes scores.json, .csv and .txt, and offsets.png with matplotlib."""
+  folder.mkdir(parents=True, exist_ok=True)
+  write_bytes(
+    folder / "scores.json", (json.dumps(found, indent=1) + "\n").encode()
+  )
+  rows = [
+    {key: value for key, value in video.items() if key != "curve"}
+    for video in found["videos"]
+  ]
+  text = io.StringIO()
+  writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+  writer.writeheader()
+  writer.writerows(rows)
+  write_bytes(folder / "scores.csv", text.getvalue().encode())
+  write_bytes(folder / "scores.txt", (table(found) + "\n").encode())
+  if importlib.util.find_spec("matplotlib") is not None:
+    _plot(folder / "offsets.png", found)
+
+
+def table(found: dict[str, Any]) -> str:
+  """The scores for people."""
+  names = [_title(name) for name in found["metrics"]]
+  rows = [["video", "offset", *names, "windows"]]
+  for video in found["videos"][:_MAX_ROWS]:
+    numbers = [f"{video[name]:.3f}" for name in found["metrics"]]
+    rows.append(
+      [video["video"], f"{video['offset']:+d}", *numbers]
+      + [str(video["num_windows"])]
+    )
+  means = [f"{found['mean'][name]:.3f}" for name in found["metrics"]]
+  rows.append(["mean", "", *means, ""])
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  padded = [map(str.ljust, row, widths) for row in rows]
+  lines = ["  ".join(row).rstrip() for row in padded]
+  num = len(found["videos"])
+  if num > _MAX_ROWS:
+    lines.insert(-1, f"and {num - _MAX_ROWS} more, in scores.csv")
+  lines.append(
+    f"{found['share_in_sync']:.0%} of {arguments.counted(num, 'video')} are "
+    f"within a frame of sync, by {found['judge']}"
+  )
+  if frechet := found.get("frechet"):
+    lines.append(
+      f"{_title(frechet['metric'])} {frechet['value']:.4g}, of "
+      f"{frechet['num_features']} and {frechet['num_real_features']} features "
+      f"of {frechet['size']} numbers"
+    )
+    if (
+      min(frechet["num_features"], frechet["num_real_features"])
+      < (frechet["size"])
+    ):
+      lines.append("  (fewer features than numbers: it comes out too high)")
+  if left_out := found["left_out"]:
+    lines.append(f"left out: {arguments.counted(len(left_out), 'video')}")
+    lines += arguments.reasons(left_out)
+  return "\n".join(lines)
+
+
+def _title(metric: str) -> str:
+  """As papers write it, where they do."""
+  return {"lse_d": "LSE-D", "lse_c": "LSE-C", "fid": "FID"}.get(metric, metric)
+
+
+def _plot(path: Path, found: dict[str, Any]) -> None:
+  """Draws the mean distance over offsets, of all and of each video."""
+  import matplotlib
+
+  matplotlib.use("agg")
+  from matplotlib import pyplot
+
+  figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+  for video in found["videos"][:_MAX_CURVES]:
+    axes.plot(found["offsets"], video["curve"], color="0.8", linewidth=1)
+  axes.plot(found["offsets"], found["curve"], color="black", label="all videos")
+  axes.axvline(0, color="0.5", linewidth=1, linestyle=":")
+  axes.set(
+    xlabel="offset in frames (above 0: the sound is too early)",
+    ylabel=f"mean distance by {found['judge']}",
+  )
+  axes.legend()
+  figure.savefig(path, dpi=120)
+  pyplot.close(figure)
+
+
+class ProgressBar:
+  """Shows videos and time left; a context manager.
+
+  It counts bytes of video files, which tell a long one from a short one.
+  """
+
+  def __init__(self, videos: Sequence[Video]):
+    from tqdm import tqdm
+
+    self._sizes = [max(video.num_bytes, 1) for video in videos]
+    self._shares = [0.0] * len(videos)
+    self._num_done = 0
+    terminal = sys.stderr.isatty()
+    self._bar = tqdm(
+      desc=f"0/{len(videos)} videos",
+      total=sum(self._sizes),
+      bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+      dynamic_ncols=terminal,
+      # A log file gets a line now and then, not ten a second.
+      mininterval=0.2 if terminal else 30.0,
+    )
+
+  def report(self, number: int, share: float) -> None:
+    """Notes the share of a video that has been read."""
+    # A container that announced too few frames must not turn the bar back.
+    gained = max(share - self._shares[number], 0.0)
+    self._shares[number] += gained
+    # Shares are added up in floating point: not beyond the end.
+    left = self._bar.total - self._bar.n
+    self._bar.update(min(gained * self._sizes[number], left))
+
+  def done(self) -> None:
+    """Notes that the next video is dealt with."""
+    self.report(self._num_done, 1.0)
+    self._num_done += 1
+    self._bar.set_description_str(f"{self._num_done}/{len(self._sizes)} videos")
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._bar.close()

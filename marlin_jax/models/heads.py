@@ -1,0 +1,76 @@
+"""What turns an encoder's features into predictions.
+
+Axes: B clips, N tokens, D width, H heads, K predictions.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from marlin_jax.models import vit
+
+
+class LinearHead(nnx.Module):
+  """One linear layer on the pooled feature; (B, D) -> (B, K)."""
+
+  takes_tokens = False
+
+  def __init__(self, width: int, num_outputs: int, rngs: nnx.Rngs):
+    self.linear = _linear(width, num_outputs, rngs)
+
+  def __call__(self, pooled: jax.Array) -> jax.Array:
+    return self.linear(pooled)
+
+
+class AttentiveHead(nnx.Module):
+  """One learned query that looks at all tokens, then linear.
+
+  The attentive probe of CAE (Chen et al., IJCV 2024) and V-JEPA (Bardes et al.,
+  TMLR 2024), whose second block, an MLP, is left out; (B, N, D) -> (B, K).
+  """
+
+  takes_tokens = True
+
+  def __init__(
+    self, width: int, num_outputs: int, rngs: nnx.Rngs, *, num_heads: int
+  ):
+    self.query = nnx.Param(
+      nnx.initializers.truncated_normal(0.02)(
+        rngs.params(), (width,), jnp.float32
+      )
+    )
+    self.key = vit.dense(width, width, rngs, jnp.float32, use_bias=False)
+    self.value = vit.dense(width, width, rngs, jnp.float32)
+    self.out = vit.dense(width, width, rngs, jnp.float32)
+    self.norm = vit.layer_norm(width, rngs)
+    self.linear = _linear(width, num_outputs, rngs)
+    self.num_heads = num_heads
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    b, n, width = tokens.shape
+    split = (b, n, self.num_heads, -1)
+    keys = self.key(tokens).reshape(split)
+    values = self.value(tokens).reshape(split)
+    query = self.query[...].reshape(self.num_heads, -1)
+    scale = (width / self.num_heads) ** -0.5
+    seen = jax.nn.softmax(
+      jnp.einsum("hk,bnhk->bhn", query, keys) * scale, axis=-1
+    )
+    y = jnp.einsum("bhn,bnhk->bhk", seen, values).reshape(b, width)
+    return self.linear(self.norm(self.query[...] + self.out(y)))
+
+
+def _linear(width: int, num_outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
+  """Drawn as PyTorch's, which the paper's heads are."""
+  bound = width**-0.5
+  return nnx.Linear(
+    width,
+    num_outputs,
+    kernel_init=nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+    bias_init=lambda key, shape, dtype=jnp.float32, **_: jax.random.uniform(
+      key, shape, dtype, -bound, bound
+    ),
+    rngs=rngs,
+  )

@@ -1,0 +1,136 @@
+"""The training step against the authors' and the best one in PyTorch.
+
+Same networks, clips and machine, in turns: float32 on CPU; on a GPU ours and
+the best in bfloat16, the authors' as shipped. Each has a process of its own.
+The weights are random, which changes no time. A table, then the path of a JSON.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import timing
+
+TESTS = Path(__file__).parents[1]
+sys.path += [str(TESTS), str(TESTS.parent)]  # for authors.py and configs
+
+OURS, BEST, AUTHORS = "marlin_jax", "best PyTorch", "authors"
+
+
+def make(
+  name: str, size: str, batch_size: int, flags: tuple[str, ...]
+) -> Callable[[], object]:
+  """A function that takes one step and waits for its end."""
+  # One of the two libraries has the GPU at a time, and only what it needs.
+  os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+  if name in (AUTHORS, BEST):
+    os.environ["JAX_PLATFORMS"] = "cpu"
+  np_rng = np.random.default_rng(0)
+  video = np_rng.integers(0, 256, (batch_size, 16, 224, 224, 3), np.uint8)
+  if name == OURS:
+    return _ours(size, video, flags)
+  import torch_steps
+  from flax import nnx
+
+  from marlin_jax import experiment
+  from marlin_jax.formats.run import KEYS
+  from marlin_jax.formats.weights import Architecture, of_modules
+
+  config = experiment.flat(_config(size))
+  architecture = Architecture(**{k: config[v] for k, v in KEYS.items()})
+  weights = of_modules(
+    architecture,
+    nnx.to_pure_dict(nnx.state(architecture.make_autoencoder())),
+    nnx.to_pure_dict(nnx.state(architecture.make_discriminator())),
+  )
+  visible = np.stack(
+    [np.sort(np_rng.permutation(1568)[:156]) for _ in range(batch_size)]
+  )
+  make_step = {
+    BEST: torch_steps.best_step,
+    AUTHORS: torch_steps.authors_step,
+  }[name]
+  return make_step(weights, video, visible)
+
+
+def _config(size):
+  return importlib.import_module(
+    f"configs.pretrain_{size.lower()}"
+  ).get_config()
+
+
+def _ours(size, video, flags):
+  import jax
+
+  from marlin_jax import experiment, sharding
+
+  config = _config(size)
+  config.batch_size = config.clips_per_device = len(video)
+  if jax.default_backend() != "cpu":
+    config.dtype = "bfloat16"
+  for flag in flags:
+    key, _, value = flag.partition("=")
+    old = experiment.flat(config)[key]
+    new = value == "True" if isinstance(old, bool) else type(old)(value)
+    config.update_from_flattened_dict({key: new})
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  parts = experiment.build(config, num_steps=1000, mesh=mesh)
+  shapes = jax.eval_shape(parts.initialise)
+  layout = experiment.lay_out(config, mesh, shapes)
+  step = experiment.lower_step(
+    parts.trainer, shapes, layout, mesh, len(video)
+  ).compile()
+  temporaries = step.memory_analysis().temp_size_in_bytes
+  print(f"{size} {' '.join(flags)}: {temporaries / 1e6:.0f} MB of temporaries")
+  state = jax.jit(parts.initialise, out_shardings=layout.shardings)()
+  grid = parts.trainer.task.tubelets.grid
+  regions = np.random.default_rng(1).integers(0, 2**11, (len(video), *grid))
+  batch = jax.device_put(
+    {"video": video, "regions": regions.astype(np.uint16)},
+    sharding.batch_sharding(mesh),
+  )
+  rng = jax.device_put(jax.random.key(0), sharding.replicated(mesh))
+
+  def run():
+    nonlocal state
+    state, metrics = step(state, batch, rng)
+    return float(metrics["loss"])
+
+  return run
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--sizes", nargs="+", default=["S", "B"])
+  parser.add_argument("--batch_size", type=int, default=2)
+  parser.add_argument("--repeats", type=int, default=7)
+  parser.add_argument(
+    "--variant",
+    nargs="+",
+    action="append",
+    default=[],
+    metavar="KEY=VALUE",
+    help="time ours with this changed too, e.g. remat=full scan=True; "
+    "may be given more than once",
+  )
+  parser.add_argument("--only_ours", action="store_true")
+  args = parser.parse_args()
+  results = []
+  for size in args.sizes:
+    names = (OURS,) if args.only_ours else (AUTHORS, BEST, OURS)
+    candidates = {name: (name, size, args.batch_size, ()) for name in names}
+    for flags in args.variant:
+      name = f"ours, {' '.join(flags)}"
+      candidates[name] = (OURS, size, args.batch_size, tuple(flags))
+    secs, about = timing.in_turns("step", candidates, args.repeats)
+    what = f"step, {size}, {args.batch_size} clips"
+    results.append(timing.table(what, secs, OURS, about))
+  timing.save("bench", results)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,442 @@
+"""The parts of an evaluation, on features and labels with a known answer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from sklearn import linear_model, neighbors
+
+from configs import eval_far
+from marlin_jax import sharding
+from marlin_jax.downstream import (
+  clip_batches,
+  configuration,
+  fit,
+  knn,
+  learner,
+  logistic,
+  low_data,
+  measure,
+  protocols,
+  tasks,
+)
+from marlin_jax.downstream.tasks import Task, TaskError
+from marlin_jax.models import heads, softmax_attention, vit
+
+KNOWN = {
+  "face": {"kind": "binary", "names": ["hat", "beard"]},
+  "mood": {"kind": "class", "names": ["sad", "calm", "gay"]},
+  "worth": {"kind": "value", "names": ["worth"]},
+}
+BINARY = Task("face", "face", False, ("hat", "beard"))
+CLASSES = Task("mood", "mood", True, ("sad", "calm", "gay"))
+
+
+def task_of(name, **rule):
+  return tasks.make_task(name, KNOWN, rule, "DATA")
+
+
+# --- Tasks --------------------------------------------------------------------
+
+
+def test_labels_become_targets():
+  nan = np.nan
+  face = np.array([[1, 0], [nan, 1], [nan, nan]], np.float32)
+  np.testing.assert_array_equal(task_of("face").targets(face), face)
+  assert task_of("face").chosen(face).tolist() == [True, True, False]
+  mood = np.array([[2], [nan], [0], [1]], np.float32)
+  np.testing.assert_array_equal(task_of("mood").targets(mood), [2, nan, 0, 1])
+
+  worth = np.array([[-3], [-0.5], [0], [0.5], [2.9], [nan]], np.float32)
+  sign = task_of("sign", label="worth", cuts=(0.0,))
+  assert (sign.is_class, sign.names) == (False, ("worth>=0",))
+  np.testing.assert_array_equal(sign.targets(worth)[:, 0], [0, 0, 1, 1, 1, nan])
+  seven = task_of(
+    "seven", label="worth", cuts=(-2.5, -1.5, -0.5, 0.5, 1.5, 2.5)
+  )
+  assert seven.is_class
+  assert len(seven.names) == 7
+  np.testing.assert_array_equal(seven.targets(worth), [0, 3, 3, 4, 6, nan])
+
+  gay = task_of("not sad", label="mood", negative="sad")
+  np.testing.assert_array_equal(gay.targets(mood)[:, 0], [1, nan, 0, 1])
+  parts = {name: rows.tolist() for name, rows in gay.parts(mood).items()}
+  assert parts == {
+    "calm": [False, False, True, True],
+    "gay": [True, False, True, False],
+  }
+  one = task_of("gay", label="mood", negative="sad", only="gay")
+  assert one.chosen(mood).tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize(
+  ("name", "rule", "words"),
+  [
+    ("x", {}, r"label 'x', and DATA has face \(binary\), mood \(class\)"),
+    ("worth", {}, "is a value; say where its classes end"),
+    ("mood", {"label": "mood", "cuts": (0.0,)}, "cuts are for kind value"),
+    ("m", {"label": "mood", "negative": "glad"}, "no class 'glad', it has sad"),
+    ("w", {"label": "worth", "cuts": (1.0, 0.0)}, "expected ascending ones"),
+  ],
+)
+def test_labels_that_do_not_fit_are_refused(name, rule, words):
+  with pytest.raises(TaskError, match=words):
+    task_of(name, **rule)
+
+
+def test_all_that_is_wrong_with_a_configuration_is_told_together():
+  config = eval_far.get_config()
+  config.modes, config.pool, config.knn.k = "", "max", 0
+  with pytest.raises(ValueError, match=r"3 problem\(s\)") as error:
+    configuration.validate(config)
+  assert "knn.k=0: expected at least 1" in str(error.value)
+
+
+def test_choices_are_those_of_the_modules_they_are_for():
+  choices = configuration._CHOICES
+  assert choices["attention"] == softmax_attention.IMPLEMENTATIONS
+  assert choices["remat"] == ("none", *vit.REMAT_POLICIES)
+  assert choices["protocol"] == protocols.NAMES
+
+
+# --- Low data -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_small_part_is_inside_a_large_one_and_has_every_stratums_share(seed):
+  np_rng = np.random.default_rng(seed)
+  strata = np_rng.choice(4, 1000, p=[0.7, 0.2, 0.07, 0.03])
+  people = [str(i) for i in range(1000)]
+  parts = [
+    low_data.take(r, strata, people, seed) for r in (0.01, 0.1, 0.5, 1.0)
+  ]
+  assert [len(part) for part in parts] == [10, 100, 500, 1000]
+  for small, large in zip(parts, parts[1:], strict=False):
+    assert set(small) <= set(large)
+  for part in parts:
+    expected = np.bincount(strata) * len(part) / 1000
+    got = np.bincount(strata[part], minlength=4)
+    assert np.abs(got - expected).max() <= 2
+  other = low_data.take(0.1, strata, people, seed + 1)
+  assert set(other) != set(parts[1])
+
+
+def test_the_videos_of_a_person_stay_together():
+  np_rng = np.random.default_rng(0)
+  person = np_rng.integers(0, 50, 400)
+  part = low_data.take(0.2, np.zeros(400, int), person.astype(str), 0)
+  assert len(set(person[part])) == 10
+  assert len(part) == np.isin(person, person[part]).sum()
+
+
+def test_of_several_labels_the_rarest_is_the_stratum():
+  nan = np.nan
+  targets = np.array(
+    [[1, 0, 0], [1, 1, 0], [1, 1, nan], [0, 0, 0], [1, 0, 1]], float
+  )
+  assert low_data.strata_of(targets).tolist() == [1, 2, 2, 0, 3]
+  assert low_data.strata_of(np.array([2.0, nan, 0.0])).tolist() == [3, 0, 1]
+
+
+# --- The linear probe ---------------------------------------------------------
+
+
+def drawn(num: int, seed: int, noise: float = 0.5):
+  """Features in which two directions tell two labels."""
+  np_rng = np.random.default_rng(seed)
+  x = 3 + 2 * np_rng.normal(size=(num, 16)).astype(np.float32)
+  mixing = np.random.default_rng(9).normal(size=(16, 2))
+  y = ((x - 3) @ mixing + noise * np_rng.normal(size=(num, 2)) > 0).astype(
+    float
+  )
+  return x, y
+
+
+def never(probe) -> float:
+  return 0.0
+
+
+def test_the_probe_is_sklearns_logistic_regression():
+  x, y = drawn(200, 0, noise=4.0)
+  y[:30, 1] = np.nan
+  probe = logistic.fit(BINARY, x, y, (0.01,), never, 500)
+  for k, known in ((0, slice(None)), (1, slice(30, None))):
+    z = (x - x.mean(0)) / x.std(0)
+    # Ours is the mean over all that is known; theirs the sum, and C = 1 / it.
+    total = 200 + 170
+    theirs = linear_model.LogisticRegression(
+      C=1 / (0.01 * total), tol=1e-10, max_iter=5000
+    ).fit(z[known], y[known, k])
+    np.testing.assert_allclose(
+      probe.kernel[:, k], theirs.coef_[0], atol=2e-3, rtol=2e-3
+    )
+    assert probe.bias[k] == pytest.approx(theirs.intercept_[0], abs=2e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e3])
+def test_the_probe_finds_the_known_answer_on_any_scale(scale):
+  (x, y), (new_x, new_y) = drawn(400, 0), drawn(200, 1)
+  probe = logistic.fit(BINARY, scale * x, y, (1e-3, 1e-2), never, 500)
+  found = BINARY.probabilities(probe.logits(scale * new_x))
+  assert BINARY.auc(new_y, found, micro=False) > 0.98
+
+
+def test_shuffled_labels_give_chance():
+  (x, y), (new_x, new_y) = drawn(400, 0), drawn(400, 1)
+  shuffled = np.random.default_rng(0).permutation(y)
+  probe = logistic.fit(BINARY, x, shuffled, (1e-2,), never, 500)
+  found = BINARY.probabilities(probe.logits(new_x))
+  assert 0.4 < BINARY.auc(new_y, found, micro=False) < 0.6
+
+
+def test_the_penalty_is_chosen_by_the_validation_split():
+  x, y = drawn(30, 0, noise=8.0)
+  new_x, new_y = drawn(400, 1, noise=8.0)
+
+  def score(probe):
+    found = BINARY.probabilities(probe.logits(new_x))
+    return -BINARY.cross_entropy(new_y, found)
+
+  penalties = (1e-6, 1e-2, 1.0)
+  best = logistic.fit(BINARY, x, y, penalties, score, 500)
+  each = {
+    p: score(logistic.fit(BINARY, x, y, (p,), never, 500)) for p in penalties
+  }
+  assert best.penalty == max(each, key=each.get)
+  assert best.penalty > 1e-6
+
+
+def test_classes_are_found_too():
+  np_rng = np.random.default_rng(0)
+  centres = 4 * np_rng.normal(size=(3, 16))
+  targets = np_rng.integers(0, 3, 300).astype(float)
+  x = centres[targets.astype(int)] + np_rng.normal(size=(300, 16))
+  targets[:20] = np.nan
+  probe = logistic.fit(CLASSES, x, targets, (1e-2,), never, 500)
+  found = CLASSES.probabilities(probe.logits(x))
+  known = ~np.isnan(targets)
+  assert (found.argmax(1) == targets)[known].mean() > 0.98
+  np.testing.assert_allclose(found.sum(axis=1), 1)
+
+
+def test_the_papers_steps_find_the_known_answer_too():
+  (x, y), (new_x, new_y) = drawn(256, 0), drawn(200, 1)
+  config = eval_far.get_config().paper
+  config.max_epochs, config.lr = 60, 0.02
+  mesh = sharding.make_mesh()
+  probe = learner.linear_probe(BINARY, 16, config, mesh, seed=0)
+  wanted, known = BINARY.encode(y)
+  order = clip_batches.Order(np.arange(256), 0)
+
+  def batches(step):
+    while True:
+      rows = order.rows(step, config.batch_size)
+      yield x[rows], wanted[rows], known[rows]
+      step += 1
+
+  def predict(trained):
+    return BINARY.probabilities(np.asarray(probe.logits(trained, new_x)))
+
+  fitted = fit.fit(
+    probe,
+    protocols.plan_of(config, 256),
+    batches,
+    lambda trained: BINARY.auc(new_y, predict(trained), micro=True),
+    seed=0,
+  )
+  assert BINARY.auc(new_y, predict(fitted.trained), micro=True) > 0.97
+  again = BINARY.auc(new_y, predict(fitted.trained), micro=True)
+  assert fitted.auc == pytest.approx(again, rel=1e-6)
+  assert fitted.losses[-1] < fitted.losses[0] / 2
+
+
+def test_a_loss_that_is_no_number_ends_a_training():
+  x, y = drawn(32, 0)
+  config = eval_far.get_config().paper
+  probe = learner.linear_probe(BINARY, 16, config, sharding.make_mesh(), 0)
+  wanted, known = BINARY.encode(y)
+  batches = iter([(x * np.nan, wanted, known)] * 9)
+  with pytest.raises(FloatingPointError, match="loss of round 1 is nan"):
+    fit.fit(
+      probe, protocols.plan_of(config, 32), lambda _: batches, never, seed=0
+    )
+
+
+# --- Neighbours ---------------------------------------------------------------
+
+
+def test_neighbours_vote_as_sklearns_do():
+  x, y = drawn(150, 0)
+  new_x, _ = drawn(40, 1)
+  found = knn.predict(new_x, x, y, np.ones_like(y), k=7, temperature=0.07)
+  theirs = neighbors.KNeighborsRegressor(
+    7, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07)
+  ).fit(x, y)
+  np.testing.assert_allclose(found, theirs.predict(new_x), atol=1e-6)
+
+
+def test_who_is_unknown_has_no_vote():
+  x = np.eye(3, dtype=np.float32)
+  wanted = np.array([[0.0], [1.0], [1.0]])
+  known = np.array([[0.0], [1.0], [1.0]])
+  near_the_first = np.array([[1.0, 0.01, 0.0]], np.float32)
+  found = knn.predict(near_the_first, x, wanted, known, k=2, temperature=1.0)
+  assert found[0, 0] == 1.0
+  found = knn.predict(near_the_first, x, wanted, known, k=1, temperature=1.0)
+  assert found[0, 0] == 1.0  # of nobody: the mean of all that are known
+
+
+# --- Protocols ----------------------------------------------------------------
+
+
+def test_the_rate_falls_as_pytorchs_plateau():
+  np_rng = np.random.default_rng(0)
+  losses = np.exp(-np.arange(200) / 20) + 0.02 * np_rng.random(200)
+  weight = torch.nn.Parameter(torch.zeros(1))
+  theirs_optimiser = torch.optim.Adam([weight], lr=1e-4)
+  theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
+    theirs_optimiser, factor=0.5, patience=7, min_lr=1e-8
+  )
+  ours = protocols.Plateau(np.float32(1e-4))
+  rates = []
+  for loss in losses:
+    theirs.step(loss)
+    ours.update(loss, factor=0.5, patience=7)
+    rates.append(theirs_optimiser.param_groups[0]["lr"])
+    assert ours.lr == pytest.approx(rates[-1], rel=1e-6)
+  assert rates[-1] < 1e-5
+
+
+def test_the_papers_training_ends_with_the_rate():
+  config = eval_far.get_config().paper
+  config.lr, config.patience, config.batch_size = 2e-6, 1, 8
+  x, y = drawn(8, 0)
+  probe = learner.linear_probe(BINARY, 16, config, sharding.make_mesh(), 0)
+  wanted, known = BINARY.encode(y)
+  # Nothing known: the loss is 0 and never falls.
+  batches = iter([(x, wanted, 0 * known)] * 99)
+  fitted = fit.fit(
+    probe, protocols.plan_of(config, 8), lambda _: batches, never, seed=0
+  )
+  assert fitted.num_rounds == 3  # a best, two without gain, then half the rate
+
+
+def test_steps_are_pytorchs_adam_with_the_papers_betas():
+  x, y = drawn(32, 0)
+  config = eval_far.get_config().paper
+  probe = learner.linear_probe(BINARY, 16, config, sharding.make_mesh(), 0)
+  state = probe.begin()
+  theirs = torch.nn.Linear(16, 2)
+  start = jax.tree.map(np.array, state["trained"])["linear"]
+  with torch.no_grad():
+    theirs.weight.copy_(torch.tensor(start["kernel"].T))
+    theirs.bias.copy_(torch.tensor(start["bias"]))
+  adam = torch.optim.Adam(theirs.parameters(), lr=1e-2, betas=(0.5, 0.9))
+  wanted, known = BINARY.encode(y)
+  for _ in range(5):
+    state, loss = probe.step(
+      state, x, wanted, known, jax.random.key(0), np.float32(1e-2)
+    )
+    adam.zero_grad()
+    their_loss = torch.nn.functional.binary_cross_entropy_with_logits(
+      theirs(torch.tensor(x)), torch.tensor(wanted)
+    )
+    their_loss.backward()
+    adam.step()
+    assert float(loss) == pytest.approx(float(their_loss.detach()), rel=1e-5)
+  np.testing.assert_allclose(
+    state["trained"]["linear"]["kernel"],
+    theirs.weight.detach().numpy().T,
+    atol=1e-5,
+  )
+
+
+def test_rates_fall_from_the_last_layer_to_the_first():
+  params = {
+    "encoder": {
+      "patch_embedding": {"kernel": jnp.ones((4, 2))},
+      "transformer": {"blocks": {"mlp_in": {"kernel": jnp.ones((3, 2, 2))}}},
+      "norm": {"scale": jnp.ones(2)},
+    },
+    "head": {"linear": {"kernel": jnp.ones((2, 1))}},
+  }
+  found = protocols.layer_factors(params, depth=3, decay=0.5)
+  encoder = found["encoder"]
+  assert encoder["patch_embedding"]["kernel"] == 0.5**4
+  np.testing.assert_array_equal(
+    encoder["transformer"]["blocks"]["mlp_in"]["kernel"].ravel(),
+    [0.5**3, 0.5**2, 0.5],
+  )
+  assert encoder["norm"]["scale"] == found["head"]["linear"]["kernel"] == 1
+
+
+def test_an_order_passes_over_all_before_any_comes_again():
+  order = clip_batches.Order(np.arange(10, 17), 0)
+  rows = np.concatenate([order.rows(step, 5) for step in range(7)])
+  for first in range(0, 35, 7):
+    assert sorted(rows[first : first + 7]) == list(range(10, 17))
+  assert rows[:7].tolist() != rows[7:14].tolist()
+
+
+# --- Networks -----------------------------------------------------------------
+
+
+def test_branches_are_dropped_more_often_the_deeper():
+  keep = vit.drop_path(jax.random.key(0), 0.5, 5, 4000)
+  assert keep.shape == (5, 2, 4000)
+  np.testing.assert_array_equal(keep[0], 1)
+  dropped = (keep == 0).mean(axis=(1, 2))
+  np.testing.assert_allclose(dropped, np.linspace(0, 0.5, 5), atol=0.02)
+  np.testing.assert_allclose(keep.mean(axis=(1, 2)), 1, atol=0.05)
+
+
+def test_a_dropped_branch_leaves_the_tokens_as_they_are():
+  stack = vit.Transformer(
+    width=8,
+    depth=2,
+    num_heads=2,
+    mlp_dim=16,
+    dtype=jnp.float32,
+    attention="plain",
+    scan=False,
+    remat="none",
+    norm_eps=1e-5,
+    rngs=nnx.Rngs(0),
+  )
+  x = jax.random.normal(jax.random.key(0), (3, 4, 8))
+  keep = jnp.ones((2, 2, 3)).at[:, :, 1].set(0)
+  y = stack(x, keep=keep)
+  np.testing.assert_array_equal(y[1], x[1])
+  np.testing.assert_allclose(y[::2], stack(x)[::2], atol=1e-6)
+
+
+def test_the_attentive_head_is_pytorchs_attention_with_one_query():
+  head = heads.AttentiveHead(8, 3, nnx.Rngs(0), num_heads=2)
+  x = np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)
+  theirs = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+  kernels = [np.eye(8), head.key.kernel[...], head.value.kernel[...]]
+  with torch.no_grad():
+    theirs.in_proj_weight.copy_(
+      torch.tensor(np.concatenate([np.array(k).T for k in kernels]))
+    )
+    theirs.in_proj_bias.zero_()
+    theirs.out_proj.weight.copy_(torch.tensor(np.array(head.out.kernel[...]).T))
+    query = torch.tensor(np.array(head.query[...])).expand(2, 1, 8)
+    seen, _ = theirs(query, torch.tensor(x), torch.tensor(x))
+    y = torch.nn.functional.layer_norm(query + seen, (8,))[:, 0].numpy()
+  expected = y @ np.array(head.linear.kernel[...]) + head.linear.bias[...]
+  np.testing.assert_allclose(head(jnp.asarray(x)), expected, atol=1e-5)
+
+
+# --- Thresholds ---------------------------------------------------------------
+
+
+def test_a_rare_label_is_cut_where_validation_says_but_not_under_paper():
+  targets = np.array([[0.0], [0], [0], [0], [1]])
+  p = np.array([[0.1], [0.1], [0.1], [0.2], [0.3]])
+  found = measure.Predictions(["v"] * 5, ["p"] * 5, targets, p)
+  task = Task("hat", "hat", False, ("hat",))
+  assert measure.thresholds(task, found, "default")[0] == pytest.approx(0.25)
+  assert measure.thresholds(task, found, "paper")[0] == 0.5

@@ -1,0 +1,55 @@
+"""Frames at one rate: none mixed, none late, times on the new clock."""
+
+import numpy as np
+import pytest
+
+from data_prep.decode import DecodeError
+from data_prep.frame_rate import resampled
+
+
+def shown(times: list[float], rate: float) -> list[tuple[int, float]]:
+  """Returns numbers of the frames that come out, and when."""
+  frames = [(np.full(1, i), secs) for i, secs in enumerate(times)]
+  return [(int(frame[0]), secs) for frame, secs in resampled(frames, rate)]
+
+
+@pytest.mark.parametrize("digits", [3, 9])
+def test_frames_at_that_rate_pass_as_they_are(digits):
+  times = [round(1.5 + i / 25, digits) for i in range(200)]
+  found = shown(times, 25.0)
+  assert [i for i, _ in found] == list(range(200))
+  np.testing.assert_allclose([s for _, s in found], times, atol=1e-3)
+
+
+def test_thirty_to_twenty_five_leaves_out_every_sixth():
+  found = shown([i / 30 for i in range(60)], 25.0)
+  numbers = [i for i, _ in found]
+  assert len(numbers) == 50
+  assert len(set(numbers)) == 50
+  for i, secs in found:
+    # Shown at that time: not later than it comes, not after the next has come.
+    assert i / 30 - 0.01 <= secs < (i + 1) / 30
+
+
+def test_fifteen_to_twenty_five_repeats_and_keeps_the_duration():
+  found = shown([i / 15 for i in range(30)], 25.0)
+  assert len(found) == 50
+  assert {i for i, _ in found} == set(range(30))
+  assert np.diff([s for _, s in found]) == pytest.approx(1 / 25)
+
+
+def test_a_variable_rate_keeps_its_pictures_on_time():
+  times = [0, 0.04, 0.08, 0.5, 0.51, 0.52, 1.0]
+  for i, secs in shown(times, 25.0):
+    assert times[i] - 0.01 <= secs
+    assert i + 1 == len(times) or secs < times[i + 1]
+
+
+def test_a_leap_in_the_times_is_refused():
+  with pytest.raises(DecodeError, match=r"a pause of 9000 s .* at 0\.0 s"):
+    shown([0.0, 9000.0], 25.0)
+
+
+def test_one_frame_is_one_frame_and_none_is_none():
+  assert shown([7.0], 25.0) == [(0, 7.0)]
+  assert shown([], 25.0) == []

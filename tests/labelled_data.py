@@ -1,0 +1,246 @@
+"""Small labelled data sets, written by data_prep's own pieces; evaluations."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from flax import nnx
+
+from configs import eval_dfd
+from data_prep import ledger, shards
+from data_prep.listing import BINARY, CLASS, VALUE, Label
+from marlin_jax import records
+from marlin_jax.downstream.evaluation import evaluate
+from marlin_jax.formats import native
+from marlin_jax.formats.weights import Architecture, of_modules
+
+SIZE = records.FRAME_SIZE
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+  """A video of one face track, or of several.
+
+  Attributes:
+    video_id, subject_id: as in records.Record.
+    labels: numbers by label.
+    frames: uint8 (T, 224, 224, 3).
+    cuts: where its track is cut into records.
+    num_tracks: copies of the track.
+  """
+
+  video_id: str
+  subject_id: str
+  labels: Mapping[str, Sequence[float]]
+  frames: np.ndarray
+  cuts: Sequence[int] = ()
+  num_tracks: int = 1
+
+  def records(self):
+    for track_id in range(self.num_tracks):
+      parts = np.split(self.frames, self.cuts)
+      for segment, part in enumerate(parts):
+        num = len(part) - 2 * track_id  # the first is the longest
+        yield records.Record(
+          frames=[
+            simplejpeg.encode_jpeg(np.ascontiguousarray(f), quality=95)
+            for f in part[:num]
+          ],
+          regions=np.zeros((num, 14, 14), np.uint16),
+          parsing=b"",
+          boxes=np.zeros((num, 4), np.float32),
+          video_id=self.video_id,
+          track_id=track_id,
+          segment=segment,
+          subject_id=self.subject_id,
+          fps=30.0,
+          start_secs=0.0,
+          quality=1.0,
+          quality_terms=np.ones(4, np.float32),
+          labels={
+            name: np.array(values, np.float32)
+            for name, values in self.labels.items()
+          },
+        )
+
+
+def write(
+  path: Path,
+  splits: Mapping[str, Sequence[Video]],
+  labels: Mapping[str, Label],
+) -> Path:
+  """Writes a data set directory as data_prep.prepare leaves it."""
+  path.mkdir()
+  infos, hashes, counts = {}, {}, {}
+  for split, videos in splits.items():
+    name = f"faces-{split}.array_record-00000-of-00001"
+    parts = []
+    for video in videos:
+      data = [records.encode(record) for record in video.records()]
+      part = path / f"part-{len(parts)}"
+      with_entry = ledger_entry(video, split, len(data))
+      with shards.PartWriter(_Part(part)) as writer:
+        for one in data:
+          writer.add(one)
+        writer.commit(with_entry)
+      parts.append((with_entry, part, 0))
+    shards.write_shard(path / name, parts)
+    for _, part, _ in parts:
+      part.unlink()
+      part.with_suffix(".json").unlink()
+    num = sum(entry.num_records for entry, _, _ in parts)
+    infos[split] = {name: (num, (path / name).stat().st_size)}
+    hashes[name] = ledger.sha256_of(path / name)
+    counts[split] = {"num_videos": len(videos)}
+  staging = path / "staging"
+  staging.mkdir()
+  metadata = {
+    "schema_version": records.SCHEMA_VERSION,
+    "splits": counts,
+    "labels": {name: dataclasses.asdict(v) for name, v in labels.items()},
+  }
+  for name in shards.write_tfds_metadata(
+    staging, infos, metadata, labels, False
+  ):
+    (staging / name).rename(path / name)
+  (path / "hashes.json").write_text(json.dumps(hashes))
+  for left in staging.iterdir():
+    left.unlink()
+  staging.rmdir()
+  return path
+
+
+class _Part(shards.Part):
+  """A part under a name of its own."""
+
+  def __init__(self, path: Path):
+    self.records, self.line = path, path.with_suffix(".json")
+
+
+def ledger_entry(video: Video, split: str, num_records: int) -> ledger.Entry:
+  known = {
+    "video_id": video.video_id,
+    "split": split,
+    "subject_id": video.subject_id,
+    "num_records": num_records,
+  }
+  kinds = {field.name: None for field in dataclasses.fields(ledger.Entry)}
+  return ledger.Entry(**kinds | known)
+
+
+def make(
+  num: int, draw: Callable[[int, np.random.Generator], Video], seed: int = 0
+) -> list[Video]:
+  """Videos in the order of their ids."""
+  np_rng = np.random.default_rng(seed)
+  return [draw(i, np_rng) for i in range(num)]
+
+
+# --- Faces --------------------------------------------------------------------
+
+TINY = {
+  "random.width": 32,
+  "random.depth": 1,
+  "random.num_heads": 2,
+  "random.mlp_dim": 64,
+  "random.num_frames": 4,
+  "random.patch_size": 56,
+  "batch_size": 8,
+  "num_resamples": 50,
+  "finetune.batch_size": 8,
+  "finetune.epochs": 1.0,
+  "finetune.min_steps": 4,
+  "finetune.num_rounds": 2,
+  "attentive.batch_size": 8,
+  "attentive.epochs": 1.0,
+  "attentive.min_steps": 4,
+  "attentive.num_rounds": 2,
+  "paper.max_epochs": 3,
+}
+LABELS = {
+  "appearance": Label(BINARY, ("bright", "red", "never")),
+  "emotion": Label(BINARY, ("happy", "sad")),
+  "sentiment": Label(VALUE, ("sentiment",)),
+  "manipulation": Label(CLASS, ("original", *eval_dfd.METHODS)),
+  "mood": Label(CLASS, ("dark", "grey", "bright")),
+}
+
+
+def draw_face(i: int, np_rng: np.random.Generator) -> Video:
+  """A picture whose brightness and colour tell all its labels."""
+  level = int(np_rng.integers(3))
+  red = int(np_rng.integers(2))
+  colour = np.array([40 + 60 * level + 30 * red, 40 + 60 * level, 90])
+  frames = colour + np_rng.integers(0, 20, (10, SIZE, SIZE, 1))
+  return Video(
+    video_id=f"{i:03d}.mp4",
+    subject_id=f"person {i // 2}",
+    labels={
+      "appearance": (level == 2, red, 0),
+      "emotion": (level > 0, np.nan if i % 3 == 0 else red),
+      "sentiment": (level - 1.0,),
+      "manipulation": (np.nan if i == 1 else min(level * (1 + red), 4),),
+      "mood": (level,),
+    },
+    frames=frames.clip(0, 255).astype(np.uint8),
+    cuts=(6,) if i % 2 else (),
+    num_tracks=2 if i == 0 else 1,
+  )
+
+
+def renamed(videos: Sequence[Video], prefix: str) -> list[Video]:
+  """The same drawing for other people."""
+  return [
+    dataclasses.replace(
+      video,
+      video_id=prefix + video.video_id,
+      subject_id=prefix + video.subject_id,
+    )
+    for video in videos
+  ]
+
+
+def write_faces(path: Path) -> Path:
+  """24 videos of 12 people to train, 16 of 8 in each of val and test."""
+  return write(
+    path,
+    {
+      "train": make(24, draw_face, 0),
+      "val": renamed(make(16, draw_face, 1), "v"),
+      "test": renamed(make(16, draw_face, 2), "t"),
+    },
+    LABELS,
+  )
+
+
+# --- Evaluations --------------------------------------------------------------
+
+
+def tiny(config, **changes):
+  """A configuration with small sizes."""
+  config.update_from_flattened_dict(TINY | changes)
+  return config
+
+
+def run(module, workdir, data, checkpoint="random", **changes):
+  """Evaluates in this process."""
+  config = tiny(module.get_config(), **changes)
+  return evaluate(config, str(checkpoint), str(data), str(workdir))
+
+
+def metric(results, mode, name="auc", ratio=1.0):
+  """A number of the summary."""
+  (row,) = (
+    r for r in results["summary"] if (r["mode"], r["ratio"]) == (mode, ratio)
+  )
+  return row["metrics"][name]["mean"]
+
+
+def write_random(path: Path, architecture: Architecture) -> Path:
+  """Writes an encoder that has learned nothing."""
+  params = nnx.to_pure_dict(nnx.state(architecture.make_autoencoder()))
+  native.write(of_modules(architecture, params), path)
+  return path

@@ -1,0 +1,88 @@
+"""Takes steps of lip synchronisation on one device and on eight.
+
+A process of its own, started by lipsync_training_test.py: how many devices
+there are is settled when jax starts. Prints one JSON object: case -> number of
+devices -> the metrics of each step.
+"""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import optax
+
+from marlin_jax import sharding
+from marlin_jax.formats.weights import Architecture
+from marlin_jax.lipsync import expert_step, generator_step, networks
+from marlin_jax.lipsync.structure import split
+
+NUM_CLIPS, NUM_STEPS, SIZE = 8, 2, 32
+
+
+def batch():
+  np_rng = np.random.default_rng(0)
+  shape = (NUM_CLIPS, 5, SIZE, SIZE, 3)
+  return {
+    "video": np_rng.integers(0, 256, shape, np.uint8),
+    "reference": np_rng.integers(0, 256, shape, np.uint8),
+    "mel": np_rng.normal(size=(NUM_CLIPS, 16, 80)).astype(np.float32),
+    "mels": np_rng.normal(size=(NUM_CLIPS, 5, 16, 80)).astype(np.float32),
+    "offset": np.arange(NUM_CLIPS, dtype=np.int32) % 2,
+  }
+
+
+def run(step, state, num_devices):
+  """The metrics of some steps."""
+  mesh = sharding.make_mesh(devices=jax.devices()[:num_devices])
+  everywhere = sharding.replicated(mesh)
+  inputs = jax.device_put(batch(), sharding.batch_sharding(mesh))
+  state = jax.device_put(state, everywhere)
+  step = jax.jit(step, out_shardings=(everywhere, everywhere))
+  rows = []
+  for _ in range(NUM_STEPS):
+    state, scalars = step(state, inputs)
+    rows.append({name: float(value) for name, value in scalars.items()})
+  return rows
+
+
+def main():
+  # Small steps: Adam makes a whole one even of a gradient that is rounding.
+  optimizer = optax.sgd(1e-3)
+  judge, judge_arrays = split(
+    networks.make_expert(networks.expert_meta(5, 1 / 32))
+  )
+  learner = expert_step.ExpertTrainer(judge, optimizer)
+  architecture = Architecture(
+    16, 1, 2, 32, num_frames=5, tubelet_size=1, image_size=SIZE, patch_size=8
+  )
+  network = networks.make_generator(
+    networks.generator_meta("marlin", 1 / 32, architecture)
+  )
+  structure, arrays = split(network, frozen=("encoder",))
+  trainer = generator_step.GeneratorTrainer(
+    structure, SIZE, judge, None, 0.0, optimizer, optimizer
+  )
+
+  def take(state, inputs):
+    return generator_step.generator_step(trainer, state, judge_arrays, inputs)
+
+  cases = {
+    "expert": (
+      functools.partial(expert_step.expert_step, learner),
+      learner.init(judge_arrays),
+    ),
+    "generator": (take, trainer.init(arrays, None)),
+  }
+  print(
+    json.dumps(
+      {
+        name: {str(n): run(*case, n) for n in (1, 8)}
+        for name, case in cases.items()
+      }
+    )
+  )
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,142 @@
+"""Data sets made of drawn faces, by the real writer and without any model."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+
+from data_prep import dataset_folder, ledger, process, shards
+from data_prep.listing import Label
+from data_prep.manifest import Input, Source
+from marlin_jax import quality_index, records
+
+RECIPE = {
+  "name": "faces",
+  "schema_version": records.SCHEMA_VERSION,
+  "segment_frames": 64,
+  "has_sound": False,
+}
+
+
+# One of each kind.
+LABELS = {
+  "attributes": Label("binary", ("smiling", "eyeglasses")),
+  "emotion": Label("class", ("neutral", "happy")),
+  "sentiment": Label("value", ("sentiment",)),
+}
+
+
+def some_labels(
+  smiling: float, emotion: float, sentiment: float
+) -> dict[str, np.ndarray]:
+  """Labels as LABELS describes; nobody knows of eyeglasses."""
+  return {
+    "attributes": np.float32([smiling, np.nan]),
+    "emotion": np.float32([emotion]),
+    "sentiment": np.float32([sentiment]),
+  }
+
+
+def a_record(
+  video_id: str,
+  track_id: int = 0,
+  segment: int = 0,
+  num_frames: int = 3,
+  side: float = 300.0,
+  **changes,
+) -> records.Record:
+  """A nose on skin, before a grey wall; `side` is the crop's, in pixels."""
+  labels = np.zeros((num_frames, 224, 224), np.uint8)
+  labels[:, 60:200, 60:160] = records.REGIONS.index("skin")
+  labels[:, 110:140, 100:120] = records.REGIONS.index("nose")
+  frame = np.full((224, 224, 3), 128, np.uint8)
+  frame[labels[0] > 0] = (200, 160, 140)
+  frame[labels[0] > 1] = (160, 100, 90)
+  box = np.float32([10, 20, 10 + side, 20 + side])
+  record = records.Record(
+    frames=[simplejpeg.encode_jpeg(frame, 95)] * num_frames,
+    regions=records.region_bits(labels),
+    parsing=records.compress_parsing(labels),
+    boxes=np.tile(box, (num_frames, 1)),
+    video_id=video_id,
+    track_id=track_id,
+    segment=segment,
+    subject_id="",
+    fps=25.0,
+    start_secs=0.0,
+    quality=0.5,
+    quality_terms=np.float32([0.5, 0.8, 0.9, 1.0]),
+  )
+  return dataclasses.replace(record, **changes)
+
+
+def make(
+  path: Path,
+  videos: Mapping[str, Sequence[records.Record]],
+  splits: Mapping[str, str] | None = None,
+  refused: Mapping[str, str] | None = None,
+  num_shards: int | None = None,
+  labels: Mapping[str, Label] | None = None,
+  has_sound: bool = False,
+) -> Path:
+  """Writes a data set.
+
+  Args:
+    path: the folder.
+    videos: the records of each video.
+    splits: of the videos that are not in 'train'.
+    refused: videos that were quarantined, and why.
+    num_shards: of the largest split.
+    labels: what the records' labels mean.
+    has_sound: whether the records have sound.
+  """
+  splits, refused, labels = splits or {}, refused or {}, labels or {}
+  sources = []
+  for video_id in (*videos, *refused):
+    (first, *_) = [*videos.get(video_id, ()), a_record(video_id)]
+    sources.append(
+      Source(
+        video_id,
+        Path("none"),
+        first.subject_id,
+        splits.get(video_id, "train"),
+        {k: tuple(v.tolist()) for k, v in first.labels.items()},
+      )
+    )
+  found = Input(sources, labels, has_sound, (0.0, 0.0), [])
+  recipe = RECIPE | {
+    "has_sound": has_sound,
+    "labels": {
+      name: {"kind": label.kind, "names": list(label.names)}
+      for name, label in labels.items()
+    },
+  }
+  settings = process.Settings(has_sound=has_sound)
+  with dataset_folder.DatasetFolder(path, recipe, num_shards, found) as made:
+    plan = made.plan(settings, retry_quarantined=False)
+    made.begin(plan)
+    for shard in filter(made.is_complete, plan.shards):
+      made.write_shard(shard)
+    for source in sources:
+      found = videos.get(source.video_id, ())
+      outcome = process.Outcome(
+        process.KEPT if found else process.QUARANTINED,
+        refused.get(source.video_id, ""),
+        num_decoded_frames=sum(map(len, found)),
+        num_tracks=len({record.track_id for record in found}),
+        num_records=len(found),
+        num_frames=sum(map(len, found)),
+        quality=[quality_index.row_of(record) for record in found],
+      )
+      entry = ledger.Entry.of(source, settings, outcome)
+      with shards.PartWriter(shards.Part(path, source.video_id)) as part:
+        for record in found:
+          part.add(records.encode(record))
+        part.commit(entry)
+      if shard := made.add(entry):
+        made.write_shard(shard)
+    made.write_ledgers()
+    made.finish()
+  return path

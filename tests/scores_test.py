@@ -1,0 +1,240 @@
+"""Scores equal scikit-learn's, on data of every kind."""
+
+import warnings
+
+import numpy as np
+import pytest
+from sklearn import calibration, metrics
+
+from marlin_jax import scores
+
+
+def sklearn(function, *args, **how):
+  """Its value; it warns where something is not defined."""
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    return function(*args, **how)
+
+
+def draw(kind: str, num: int = 60):
+  """Labels and probabilities of 1."""
+  np_rng = np.random.default_rng(len(kind))
+  labels = (np_rng.random(num) < 0.3).astype(float)
+  probabilities = np.clip(0.3 * labels + np_rng.random(num) * 0.7, 0, 1)
+  if kind == "ties":
+    probabilities = probabilities.round(1)
+  elif kind == "all 0":
+    labels[:] = 0
+  elif kind == "all 1":
+    labels[:] = 1
+  elif kind == "all the same score":
+    probabilities[:] = 0.4
+  elif kind == "perfect":
+    probabilities = labels.copy()
+  elif kind == "two examples":
+    labels, probabilities = np.array([0.0, 1.0]), np.array([0.7, 0.7])
+  return labels, probabilities
+
+
+KINDS = (
+  *("random", "ties", "all 0", "all 1"),
+  *("all the same score", "perfect", "two examples"),
+)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranking_scores_are_sklearns(kind, weighted):
+  labels, p = draw(kind)
+  weights = None
+  if weighted:
+    weights = np.random.default_rng(1).integers(1, 4, len(labels)).astype(float)
+  for ours, theirs in (
+    (scores.roc_auc, metrics.roc_auc_score),
+    (scores.average_precision, metrics.average_precision_score),
+  ):
+    expected = sklearn(theirs, labels, p, sample_weight=weights)
+    np.testing.assert_allclose(ours(labels, p, weights), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_curve_is_sklearns(kind):
+  labels, p = draw(kind)
+  ours = scores.roc_curve(labels, p)
+  theirs = sklearn(metrics.roc_curve, labels, p, drop_intermediate=False)[:2]
+  for a, b in zip(ours, theirs, strict=True):
+    np.testing.assert_allclose(np.nan_to_num(a), np.nan_to_num(b))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decisions_of_one_label_are_scored_as_by_sklearn(kind):
+  labels, p = draw(kind)
+  found = scores.per_label(labels[:, None], p[:, None], 0.5)
+  predicted = p > 0.5
+  if len(set(labels)) == 1:
+    assert np.isnan(found["balanced_accuracy"][0])
+  else:
+    for name, expected in {
+      "accuracy": metrics.accuracy_score(labels, predicted),
+      "balanced_accuracy": metrics.balanced_accuracy_score(labels, predicted),
+      "f1": metrics.f1_score(labels, predicted, zero_division=0),
+      "f1_weighted": metrics.f1_score(
+        labels, predicted, average="weighted", zero_division=0
+      ),
+    }.items():
+      assert found[name][0] == pytest.approx(expected), name
+  assert found["positives"][0] == labels.sum()
+
+
+def test_several_labels_are_averaged_as_by_sklearn():
+  np_rng = np.random.default_rng(0)
+  targets = (np_rng.random((80, 5)) < 0.4).astype(float)
+  p = np.clip(0.2 * targets + 0.8 * np_rng.random((80, 5)), 0, 1)
+  found = scores.binary_scores(targets, p)
+  expected = {
+    "accuracy": (targets == (p > 0.5)).mean(),
+    "auc_micro": metrics.roc_auc_score(targets, p, average="micro"),
+    "auc": metrics.roc_auc_score(targets, p, average="macro"),
+    "average_precision": metrics.average_precision_score(targets, p),
+    "f1": metrics.f1_score(targets, p > 0.5, average="macro"),
+  }
+  for name, value in expected.items():
+    assert found[name] == pytest.approx(value), name
+
+
+def test_unknown_labels_do_not_count():
+  np_rng = np.random.default_rng(0)
+  targets = (np_rng.random((80, 3)) < 0.4).astype(float)
+  p = np_rng.random((80, 3))
+  targets[np_rng.random((80, 3)) < 0.3] = np.nan
+  targets[:, 2] = np.nan  # of which nothing is known
+  known = ~np.isnan(targets)
+  found = scores.binary_scores(targets, p)
+  assert found["auc_micro"] == pytest.approx(
+    metrics.roc_auc_score(targets[known], p[known])
+  )
+  each = [
+    metrics.roc_auc_score(targets[known[:, k], k], p[known[:, k], k])
+    for k in (0, 1)
+  ]
+  assert found["auc"] == pytest.approx(np.mean(each))
+  nothing = scores.binary_scores(np.full((4, 2), np.nan), p[:4, :2])
+  assert all(np.isnan(value) for value in nothing.values())
+
+
+@pytest.mark.parametrize("absent", [False, True])
+def test_classes_are_scored_as_by_sklearn(absent):
+  np_rng = np.random.default_rng(0)
+  targets = np_rng.integers(0, 3 if absent else 4, 90).astype(float)
+  p = np_rng.dirichlet(np.ones(4), 90)
+  p[range(90), targets.astype(int)] += 0.2
+  p /= p.sum(axis=1, keepdims=True)
+  if absent:
+    p[:, 3] = 0.0  # never predicted either
+  found = scores.class_scores(targets, p)
+  predicted = p.argmax(axis=1)
+  expected = {
+    "accuracy": metrics.accuracy_score(targets, predicted),
+    "balanced_accuracy": metrics.balanced_accuracy_score(targets, predicted),
+    "f1": metrics.f1_score(targets, predicted, average="macro"),
+    "f1_weighted": metrics.f1_score(targets, predicted, average="weighted"),
+  }
+  if not absent:
+    expected["auc"] = metrics.roc_auc_score(targets, p, multi_class="ovr")
+  for name, value in expected.items():
+    assert found[name] == pytest.approx(value), name
+  np.testing.assert_array_equal(
+    scores.confusion(targets, predicted, 4),
+    metrics.confusion_matrix(targets, predicted, labels=range(4)),
+  )
+  recall = metrics.recall_score(
+    targets, predicted, average=None, labels=range(4), zero_division=np.nan
+  )
+  np.testing.assert_allclose(scores.per_class(targets, p)["recall"], recall)
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "perfect"])
+def test_calibration_is_that_of_sklearns_curve(kind):
+  labels, p = draw(kind)
+  true, predicted = calibration.calibration_curve(labels, p, n_bins=15)
+  edges = np.linspace(0, 1, 16)[1:-1]
+  sizes = np.bincount(np.searchsorted(edges, p), minlength=15)
+  share = sizes[sizes > 0] / len(p)
+  expected = (share * np.abs(true - predicted)).sum()
+  assert scores.calibration_error(labels, p) == pytest.approx(expected)
+
+
+def test_whole_weights_are_repetitions():
+  np_rng = np.random.default_rng(0)
+  targets = (np_rng.random((30, 2)) < 0.5).astype(float)
+  classes = np_rng.integers(0, 3, 30).astype(float)
+  p, q = np_rng.random((30, 2)).round(1), np_rng.dirichlet(np.ones(3), 30)
+  times = np_rng.integers(0, 3, (4, 30))
+  weights = times.astype(float)
+  several = scores.binary_scores(targets, p, 0.3, weights)
+  of_classes = scores.class_scores(classes, q, weights)
+  for row, repeats in enumerate(times):
+    chosen = np.repeat(np.arange(30), repeats)
+    for found, expected in (
+      (several, scores.binary_scores(targets[chosen], p[chosen], 0.3)),
+      (of_classes, scores.class_scores(classes[chosen], q[chosen])),
+    ):
+      for name, value in expected.items():
+        assert found[name][row] == pytest.approx(float(value)), name
+
+
+def test_the_threshold_has_the_highest_balanced_accuracy():
+  labels, p = draw("ties")
+  best = scores.best_threshold(labels, p)
+  every = [
+    metrics.balanced_accuracy_score(labels, p > t)
+    for t in np.linspace(-0.01, 1.01, 200)
+  ]
+  assert metrics.balanced_accuracy_score(labels, p > best) == max(every)
+  assert scores.best_threshold(np.zeros(3), np.ones(3)) == 0.5
+
+
+def test_predictions_that_are_no_numbers_are_refused():
+  with pytest.raises(ValueError, match="1 of 2 predictions are not finite"):
+    scores.roc_auc(np.array([0.0, 1.0]), np.array([0.5, np.nan]))
+  with pytest.raises(ValueError, match="expected the same"):
+    scores.roc_auc(np.zeros(2), np.zeros(3))
+
+
+# --- Intervals ----------------------------------------------------------------
+
+
+def measure(values):
+  return lambda weights: {"mean": weights @ values / weights.sum(-1)}
+
+
+def test_an_interval_covers_the_truth_about_as_often_as_it_says():
+  np_rng = np.random.default_rng(0)
+  covered = 0
+  for seed in range(200):
+    values = np_rng.normal(size=60)
+    low, high = scores.bootstrap(
+      measure(values), [str(i) for i in range(60)], num_resamples=200, seed=seed
+    )["mean"]
+    covered += low < 0 < high
+  assert 0.88 < covered / 200 < 0.99
+
+
+def test_people_and_not_videos_are_drawn():
+  np_rng = np.random.default_rng(0)
+  # Ten videos of each person, which are all the same.
+  values = np.repeat(np_rng.normal(size=20), 10)
+  people = np.repeat(np.arange(20), 10).astype(str)
+  videos = np.arange(200).astype(str)
+  by_person = scores.bootstrap(measure(values), people, num_resamples=500)
+  by_video = scores.bootstrap(measure(values), videos, num_resamples=500)
+  width = {
+    k: v["mean"][1] - v["mean"][0]
+    for k, v in (("person", by_person), ("video", by_video))
+  }
+  assert 2.5 < width["person"] / width["video"] < 4  # sqrt(10)
+
+
+def test_one_person_gives_no_interval():
+  found = scores.bootstrap(measure(np.ones(5)), ["a"] * 5, num_resamples=10)
+  assert np.isnan(found["mean"]).all()
