@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 # On as many cores as pytest has workers, a second thread of PyTorch's mostly
 # waits for the first, and burns its core in doing so: 9 s for 2.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell that puts pytest in the background has it ignore Ctrl-C, and with it
+# all that it starts; tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files that take minutes: first, so that no worker is left with one at the end.
 LONG = (
