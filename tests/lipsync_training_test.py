@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[1]
 
 TINY = {
   "expert.num_frames": 5,
-  "expert.width": 1 / 16,
+  "expert.width": 1 / 8,
   "expert.batch_size": 16,
   "expert.lr": 1e-3,
   "expert.eval_steps": 1000,
@@ -107,7 +107,7 @@ def assert_same_bits(got, want):
 
 @pytest.fixture(scope="module")
 def people(tmp_path_factory):
-  """24 people to learn from, and 8 others."""
+  """72 people to learn from (24 are too few for some seeds), and 8 others."""
   return talking_mouths.write_dataset(
     tmp_path_factory.mktemp("people") / "data"
   )
@@ -127,8 +127,8 @@ def expert(people, tmp_path_factory):
 
 def test_of_people_never_seen_sound_in_sync_fits_better_than_shifted(expert):
   scores = last_of(expert, "eval/val/")
-  assert scores["ranked"] > 0.6
-  assert scores["margin"] > 0.08
+  assert scores["ranked"] > 0.65
+  assert scores["margin"] > 0.15
   assert scores["loss_sync"] < math.log(2)
 
 
@@ -139,7 +139,7 @@ def test_the_best_offset_of_people_never_seen_is_the_true_one(expert):
 def test_the_best_offset_moves_with_the_sound(expert):
   """By as many frames; negative where the sound comes earlier."""
   net = networks.read_expert(expert)
-  talks = [talking_mouths.talk(person) for person in range(24, 32)]
+  talks = [talking_mouths.talk(person) for person in range(72, 80)]
   starts, offsets = np.arange(12, 48, 4), np.arange(-8, 9)
   windows = [
     (

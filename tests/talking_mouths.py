@@ -217,7 +217,7 @@ def records_of(
 
 def write_dataset(
   path: Path,
-  num_train: int = 24,
+  num_train: int = 72,
   num_val: int = 8,
   num_frames: int = 64,
 ) -> Path:
