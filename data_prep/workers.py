@@ -216,6 +216,7 @@ def _serve(
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   # An exception, so that children of this worker are ended on the way out.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+  sys.unraisablehook = _ask_again
   threading.Thread(target=_die_with_parent, daemon=True).start()
   try:
     with open_work(settings) as work:
@@ -231,6 +232,17 @@ def _serve(
     return  # the parent has gone
   except Exception as e:
     pipe.send(("failed", str(e) or type(e).__name__))
+
+
+def _ask_again(unraisable: Any) -> None:
+  """Sends SIGTERM anew where a destructor, MediaPipe's say, swallowed the exit.
+
+  In a moment and not at once: inside of this hook it would be swallowed too.
+  """
+  if unraisable.exc_type is SystemExit:
+    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+  else:
+    sys.__unraisablehook__(unraisable)
 
 
 def _die_with_parent() -> None:

@@ -45,6 +45,25 @@ def open_and_die(_):
   yield
 
 
+@contextlib.contextmanager
+def open_slow_destructor(farewell):
+  """Work without an end, which tells when it is in a destructor."""
+
+  def work(_, report):
+    class Picture:
+      def __del__(self):
+        report("in a destructor")
+        time.sleep(1000)
+
+    Picture()
+    time.sleep(1000)
+
+  try:
+    yield work
+  finally:
+    farewell.touch()
+
+
 def run(tasks, open_work=open_double, num_workers=2, **kwargs):
   settings = {"settings": 5, "tasks_per_worker": 100, "stall_secs": 60}
   return workers.run_tasks(
@@ -119,3 +138,12 @@ def test_closing_ends_all_workers():
   for pid in pids:
     with pytest.raises(ProcessLookupError):
       os.kill(pid, 0)
+
+
+def test_worker_in_a_destructor_is_stopped_in_order(tmp_path, capfd):
+  farewell = tmp_path / "farewell"
+  events = run([1], open_slow_destructor, settings=farewell)
+  assert next(events).value == "in a destructor"
+  events.close()
+  assert farewell.exists()
+  assert "Traceback" not in capfd.readouterr().err
