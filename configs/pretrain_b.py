@@ -105,8 +105,8 @@ def get_config():
   config.max_skipped_steps = 10
 
   config.dtype = "float32"  # of matmuls; bfloat16 on TPU and GPU
-  # cudnn (GPU, bfloat16), flash (TPU), chunked (anywhere), plain (the most
-  # memory); auto: the first of these that fits.
+  # cudnn (GPU, bfloat16), flash (TPU), by_head (CPU), chunked (anywhere), plain
+  # (the most memory); auto: the first of these that fits.
   config.attention = "auto"
   config.scan = False  # loop over blocks: compiles faster, runs slower
   config.remat = "none"  # dots, full: less memory, more arithmetic

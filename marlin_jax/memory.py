@@ -98,8 +98,9 @@ def clip_bytes(
       heads, mlp_dim = heads // num_tensor, -(-mlp_dim // num_tensor)
     scores, passing = tokens**2 * heads * (4 + size), 0
     if not softmax_attention.keeps_weights(attention, tokens):
-      # Of one chunk of one block at a time.
-      scores, passing = 0, 3 * 4 * softmax_attention.CHUNK * tokens * heads
+      # Of one block at a time, and of a few heads.
+      at_once = softmax_attention.heads_at_once(attention)
+      scores, passing = 0, 3 * 4 * tokens**2 * at_once
     block = scores + tokens * (size * 2 * mlp_dim + 4 * 12 * width)
     kept = {
       "none": block,

@@ -12,7 +12,7 @@ from marlin_jax.records import FRAME_SIZE, PATCH_SIZE
 _CHOICES = {
   "mask.strategy": ("fasking", "fasking_opp", "random", "tube", "frame"),
   "dtype": ("float32", "bfloat16"),
-  "attention": ("auto", "plain", "chunked", "cudnn", "flash"),
+  "attention": ("auto", "plain", "chunked", "by_head", "cudnn", "flash"),
   "remat": ("none", "dots", "full"),
   "optim.mu_dtype": ("float32", "bfloat16"),
 }

@@ -16,7 +16,7 @@ _CHOICES = {
   "protocol": ("paper", "default"),
   "pool": ("mean", "std", "mean_std"),
   "dtype": ("float32", "bfloat16"),
-  "attention": ("auto", "plain", "chunked", "cudnn", "flash"),
+  "attention": ("auto", "plain", "chunked", "by_head", "cudnn", "flash"),
   "remat": ("none", "dots", "full"),
 }
 _AT_LEAST_1 = (

@@ -8,16 +8,23 @@ size.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from marlin_jax.models import partition
 
-IMPLEMENTATIONS = ("auto", "plain", "chunked", "cudnn", "flash")
+IMPLEMENTATIONS = ("auto", "plain", "chunked", "by_head", "cudnn", "flash")
 
-# Queries whose logits are there at the same time. Fewer tokens than this, as in
-# the encoder while it is trained, are cheaper to keep than to compute again.
-CHUNK = 512
+# Heads whose weights are there at the same time.
+_HEADS_AT_ONCE = {"by_head": 1, "chunked": 4}
+# Queries of a head in one product: half of a clip's, which is a little faster
+# on CPU than all of them.
+_QUERIES = 784
+# Weights of as many tokens, as the encoder has in training, are cheaper to keep
+# than to compute again.
+_KEPT_TOKENS = 512
 # What Mosaic wants a length to be a multiple of.
 _LANES = 128
 
@@ -37,12 +44,17 @@ def choose(implementation: str, platform: str, dtype) -> str:
   # cuDNN's has no float32.
   if platform == "gpu" and jnp.dtype(dtype) == jnp.bfloat16:
     return "cudnn"
-  return "chunked"
+  return "by_head" if platform == "cpu" else "chunked"
 
 
 def keeps_weights(implementation: str, num_tokens: int) -> bool:
   """Whether all weights are kept for the backward pass."""
-  return implementation == "plain" or num_tokens <= CHUNK
+  return implementation == "plain" or num_tokens <= _KEPT_TOKENS
+
+
+def heads_at_once(implementation: str) -> int:
+  """Heads whose N x N weights lie in memory together; 0: those of none."""
+  return _HEADS_AT_ONCE.get(implementation, 0)
 
 
 def attend(
@@ -52,9 +64,9 @@ def attend(
 
   Args:
     implementation: 'plain' keeps all weights for the backward pass, float32
-      (B, H, M, N); the others compute them again and keep (B, H, M). 'chunked'
-      runs on any backend, 'cudnn' on GPU in bfloat16 and 'flash', Pallas', on
-      TPU.
+      (B, H, M, N); the others compute them again and keep (B, H, M). 'by_head',
+      one head after the other, and 'chunked', some at a time, run on any
+      backend, 'cudnn' on GPU in bfloat16 and 'flash', Pallas', on TPU.
     q: queries; scaled by K^-0.5 in here.
     k: keys.
     v: values.
@@ -64,15 +76,16 @@ def attend(
   if keeps_weights(implementation, k.shape[1]):
     return _plain(q, k, v)
   if implementation == "flash":
-    return partition.own_heads(_flash)(q, k, v)
-  q, k, v = (_heads_first(x) for x in (q, k, v))
-  return _heads_first(_chunked(q * q.shape[-1] ** -0.5, k, v))
+    own = _flash
+  else:
+    own = functools.partial(_chunked, heads_at_once(implementation))
+  return partition.own_heads(own)(q, k, v)
 
 
 def weights(q: jax.Array, k: jax.Array) -> jax.Array:
   """q (B, M, H, K), k (B, N, H, K) -> float32 (B, H, M, N); rows sum to 1."""
-  q, k = _heads_first(q), _heads_first(k)
-  return jax.nn.softmax(_logits(q * q.shape[-1] ** -0.5, k), axis=-1)
+  q, k = _heads_first(q * q.shape[-1] ** -0.5), _heads_first(k)
+  return jax.nn.softmax(_product("bhmk,bhnk->bhmn", q, k), axis=-1)
 
 
 def _plain(q, k, v):
@@ -87,80 +100,83 @@ def _heads_first(x):
   return x.transpose(0, 2, 1, 3)
 
 
-def _logits(q, k):
-  return jnp.einsum("bhmk,bhnk->bhmn", q, k, preferred_element_type=jnp.float32)
-
-
-# --- chunked ------------------------------------------------------------------
+# --- chunked and by_head ------------------------------------------------------
 # Dao et al. 2022 (FlashAttention), section 3.1, without its tiling of the keys:
 # of each row of weights the logarithm of its sum is kept, which gives the
 # weights back without a second look for the largest logit.
 
 
-@jax.custom_vjp
-def _chunked(q, k, v):
+def _chunked(at_once, q, k, v):
+  q, k, v = (_heads_first(x) for x in (q, k, v))
+  return _heads_first(_lean(at_once, q * q.shape[-1] ** -0.5, k, v))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _lean(at_once, q, k, v):
   """q (B, H, M, K), scaled; k and v (B, H, N, K)."""
-  return _chunked_forward(q, k, v)[0]
+  return _lean_forward(at_once, q, k, v)[0]
 
 
-def _chunked_forward(q, k, v):
-  def mix(q):
-    logits = _logits(q, k)
+def _lean_forward(at_once, q, k, v):
+  out, log_sum = _over_heads(at_once, _mix, q, k, v)
+  return out, (q, k, v, out, log_sum)
+
+
+def _lean_backward(at_once, kept, slope):
+  q, k, v, out, log_sum = kept
+  mean = (slope.astype(jnp.float32) * out).sum(-1, keepdims=True)
+  return _over_heads(at_once, _pull_back, q, k, v, log_sum, slope, mean)
+
+
+_lean.defvjp(_lean_forward, _lean_backward)
+
+
+def _over_heads(at_once, function, *arrays):
+  """Runs a function of one head on all (B, H, ..), so many at a time."""
+  batch = arrays[0].shape[:2]
+  results = jax.lax.map(
+    lambda head: function(*head),
+    tuple(x.reshape(-1, *x.shape[2:]) for x in arrays),
+    batch_size=at_once if at_once > 1 else None,
+  )
+  return tuple(x.reshape(*batch, *x.shape[1:]) for x in results)
+
+
+def _mix(q, k, v):
+  """q (M, K), k and v (N, K) -> (M, K), and the weights' float32 (M, 1)."""
+  parts = []
+  for rows in _chunks(len(q)):
+    logits = _product("mk,nk->mn", q[rows], k)
     top = logits.max(-1, keepdims=True)
     raised = jnp.exp(logits - top)
     total = raised.sum(-1, keepdims=True)
     # Divided by their sum only now: K numbers a row instead of N.
-    mixed = jnp.einsum(
-      "bhmn,bhnk->bhmk",
-      raised.astype(v.dtype),
-      v,
-      preferred_element_type=jnp.float32,
-    )
-    return (mixed / total).astype(v.dtype), top + jnp.log(total)
-
-  num_queries = q.shape[2]
-  out, log_sum = jax.lax.map(mix, _cut(q))
-  out, log_sum = (_joined(x, num_queries) for x in (out, log_sum))
-  return out, (q, k, v, out, log_sum)
+    mixed = _product("mn,nk->mk", raised.astype(v.dtype), v) / total
+    parts.append((mixed.astype(v.dtype), top + jnp.log(total)))
+  return tuple(map(jnp.concatenate, zip(*parts, strict=True)))
 
 
-def _chunked_backward(kept, slope):
-  q, k, v, out, log_sum = kept
-  mean = (slope.astype(jnp.float32) * out).sum(-1, keepdims=True)
-
-  def pull_back(sums, chunk):
-    q, log_sum, slope, mean = chunk
-    weights = jnp.exp(_logits(q, k) - log_sum)
-    d_logits = (weights * (_logits(slope, v) - mean)).astype(q.dtype)
-    products = (
-      jnp.einsum("bhmn,bhmk->bhnk", a, b, preferred_element_type=jnp.float32)
-      for a, b in ((d_logits, q), (weights.astype(v.dtype), slope))
-    )
-    d_q = jnp.einsum("bhmn,bhnk->bhmk", d_logits, k)
-    return tuple(map(jnp.add, sums, products)), d_q
-
-  none = jnp.zeros(k.shape, jnp.float32)
-  chunks = tuple(_cut(x) for x in (q, log_sum, slope, mean))
-  (d_k, d_v), d_q = jax.lax.scan(pull_back, (none, none), chunks)
-  return _joined(d_q, q.shape[2]), d_k.astype(k.dtype), d_v.astype(v.dtype)
+def _pull_back(q, k, v, log_sum, slope, mean):
+  """The gradients of q, k and v of one head."""
+  d_q, d_k, d_v = [], 0, 0
+  for rows in _chunks(len(q)):
+    weights = jnp.exp(_product("mk,nk->mn", q[rows], k) - log_sum[rows])
+    d_weights = _product("mk,nk->mn", slope[rows], v)
+    d_logits = (weights * (d_weights - mean[rows])).astype(q.dtype)
+    d_q.append(_product("mn,nk->mk", d_logits, k).astype(q.dtype))
+    # (K, N), which CPUs sum up faster than (N, K).
+    d_k += _product("mk,mn->kn", q[rows], d_logits)
+    d_v += _product("mk,mn->kn", slope[rows], weights.astype(v.dtype))
+  return jnp.concatenate(d_q), d_k.T.astype(k.dtype), d_v.T.astype(v.dtype)
 
 
-_chunked.defvjp(_chunked_forward, _chunked_backward)
+def _chunks(num_queries):
+  size = -(-num_queries // -(-num_queries // _QUERIES))
+  return [slice(i, i + size) for i in range(0, num_queries, size)]
 
 
-def _cut(x):
-  """(B, H, M, K) -> (chunks, B, H, queries, K), with zeros at the end."""
-  num_chunks = -(-x.shape[2] // CHUNK)
-  size = -(-x.shape[2] // num_chunks)
-  x = _padded(x, 2, num_chunks * size)
-  x = x.reshape(*x.shape[:2], num_chunks, size, x.shape[-1])
-  return jnp.moveaxis(x, 2, 0)
-
-
-def _joined(chunks, num_queries):
-  """The inverse of `_cut`."""
-  x = jnp.moveaxis(chunks, 0, 2)
-  return x.reshape(*x.shape[:2], -1, x.shape[-1])[:, :, :num_queries]
+def _product(axes, a, b):
+  return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)
 
 
 def _padded(x, axis, size):
