@@ -9,10 +9,11 @@ from ml_collections import ConfigDict
 from marlin_jax.records import FRAME_SIZE, PATCH_SIZE
 
 # As masking and softmax_attention have them, which need jax to be imported.
+ATTENTION = ("auto", "plain", "chunked", "by_head", "cudnn", "flash")
 _CHOICES = {
   "mask.strategy": ("fasking", "fasking_opp", "random", "tube", "frame"),
   "dtype": ("float32", "bfloat16"),
-  "attention": ("auto", "plain", "chunked", "by_head", "cudnn", "flash"),
+  "attention": ATTENTION,
   "remat": ("none", "dots", "full"),
   "optim.mu_dtype": ("float32", "bfloat16"),
 }

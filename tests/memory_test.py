@@ -9,7 +9,12 @@ from marlin_jax import experiment, memory, sharding
 
 @pytest.mark.parametrize(
   ("attention", "remat"),
-  [("plain", "none"), ("by_head", "none"), ("chunked", "full")],
+  [
+    ("plain", "none"),
+    ("by_head", "none"),
+    ("chunked", "none"),
+    ("chunked", "full"),
+  ],
 )
 def test_the_estimate_is_on_the_safe_side_and_no_more_than_double(
   attention, remat

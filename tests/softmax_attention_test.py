@@ -10,8 +10,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from marlin_jax.models import softmax_attention
 
-# More tokens than are worth keeping weights for, and no multiple of a chunk.
-TOKENS, QUERIES, HEADS, SIZE = 900, 831, 2, 16
+# More tokens than are worth keeping weights for, and no multiple of a chunk, of
+# queries or of heads.
+TOKENS, QUERIES, HEADS, SIZE = 900, 831, 5, 16
 NAMES = ("plain", "chunked", "by_head", "flash")
 
 

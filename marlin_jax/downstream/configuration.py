@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from marlin_jax.validate import refuse
+from marlin_jax.validate import ATTENTION, refuse
 
 MODES = ("linear", "attentive", "finetune", "knn")
 # As in the modules that they are for, which need jax to be imported.
@@ -16,7 +16,7 @@ _CHOICES = {
   "protocol": ("paper", "default"),
   "pool": ("mean", "std", "mean_std"),
   "dtype": ("float32", "bfloat16"),
-  "attention": ("auto", "plain", "chunked", "by_head", "cudnn", "flash"),
+  "attention": ATTENTION,
   "remat": ("none", "dots", "full"),
 }
 _AT_LEAST_1 = (

@@ -13,7 +13,7 @@ _CHOICES = {
   "expert.num_frames": (5, 16),
   "generator.kind": ("marlin", "wav2lip"),
   "dtype": ("float32", "bfloat16"),
-  "attention": ("auto", "plain", "chunked", "by_head", "cudnn", "flash"),
+  "attention": checks.ATTENTION,
   "remat": ("none", "dots", "full"),
 }
 # What a resumed run must agree in beside keys of the configuration.
