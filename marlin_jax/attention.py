@@ -47,31 +47,28 @@ def attention_maps(encoder: Encoder, patches: jax.Array) -> AttentionMaps:
   150 MB a clip for B/16 on 1568 tokens, where all layers would take 1.4 GB.
 
   Args:
-    encoder: an nnx module.
+    encoder: an nnx module, built without `scan`.
     patches: float (B, N, P), all tokens, as the encoder takes them.
   """
   x = encoder.embed(patches)
   batch_size, num_tokens, _ = x.shape
-  even = jnp.tile(jnp.eye(num_tokens), (batch_size, 1, 1))
-  heads, flow = _follow(*nnx.split(encoder.transformer.blocks), x, even)
-  return AttentionMaps(heads.swapaxes(0, 1), flow.mean(axis=1))
+  flow = jnp.tile(jnp.eye(num_tokens), (batch_size, 1, 1))
+  heads = []
+  for block in encoder.transformer.blocks:
+    x, flow, received = _follow(*nnx.split(block), x, flow)
+    heads.append(received)
+  return AttentionMaps(jnp.stack(heads, axis=1), flow.mean(axis=1))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _follow(graphdef, blocks, x, flow):
-  """Attention received in each block, (L, B, H, N), and rollout at the end."""
-
-  def layer(carry, params):
-    x, flow = carry
-    block = nnx.merge(graphdef, params)
-    weights = block.attention.weights(block.norm1(x))  # (B, H, N, N)
-    mean = weights.mean(axis=1)
-    flow = (jnp.matmul(mean, flow, precision="highest") + flow) / 2
-    # XLA sees that both want the same weights and computes them once.
-    return (block(x), flow), weights.mean(axis=2)
-
-  (_, flow), heads = jax.lax.scan(layer, (x, flow), blocks)
-  return heads, flow
+def _follow(graphdef, params, x, flow):
+  """A block's output, rollout up to there, and attention by head (B, H, N)."""
+  block = nnx.merge(graphdef, params)
+  weights = block.attention.weights(block.norm1(x))  # (B, H, N, N)
+  mean = weights.mean(axis=1)
+  flow = (jnp.matmul(mean, flow, precision="highest") + flow) / 2
+  # XLA sees that both want the same weights and computes them once.
+  return block(x), flow, weights.mean(axis=2)
 
 
 def region_shares(attention: np.ndarray, regions: np.ndarray) -> np.ndarray:

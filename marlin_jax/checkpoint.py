@@ -7,14 +7,17 @@ or a bad copy, nothing is believed and nothing is lost.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent import futures
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
 
 from marlin_jax import checksums, run_files
+from marlin_jax.models import blocks
 
 Pytree = Any
 
@@ -231,21 +234,29 @@ class Checkpoints:
         "Where the change is meant: --config.allow_change="
         + ",".join(keys).replace(" ", r"\ ")
       )
-    self._check_leaves(where, like)
     abstract = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       like,
       shardings,
     )
-    return self._manager.restore(
+    handler = ocp.PyTreeCheckpointHandler()
+    tree = handler.metadata(where / "state").tree
+    handler.close()
+    change = None
+    if blocks.are_joined(tree) and not blocks.are_joined(like):
+      change, abstract = blocks.split, blocks.join(abstract, _joined)
+    elif blocks.are_joined(like) and not blocks.are_joined(tree):
+      change, abstract = blocks.join, blocks.split(abstract, _block)
+    self._check_leaves(where, tree, abstract)
+    state = self._manager.restore(
       step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
     )["state"]
+    if change is not None:  # config.scan was the other way
+      state = jax.jit(change, out_shardings=shardings)(state)
+    return state
 
-  def _check_leaves(self, where: epath.Path, like: Pytree) -> None:
-    handler = ocp.PyTreeCheckpointHandler()
-    saved = _leaves(handler.metadata(where / "state").tree)
-    handler.close()
-    wanted = _leaves(like)
+  def _check_leaves(self, where: epath.Path, tree: Pytree, like: Pytree):
+    saved, wanted = _leaves(tree), _leaves(like)
     differ = [
       f"  {name}: was {saved.get(name, 'not there')}, is "
       f"{wanted.get(name, 'not there')}"
@@ -266,6 +277,27 @@ class Checkpoints:
     self.wait()
     self._pool.shutdown()
     self._manager.close()
+
+
+def _joined(arrays: Sequence[jax.ShapeDtypeStruct]) -> jax.ShapeDtypeStruct:
+  """What arrays of all blocks become when they are joined."""
+  first = arrays[0]
+  place = first.sharding
+  return jax.ShapeDtypeStruct(
+    (len(arrays), *first.shape),
+    first.dtype,
+    sharding=NamedSharding(place.mesh, PartitionSpec(None, *place.spec)),
+  )
+
+
+def _block(joined: jax.ShapeDtypeStruct, _: int) -> jax.ShapeDtypeStruct:
+  """What each block's part of an array of all is."""
+  place = joined.sharding
+  return jax.ShapeDtypeStruct(
+    joined.shape[1:],
+    joined.dtype,
+    sharding=NamedSharding(place.mesh, PartitionSpec(*place.spec[1:])),
+  )
 
 
 def _leaves(tree: Pytree) -> dict[str, str]:

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from marlin_jax import config_arguments, topology
+from marlin_jax import config_arguments, topology, xla_flags
 from marlin_jax.validate import ConfigError, validate
 
 flags.declare_key_flag("config")
@@ -57,6 +57,7 @@ _GIB = 2**30
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+  xla_flags.set_for_training()
   logging.set_verbosity(logging.WARNING)
   try:
     report, fits = plan(config_arguments.CONFIG.value)

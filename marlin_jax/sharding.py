@@ -32,8 +32,8 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
 # (pattern that ends a parameter's path, where each of its axes lives). The
-# first that matches holds, for the parameter and for its optimiser moments. A
-# stack of blocks has one more axis, in front, which stays whole.
+# first that matches holds, for the parameter and for its optimiser moments.
+# Joined blocks (models.blocks) have one more axis, in front, which stays whole.
 # In a block tensor cuts what comes out of the first layer of a pair and what
 # goes into the second, so that one sum over devices ends each pair. fsdp cuts
 # the other axis: cutting the axis that tensor cuts, or the largest, makes the
@@ -171,8 +171,9 @@ def lay_out(
       if mesh_axis and pieces % mesh.shape[mesh_axis]:
         # None for the moments again.
         if name.split("/")[0] in ("params", "disc_params"):
+          of_all = re.sub(r"blocks/\d+/", "blocks/", name)
           notes.append(
-            f"{name}: {pieces} {what} do not divide over "
+            f"{of_all}: {pieces} {what} do not divide over "
             f"mesh.{mesh_axis}={mesh.shape[mesh_axis]}, kept whole"
           )
         mesh_axis = None
@@ -180,7 +181,7 @@ def lay_out(
     return NamedSharding(mesh, P(*spec))
 
   shardings = jax.tree_util.tree_map_with_path(place, shapes)
-  return Layout(shardings, tuple(notes))
+  return Layout(shardings, tuple(dict.fromkeys(notes)))
 
 
 def bytes_per_device(shapes: Pytree, shardings: Pytree) -> int:
@@ -230,7 +231,7 @@ class Placement:
   def weights(self, params: Pytree) -> Pytree:
     """Puts the parts that fsdp has cut together again.
 
-    The blocks of a stack stay as they are: each asks for its own as it runs,
+    Blocks stay as they are: each asks for its own as it runs,
     so that no device ever holds all of them.
 
     Args:
@@ -260,7 +261,7 @@ def _rule(name: str) -> P:
   spec = next(
     spec for pattern, spec in RULES if re.search(f"(^|/){pattern}$", name)
   )
-  return P(None, *spec) if "blocks/" in name else spec
+  return P(None, *spec) if re.search(r"blocks/(?!\d)", name) else spec
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -29,7 +29,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from marlin_jax import config_arguments
+from marlin_jax import config_arguments, xla_flags
 from marlin_jax.validate import ConfigError, check_batch, validate
 
 flags.adopt_module_key_flags(config_arguments)
@@ -442,6 +442,7 @@ def _summary(workdir, step: int, num_steps: int) -> str:
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+  xla_flags.set_for_training()
   # Orbax tells twenty lines about every save, and shows the stacks of errors
   # that it raises all the same.
   logging.set_verbosity(logging.FATAL)

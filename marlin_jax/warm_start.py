@@ -14,6 +14,7 @@ from marlin_jax.formats.weights import (
   eps_notice,
   unflatten,
 )
+from marlin_jax.models import blocks
 from marlin_jax.models.vit import NORM_EPS
 from marlin_jax.train_step import TrainState
 
@@ -100,15 +101,14 @@ def _compare(weights: Weights, config: ConfigDict) -> None:
 
 def _filled(tree, arrays: dict[str, np.ndarray], prefix: str):
   """The tree with every leaf replaced that has an array of its name."""
-  given = flatten_dict(
-    unflatten(
-      {
-        name.removeprefix(prefix): array
-        for name, array in arrays.items()
-        if name.startswith(prefix)
-      }
-    )
+  given = unflatten(
+    {
+      name.removeprefix(prefix): array
+      for name, array in arrays.items()
+      if name.startswith(prefix)
+    }
   )
+  given = flatten_dict(blocks.in_form_of(tree, given))
   return unflatten_dict(
     {
       path: jax.device_put(given[path], leaf.sharding)

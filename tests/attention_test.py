@@ -1,7 +1,6 @@
 """Attention maps against a loop in NumPy, and their shares by region."""
 
 import math
-import operator
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +75,7 @@ def loop(encoder, patches):
   size = WIDTH // HEADS
   layers = []
   for i in range(DEPTH):
-    block = jax.tree.map(operator.itemgetter(i), state["transformer"]["blocks"])
+    block = state["transformer"]["blocks"][i]
     part = block["attention"]
     y = norm(x, block["norm1"])
     q, k, v = (linear(y, part[name]) for name in ("query", "key", "value"))
@@ -124,20 +123,20 @@ def blind(encoder, query_bias, key_kernel):
   Its blocks pass their input on as it is.
   """
   changed = nnx.clone(encoder)
-  blocks = changed.transformer.blocks
-  part = blocks.attention
 
   def fill(param, value):
     param[...] = jnp.broadcast_to(jnp.asarray(value, jnp.float32), param.shape)
 
-  fill(part.query.kernel, 0)
-  fill(part.query.bias, query_bias)
-  fill(part.key.kernel, key_kernel)
-  for layer in (part.out, blocks.mlp_out):
-    fill(layer.kernel, 0)
-    fill(layer.bias, 0)
-  fill(blocks.norm1.scale, 1)
-  fill(blocks.norm1.bias, 0)
+  for block in changed.transformer.blocks:
+    part = block.attention
+    fill(part.query.kernel, 0)
+    fill(part.query.bias, query_bias)
+    fill(part.key.kernel, key_kernel)
+    for layer in (part.out, block.mlp_out):
+      fill(layer.kernel, 0)
+      fill(layer.bias, 0)
+    fill(block.norm1.scale, 1)
+    fill(block.norm1.bias, 0)
   return changed
 
 

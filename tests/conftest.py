@@ -14,11 +14,14 @@ import av
 import numpy as np
 import pytest
 
+from marlin_jax import xla_flags
+
 # With libtpu installed, which plan_test.py needs, jax looks for a TPU first.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile many small programs and run each a few times: quick compiling
 # counts. What one process has compiled the next finds here.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+xla_flags.set_for_training()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp())
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
   # JAX may read an entry while another process is writing it.

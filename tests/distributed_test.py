@@ -16,6 +16,7 @@ from train_test import TINY, command, metrics_of, refused
 
 from configs import pretrain_b
 from marlin_jax import distributed, input_pipeline, prepared_dataset
+from marlin_jax.models import blocks
 from marlin_jax.video import Clip
 
 ROOT = Path(__file__).parents[1]
@@ -80,7 +81,7 @@ def start_two(workdir, **overrides):
 
 
 def arrays_of(workdir, step):
-  """All arrays of a checkpoint by path, whatever devices they were on."""
+  """All arrays of a checkpoint by path, whatever devices and `scan` were."""
   path = workdir / "checkpoints" / str(step) / "state"
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     tree = reader.metadata(path).item_metadata.tree
@@ -90,7 +91,7 @@ def arrays_of(workdir, step):
     tree = reader.restore(path, ocp.args.PyTreeRestore(restore_args=args))
   return {
     jax.tree_util.keystr(path): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(blocks.split(tree))
   }
 
 
@@ -222,7 +223,10 @@ def together(runs, tmp_path_factory):
 def test_a_checkpoint_keeps_every_bit_on_its_way_through_two_processes(
   runs, together
 ):
-  """Saved by one process, restored and saved by two, read by one."""
+  """Saved by one process, restored and saved by two, read by one.
+
+  Block by block in the one, joined in the other.
+  """
   want, got = arrays_of(runs[0], STEP), arrays_of(together[0], STEP)
   assert got.keys() == want.keys()
   for part in ("params", "opt_state", "disc_params", "disc_opt_state"):

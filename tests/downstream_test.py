@@ -357,7 +357,9 @@ def test_rates_fall_from_the_last_layer_to_the_first():
   params = {
     "encoder": {
       "patch_embedding": {"kernel": jnp.ones((4, 2))},
-      "transformer": {"blocks": {"mlp_in": {"kernel": jnp.ones((3, 2, 2))}}},
+      "transformer": {
+        "blocks": {i: {"kernel": jnp.ones((2, 2))} for i in range(3)}
+      },
       "norm": {"scale": jnp.ones(2)},
     },
     "head": {"linear": {"kernel": jnp.ones((2, 1))}},
@@ -365,10 +367,8 @@ def test_rates_fall_from_the_last_layer_to_the_first():
   found = protocols.layer_factors(params, depth=3, decay=0.5)
   encoder = found["encoder"]
   assert encoder["patch_embedding"]["kernel"] == 0.5**4
-  np.testing.assert_array_equal(
-    encoder["transformer"]["blocks"]["mlp_in"]["kernel"].ravel(),
-    [0.5**3, 0.5**2, 0.5],
-  )
+  blocks = encoder["transformer"]["blocks"]
+  assert [blocks[i]["kernel"] for i in range(3)] == [0.5**3, 0.5**2, 0.5]
   assert encoder["norm"]["scale"] == found["head"]["linear"]["kernel"] == 1
 
 

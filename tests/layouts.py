@@ -14,6 +14,7 @@ import numpy as np
 
 from configs import pretrain_b
 from marlin_jax import experiment, hlo, sharding
+from marlin_jax.models import blocks
 
 BATCH_SIZE = 8
 
@@ -81,7 +82,9 @@ class Case:
 
   def run(self, step, state) -> dict:
     """Losses, bytes per device, bytes exchanged per step."""
-    state = jax.device_put(state, self.layout.shardings)
+    state = jax.device_put(
+      blocks.in_form_of(self.shapes, state), self.layout.shardings
+    )
     losses = []
     for _ in range(self.num_steps):
       donated, (state, scalars) = state, step(state, self.batch, self.rng)

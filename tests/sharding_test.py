@@ -120,7 +120,7 @@ def test_what_does_not_divide_is_kept_whole_and_told():
   ) in text
   assert "transformer/blocks/attention/query/kernel: 6 heads" not in text
   assert (
-    "params/encoder/transformer/blocks/mlp_in/kernel: 384 along axis 1 do "
+    "params/encoder/transformer/blocks/mlp_in/kernel: 384 along axis 0 do "
     "not divide over mesh.fsdp=5, kept whole"
   ) in text
   assert len(notes) == len(set(notes)) < 30

@@ -1,7 +1,8 @@
 """What several processes do together, besides training.
 
 Each a process of its own, started by distributed_test.py. They find that they
-differ, restore a checkpoint on their mesh, and save it again elsewhere:
+differ, restore a checkpoint on their mesh, with `scan` the other way, and save
+it again elsewhere:
   together.py WORKDIR STEP TARGET FSDP TENSOR COORDINATOR NUM_PROCESSES ID
 """
 
@@ -33,6 +34,7 @@ def main(workdir, step, target, fsdp, tensor, coordinator, num, me):
   except distributed.StartError as e:
     print(e)
   config = ConfigDict(json.loads((Path(workdir) / "config.json").read_text()))
+  config.scan = not config.scan
   mesh = sharding.make_mesh(-1, int(fsdp), int(tensor))
   made = experiment.build(config, config.num_steps, mesh)
   shapes = jax.eval_shape(made.initialise)

@@ -60,7 +60,7 @@ def test_every_array_is_taken(config, state):
   assert jax.tree.structure(got) == jax.tree.structure(state)
   blocks = got.params["decoder"]["blocks"]
   for name, array in (
-    ("decoder.blocks.0.mlp_in.kernel", blocks["mlp_in"]["kernel"][0]),
+    ("decoder.blocks.0.mlp_in.kernel", blocks[0]["mlp_in"]["kernel"]),
     ("encoder.positions", got.fixed["encoder"]["positions"]),
     ("discriminator.out.bias", got.disc_params["out"]["bias"]),
   ):

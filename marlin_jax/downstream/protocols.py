@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -147,19 +148,18 @@ def layer_factors(params: Pytree, depth: int, decay: float) -> Pytree:
   """What the rate of each layer is multiplied with.
 
   Args:
-    params: nested dicts by name; a stack of blocks has a leading axis.
+    params: nested dicts by name, blocks one by one.
     depth: blocks.
     decay: from each layer to the one before it; 1: all learn alike.
 
   Returns:
-    A tree like the parameters, of float32 that broadcast with them.
+    A tree like the parameters, of float32 scalars.
   """
 
-  def factor(path, leaf):
+  def factor(path, _):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    if "blocks/" in name:
-      each = decay ** (depth - np.arange(depth, dtype=np.float32))
-      return jnp.asarray(each.reshape(-1, *(1,) * (leaf.ndim - 1)))
+    if block := re.search(r"blocks/(\d+)/", name):
+      return jnp.float32(decay ** (depth - int(block[1])))
     first = "patch_embedding/" in name
     return jnp.float32(decay ** (depth + 1) if first else 1.0)
 

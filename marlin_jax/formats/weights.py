@@ -9,11 +9,9 @@ Axes: N tokens, D width, P pixels per token.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import hashlib
 import json
-import re
 
 import flax.traverse_util
 import jax
@@ -21,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from marlin_jax.models import blocks
 from marlin_jax.models.discriminator import Discriminator
 from marlin_jax.models.mae import MAE, Encoder
 from marlin_jax.models.vit import NORM_EPS
@@ -28,7 +27,6 @@ from marlin_jax.train_step import IMAGENET_MEAN, IMAGENET_STD
 from marlin_jax.video import Clip, Tubelets
 
 _DISCRIMINATOR = "discriminator."
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 class WeightsError(ValueError):
@@ -206,11 +204,12 @@ class Weights:
     return self._fill(self.architecture.make_discriminator, _DISCRIMINATOR)
 
   def _fill(self, make, prefix):
-    arrays = {name: self.arrays[prefix + name] for name in _shapes(make)}
-    return nnx.merge(
-      nnx.graphdef(nnx.eval_shape(make)),
-      jax.tree.map(jnp.asarray, unflatten(arrays)),
-    )
+    arrays = {
+      name: jnp.asarray(self.arrays[prefix + name]) for name in _shapes(make)
+    }
+    graphdef, like = nnx.split(nnx.eval_shape(make))
+    like = nnx.to_pure_dict(like)
+    return nnx.merge(graphdef, blocks.in_form_of(like, unflatten(arrays)))
 
   def encoder_only(self) -> Weights:
     """The same without decoder and discriminator."""
@@ -294,34 +293,22 @@ def eps_notice(architecture: Architecture, eps: float, whose: str) -> list[str]:
 def flatten(module: nnx.Module | dict) -> dict[str, jax.Array]:
   """A module's arrays, or nested dicts of them, by name.
 
-  A stack of blocks becomes arrays for each of them: 'a.blocks.0.b'.
+  Of joined blocks each has its own: 'a.blocks.0.b'.
   """
   if isinstance(module, nnx.Module):
     module = nnx.to_pure_dict(nnx.state(module))
-  arrays = {}
-  for path, leaf in flax.traverse_util.flatten_dict(module, sep=".").items():
-    stack, blocks, name = path.rpartition("blocks.")
-    if blocks:
-      for i in range(len(leaf)):
-        arrays[f"{stack}blocks.{i}.{name}"] = leaf[i]
-    else:
-      arrays[path] = leaf
-  return arrays
+  flat = flax.traverse_util.flatten_dict(blocks.split(module))
+  return {".".join(map(str, path)): leaf for path, leaf in flat.items()}
 
 
 def unflatten(arrays: dict[str, np.ndarray]) -> dict:
-  """The inverse of `flatten`, as nested dicts."""
-  flat = {}
-  stacks = collections.defaultdict(dict)
-  for path, array in arrays.items():
-    found = _BLOCK.search(path)
-    if found:
-      stacks[_BLOCK.sub("blocks.", path)][int(found[1])] = array
-    else:
-      flat[path] = array
-  for path, blocks in stacks.items():
-    flat[path] = np.stack([blocks[i] for i in range(len(blocks))])
-  return flax.traverse_util.unflatten_dict(flat, sep=".")
+  """The inverse of `flatten`, as nested dicts, block by block."""
+  return flax.traverse_util.unflatten_dict(
+    {
+      tuple(int(key) if key.isdigit() else key for key in name.split(".")): x
+      for name, x in arrays.items()
+    }
+  )
 
 
 def _shapes(make):

@@ -237,16 +237,12 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 class Transformer(nnx.Module):
   """A stack of blocks without the final norm; (B, N, D) -> (B, M, D).
 
-  Whatever `scan` says, each parameter is one array for all blocks, stacked
-  along a leading axis: what is done to every array, as by the optimiser, then
-  compiles no longer for a deep network than for a shallow one.
-
   Attributes:
-    blocks: one Block, its parameters with a leading axis of length `depth`.
-    depth: how many there are.
+    blocks: a list of Block; with `scan` one Block whose parameters are those of
+      all, joined as in models.blocks.
     scan: compile one block and loop over it, which compiles faster and with
       remat needs the least memory; otherwise the loop is unrolled, which runs
-      a few percent faster.
+      faster.
     remat: 'none', or a key of REMAT_POLICIES.
   """
 
@@ -264,7 +260,6 @@ class Transformer(nnx.Module):
     norm_eps: float,
     rngs: nnx.Rngs,
   ):
-    self.depth = depth
     self.scan = scan
     self.remat = remat
 
@@ -274,6 +269,13 @@ class Transformer(nnx.Module):
       return Block(width, mlp_dim, num_heads, dtype, attention, norm_eps, rngs)
 
     self.blocks = draw(rngs)
+    if not scan:
+      # Drawn together all the same: a seed stands for the same network.
+      graphdef, params = nnx.split(self.blocks)
+      self.blocks = nnx.List(
+        nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], params))
+        for i in range(depth)
+      )
 
   def __call__(self, x, start=0, keep=None):
     """Runs the blocks.
@@ -283,30 +285,47 @@ class Transformer(nnx.Module):
       start: the first that is wanted: the last block computes no other.
       keep: float32 (depth, 2, B), from `drop_path`; not together with `start`.
     """
+    if self.scan:
+      return self._loop(x, start, keep)
+    # Traced once, and not for every block.
+    apply = jax.jit(self._apply(), static_argnums=(0, 1))
+    for i, block in enumerate(self.blocks):
+      is_last = i == len(self.blocks) - 1
+      graphdef, params = nnx.split(block)
+      x = apply(
+        graphdef,
+        start if is_last else 0,
+        x,
+        nnx.to_pure_dict(params),
+        None if keep is None else keep[i],
+      )
+    return x
+
+  def _loop(self, x, start, keep):
     graphdef, params = nnx.split(self.blocks)
     params = nnx.to_pure_dict(params)
     last = None
     if start:
       last = jax.tree.map(lambda p: p[-1], params)
       params = jax.tree.map(lambda p: p[:-1], params)
+    apply = functools.partial(self._apply(), graphdef)
+    x, _ = jax.lax.scan(lambda x, p: (apply(0, x, *p), None), x, (params, keep))
+    return apply(start, x, last) if start else x
 
-    def apply(start, x, block_params, keep=None):
-      block = nnx.merge(graphdef, partition.weights(block_params))
+  def _apply(self):
+    """A function that runs one block, with or without keeping its inside."""
+
+    def apply(graphdef, start, x, params, keep=None):
+      block = nnx.merge(graphdef, partition.weights(params))
       return partition.tokens(block(partition.tokens(x), start, keep))
 
-    if self.remat != "none":
-      # Under scan the loop itself already keeps XLA from merging the two
-      # computations of a block.
-      apply = jax.checkpoint(
-        apply,
-        policy=REMAT_POLICIES[self.remat],
-        prevent_cse=not self.scan,
-        static_argnums=0,
-      )
-    x, _ = jax.lax.scan(
-      lambda x, p: (apply(0, x, *p), None),
-      x,
-      (params, keep),
-      unroll=1 if self.scan else self.depth,
+    if self.remat == "none":
+      return apply
+    # Under scan the loop itself already keeps XLA from merging the two
+    # computations of a block.
+    return jax.checkpoint(
+      apply,
+      policy=REMAT_POLICIES[self.remat],
+      prevent_cse=not self.scan,
+      static_argnums=(0, 1),
     )
-    return apply(start, x, last) if start else x

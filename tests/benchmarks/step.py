@@ -64,6 +64,9 @@ def _config(size):
 
 
 def _ours(size, video, flags):
+  from marlin_jax import xla_flags
+
+  xla_flags.set_for_training()
   import jax
 
   from marlin_jax import experiment, sharding

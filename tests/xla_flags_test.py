@@ -1,0 +1,46 @@
+"""What XLA is told, and that it listens."""
+
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from marlin_jax import xla_flags
+
+WANTED = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion"
+
+
+@pytest.mark.parametrize(
+  ("before", "after"),
+  [
+    (None, WANTED),
+    ("--xla_dump_to=here", f"--xla_dump_to=here {WANTED}"),
+    (WANTED, WANTED),
+    ("--xla_backend_extra_options=a", "--xla_backend_extra_options=a"),
+  ],
+)
+def test_what_is_set_already_stays(monkeypatch, before, after):
+  monkeypatch.delenv("XLA_FLAGS", raising=False)
+  if before is not None:
+    monkeypatch.setenv("XLA_FLAGS", before)
+  xla_flags.set_for_training()
+  assert os.environ["XLA_FLAGS"] == after
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a flag for CPU")
+def test_one_pass_writes_both_of_adams_moments():
+  adam = optax.adam(0.1)
+
+  def update(params, opt_state, grads):
+    updates, opt_state = adam.update(grads, opt_state)
+    return optax.apply_updates(params, updates), opt_state
+
+  params = jnp.ones((512, 512))
+  text = (
+    jax.jit(update).lower(params, adam.init(params), params).compile().as_text()
+  )
+  array = r"f32\[512,512\]\S*"
+  assert re.search(rf"= \({array}, {array}\) fusion", text), text
