@@ -16,7 +16,7 @@ from pathlib import Path
 def in_turns(
   module: str, candidates: dict[str, tuple], repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, dict]]:
-  """Seconds of each call, in turns, after a first call of each.
+  """Seconds of each second call in turns of two, after a first call of each.
 
   Each candidate has a process of its own: thread pools of two libraries in one
   process get in each other's way.
@@ -24,7 +24,7 @@ def in_turns(
   Args:
     module: has `make(*arguments)`, which gives a function to be timed.
     candidates: arguments of `make` by name.
-    repeats: calls of each.
+    repeats: turns of each.
 
   Returns:
     Seconds by name; and by name `first_secs`, of making it and the first call,
@@ -60,6 +60,9 @@ def _serve(pipe, module: str, arguments: tuple) -> None:
     run()
     pipe.send((time.perf_counter() - start, _peak_bytes()))
     pipe.recv()
+    # Steps follow one another, where a turn's first finds caches full of what
+    # the others did and threads asleep.
+    run()
     start = time.perf_counter()
 
 
