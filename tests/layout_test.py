@@ -25,6 +25,7 @@ FLOORS = {
     "output_folder",
     "scores",
     "quality_index",
+    "xla_flags",
   ),
   1: ("attention", "chips", "masking", "losses", "models"),
   2: (

@@ -107,13 +107,12 @@ def _heads_first(x):
 
 
 def _chunked(at_once, q, k, v):
-  q, k, v = (_heads_first(x) for x in (q, k, v))
-  return _heads_first(_lean(at_once, q * q.shape[-1] ** -0.5, k, v))
+  return _lean(at_once, q * q.shape[-1] ** -0.5, k, v)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _lean(at_once, q, k, v):
-  """q (B, H, M, K), scaled; k and v (B, H, N, K)."""
+  """q (B, M, H, K), scaled; k and v (B, N, H, K)."""
   return _lean_forward(at_once, q, k, v)[0]
 
 
@@ -132,14 +131,21 @@ _lean.defvjp(_lean_forward, _lean_backward)
 
 
 def _over_heads(at_once, function, *arrays):
-  """Runs a function of one head on all (B, H, ..), so many at a time."""
-  batch = arrays[0].shape[:2]
+  """Runs a function of one head on all of (B, N, H, ..), so many at a time."""
+  batch_size, _, num_heads = arrays[0].shape[:3]
+
+  def run(i):
+    return function(*(x[i // num_heads, :, i % num_heads] for x in arrays))
+
   results = jax.lax.map(
-    lambda head: function(*head),
-    tuple(x.reshape(-1, *x.shape[2:]) for x in arrays),
+    run,
+    jnp.arange(batch_size * num_heads),
     batch_size=at_once if at_once > 1 else None,
   )
-  return tuple(x.reshape(*batch, *x.shape[1:]) for x in results)
+  return tuple(
+    x.reshape(batch_size, num_heads, *x.shape[1:]).swapaxes(1, 2)
+    for x in results
+  )
 
 
 def _mix(q, k, v):
