@@ -30,16 +30,20 @@ def train_step(config: ConfigDict, num_micro: int = 1) -> float:
   mae = 3 * parts.forward - parts.embed
   if not adv.weight:
     return mae * adv.g_steps
-  # Prediction and target; of the first layer only the weights' gradient.
-  update = 2 * (2 * parts.judge + 3 * parts.verdict)
+  # What predictions take in the discriminator's first layer: a product of two
+  # kernels for each part of the batch.
+  compose = parts.compose * num_micro / config.batch_size
+  # Target and prediction; of the first layer only the weights' gradient.
+  update = 2 * (parts.judge + parts.judge_features + compose)
+  update += 2 * 3 * parts.verdict
   if adv.gp_weight:
     # The slope at one point is forwards and back through the first layer; its
     # gradient, a product for each factor of the slope.
     update += 4 * parts.judge
   if num_micro > 1:
-    update += parts.forward
-  # The autoencoder's loss: forwards, and back to the pixels.
-  adversarial = 2 * (parts.judge + parts.verdict)
+    update += parts.forward - (0 if adv.gp_weight else parts.head)
+  # The autoencoder's loss: forwards, and back to features and head.
+  adversarial = 3 * parts.judge_features + 2 * (compose + parts.verdict)
   return adv.d_steps * update + adv.g_steps * (mae + adversarial)
 
 
@@ -110,8 +114,10 @@ class _Parts:
     enc_to_dec: from the encoder's width to the decoder's.
     decoder: on the visible tokens and those to predict.
     head: pixels of the tokens to predict.
-    judge: the discriminator's first layer, on the same.
-    verdict: its second.
+    judge: the discriminator's first layer on as many pixels.
+    judge_features: the same on the features that the head reads.
+    compose: head and first layer in one, whatever the number of clips.
+    verdict: the discriminator's second layer.
   """
 
   num_tokens: int
@@ -121,6 +127,8 @@ class _Parts:
   decoder: _Blocks
   head: float
   judge: float
+  judge_features: float
+  compose: float
   verdict: float
 
   @classmethod
@@ -147,6 +155,8 @@ class _Parts:
       ),
       head=2 * masked * model.dec_width * pixels,
       judge=2 * masked * pixels * config.adv.hidden,
+      judge_features=2 * masked * model.dec_width * config.adv.hidden,
+      compose=2 * model.dec_width * pixels * config.adv.hidden,
       verdict=2 * masked * config.adv.hidden,
     )
 

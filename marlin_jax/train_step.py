@@ -7,6 +7,10 @@ predictions with the gradient stopped, then the autoencoder's loss is taken with
 the updated discriminator and pulled back through that same forward. The result
 is the same to rounding at half the arithmetic.
 
+Nor need the discriminator see predicted pixels: they are a linear map of the
+decoder's features, and so is what its first layer makes of them (models.affine),
+at a fraction of that layer's arithmetic.
+
 Everything here is pure: no I/O, no config object.
 
 Axes: B batch, T frames, H W pixels, N tokens, V visible, M masked, P pixels per
@@ -29,6 +33,7 @@ from flax import nnx
 from marlin_jax import losses, masking
 from marlin_jax.masking import Masking
 from marlin_jax.models import partition
+from marlin_jax.models.affine import Affine
 from marlin_jax.models.discriminator import Discriminator
 from marlin_jax.models.mae import MAE, gather_tokens
 from marlin_jax.models.vit import Fixed
@@ -83,10 +88,10 @@ class Adversarial:
     d_steps: discriminator updates per step, all on the same predictions.
     g_steps: autoencoder updates per step; each after the first runs the
       autoencoder again.
-    max_pull: limit of the adversarial term's gradient in a clip's prediction,
-      as a multiple of the reconstruction's; where the discriminator has grown
-      out of bounds, the autoencoder goes on learning to reconstruct. 0: none,
-      as in the reference.
+    max_pull: limit of the adversarial term's gradient in a clip's decoded
+      features, as a multiple of the reconstruction's; where the discriminator
+      has grown out of bounds, the autoencoder goes on learning to reconstruct.
+      0: none, as in the reference.
   """
 
   weight: float
@@ -200,36 +205,31 @@ class Trainer:
     """A batch of raw clips -> autoencoder inputs, target, penalty keys."""
     return _prepare(self.task, batch, self.decoder_ratio)
 
-  def predict(self, params, fixed, patches, visible, masked):
-    """float32 (B, M, P): the autoencoder's predictions."""
+  def predict(self, params, fixed, patches, visible, masked) -> Affine:
+    """The autoencoder's predictions: (B, M, P), not worked out."""
     with partition.use(self.placement):
       params = partition.weights(params)
-      return nnx.merge(self.mae, params, fixed)(patches, visible, masked)
-
-  def judge(self, disc_params, tokens):
-    """(B, M, P) -> (B, M, 1): the discriminator's scores."""
-    return nnx.merge(self.discriminator, disc_params)(tokens)
+      return nnx.merge(self.mae, params, fixed).predict(
+        patches, visible, masked
+      )
 
   def judging(self, disc_params):
-    """The discriminator's parameters, ready for `judge`."""
+    """The discriminator: (B, M, P) -> (B, M, 1), scores of tokens."""
     with partition.use(self.placement):
-      return partition.weights(disc_params)
+      disc_params = partition.weights(disc_params)
+    return nnx.merge(self.discriminator, disc_params)
 
   # --- the two losses ---------------------------------------------------------
 
   def disc_loss(self, disc_params, pred, target, keys):
     """The discriminator's loss and metrics, for given predictions."""
-    # Side by side on the token axis: on the batch axis the partitioner would
-    # move whole activations between devices, and two applications would
-    # reduce the gradient twice.
-    disc_params = self.judging(disc_params)
-    scores = self.judge(disc_params, jnp.concatenate([pred, target], axis=1))
-    d_fake, d_real = jnp.split(scores, 2, axis=1)
+    discriminator = self.judging(disc_params)
+    d_fake, d_real = discriminator.judge(pred), discriminator(target)
     loss = losses.discriminator_loss(d_real, d_fake)
     metrics = {"d_real": d_real.mean(), "d_fake": d_fake.mean()}
     if self.adversarial.gp_weight:
       penalty = losses.gradient_penalty(
-        functools.partial(self.judge, disc_params), pred, target, keys
+        discriminator, pred.value, target, keys
       )
       metrics["gradient_penalty"] = penalty
       loss += self.adversarial.gp_weight * penalty
@@ -239,30 +239,32 @@ class Trainer:
     """The gradient of the autoencoder's loss in its predictions; metrics.
 
     Returns:
-      float32 like pred, and scalars; among them `adv_pull`, the norm of the
-      adversarial term's gradient over the reconstruction's, as a mean over
-      clips: far above 1 the discriminator alone says what is learned.
+      Gradients like pred, and scalars; among them `adv_pull`, the norm of the
+      adversarial term's gradient in the decoded features over the
+      reconstruction's, as a mean over clips: far above 1 the discriminator
+      alone says what is learned.
     """
-    reconstruction = functools.partial(
-      losses.reconstruction_loss, target=target
-    )
-    loss_rec, slope = jax.value_and_grad(reconstruction)(pred)
+    loss_rec, slope = jax.value_and_grad(
+      lambda pred: losses.reconstruction_loss(pred.value, target)
+    )(pred)
     metrics = {"loss_rec": loss_rec}
     weight = self.adversarial.weight
     if not weight:
       return slope, metrics
 
-    def adversarial(pred):
-      scores = self.judge(self.judging(disc_params), pred)
-      return losses.generator_adversarial_loss(scores)
-
-    loss_adv, slope_adv = jax.value_and_grad(adversarial)(pred)
-    slope_adv = weight * slope_adv
-    pull = _clip_norms(slope_adv) / jnp.maximum(_clip_norms(slope), 1e-20)
+    scores, pull_back = jax.vjp(self.judging(disc_params).judge, pred)
+    loss_adv, slope_of_scores = jax.value_and_grad(
+      losses.generator_adversarial_loss
+    )(scores)
+    slope_of_scores *= weight
+    (slope_adv,) = pull_back(slope_of_scores)
+    pull = _clip_norms(slope_adv.x) / jnp.maximum(_clip_norms(slope.x), 1e-20)
     if self.adversarial.max_pull:
-      slope_adv *= jnp.minimum(1, self.adversarial.max_pull / pull)
+      slope_of_scores *= jnp.minimum(1, self.adversarial.max_pull / pull)
+      (slope_adv,) = pull_back(slope_of_scores)
+    slope = jax.tree.map(jnp.add, slope, slope_adv)
     metrics |= {"loss_adv": loss_adv, "loss": loss_rec + weight * loss_adv}
-    return slope + slope_adv, metrics | {"adv_pull": pull.mean()}
+    return slope, metrics | {"adv_pull": pull.mean()}
 
   # --- updates ----------------------------------------------------------------
 
@@ -295,7 +297,8 @@ class Trainer:
 
 
 def _clip_norms(slope):
-  """(B, M, P) -> (B, 1, 1)."""
+  """(B, M, D) -> float32 (B, 1, 1)."""
+  slope = slope.astype(jnp.float32)
   return jnp.sqrt(jnp.square(slope).sum((1, 2), keepdims=True))
 
 
@@ -471,7 +474,9 @@ def reconstruct(
   keys = jax.random.split(rng, batch["video"].shape[0])
   return fill_in(
     trainer.task,
-    functools.partial(trainer.predict, state.best_params, state.fixed),
+    lambda *inputs: trainer.predict(
+      state.best_params, state.fixed, *inputs
+    ).value.astype(jnp.float32),
     {"video": batch["video"], "regions": batch["regions"], "keys": keys},
   )
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from marlin_jax.models import vit
+from marlin_jax.models.affine import Affine
 
 
 class Discriminator(nnx.Module):
@@ -24,4 +25,11 @@ class Discriminator(nnx.Module):
     self.out = vit.dense(hidden, 1, rngs, dtype)
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
-    return self.out(jax.nn.leaky_relu(self.hidden(tokens), 0.01))
+    return self._verdict(self.hidden(tokens))
+
+  def judge(self, pred: Affine) -> jax.Array:
+    """As `__call__`, of predictions that need not be worked out for it."""
+    return self._verdict(pred.then(self.hidden).value)
+
+  def _verdict(self, hidden):
+    return self.out(jax.nn.leaky_relu(hidden, 0.01))

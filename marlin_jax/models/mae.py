@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from marlin_jax.models import vit
+from marlin_jax.models.affine import Affine
 
 # About the mean of a face crop's pixels.
 _GREY = 0.45
@@ -175,6 +176,12 @@ class MAE(nnx.Module):
     Returns:
       float32 (B, M, P).
     """
+    return self.predict(patches, visible, masked).value.astype(jnp.float32)
+
+  def predict(
+    self, patches: jax.Array, visible: jax.Array, masked: jax.Array
+  ) -> Affine:
+    """As `__call__`, with the head, a linear layer, not worked out."""
     latent = self.enc_to_dec(self.encoder(patches, visible))
     positions = self.dec_positions[...]
     x = jnp.concatenate(
@@ -184,4 +191,4 @@ class MAE(nnx.Module):
     # Only masked tokens are predicted: the last block's queries, the norm and
     # the head run on them alone.
     x = self.decoder(x.astype(self.dtype), start=visible.shape[1])
-    return self.head(self.dec_norm(x)).astype(jnp.float32)
+    return Affine.of(self.head, self.dec_norm(x))
