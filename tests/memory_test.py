@@ -20,7 +20,8 @@ def test_the_estimate_is_on_the_safe_side_and_no_more_than_double(
   attention, remat
 ):
   config = pretrain_s.get_config()
-  config.model.depth = 8
+  config.model.depth = 3
+  config.model.dec_depth = 2
   config.attention, config.remat = attention, remat
   config.batch_size = 2
   config.clips_per_device = 2
