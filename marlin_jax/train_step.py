@@ -8,8 +8,8 @@ the updated discriminator and pulled back through that same forward. The result
 is the same to rounding at half the arithmetic.
 
 Nor need the discriminator see predicted pixels: they are a linear map of the
-decoder's features, and so is what its first layer makes of them (models.affine),
-at a fraction of that layer's arithmetic.
+decoder's features, and so is what its first layer makes of them, at a fraction
+of that layer's arithmetic (models/affine.py).
 
 Everything here is pure: no I/O, no config object.
 
@@ -228,9 +228,7 @@ class Trainer:
     loss = losses.discriminator_loss(d_real, d_fake)
     metrics = {"d_real": d_real.mean(), "d_fake": d_fake.mean()}
     if self.adversarial.gp_weight:
-      penalty = losses.gradient_penalty(
-        discriminator, pred.value, target, keys
-      )
+      penalty = losses.gradient_penalty(discriminator, pred.value, target, keys)
       metrics["gradient_penalty"] = penalty
       loss += self.adversarial.gp_weight * penalty
     return loss, metrics | {"loss_disc": loss}
