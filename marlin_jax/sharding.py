@@ -248,7 +248,7 @@ class Placement:
       if size == 1 or x.shape[axis] % size:
         return x
       # Cast before the journey, not after.
-      return _gather(x.astype(self.dtype), self.mesh, axis)
+      return _gather(x.astype(self.dtype), self.mesh, rule)
 
     return jax.tree_util.tree_map_with_path(whole, params)
 
@@ -265,25 +265,26 @@ def _rule(name: str) -> P:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x, mesh, axis):
-  """Whole along one axis; what tensor does to the others stays."""
-  return _constrain(x, mesh, axis, None)
+def _gather(x, mesh, rule):
+  """Whole along the axis that fsdp cuts; what tensor does stays."""
+  return _constrain(x, mesh, rule, fsdp=None)
 
 
-def _gather_forward(x, mesh, axis):
-  return _gather(x, mesh, axis), None
+def _gather_forward(x, mesh, rule):
+  return _gather(x, mesh, rule), None
 
 
-def _gather_backward(mesh, axis, _, grad):
+def _gather_backward(mesh, rule, _, grad):
   # The gradient is wanted in parts only. With the transpose of the above every
   # device would get all of it.
-  return (_constrain(grad, mesh, axis, "fsdp"),)
+  return (_constrain(grad, mesh, rule, fsdp="fsdp"),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def _constrain(x, mesh, axis, mesh_axis):
-  spec = [P.UNCONSTRAINED] * x.ndim
-  spec[axis] = mesh_axis
-  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
+def _constrain(x, mesh, rule, fsdp):
+  # Tensor may have left whole what does not divide.
+  places = {"fsdp": fsdp, "tensor": P.UNCONSTRAINED, None: None}
+  spec = P(*(places[axis] for axis in rule))
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
