@@ -24,7 +24,6 @@ import functools
 import math
 import os
 import sys
-from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict
@@ -59,26 +58,22 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
   """The phases in their order; what is to be closed in any case is `held`."""
   # Imported here: they take seconds, which --help and bad flags need not wait.
   import jax
-  from etils import epath
 
   from marlin_jax import (
-    checkpoint,
     distributed,
     experiment,
     goodput,
     input_pipeline,
     memory,
-    metrics,
-    output_folder,
     prepared_dataset,
     profiler,
     run_files,
     sample,
     sharding,
-    skipped,
+    training_run,
     warm_start,
-    watchdog,
   )
+  from marlin_jax.checkpoint import ResumeError
   from marlin_jax.evaluators import probe, reconstruction
   from marlin_jax.formats import detect
   from marlin_jax.formats import run as run_format
@@ -86,15 +81,8 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
   run_files.check_reachable(str(workdir), config.data.path, config.probe.path)
 
   # --- Processes --------------------------------------------------------------
-  distributed.initialise(config.distributed)
+  training_run.start_processes(config)
   is_leader = jax.process_index() == 0
-  distributed.check_same(
-    {
-      f"config.{key}": value
-      for key, value in experiment.flat(config).items()
-      if not key.startswith("distributed.")
-    }
-  )
 
   # --- Data -------------------------------------------------------------------
   data_path = config.data.path
@@ -137,43 +125,19 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
     print(_plan(config, dataset, trainer, mesh, shapes, layout, num_steps))
 
   # --- Workdir ----------------------------------------------------------------
-  workdir = epath.Path(workdir)
-  with distributed.leader_first():
-    if is_leader:
-      if run_files.is_remote(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-      else:
-        lock = output_folder.Lock(Path(workdir), "lock")
-        held.callback(lock.close)
-        run_files.check_room(Path(workdir), 4 * experiment.count(shapes))
-      for note in checkpoint.set_damaged_aside(workdir / "checkpoints"):
-        print(f"warning: {note}", flush=True)
+  workdir = training_run.Workdir(
+    workdir, config, dataset, experiment.count(shapes), held
+  )
 
   # --- Resume -----------------------------------------------------------------
-  checkpoints = checkpoint.Checkpoints(
-    str(workdir / "checkpoints"), keep=config.keep_checkpoints
-  )
   identity = experiment.identity(config, dataset, num_steps)
-  start_step = checkpoints.last_saved or 0
-  distributed.check_same(
-    {
-      f"the data set in {data_path}": dataset.fingerprint,
-      f"the last step saved in {workdir}": start_step,
-    }
-  )
-  if start_step:
-    state = checkpoints.restore(
-      start_step,
-      shapes,
-      layout.shardings,
-      identity,
-      allow=config.allow_change.split(","),
-    )
+  if workdir.start_step:
+    state = workdir.restore(shapes, layout.shardings, identity)
   else:
-    if checkpoints.last_saved == 0:
-      raise checkpoint.ResumeError(
-        f"{workdir} holds converted weights, not a run: start from them with "
-        f"--config.init_from={workdir} and another --workdir"
+    if workdir.checkpoints.last_saved == 0:
+      raise ResumeError(
+        f"{workdir.path} holds converted weights, not a run: start from them "
+        f"with --config.init_from={workdir.path} and another --workdir"
       )
     state = jax.jit(initialise, out_shardings=layout.shardings)()
     if config.init_from:
@@ -181,19 +145,14 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
       state, notices = warm_start.apply(weights, state, config)
       if is_leader:
         print("\nnote: ".join([f"starts from {weights.source}", *notices]))
-  if is_leader:
-    if start_step:
-      print(f"resumed from step {start_step} in {workdir}", flush=True)
-    (workdir / "config.json").write_text(config.to_json(indent=2) + "\n")
-  files = run_files.RunFiles(
-    workdir, apart=is_leader and run_files.is_remote(workdir)
-  )
+  workdir.begin()
 
   # --- Probe ------------------------------------------------------------------
   prober = None
   if config.probe.steps:
     architecture = run_format.architecture_of(experiment.flat(config))
-    cache = None if run_files.is_remote(workdir) else files.path / "probe"
+    is_remote = run_files.is_remote(workdir.path)
+    cache = None if is_remote else workdir.files.path / "probe"
     with distributed.leader_first():
       data = probe.open_data(config.probe, architecture, probe_path, cache)
     distributed.check_same(
@@ -209,14 +168,10 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
     peak_clips_per_sec=goodput.peak_clips_per_sec(
       config, mesh.devices.flat[0].device_kind, mesh.size
     ),
-    carried=goodput.carried_over(files.path / "metrics.jsonl", start_step)
-    if is_leader
-    else None,
+    carried=workdir.seconds_before(),
   )
-  me = jax.process_index()
   bad_records = input_pipeline.BadRecords(
-    workdir / f"quarantine{f'.process_{me}' if me else ''}.jsonl",
-    limit=config.data.max_bad_records,
+    workdir.quarantine(), limit=config.data.max_bad_records
   )
   batches = input_pipeline.to_devices(
     input_pipeline.train_batches(
@@ -224,7 +179,7 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
       take_clip,
       batch_size=config.batch_size,
       seed=config.seed,
-      start_step=start_step,
+      start_step=workdir.start_step,
       num_threads=config.data.num_threads,
       clips_per_record=config.data.clips_per_record,
       rows=input_pipeline.own_rows(split, config.batch_size),
@@ -253,121 +208,90 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
     print(f"compiled the step in {secs:.1f} s", flush=True)
 
   # --- Loop -------------------------------------------------------------------
-  writer = metrics.MetricWriter(files.path, start_step=start_step)
-  progress = metrics.Progress(num_steps, start=start_step)
+  loop = training_run.Loop(
+    workdir,
+    config,
+    dataset,
+    mesh,
+    timer,
+    num_steps=num_steps,
+    num_skipped=int(state.num_skipped),
+    identity=identity,
+    held=held,
+  )
   profile = profiler.Profiler(
-    files.path / "profile",
-    str(workdir / "profile"),
+    workdir.files.path / "profile",
+    str(workdir.path / "profile"),
     config.profile,
     timer,
-    progress.say,
+    loop.say,
   )
-  stop_together = distributed.StopTogether(mesh)
-  skips = skipped.SkippedSteps(
-    dataset,
-    max_in_row=config.max_skipped_steps,
-    num_before=int(state.num_skipped),
-  )
-  guard = watchdog.Watchdog(**config.watchdog)
-  held.callback(guard.close)
-  signum = None
-
-  def tell_skipped(found: skipped.SkippedStep | None) -> None:
-    if found:
-      writer.event("skipped", **found._asdict())
-      progress.say(str(found))
-
-  timer.enter("step")
-  with metrics.StopSignal() as stop, profile:
-    for step in range(start_step + 1, num_steps + 1):
-      guard.alive(f"step {step}")
+  with loop, profile:
+    for step in loop.steps():
       with timer.on("data"):
         batch = next(batches)
       inputs = {"video": batch["video"], "regions": batch["regions"]}
       with profile.step(step):
         state, scalars = step_fn(state, inputs, rng)
         timer.step_started(scalars)
-      progress.step()
-      tell_skipped(skips.check())
-      skips.follow(step, scalars, batch["_id"])
-      if saved := checkpoints.poll():
-        progress.say(f"step {saved} is saved")
-      # Read once: a signal in the middle of this round ends the next.
-      signum = stop_together(stop.received)
-      stopping = signum is not None
-      last = step == num_steps or stopping
+      loop.follow(scalars, batch["_id"])
 
-      # The first step too: on a small machine the tenth may be an hour away.
-      if step % config.log_steps == 0 or step == start_step + 1 or last:
-        tell_skipped(skips.check())
-        scalars = {f"train/{k}": float(v) for k, v in scalars.items()}
+      if loop.logs:
+        scalars = loop.train_scalars()
         updates = step - 1 - scalars["train/num_skipped"]
         scalars["train/lr"] = float(schedule(updates))
-        scalars |= timer.read()
-        writer.write(step, scalars)
-        progress.report(step, scalars)
+        loop.report(scalars)
 
-      if step % config.checkpoint_steps == 0 or last:
-        with timer.on("checkpoint"):
-          checkpoints.save(step, state, identity)
+      if loop.due(config.checkpoint_steps):
+        loop.save(state)
 
-      if (step % config.eval_steps == 0 or last) and not stopping:
+      if loop.due(config.eval_steps) and not loop.stopping:
         with timer.on("eval"):
           scalars = evaluator.metrics(state)
         name = f"eval/{config.data.eval_split}"
-        writer.write(step, {f"{name}/{k}": v for k, v in scalars.items()})
-        progress.say(
+        loop.writer.write(step, {f"{name}/{k}": v for k, v in scalars.items()})
+        loop.say(
           f"step {step}: pixel loss {scalars['loss_pixels']:.4f} on "
           f"{config.data.eval_split}; flat patches of the batch's mean colour "
           f"{scalars['loss_batch_colour']:.4f}, of their own "
           f"{scalars['loss_own_colour']:.4f}"
         )
 
-      if prober and (step % config.probe.steps == 0 or last) and not stopping:
+      if prober and loop.due(config.probe.steps) and not loop.stopping:
         with timer.on("eval"):
           # Minutes, on a slow machine.
-          scalars = prober.metrics(state, lambda _: guard.alive("the probe"))
-        writer.write(step, {f"eval/{k}": v for k, v in scalars.items()})
-        progress.say(
+          scalars = prober.metrics(state, lambda _: loop.alive("the probe"))
+        loop.writer.write(step, {f"eval/{k}": v for k, v in scalars.items()})
+        loop.say(
           f"step {step}: AUC for {config.probe.label} on "
           f"{config.probe.eval_split}: linear probe "
           f"{scalars['probe/auc']:.4f}, neighbours {scalars['knn/auc']:.4f}"
         )
 
-      if (step % config.picture_steps == 0 or last) and not stopping:
+      if loop.due(config.picture_steps) and not loop.stopping:
         with timer.on("eval"):
           views = evaluator.views(state, config.picture_clips)
           if is_leader:
             picture, paths = reconstruction.save(
               views,
-              files.path / "pictures",
+              workdir.files.path / "pictures",
               f"step_{step:07d}",
               fps=30 / config.data.stride,  # most videos' own speed
             )
-            writer.write_picture(step, "reconstruction", picture)
-            names = [str(workdir / "pictures" / path.name) for path in paths]
-            progress.say(f"step {step}: {' and '.join(names)}")
+            loop.writer.write_picture(step, "reconstruction", picture)
+            shown = workdir.path / "pictures"
+            names = [str(shown / path.name) for path in paths]
+            loop.say(f"step {step}: {' and '.join(names)}")
 
-      if step % config.checkpoint_steps == 0 or last:
-        # What a run that is resumed from here has spent.
-        writer.write(step, timer.totals())
-        with timer.on("checkpoint"):
-          files.publish()
-
-      if stopping:
-        break
+      if loop.due(config.checkpoint_steps):
+        loop.publish()
 
   # --- End --------------------------------------------------------------------
-  timer.enter("checkpoint")
-  progress.close()
-  checkpoints.close()
-  writer.write(int(state.step), timer.totals())
-  writer.close()
-  files.close()
+  signum = loop.end(state)
   if is_leader:
-    print(_summary(workdir, int(state.step), num_steps))
+    print(_summary(workdir.path, int(state.step), num_steps))
     print(timer.summary(), flush=True)
-  return state, signum if int(state.step) < num_steps else None
+  return state, signum
 
 
 def _plan(config, dataset, trainer, mesh, shapes, layout, num_steps) -> str:
@@ -449,37 +373,13 @@ def main(argv):
   config = config_arguments.CONFIG.value
   try:
     validate(config)
-    from marlin_jax import distributed
-    from marlin_jax.checkpoint import ResumeError, SaveError
-    from marlin_jax.downstream.tasks import TaskError
-    from marlin_jax.formats.weights import WeightsError
-    from marlin_jax.output_folder import OutputFolderError
-    from marlin_jax.prepared_dataset import DatasetError
-    from marlin_jax.rendezvous import StartError
-    from marlin_jax.sample import SampleError
   except ConfigError as e:
     sys.exit(f"error: {e}")
-  with distributed.leaving_on_errors():
-    try:
-      _, signum = train_and_evaluate(config, config_arguments.workdir())
-    except (
-      ConfigError,
-      DatasetError,
-      FloatingPointError,
-      OutputFolderError,
-      ResumeError,
-      SampleError,
-      StartError,
-      TaskError,
-      WeightsError,
-    ) as e:
-      distributed.leave(f"error: {e}")
-    except SaveError as e:
-      # Started again it is refused if the disk is full, and may go well if a
-      # bucket did not answer.
-      distributed.leave(f"error: {e}", code=distributed.TRY_AGAIN)
-  if signum is not None:
-    sys.exit(128 + signum)
+  from marlin_jax import training_run
+
+  training_run.carry_out(
+    lambda: train_and_evaluate(config, config_arguments.workdir())
+  )
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ FLOORS = {
     "source_video",
     "step_plan",
     "talking_video",
+    "training_run",
     "video_folder",
     "warm_start",
     "window_features",

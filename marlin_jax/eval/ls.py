@@ -38,6 +38,7 @@ broke off, to be started again; 128 + signal: saved and ended because of it.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -171,37 +172,24 @@ def main(argv: Sequence[str]) -> None:
 
 def _train(config: ConfigDict, mode: str) -> None:
   # Imported here: they take seconds, which --help and bad flags need not wait.
-  from marlin_jax import distributed
-  from marlin_jax.checkpoint import ResumeError, SaveError
-  from marlin_jax.formats.weights import WeightsError
+  from marlin_jax import training_run
   from marlin_jax.lipsync import training
-  from marlin_jax.output_folder import OutputFolderError
-  from marlin_jax.prepared_dataset import DatasetError
-  from marlin_jax.rendezvous import StartError
 
   given, workdir = flags.FLAGS, config_arguments.workdir()
-  with distributed.leaving_on_errors():
-    try:
-      if mode == "train_expert":
-        _, signum = training.train_expert(config, given.data, workdir)
-      else:
-        _, signum = training.train_generator(
-          config, given.data, workdir, given.expert, given.checkpoint
-        )
-    except (
-      ConfigError,
-      DatasetError,
-      FloatingPointError,
-      OutputFolderError,
-      ResumeError,
-      StartError,
-      WeightsError,
-    ) as e:
-      distributed.leave(f"error: {e}")
-    except SaveError as e:
-      distributed.leave(f"error: {e}", code=distributed.TRY_AGAIN)
-  if signum is not None:
-    sys.exit(128 + signum)
+  if mode == "train_expert":
+    train = functools.partial(
+      training.train_expert, config, given.data, workdir
+    )
+  else:
+    train = functools.partial(
+      training.train_generator,
+      config,
+      given.data,
+      workdir,
+      given.expert,
+      given.checkpoint,
+    )
+  training_run.carry_out(train)
 
 
 def _generate(config: ConfigDict) -> None:

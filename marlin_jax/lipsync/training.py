@@ -11,28 +11,21 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
-from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
 from marlin_jax import (
-  checkpoint,
-  distributed,
   goodput,
   input_pipeline,
-  metrics,
-  output_folder,
   prepared_dataset,
   run_files,
   sharding,
-  skipped,
-  watchdog,
+  training_run,
 )
-from marlin_jax.experiment import count, flat
+from marlin_jax.experiment import count
 from marlin_jax.lipsync.expert_training import ExpertCourse
 from marlin_jax.lipsync.generator_training import GeneratorCourse
 from marlin_jax.validate import ConfigError
@@ -100,15 +93,8 @@ def _run(config, data, workdir, build, held: contextlib.ExitStack):
   run_files.check_reachable(str(workdir), data)
 
   # --- Processes --------------------------------------------------------------
-  distributed.initialise(config.distributed)
+  training_run.start_processes(config)
   is_leader = jax.process_index() == 0
-  distributed.check_same(
-    {
-      f"config.{key}": value
-      for key, value in flat(config).items()
-      if not key.startswith("distributed.")
-    }
-  )
 
   # --- Data, devices, networks ------------------------------------------------
   dataset = prepared_dataset.open_dataset(data, config.data.train)
@@ -125,57 +111,26 @@ def _run(config, data, workdir, build, held: contextlib.ExitStack):
     print(_plan(course, dataset, eval_dataset, mesh), flush=True)
 
   # --- Workdir ----------------------------------------------------------------
-  workdir = epath.Path(workdir)
-  with distributed.leader_first():
-    if is_leader:
-      if run_files.is_remote(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-      else:
-        lock = output_folder.Lock(Path(workdir), "lock")
-        held.callback(lock.close)
-        run_files.check_room(Path(workdir), 4 * count(course.state))
-      for note in checkpoint.set_damaged_aside(workdir / "checkpoints"):
-        print(f"warning: {note}", flush=True)
+  workdir = training_run.Workdir(
+    workdir, config, dataset, count(course.state), held
+  )
 
   # --- Resume -----------------------------------------------------------------
-  checkpoints = checkpoint.Checkpoints(
-    str(workdir / "checkpoints"), keep=config.keep_checkpoints
-  )
   identity = course.meta | {
     "data.fingerprint": dataset.fingerprint,
     "eval_data.fingerprint": eval_dataset.fingerprint,
   }
   identity = json.loads(json.dumps(identity))
-  start_step = checkpoints.last_saved or 0
-  distributed.check_same(
-    {
-      f"the data set in {data}": dataset.fingerprint,
-      f"the last step saved in {workdir}": start_step,
-    }
-  )
-  if start_step:
-    state = checkpoints.restore(
-      start_step,
-      course.state,
-      jax.tree.map(lambda _: everywhere, course.state),
-      identity,
-      allow=config.allow_change.split(","),
-    )
+  if workdir.start_step:
+    shardings = jax.tree.map(lambda _: everywhere, course.state)
+    state = workdir.restore(course.state, shardings, identity)
   else:
     state = jax.device_put(course.state, everywhere)
-  if is_leader:
-    if start_step:
-      print(f"resumed from step {start_step} in {workdir}", flush=True)
-    (workdir / "config.json").write_text(config.to_json(indent=2) + "\n")
-  files = run_files.RunFiles(
-    workdir, apart=is_leader and run_files.is_remote(workdir)
-  )
+  workdir.begin()
 
   # --- Loop -------------------------------------------------------------------
-  me = jax.process_index()
   bad_records = input_pipeline.BadRecords(
-    workdir / f"quarantine{f'.process_{me}' if me else ''}.jsonl",
-    limit=config.data.max_bad_records,
+    workdir.quarantine(), limit=config.data.max_bad_records
   )
   batches = input_pipeline.to_devices(
     input_pipeline.train_batches(
@@ -183,7 +138,7 @@ def _run(config, data, workdir, build, held: contextlib.ExitStack):
       course.take,
       batch_size=settings.batch_size,
       seed=config.seed,
-      start_step=start_step,
+      start_step=workdir.start_step,
       num_threads=config.data.num_threads,
       rows=input_pipeline.own_rows(split, settings.batch_size),
       bad=bad_records,
@@ -191,109 +146,73 @@ def _run(config, data, workdir, build, held: contextlib.ExitStack):
     split,
   )
   evaluator = course.evaluator(eval_dataset, bad_records)
-  carried = None
-  if is_leader:
-    path = files.path / "metrics.jsonl"
-    carried = goodput.carried_over(path, start_step)
-  timer = goodput.Timer(clips_per_step=settings.batch_size, carried=carried)
-  writer = metrics.MetricWriter(files.path, start_step=start_step)
-  progress = metrics.Progress(settings.num_steps, start=start_step)
-  stop_together = distributed.StopTogether(mesh)
-  skips = skipped.SkippedSteps(
-    dataset,
-    max_in_row=config.max_skipped_steps,
-    num_before=int(state.num_skipped),
+  timer = goodput.Timer(
+    clips_per_step=settings.batch_size, carried=workdir.seconds_before()
   )
-  guard = watchdog.Watchdog(**config.watchdog)
-  held.callback(guard.close)
-  signum = None
-
-  def tell_skipped(found: skipped.SkippedStep | None) -> None:
-    if found:
-      writer.event("skipped", **found._asdict())
-      progress.say(str(found))
-
-  timer.enter("step")
-  with metrics.StopSignal() as stop:
-    for step in range(start_step + 1, settings.num_steps + 1):
-      guard.alive(f"step {step}")
+  loop = training_run.Loop(
+    workdir,
+    config,
+    dataset,
+    mesh,
+    timer,
+    num_steps=settings.num_steps,
+    num_skipped=int(state.num_skipped),
+    identity=identity,
+    held=held,
+  )
+  with loop:
+    for step in loop.steps():
       with timer.on("data"):
         batch = next(batches)
       inputs = {key: batch[key] for key in course.fields}
       state, scalars = course.step(state, inputs)
       timer.step_started(scalars)
-      progress.step()
-      tell_skipped(skips.check())
-      skips.follow(step, scalars, batch["_id"])
-      if saved := checkpoints.poll():
-        progress.say(f"step {saved} is saved")
-      # Read once: a signal in the middle of this round ends the next.
-      signum = stop_together(stop.received)
-      stopping = signum is not None
-      last = step == settings.num_steps or stopping
+      loop.follow(scalars, batch["_id"])
 
-      if step % config.log_steps == 0 or step == start_step + 1 or last:
-        tell_skipped(skips.check())
-        scalars = {f"train/{k}": float(v) for k, v in scalars.items()}
-        scalars |= timer.read()
-        writer.write(step, scalars)
-        progress.report(step, scalars)
+      if loop.logs:
+        loop.report(loop.train_scalars())
 
       # Before the checkpoint, and whatever is about to happen: it may change
       # the state. Those at other steps may not, for a longer run has none.
       deciding = step % settings.eval_steps == 0
-      if deciding or (last and not stopping):
+      if deciding or (loop.due(settings.eval_steps) and not loop.stopping):
         with timer.on("eval"):
           decided, scalars = evaluator.evaluate(state)
         state = decided if deciding else state
         name = f"eval/{config.data.val}"
-        writer.write(step, {f"{name}/{k}": v for k, v in scalars.items()})
+        loop.writer.write(step, {f"{name}/{k}": v for k, v in scalars.items()})
         if details := evaluator.details():
-          writer.event("offsets", step, **details)
-        progress.say(
-          f"step {step}, {config.data.val}: {evaluator.tell(scalars)}"
-        )
+          loop.writer.event("offsets", step, **details)
+        loop.say(f"step {step}, {config.data.val}: {evaluator.tell(scalars)}")
 
-      if step % config.checkpoint_steps == 0 or last:
-        with timer.on("checkpoint"):
-          checkpoints.save(step, state, identity)
+      if loop.due(config.checkpoint_steps):
+        loop.save(state)
 
-      if (step % config.picture_steps == 0 or last) and not stopping:
+      if loop.due(config.picture_steps) and not loop.stopping:
         with timer.on("eval"):
           picture = evaluator.picture(state, config.picture_clips)
           if is_leader:
-            path = files.path / "pictures" / f"step_{step:07d}.png"
+            path = workdir.files.path / "pictures" / f"step_{step:07d}.png"
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(picture).save(path)
-            writer.write_picture(step, "lipsync", picture)
-            progress.say(f"step {step}: {workdir / 'pictures' / path.name}")
+            loop.writer.write_picture(step, "lipsync", picture)
+            loop.say(f"step {step}: {workdir.path / 'pictures' / path.name}")
 
-      if step % config.checkpoint_steps == 0 or last:
-        # What a run that is resumed from here has spent.
-        writer.write(step, timer.totals())
-        with timer.on("checkpoint"):
-          files.publish()
-
-      if stopping:
-        break
+      if loop.due(config.checkpoint_steps):
+        loop.publish()
 
   # --- End --------------------------------------------------------------------
-  timer.enter("checkpoint")
-  progress.close()
-  checkpoints.close()
-  writer.write(int(state.step), timer.totals())
-  writer.close()
-  files.close()
+  signum = loop.end(state)
   done = int(state.step) >= settings.num_steps
   if is_leader:
     print(
       f"step {int(state.step)} of {settings.num_steps} is saved in", end=" "
     )
-    print(workdir / "checkpoints")
+    print(workdir.path / "checkpoints")
     if not done:
       print("the same command goes on from there")
     print(timer.summary(), flush=True)
-  return state, None if done else signum
+  return state, signum
 
 
 def _check_batch(batch_size: int, num_devices: int) -> None:
