@@ -238,24 +238,23 @@ def _face_box(box: np.ndarray) -> np.ndarray:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Returns the exit code."""
+  """Returns the exit code: 0, 1 for an error, 130 when interrupted."""
   args = _parser().parse_args(argv)
   from data_prep import assets, decode, drawings, manifest
 
-  try:
-    _run(args)
-  except (
-    assets.AssetError,
-    decode.DecodeError,
-    decode.DecoderSetupError,
-    drawings.DrawingError,
-    manifest.ManifestError,
-    RuntimeError,
-    OSError,
-  ) as e:
-    print(f"error: {e}", file=sys.stderr)
-    return 1
-  return 0
+  return arguments.exit_code(
+    lambda: _run(args),
+    (
+      assets.AssetError,
+      decode.DecodeError,
+      decode.DecoderSetupError,
+      drawings.DrawingError,
+      manifest.ManifestError,
+      RuntimeError,
+      OSError,
+    ),
+    interrupted="No pictures were written.",
+  )
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import signal
 import sys
 import time
 from collections import Counter
@@ -52,28 +51,18 @@ def main(argv: list[str] | None = None) -> int:
   # Imported here, so that --help answers at once.
   from data_prep import assets, manifest, shards, workers
 
-  signal.signal(signal.SIGTERM, signal.default_int_handler)
-  try:
-    _run(args)
-  except KeyboardInterrupt:
-    print(
-      "\nInterrupted. What is done is kept: the same command goes on from "
-      "there.",
-      file=sys.stderr,
-    )
-    return 130
-  except (
-    assets.AssetError,
-    OutputFolderError,
-    manifest.ManifestError,
-    shards.ShardError,
-    workers.WorkerError,
-    _NothingKept,
-    OSError,
-  ) as e:
-    print(f"error: {e}", file=sys.stderr)
-    return 1
-  return 0
+  return arguments.exit_code(
+    lambda: _run(args),
+    (
+      assets.AssetError,
+      OutputFolderError,
+      manifest.ManifestError,
+      shards.ShardError,
+      workers.WorkerError,
+      _NothingKept,
+      OSError,
+    ),
+  )
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -42,18 +42,17 @@ def main(argv: Sequence[str] | None = None) -> int:
   args = _parser().parse_args(argv)
   from data_prep import dataset_statistics
 
-  try:
+  def work() -> None:
     text = make(args.dataset_dir, args.max_records)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(text, encoding="utf-8")
-  except (dataset_statistics.DatasetError, OSError) as e:
-    print(f"error: {e}", file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    print("\nInterrupted: no page was written.", file=sys.stderr)
-    return 130
-  print(f"{args.output}: {len(text) / 1e6:.1f} MB, for any browser")
-  return 0
+    print(f"{args.output}: {len(text) / 1e6:.1f} MB, for any browser")
+
+  return arguments.exit_code(
+    work,
+    (dataset_statistics.DatasetError, OSError),
+    interrupted="No page was written.",
+  )
 
 
 def make(dataset_dir: Path, max_records: int) -> str:

@@ -1,11 +1,14 @@
-"""What the argparse binaries share."""
+"""What the binaries share: kinds of arguments, words, exit codes."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
+
+_RESUMABLE = "What is done is kept: the same command goes on from there."
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -15,6 +18,33 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     if action.default is None or action.default is False:
       return action.help
     return super()._get_help_string(action)
+
+
+def exit_code(
+  work: Callable[[], None],
+  errors: tuple[type[Exception], ...],
+  interrupted: str = _RESUMABLE,
+) -> int:
+  """Does the work of a binary, whatever becomes of it.
+
+  Args:
+    work: all of it.
+    errors: what it raises if it cannot be done, with messages for people.
+    interrupted: what Ctrl-C or SIGTERM leave behind.
+
+  Returns:
+    0; 1 after one of `errors`; 130 when interrupted.
+  """
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
+  try:
+    work()
+  except KeyboardInterrupt:
+    print(f"\nInterrupted. {interrupted}", file=sys.stderr)
+    return 130
+  except errors as e:
+    print(f"error: {e}", file=sys.stderr)
+    return 1
+  return 0
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -28,7 +28,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
   from marlin_jax.face_video import Window, WindowSettings
   from marlin_jax.feature_files import FeatureFolder, Span
   from marlin_jax.marlin import Marlin
-  from marlin_jax.video_folder import Outcome, Video
+  from marlin_jax.video_folder import Outcome, Video, VideoBar
 
 
 class _Failure(Exception):
@@ -59,27 +58,17 @@ def main(argv: list[str] | None = None) -> int:
   from marlin_jax import video_folder
   from marlin_jax.formats.weights import WeightsError
 
-  signal.signal(signal.SIGTERM, signal.default_int_handler)
-  try:
-    _run(args)
-  except KeyboardInterrupt:
-    print(
-      "\nInterrupted. What is done is kept: the same command goes on from "
-      "there.",
-      file=sys.stderr,
-    )
-    return 130
-  except (
-    WeightsError,
-    OutputFolderError,
-    video_folder.InputError,
-    video_folder.ReaderError,
-    _Failure,
-    OSError,
-  ) as e:
-    print(f"error: {e}", file=sys.stderr)
-    return 1
-  return 0
+  return arguments.exit_code(
+    lambda: _run(args),
+    (
+      WeightsError,
+      OutputFolderError,
+      video_folder.InputError,
+      video_folder.ReaderError,
+      _Failure,
+      OSError,
+    ),
+  )
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -125,7 +114,7 @@ def _run(args: argparse.Namespace) -> None:
           [video.path for video in todo], windows, args.num_workers
         )
       ) as events,
-      _ProgressBar(todo) as bar,
+      video_folder.progress_bar(todo) as bar,
     ):
       extraction = _Extraction(todo, args.reduction, folder, bar)
       extraction.run(marlin, events, args.keep_seq, args.batch_size)
@@ -138,7 +127,8 @@ def _run(args: argparse.Namespace) -> None:
       raise _Failure(_nothing_extracted(folder.path, refused))
     print(
       f"Done in {time.monotonic() - started_at:.0f} s: "
-      f"{counted(bar.num_windows, 'window')} of {counted(len(todo), 'video')}. "
+      f"{counted(extraction.num_windows, 'window')} of "
+      f"{counted(len(todo), 'video')}. "
       f"{args.output} holds the features of {len(videos) - len(refused)} of "
       f"{counted(len(videos), 'video')}."
     )
@@ -192,14 +182,18 @@ class _Result:
 
 
 class _Extraction:
-  """Videos on their way to files; windows of several share a batch."""
+  """Videos on their way to files; windows of several share a batch.
+
+  Attributes:
+    num_windows: whose features are there.
+  """
 
   def __init__(
     self,
     todo: Sequence[Video],
     reduction: str,
     folder: FeatureFolder,
-    bar: _ProgressBar,
+    bar: VideoBar,
   ) -> None:
     self._todo = todo
     self._reduction = reduction
@@ -208,6 +202,8 @@ class _Extraction:
     self._results: dict[int, _Result] = {}
     # The videos of the windows whose features are still to come.
     self._owners: collections.deque[int] = collections.deque()
+    self.num_windows = self._num_refused = 0
+    self._started_at = time.monotonic()
 
   def run(
     self,
@@ -225,7 +221,8 @@ class _Extraction:
       keep_seq=keep_seq,
       batch_size=batch_size or window_features.default_batch_size(),
     ):
-      self._bar.count_window()
+      self.num_windows += 1
+      self._note()
       number = self._owners.popleft()
       # A video that turned out to be bad is not known any more.
       if number in self._results:
@@ -240,7 +237,7 @@ class _Extraction:
 
     for number, event in events:
       if isinstance(event, float):
-        self._bar.report(number, event)
+        self._bar.advance(number, event)
         continue
       result = self._results.setdefault(number, _Result())
       if isinstance(event, Window):
@@ -274,71 +271,16 @@ class _Extraction:
         features = window_features.reduced(features, self._reduction)[None]
         spans = [spans[0].to(spans[-1])]
       self._folder.write(origin, spans, features)
-    self._bar.done(number, refused=bool(outcome.reason))
+    self._num_refused += bool(outcome.reason)
+    self._note()
+    self._bar.finish(number)
 
-
-class _ProgressBar:
-  """Shows videos, windows and time left; a context manager.
-
-  The bar counts bytes of video files: unlike windows they are known at once,
-  and unlike videos they tell a long one from a short one.
-  """
-
-  def __init__(self, todo: Sequence[Video]) -> None:
-    from tqdm import tqdm
-
-    self._sizes = [max(video.num_bytes, 1) for video in todo]
-    self._shares = [0.0] * len(todo)
-    self._num_done = self._num_refused = self.num_windows = 0
-    self._started_at = time.monotonic()
-    terminal = sys.stderr.isatty()
-    self._bar = tqdm(
-      desc=f"0/{len(todo)} videos",
-      total=sum(self._sizes),
-      bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-      "{postfix}",
-      dynamic_ncols=terminal,
-      # A log file gets a line now and then, not ten a second.
-      mininterval=0.2 if terminal else 30.0,
-      disable=not todo,
-    )
-
-  def report(self, number: int, share: float) -> None:
-    """Notes the share of a video that has been read."""
-    # A container that announced too few frames must not turn the bar back.
-    gained = max(share - self._shares[number], 0.0)
-    self._shares[number] += gained
-    self._advance(gained * self._sizes[number])
-
-  def count_window(self) -> None:
-    self.num_windows += 1
-    self._advance(0)
-
-  def done(self, number: int, refused: bool) -> None:
-    self._num_done += 1
-    self._num_refused += refused
-    self.report(number, 1.0)
-
-  def _advance(self, num_bytes: float) -> None:
+  def _note(self) -> None:
     rate = self.num_windows / max(time.monotonic() - self._started_at, 1e-6)
-    self._bar.set_description_str(
-      f"{self._num_done}/{len(self._sizes)} videos", refresh=False
-    )
-    self._bar.set_postfix_str(
+    self._bar.note(
       f"{self.num_windows} windows ({rate:.1f}/s), "
-      f"{self._num_refused} quarantined",
-      refresh=False,
+      f"{self._num_refused} quarantined"
     )
-    self._bar.update(num_bytes)
-
-  def __enter__(self) -> _ProgressBar:
-    return self
-
-  def __exit__(self, kind: type | None, *_) -> None:
-    if kind is None:
-      # Shares were added up in floating point.
-      self._bar.update(self._bar.total - self._bar.n)
-    self._bar.close()
 
 
 # --- Words --------------------------------------------------------------------

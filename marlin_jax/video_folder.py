@@ -6,9 +6,9 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from marlin_jax.face_video import (
   FaceVideoError,
@@ -16,6 +16,9 @@ from marlin_jax.face_video import (
   WindowSettings,
   read_windows,
 )
+
+if TYPE_CHECKING:
+  from data_prep.progress import VideoBar
 
 # A worker process is replaced after so many videos, as in data_prep.prepare.
 _VIDEOS_PER_WORKER = 50
@@ -92,6 +95,13 @@ def list_videos(inputs: Iterable[str | os.PathLike]) -> list[Video]:
           "take two runs with an output each"
         )
   return [found[name] for name in sorted(found)]
+
+
+def progress_bar(videos: Sequence[Video]) -> VideoBar:
+  """Returns a bar that shows how far these videos are."""
+  from data_prep import progress
+
+  return progress.VideoBar([max(video.num_bytes, 1) for video in videos])
 
 
 def read_many(

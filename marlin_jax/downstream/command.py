@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-from marlin_jax import config_arguments
+from marlin_jax import arguments, config_arguments
 from marlin_jax.downstream import configuration
 from marlin_jax.validate import ConfigError
 
@@ -45,26 +45,22 @@ def main(argv: Sequence[str]) -> None:
   from marlin_jax.output_folder import OutputFolderError
   from marlin_jax.prepared_dataset import DatasetError
 
-  try:
-    evaluate(config, _CHECKPOINT.value, _DATA.value, config_arguments.workdir())
-  except KeyboardInterrupt:
-    print(
-      "\nInterrupted. What is done is kept: the same command goes on from "
-      "there.",
-      file=sys.stderr,
-    )
-    sys.exit(130)
-  except (
-    ConfigError,
-    DatasetError,
-    FloatingPointError,
-    OutputFolderError,
-    ResumeError,
-    SaveError,
-    TaskError,
-    WeightsError,
-  ) as e:
-    sys.exit(f"error: {e}")
+  workdir = config_arguments.workdir()
+  code = arguments.exit_code(
+    lambda: evaluate(config, _CHECKPOINT.value, _DATA.value, workdir),
+    (
+      ConfigError,
+      DatasetError,
+      FloatingPointError,
+      OutputFolderError,
+      ResumeError,
+      SaveError,
+      TaskError,
+      WeightsError,
+    ),
+  )
+  if code:
+    sys.exit(code)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:

@@ -1,4 +1,4 @@
-"""What scoring tells: files, a table, a picture, and how far it is."""
+"""What scoring tells: files, a table and a picture."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import importlib.util
 import io
 import json
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from marlin_jax import arguments
 from marlin_jax.lipsync import offsets
@@ -19,7 +18,6 @@ from marlin_jax.output_folder import write_bytes
 if TYPE_CHECKING:
   from marlin_jax.lipsync.judges import Judge
   from marlin_jax.lipsync.scoring import VideoScore
-  from marlin_jax.video_folder import Video
 
 # Rows of the table on screen; all are in scores.csv.
 _MAX_ROWS = 40
@@ -163,47 +161,3 @@ def _plot(path: Path, found: dict[str, Any]) -> None:
   axes.legend()
   figure.savefig(path, dpi=120)
   pyplot.close(figure)
-
-
-class ProgressBar:
-  """Shows videos and time left; a context manager.
-
-  It counts bytes of video files, which tell a long one from a short one.
-  """
-
-  def __init__(self, videos: Sequence[Video]):
-    from tqdm import tqdm
-
-    self._sizes = [max(video.num_bytes, 1) for video in videos]
-    self._shares = [0.0] * len(videos)
-    self._num_done = 0
-    terminal = sys.stderr.isatty()
-    self._bar = tqdm(
-      desc=f"0/{len(videos)} videos",
-      total=sum(self._sizes),
-      bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
-      dynamic_ncols=terminal,
-      # A log file gets a line now and then, not ten a second.
-      mininterval=0.2 if terminal else 30.0,
-    )
-
-  def report(self, number: int, share: float) -> None:
-    """Notes the share of a video that has been read."""
-    # A container that announced too few frames must not turn the bar back.
-    gained = max(share - self._shares[number], 0.0)
-    self._shares[number] += gained
-    # Shares are added up in floating point: not beyond the end.
-    left = self._bar.total - self._bar.n
-    self._bar.update(min(gained * self._sizes[number], left))
-
-  def done(self) -> None:
-    """Notes that the next video is dealt with."""
-    self.report(self._num_done, 1.0)
-    self._num_done += 1
-    self._bar.set_description_str(f"{self._num_done}/{len(self._sizes)} videos")
-
-  def __enter__(self) -> Self:
-    return self
-
-  def __exit__(self, *_) -> None:
-    self._bar.close()

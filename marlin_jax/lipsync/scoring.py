@@ -91,7 +91,7 @@ def score(
   scored: list[VideoScore] = []
   left_out: dict[str, str] = {}
   faces = [], []  # features: of the videos, of the real ones
-  with score_files.ProgressBar([*found, *others]) as bar:
+  with video_folder.progress_bar([*found, *others]) as bar:
     for one, video in _read(found, crop_face, bar, 0, left_out):
       if others:
         faces[0].extend(_features(video, features))
@@ -155,7 +155,7 @@ def score_video(
 def _read(
   found: Sequence[video_folder.Video],
   crop_face: bool,
-  bar: score_files.ProgressBar,
+  bar: video_folder.VideoBar,
   first: int,
   left_out: dict[str, str],
 ) -> Iterator[tuple[video_folder.Video, TalkingVideo]]:
@@ -165,15 +165,15 @@ def _read(
   videos = talking_video.read_many(
     [one.path for one in found],
     crop_face=crop_face,
-    progress=lambda number, share: bar.report(first + number, share),
+    progress=lambda number, share: bar.advance(first + number, share),
   )
-  for one, video in zip(found, videos, strict=True):
+  for number, (one, video) in enumerate(zip(found, videos, strict=True), first):
     if isinstance(video, FaceVideoError):
       # A real video may have the same name.
       left_out[f"{one.name}{' (real)' if first else ''}"] = video.reason
     else:
       yield one, video
-    bar.done()
+    bar.finish(number)
 
 
 def _features(
