@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
 
 from marlin_jax.downstream.learner import loss_of
 from marlin_jax.downstream.tasks import Task
@@ -66,6 +65,9 @@ def fit(
     score: the higher, the better; on the validation split.
     max_iterations: of L-BFGS for each penalty.
   """
+  # Imported here: it takes half a second, and every training imports this file.
+  from scipy import optimize
+
   mean = features.mean(axis=0, dtype=np.float64)
   scale = features.std(axis=0, dtype=np.float64)
   # A feature that never changes tells nothing, and must not be blown up.
@@ -84,7 +86,7 @@ def fit(
   flat = np.zeros(shape).ravel()
   # From the strongest on: each optimum is near the one before.
   for penalty in sorted(penalties, reverse=True):
-    flat = scipy.optimize.minimize(
+    flat = optimize.minimize(
       objective,
       flat,
       args=(np.float32(penalty),),
