@@ -61,7 +61,7 @@ TINY = {
   "picture_steps": 1000,
   "checkpoint_steps": 1000,
 }
-NUM_EXPERT_STEPS, NUM_GENERATOR_STEPS = 200, 100
+NUM_EXPERT_STEPS, NUM_GENERATOR_STEPS = 120, 70
 SIZE = 32
 
 
