@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -75,6 +77,28 @@ def run_prepare(*args: object) -> subprocess.CompletedProcess[str]:
     cwd=ROOT,
     timeout=250,
   )
+
+
+def seeing_devices(num_devices: int) -> dict[str, str]:
+  """An environment in which a process sees so many CPU devices."""
+  flags = os.environ.get("XLA_FLAGS", "")
+  flags += f" --xla_force_host_platform_device_count={num_devices}"
+  return os.environ | {"XLA_FLAGS": flags}
+
+
+def on_eight_devices(script: str) -> Any:
+  """Runs a file of this folder; returns the JSON that it prints."""
+  result = subprocess.run(
+    [sys.executable, ROOT / "tests" / script],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    env=seeing_devices(8) | {"PYTHONPATH": str(ROOT)},
+    check=False,
+    timeout=280,
+  )
+  assert result.returncode == 0, result.stderr
+  return json.loads(result.stdout)
 
 
 def write_video(
@@ -164,6 +188,15 @@ def face_models() -> None:
     prepare.fetch_models(parsers.DEFAULT)
   except assets.AssetError as e:
     pytest.skip(f"face models could not be fetched: {e}")
+
+
+@pytest.fixture(scope="module")
+def finder(face_models):
+  """Finds faces; open for a file."""
+  from data_prep import face_finder
+
+  with face_finder.FaceFinder() as opened:
+    yield opened
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Two processes of four devices against one of eight, by the real trainer."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from conftest import seeing_devices
 from train_test import TINY, command, metrics_of, refused
 
 from configs import pretrain_b
@@ -43,12 +43,10 @@ def free_port():
 
 def start(argv, num_devices, **variables):
   """Starts a process that sees so many devices."""
-  flags = os.environ.get("XLA_FLAGS", "")
-  flags += f" --xla_force_host_platform_device_count={num_devices}"
   return subprocess.Popen(
     argv,
     cwd=ROOT,
-    env=os.environ | {"XLA_FLAGS": flags} | variables,
+    env=seeing_devices(num_devices) | variables,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,

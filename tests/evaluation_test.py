@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import labelled_data
 import numpy as np
 import pytest
+from conftest import seeing_devices
 from labelled_data import (
   LABELS,
   TINY,
@@ -35,24 +35,21 @@ from marlin_jax.validate import ConfigError
 ROOT = Path(__file__).parents[1]
 
 
-def command(task, workdir, data, checkpoint="random", **changes):
+def command(task, workdir, data, checkpoint="random", *, devices=1, **changes):
   """Runs the real binary; returns it finished."""
   flags = [f"--config.{k}={v}" for k, v in (TINY | changes).items()]
-  devices = changes.pop("devices", 1)
-  xla = os.environ.get("XLA_FLAGS", "")
-  xla += f" --xla_force_host_platform_device_count={devices}"
   return subprocess.run(
     [
       *(sys.executable, "-m", f"marlin_jax.eval.{task}"),
       f"--config=configs/eval_{task}.py",
       *(f"--checkpoint={checkpoint}", f"--data={data}"),
       f"--workdir={workdir}",
-      *(flag for flag in flags if "devices" not in flag),
+      *flags,
     ],
     capture_output=True,
     text=True,
     cwd=ROOT,
-    env=os.environ | {"XLA_FLAGS": xla},
+    env=seeing_devices(devices),
     check=False,
     timeout=250,
   )

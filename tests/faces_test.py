@@ -1,68 +1,28 @@
 """Faces are found, followed through shots and cropped without jitter."""
 
 import ctypes
-from pathlib import Path
 
-import av
 import cv2
 import numpy as np
 import pytest
+import scenes
+from conftest import shared_video
 
-from data_prep import assets, boxes, face_finder, faces, mediapipe_tasks
-
-VIDEOS = Path(__file__).parents[2] / "shared" / "videos"
-
-
-def read(path: Path, num_frames: int | None = None) -> list[np.ndarray]:
-  frames = []
-  with av.open(str(path)) as container:
-    for frame in container.decode(video=0):
-      if num_frames is not None and len(frames) == num_frames:
-        break
-      frames.append(frame.to_ndarray(format="rgb24"))
-  return frames
-
-
-def shared_video(name: str) -> Path:
-  if not (VIDEOS / name).is_file():
-    pytest.skip(f"../shared/videos/{name} is not there")
-  return VIDEOS / name
+from data_prep import boxes, face_finder, faces, mediapipe_tasks
 
 
 @pytest.fixture(scope="module")
-def sample_videos() -> Path:
-  try:
-    return assets.fetch_sample_videos()
-  except assets.AssetError as e:
-    pytest.skip(f"sample videos could not be fetched: {e}")
-
-
-@pytest.fixture(scope="module")
-def finder():
-  try:
-    with face_finder.FaceFinder() as opened:
-      yield opened
-  except assets.AssetError as e:
-    pytest.skip(f"face models could not be fetched: {e}")
-
-
-@pytest.fixture(scope="module")
-def carphone(sample_videos) -> list[np.ndarray]:
-  return read(sample_videos / "carphone_pristine.mp4")
-
-
-@pytest.fixture(scope="module")
-def carphone_track(carphone, finder) -> faces.Track:
-  (track,) = faces.find_tracks(carphone, finder)
+def carphone_track(carphone_frames, finder) -> faces.Track:
+  (track,) = faces.find_tracks(carphone_frames, finder)
   return track
 
 
 def test_talking_man_is_one_track_through_the_whole_video(
-  carphone, carphone_track
+  carphone_frames, carphone_track
 ):
   track = carphone_track
   assert (track.track_id, track.first_frame) == (0, 0)
-  assert len(track) >= 0.95 * len(carphone)
+  assert len(track) >= 0.95 * len(carphone_frames)
   assert track.boxes.shape == (len(track), 4)
   assert track.boxes.dtype == np.float32
   assert track.landmarks.shape == (len(track), 478, 2)
@@ -98,61 +58,61 @@ def test_crop_path_jitters_less_than_the_mesh_does(carphone_track):
 
 
 def test_two_runs_give_the_same_bits_whatever_was_seen_between(
-  carphone, sample_videos, finder
+  carphone_frames, sample_videos, finder
 ):
-  first = faces.find_tracks(carphone[:30], finder)
-  faces.find_tracks(read(sample_videos / "bikes.mp4", 40), finder)
-  second = faces.find_tracks(carphone[:30], finder)
+  first = faces.find_tracks(carphone_frames[:30], finder)
+  faces.find_tracks(scenes.read(sample_videos / "bikes.mp4", 40), finder)
+  second = faces.find_tracks(carphone_frames[:30], finder)
   assert len(first) == len(second) == 1
   np.testing.assert_array_equal(first[0].boxes, second[0].boxes)
   np.testing.assert_array_equal(first[0].landmarks, second[0].landmarks)
   assert first[0].quality == second[0].quality
 
 
-def test_another_finder_gives_the_same_bits(carphone, finder):
-  first = faces.find_tracks(carphone[:16], finder)
+def test_another_finder_gives_the_same_bits(carphone_frames, finder):
+  first = faces.find_tracks(carphone_frames[:16], finder)
   with face_finder.FaceFinder() as other:
-    second = faces.find_tracks(carphone[:16], other)
+    second = faces.find_tracks(carphone_frames[:16], other)
   np.testing.assert_array_equal(first[0].boxes, second[0].boxes)
   np.testing.assert_array_equal(first[0].landmarks, second[0].landmarks)
 
 
-def test_two_faces_side_by_side_are_two_tracks(carphone, finder):
-  double = [np.hstack([frame, frame]) for frame in carphone[:20]]
+def test_two_faces_side_by_side_are_two_tracks(carphone_frames, finder):
+  double = [np.hstack([frame, frame]) for frame in carphone_frames[:20]]
   left, right = faces.find_tracks(double, finder)
   assert (left.track_id, right.track_id) == (0, 1)
   shift = right.boxes - left.boxes
-  np.testing.assert_allclose(shift[:, 0], carphone[0].shape[1], atol=4)
+  np.testing.assert_allclose(shift[:, 0], carphone_frames[0].shape[1], atol=4)
   np.testing.assert_allclose(shift[:, 1], 0, atol=4)
 
 
-def test_crowd_costs_a_bounded_number_of_tracks(carphone, finder):
-  crowd = [np.tile(frame, (3, 4, 1)) for frame in carphone[:5]]
+def test_crowd_costs_a_bounded_number_of_tracks(carphone_frames, finder):
+  crowd = [np.tile(frame, (3, 4, 1)) for frame in carphone_frames[:5]]
   tracks = faces.find_tracks(crowd, finder, min_frames=5)
   assert [t.track_id for t in tracks] == list(range(faces.MAX_FACES))
   assert all(len(track) == 5 for track in tracks)
 
 
-def test_hard_cut_between_two_faces_splits_the_track(carphone, finder):
+def test_hard_cut_between_two_faces_splits_the_track(carphone_frames, finder):
   # The second shot shows a face in the same place, so overlap would join them.
-  other = [255 - frame[:, ::-1] // 2 for frame in carphone[:16]]
-  tracks = faces.find_tracks(carphone[:16] + other, finder)
+  other = [255 - frame[:, ::-1] // 2 for frame in carphone_frames[:16]]
+  tracks = faces.find_tracks(carphone_frames[:16] + other, finder)
   assert [(t.first_frame, len(t)) for t in tracks][0] == (0, 16)
   assert all(t.first_frame >= 16 for t in tracks[1:])
 
 
-def test_cut_to_another_scale_gives_one_track_per_shot(carphone, finder):
-  height, width = carphone[0].shape[:2]
+def test_cut_to_another_scale_gives_one_track_per_shot(carphone_frames, finder):
+  height, width = carphone_frames[0].shape[:2]
   close_up = [
     cv2.resize(frame[20:120, 40:160], (width, height))
-    for frame in carphone[:16]
+    for frame in carphone_frames[:16]
   ]
-  tracks = faces.find_tracks(carphone[:16] + close_up, finder)
+  tracks = faces.find_tracks(carphone_frames[:16] + close_up, finder)
   assert [(t.first_frame, len(t)) for t in tracks] == [(0, 16), (16, 16)]
 
 
-def test_face_missed_for_a_few_frames_is_bridged(carphone, finder):
-  frames = [frame.copy() for frame in carphone[:24]]
+def test_face_missed_for_a_few_frames_is_bridged(carphone_frames, finder):
+  frames = [frame.copy() for frame in carphone_frames[:24]]
   for frame in frames[10:14]:  # something passes before the face
     frame[30:110, 40:140] = frames[9][:20, :20].mean()
   (track,) = faces.find_tracks(frames, finder)
@@ -164,9 +124,9 @@ def test_face_missed_for_a_few_frames_is_bridged(carphone, finder):
   assert np.abs(np.diff(track.boxes, axis=0)).max() < 3
 
 
-def test_face_that_leaves_ends_its_track(carphone, finder):
-  empty = np.full_like(carphone[0], 90)
-  (track,) = faces.find_tracks(carphone[:20] + [empty] * 20, finder)
+def test_face_that_leaves_ends_its_track(carphone_frames, finder):
+  empty = np.full_like(carphone_frames[0], 90)
+  (track,) = faces.find_tracks(carphone_frames[:20] + [empty] * 20, finder)
   assert (track.first_frame, len(track)) == (0, 20)
 
 
@@ -176,7 +136,7 @@ def test_video_without_a_lasting_human_face_gives_no_track(
 ):
   # Both are hard: a man crosses the street for 14 frames, one less than a
   # track needs, then a cyclist in profile; and a rabbit has a face of sorts.
-  assert faces.find_tracks(read(sample_videos / name), finder) == []
+  assert faces.find_tracks(scenes.read(sample_videos / name), finder) == []
 
 
 def test_no_frames_and_blank_frames_give_no_track(finder):
@@ -185,25 +145,33 @@ def test_no_frames_and_blank_frames_give_no_track(finder):
   assert faces.find_tracks(blank, finder) == []
 
 
-def test_short_tracks_and_small_faces_are_dropped(carphone, finder):
-  assert faces.find_tracks(carphone[:10], finder) == []
-  assert len(faces.find_tracks(carphone[:10], finder, min_frames=10)) == 1
-  assert faces.find_tracks(carphone[:15], finder, min_face_pixels=80) == []
+def test_short_tracks_and_small_faces_are_dropped(carphone_frames, finder):
+  assert faces.find_tracks(carphone_frames[:10], finder) == []
+  assert (
+    len(faces.find_tracks(carphone_frames[:10], finder, min_frames=10)) == 1
+  )
+  assert (
+    faces.find_tracks(carphone_frames[:15], finder, min_face_pixels=80) == []
+  )
 
 
-def test_single_frame_can_be_a_track(carphone, finder):
-  (track,) = faces.find_tracks(carphone[:1], finder, min_frames=1)
+def test_single_frame_can_be_a_track(carphone_frames, finder):
+  (track,) = faces.find_tracks(carphone_frames[:1], finder, min_frames=1)
   assert len(track) == 1
   assert np.isfinite(track.boxes).all()
 
 
 def test_face_crop_of_15_frames_is_kept(finder):
-  (track,) = faces.find_tracks(read(shared_video("cropped04.mp4")), finder)
+  (track,) = faces.find_tracks(
+    scenes.read(shared_video("cropped04.mp4")), finder
+  )
   assert len(track) == 15
 
 
 def test_small_letterboxed_face_is_followed(finder):
-  (track,) = faces.find_tracks(read(shared_video("video03.mp4"), 40), finder)
+  (track,) = faces.find_tracks(
+    scenes.read(shared_video("video03.mp4"), 40), finder
+  )
   assert (track.first_frame, len(track)) == (0, 40)
 
 

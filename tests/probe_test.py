@@ -4,12 +4,11 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import av
 import made_dataset
 import numpy as np
 import pytest
 
-from data_prep import assets, boxes, face_finder, faces
+from data_prep import boxes, faces
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
 import probe_data
@@ -18,25 +17,9 @@ from probe_questions import Question, Windows
 
 
 @pytest.fixture(scope="module")
-def finder():
-  try:
-    with face_finder.FaceFinder() as opened:
-      yield opened
-  except assets.AssetError as e:
-    pytest.skip(f"face models could not be fetched: {e}")
-
-
-@pytest.fixture(scope="module")
-def carphone(finder) -> np.ndarray:
+def carphone(carphone_frames, finder) -> np.ndarray:
   """The face crops of frames 20 to 63 of the sample video."""
-  try:
-    path = assets.fetch("carphone_pristine.mp4")
-  except assets.AssetError as e:
-    pytest.skip(f"sample video could not be fetched: {e}")
-  with av.open(str(path)) as container:
-    frames = [
-      frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)
-    ][20:64]
+  frames = carphone_frames[20:64]
   (track,) = faces.find_tracks(frames, finder)
   return np.stack(
     [

@@ -6,16 +6,10 @@ import pytest
 import scenes
 from conftest import shared_video
 
-from data_prep import assets, boxes, face_finder, faces, quality
+from data_prep import assets, boxes, faces, quality
 
 SIZE, SHARPNESS, POSE, LANDMARKS = range(4)
 NUM_FRAMES = 15
-
-
-@pytest.fixture(scope="module")
-def finder(face_models):
-  with face_finder.FaceFinder() as opened:
-    yield opened
 
 
 @pytest.fixture(

@@ -1,40 +1,22 @@
 """Label maps agree with anatomy and with the picture."""
 
-from pathlib import Path
-
-import av
 import numpy as np
 import pytest
+import scenes
+from conftest import shared_video
 
-from data_prep import assets, face_finder, faces, parsers
+from data_prep import assets, faces, parsers
 from marlin_jax.records import REGIONS, region_bits
 
-VIDEOS = Path(__file__).parents[2] / "shared" / "videos"
 CODE = {name: code for code, name in enumerate(REGIONS)}
 # Frames of each video that are parsed.
 PARSED = (0, 8, 15)
 
 
-def read(path: Path, num_frames: int) -> list[np.ndarray]:
-  frames = []
-  with av.open(str(path)) as container:
-    for frame in container.decode(video=0):
-      if len(frames) == num_frames:
-        break
-      frames.append(frame.to_ndarray(format="rgb24"))
-  return frames
-
-
 @pytest.fixture(scope="module")
-def models():
-  try:
-    with (
-      face_finder.FaceFinder() as finder,
-      parsers.open_parser() as parser,
-    ):
-      yield finder, parser
-  except assets.AssetError as e:
-    pytest.skip(f"face models could not be fetched: {e}")
+def models(finder):
+  with parsers.open_parser() as parser:
+    yield finder, parser
 
 
 @pytest.fixture(
@@ -47,18 +29,15 @@ def models():
     "cropped04.mp4",
   ],
 )
-def clip(request, models) -> tuple[list[np.ndarray], faces.Track]:
+def clip(
+  request, models, sample_videos
+) -> tuple[list[np.ndarray], faces.Track]:
   """The first frames of a video of one face, and its track."""
   if request.param in assets.SAMPLE_VIDEOS:
-    try:
-      path = assets.fetch_sample_videos() / request.param
-    except assets.AssetError as e:
-      pytest.skip(f"sample videos could not be fetched: {e}")
+    path = sample_videos / request.param
   else:
-    path = VIDEOS / request.param
-    if not path.is_file():
-      pytest.skip(f"../shared/videos/{request.param} is not there")
-  frames = read(path, PARSED[-1] + 1)
+    path = shared_video(request.param)
+  frames = scenes.read(path, PARSED[-1] + 1)
   (track,) = faces.find_tracks(frames, models[0], min_frames=10)
   return frames, track
 

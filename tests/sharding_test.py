@@ -2,16 +2,13 @@
 
 import dataclasses
 import importlib
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import layouts
 import numpy as np
 import pytest
+from conftest import on_eight_devices
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
@@ -25,19 +22,7 @@ SPREAD = ("data", "fsdp", "fsdp and tensor")
 @pytest.fixture(scope="module")
 def results():
   """What layouts.py tells, by case; all share one process of 8 devices."""
-  flags = os.environ.get("XLA_FLAGS", "")
-  flags += " --xla_force_host_platform_device_count=8"
-  result = subprocess.run(
-    [sys.executable, ROOT / "tests" / "layouts.py"],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-    env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
-    check=False,
-    timeout=280,
-  )
-  assert result.returncode == 0, result.stderr
-  return json.loads(result.stdout)
+  return on_eight_devices("layouts.py")
 
 
 def assert_same_losses(got, want):

@@ -14,6 +14,7 @@ import made_dataset
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from conftest import seeing_devices
 from made_dataset import a_record
 from PIL import Image
 
@@ -59,14 +60,12 @@ def command(workdir, **overrides):
 
 def run(workdir, *, devices=1, **overrides):
   """Trains in a process of its own; returns it finished."""
-  flags = os.environ.get("XLA_FLAGS", "")
-  flags += f" --xla_force_host_platform_device_count={devices}"
   return subprocess.run(
     command(workdir, **overrides),
     capture_output=True,
     text=True,
     cwd=ROOT,
-    env=os.environ | {"XLA_FLAGS": flags},
+    env=seeing_devices(devices),
     check=False,
     timeout=250,
   )

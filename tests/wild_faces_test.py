@@ -6,17 +6,11 @@ import pytest
 import scenes
 from conftest import shared_video, write_video
 
-from data_prep import face_finder, faces, process
+from data_prep import faces, process
 from data_prep.manifest import Source
 from marlin_jax import records
 
 HEIGHT, WIDTH = 288, 512
-
-
-@pytest.fixture(scope="module")
-def finder(face_models):
-  with face_finder.FaceFinder() as opened:
-    yield opened
 
 
 @pytest.fixture(scope="module")
