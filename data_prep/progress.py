@@ -87,7 +87,7 @@ class ProgressBar(VideoBar):
     self._num_frames = 0.0
     self._statuses: Counter[str] = Counter()
     self._started_at = time.monotonic()
-    self._count()
+    self._show()
 
   def report(self, task: int, share: float, num_frames: float) -> None:
     """Notes the share of a video, and its frames, that are done."""
@@ -100,12 +100,14 @@ class ProgressBar(VideoBar):
     self._count(task, entry.num_decoded_frames)
     self.finish(task)
 
-  def _count(self, task: int | None = None, num_frames: float = 0.0) -> None:
+  def _count(self, task: int, num_frames: float) -> None:
+    self._num_frames += num_frames - self._frames[task]
+    self._frames[task] = num_frames
+    self._show()
+
+  def _show(self) -> None:
     from data_prep import process
 
-    if task is not None:
-      self._num_frames += num_frames - self._frames[task]
-      self._frames[task] = num_frames
     rate = self._num_frames / max(time.monotonic() - self._started_at, 1e-6)
     counts = ", ".join(
       f"{self._statuses[status]} {status}"

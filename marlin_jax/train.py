@@ -170,9 +170,7 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
     ),
     carried=workdir.seconds_before(),
   )
-  bad_records = input_pipeline.BadRecords(
-    workdir.quarantine(), limit=config.data.max_bad_records
-  )
+  bad_records = workdir.bad_records()
   batches = input_pipeline.to_devices(
     input_pipeline.train_batches(
       dataset,
@@ -210,14 +208,11 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
   # --- Loop -------------------------------------------------------------------
   loop = training_run.Loop(
     workdir,
-    config,
-    dataset,
     mesh,
     timer,
     num_steps=num_steps,
     num_skipped=int(state.num_skipped),
     identity=identity,
-    held=held,
   )
   profile = profiler.Profiler(
     workdir.files.path / "profile",
@@ -237,15 +232,15 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
       loop.follow(scalars, batch["_id"])
 
       if loop.logs:
-        scalars = loop.train_scalars()
+        scalars = loop.train_scalars(scalars)
         updates = step - 1 - scalars["train/num_skipped"]
         scalars["train/lr"] = float(schedule(updates))
         loop.report(scalars)
 
-      if loop.due(config.checkpoint_steps):
+      if loop.saves:
         loop.save(state)
 
-      if loop.due(config.eval_steps) and not loop.stopping:
+      if loop.due(config.eval_steps):
         with timer.on("eval"):
           scalars = evaluator.metrics(state)
         name = f"eval/{config.data.eval_split}"
@@ -257,7 +252,7 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
           f"{scalars['loss_own_colour']:.4f}"
         )
 
-      if prober and loop.due(config.probe.steps) and not loop.stopping:
+      if prober and loop.due(config.probe.steps):
         with timer.on("eval"):
           # Minutes, on a slow machine.
           scalars = prober.metrics(state, lambda _: loop.alive("the probe"))
@@ -268,7 +263,7 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
           f"{scalars['probe/auc']:.4f}, neighbours {scalars['knn/auc']:.4f}"
         )
 
-      if loop.due(config.picture_steps) and not loop.stopping:
+      if loop.due(config.picture_steps):
         with timer.on("eval"):
           views = evaluator.views(state, config.picture_clips)
           if is_leader:
@@ -283,7 +278,7 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
             names = [str(shown / path.name) for path in paths]
             loop.say(f"step {step}: {' and '.join(names)}")
 
-      if loop.due(config.checkpoint_steps):
+      if loop.saves:
         loop.publish()
 
   # --- End --------------------------------------------------------------------

@@ -22,6 +22,7 @@ from marlin_jax import (
   checkpoint,
   distributed,
   goodput,
+  input_pipeline,
   metrics,
   output_folder,
   run_files,
@@ -89,6 +90,8 @@ class Workdir:
 
   Attributes:
     path: where it is, also in a bucket.
+    config, dataset: of the run.
+    held: closed when the run is over.
     checkpoints: those in it.
     start_step: the last that is saved; 0: none.
     files: where to write what is small; there after `begin`.
@@ -118,7 +121,7 @@ class Workdir:
       StartError: the processes see different data sets or checkpoints.
     """
     self.path = epath.Path(path)
-    self._config = config
+    self.config, self.dataset, self.held = config, dataset, held
     self._is_leader = jax.process_index() == 0
     with distributed.leader_first():
       if self._is_leader:
@@ -148,7 +151,7 @@ class Workdir:
       shapes,
       shardings,
       identity,
-      allow=self._config.allow_change.split(","),
+      allow=self.config.allow_change.split(","),
     )
 
   def begin(self) -> None:
@@ -156,7 +159,7 @@ class Workdir:
     if self._is_leader:
       if self.start_step:
         print(f"resumed from step {self.start_step} in {self.path}", flush=True)
-      text = self._config.to_json(indent=2) + "\n"
+      text = self.config.to_json(indent=2) + "\n"
       (self.path / "config.json").write_text(text)
     self.files = run_files.RunFiles(
       self.path, apart=self._is_leader and run_files.is_remote(self.path)
@@ -170,10 +173,13 @@ class Workdir:
       self.files.path / "metrics.jsonl", self.start_step
     )
 
-  def quarantine(self) -> epath.Path:
+  def bad_records(self) -> input_pipeline.BadRecords:
     """Where this process notes records that cannot be read."""
     me = jax.process_index()
-    return self.path / f"quarantine{f'.process_{me}' if me else ''}.jsonl"
+    return input_pipeline.BadRecords(
+      self.path / f"quarantine{f'.process_{me}' if me else ''}.jsonl",
+      limit=self.config.data.max_bad_records,
+    )
 
 
 class Loop:
@@ -183,61 +189,57 @@ class Loop:
       for step in loop.steps():
         state, scalars = ...
         loop.follow(scalars, ids)
-        if loop.logs: loop.report(loop.train_scalars())
-        if loop.due(config.checkpoint_steps):
-          loop.save(state)
-          loop.publish()
+        if loop.logs: loop.report(loop.train_scalars(scalars))
+        if loop.saves: loop.save(state)
+        if loop.due(config.eval_steps): ...
+        if loop.saves: loop.publish()
     signum = loop.end(state)
 
   Attributes:
     step: that which is running.
-    stopping: whether a signal ends the run after it.
-    timer, writer: tell and write.
+    writer: of metrics and pictures.
   """
 
   def __init__(
     self,
     workdir: Workdir,
-    config: ConfigDict,
-    dataset: Dataset,
     mesh: Mesh,
     timer: goodput.Timer,
     *,
     num_steps: int,
     num_skipped: int,
     identity: dict[str, Any],
-    held: contextlib.ExitStack,
   ):
     """Opens what it writes.
 
     Args:
-      workdir: has begun.
-      config: of the run.
-      dataset: what it trains on.
-      mesh: its devices.
+      workdir: has begun. The watchdog ends with what it holds, after all is
+        saved.
+      mesh: the devices.
       timer: of the run.
       num_steps: of the whole run.
       num_skipped: steps that were not applied before.
       identity: what a run that is resumed must agree in.
-      held: ends the watchdog when it is closed, after all is saved.
     """
+    config = workdir.config
     self.step = workdir.start_step
-    self.timer = timer
+    self._timer = timer
     self.writer = metrics.MetricWriter(
       workdir.files.path, start_step=workdir.start_step
     )
-    self._workdir, self._config, self._identity = workdir, config, identity
+    self._workdir, self._identity = workdir, identity
     self._num_steps = num_steps
     self._progress = metrics.Progress(num_steps, start=workdir.start_step)
     self._stop = metrics.StopSignal()
     self._stop_together = distributed.StopTogether(mesh)
     self._signum: int | None = None
     self._skips = skipped.SkippedSteps(
-      dataset, max_in_row=config.max_skipped_steps, num_before=num_skipped
+      workdir.dataset,
+      max_in_row=config.max_skipped_steps,
+      num_before=num_skipped,
     )
-    self._scalars: dict[str, jax.Array] = {}
     self._guard = watchdog.Watchdog(**config.watchdog)
-    held.callback(self._guard.close)
+    workdir.held.callback(self._guard.close)
 
   def __enter__(self) -> None:
     self._stop.__enter__()
@@ -247,8 +249,8 @@ class Loop:
 
   def steps(self) -> Iterator[int]:
     """Yields the numbers of those to be taken."""
-    self.timer.enter("step")
-    while self.step < self._num_steps and not self.stopping:
+    self._timer.enter("step")
+    while self.step < self._num_steps and not self._stopping:
       self.step += 1
       self.alive(f"step {self.step}")
       yield self.step
@@ -274,7 +276,6 @@ class Loop:
     """
     self._progress.step()
     self._tell_skipped()
-    self._scalars = scalars
     self._skips.follow(self.step, scalars, ids)
     if saved := self._workdir.checkpoints.poll():
       self.say(f"step {saved} is saved")
@@ -282,42 +283,53 @@ class Loop:
     self._signum = self._stop_together(self._stop.received)
 
   @property
-  def stopping(self) -> bool:
+  def _stopping(self) -> bool:
     return self._signum is not None
 
-  def due(self, every: int) -> bool:
-    """Whether it is time for what is done every so many steps, and at last."""
-    last = self.step == self._num_steps or self.stopping
-    return self.step % every == 0 or last
+  def _is_turn(self, every: int) -> bool:
+    is_last = self.step == self._num_steps or self._stopping
+    return self.step % every == 0 or is_last
 
   @property
   def logs(self) -> bool:
     """Whether the metrics of this step are wanted."""
     # The first too: on a small machine the tenth may be an hour away.
     is_first = self.step == self._workdir.start_step + 1
-    return self.due(self._config.log_steps) or is_first
+    return self._is_turn(self._workdir.config.log_steps) or is_first
 
-  def train_scalars(self) -> dict[str, float]:
-    """The metrics of this step, when it is done."""
+  @property
+  def saves(self) -> bool:
+    """Whether this step gets a checkpoint."""
+    return self._is_turn(self._workdir.config.checkpoint_steps)
+
+  def due(self, every: int) -> bool:
+    """Whether it is time for what is done every so many steps, and at last.
+
+    Not for a run that a signal ends: nobody may be left to wait for it.
+    """
+    return self._is_turn(every) and not self._stopping
+
+  def train_scalars(self, scalars: dict[str, jax.Array]) -> dict[str, float]:
+    """The metrics of this step, which `follow` has got, when it is done."""
     self._tell_skipped()
-    return {f"train/{k}": float(v) for k, v in self._scalars.items()}
+    return {f"train/{k}": float(v) for k, v in scalars.items()}
 
   def report(self, scalars: dict[str, float]) -> None:
     """Writes and shows metrics, and where the time goes."""
-    scalars = scalars | self.timer.read()
+    scalars = scalars | self._timer.read()
     self.writer.write(self.step, scalars)
     self._progress.report(self.step, scalars)
 
   def save(self, state: Any) -> None:
     """Saves a checkpoint; SaveError as `Checkpoints.save`."""
-    with self.timer.on("checkpoint"):
+    with self._timer.on("checkpoint"):
       self._workdir.checkpoints.save(self.step, state, self._identity)
 
   def publish(self) -> None:
     """After all that is done at the step of a checkpoint."""
     # What a run that is resumed from here has spent.
-    self.writer.write(self.step, self.timer.totals())
-    with self.timer.on("checkpoint"):
+    self.writer.write(self.step, self._timer.totals())
+    with self._timer.on("checkpoint"):
       self._workdir.files.publish()
 
   def end(self, state: Any) -> int | None:
@@ -332,10 +344,10 @@ class Loop:
     Raises:
       SaveError: as `Checkpoints.close`.
     """
-    self.timer.enter("checkpoint")
+    self._timer.enter("checkpoint")
     self._progress.close()
     self._workdir.checkpoints.close()
-    self.writer.write(int(state.step), self.timer.totals())
+    self.writer.write(int(state.step), self._timer.totals())
     self.writer.close()
     self._workdir.files.close()
     return self._signum if int(state.step) < self._num_steps else None

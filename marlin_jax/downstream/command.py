@@ -27,8 +27,12 @@ _DATA = flags.DEFINE_string(
 )
 
 
-def main(argv: Sequence[str]) -> None:
-  """What each of the binaries does with --config, --checkpoint and --data."""
+def main(argv: Sequence[str]) -> int:
+  """What each of the binaries does with --config, --checkpoint and --data.
+
+  Returns:
+    The exit code, see `arguments.exit_code`.
+  """
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.FATAL)  # orbax tells of every save
@@ -46,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
   from marlin_jax.prepared_dataset import DatasetError
 
   workdir = config_arguments.workdir()
-  code = arguments.exit_code(
+  return arguments.exit_code(
     lambda: evaluate(config, _CHECKPOINT.value, _DATA.value, workdir),
     (
       ConfigError,
@@ -59,11 +63,9 @@ def main(argv: Sequence[str]) -> None:
       WeightsError,
     ),
   )
-  if code:
-    sys.exit(code)
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
+def run(main: Callable[[Sequence[str]], int | None]) -> None:
   """Starts a binary."""
   for name in ("config", "checkpoint", "data"):
     flags.mark_flag_as_required(name)

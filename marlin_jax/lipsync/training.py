@@ -129,9 +129,7 @@ def _run(config, data, workdir, build, held: contextlib.ExitStack):
   workdir.begin()
 
   # --- Loop -------------------------------------------------------------------
-  bad_records = input_pipeline.BadRecords(
-    workdir.quarantine(), limit=config.data.max_bad_records
-  )
+  bad_records = workdir.bad_records()
   batches = input_pipeline.to_devices(
     input_pipeline.train_batches(
       dataset,
@@ -151,14 +149,11 @@ def _run(config, data, workdir, build, held: contextlib.ExitStack):
   )
   loop = training_run.Loop(
     workdir,
-    config,
-    dataset,
     mesh,
     timer,
     num_steps=settings.num_steps,
     num_skipped=int(state.num_skipped),
     identity=identity,
-    held=held,
   )
   with loop:
     for step in loop.steps():
@@ -170,12 +165,12 @@ def _run(config, data, workdir, build, held: contextlib.ExitStack):
       loop.follow(scalars, batch["_id"])
 
       if loop.logs:
-        loop.report(loop.train_scalars())
+        loop.report(loop.train_scalars(scalars))
 
       # Before the checkpoint, and whatever is about to happen: it may change
       # the state. Those at other steps may not, for a longer run has none.
       deciding = step % settings.eval_steps == 0
-      if deciding or (loop.due(settings.eval_steps) and not loop.stopping):
+      if deciding or loop.due(settings.eval_steps):
         with timer.on("eval"):
           decided, scalars = evaluator.evaluate(state)
         state = decided if deciding else state
@@ -185,10 +180,10 @@ def _run(config, data, workdir, build, held: contextlib.ExitStack):
           loop.writer.event("offsets", step, **details)
         loop.say(f"step {step}, {config.data.val}: {evaluator.tell(scalars)}")
 
-      if loop.due(config.checkpoint_steps):
+      if loop.saves:
         loop.save(state)
 
-      if loop.due(config.picture_steps) and not loop.stopping:
+      if loop.due(config.picture_steps):
         with timer.on("eval"):
           picture = evaluator.picture(state, config.picture_clips)
           if is_leader:
@@ -198,7 +193,7 @@ def _run(config, data, workdir, build, held: contextlib.ExitStack):
             loop.writer.write_picture(step, "lipsync", picture)
             loop.say(f"step {step}: {workdir.path / 'pictures' / path.name}")
 
-      if loop.due(config.checkpoint_steps):
+      if loop.saves:
         loop.publish()
 
   # --- End --------------------------------------------------------------------
