@@ -10,7 +10,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from data_prep import pool, process, shards, storage, workers
 from data_prep.shard_job import ShardJob
-from marlin_jax.output_folder import write_bytes
+from marlin_jax.records.folders import write_bytes
 
 # Of 32 videos each: some 3 MB.
 JOBS_PER_FILE = 256

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from marlin_jax.records import FRAME_SIZE
+from marlin_jax.records.schema import FRAME_SIZE
 
 # Crop side over mesh height: resembles the paper's framing.
 CROP_RATIO = 1.25

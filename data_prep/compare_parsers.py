@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from marlin_jax import arguments
-from marlin_jax.records import FRAME_SIZE, REGIONS
+from marlin_jax.records import cli
+from marlin_jax.records.schema import FRAME_SIZE, REGIONS
 
 if TYPE_CHECKING:
   from data_prep.face_finder import FaceFinder
@@ -242,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   args = _parser().parse_args(argv)
   from data_prep import assets, decode, drawings, manifest
 
-  return arguments.exit_code(
+  return cli.exit_code(
     lambda: _run(args),
     (
       assets.AssetError,
@@ -292,7 +292,7 @@ def _run(args: argparse.Namespace) -> None:
   report = {"reference": reference, "num_faces": len(faces), "iou": scores}
   written = args.output.with_suffix(".json")
   written.write_text(json.dumps(report, indent=2) + "\n")
-  num_faces = arguments.counted(len(faces), "face")
+  num_faces = cli.counted(len(faces), "face")
   print(f"{num_faces}; pictures: {args.output}, numbers: {written}")
 
 
@@ -301,7 +301,7 @@ def _parser() -> argparse.ArgumentParser:
     prog="python -m data_prep.compare_parsers",
     description="Shows what several face parsers, or masks drawn by hand, say "
     "of the same faces, with their intersection over union per region.",
-    formatter_class=arguments.HelpFormatter,
+    formatter_class=cli.HelpFormatter,
     allow_abbrev=False,
   )
   add = parser.add_argument
@@ -330,7 +330,7 @@ def _parser() -> argparse.ArgumentParser:
   add("--output", type=Path, required=True, help="picture to write (.png)")
   add(
     "--num_faces",
-    type=arguments.at_least(1),
+    type=cli.at_least(1),
     default=12,
     help="faces to compare on, without masks",
   )

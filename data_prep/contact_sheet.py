@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from marlin_jax import records
-from marlin_jax.records import FRAME_SIZE, REGIONS
+from marlin_jax.records import schema
+from marlin_jax.records.schema import FRAME_SIZE, REGIONS
 
 # One per region, background first (not drawn).
 COLOURS = np.array(
@@ -86,7 +86,7 @@ def legend(width: int) -> np.ndarray:
   return np.asarray(image)
 
 
-def cell(record: records.Record, index: int) -> np.ndarray:
+def cell(record: schema.Record, index: int) -> np.ndarray:
   """Draws one frame of a record, plain and with its regions, and its name.
 
   Args:
@@ -101,8 +101,8 @@ def cell(record: records.Record, index: int) -> np.ndarray:
   """
   from PIL import Image, ImageDraw
 
-  frame = records.decode_frames(record, [index])[0]
-  labels = records.decode_parsing(record)[index]
+  frame = schema.decode_frames(record, [index])[0]
+  labels = schema.decode_parsing(record)[index]
   image = Image.new("RGB", (CELL_WIDTH, CELL_HEIGHT), "white")
   image.paste(Image.fromarray(frame), (0, 0))
   image.paste(Image.fromarray(overlay(frame, labels)), (FRAME_SIZE, 0))
@@ -145,7 +145,7 @@ def contact_sheet(
 
 def _spread(
   dataset_dir: Path, num_frames: int
-) -> list[tuple[records.Record, int]]:
+) -> list[tuple[schema.Record, int]]:
   """Returns (record, frame number) pairs, evenly spaced over the data set."""
   from array_record.python import array_record_module
 
@@ -177,7 +177,7 @@ def _spread(
     reader = array_record_module.ArrayRecordReader(str(shards[s]))
     try:
       data = reader.read([number - int(starts[s])])[0]
-      record = records.decode(data)
+      record = schema.decode(data)
     except (RuntimeError, ValueError, IndexError) as e:
       raise ValueError(
         f"record {number - int(starts[s])} of {shards[s]} cannot be read: {e}"

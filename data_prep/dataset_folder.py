@@ -36,8 +36,8 @@ from data_prep import ledger, process, shards, storage
 from data_prep.ledger import Entry
 from data_prep.manifest import Input, Source, stable_hash
 from data_prep.shard_job import ShardJob, note_path, ready_path
-from marlin_jax import quality_index, records
-from marlin_jax.output_folder import Lock, OutputFolderError, write_bytes
+from marlin_jax.records import quality_index, schema
+from marlin_jax.records.folders import Lock, OutputFolderError, write_bytes
 
 # Some 100 MB of short clips.
 VIDEOS_PER_SHARD = 32
@@ -491,7 +491,7 @@ class DatasetFolder:
       }
       by_split[split] = counts(e for e in self.entries if e.split == split)
     metadata = {
-      "schema_version": records.SCHEMA_VERSION,
+      "schema_version": schema.SCHEMA_VERSION,
       "splits": by_split,
       "labels": {n: dataclasses.asdict(v) for n, v in self._labels.items()},
     }

@@ -19,8 +19,8 @@ import numpy as np
 from data_prep import dataset_folder, ledger, process, shards
 from data_prep.listing import Label
 from data_prep.manifest import stable_hash
-from marlin_jax import records
-from marlin_jax.records import Record
+from marlin_jax.records import schema
+from marlin_jax.records.schema import Record
 
 # Label maps differ little from one frame to the next.
 _AREA_STEPS = 8
@@ -90,10 +90,10 @@ class Statistics:
   tracks: list[Track] = dataclasses.field(default_factory=list)
   num_frames: int = 0
   present: np.ndarray = dataclasses.field(
-    default_factory=lambda: np.zeros(len(records.REGIONS), np.int64)
+    default_factory=lambda: np.zeros(len(schema.REGIONS), np.int64)
   )
   area: np.ndarray = dataclasses.field(
-    default_factory=lambda: np.zeros(len(records.REGIONS))
+    default_factory=lambda: np.zeros(len(schema.REGIONS))
   )
 
   @property
@@ -151,7 +151,7 @@ def read(
   first = _first_records(dataset_dir, settings, entries)
   chosen = _chosen(entries, max_records)
   total = sum(entry.num_records for entry in chosen)
-  area = _Mean(len(records.REGIONS))
+  area = _Mean(len(schema.REGIONS))
   for entry in chosen:
     tracks: dict[int, list[tuple[Place, Record]]] = {}
     for place, record in _records(first[entry.video_id], entry):
@@ -174,7 +174,7 @@ def read_record(place: Place) -> Record:
   """
   try:
     (data,) = shards.read_records(place.shard, place.number, 1)
-    return records.decode(data)
+    return schema.decode(data)
   except (RuntimeError, ValueError) as e:
     raise _damaged(place.shard, f"record {place.number}: {e}") from e
 
@@ -193,10 +193,10 @@ def _described(
       f"{dataset_dir} is no finished data set of data_prep.prepare: "
       "settings.json or metadata.json is missing or damaged"
     )
-  if metadata["schema_version"] != records.SCHEMA_VERSION:
+  if metadata["schema_version"] != schema.SCHEMA_VERSION:
     raise DatasetError(
       f"{dataset_dir} is of schema_version {metadata['schema_version']}, this "
-      f"program reads {records.SCHEMA_VERSION}; prepare into a new folder"
+      f"program reads {schema.SCHEMA_VERSION}; prepare into a new folder"
     )
   path = dataset_dir / "videos.jsonl"
   try:
@@ -261,7 +261,7 @@ def _records(
   try:
     encoded = shards.read_records(first.shard, first.number, entry.num_records)
     for i, data in enumerate(encoded):
-      record = records.decode(data)
+      record = schema.decode(data)
       if record.video_id != entry.video_id:
         raise ValueError(
           f"record {first.number + i} is of {record.video_id!r}, expected "
@@ -306,12 +306,12 @@ class _Mean:
 
 
 def _add_regions(statistics: Statistics, area: _Mean, record: Record) -> None:
-  codes = np.arange(len(records.REGIONS), dtype=np.uint16)
+  codes = np.arange(len(schema.REGIONS), dtype=np.uint16)
   in_frame = np.bitwise_or.reduce(record.regions, axis=(1, 2))
   statistics.present += (in_frame[:, None] >> codes & 1).sum(
     axis=0, dtype=np.int64
   )
   statistics.num_frames += len(record)
-  label_maps = records.decode_parsing(record)[::_AREA_STEPS]
+  label_maps = schema.decode_parsing(record)[::_AREA_STEPS]
   counts = np.bincount(label_maps.reshape(-1), minlength=len(codes))
   area.add(counts[: len(codes)], label_maps.size)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import regions
-from marlin_jax.records import FRAME_SIZE
+from marlin_jax.records.schema import FRAME_SIZE
 
 
 class DrawingError(ValueError):

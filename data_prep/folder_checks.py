@@ -14,8 +14,8 @@ from typing import Any
 from data_prep import dataset_folder, integrity, ledger, process, shards
 from data_prep.integrity import Expected, FoundShard, Problems
 from data_prep.listing import Label
-from marlin_jax import quality_index, records
-from marlin_jax.arguments import counted
+from marlin_jax.records import quality_index, schema
+from marlin_jax.records.cli import counted
 
 _FILES = (
   *("settings.json", "videos.jsonl", "quarantine.jsonl", "hashes.json"),
@@ -261,11 +261,11 @@ def check_metadata(
   if not metadata:
     return
   version = metadata.get("schema_version")
-  if version != records.SCHEMA_VERSION:
+  if version != schema.SCHEMA_VERSION:
     problems.add(
       "schema",
       "metadata.json",
-      f"schema_version {version}, this program reads {records.SCHEMA_VERSION}",
+      f"schema_version {version}, this program reads {schema.SCHEMA_VERSION}",
     )
   if metadata.get("labels") != settings["labels"]:
     what = "labels are not those of settings.json"

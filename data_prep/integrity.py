@@ -18,8 +18,8 @@ import numpy as np
 from data_prep import ledger, listing, shards
 from data_prep.listing import Label
 from data_prep.process import segment_lengths
-from marlin_jax import quality_index, records, sound
-from marlin_jax.records import Record
+from marlin_jax.records import mel_spectrogram, quality_index, schema
+from marlin_jax.records.schema import Record
 
 # The most important first: what is wrong, and what to do.
 _AGAIN = "remove these shards and prepare again with the same input"
@@ -203,7 +203,7 @@ def check_shard(
       continue
     report(len(data))
     try:
-      record = records.decode(data)
+      record = schema.decode(data)
     except ValueError as e:
       found.problems.add("content", where, str(e))
       continue
@@ -242,7 +242,7 @@ def same_labels(first: Mapping, second: Mapping) -> bool:
 def record_problems(record: Record, expected: Expected) -> Iterator[str]:
   """Yields what is wrong with a record by itself; decodes all of it."""
   try:
-    records.decode_frames(record, range(len(record)))
+    schema.decode_frames(record, range(len(record)))
   except ValueError as e:
     yield str(e)
   yield from _parsing_problems(record)
@@ -264,7 +264,7 @@ def record_problems(record: Record, expected: Expected) -> Iterator[str]:
     yield f"quality is {record.quality}, expected a number in [0, 1]"
   terms = record.quality_terms
   if (
-    len(terms) != len(records.QUALITY_TERMS)
+    len(terms) != len(schema.QUALITY_TERMS)
     or not ((terms >= 0) & (terms <= 1)).all()
   ):
     yield f"quality_terms are {terms}, expected 4 numbers in [0, 1]"
@@ -277,15 +277,15 @@ def _parsing_problems(record: Record) -> Iterator[str]:
   import zstandard
 
   try:
-    label_maps = records.decode_parsing(record)
+    label_maps = schema.decode_parsing(record)
   except (ValueError, zstandard.ZstdError) as e:
     yield f"label maps cannot be read: {e}"
     return
   most = int(label_maps.max())
-  if most >= len(records.REGIONS):
+  if most >= len(schema.REGIONS):
     yield f"a label map holds code {most}, expected 0 to 10"
     return
-  expected = records.region_bits(label_maps)
+  expected = schema.region_bits(label_maps)
   # No face was parsed there: not even background is known.
   unparsed = ~record.regions.any(axis=(1, 2))
   labelled = label_maps.any(axis=(1, 2))
@@ -327,8 +327,8 @@ def _sound_problems(record: Record, has_sound: bool) -> Iterator[str]:
     return
   if len(record.audio) % 2:
     yield f"{len(record.audio)} bytes of sound are no 16-bit PCM"
-  secs = len(record.audio) / 2 / records.SAMPLE_RATE
-  expected = secs * sound.MEL_RATE
+  secs = len(record.audio) / 2 / schema.SAMPLE_RATE
+  expected = secs * mel_spectrogram.MEL_RATE
   if abs(len(record.mel) - expected) > 2:
     yield (
       f"mel has {len(record.mel)} rows, expected {expected:.0f} for "

@@ -14,7 +14,7 @@ from typing import Any
 
 from data_prep import process, storage
 from data_prep.manifest import Source
-from marlin_jax.output_folder import write_bytes
+from marlin_jax.records.folders import write_bytes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,9 +18,9 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlin_jax import arguments
-from marlin_jax.arguments import counted
-from marlin_jax.output_folder import OutputFolderError
+from marlin_jax.records import cli
+from marlin_jax.records.cli import counted
+from marlin_jax.records.folders import OutputFolderError
 
 if TYPE_CHECKING:
   from data_prep import ledger, process
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
   # Imported here, so that --help answers at once.
   from data_prep import assets, manifest, shards, workers
 
-  return arguments.exit_code(
+  return cli.exit_code(
     lambda: _run(args),
     (
       assets.AssetError,
@@ -200,7 +200,7 @@ def _nothing_kept(output: Path, entries: list[ledger.Entry]) -> str:
   return "\n".join(
     [
       f"no face track came of {counted(len(entries), 'video')}:",
-      *arguments.reasons({entry.video_id: entry.reason for entry in entries}),
+      *cli.reasons({entry.video_id: entry.reason for entry in entries}),
       f"All of them: {output / 'quarantine.jsonl'}",
     ]
   )
@@ -220,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     description="Turns videos into a data set of face tracks. Stop it when you "
     "like; the same command goes on where it was, and does only what is "
     "missing.",
-    formatter_class=arguments.HelpFormatter,
+    formatter_class=cli.HelpFormatter,
     allow_abbrev=False,  # a misspelled flag is an error
   )
   add = parser.add_argument
@@ -251,13 +251,13 @@ def _parser() -> argparse.ArgumentParser:
   )
   add(
     "--num_workers",
-    type=arguments.at_least(1),
-    default=arguments.num_cores(),
+    type=cli.at_least(1),
+    default=cli.num_cores(),
     help="videos processed at a time; the result does not depend on it",
   )
   add(
     "--segment_frames",
-    type=arguments.at_least(62),
+    type=cli.at_least(62),
     default=64,
     help="longest record; longer tracks are cut into equal parts",
   )
@@ -275,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   add(
     "--num_shards",
-    type=arguments.at_least(1),
+    type=cli.at_least(1),
     help="files of the largest split; without it, one for every 32 videos",
   )
   add(
@@ -319,14 +319,14 @@ def _parser() -> argparse.ArgumentParser:
   add = scale_group.add_argument
   add(
     "--task_index",
-    type=arguments.at_least(0),
+    type=cli.at_least(0),
     default=0,
     help="number of this task in an array of them, from 0; a task writes its "
     "share of the shards",
   )
   add(
     "--task_count",
-    type=arguments.at_least(1),
+    type=cli.at_least(1),
     default=1,
     help="tasks in the array; when all have ended, the same command without "
     "these two completes the data set",
@@ -350,31 +350,31 @@ def _parser() -> argparse.ArgumentParser:
   add = limits_group.add_argument
   add(
     "--max_frame_pixels",
-    type=arguments.at_least(1),
+    type=cli.at_least(1),
     default=limits.frame_pixels,
     help="width x height of a frame",
   )
   add(
     "--max_frames",
-    type=arguments.at_least(1),
+    type=cli.at_least(1),
     default=limits.frames,
     help="frames of a video",
   )
   add(
     "--max_video_pixels",
-    type=arguments.at_least(1),
+    type=cli.at_least(1),
     default=limits.video_pixels,
     help="width x height x frames of a video",
   )
   add(
     "--max_decode_secs",
-    type=arguments.at_least(1),
+    type=cli.at_least(1),
     default=int(limits.secs),
     help="seconds of waiting for the decoder, per pass",
   )
   add(
     "--max_decode_mib",
-    type=arguments.at_least(256),
+    type=cli.at_least(256),
     default=limits.memory_bytes >> 20,
     help="memory of the decoder in MiB",
   )
@@ -438,11 +438,11 @@ def _parser_choice(args: argparse.Namespace) -> ParserChoice:
 def _recipe(args: argparse.Namespace, videos: Input) -> dict[str, Any]:
   """Returns what the bytes of a record, and its place, depend on."""
   from data_prep import assets, face_finder, process
-  from marlin_jax import records
+  from marlin_jax.records import schema
 
   return {
     "name": args.name,
-    "schema_version": records.SCHEMA_VERSION,
+    "schema_version": schema.SCHEMA_VERSION,
     "segment_frames": args.segment_frames,
     "jpeg_quality": process.JPEG_QUALITY,
     "dataset": args.dataset,

@@ -29,7 +29,7 @@ from data_prep import (
   parsers,
 )
 from data_prep.manifest import Source
-from marlin_jax import quality_index, records, sound
+from marlin_jax.records import mel_spectrogram, quality_index, schema
 
 # One clip of the trainer: 16 frames, every second one.
 CLIP_SPAN = 31
@@ -329,7 +329,7 @@ class _Work:
         if self._sound is not None:
           record = self._sound.added_to(record, segment.last_secs)
         self.quality.append(quality_index.row_of(record))
-        yield records.encode(record)
+        yield schema.encode(record)
 
   def _segments_of(self, track: faces.Track) -> Iterator[_Segment]:
     start = 0
@@ -384,20 +384,20 @@ class _Segment:
     )
     self._labeller.add(frame, box, landmarks)
 
-  def record(self, source: Source, fps: float) -> records.Record:
+  def record(self, source: Source, fps: float) -> schema.Record:
     found = self._labeller.finish()
-    size = records.FRAME_SIZE
+    size = schema.FRAME_SIZE
     label_maps = np.zeros((len(found), size, size), np.uint8)
     for i, labels in enumerate(found):
       if labels is not None:
         label_maps[i] = labels
-    bits = records.region_bits(label_maps)
+    bits = schema.region_bits(label_maps)
     # Not even background: the trainer's rule for frames without a face.
     bits[[labels is None for labels in found]] = 0
-    return records.Record(
+    return schema.Record(
       frames=self._jpegs,
       regions=bits,
-      parsing=records.compress_parsing(label_maps),
+      parsing=schema.compress_parsing(label_maps),
       boxes=self._track.boxes[self._rows],
       video_id=source.video_id,
       track_id=self._track.track_id,
@@ -424,11 +424,9 @@ class _Sound:
       else decode.read_sound(source.path, limits)
     )
     # Of the whole: at a cut, a spectrogram needs what is beyond it.
-    self._mel = sound.mel_spectrogram(self._samples)
+    self._mel = mel_spectrogram.mel_spectrogram(self._samples)
 
-  def added_to(
-    self, record: records.Record, last_secs: float
-  ) -> records.Record:
+  def added_to(self, record: schema.Record, last_secs: float) -> schema.Record:
     """Returns the record with its sound, silent where the track has ended.
 
     Args:
@@ -448,11 +446,13 @@ class _Sound:
         f"a record holds at most {MAX_SOUND_SECS} s of sound"
       )
     span = record.start_secs, stop_secs
-    samples = _cut(self._samples, span, records.SAMPLE_RATE, 0)
+    samples = _cut(self._samples, span, schema.SAMPLE_RATE, 0)
     return dataclasses.replace(
       record,
       audio=samples.astype("<i2").tobytes(),
-      mel=_cut(self._mel, span, sound.MEL_RATE, -sound.MAX_VALUE),
+      mel=_cut(
+        self._mel, span, mel_spectrogram.MEL_RATE, -mel_spectrogram.MAX_VALUE
+      ),
     )
 
 

@@ -22,7 +22,7 @@ import math
 import numpy as np
 
 from data_prep import boxes
-from marlin_jax.records import FRAME_SIZE
+from marlin_jax.records.schema import FRAME_SIZE
 
 # Standard deviations, in crop pixels, of the two Gaussians under the
 # Laplacians that are compared.

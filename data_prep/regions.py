@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from marlin_jax.records import FRAME_SIZE, REGIONS
+from marlin_jax.records.schema import FRAME_SIZE, REGIONS
 
 CODE = {name: code for code, name in enumerate(REGIONS)}
 # Grey levels of 255 up to which a bar is black.

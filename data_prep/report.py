@@ -20,8 +20,8 @@ import numpy as np
 
 from data_prep import html_page, listing, storage
 from data_prep.html_page import Html, file_name, section, table, tag
-from marlin_jax import arguments, records
-from marlin_jax.arguments import counted
+from marlin_jax.records import cli, schema
+from marlin_jax.records.cli import counted
 
 if TYPE_CHECKING:
   from data_prep.dataset_statistics import Statistics, Track
@@ -34,7 +34,7 @@ NUM_WORST = 12
 MAX_ROWS = 30
 MAX_EXAMPLES = 3
 # A crop of fewer pixels was enlarged.
-_ENLARGED = float(records.FRAME_SIZE)
+_ENLARGED = float(schema.FRAME_SIZE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.output.write_text(text, encoding="utf-8")
     print(f"{args.output}: {len(text) / 1e6:.1f} MB, for any browser")
 
-  return arguments.exit_code(
+  return cli.exit_code(
     work,
     (dataset_statistics.DatasetError, OSError),
     interrupted="No page was written.",
@@ -159,7 +159,7 @@ def _charts(found: Statistics) -> Html:
     ),
   ]
   terms = np.array([track.quality_terms for track in tracks])
-  for name, values in zip(records.QUALITY_TERMS, terms.T, strict=True):
+  for name, values in zip(schema.QUALITY_TERMS, terms.T, strict=True):
     known = values[~np.isnan(values)]
     if len(known):
       charts.append(histogram(f"Quality: {name}", known, limits=(0.0, 1.0)))
@@ -183,7 +183,7 @@ def _regions(found: Statistics) -> Html:
   from data_prep import contact_sheet
 
   rows = []
-  for code, name in enumerate(records.REGIONS):
+  for code, name in enumerate(schema.REGIONS):
     present = found.present[code] / found.num_frames
     colour = contact_sheet.COLOURS[code]
     name = tag(
@@ -323,8 +323,8 @@ def _crop(track: Track) -> Html:
   record = dataset_statistics.read_record(place)
   middle = len(record) // 2
   try:
-    frame = records.decode_frames(record, [middle])[0]
-    labels = records.decode_parsing(record)[middle]
+    frame = schema.decode_frames(record, [middle])[0]
+    labels = schema.decode_parsing(record)[middle]
   except ValueError as e:
     raise dataset_statistics.DatasetError(
       f"{place.shard} record {place.number}: {e}"
@@ -333,7 +333,7 @@ def _crop(track: Track) -> Html:
   terms = ", ".join(
     f"{name} {value:.2f}"
     for name, value in zip(
-      records.QUALITY_TERMS, track.quality_terms, strict=True
+      schema.QUALITY_TERMS, track.quality_terms, strict=True
     )
     if not np.isnan(value)
   )
@@ -351,7 +351,7 @@ def _legend() -> Html:
   items = [
     tag("span", html_page.swatch(colour), name.replace("_", " "))
     for name, colour in zip(
-      records.REGIONS[1:], contact_sheet.COLOURS[1:], strict=True
+      schema.REGIONS[1:], contact_sheet.COLOURS[1:], strict=True
     )
   ]
   return tag("div", *items, class_="legend")
@@ -365,7 +365,7 @@ def _parser() -> argparse.ArgumentParser:
     prog="python -m data_prep.report",
     description="Describes a prepared data set on one HTML page: counts, "
     "lengths, sizes, quality, regions, labels, what was left out, and crops.",
-    formatter_class=arguments.HelpFormatter,
+    formatter_class=cli.HelpFormatter,
     allow_abbrev=False,
   )
   parser.add_argument(
@@ -378,7 +378,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument(
     "--max_records",
-    type=arguments.at_least(1),
+    type=cli.at_least(1),
     default=2000,
     help="records to read, or a few more: whole videos are",
   )

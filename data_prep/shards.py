@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from data_prep import ledger, storage
 from data_prep.listing import Label
-from marlin_jax import records
+from marlin_jax.records import schema
 
 # One record per chunk: a random read then decompresses nothing else.
 WRITER_OPTIONS = "group_size:1,zstd:1"
@@ -115,7 +115,7 @@ def _verify(path: Path, entries: Sequence[ledger.Entry]) -> None:
   expected = [e.video_id for e in entries for _ in range(e.num_records)]
   try:
     found = [
-      records.decode(data).video_id
+      schema.decode(data).video_id
       for data in read_records(path, 0, num_records(path) or 0)
     ]
   except (RuntimeError, ValueError) as e:
@@ -226,14 +226,14 @@ def features(labels: Mapping[str, Label], has_sound: bool):
   import numpy as np
   from tensorflow_datasets import features
 
-  frame = (records.FRAME_SIZE, records.FRAME_SIZE, 3)
+  frame = (schema.FRAME_SIZE, schema.FRAME_SIZE, 3)
   sound = {
     "audio": features.Text(),
     "mel": features.Tensor(
-      shape=(None, records.NUM_MELS), dtype=np.float32, encoding="bytes"
+      shape=(None, schema.NUM_MELS), dtype=np.float32, encoding="bytes"
     ),
   }
-  grid = (None, records.GRID_SIZE, records.GRID_SIZE)
+  grid = (None, schema.GRID_SIZE, schema.GRID_SIZE)
   return features.FeaturesDict(
     {
       "frames": features.Sequence(
@@ -252,7 +252,7 @@ def features(labels: Mapping[str, Label], has_sound: bool):
       "start_secs": np.float32,
       "quality": np.float32,
       "quality_terms": features.Tensor(
-        shape=(len(records.QUALITY_TERMS),), dtype=np.float32
+        shape=(len(schema.QUALITY_TERMS),), dtype=np.float32
       ),
       **{
         f"label_{name}": features.Tensor(

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep import ledger, storage
-from marlin_jax import arguments, records
-from marlin_jax.arguments import counted
+from marlin_jax.records import cli, schema
+from marlin_jax.records.cli import counted
 
 if TYPE_CHECKING:
   from data_prep.integrity import Expected, FoundShard, Problems
@@ -77,10 +77,10 @@ def verify(dataset_dir: Path, num_workers: int) -> dict[str, Any]:
   # --- What the small files say -----------------------------------------------
   settings = _settings(dataset_dir)
   version = settings.get("schema_version")
-  if settings and version != records.SCHEMA_VERSION:
+  if settings and version != schema.SCHEMA_VERSION:
     # Nothing else can be judged by this program's rules.
     what = f"schema_version {version}, this program reads "
-    problems.add("schema", "settings.json", f"{what}{records.SCHEMA_VERSION}")
+    problems.add("schema", "settings.json", f"{what}{schema.SCHEMA_VERSION}")
     return _report(dataset_dir, {}, [], problems, started_at)
   try:
     shard_split, expected = folder_checks.expected(settings)
@@ -250,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     prog="python -m data_prep.verify",
     description="Reads a prepared data set whole and says whether it can be "
     "trusted. Exit code 0: whole; 1: damaged; 2: no data set, or usage.",
-    formatter_class=arguments.HelpFormatter,
+    formatter_class=cli.HelpFormatter,
     allow_abbrev=False,
   )
   parser.add_argument(
@@ -260,8 +260,8 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument(
     "--num_workers",
-    type=arguments.at_least(1),
-    default=arguments.num_cores(),
+    type=cli.at_least(1),
+    default=cli.num_cores(),
     help="shards read at a time",
   )
   parser.add_argument("--json", type=Path, help="report to write")

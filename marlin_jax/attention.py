@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from marlin_jax.models.mae import Encoder
-from marlin_jax.records import REGIONS
+from marlin_jax.records.schema import REGIONS
 
 # The last one holds the patches of frames in which no face was parsed.
 SHARES = (*REGIONS, "not parsed")

@@ -19,7 +19,7 @@ from marlin_jax import masking, memory, optim, sharding, train_step, video
 from marlin_jax.input_pipeline import TakeClip
 from marlin_jax.models import discriminator, mae, softmax_attention
 from marlin_jax.prepared_dataset import Dataset
-from marlin_jax.records import FRAME_SIZE
+from marlin_jax.records.schema import FRAME_SIZE
 
 # Keys that change neither what is learned nor from what: free on resume.
 _FREE_ON_RESUME = (

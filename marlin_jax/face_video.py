@@ -391,13 +391,13 @@ class _Reading:
     self, frame: np.ndarray, box: np.ndarray, landmarks: np.ndarray | None
   ) -> np.ndarray:
     """Returns region bits, uint16 (14, 14), 0 where no face was parsed."""
-    from marlin_jax import records
+    from marlin_jax.records import schema
 
     labels = self._models.parser.parse(frame, box, landmarks)
     if labels is None:
       # Not even background: the trainer's rule for frames without a face.
-      return np.zeros((records.GRID_SIZE, records.GRID_SIZE), np.uint16)
-    return records.region_bits(labels[None])[0]
+      return np.zeros((schema.GRID_SIZE, schema.GRID_SIZE), np.uint16)
+    return schema.region_bits(labels[None])[0]
 
 
 def fit_square(frame: np.ndarray, size: int) -> np.ndarray:

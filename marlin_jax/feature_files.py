@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from marlin_jax.output_folder import Lock, OutputFolderError, write_bytes
+from marlin_jax.records.folders import Lock, OutputFolderError, write_bytes
 
 # Raised whenever the meaning of a file changes.
 SCHEMA_VERSION = 1

@@ -34,9 +34,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlin_jax import arguments
-from marlin_jax.arguments import counted
-from marlin_jax.output_folder import OutputFolderError
+from marlin_jax.records import cli
+from marlin_jax.records.cli import counted
+from marlin_jax.records.folders import OutputFolderError
 
 if TYPE_CHECKING:
   import numpy as np
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
   from marlin_jax import video_folder
   from marlin_jax.formats.weights import WeightsError
 
-  return arguments.exit_code(
+  return cli.exit_code(
     lambda: _run(args),
     (
       WeightsError,
@@ -290,7 +290,7 @@ def _nothing_extracted(output: Path, refused: dict[str, str]) -> str:
   return "\n".join(
     [
       f"no features came of {counted(len(refused), 'video')}:",
-      *arguments.reasons(refused),
+      *cli.reasons(refused),
       f"All of them: {output / 'quarantine.jsonl'}",
     ]
   )
@@ -307,7 +307,7 @@ def _parser() -> argparse.ArgumentParser:
     description="Extracts features of videos, one file each with the times of "
     "its windows. Stop it when you like; the same command goes on where it "
     "was, and does only what is missing.",
-    formatter_class=arguments.HelpFormatter,
+    formatter_class=cli.HelpFormatter,
     allow_abbrev=False,  # a misspelled flag is an error
   )
   add = parser.add_argument
@@ -356,12 +356,12 @@ def _parser() -> argparse.ArgumentParser:
   )
   add(
     "--sample_rate",
-    type=arguments.at_least(1),
+    type=cli.at_least(1),
     help="every such frame is seen; without it, as in training (MARLIN: 2)",
   )
   add(
     "--stride",
-    type=arguments.at_least(1),
+    type=cli.at_least(1),
     help="seen frames from the start of one window to that of the next; "
     "without it those of a window (MARLIN: 16), side by side",
   )
@@ -375,14 +375,14 @@ def _parser() -> argparse.ArgumentParser:
   )
   add(
     "--batch_size",
-    type=arguments.at_least(1),
+    type=cli.at_least(1),
     help="windows computed at a time, of whatever videos; without it 1 on CPU, "
     "else 16",
   )
   add(
     "--num_workers",
-    type=arguments.at_least(1),
-    default=arguments.num_cores(),
+    type=cli.at_least(1),
+    default=cli.num_cores(),
     help="videos read at a time; the result does not depend on it",
   )
   add(

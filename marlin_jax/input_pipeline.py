@@ -24,8 +24,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from marlin_jax import records
 from marlin_jax.prepared_dataset import Dataset, DatasetError, RecordSource
+from marlin_jax.records import schema
 from marlin_jax.video import Clip
 
 
@@ -43,9 +43,9 @@ class TakeClip:
 
   def empty(self, num_clips: int) -> dict[str, np.ndarray]:
     """A batch to be filled."""
-    num_frames, grid = self.clip.num_frames, 2 * (records.GRID_SIZE,)
+    num_frames, grid = self.clip.num_frames, 2 * (schema.GRID_SIZE,)
     num_tubelets = num_frames // self.tubelet_size
-    frame = (records.FRAME_SIZE, records.FRAME_SIZE, 3)
+    frame = (schema.FRAME_SIZE, schema.FRAME_SIZE, 3)
     return {
       "video": np.empty((num_clips, num_frames, *frame), np.uint8),
       "regions": np.empty((num_clips, num_tubelets, *grid), np.uint16),
@@ -57,7 +57,7 @@ class TakeClip:
     self,
     clips: dict[str, np.ndarray],
     index: int,
-    record: records.Record,
+    record: schema.Record,
     np_rng: np.random.Generator,
   ) -> list[int]:
     """Fills a part of a batch but for `video`, with clips from random starts.
@@ -77,13 +77,13 @@ class TakeClip:
     self,
     clips: dict[str, np.ndarray],
     index: int,
-    record: records.Record,
+    record: schema.Record,
     frames: Sequence[int],
   ) -> None:
     """Fills `video` with what `choose` gave; raises DatasetError."""
     video = clips["video"]
     try:
-      records.decode_frames(record, frames, video.reshape(-1, *video.shape[2:]))
+      schema.decode_frames(record, frames, video.reshape(-1, *video.shape[2:]))
     except ValueError as e:
       raise DatasetError(f"record {index} is damaged: {e}") from e
 

@@ -9,8 +9,8 @@ import json
 import grain
 from etils import epath
 
-from marlin_jax import quality_index, records
-from marlin_jax.quality_index import Selection
+from marlin_jax.records import quality_index, schema
+from marlin_jax.records.quality_index import Selection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +77,10 @@ def open_dataset(path: str, split: str, min_quality: float = 0.0) -> Dataset:
   info = json.loads((root / "dataset_info.json").read_text())
   meta = json.loads((root / "metadata.json").read_text())
   version = meta["schema_version"]
-  if version != records.SCHEMA_VERSION:
+  if version != schema.SCHEMA_VERSION:
     raise DatasetError(
       f"{path} has record schema {version}, this code reads "
-      f"{records.SCHEMA_VERSION}; prepare it again with this code's data_prep"
+      f"{schema.SCHEMA_VERSION}; prepare it again with this code's data_prep"
     )
   splits = {s["name"]: s for s in info["splits"]}
   if split not in splits:
@@ -188,16 +188,16 @@ class RecordSource:
   def __len__(self) -> int:
     return len(self._source)
 
-  def __getitem__(self, index: int) -> tuple[int, records.Record]:
+  def __getitem__(self, index: int) -> tuple[int, schema.Record]:
     return index, self.parse(index, self.read(index))
 
   def read(self, index: int) -> bytes:
     """What is on disk; as the others, raises DatasetError."""
     return self._named(index, self._source.__getitem__, index)
 
-  def parse(self, index: int, data: bytes) -> records.Record:
+  def parse(self, index: int, data: bytes) -> schema.Record:
     """Of what `read` gave."""
-    return self._named(index, records.decode, data)
+    return self._named(index, schema.decode, data)
 
   def _named(self, index: int, work, argument):
     """Errors name the record."""

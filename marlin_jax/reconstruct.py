@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from marlin_jax import arguments
+from marlin_jax.records import cli
 
 if TYPE_CHECKING:
   import numpy as np
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
 def _run(args: argparse.Namespace) -> None:
   from marlin_jax import clip_reconstruction, summaries
   from marlin_jax.marlin import Marlin
-  from marlin_jax.records import FRAME_SIZE, PATCH_SIZE
+  from marlin_jax.records.schema import FRAME_SIZE, PATCH_SIZE
 
   # --- Network ----------------------------------------------------------------
   marlin = Marlin.from_pretrained(
@@ -193,7 +193,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
   )
   add(
     "--num_clips",
-    type=arguments.at_least(1),
+    type=cli.at_least(1),
     default=4,
     help="how many clips to show from the beginning of the video, of 32 frames "
     "by default (default 4)",
@@ -213,7 +213,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
   )
   hidden.add_argument(
     "--seed",
-    type=arguments.at_least(0),
+    type=cli.at_least(0),
     default=0,
     help="of what is hidden (default 0)",
   )

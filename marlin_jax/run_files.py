@@ -16,7 +16,7 @@ from pathlib import Path
 
 from etils import epath
 
-from marlin_jax.output_folder import OutputFolderError
+from marlin_jax.records.folders import OutputFolderError
 from marlin_jax.validate import ConfigError
 
 

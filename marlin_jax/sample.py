@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from marlin_jax import records
+from marlin_jax.records import schema
 
 NOTICE = """\
 data.path is 'sample': one public video of a talking man (and two without a
@@ -51,7 +51,7 @@ def prepare_sample() -> str:
   """
   home = os.environ.get("MARLIN_HOME", "~/.cache/marlin_jax")
   # An older version's data set stays where that version looks for it.
-  name = f"sample-v{records.SCHEMA_VERSION}"
+  name = f"sample-v{schema.SCHEMA_VERSION}"
   directory = Path(home).expanduser() / name
   if not (directory / "dataset_info.json").exists():
     print(f"Preparing the sample data set in {directory} ...", flush=True)

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from marlin_jax.face_video import FaceVideoError, NoFaceError, fit_square
-from marlin_jax.records import FRAME_SIZE, SAMPLE_RATE
+from marlin_jax.records.schema import FRAME_SIZE, SAMPLE_RATE
 
 if TYPE_CHECKING:
   from data_prep import faces, process

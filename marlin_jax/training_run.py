@@ -24,7 +24,6 @@ from marlin_jax import (
   goodput,
   input_pipeline,
   metrics,
-  output_folder,
   run_files,
   skipped,
   watchdog,
@@ -33,8 +32,9 @@ from marlin_jax.checkpoint import ResumeError, SaveError
 from marlin_jax.downstream.tasks import TaskError
 from marlin_jax.experiment import flat
 from marlin_jax.formats.weights import WeightsError
-from marlin_jax.output_folder import OutputFolderError
 from marlin_jax.prepared_dataset import Dataset, DatasetError
+from marlin_jax.records import folders
+from marlin_jax.records.folders import OutputFolderError
 from marlin_jax.rendezvous import StartError
 from marlin_jax.sample import SampleError
 from marlin_jax.validate import ConfigError
@@ -128,7 +128,7 @@ class Workdir:
         if run_files.is_remote(self.path):
           self.path.mkdir(parents=True, exist_ok=True)
         else:
-          lock = output_folder.Lock(Path(self.path), "lock")
+          lock = folders.Lock(Path(self.path), "lock")
           held.callback(lock.close)
           run_files.check_room(Path(self.path), 4 * num_params)
         for note in checkpoint.set_damaged_aside(self.path / "checkpoints"):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from ml_collections import ConfigDict
 
-from marlin_jax.records import FRAME_SIZE, PATCH_SIZE
+from marlin_jax.records.schema import FRAME_SIZE, PATCH_SIZE
 
 # As masking and softmax_attention have them, which need jax to be imported.
 ATTENTION = ("auto", "plain", "chunked", "by_head", "cudnn", "flash")

@@ -10,7 +10,7 @@ from flax import nnx
 
 from marlin_jax import attention
 from marlin_jax.models.mae import Encoder
-from marlin_jax.records import REGIONS
+from marlin_jax.records.schema import REGIONS
 
 WIDTH, HEADS, TOKENS, PIXELS, DEPTH = 16, 2, 12, 24, 3
 

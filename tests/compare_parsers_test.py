@@ -10,7 +10,7 @@ from PIL import Image
 
 from data_prep import compare_parsers, drawings, face_finder, manifest, parsers
 from data_prep.parsers import bisenet
-from marlin_jax.records import REGIONS
+from marlin_jax.records.schema import REGIONS
 
 MASKS = ROOT / "tests" / "data" / "masks"
 # Below what was measured on all eleven, and on those of the sample video alone

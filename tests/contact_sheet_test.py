@@ -9,18 +9,18 @@ from array_record.python import array_record_module
 from PIL import Image
 
 from data_prep import contact_sheet
-from marlin_jax import records
+from marlin_jax.records import schema
 
 
-def a_record(segment: int, grey: int, code: int, t: int = 4) -> records.Record:
+def a_record(segment: int, grey: int, code: int, t: int = 4) -> schema.Record:
   """Grey frames in which one region fills the upper left quarter."""
   frame = np.full((224, 224, 3), grey, np.uint8)
   labels = np.zeros((t, 224, 224), np.uint8)
   labels[:, :112, :112] = code
-  return records.Record(
+  return schema.Record(
     frames=[simplejpeg.encode_jpeg(frame, 95)] * t,
-    regions=records.region_bits(labels),
-    parsing=records.compress_parsing(labels),
+    regions=schema.region_bits(labels),
+    parsing=schema.compress_parsing(labels),
     boxes=np.zeros((t, 4), np.float32),
     video_id="people/ann.mp4",
     track_id=0,
@@ -33,10 +33,10 @@ def a_record(segment: int, grey: int, code: int, t: int = 4) -> records.Record:
   )
 
 
-def write_shard(path: Path, some_records: list[records.Record]) -> None:
+def write_shard(path: Path, some_records: list[schema.Record]) -> None:
   writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
   for record in some_records:
-    writer.write(records.encode(record))
+    writer.write(schema.encode(record))
   writer.close()
 
 
@@ -68,7 +68,7 @@ def test_overlay_tints_regions_and_leaves_background():
 
 def test_regions_have_colours_that_can_be_told_apart():
   colours = contact_sheet.COLOURS.astype(int)
-  assert len(colours) == len(records.REGIONS)
+  assert len(colours) == len(schema.REGIONS)
   distance = np.abs(colours[:, None] - colours[None]).sum(axis=-1)
   assert distance[~np.eye(len(colours), dtype=bool)].min() >= 60
 

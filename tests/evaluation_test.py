@@ -28,8 +28,8 @@ from marlin_jax.downstream.evaluation import open_weights
 from marlin_jax.formats import native
 from marlin_jax.formats import run as orbax
 from marlin_jax.formats.weights import Architecture, Weights, WeightsError
-from marlin_jax.output_folder import OutputFolderError
 from marlin_jax.prepared_dataset import DatasetError
+from marlin_jax.records.folders import OutputFolderError
 from marlin_jax.validate import ConfigError
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,6 @@ import pytest
 from conftest import moving_noise, shared_video, write_video
 
 from data_prep import process
-from marlin_jax import records
 from marlin_jax.face_video import (
   FaceVideoError,
   NoFaceError,
@@ -21,6 +20,7 @@ from marlin_jax.face_video import (
   read_ahead,
   read_windows,
 )
+from marlin_jax.records import schema
 from marlin_jax.video import Clip
 
 SIZE = 32
@@ -272,7 +272,7 @@ def test_regions_of_a_real_face(models, crop_face):
   assert window.regions.shape == (8, 14, 14)
   rows = {}
   for name in ("left_brow", "nose", "lower_lip"):
-    bit = np.uint16(1 << records.REGIONS.index(name))
+    bit = np.uint16(1 << schema.REGIONS.index(name))
     where = np.nonzero(window.regions & bit)
     assert set(where[0]) == set(range(8)), name
     rows[name] = where[1].mean()

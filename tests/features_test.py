@@ -23,7 +23,7 @@ from marlin_jax.feature_files import FeatureFolder, Origin, Span
 from marlin_jax.formats import native
 from marlin_jax.formats.weights import Architecture, Weights
 from marlin_jax.marlin import Marlin
-from marlin_jax.output_folder import OutputFolderError
+from marlin_jax.records.folders import OutputFolderError
 
 TINY = Architecture(width=32, depth=1, num_heads=2, mlp_dim=64, image_size=32)
 SHARED = {

@@ -8,7 +8,8 @@ import made_dataset
 import numpy as np
 import pytest
 
-from marlin_jax import input_pipeline, prepared_dataset, records
+from marlin_jax import input_pipeline, prepared_dataset
+from marlin_jax.records import schema
 from marlin_jax.video import Clip
 
 TAKE_CLIP = input_pipeline.TakeClip(Clip(4, 2), tubelet_size=2)
@@ -59,7 +60,7 @@ def test_a_batch_holds_decoded_frames_and_their_regions(dataset):
   start = int(batch["start"][1])
   frames = np.arange(start, start + 8, 2)
   np.testing.assert_array_equal(
-    batch["video"][1], records.decode_frames(record, frames)
+    batch["video"][1], schema.decode_frames(record, frames)
   )
   np.testing.assert_array_equal(
     batch["regions"][1], record.regions[frames[::2]]
@@ -124,7 +125,7 @@ def test_clips_of_one_record_follow_each_other_and_differ(dataset):
       for start, video in zip(three["start"], three["video"], strict=True):
         frames = range(start, start + 8, 2)
         np.testing.assert_array_equal(
-          video, records.decode_frames(record, frames)
+          video, schema.decode_frames(record, frames)
         )
   again = take(dataset, 2, start_step=2, batch_size=6, clips_per_record=3)
   assert_same(again, whole[2:])

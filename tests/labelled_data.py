@@ -12,12 +12,12 @@ from flax import nnx
 from configs import eval_dfd
 from data_prep import ledger, shards
 from data_prep.listing import BINARY, CLASS, VALUE, Label
-from marlin_jax import records
 from marlin_jax.downstream.evaluation import evaluate
 from marlin_jax.formats import native
 from marlin_jax.formats.weights import Architecture, of_modules
+from marlin_jax.records import schema
 
-SIZE = records.FRAME_SIZE
+SIZE = schema.FRAME_SIZE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Video:
       parts = np.split(self.frames, self.cuts)
       for segment, part in enumerate(parts):
         num = len(part) - 2 * track_id  # the first is the longest
-        yield records.Record(
+        yield schema.Record(
           frames=[
             simplejpeg.encode_jpeg(np.ascontiguousarray(f), quality=95)
             for f in part[:num]
@@ -79,7 +79,7 @@ def write(
     name = f"faces-{split}.array_record-00000-of-00001"
     parts = []
     for video in videos:
-      data = [records.encode(record) for record in video.records()]
+      data = [schema.encode(record) for record in video.records()]
       part = path / f"part-{len(parts)}"
       with_entry = ledger_entry(video, split, len(data))
       with shards.PartWriter(_Part(part)) as writer:
@@ -98,7 +98,7 @@ def write(
   staging = path / "staging"
   staging.mkdir()
   metadata = {
-    "schema_version": records.SCHEMA_VERSION,
+    "schema_version": schema.SCHEMA_VERSION,
     "splits": counts,
     "labels": {name: dataclasses.asdict(v) for name, v in labels.items()},
   }

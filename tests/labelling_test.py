@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from data_prep import boxes, faces, labelling, process
-from marlin_jax import records
-from marlin_jax.records import FRAME_SIZE
+from marlin_jax.records import schema
+from marlin_jax.records.schema import FRAME_SIZE
 
 BOX = np.float32([0, 0, FRAME_SIZE, FRAME_SIZE])
 
@@ -101,7 +101,7 @@ def test_real_labels_are_nearly_those_of_looking_in_every_frame(
       slow.append(models.parser.parse(frame, box, mesh))
     fast, slow = np.stack(labeller.finish()), np.stack(slow)
   assert (fast == slow).mean() > 0.97
-  fast_bits, slow_bits = records.region_bits(fast), records.region_bits(slow)
-  for code in range(1, len(records.REGIONS)):
+  fast_bits, slow_bits = schema.region_bits(fast), schema.region_bits(slow)
+  for code in range(1, len(schema.REGIONS)):
     agree = (fast_bits >> code) & 1 == (slow_bits >> code) & 1
-    assert agree.mean() > 0.985, records.REGIONS[code]
+    assert agree.mean() > 0.985, schema.REGIONS[code]

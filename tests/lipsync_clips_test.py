@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import talking_mouths
 
-from marlin_jax import input_pipeline, prepared_dataset, records, sound
+from marlin_jax import input_pipeline, prepared_dataset
 from marlin_jax.lipsync import clips, mel_windows
 from marlin_jax.prepared_dataset import DatasetError
+from marlin_jax.records import mel_spectrogram, schema
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def sound_of(dataset, index):
   _, record = prepared_dataset.RecordSource(dataset)[index]
   said = talking_mouths.talk(int(record.video_id.split(".")[0]), 107)
   first_frame = round(record.start_secs * 25)
-  return sound.mel_spectrogram(said.sound), first_frame, record
+  return mel_spectrogram.mel_spectrogram(said.sound), first_frame, record
 
 
 # --- Windows ------------------------------------------------------------------
@@ -94,7 +95,7 @@ def test_pairs_hold_the_sound_that_the_offset_tells_of(dataset, num_frames):
     )
     frames = range(start, start + num_frames)
     np.testing.assert_array_equal(
-      batch["video"][i], records.decode_frames(record, frames)
+      batch["video"][i], schema.decode_frames(record, frames)
     )
 
 
@@ -119,7 +120,7 @@ def test_targets_come_with_sound_and_other_pictures(dataset, num_frames):
   for i in range(16):
     mel, first_frame, record = sound_of(dataset, int(batch["_id"][i]))
     start = int(batch["start"][i])
-    every = records.decode_frames(record, range(len(record)))
+    every = schema.decode_frames(record, range(len(record)))
     np.testing.assert_array_equal(batch["video"][i], every[start : start + t])
     (other,) = [
       s

@@ -10,7 +10,7 @@ import pytest
 import talking_mouths
 from flax import nnx
 
-from marlin_jax import sound, talking_video
+from marlin_jax import talking_video
 from marlin_jax.formats.weights import Architecture
 from marlin_jax.lipsync import (
   frame_features,
@@ -22,6 +22,7 @@ from marlin_jax.lipsync import (
 )
 from marlin_jax.models.sync_expert import SyncExpert
 from marlin_jax.models.syncnet import SyncNet
+from marlin_jax.records import mel_spectrogram
 
 NUM_FRAMES = 60
 
@@ -36,7 +37,7 @@ class MouthJudge:
   def embeddings(self, frames, heard):
     num = judges.num_windows(len(frames), len(heard), self.num_frames)
     mouths = frames[:, 158:190, 96:128].astype(float)
-    mel = sound.mel_spectrogram(heard)
+    mel = mel_spectrogram.mel_spectrogram(heard)
     every = mel_windows.windows(mel, np.arange(len(frames)), 1)
     each = np.arange(num)[:, None] + np.arange(self.num_frames)
     return (
@@ -252,7 +253,7 @@ def test_an_expert_judges_the_windows_it_was_trained_on():
   assert len(faces) == len(sounds) == 2
   video = one.frames[1 : 1 + num_frames][None] / np.float32(255)
   mel = mel_windows.windows(
-    sound.mel_spectrogram(one.sound), np.array([1]), num_frames
+    mel_spectrogram.mel_spectrogram(one.sound), np.array([1]), num_frames
   )
   np.testing.assert_allclose(faces[1], by_faces(network, video)[0], atol=1e-5)
   np.testing.assert_allclose(sounds[1], by_sound(network, mel)[0], atol=1e-5)

@@ -18,7 +18,7 @@ from conftest import on_eight_devices
 from PIL import Image
 
 from configs import eval_ls
-from marlin_jax import losses, sound
+from marlin_jax import losses
 from marlin_jax.checkpoint import ResumeError
 from marlin_jax.formats.weights import Architecture
 from marlin_jax.lipsync import (
@@ -31,6 +31,7 @@ from marlin_jax.lipsync import (
   training,
 )
 from marlin_jax.lipsync.structure import split
+from marlin_jax.records import mel_spectrogram
 from marlin_jax.validate import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -144,7 +145,7 @@ def test_the_best_offset_moves_with_the_sound(expert):
       talk,
       start,
       mel_windows.windows(
-        sound.mel_spectrogram(talk.sound), start + offsets, 5
+        mel_spectrogram.mel_spectrogram(talk.sound), start + offsets, 5
       ),
     )
     for talk in talks
@@ -323,7 +324,7 @@ def generator_by_heart(talk):
 def windows_of(talk, starts, late=0):
   """A batch of windows, with the sound of `late` frames before."""
   frames = starts[:, None] + np.arange(5)
-  mel = sound.mel_spectrogram(talk.sound)
+  mel = mel_spectrogram.mel_spectrogram(talk.sound)
   mels = mel_windows.frame_windows(mel, frames.ravel() - late)
   return {
     "video": talk.frames[frames],

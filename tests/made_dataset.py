@@ -10,11 +10,11 @@ import simplejpeg
 from data_prep import dataset_folder, ledger, process, shards
 from data_prep.listing import Label
 from data_prep.manifest import Input, Source
-from marlin_jax import quality_index, records
+from marlin_jax.records import quality_index, schema
 
 RECIPE = {
   "name": "faces",
-  "schema_version": records.SCHEMA_VERSION,
+  "schema_version": schema.SCHEMA_VERSION,
   "segment_frames": 64,
   "has_sound": False,
 }
@@ -46,19 +46,19 @@ def a_record(
   num_frames: int = 3,
   side: float = 300.0,
   **changes,
-) -> records.Record:
+) -> schema.Record:
   """A nose on skin, before a grey wall; `side` is the crop's, in pixels."""
   labels = np.zeros((num_frames, 224, 224), np.uint8)
-  labels[:, 60:200, 60:160] = records.REGIONS.index("skin")
-  labels[:, 110:140, 100:120] = records.REGIONS.index("nose")
+  labels[:, 60:200, 60:160] = schema.REGIONS.index("skin")
+  labels[:, 110:140, 100:120] = schema.REGIONS.index("nose")
   frame = np.full((224, 224, 3), 128, np.uint8)
   frame[labels[0] > 0] = (200, 160, 140)
   frame[labels[0] > 1] = (160, 100, 90)
   box = np.float32([10, 20, 10 + side, 20 + side])
-  record = records.Record(
+  record = schema.Record(
     frames=[simplejpeg.encode_jpeg(frame, 95)] * num_frames,
-    regions=records.region_bits(labels),
-    parsing=records.compress_parsing(labels),
+    regions=schema.region_bits(labels),
+    parsing=schema.compress_parsing(labels),
     boxes=np.tile(box, (num_frames, 1)),
     video_id=video_id,
     track_id=track_id,
@@ -74,7 +74,7 @@ def a_record(
 
 def make(
   path: Path,
-  videos: Mapping[str, Sequence[records.Record]],
+  videos: Mapping[str, Sequence[schema.Record]],
   splits: Mapping[str, str] | None = None,
   refused: Mapping[str, str] | None = None,
   num_shards: int | None = None,
@@ -133,7 +133,7 @@ def make(
       entry = ledger.Entry.of(source, settings, outcome)
       with shards.PartWriter(shards.Part(path, source.video_id)) as part:
         for record in found:
-          part.add(records.encode(record))
+          part.add(schema.encode(record))
         part.commit(entry)
       if shard := made.add(entry):
         made.write_shard(shard)

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from marlin_jax import masking, records
+from marlin_jax import masking
+from marlin_jax.records import schema
 
 GRID = (8, 14, 14)
 NUM_VISIBLE = 156
@@ -67,7 +68,7 @@ def real_label_maps(sample_dataset):
   )
   clips = []
   for data in source:
-    labels = records.decode_parsing(records.decode(data))
+    labels = schema.decode_parsing(schema.decode(data))
     clips += [list(labels[s : s + 32 : 4]) for s in range(0, 28, 4)]
   assert len(clips) >= 14
   return clips
@@ -78,7 +79,7 @@ def bits_of(clip):
     [
       np.zeros((1, 14, 14), np.uint16)
       if labels is None
-      else records.region_bits(labels[None])
+      else schema.region_bits(labels[None])
       for labels in clip
     ]
   )

@@ -17,7 +17,7 @@ from conftest import run_prepare
 
 from data_prep import assets, boxes, face_finder, parsers, regions
 from data_prep.parsers import ParserChoice, bisenet, farl, multiclass
-from marlin_jax.records import REGIONS
+from marlin_jax.records.schema import REGIONS
 
 SIZE = 1000
 SKIN, HAIR = regions.CODE["skin"], regions.CODE["hair"]
@@ -412,7 +412,7 @@ def test_prepare_with_an_onnx_parser_writes_its_labels_and_its_hash(
 
   import grain
 
-  from marlin_jax import records
+  from marlin_jax.records import schema
 
   result = run_prepare(
     *("--input", sample_videos / "carphone_pristine.mp4"),
@@ -426,6 +426,6 @@ def test_prepare_with_an_onnx_parser_writes_its_labels_and_its_hash(
   assert settings["models"]["colours.onnx"] == digest
   shards = sorted((tmp_path / "out").glob("*.array_record-*"))
   source = grain.sources.ArrayRecordDataSource([str(s) for s in shards])
-  record = records.decode(source[0])
+  record = schema.decode(source[0])
   # The rule of colours sees some class on every picture.
-  assert records.decode_parsing(record).any()
+  assert schema.decode_parsing(record).any()

@@ -22,7 +22,7 @@ from conftest import (
 )
 
 from data_prep import dataset_folder, manifest, process
-from marlin_jax import quality_index, records
+from marlin_jax.records import quality_index, schema
 
 LENGTHS = (1, 15, 16, 31, 32, 33)
 BAD = {
@@ -75,10 +75,10 @@ def read_lines(path: Path) -> list[dict]:
   return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def read_records(path: Path, split: str = "train") -> list[records.Record]:
+def read_records(path: Path, split: str = "train") -> list[schema.Record]:
   shards = sorted(path.glob(f"*-{split}.array_record-*"))
   source = grain.sources.ArrayRecordDataSource([str(s) for s in shards])
-  return [records.decode(source[i]) for i in range(len(source))]
+  return [schema.decode(source[i]) for i in range(len(source))]
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_metadata_counts_what_the_shards_hold(prepared):
   path, _ = prepared
   metadata = json.loads((path / "metadata.json").read_text())
   assert metadata == {
-    "schema_version": records.SCHEMA_VERSION,
+    "schema_version": schema.SCHEMA_VERSION,
     "splits": {
       "train": {
         "num_videos": 6,
@@ -163,7 +163,7 @@ def test_qualities_for_the_trainer_are_those_of_the_records(prepared):
   assert rows["video"].tolist() == [*range(len(found))]
   for row, record in zip(rows, found, strict=True):
     assert row["quality"] == record.quality
-    terms = [row[name] for name in records.QUALITY_TERMS]
+    terms = [row[name] for name in schema.QUALITY_TERMS]
     np.testing.assert_array_equal(terms, record.quality_terms)
   assert len({*rows["quality"].tolist()}) > 1
 
@@ -187,7 +187,7 @@ def test_tfds_reads_the_same_as_our_own_reader(sample_dataset):
   own = read_records(sample_dataset)
   assert len(source) == len(own) == builder.info.splits["train"].num_examples
   for theirs, ours in zip(source, own, strict=True):
-    frames = records.decode_frames(ours, range(len(ours)))
+    frames = schema.decode_frames(ours, range(len(ours)))
     difference = np.abs(np.stack(theirs["frames"]).astype(int) - frames)
     # Two JPEG decoders may round differently.
     assert difference.max() <= 4

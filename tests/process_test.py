@@ -11,7 +11,7 @@ from conftest import moving_noise, shared_video, write_video
 from data_prep import decode, process
 from data_prep.manifest import Source
 from data_prep.process import segment_lengths
-from marlin_jax import quality_index, records, sound
+from marlin_jax.records import mel_spectrogram, quality_index, schema
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def run(path, models, emit=None, source=None, **settings):
     models,
     emit or encoded.append,
   )
-  return outcome, [records.decode(data) for data in encoded]
+  return outcome, [schema.decode(data) for data in encoded]
 
 
 def test_segments_are_nearly_equal_and_lose_no_frame():
@@ -68,7 +68,7 @@ def test_record_tells_where_its_crops_come_from(carphone, models, tmp_path):
     assert (record.video_id, record.subject_id) == ("id.mp4", "someone")
     assert record.fps == 30
     assert 0 < record.quality <= 1
-    frames = records.decode_frames(record, range(len(record)))
+    frames = schema.decode_frames(record, range(len(record)))
     assert frames.std() > 20
     # The source, cut at the box, is what the crop shows.
     x0, y0, x1, y1 = record.boxes[0]
@@ -78,7 +78,7 @@ def test_record_tells_where_its_crops_come_from(carphone, models, tmp_path):
     frame = next(container.decode(video=0)).to_ndarray(format="rgb24")
   x0, y0, x1, y1 = np.clip(first.boxes[0], 0, 144).astype(int)
   means = frame[y0:y1, x0:x1].mean(axis=(0, 1))
-  crop = records.decode_frames(first, [0])[0]
+  crop = schema.decode_frames(first, [0])[0]
   inside = crop[crop.sum(axis=-1) > 0]
   np.testing.assert_allclose(inside.mean(axis=0), means, atol=8)
 
@@ -106,8 +106,8 @@ def test_a_video_too_large_to_keep_gives_the_same_records(
 
 def test_regions_are_the_bits_of_the_label_maps(carphone, models, tmp_path):
   _, (record,) = run(carphone(tmp_path / "v.mp4", 20), models)
-  label_maps = records.decode_parsing(record)
-  np.testing.assert_array_equal(record.regions, records.region_bits(label_maps))
+  label_maps = schema.decode_parsing(record)
+  np.testing.assert_array_equal(record.regions, schema.region_bits(label_maps))
   eyes_nose_hair = (1 << 4) | (1 << 5) | (1 << 6) | (1 << 10)
   for bits in record.regions:
     assert np.bitwise_or.reduce(bits, axis=None) & eyes_nose_hair
@@ -184,7 +184,7 @@ def test_a_folder_of_pictures_gives_what_its_video_gives(
   _, (expected,) = run(tmp_path / "v.mp4", models)
   np.testing.assert_allclose(record.boxes, expected.boxes, atol=2)
   crops = [
-    records.decode_frames(r, range(20)).astype(int) for r in (record, expected)
+    schema.decode_frames(r, range(20)).astype(int) for r in (record, expected)
   ]
   assert np.abs(crops[0] - crops[1]).mean() < 4
 
@@ -213,7 +213,7 @@ def test_sound_is_cut_at_the_times_of_the_frames(models, tmp_path):
   outcome, found = run(path, models, has_sound=True)
   assert outcome.status == process.KEPT
   whole = decode.read_sound(path)
-  mel = sound.mel_spectrogram(whole)
+  mel = mel_spectrogram.mel_spectrogram(whole)
   for record in found:
     secs = len(record) / record.fps
     samples = np.frombuffer(record.audio, "<i2")

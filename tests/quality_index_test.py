@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from made_dataset import a_record
 
-from marlin_jax import quality_index, records
+from marlin_jax.records import quality_index, schema
 
 
 def test_quality_goes_through_records_and_json_unchanged():
@@ -18,13 +18,13 @@ def test_quality_goes_through_records_and_json_unchanged():
       quality_terms=np_rng.random(4, np.float32) ** 8,
     )
     row = quality_index.row_of(record)
-    again = records.decode(records.encode(record))
+    again = schema.decode(schema.encode(record))
     assert quality_index.row_of(again) == row
     assert json.loads(json.dumps(row)) == row
     (packed,) = quality_index.unpack(quality_index.pack([[row]]))
     assert packed["quality"] == np.float32(record.quality)
     for name, value in zip(
-      records.QUALITY_TERMS, record.quality_terms, strict=True
+      schema.QUALITY_TERMS, record.quality_terms, strict=True
     ):
       assert packed[name] == value
 

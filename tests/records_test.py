@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from marlin_jax import records
+from marlin_jax.records import schema
 
 
 @pytest.fixture(scope="module")
-def record() -> records.Record:
+def record() -> schema.Record:
   np_rng = np.random.default_rng(0)
-  size = records.FRAME_SIZE
+  size = schema.FRAME_SIZE
   smooth = np.linspace(0, 255, size).astype(np.uint8)
   frames = [
     simplejpeg.encode_jpeg(
@@ -22,10 +22,10 @@ def record() -> records.Record:
     for i in range(5)
   ]
   labels = np_rng.integers(0, 11, (5, size, size)).astype(np.uint8)
-  return records.Record(
+  return schema.Record(
     frames=frames,
-    regions=records.region_bits(labels),
-    parsing=records.compress_parsing(labels),
+    regions=schema.region_bits(labels),
+    parsing=schema.compress_parsing(labels),
     boxes=np_rng.normal(size=(5, 4)).astype(np.float32),
     video_id="a folder/ünï.mp4",
     track_id=2,
@@ -45,7 +45,7 @@ def record() -> records.Record:
 
 
 def test_decode_is_the_inverse_of_encode(record):
-  decoded = records.decode(records.encode(record))
+  decoded = schema.decode(schema.encode(record))
   for field in dataclasses.fields(record):
     want, got = getattr(record, field.name), getattr(decoded, field.name)
     if isinstance(want, float):
@@ -61,22 +61,22 @@ def test_a_record_needs_neither_labels_nor_sound(record):
   plain = dataclasses.replace(
     record, labels={}, audio=None, mel=np.zeros((0, 80), np.float32)
   )
-  decoded = records.decode(records.encode(plain))
+  decoded = schema.decode(schema.encode(plain))
   assert decoded.labels == {}
   assert decoded.audio is None
   assert decoded.mel.shape == (0, 80)
 
 
 def test_the_same_record_gives_the_same_bytes(record):
-  data = records.encode(record)
-  assert data == records.encode(records.decode(data))
+  data = schema.encode(record)
+  assert data == schema.encode(schema.decode(data))
 
 
 def test_region_bits_say_which_labels_touch_a_patch():
   labels = np.zeros((1, 224, 224), np.uint8)
   labels[0, 16:32, 32:48] = 1
   labels[0, 31, 47] = 10
-  bits = records.region_bits(labels)
+  bits = schema.region_bits(labels)
   assert bits.shape == (1, 14, 14)
   assert bits.dtype == np.uint16
   assert bits[0, 1, 2] == (1 << 1) | (1 << 10)
@@ -84,8 +84,8 @@ def test_region_bits_say_which_labels_touch_a_patch():
 
 
 def test_decode_frames_returns_the_chosen_frames_in_order(record):
-  every = records.decode_frames(record, range(5))
-  some = records.decode_frames(record, [3, 0, 3])
+  every = schema.decode_frames(record, range(5))
+  some = schema.decode_frames(record, [3, 0, 3])
   np.testing.assert_array_equal(some, every[[3, 0, 3]])
 
 
@@ -99,35 +99,35 @@ def test_a_repeated_frame_is_decoded_once(record):
 
   once = dataclasses.replace(record, frames=Once(record.frames))
   out = np.empty((4, 224, 224, 3), np.uint8)
-  assert records.decode_frames(once, [2, 1, 2, 2], out) is out
-  every = records.decode_frames(record, range(5))
+  assert schema.decode_frames(once, [2, 1, 2, 2], out) is out
+  every = schema.decode_frames(record, range(5))
   np.testing.assert_array_equal(out, every[[2, 1, 2, 2]])
 
 
 def test_label_maps_survive(record):
-  labels = records.decode_parsing(record)
-  np.testing.assert_array_equal(records.region_bits(labels), record.regions)
+  labels = schema.decode_parsing(record)
+  np.testing.assert_array_equal(schema.region_bits(labels), record.regions)
 
 
 def test_a_frame_of_another_size_is_named(record):
   small = simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))
   bad = dataclasses.replace(record, frames=[*record.frames[:4], small])
   with pytest.raises(ValueError, match=r"ünï.mp4#2.1: frame 4 .*prepare"):
-    records.decode_frames(bad, [4])
+    schema.decode_frames(bad, [4])
 
 
 def test_parts_of_different_length_are_refused(record):
   bad = dataclasses.replace(record, regions=record.regions[:3])
   with pytest.raises(ValueError, match=r"regions has shape \(3, 14, 14\)"):
-    records.encode(bad)
+    schema.encode(bad)
 
 
 @pytest.mark.parametrize("data", [b"", b"no example", b"\x0a\x02\x0a\x00"])
 def test_other_bytes_are_refused(data):
   with pytest.raises(ValueError, match="record feature|tf.train.Example"):
-    records.decode(data)
+    schema.decode(data)
 
 
 def test_truncated_bytes_are_refused(record):
   with pytest.raises(ValueError, match="tf.train.Example"):
-    records.decode(records.encode(record)[:-7])
+    schema.decode(schema.encode(record)[:-7])

@@ -6,7 +6,7 @@ import scenes
 from conftest import shared_video
 
 from data_prep import assets, faces, parsers
-from marlin_jax.records import REGIONS, region_bits
+from marlin_jax.records.schema import REGIONS, region_bits
 
 CODE = {name: code for code, name in enumerate(REGIONS)}
 # Frames of each video that are parsed.

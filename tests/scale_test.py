@@ -111,7 +111,7 @@ def test_tasks_at_the_same_time_one_of_them_killed(flags, expected, tmp_path):
 def test_the_same_task_twice_and_a_whole_run_beside_it_are_refused(
   flags, tmp_path
 ):
-  from marlin_jax.output_folder import Lock
+  from marlin_jax.records.folders import Lock
 
   path = tmp_path / "dataset"
   shared = Lock(path, shared=True)

@@ -11,7 +11,7 @@ import pytest
 from data_prep import dataset_folder, ledger, process, shards
 from data_prep.manifest import read_input
 from data_prep.shard_job import ShardJob, ready_path
-from marlin_jax.output_folder import OutputFolderError
+from marlin_jax.records.folders import OutputFolderError
 
 SETTINGS = process.Settings()
 

@@ -21,10 +21,10 @@ import numpy as np
 import simplejpeg
 
 from data_prep.process import segment_lengths
-from marlin_jax import records, sound
+from marlin_jax.records import mel_spectrogram, schema
 
 FPS = 25
-RATE = records.SAMPLE_RATE
+RATE = schema.SAMPLE_RATE
 SAMPLES = RATE // FPS  # of a frame
 
 
@@ -186,15 +186,17 @@ class _Canvas:
 
 def records_of(
   said: Talk, video_id: str, segment_frames: int = 64
-) -> list[records.Record]:
+) -> list[schema.Record]:
   """Cuts a talk into records, as data_prep does with a video's only track."""
-  samples, mel = said.sound, sound.mel_spectrogram(said.sound)
+  samples, mel = said.sound, mel_spectrogram.mel_spectrogram(said.sound)
   found, start = [], 0
   for segment, length in enumerate(
     segment_lengths(len(said.frames), segment_frames)
   ):
     stop = start + length
-    rows = slice(*(round(at / FPS * sound.MEL_RATE) for at in (start, stop)))
+    rows = slice(
+      *(round(at / FPS * mel_spectrogram.MEL_RATE) for at in (start, stop))
+    )
     found.append(
       made_dataset.a_record(
         video_id,

@@ -8,9 +8,10 @@ from conftest import moving_noise, write_video
 
 from data_prep import faces, process
 from data_prep.manifest import Source
-from marlin_jax import records, talking_video
+from marlin_jax import talking_video
 from marlin_jax.face_video import FaceVideoError, NoFaceError
 from marlin_jax.lipsync import mel_windows
+from marlin_jax.records import schema
 
 CLAP = 30  # the frame
 
@@ -58,8 +59,8 @@ def test_a_clap_stays_one_in_a_prepared_record(clap, models):
     models,
     encoded.append,
   )
-  (record,) = map(records.decode, encoded)
-  assert first_flash(records.decode_frames(record, range(50))) == CLAP
+  (record,) = map(schema.decode, encoded)
+  assert first_flash(schema.decode_frames(record, range(50))) == CLAP
   samples = np.frombuffer(record.audio, "<i2")
   np.testing.assert_array_equal(np.flatnonzero(samples), [CLAP * 640])
   # A click is loudest in the row about its own sample.

@@ -17,7 +17,7 @@ from conftest import ROOT, run_prepare
 from made_dataset import a_record
 
 from data_prep import integrity, ledger, shards, verify
-from marlin_jax import quality_index, records
+from marlin_jax.records import quality_index, schema
 
 LABELS = made_dataset.some_labels(1, 0, -0.7)
 VIDEOS = {
@@ -50,7 +50,7 @@ def dataset(whole, tmp_path) -> Path:
 def shard_of(dataset: Path, video_id: str) -> Path:
   for path in sorted(dataset.glob("*.array_record-*")):
     for _, data in shards.read_each(path, shards.num_records(path)):
-      if records.decode(data).video_id == video_id:
+      if schema.decode(data).video_id == video_id:
         return path
   raise AssertionError(f"{video_id} is in no shard")
 
@@ -58,12 +58,12 @@ def shard_of(dataset: Path, video_id: str) -> Path:
 def rewrite(path: Path, change) -> None:
   """Changes the records of a shard; its hash is made to fit."""
   found = [
-    records.decode(data)
+    schema.decode(data)
     for _, data in shards.read_each(path, shards.num_records(path))
   ]
   writer = ArrayRecordWriter(str(path), shards.WRITER_OPTIONS)
   for record in change(found):
-    writer.write(records.encode(record))
+    writer.write(schema.encode(record))
   writer.close()
   hashes = json.loads((path.parent / "hashes.json").read_text())
   hashes[path.name] = ledger.sha256_of(path)
@@ -242,7 +242,7 @@ def test_other_schema_version_is_told_of(dataset):
     content = json.loads((dataset / name).read_text())
     content["schema_version"] += 1
     (dataset / name).write_text(json.dumps(content))
-    newer = records.SCHEMA_VERSION + 1
+    newer = schema.SCHEMA_VERSION + 1
     what = f"schema_version {newer}, this program reads {newer - 1}"
     assert problems(dataset)[0] == ("schema", name, what)
 
@@ -251,9 +251,9 @@ def test_other_schema_version_is_told_of(dataset):
 
 
 def other_labels(record, code=10):
-  labels = records.decode_parsing(record).copy()
+  labels = schema.decode_parsing(record).copy()
   labels[1, 0, 0] = code
-  return dataclasses.replace(record, parsing=records.compress_parsing(labels))
+  return dataclasses.replace(record, parsing=schema.compress_parsing(labels))
 
 
 def small_frame(record):
@@ -332,10 +332,10 @@ def test_record_with_a_wrong_part_is_named(dataset, change, problem):
 
 def test_frame_without_a_face_may_have_no_bits(dataset):
   def without_labels(record):
-    labels = records.decode_parsing(record).copy()
+    labels = schema.decode_parsing(record).copy()
     labels[2] = 0
     return dataclasses.replace(
-      unparsed_frame(record), parsing=records.compress_parsing(labels)
+      unparsed_frame(record), parsing=schema.compress_parsing(labels)
     )
 
   path = shard_of(dataset, "c.mp4")

@@ -8,7 +8,7 @@ from conftest import shared_video, write_video
 
 from data_prep import faces, process
 from data_prep.manifest import Source
-from marlin_jax import records
+from marlin_jax.records import schema
 
 HEIGHT, WIDTH = 288, 512
 
@@ -323,7 +323,7 @@ def record_lengths(path) -> list[int]:
       models,
       encoded.append,
     )
-  return [len(records.decode(data)) for data in encoded]
+  return [len(schema.decode(data)) for data in encoded]
 
 
 # --- Jitter -------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_prep import regions
-from marlin_jax.records import FRAME_SIZE
+from marlin_jax.records.schema import FRAME_SIZE
 
 if TYPE_CHECKING:
   from data_prep.parsers import Parser

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_prep import regions
-from marlin_jax.records import FRAME_SIZE, REGIONS
+from marlin_jax.records.schema import FRAME_SIZE, REGIONS
 
 if TYPE_CHECKING:
   from data_prep.parsers import Parser

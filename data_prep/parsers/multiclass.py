@@ -19,7 +19,7 @@ import numpy as np
 
 from data_prep import mediapipe_tasks, regions
 from data_prep.parsers import mediapipe
-from marlin_jax.records import FRAME_SIZE
+from marlin_jax.records.schema import FRAME_SIZE
 
 if TYPE_CHECKING:
   from data_prep.parsers import Parser

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-from marlin_jax import records
 from marlin_jax.downstream.labelled import Split, Track, Window
 from marlin_jax.prepared_dataset import DatasetError, RecordSource
+from marlin_jax.records import schema
 from marlin_jax.video import Clip
 
 
@@ -36,7 +36,7 @@ class ClipReader:
     Raises:
       DatasetError: a record is damaged.
     """
-    size = records.FRAME_SIZE
+    size = schema.FRAME_SIZE
     shape = (len(windows), self._clip.num_frames, size, size, 3)
     video = np.empty(shape, np.uint8)
     for out, window in zip(video, windows, strict=True):
@@ -54,7 +54,7 @@ class ClipReader:
         rows = np.flatnonzero(here)
         part = out[rows[0] : rows[-1] + 1]
         try:
-          records.decode_frames(record, (frames[here] - first).tolist(), part)
+          schema.decode_frames(record, (frames[here] - first).tolist(), part)
         except ValueError as e:
           raise DatasetError(f"record {number} is damaged: {e}") from e
       first += length

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-from marlin_jax import arguments, config_arguments
+from marlin_jax import config_arguments
 from marlin_jax.downstream import configuration
+from marlin_jax.records import cli
 from marlin_jax.validate import ConfigError
 
 flags.adopt_module_key_flags(config_arguments)
@@ -46,11 +47,11 @@ def main(argv: Sequence[str]) -> int:
   from marlin_jax.downstream.evaluation import evaluate
   from marlin_jax.downstream.tasks import TaskError
   from marlin_jax.formats.weights import WeightsError
-  from marlin_jax.output_folder import OutputFolderError
   from marlin_jax.prepared_dataset import DatasetError
+  from marlin_jax.records.folders import OutputFolderError
 
   workdir = config_arguments.workdir()
-  return arguments.exit_code(
+  return cli.exit_code(
     lambda: evaluate(config, _CHECKPOINT.value, _DATA.value, workdir),
     (
       ConfigError,

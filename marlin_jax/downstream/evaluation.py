@@ -13,13 +13,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from marlin_jax import (
-  experiment,
-  prepared_dataset,
-  published,
-  records,
-  sharding,
-)
+from marlin_jax import experiment, prepared_dataset, published, sharding
 from marlin_jax.downstream import (
   configuration,
   labelled,
@@ -39,7 +33,8 @@ from marlin_jax.formats.weights import (
   encoder_sha256,
   of_modules,
 )
-from marlin_jax.output_folder import write_bytes
+from marlin_jax.records import schema
+from marlin_jax.records.folders import write_bytes
 from marlin_jax.validate import ConfigError
 
 RANDOM = "random"
@@ -202,10 +197,10 @@ def open_weights(config: ConfigDict, checkpoint: str) -> Weights:
     return dataclasses.replace(weights, source=RANDOM)
   weights = detect.read(published.resolve(checkpoint, full=False))
   size = weights.architecture.image_size
-  if size != records.FRAME_SIZE:
+  if size != schema.FRAME_SIZE:
     raise WeightsError(
       f"{checkpoint} takes pictures of {size} pixels, and records hold faces "
-      f"of {records.FRAME_SIZE}"
+      f"of {schema.FRAME_SIZE}"
     )
   return weights
 

@@ -18,9 +18,10 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from marlin_jax import prepared_dataset, records
-from marlin_jax.output_folder import write_bytes
+from marlin_jax import prepared_dataset
 from marlin_jax.prepared_dataset import Dataset, DatasetError, RecordSource
+from marlin_jax.records import schema
+from marlin_jax.records.folders import write_bytes
 from marlin_jax.video import Clip
 
 # Raised whenever the meaning of an index file changes.
@@ -191,7 +192,7 @@ def _read_records(dataset: Dataset) -> list[dict]:
     )
 
 
-def _row(record: records.Record) -> dict:
+def _row(record: schema.Record) -> dict:
   return {
     "video_id": record.video_id,
     "track_id": record.track_id,

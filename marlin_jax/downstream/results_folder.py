@@ -27,7 +27,7 @@ from typing import Any, Self
 import numpy as np
 
 from marlin_jax.downstream.measure import Predictions
-from marlin_jax.output_folder import Lock, OutputFolderError, write_bytes
+from marlin_jax.records.folders import Lock, OutputFolderError, write_bytes
 
 _SETTINGS = "settings.json"
 

@@ -25,7 +25,7 @@ from marlin_jax.formats.weights import (
   eps_notice,
 )
 from marlin_jax.models.vit import NORM_EPS
-from marlin_jax.records import FRAME_SIZE, PATCH_SIZE
+from marlin_jax.records.schema import FRAME_SIZE, PATCH_SIZE
 
 _PARTS = ("params", "fixed", "disc_params")
 _CONVERTED_STEP = 0

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from marlin_jax import records
 from marlin_jax.lipsync import mel_windows
 from marlin_jax.prepared_dataset import DatasetError
-from marlin_jax.sound import MAX_VALUE
+from marlin_jax.records import schema
+from marlin_jax.records.mel_spectrogram import MAX_VALUE
 
 Batch = dict[str, np.ndarray]
 
@@ -58,7 +58,7 @@ class TakePairs:
     self,
     clips: Batch,
     index: int,
-    record: records.Record,
+    record: schema.Record,
     np_rng: np.random.Generator,
   ) -> list[int]:
     """Fills a part of a batch but for `video`.
@@ -90,7 +90,7 @@ class TakePairs:
     self,
     clips: Batch,
     index: int,
-    record: records.Record,
+    record: schema.Record,
     frames: Sequence[int],
   ) -> None:
     """Fills `video` with what `choose` gave; raises DatasetError."""
@@ -130,7 +130,7 @@ class TakeOffsets:
     self,
     clips: Batch,
     index: int,
-    record: records.Record,
+    record: schema.Record,
     np_rng: np.random.Generator,
   ) -> list[int]:
     """Fills a part of a batch but for `video`.
@@ -159,7 +159,7 @@ class TakeOffsets:
     self,
     clips: Batch,
     index: int,
-    record: records.Record,
+    record: schema.Record,
     frames: Sequence[int],
   ) -> None:
     """Fills `video` with what `choose` gave; raises DatasetError."""
@@ -190,14 +190,14 @@ class TakeTargets:
     mels = (num_clips, self.num_frames, mel_windows.FRAME_ROWS)
     return batch | {
       "reference": np.empty_like(batch["video"]),
-      "mels": np.empty((*mels, records.NUM_MELS), np.float32),
+      "mels": np.empty((*mels, schema.NUM_MELS), np.float32),
     }
 
   def choose(
     self,
     clips: Batch,
     index: int,
-    record: records.Record,
+    record: schema.Record,
     np_rng: np.random.Generator,
   ) -> list[int]:
     """Fills a part of a batch but for `video` and `reference`.
@@ -225,7 +225,7 @@ class TakeTargets:
     self,
     clips: Batch,
     index: int,
-    record: records.Record,
+    record: schema.Record,
     frames: Sequence[int],
   ) -> None:
     """Fills the pictures with what `choose` gave; raises DatasetError."""
@@ -246,17 +246,17 @@ class TakeTargets:
 
 
 def _empty(num_clips: int, num_frames: int) -> Batch:
-  size, rows = records.FRAME_SIZE, mel_windows.num_rows(num_frames)
+  size, rows = schema.FRAME_SIZE, mel_windows.num_rows(num_frames)
   return {
     "video": np.empty((num_clips, num_frames, size, size, 3), np.uint8),
-    "mel": np.empty((num_clips, rows, records.NUM_MELS), np.float32),
+    "mel": np.empty((num_clips, rows, schema.NUM_MELS), np.float32),
     "_id": np.empty(num_clips, np.int32),
     "start": np.empty(num_clips, np.int32),
   }
 
 
 def _num_starts(
-  index: int, record: records.Record, num_frames: int, least: int
+  index: int, record: schema.Record, num_frames: int, least: int
 ) -> int:
   """Returns where windows can begin in a record of `least` frames or more.
 
@@ -268,7 +268,7 @@ def _num_starts(
   return len(record) - num_frames + 1
 
 
-def _problem(record: records.Record, least: int) -> str:
+def _problem(record: schema.Record, least: int) -> str:
   """Says why a record cannot be used and what to do, '' if it can."""
   if record.audio is None:
     return (
@@ -314,11 +314,11 @@ def _note(
 def _decode(
   pictures: np.ndarray,
   index: int,
-  record: records.Record,
+  record: schema.Record,
   frames: Sequence[int],
 ) -> None:
   try:
     flat = pictures.reshape(-1, *pictures.shape[2:])
-    records.decode_frames(record, frames, flat)
+    schema.decode_frames(record, frames, flat)
   except ValueError as e:
     raise DatasetError(f"record {index} is damaged: {e}") from e

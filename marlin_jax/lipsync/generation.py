@@ -45,8 +45,8 @@ from marlin_jax.lipsync import blending, mel_windows, networks, video_writer
 from marlin_jax.lipsync.expert_step import as_floats
 from marlin_jax.lipsync.generator_step import hide_mouth
 from marlin_jax.models.convolutions import resized
-from marlin_jax.records import FRAME_SIZE, SAMPLE_RATE
-from marlin_jax.sound import MAX_VALUE, mel_spectrogram
+from marlin_jax.records.mel_spectrogram import MAX_VALUE, mel_spectrogram
+from marlin_jax.records.schema import FRAME_SIZE, SAMPLE_RATE
 from marlin_jax.source_video import SourceVideo
 from marlin_jax.video import Clip
 

@@ -25,8 +25,8 @@ from marlin_jax.lipsync import mel_windows
 from marlin_jax.lipsync.mfcc import HOP, mfcc
 from marlin_jax.models import syncnet
 from marlin_jax.models.sync_expert import SyncExpert
-from marlin_jax.records import SAMPLE_RATE
-from marlin_jax.sound import mel_spectrogram
+from marlin_jax.records.mel_spectrogram import mel_spectrogram
+from marlin_jax.records.schema import SAMPLE_RATE
 
 _FRAME_SAMPLES = SAMPLE_RATE // mel_windows.FPS
 

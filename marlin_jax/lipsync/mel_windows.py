@@ -17,8 +17,8 @@ import math
 
 import numpy as np
 
-from marlin_jax.records import NUM_MELS
-from marlin_jax.sound import MEL_RATE
+from marlin_jax.records.mel_spectrogram import MEL_RATE
+from marlin_jax.records.schema import NUM_MELS
 
 FPS = 25
 # Rows of the sound around a single frame: those of five frames.

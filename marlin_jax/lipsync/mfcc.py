@@ -13,7 +13,7 @@ import functools
 
 import numpy as np
 
-from marlin_jax.records import SAMPLE_RATE
+from marlin_jax.records.schema import SAMPLE_RATE
 
 WINDOW, HOP, FFT_SIZE = 400, 160, 512
 NUM_FILTERS, NUM_MFCC = 26, 13

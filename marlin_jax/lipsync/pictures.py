@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from marlin_jax import summaries
-from marlin_jax.sound import MAX_VALUE
+from marlin_jax.records.mel_spectrogram import MAX_VALUE
 
 _MARGIN = 4
 _MEL_HEIGHT = 80

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlin_jax import arguments
 from marlin_jax.lipsync import offsets
-from marlin_jax.output_folder import write_bytes
+from marlin_jax.records import cli
+from marlin_jax.records.folders import write_bytes
 
 if TYPE_CHECKING:
   from marlin_jax.lipsync.judges import Judge
@@ -117,7 +117,7 @@ def table(found: dict[str, Any]) -> str:
   if num > _MAX_ROWS:
     lines.insert(-1, f"and {num - _MAX_ROWS} more, in scores.csv")
   lines.append(
-    f"{found['share_in_sync']:.0%} of {arguments.counted(num, 'video')} are "
+    f"{found['share_in_sync']:.0%} of {cli.counted(num, 'video')} are "
     f"within a frame of sync, by {found['judge']}"
   )
   if frechet := found.get("frechet"):
@@ -132,8 +132,8 @@ def table(found: dict[str, Any]) -> str:
     ):
       lines.append("  (fewer features than numbers: it comes out too high)")
   if left_out := found["left_out"]:
-    lines.append(f"left out: {arguments.counted(len(left_out), 'video')}")
-    lines += arguments.reasons(left_out)
+    lines.append(f"left out: {cli.counted(len(left_out), 'video')}")
+    lines += cli.reasons(left_out)
   return "\n".join(lines)
 
 

@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from marlin_jax import arguments, talking_video, video_folder
+from marlin_jax import talking_video, video_folder
 from marlin_jax.face_video import FaceVideoError
 from marlin_jax.lipsync import judges, offsets, score_files
 from marlin_jax.lipsync.frame_features import FrameFeatures, PixelFeatures
 from marlin_jax.lipsync.frechet import frechet_distance
 from marlin_jax.lipsync.judges import Judge
-from marlin_jax.sound import MAX_VALUE, mel_spectrogram
+from marlin_jax.records import cli
+from marlin_jax.records.mel_spectrogram import MAX_VALUE, mel_spectrogram
 from marlin_jax.talking_video import FRAME_SAMPLES, TalkingVideo
 
 
@@ -206,7 +207,7 @@ def _compared(
 def _nothing_scored(left_out: dict[str, str]) -> str:
   return "\n".join(
     [
-      f"none of {arguments.counted(len(left_out), 'video')} can be scored:",
-      *arguments.reasons(left_out),
+      f"none of {cli.counted(len(left_out), 'video')} can be scored:",
+      *cli.reasons(left_out),
     ]
   )

@@ -26,7 +26,8 @@ import timing
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from data_prep import shards
-from marlin_jax import input_pipeline, prepared_dataset, records, sample
+from marlin_jax import input_pipeline, prepared_dataset, sample
+from marlin_jax.records import schema
 from marlin_jax.video import Clip
 
 LIMIT = "JPEG decoding alone"
@@ -46,7 +47,7 @@ def cut(
     (r for r in long if len(r) >= num_frames), NUM_RECORDS
   )
   contents = [
-    records.encode(
+    schema.encode(
       dataclasses.replace(
         record,
         frames=list(record.frames)[:num_frames],
@@ -95,7 +96,7 @@ def stages(
   batch = {k: np.concatenate([b[k] for b in several]) for k in several[0]}
   ids, starts = batch["_id"].tolist(), batch["start"].tolist()
   encoded = [raw[i] for i in ids]
-  parsed = [records.decode(data) for data in encoded]
+  parsed = [schema.decode(data) for data in encoded]
   frames = [
     [r.frames[i] for i in TAKE_CLIP.clip.indices(start, len(r))]
     for r, start in zip(parsed, starts, strict=True)
@@ -142,7 +143,7 @@ def stages(
   apart = {
     LIMIT: all_clips(decode),
     "read": all_clips(lambda i: raw[ids[i]]),
-    "parse": all_clips(lambda i: records.decode(encoded[i])),
+    "parse": all_clips(lambda i: schema.decode(encoded[i])),
     "choose frames, regions": all_clips(choose),
     "new buffer": lambda: TAKE_CLIP.empty(len(ids)),
     "transfer": transfer,

@@ -33,8 +33,8 @@ import tqdm
 from data_prep import assets, decode, faces, manifest, parsers, pool, process
 from data_prep.labelling import Labeller
 from data_prep.parsers.mediapipe import MediaPipeParser
-from marlin_jax import records
-from marlin_jax.records import REGIONS
+from marlin_jax.records import schema
+from marlin_jax.records.schema import REGIONS
 
 SHARED = Path(__file__).parents[3] / "shared" / "videos"
 SHARED_NAMES = ("video01.mp4", "video03.mp4", "cropped01.mp4")
@@ -190,7 +190,7 @@ def agreement(source: manifest.Source, models: process.Models) -> dict:
       frame = frames[track.first_frame + i]
       labeller.add(frame, boxes[i], track.landmarks[i])
     found = labeller.finish()
-    blank = np.full((records.FRAME_SIZE,) * 2, 255, np.uint8)
+    blank = np.full((schema.FRAME_SIZE,) * 2, 255, np.uint8)
     return np.stack([blank if f is None else f for f in found]), track
 
   with (
@@ -201,7 +201,7 @@ def agreement(source: manifest.Source, models: process.Models) -> dict:
   fast, other = label(track.boxes)
   both = (slow[:, 0, 0] < 255) & (fast[:, 0, 0] < 255)
   slow, fast = slow[both], fast[both]
-  bits = [records.region_bits(labels) for labels in (slow, fast)]
+  bits = [schema.region_bits(labels) for labels in (slow, fast)]
   regions = {}
   for code, name in enumerate(REGIONS[1:], 1):
     a, b = slow == code, fast == code

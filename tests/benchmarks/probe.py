@@ -40,7 +40,7 @@ from marlin_jax.downstream import measure as measure_lib
 from marlin_jax.formats import detect
 from marlin_jax.formats.weights import of_modules
 from marlin_jax.models.mae import Encoder
-from marlin_jax.records import GRID_SIZE, PATCH_SIZE
+from marlin_jax.records.schema import GRID_SIZE, PATCH_SIZE
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "runs" / "probe"

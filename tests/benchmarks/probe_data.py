@@ -107,14 +107,14 @@ class Footage:
 
   def cut(self, start: int, stop: int, **changes):
     """The record of some frames."""
-    from marlin_jax import records
+    from marlin_jax.records import schema
 
     part = slice(start, stop)
     return dataclasses.replace(
       self.record,
       frames=list(self.record.frames[part]),
       regions=self.record.regions[part],
-      parsing=records.compress_parsing(self.label_maps[part]),
+      parsing=schema.compress_parsing(self.label_maps[part]),
       boxes=self.record.boxes[part],
       start_secs=start / self.record.fps,
       **changes,
@@ -124,7 +124,8 @@ class Footage:
 def read_footage(dataset: Path) -> list[Footage]:
   """Reads a prepared data set, and finds the mesh of each face in it."""
   from data_prep.face_finder import FaceFinder
-  from marlin_jax import prepared_dataset, records
+  from marlin_jax import prepared_dataset
+  from marlin_jax.records import schema
 
   source = prepared_dataset.RecordSource(
     prepared_dataset.open_dataset(str(dataset), "train")
@@ -142,7 +143,7 @@ def read_footage(dataset: Path) -> list[Footage]:
   with FaceFinder() as finder:
     for video_id, track in sorted(longest.items()):
       frames = np.concatenate(
-        [records.decode_frames(r, range(len(r))) for r in track]
+        [schema.decode_frames(r, range(len(r))) for r in track]
       )
       print(f"landmarks of {len(frames)} frames of {video_id}", flush=True)
       record = dataclasses.replace(
@@ -152,7 +153,7 @@ def read_footage(dataset: Path) -> list[Footage]:
         boxes=np.concatenate([r.boxes for r in track]),
         parsing=b"",
       )
-      maps = np.concatenate([records.decode_parsing(r) for r in track])
+      maps = np.concatenate([schema.decode_parsing(r) for r in track])
       name = Path(video_id).stem
       found.append(Footage(name, record, maps, meshes(finder, frames)))
   return found
@@ -290,7 +291,7 @@ def draw(footage: list[Footage], windows: dict[str, list], path: Path) -> None:
   matplotlib.use("agg")
   from matplotlib import pyplot
 
-  from marlin_jax.records import decode_frames
+  from marlin_jax.records.schema import decode_frames
 
   columns = 8
   figure, axes = pyplot.subplots(

@@ -33,7 +33,7 @@ from conftest import moving_noise, write_video
 from data_prep import decode, process
 from data_prep.decode import DecodeError, Limits, open_video
 from data_prep.manifest import Source
-from marlin_jax import records
+from marlin_jax.records import schema
 
 
 def read(path: Path, limits: Limits = decode.DEFAULT_LIMITS) -> list:
@@ -298,7 +298,7 @@ def run(
     encoded.append,
     progress,
   )
-  return outcome, [records.decode(data) for data in encoded]
+  return outcome, [schema.decode(data) for data in encoded]
 
 
 def decoders() -> list[int]:

@@ -16,7 +16,8 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from train_test import metrics_of, refused, run
 
-from marlin_jax import input_pipeline, prepared_dataset, records
+from marlin_jax import input_pipeline, prepared_dataset
+from marlin_jax.records import schema
 from marlin_jax.video import Clip
 
 TAKE_CLIP = input_pipeline.TakeClip(Clip(4, 2), tubelet_size=2)
@@ -64,7 +65,7 @@ def batches(dataset, quarantine, limit, start_step=0, **k):
 
 def not_a_jpeg(record):
   frames = [b"no picture"] * len(record)
-  return records.encode(dataclasses.replace(record, frames=frames))
+  return schema.encode(dataclasses.replace(record, frames=frames))
 
 
 def small_frames(record):
@@ -72,13 +73,13 @@ def small_frames(record):
 
   frame = simplejpeg.encode_jpeg(np.zeros((64, 64, 3), np.uint8))
   frames = [frame] * len(record)
-  return records.encode(dataclasses.replace(record, frames=frames))
+  return schema.encode(dataclasses.replace(record, frames=frames))
 
 
 def regions_of_another_shape(record):
-  data = records.encode(record)
+  data = schema.encode(record)
   # One frame more than there are regions for.
-  example = records._Example.FromString(data)
+  example = schema._Example.FromString(data)
   frames = example.features.feature["frames"].bytes_list.value
   frames.append(frames[0])
   return example.SerializeToString()
@@ -100,7 +101,7 @@ BAD = {
 def test_a_bad_record_is_told_of_and_another_takes_its_place(
   good, tmp_path, spoil
 ):
-  contents = [records.encode(record) for record in good]
+  contents = [schema.encode(record) for record in good]
   contents[3] = spoil(good[3])
   dataset = write(tmp_path, contents)
   quarantine = tmp_path / "quarantine.jsonl"
@@ -119,7 +120,7 @@ def test_a_bad_record_is_told_of_and_another_takes_its_place(
 @pytest.fixture
 def spoiled(good, tmp_path):
   """Two bad ones among eight, and where they are told of."""
-  contents = [records.encode(record) for record in good]
+  contents = [schema.encode(record) for record in good]
   contents[2], contents[5] = not_a_jpeg(good[2]), no_record(good[5])
   return write(tmp_path, contents), tmp_path / "quarantine.jsonl"
 
@@ -144,8 +145,8 @@ def test_processes_agree_on_what_replaces_a_record_that_is_bad_in_part(
   """Other clips of it could be read, and one process wants only those."""
   num_good = len(good[3]) - 6
   frames = [*good[3].frames[:num_good], *[b"no picture"] * 6]
-  contents = [records.encode(record) for record in good]
-  contents[3] = records.encode(dataclasses.replace(good[3], frames=frames))
+  contents = [schema.encode(record) for record in good]
+  contents[3] = schema.encode(dataclasses.replace(good[3], frames=frames))
   dataset = write(tmp_path, contents)
 
   def take(name, rows):

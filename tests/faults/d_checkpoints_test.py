@@ -17,15 +17,10 @@ import numpy as np
 import pytest
 from train_test import command, refused, run
 
-from marlin_jax import (
-  checkpoint,
-  checksums,
-  distributed,
-  output_folder,
-  run_files,
-)
+from marlin_jax import checkpoint, checksums, distributed, run_files
 from marlin_jax.formats import detect
 from marlin_jax.formats.weights import WeightsError
+from marlin_jax.records import folders
 
 ROOT = Path(__file__).parents[2]
 
@@ -134,7 +129,7 @@ def test_a_full_disk_ends_the_run_at_that_save_and_keeps_the_last(
 
 def test_a_disk_without_room_for_a_checkpoint_is_told_before_training(tmp_path):
   run_files.check_room(tmp_path, 1)
-  with pytest.raises(output_folder.OutputFolderError, match="make room"):
+  with pytest.raises(folders.OutputFolderError, match="make room"):
     run_files.check_room(tmp_path, 10**18)
 
 
@@ -306,12 +301,12 @@ def test_what_a_run_is_about_may_change_only_where_that_is_meant(workdir):
 def test_a_second_run_in_a_workdir_is_refused_and_told_who_is_there(
   sample_dataset, tmp_path
 ):
-  lock = output_folder.Lock(tmp_path, "lock")
+  lock = folders.Lock(tmp_path, "lock")
   message = refused(run(tmp_path, **{"data.path": sample_dataset}))
   assert f"another run is writing to {tmp_path}" in message
   assert f"process {os.getpid()} on " in message
   lock.close()
-  output_folder.Lock(tmp_path, "lock").close()
+  folders.Lock(tmp_path, "lock").close()
 
 
 def test_a_workdir_that_cannot_be_made_is_refused(sample_dataset, tmp_path):

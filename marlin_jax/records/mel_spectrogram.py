@@ -13,7 +13,7 @@ import functools
 
 import numpy as np
 
-from marlin_jax.records import NUM_MELS, SAMPLE_RATE
+from marlin_jax.records.schema import NUM_MELS, SAMPLE_RATE
 
 FFT_SIZE = 800
 HOP = 200

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from marlin_jax.records import QUALITY_TERMS, Record
+from marlin_jax.records.schema import QUALITY_TERMS, Record
 
 # `video` is the number of the record's video among those of the split.
 DTYPE = np.dtype(
