@@ -29,8 +29,8 @@ from marlin_jax.records.schema import FRAME_SIZE, REGIONS
 
 if TYPE_CHECKING:
   from data_prep.face_finder import FaceFinder
-  from data_prep.manifest import Source
   from data_prep.parsers import ParserChoice
+  from data_prep.sources.manifest import Source
 
 NAME_HEIGHT = 20
 
@@ -240,7 +240,8 @@ def _face_box(box: np.ndarray) -> np.ndarray:
 def main(argv: Sequence[str] | None = None) -> int:
   """Returns the exit code: 0, 1 for an error, 130 when interrupted."""
   args = _parser().parse_args(argv)
-  from data_prep import assets, decode, drawings, manifest
+  from data_prep import assets, decode, drawings
+  from data_prep.sources import manifest
 
   return cli.exit_code(
     lambda: _run(args),
@@ -260,8 +261,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
   from PIL import Image
 
-  from data_prep import face_finder, manifest
+  from data_prep import face_finder
   from data_prep.parsers import ParserChoice
+  from data_prep.sources import manifest
 
   # --- The faces --------------------------------------------------------------
   sources = manifest.read_sources(args.input)

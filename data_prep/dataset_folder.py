@@ -34,8 +34,8 @@ from typing import Any, Self
 
 from data_prep import ledger, process, shards, storage
 from data_prep.ledger import Entry
-from data_prep.manifest import Input, Source, stable_hash
 from data_prep.shard_job import ShardJob, note_path, ready_path
+from data_prep.sources.manifest import Input, Source, stable_hash
 from marlin_jax.records import quality_index, schema
 from marlin_jax.records.folders import Lock, OutputFolderError, write_bytes
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from data_prep import dataset_folder, ledger, process, shards
-from data_prep.listing import Label
-from data_prep.manifest import stable_hash
+from data_prep.sources.listing import Label
+from data_prep.sources.manifest import stable_hash
 from marlin_jax.records import schema
 from marlin_jax.records.schema import Record
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from data_prep import dataset_folder, integrity, ledger, process, shards
 from data_prep.integrity import Expected, FoundShard, Problems
-from data_prep.listing import Label
+from data_prep.sources.listing import Label
 from marlin_jax.records import quality_index, schema
 from marlin_jax.records.cli import counted
 

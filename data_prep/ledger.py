@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import process, storage
-from data_prep.manifest import Source
+from data_prep.sources.manifest import Source
 from marlin_jax.records.folders import write_bytes
 
 

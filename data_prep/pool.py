@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import ledger, process, shards, storage, workers
-from data_prep.manifest import Source
 from data_prep.progress import ProgressBar
+from data_prep.sources.manifest import Source
 
 # A worker is replaced after so many videos: what native libraries leak stays
 # bounded, and opening the models anew costs a few hundredths of a second each.

@@ -25,8 +25,8 @@ from marlin_jax.records.folders import OutputFolderError
 if TYPE_CHECKING:
   from data_prep import ledger, process
   from data_prep.dataset_folder import DatasetFolder, Plan
-  from data_prep.manifest import Input
   from data_prep.parsers import ParserChoice
+  from data_prep.sources.manifest import Input
 
 
 class _NothingKept(Exception):
@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
       "--engine=beam needs Apache Beam: pip install -r requirements-beam.txt"
     )
   # Imported here, so that --help answers at once.
-  from data_prep import assets, manifest, shards, workers
+  from data_prep import assets, shards, workers
+  from data_prep.sources import manifest
 
   return cli.exit_code(
     lambda: _run(args),
@@ -66,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-  from data_prep import dataset_folder, manifest, storage
+  from data_prep import dataset_folder, storage
+  from data_prep.sources import manifest
 
   # --- What to do -------------------------------------------------------------
   videos = manifest.read_input(
@@ -211,8 +213,8 @@ def _nothing_kept(output: Path, entries: list[ledger.Entry]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
   from data_prep import decode
-  from data_prep.datasets import LAYOUTS
   from data_prep.parsers import PARSERS
+  from data_prep.sources.layouts import LAYOUTS
 
   limits = decode.DEFAULT_LIMITS
   parser = argparse.ArgumentParser(

@@ -28,7 +28,7 @@ from data_prep import (
   labelling,
   parsers,
 )
-from data_prep.manifest import Source
+from data_prep.sources.manifest import Source
 from marlin_jax.records import mel_spectrogram, quality_index, schema
 
 # One clip of the trainer: 16 frames, every second one.

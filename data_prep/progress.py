@@ -12,7 +12,7 @@ from data_prep import storage
 
 if TYPE_CHECKING:
   from data_prep.ledger import Entry
-  from data_prep.manifest import Source
+  from data_prep.sources.manifest import Source
 
 
 class VideoBar:

@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_prep import html_page, listing, storage
+from data_prep import html_page, storage
 from data_prep.html_page import Html, file_name, section, table, tag
+from data_prep.sources import listing
 from marlin_jax.records import cli, schema
 from marlin_jax.records.cli import counted
 
 if TYPE_CHECKING:
   from data_prep.dataset_statistics import Statistics, Track
-  from data_prep.listing import Label
+  from data_prep.sources.listing import Label
 
 # Crops on the page, some 15 kB each.
 NUM_CROPS = 24

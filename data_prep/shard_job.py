@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data_prep import ledger, shards, storage
 from data_prep.ledger import Entry
-from data_prep.manifest import Source
+from data_prep.sources.manifest import Source
 
 
 @dataclasses.dataclass

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from data_prep import ledger, storage
-from data_prep.listing import Label
+from data_prep.sources.listing import Label
 from marlin_jax.records import schema
 
 # One record per chunk: a random read then decompresses nothing else.

@@ -71,13 +71,14 @@ def list_videos(inputs: Iterable[str | os.PathLike]) -> list[Video]:
 
   Args:
     inputs: each a folder, a video file or a manifest, see
-      `data_prep.manifest.read_sources`.
+      `data_prep.sources.manifest.read_sources`.
 
   Raises:
     InputError: nothing found, something that must not be read, or two videos
       of one name.
   """
-  from data_prep import assets, manifest
+  from data_prep import assets
+  from data_prep.sources import manifest
 
   found: dict[str, Video] = {}
   for source in inputs:

@@ -8,8 +8,9 @@ from colour_models import write_onnx
 from conftest import ROOT, VIDEOS
 from PIL import Image
 
-from data_prep import compare_parsers, drawings, face_finder, manifest, parsers
+from data_prep import compare_parsers, drawings, face_finder, parsers
 from data_prep.parsers import bisenet
+from data_prep.sources import manifest
 from marlin_jax.records.schema import REGIONS
 
 MASKS = ROOT / "tests" / "data" / "masks"

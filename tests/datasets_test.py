@@ -20,8 +20,8 @@ from dataset_trees import (
   write_mosei_transcripts,
 )
 
-from data_prep.datasets import LAYOUTS
-from data_prep.manifest import Input, ManifestError, read_input
+from data_prep.sources.layouts import LAYOUTS
+from data_prep.sources.manifest import Input, ManifestError, read_input
 
 
 def read(root: Path, layout: str, **ratios: float) -> Input:

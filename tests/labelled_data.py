@@ -11,7 +11,7 @@ from flax import nnx
 
 from configs import eval_dfd
 from data_prep import ledger, shards
-from data_prep.listing import BINARY, CLASS, VALUE, Label
+from data_prep.sources.listing import BINARY, CLASS, VALUE, Label
 from marlin_jax.downstream.evaluation import evaluate
 from marlin_jax.formats import native
 from marlin_jax.formats.weights import Architecture, of_modules

@@ -8,8 +8,8 @@ import numpy as np
 import simplejpeg
 
 from data_prep import dataset_folder, ledger, process, shards
-from data_prep.listing import Label
-from data_prep.manifest import Input, Source
+from data_prep.sources.listing import Label
+from data_prep.sources.manifest import Input, Source
 from marlin_jax.records import quality_index, schema
 
 RECIPE = {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.manifest import ManifestError, read_input, read_sources
+from data_prep.sources.manifest import ManifestError, read_input, read_sources
 
 
 @pytest.fixture

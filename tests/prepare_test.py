@@ -21,7 +21,8 @@ from conftest import (
   write_video,
 )
 
-from data_prep import dataset_folder, manifest, process
+from data_prep import dataset_folder, process
+from data_prep.sources import manifest
 from marlin_jax.records import quality_index, schema
 
 LENGTHS = (1, 15, 16, 31, 32, 33)

@@ -17,7 +17,7 @@ from labelled_data import (
 )
 
 from configs import eval_far
-from data_prep.listing import BINARY, Label
+from data_prep.sources.listing import BINARY, Label
 from marlin_jax import marlin, sharding
 from marlin_jax.downstream import (
   clip_batches,

@@ -9,8 +9,8 @@ import simplejpeg
 from conftest import moving_noise, shared_video, write_video
 
 from data_prep import decode, process
-from data_prep.manifest import Source
 from data_prep.process import segment_lengths
+from data_prep.sources.manifest import Source
 from marlin_jax.records import mel_spectrogram, quality_index, schema
 
 

@@ -9,8 +9,8 @@ import made_dataset
 import pytest
 
 from data_prep import dataset_folder, ledger, process, shards
-from data_prep.manifest import read_input
 from data_prep.shard_job import ShardJob, ready_path
+from data_prep.sources.manifest import read_input
 from marlin_jax.records.folders import OutputFolderError
 
 SETTINGS = process.Settings()

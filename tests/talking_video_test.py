@@ -7,7 +7,7 @@ import talking_mouths
 from conftest import moving_noise, write_video
 
 from data_prep import faces, process
-from data_prep.manifest import Source
+from data_prep.sources.manifest import Source
 from marlin_jax import talking_video
 from marlin_jax.face_video import FaceVideoError, NoFaceError
 from marlin_jax.lipsync import mel_windows

@@ -6,7 +6,7 @@ from labelled_data import LABELS, Video, make, renamed, write
 from train_test import refused, rows_of, run
 
 from configs import pretrain_b
-from data_prep.listing import CLASS, Label
+from data_prep.sources.listing import CLASS, Label
 from marlin_jax import sharding
 from marlin_jax.downstream import feature_cache
 from marlin_jax.downstream.tasks import TaskError

@@ -27,7 +27,7 @@ from dataset_trees import (
 from evaluation_test import command
 from labelled_data import metric
 
-from data_prep.manifest import split_of
+from data_prep.sources.manifest import split_of
 
 pytestmark = pytest.mark.usefixtures("face_models")
 

@@ -7,7 +7,7 @@ import scenes
 from conftest import shared_video, write_video
 
 from data_prep import faces, process
-from data_prep.manifest import Source
+from data_prep.sources.manifest import Source
 from marlin_jax.records import schema
 
 HEIGHT, WIDTH = 288, 512

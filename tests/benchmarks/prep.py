@@ -30,9 +30,10 @@ import cv2
 import numpy as np
 import tqdm
 
-from data_prep import assets, decode, faces, manifest, parsers, pool, process
+from data_prep import assets, decode, faces, parsers, pool, process
 from data_prep.labelling import Labeller
 from data_prep.parsers.mediapipe import MediaPipeParser
+from data_prep.sources import manifest
 from marlin_jax.records import schema
 from marlin_jax.records.schema import REGIONS
 

@@ -252,7 +252,7 @@ def write(folder: Path) -> None:
   import made_dataset
 
   from data_prep import assets, prepare
-  from data_prep.listing import VALUE, Label
+  from data_prep.sources.listing import VALUE, Label
 
   videos = folder / "videos"
   videos.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ from conftest import moving_noise, write_video
 
 from data_prep import decode, process
 from data_prep.decode import DecodeError, Limits, open_video
-from data_prep.manifest import Source
+from data_prep.sources.manifest import Source
 from marlin_jax.records import schema
 
 

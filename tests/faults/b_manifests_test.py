@@ -26,7 +26,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_prepare
 
-from data_prep import manifest, report, verify
+from data_prep import report, verify
+from data_prep.sources import manifest
 from marlin_jax import feature_files, published
 from marlin_jax.formats.weights import WeightsError
 

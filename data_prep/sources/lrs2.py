@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_prep.datasets.files import read_text
-from data_prep.listing import Listing, ManifestError, Row, missing_notes
+from data_prep.sources.files import read_text
+from data_prep.sources.listing import Listing, ManifestError, Row, missing_notes
 
 # Split, and the folder that its videos are in.
 SPLITS = {

@@ -24,8 +24,8 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from data_prep.datasets.files import read_text
-from data_prep.listing import (
+from data_prep.sources.files import read_text
+from data_prep.sources.listing import (
   BINARY,
   VALUE,
   Label,

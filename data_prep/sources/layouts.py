@@ -7,8 +7,8 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
-from data_prep.datasets import celebvhq, ffpp, files, lrs2, mosei, ytf
-from data_prep.listing import Listing
+from data_prep.sources import celebvhq, ffpp, files, lrs2, mosei, ytf
+from data_prep.sources.listing import Listing
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from data_prep import storage
-from data_prep.datasets import LAYOUTS, csv_table, files
-from data_prep.datasets.files import is_below
-from data_prep.listing import Label, Listing, ManifestError, Row
+from data_prep.sources import csv_table, files
+from data_prep.sources.files import is_below
+from data_prep.sources.layouts import LAYOUTS
+from data_prep.sources.listing import Label, Listing, ManifestError, Row
 
 MANIFEST_SUFFIXES = (".csv", ".txt")
 

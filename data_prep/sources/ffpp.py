@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from data_prep.listing import (
+from data_prep.sources.listing import (
   BINARY,
   CLASS,
   Label,

@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_prep.datasets.files import video_paths
-from data_prep.listing import (
+from data_prep.sources.files import video_paths
+from data_prep.sources.listing import (
   BINARY,
   CLASS,
   Label,

@@ -17,8 +17,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.datasets.files import read_text
-from data_prep.listing import (
+from data_prep.sources.files import read_text
+from data_prep.sources.listing import (
   BINARY,
   CLASS,
   VALUE,

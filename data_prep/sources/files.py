@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep import storage
-from data_prep.listing import CLASS, Label, Listing, ManifestError, Row
+from data_prep.sources.listing import CLASS, Label, Listing, ManifestError, Row
 
 VIDEO_SUFFIXES = (
   *(".mp4", ".m4v", ".mov", ".3gp", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"),

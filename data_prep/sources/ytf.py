@@ -17,8 +17,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from data_prep.datasets.files import read_text
-from data_prep.listing import Listing, ManifestError, Row
+from data_prep.sources.files import read_text
+from data_prep.sources.listing import Listing, ManifestError, Row
 
 FRAMES = "frame_images_DB"
 FRAME_RATE = 24.0  # the videos' own, as the paper says
