@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from data_prep import pool, process, shards, storage, workers
+from data_prep import pool, shards, storage, workers
 from data_prep.shard_job import ShardJob
+from data_prep.video import video_to_records
 from marlin_jax.records.folders import write_bytes
 
 # Of 32 videos each: some 3 MB.
@@ -18,7 +19,7 @@ JOBS_PER_FILE = 256
 
 def run(
   jobs: Sequence[ShardJob],
-  settings: process.Settings,
+  settings: video_to_records.Settings,
   num_workers: int,
   flags: Sequence[str],
 ) -> None:
@@ -69,7 +70,9 @@ def _read(file: str) -> Iterator[ShardJob]:
 
 
 class _DoJob(beam.DoFn):
-  def __init__(self, settings: process.Settings, num_workers: int) -> None:
+  def __init__(
+    self, settings: video_to_records.Settings, num_workers: int
+  ) -> None:
     self._settings = settings
     self._num_workers = num_workers
 

@@ -109,7 +109,8 @@ def tracked_faces(
   Raises:
     decode.DecodeError: a video cannot be read.
   """
-  from data_prep import decode, faces
+  from data_prep import faces
+  from data_prep.video import decode
 
   of_source = []
   for source in sources:
@@ -210,7 +211,7 @@ def table(reference: str, scores: dict[str, dict[str, float | None]]) -> str:
 
 
 def _opened(source: Source):
-  from data_prep import decode
+  from data_prep.video import decode
 
   return decode.open_video(source.path, frame_rate=source.frame_rate)
 
@@ -240,8 +241,9 @@ def _face_box(box: np.ndarray) -> np.ndarray:
 def main(argv: Sequence[str] | None = None) -> int:
   """Returns the exit code: 0, 1 for an error, 130 when interrupted."""
   args = _parser().parse_args(argv)
-  from data_prep import assets, decode, drawings
+  from data_prep import assets, drawings
   from data_prep.sources import manifest
+  from data_prep.video import decode
 
   return cli.exit_code(
     lambda: _run(args),

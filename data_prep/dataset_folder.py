@@ -32,10 +32,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from data_prep import ledger, process, shards, storage
+from data_prep import ledger, shards, storage
 from data_prep.ledger import Entry
 from data_prep.shard_job import ShardJob, note_path, ready_path
 from data_prep.sources.manifest import Input, Source, stable_hash
+from data_prep.video import video_to_records
 from marlin_jax.records import quality_index, schema
 from marlin_jax.records.folders import Lock, OutputFolderError, write_bytes
 
@@ -82,13 +83,13 @@ def refused(entries: Iterable[Entry]) -> list[dict[str, str]]:
   return [
     {key: getattr(entry, key) for key in ("video_id", "reason", "sha256")}
     for entry in entries
-    if entry.status != process.KEPT
+    if entry.status != video_to_records.KEPT
   ]
 
 
 def counts(entries: Iterable[Entry]) -> dict[str, int]:
   """Returns what metadata.json says of a split."""
-  kept = [entry for entry in entries if entry.status == process.KEPT]
+  kept = [entry for entry in entries if entry.status == video_to_records.KEPT]
   return {
     "num_videos": len(kept),
     "num_tracks": sum(entry.num_tracks for entry in kept),
@@ -295,7 +296,9 @@ class DatasetFolder:
         f"{path} is damaged ({e}); restore it, or choose another --output"
       ) from e
 
-  def plan(self, settings: process.Settings, retry_quarantined: bool) -> Plan:
+  def plan(
+    self, settings: video_to_records.Settings, retry_quarantined: bool
+  ) -> Plan:
     """Compares what is there with what is wanted.
 
     Args:
@@ -309,7 +312,7 @@ class DatasetFolder:
       """Says whether the entry, written at a time, is good for a video."""
       if entry is None:
         return False
-      if entry.status == process.QUARANTINED and (
+      if entry.status == video_to_records.QUARANTINED and (
         retry_quarantined or entry.limits != limits
       ):
         return False
@@ -330,7 +333,7 @@ class DatasetFolder:
         self._written[shard] = {
           video_id: entry
           for video_id, entry in self._written.get(shard, {}).items()
-          if entry.status != process.KEPT
+          if entry.status != video_to_records.KEPT
         }
       written = self._written.setdefault(shard, {})
       for video_id, source in videos.items():

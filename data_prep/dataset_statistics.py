@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import dataset_folder, ledger, process, shards
+from data_prep import dataset_folder, ledger, shards
 from data_prep.sources.listing import Label
 from data_prep.sources.manifest import stable_hash
+from data_prep.video import video_to_records
 from marlin_jax.records import schema
 from marlin_jax.records.schema import Record
 
@@ -145,7 +146,7 @@ def read(
     refused=[
       (entry.video_id, entry.reason)
       for entry in entries
-      if entry.status != process.KEPT
+      if entry.status != video_to_records.KEPT
     ],
   )
   first = _first_records(dataset_dir, settings, entries)

@@ -11,9 +11,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from data_prep import dataset_folder, integrity, ledger, process, shards
+from data_prep import dataset_folder, integrity, ledger, shards
 from data_prep.integrity import Expected, FoundShard, Problems
 from data_prep.sources.listing import Label
+from data_prep.video import video_to_records
 from marlin_jax.records import quality_index, schema
 from marlin_jax.records.cli import counted
 
@@ -112,7 +113,7 @@ def check_ledger(
         f"subject {entry.subject_id!r} is in {entry.split!r}, but in "
         f"{other.split!r} in {other.video_id!r}",
       )
-    if (entry.status == process.KEPT) != bool(entry.num_records):
+    if (entry.status == video_to_records.KEPT) != bool(entry.num_records):
       what = f"status {entry.status!r} with {entry.num_records} records"
       problems.add("counts", where, what)
   path = dataset_dir / "quarantine.jsonl"

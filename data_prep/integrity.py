@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from data_prep import ledger, shards
-from data_prep.process import segment_lengths
 from data_prep.sources import listing
 from data_prep.sources.listing import Label
+from data_prep.video.video_to_records import segment_lengths
 from marlin_jax.records import mel_spectrogram, quality_index, schema
 from marlin_jax.records.schema import Record
 

@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data_prep import process, storage
+from data_prep import storage
 from data_prep.sources.manifest import Source
+from data_prep.video import video_to_records
 from marlin_jax.records.folders import write_bytes
 
 
@@ -48,7 +49,10 @@ class Entry:
 
   @classmethod
   def of(
-    cls, source: Source, settings: process.Settings, outcome: process.Outcome
+    cls,
+    source: Source,
+    settings: video_to_records.Settings,
+    outcome: video_to_records.Outcome,
   ) -> Entry:
     num_bytes, digest = 0, ""
     # Where it cannot be read, the outcome's reason says so.
@@ -56,7 +60,7 @@ class Entry:
       digest = sha256_of(source.path)
       num_bytes, _ = _size_and_change(source.path)
     limits = None
-    if outcome.status == process.QUARANTINED:
+    if outcome.status == video_to_records.QUARANTINED:
       limits = dataclasses.asdict(settings.limits)
     return cls(
       video_id=source.video_id,

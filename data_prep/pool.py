@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep import ledger, process, shards, storage, workers
+from data_prep import ledger, shards, storage, workers
 from data_prep.progress import ProgressBar
 from data_prep.sources.manifest import Source
+from data_prep.video import video_to_records
 
 # A worker is replaced after so many videos: what native libraries leak stays
 # bounded, and opening the models anew costs a few hundredths of a second each.
@@ -22,7 +23,7 @@ EXTRA_STALL_SECS = 300.0
 def run(
   output: Path,
   todo: list[Source],
-  settings: process.Settings,
+  settings: video_to_records.Settings,
   num_workers: int,
   bar: ProgressBar | None = None,
 ) -> Iterator[ledger.Entry]:
@@ -59,7 +60,9 @@ def run(
       entry = event.value
       if event.kind == "died":
         source = todo[event.task]
-        outcome = process.Outcome(process.QUARANTINED, event.value)
+        outcome = video_to_records.Outcome(
+          video_to_records.QUARANTINED, event.value
+        )
         entry = ledger.Entry.of(source, settings, outcome)
         with shards.PartWriter(shards.Part(output, entry.video_id)) as part:
           part.commit(entry)
@@ -69,7 +72,9 @@ def run(
 
 
 @contextlib.contextmanager
-def open_work(task_settings: tuple[Path, process.Settings]) -> Iterator[Any]:
+def open_work(
+  task_settings: tuple[Path, video_to_records.Settings],
+) -> Iterator[Any]:
   """Opens the models in a worker; yields what turns a source into a part."""
   import cv2
 
@@ -89,24 +94,28 @@ def open_work(task_settings: tuple[Path, process.Settings]) -> Iterator[Any]:
       part.commit(entry)
     return entry
 
-  with process.Models(settings.parser) as models:
+  with video_to_records.Models(settings.parser) as models:
     yield work
 
 
 def _process(
   source: Source,
-  settings: process.Settings,
-  models: process.Models,
+  settings: video_to_records.Settings,
+  models: video_to_records.Models,
   emit: Callable[[bytes], None],
-  progress: process.Progress,
+  progress: video_to_records.Progress,
 ) -> ledger.Entry:
   """Processes a video; in a bucket, a copy of it."""
   with contextlib.ExitStack() as stack:
     try:
       path = stack.enter_context(storage.local(source.path))
     except OSError as e:
-      outcome = process.Outcome(process.QUARANTINED, f"cannot fetch: {e}")
+      outcome = video_to_records.Outcome(
+        video_to_records.QUARANTINED, f"cannot fetch: {e}"
+      )
       return ledger.Entry.of(source, settings, outcome)
     source = dataclasses.replace(source, path=path)
-    outcome = process.process_video(source, settings, models, emit, progress)
+    outcome = video_to_records.process_video(
+      source, settings, models, emit, progress
+    )
     return ledger.Entry.of(source, settings, outcome)

@@ -23,10 +23,11 @@ from marlin_jax.records.cli import counted
 from marlin_jax.records.folders import OutputFolderError
 
 if TYPE_CHECKING:
-  from data_prep import ledger, process
+  from data_prep import ledger
   from data_prep.dataset_folder import DatasetFolder, Plan
   from data_prep.parsers import ParserChoice
   from data_prep.sources.manifest import Input
+  from data_prep.video import video_to_records
 
 
 class _NothingKept(Exception):
@@ -142,7 +143,7 @@ def _run(args: argparse.Namespace) -> None:
 def _run_pool(
   folder: DatasetFolder,
   plan: Plan,
-  settings: process.Settings,
+  settings: video_to_records.Settings,
   num_workers: int,
 ) -> None:
   from data_prep import pool, progress
@@ -171,7 +172,7 @@ def fetch_models(choice: ParserChoice) -> None:
 def _summary(
   output: Path, entries: list[ledger.Entry], num_frames: int, secs: float
 ) -> str:
-  from data_prep import process
+  from data_prep.video import video_to_records
 
   statuses = Counter(entry.status for entry in entries)
   rate = f" ({num_frames / secs:.0f} frames/s)" if num_frames else ""
@@ -188,11 +189,11 @@ def _summary(
       f"  {split}: "
       + ", ".join(counted(number, noun) for noun, number in counts.items())
     )
-  refused = len(entries) - statuses[process.KEPT]
+  refused = len(entries) - statuses[video_to_records.KEPT]
   if refused:
     lines.append(
-      f"  left out: {statuses[process.QUARANTINED]} quarantined, "
-      f"{statuses[process.NO_FACE]} without a face; why: "
+      f"  left out: {statuses[video_to_records.QUARANTINED]} quarantined, "
+      f"{statuses[video_to_records.NO_FACE]} without a face; why: "
       f"{output / 'quarantine.jsonl'}"
     )
   return "\n".join(lines)
@@ -212,9 +213,9 @@ def _nothing_kept(output: Path, entries: list[ledger.Entry]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-  from data_prep import decode
   from data_prep.parsers import PARSERS
   from data_prep.sources.layouts import LAYOUTS
+  from data_prep.video import decode
 
   limits = decode.DEFAULT_LIMITS
   parser = argparse.ArgumentParser(
@@ -412,8 +413,10 @@ def _name(text: str) -> str:
   return text
 
 
-def _settings(args: argparse.Namespace, videos: Input) -> process.Settings:
-  from data_prep import decode, process
+def _settings(
+  args: argparse.Namespace, videos: Input
+) -> video_to_records.Settings:
+  from data_prep.video import decode, video_to_records
 
   limits = decode.Limits(
     frame_pixels=args.max_frame_pixels,
@@ -422,7 +425,7 @@ def _settings(args: argparse.Namespace, videos: Input) -> process.Settings:
     secs=float(args.max_decode_secs),
     memory_bytes=args.max_decode_mib << 20,
   )
-  return process.Settings(
+  return video_to_records.Settings(
     segment_frames=args.segment_frames,
     limits=limits,
     has_sound=videos.has_sound,
@@ -439,14 +442,15 @@ def _parser_choice(args: argparse.Namespace) -> ParserChoice:
 
 def _recipe(args: argparse.Namespace, videos: Input) -> dict[str, Any]:
   """Returns what the bytes of a record, and its place, depend on."""
-  from data_prep import assets, face_finder, process
+  from data_prep import assets, face_finder
+  from data_prep.video import video_to_records
   from marlin_jax.records import schema
 
   return {
     "name": args.name,
     "schema_version": schema.SCHEMA_VERSION,
     "segment_frames": args.segment_frames,
-    "jpeg_quality": process.JPEG_QUALITY,
+    "jpeg_quality": video_to_records.JPEG_QUALITY,
     "dataset": args.dataset,
     "split_ratios": list(videos.split_ratios),
     "labels": {

@@ -106,12 +106,16 @@ class ProgressBar(VideoBar):
     self._show()
 
   def _show(self) -> None:
-    from data_prep import process
+    from data_prep.video import video_to_records
 
     rate = self._num_frames / max(time.monotonic() - self._started_at, 1e-6)
     counts = ", ".join(
       f"{self._statuses[status]} {status}"
-      for status in (process.KEPT, process.QUARANTINED, process.NO_FACE)
+      for status in (
+        video_to_records.KEPT,
+        video_to_records.QUARANTINED,
+        video_to_records.NO_FACE,
+      )
     )
     self.note(f"{rate:.0f} frames/s, {counts}")
 

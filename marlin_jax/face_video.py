@@ -29,7 +29,8 @@ import numpy as np
 from marlin_jax.video import Clip
 
 if TYPE_CHECKING:
-  from data_prep import faces, process
+  from data_prep import faces
+  from data_prep.video import video_to_records
 
 WINDOW_RULES = ("cover", "authors")
 
@@ -176,7 +177,7 @@ class WindowSettings:
 def read_windows(
   path: str | os.PathLike,
   settings: WindowSettings | None = None,
-  models: process.Models | None = None,
+  models: video_to_records.Models | None = None,
   progress: Progress = lambda share: None,
 ) -> Iterator[Window]:
   """Reads a video window by window, keeping the frames of one in memory.
@@ -199,21 +200,21 @@ def read_windows(
 
   Raises:
     FaceVideoError: the video is damaged, or over a limit of
-      `data_prep.decode.Limits`; possibly after some windows.
+      `data_prep.video.decode.Limits`; possibly after some windows.
     NoFaceError: a face was to be cropped, and there is none.
     RuntimeError: this machine lacks a model file or a library; not the video's
       fault.
   """
-  from data_prep import decode
+  from data_prep.video import decode
 
   settings = settings or WindowSettings()
   needs_models = settings.crop_face or settings.regions
   try:
     with contextlib.ExitStack() as stack:
       if needs_models and models is None:
-        from data_prep import process
+        from data_prep.video import video_to_records
 
-        models = stack.enter_context(process.Models())
+        models = stack.enter_context(video_to_records.Models())
       yield from _Reading(path, settings, models, progress).windows()
   except decode.DecodeError as e:
     raise FaceVideoError(path, str(e)) from e
@@ -243,7 +244,7 @@ class _Reading:
     self,
     path: str | os.PathLike,
     settings: WindowSettings,
-    models: process.Models | None,
+    models: video_to_records.Models | None,
     progress: Progress,
   ) -> None:
     self._path = path
@@ -302,7 +303,7 @@ class _Reading:
   # --- Whole frames -----------------------------------------------------------
 
   def _whole_frames(self) -> Iterator[_Frame]:
-    from data_prep import decode
+    from data_prep.video import decode
 
     size = self._settings.image_size
     with decode.open_video(self._path) as video:
@@ -325,7 +326,8 @@ class _Reading:
   # --- A face -----------------------------------------------------------------
 
   def _main_track(self) -> faces.Track:
-    from data_prep import decode, faces, process
+    from data_prep import faces
+    from data_prep.video import decode, video_to_records
 
     with decode.open_video(self._path) as video:
 
@@ -340,14 +342,15 @@ class _Reading:
       )
       num_frames = video.num_frames
     # What is too short to be prepared for training is too short here.
-    min_frames = min(process.MIN_TRACK_FRAMES, num_frames)
+    min_frames = min(video_to_records.MIN_TRACK_FRAMES, num_frames)
     tracks = [track for track in tracks if len(track) >= min_frames]
     if not tracks:
       raise NoFaceError(self._path)
     return max(tracks, key=lambda track: (len(track), track.side))
 
   def _cropped_frames(self, track: faces.Track) -> Iterator[_Frame]:
-    from data_prep import boxes, decode
+    from data_prep import boxes
+    from data_prep.video import decode
 
     size = self._settings.image_size
     to_parse = self._rows_to_parse(len(track))

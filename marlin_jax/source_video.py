@@ -25,8 +25,9 @@ import numpy as np
 from marlin_jax.face_video import FaceVideoError, Progress
 
 if TYPE_CHECKING:
-  from data_prep import decode, faces
-  from data_prep.process import Models
+  from data_prep import faces
+  from data_prep.video import decode
+  from data_prep.video.video_to_records import Models
 
 # Frames that are held to be shown backwards, a GiB.
 _HELD_BYTES = 1 << 30
@@ -56,7 +57,7 @@ class SourceVideo:
 
   Raises:
     FaceVideoError: the video is damaged, or over a limit of
-      `data_prep.decode.Limits`, or shows no face.
+      `data_prep.video.decode.Limits`, or shows no face.
     RuntimeError: this machine lacks a model file or a library.
   """
 
@@ -67,13 +68,13 @@ class SourceVideo:
     models: Models | None = None,
     progress: Progress = lambda share: None,
   ) -> None:
-    from data_prep import process
+    from data_prep.video import video_to_records
 
     self.path = path
     self._fps = fps
     self._progress = progress
     with contextlib.ExitStack() as stack:
-      models = models or stack.enter_context(process.Models())
+      models = models or stack.enter_context(video_to_records.Models())
       tracks = self._find_tracks(models)
     self.boxes = np.full((self.num_frames, 4), np.nan, np.float32)
     self.track = np.full(self.num_frames, -1)
@@ -87,7 +88,8 @@ class SourceVideo:
       raise FaceVideoError(path, f"no face found in {self.num_frames} frames")
 
   def _find_tracks(self, models: Models) -> list[faces.Track]:
-    from data_prep import faces, process
+    from data_prep import faces
+    from data_prep.video import video_to_records
 
     self.num_frames = 0
     with self._open() as (video, frames):
@@ -104,12 +106,12 @@ class SourceVideo:
       )
       self.size = video.info.width, video.info.height
     # What is too short to be prepared for training is too short here.
-    min_frames = min(process.MIN_TRACK_FRAMES, self.num_frames)
+    min_frames = min(video_to_records.MIN_TRACK_FRAMES, self.num_frames)
     return [track for track in tracks if len(track) >= min_frames]
 
   @contextlib.contextmanager
   def _open(self) -> Iterator[tuple[decode.Video, Iterator[np.ndarray]]]:
-    from data_prep import decode, frame_rate
+    from data_prep.video import decode, frame_rate
 
     try:
       with decode.open_video(self.path) as video:
@@ -190,7 +192,7 @@ def read_sound(path: str | os.PathLike) -> np.ndarray:
   Raises:
     FaceVideoError: it cannot be decoded, or there is none.
   """
-  from data_prep import decode
+  from data_prep.video import decode
 
   try:
     samples = decode.read_sound(path)
@@ -208,7 +210,7 @@ def open_sound(path: str | os.PathLike) -> Iterator[decode.Sound]:
   Raises:
     FaceVideoError: as for `read_sound`, also while it is read.
   """
-  from data_prep import decode
+  from data_prep.video import decode
 
   try:
     with decode.open_sound(path) as sound:

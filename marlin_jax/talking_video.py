@@ -30,7 +30,8 @@ from marlin_jax.face_video import FaceVideoError, NoFaceError, fit_square
 from marlin_jax.records.schema import FRAME_SIZE, SAMPLE_RATE
 
 if TYPE_CHECKING:
-  from data_prep import faces, process
+  from data_prep import faces
+  from data_prep.video import video_to_records
 
 FPS = 25
 FRAME_SAMPLES = SAMPLE_RATE // FPS
@@ -73,7 +74,7 @@ def read(
   path: str | os.PathLike,
   *,
   crop_face: bool = True,
-  models: process.Models | None = None,
+  models: video_to_records.Models | None = None,
   progress: Progress = lambda share: None,
 ) -> TalkingVideo:
   """Reads a video whole, following the face that is seen the longest.
@@ -92,7 +93,7 @@ def read(
 
   Raises:
     FaceVideoError: the video or its sound is damaged, over a limit of
-      `data_prep.decode.Limits`, or longer than MAX_SECS.
+      `data_prep.video.decode.Limits`, or longer than MAX_SECS.
     NoFaceError: no face is seen in it.
     RuntimeError: this machine lacks a model file or a library.
   """
@@ -101,9 +102,9 @@ def read(
       return _uncropped(path, progress)
     with contextlib.ExitStack() as stack:
       if models is None:
-        from data_prep import process
+        from data_prep.video import video_to_records
 
-        models = stack.enter_context(process.Models())
+        models = stack.enter_context(video_to_records.Models())
       tracks, num_frames = _find_tracks(path, models, progress)
     boxes = _boxes(tracks, num_frames)
     if np.isnan(boxes).all():
@@ -134,9 +135,9 @@ def read_many(
   with contextlib.ExitStack() as stack:
     models = None
     if crop_face:
-      from data_prep import process
+      from data_prep.video import video_to_records
 
-      models = stack.enter_context(process.Models())
+      models = stack.enter_context(video_to_records.Models())
     for number, path in enumerate(paths):
       try:
         yield read(
@@ -176,7 +177,7 @@ def stretches(has_face: np.ndarray) -> list[slice]:
 
 @contextlib.contextmanager
 def _as_video_errors(path: str | os.PathLike) -> Iterator[None]:
-  from data_prep import decode
+  from data_prep.video import decode
 
   try:
     yield
@@ -188,7 +189,7 @@ def _frames(
   path: str | os.PathLike,
 ) -> Iterator[tuple[np.ndarray, float, float]]:
   """Yields frames, 25 a second, their times, and the share that is read."""
-  from data_prep import decode, frame_rate
+  from data_prep.video import decode, frame_rate
 
   with decode.open_video(path) as video:
     for num, (frame, secs) in enumerate(frame_rate.resampled(video, FPS)):
@@ -204,7 +205,7 @@ def _frames(
 
 def _sound(path: str | os.PathLike, start_secs: float) -> np.ndarray:
   """Returns int16 (S,) from the time of the first frame on."""
-  from data_prep import decode
+  from data_prep.video import decode
 
   samples = decode.read_sound(path)
   first = round(start_secs * SAMPLE_RATE)
@@ -214,7 +215,7 @@ def _sound(path: str | os.PathLike, start_secs: float) -> np.ndarray:
 
 
 def _find_tracks(
-  path: str | os.PathLike, models: process.Models, progress: Progress
+  path: str | os.PathLike, models: video_to_records.Models, progress: Progress
 ) -> tuple[list[faces.Track], int]:
   """Returns all tracks, and the number of frames."""
   from data_prep import faces
@@ -234,10 +235,10 @@ def _find_tracks(
 
 def _boxes(tracks: list[faces.Track], num_frames: int) -> np.ndarray:
   """Returns float32 (N, 4), one face a frame at most, NaN without one."""
-  from data_prep import process
+  from data_prep.video import video_to_records
 
   # What is too short to be prepared for training is too short here.
-  least = min(process.MIN_TRACK_FRAMES, num_frames)
+  least = min(video_to_records.MIN_TRACK_FRAMES, num_frames)
   boxes = np.full((num_frames, 4), np.nan, np.float32)
 
   def size(track: faces.Track) -> tuple[int, float]:
@@ -254,7 +255,7 @@ def _cropped(
   path: str | os.PathLike, boxes: np.ndarray, progress: Progress
 ) -> TalkingVideo:
   from data_prep import boxes as crops
-  from data_prep import decode
+  from data_prep.video import decode
 
   total = len(boxes)
   has_face = ~np.isnan(boxes[:, 0])

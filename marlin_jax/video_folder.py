@@ -152,7 +152,7 @@ def _open_work(settings: WindowSettings) -> Iterator[Callable]:
   """Opens the models in a worker; yields what reads a video."""
   import cv2
 
-  from data_prep import decode, process
+  from data_prep.video import decode, video_to_records
 
   # There is a worker for every core already.
   cv2.setNumThreads(1)
@@ -178,7 +178,7 @@ def _open_work(settings: WindowSettings) -> Iterator[Callable]:
     return _outcome(path, "")
 
   if settings.crop_face or settings.regions:
-    with process.Models() as models:
+    with video_to_records.Models() as models:
       yield work
   else:
     models = None

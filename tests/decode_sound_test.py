@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import moving_noise, shared_video, write_video
 
-from data_prep.decode import DecodeError, Limits, open_sound, read_sound
+from data_prep.video.decode import DecodeError, Limits, open_sound, read_sound
 
 CLICK_SECS = (0.5, 1.25, 1.75)
 

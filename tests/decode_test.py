@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from conftest import moving_noise, shared_video, write_video
 
-from data_prep import decode
-from data_prep.decode import DecodeError, Limits, open_video
+from data_prep.video import decode
+from data_prep.video.decode import DecodeError, Limits, open_video
 
 
 def read(path: Path, limits: Limits = decode.DEFAULT_LIMITS) -> list:
@@ -320,7 +320,7 @@ def test_leaving_early_ends_the_decoder(long_mp4):
 def test_decoder_ends_with_a_reader_that_was_killed(long_mp4):
   code = (
     "import sys, time\n"
-    "from data_prep.decode import open_video\n"
+    "from data_prep.video.decode import open_video\n"
     "video = open_video(sys.argv[1])\n"
     "print(video.pid, flush=True)\n"
     "time.sleep(60)\n"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import moving_noise, shared_video, write_video
 
-from data_prep import process
+from data_prep.video import video_to_records
 from marlin_jax.face_video import (
   FaceVideoError,
   NoFaceError,
@@ -50,7 +50,7 @@ def greys(window) -> list[int]:
 
 @pytest.fixture(scope="module")
 def models(face_models):
-  with process.Models() as models:
+  with video_to_records.Models() as models:
     yield models
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from data_prep.decode import DecodeError
-from data_prep.frame_rate import resampled
+from data_prep.video.decode import DecodeError
+from data_prep.video.frame_rate import resampled
 
 
 def shown(times: list[float], rate: float) -> list[tuple[int, float]]:

@@ -13,7 +13,8 @@ from conftest import moving_noise, write_video
 from decode_sound_test import CLICK_SECS, clicks, write
 from flax import nnx
 
-from data_prep import boxes, decode, process
+from data_prep import boxes
+from data_prep.video import decode, video_to_records
 from marlin_jax import source_video
 from marlin_jax.formats.weights import Architecture
 from marlin_jax.lipsync import blending, generation, networks, video_writer
@@ -28,7 +29,7 @@ from marlin_jax.source_video import SourceVideo, there_and_back
 
 @pytest.fixture(scope="module")
 def models(face_models):
-  with process.Models() as models:
+  with video_to_records.Models() as models:
     yield models
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
-from data_prep import dataset_folder, ledger, process, shards
+from data_prep import dataset_folder, ledger, shards
 from data_prep.sources.listing import Label
 from data_prep.sources.manifest import Input, Source
+from data_prep.video import video_to_records
 from marlin_jax.records import quality_index, schema
 
 RECIPE = {
@@ -113,7 +114,7 @@ def make(
       for name, label in labels.items()
     },
   }
-  settings = process.Settings(has_sound=has_sound)
+  settings = video_to_records.Settings(has_sound=has_sound)
   with dataset_folder.DatasetFolder(path, recipe, num_shards, found) as made:
     plan = made.plan(settings, retry_quarantined=False)
     made.begin(plan)
@@ -121,8 +122,8 @@ def make(
       made.write_shard(shard)
     for source in sources:
       found = videos.get(source.video_id, ())
-      outcome = process.Outcome(
-        process.KEPT if found else process.QUARANTINED,
+      outcome = video_to_records.Outcome(
+        video_to_records.KEPT if found else video_to_records.QUARANTINED,
         refused.get(source.video_id, ""),
         num_decoded_frames=sum(map(len, found)),
         num_tracks=len({record.track_id for record in found}),

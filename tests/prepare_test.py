@@ -21,8 +21,9 @@ from conftest import (
   write_video,
 )
 
-from data_prep import dataset_folder, process
+from data_prep import dataset_folder
 from data_prep.sources import manifest
+from data_prep.video import video_to_records
 from marlin_jax.records import quality_index, schema
 
 LENGTHS = (1, 15, 16, 31, 32, 33)
@@ -395,7 +396,7 @@ def test_quarantined_videos_can_be_tried_again_in_any_case(dataset, videos):
   recipe = json.loads((dataset / "settings.json").read_text())
   recipe.pop("num_shards")
   found = manifest.read_input(videos)
-  settings = process.Settings()
+  settings = video_to_records.Settings()
   with dataset_folder.DatasetFolder(dataset, recipe, None, found) as folder:
     assert folder.plan(settings, retry_quarantined=False).todo == []
     todo = folder.plan(settings, retry_quarantined=True).todo

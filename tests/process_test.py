@@ -8,24 +8,24 @@ import pytest
 import simplejpeg
 from conftest import moving_noise, shared_video, write_video
 
-from data_prep import decode, process
-from data_prep.process import segment_lengths
 from data_prep.sources.manifest import Source
+from data_prep.video import decode, video_to_records
+from data_prep.video.video_to_records import segment_lengths
 from marlin_jax.records import mel_spectrogram, quality_index, schema
 
 
 @pytest.fixture(scope="module")
 def models(face_models):
-  with process.Models() as opened:
+  with video_to_records.Models() as opened:
     yield opened
 
 
 def run(path, models, emit=None, source=None, **settings):
   """Returns the outcome and the decoded records."""
   encoded = []
-  outcome = process.process_video(
+  outcome = video_to_records.process_video(
     source or Source("id.mp4", path, "someone", "train"),
-    process.Settings(**settings),
+    video_to_records.Settings(**settings),
     models,
     emit or encoded.append,
   )
@@ -42,19 +42,19 @@ def test_segments_are_nearly_equal_and_lose_no_frame():
       assert sum(lengths) == num_frames
       assert max(lengths) <= longest
       assert max(lengths) - min(lengths) <= 1
-      assert len(lengths) == 1 or min(lengths) >= process.CLIP_SPAN
+      assert len(lengths) == 1 or min(lengths) >= video_to_records.CLIP_SPAN
 
 
 def test_segments_too_short_for_a_clip_are_refused():
   with pytest.raises(ValueError, match="at least 62"):
-    process.Settings(segment_frames=61)
+    video_to_records.Settings(segment_frames=61)
 
 
 def test_record_tells_where_its_crops_come_from(carphone, models, tmp_path):
   path = carphone(tmp_path / "v.mp4", 70)
   outcome, (first, second) = run(path, models)
-  assert outcome == process.Outcome(
-    process.KEPT,
+  assert outcome == video_to_records.Outcome(
+    video_to_records.KEPT,
     num_decoded_frames=70,
     num_tracks=1,
     num_records=2,
@@ -89,7 +89,7 @@ def test_a_video_too_large_to_keep_gives_the_same_records(
   path = carphone(tmp_path / "v.mp4", 40)
   opened = []
   monkeypatch.setattr(
-    process.decode,
+    video_to_records.decode,
     "open_video",
     lambda *args: opened.append(args) or decode.Video(*args),
   )
@@ -97,7 +97,7 @@ def test_a_video_too_large_to_keep_gives_the_same_records(
   run(path, models, kept.append)
   assert len(opened) == 1
   frame_bytes = 176 * 144 * 3
-  monkeypatch.setattr(process, "KEPT_BYTES", 39 * frame_bytes)
+  monkeypatch.setattr(video_to_records, "KEPT_BYTES", 39 * frame_bytes)
   decoded_again = []
   run(path, models, decoded_again.append)
   assert len(opened) == 3
@@ -129,13 +129,13 @@ def test_face_that_leaves_and_returns_keeps_both_tracks(
 
 def test_video_without_a_face_is_told_apart_from_a_bad_one(models, tmp_path):
   outcome, found = run(write_video(tmp_path / "v.mp4", moving_noise(9)), models)
-  assert outcome == process.Outcome(
-    process.NO_FACE, "no face found", num_decoded_frames=9
+  assert outcome == video_to_records.Outcome(
+    video_to_records.NO_FACE, "no face found", num_decoded_frames=9
   )
   assert found == []
   (tmp_path / "v.mp4").write_bytes(b"")
   outcome, _ = run(tmp_path / "v.mp4", models)
-  assert outcome.status == process.QUARANTINED
+  assert outcome.status == video_to_records.QUARANTINED
 
 
 def test_decoder_that_does_not_load_is_no_fault_of_the_video(models, tmp_path):
@@ -200,7 +200,7 @@ def test_damaged_and_missing_pictures_are_refused(models, tmp_path):
     jpeg = simplejpeg.encode_jpeg(frame, 95)
     (folder / f"{i}.jpg").write_bytes(jpeg if i == 0 else jpeg[:200])
   outcome, _ = run(folder, models, source=source)
-  assert outcome.status == process.QUARANTINED
+  assert outcome.status == video_to_records.QUARANTINED
   assert "picture 1.jpg is damaged" in outcome.reason
   (folder / "1.jpg").unlink()
   (folder / "1.jpg").symlink_to("0.jpg")
@@ -211,7 +211,7 @@ def test_damaged_and_missing_pictures_are_refused(models, tmp_path):
 def test_sound_is_cut_at_the_times_of_the_frames(models, tmp_path):
   path = shared_video("video01.mp4")
   outcome, found = run(path, models, has_sound=True)
-  assert outcome.status == process.KEPT
+  assert outcome.status == video_to_records.KEPT
   whole = decode.read_sound(path)
   mel = mel_spectrogram.mel_spectrogram(whole)
   for record in found:

@@ -8,12 +8,13 @@ from pathlib import Path
 import made_dataset
 import pytest
 
-from data_prep import dataset_folder, ledger, process, shards
+from data_prep import dataset_folder, ledger, shards
 from data_prep.shard_job import ShardJob, ready_path
 from data_prep.sources.manifest import read_input
+from data_prep.video import video_to_records
 from marlin_jax.records.folders import OutputFolderError
 
-SETTINGS = process.Settings()
+SETTINGS = video_to_records.Settings()
 
 
 def open_folder(path: Path, task: tuple[int, int] = (0, 1), **recipe):
@@ -25,7 +26,9 @@ def open_folder(path: Path, task: tuple[int, int] = (0, 1), **recipe):
 
 def process_video(output: Path, source, num_records: int = 2) -> None:
   """Writes a part as a worker does."""
-  outcome = process.Outcome(process.KEPT, "", 3, 1, num_records, 3)
+  outcome = video_to_records.Outcome(
+    video_to_records.KEPT, "", 3, 1, num_records, 3
+  )
   entry = ledger.Entry.of(source, SETTINGS, outcome)
   with shards.PartWriter(shards.Part(output, source.video_id)) as part:
     for i in range(num_records):

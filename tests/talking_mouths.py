@@ -20,7 +20,7 @@ import made_dataset
 import numpy as np
 import simplejpeg
 
-from data_prep.process import segment_lengths
+from data_prep.video.video_to_records import segment_lengths
 from marlin_jax.records import mel_spectrogram, schema
 
 FPS = 25

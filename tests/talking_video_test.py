@@ -6,8 +6,9 @@ import pytest
 import talking_mouths
 from conftest import moving_noise, write_video
 
-from data_prep import faces, process
+from data_prep import faces
 from data_prep.sources.manifest import Source
+from data_prep.video import video_to_records
 from marlin_jax import talking_video
 from marlin_jax.face_video import FaceVideoError, NoFaceError
 from marlin_jax.lipsync import mel_windows
@@ -18,7 +19,7 @@ CLAP = 30  # the frame
 
 @pytest.fixture(scope="module")
 def models(face_models):
-  with process.Models() as models:
+  with video_to_records.Models() as models:
     yield models
 
 
@@ -53,9 +54,9 @@ def test_a_clap_is_seen_and_heard_at_the_same_sample(clap, models):
 
 def test_a_clap_stays_one_in_a_prepared_record(clap, models):
   encoded = []
-  process.process_video(
+  video_to_records.process_video(
     Source("clap.mp4", clap, "", "train"),
-    process.Settings(has_sound=True, fps=25.0),
+    video_to_records.Settings(has_sound=True, fps=25.0),
     models,
     encoded.append,
   )

@@ -6,8 +6,9 @@ import pytest
 import scenes
 from conftest import shared_video, write_video
 
-from data_prep import faces, process
+from data_prep import faces
 from data_prep.sources.manifest import Source
+from data_prep.video import video_to_records
 from marlin_jax.records import schema
 
 HEIGHT, WIDTH = 288, 512
@@ -306,20 +307,20 @@ def test_glimpse_of_a_face_in_a_longer_video_is_not_kept(
   car, man, face_models, tmp_path
 ):
   wall = [cv2.resize(man[0][:100, :140], (176, 144))] * 20
-  frames = wall + car[: process.MIN_TRACK_FRAMES - 1] + wall
+  frames = wall + car[: video_to_records.MIN_TRACK_FRAMES - 1] + wall
   path = write_video(tmp_path / "v.mp4", frames, crf="10")
   assert record_lengths(path) == []
-  frames = wall + car[: process.MIN_TRACK_FRAMES] + wall
+  frames = wall + car[: video_to_records.MIN_TRACK_FRAMES] + wall
   path = write_video(tmp_path / "w.mp4", frames, crf="10")
-  assert record_lengths(path) == [process.MIN_TRACK_FRAMES]
+  assert record_lengths(path) == [video_to_records.MIN_TRACK_FRAMES]
 
 
 def record_lengths(path) -> list[int]:
   encoded = []
-  with process.Models() as models:
-    process.process_video(
+  with video_to_records.Models() as models:
+    video_to_records.process_video(
       Source("v.mp4", path, "", "train"),
-      process.Settings(),
+      video_to_records.Settings(),
       models,
       encoded.append,
     )

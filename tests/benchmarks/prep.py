@@ -30,10 +30,11 @@ import cv2
 import numpy as np
 import tqdm
 
-from data_prep import assets, decode, faces, parsers, pool, process
+from data_prep import assets, faces, parsers, pool
 from data_prep.labelling import Labeller
 from data_prep.parsers.mediapipe import MediaPipeParser
 from data_prep.sources import manifest
+from data_prep.video import decode, video_to_records
 from marlin_jax.records import schema
 from marlin_jax.records.schema import REGIONS
 
@@ -91,7 +92,7 @@ def timed(run: Callable[[], object]) -> float:
 
 
 @contextlib.contextmanager
-def watched(models: process.Models) -> Iterator[tuple[dict, dict]]:
+def watched(models: video_to_records.Models) -> Iterator[tuple[dict, dict]]:
   """Counts frames decoded and runs of each model, and keeps some inputs."""
   finder = models.finder
   tasks = [task for task, _ in finder._detectors]
@@ -121,14 +122,14 @@ def watched(models: process.Models) -> Iterator[tuple[dict, dict]]:
 
 
 def measure(
-  videos: list[manifest.Source], models: process.Models, repeats: int
+  videos: list[manifest.Source], models: video_to_records.Models, repeats: int
 ) -> dict:
   """CPU milliseconds per frame of the whole stage and of its parts."""
 
   def whole() -> int:
     return sum(
-      process.process_video(
-        v, process.Settings(), models, lambda _: None
+      video_to_records.process_video(
+        v, video_to_records.Settings(), models, lambda _: None
       ).num_decoded_frames
       for v in videos
     )
@@ -169,7 +170,9 @@ def on_all_cores(videos: list[manifest.Source], num_cores: int) -> float:
   ]
   with tempfile.TemporaryDirectory() as folder:
     (Path(folder) / "parts").mkdir()
-    entries = pool.run(Path(folder), copies, process.Settings(), num_cores)
+    entries = pool.run(
+      Path(folder), copies, video_to_records.Settings(), num_cores
+    )
     next(entries)
     start, num_frames = time.perf_counter(), 0
     for entry in entries:
@@ -177,7 +180,7 @@ def on_all_cores(videos: list[manifest.Source], num_cores: int) -> float:
   return num_frames / (time.perf_counter() - start)
 
 
-def agreement(source: manifest.Source, models: process.Models) -> dict:
+def agreement(source: manifest.Source, models: video_to_records.Models) -> dict:
   """How far labels are those of all models on every frame."""
   with av.open(str(source.path)) as container:
     frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
@@ -267,7 +270,7 @@ def main() -> None:
   results = {"load_average": os.getloadavg(), "cores": num_cores}
   with (
     tempfile.TemporaryDirectory() as folder,
-    process.Models(parsers.DEFAULT) as models,
+    video_to_records.Models(parsers.DEFAULT) as models,
   ):
     for title, height in (("their own size", None), ("720p", 720)):
       videos = sources(height, Path(folder))

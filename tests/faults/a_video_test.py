@@ -30,9 +30,9 @@ import numpy as np
 import pytest
 from conftest import moving_noise, write_video
 
-from data_prep import decode, process
-from data_prep.decode import DecodeError, Limits, open_video
 from data_prep.sources.manifest import Source
+from data_prep.video import decode, video_to_records
+from data_prep.video.decode import DecodeError, Limits, open_video
 from marlin_jax.records import schema
 
 
@@ -278,7 +278,7 @@ def test_wrong_bytes_anywhere_give_frames_or_a_reason(
 
 @pytest.fixture(scope="module")
 def models(face_models):
-  with process.Models() as opened:
+  with video_to_records.Models() as opened:
     yield opened
 
 
@@ -291,9 +291,9 @@ def run(
 ):
   """Returns the outcome and the decoded records."""
   encoded = []
-  outcome = process.process_video(
+  outcome = video_to_records.process_video(
     Source("id.mp4", path, "", "train"),
-    process.Settings(limits=Limits(**limits), has_sound=has_sound),
+    video_to_records.Settings(limits=Limits(**limits), has_sound=has_sound),
     models,
     encoded.append,
     progress,
@@ -333,10 +333,13 @@ def test_decoder_that_dies_or_hangs_costs_its_video_alone(
 
   outcome, _ = run(path, models, progress, secs=3)
   assert len(hit) == 1
-  assert (outcome.status, outcome.reason) == (process.QUARANTINED, reason)
+  assert (outcome.status, outcome.reason) == (
+    video_to_records.QUARANTINED,
+    reason,
+  )
   assert decoders() == []
   outcome, found = run(path, models)
-  assert outcome.status == process.KEPT
+  assert outcome.status == video_to_records.KEPT
   assert sum(map(len, found)) == 90
 
 
@@ -357,8 +360,8 @@ def test_file_that_is_swapped_between_the_passes_is_refused(
 
   outcome, _ = run(path, models, progress)
   assert swapped
-  assert outcome == process.Outcome(
-    process.QUARANTINED, "the file was changed while it was read"
+  assert outcome == video_to_records.Outcome(
+    video_to_records.QUARANTINED, "the file was changed while it was read"
   )
 
 
@@ -369,10 +372,10 @@ def test_leap_in_time_is_not_filled_with_silence(carphone, models, tmp_path):
     tmp_path / "v.mkv", frames, rate=1, secs=secs, audio_first=True
   )
   outcome, _ = run(path, models, has_sound=True)
-  assert outcome.status == process.QUARANTINED
+  assert outcome.status == video_to_records.QUARANTINED
   assert "20 frames in a row last" in outcome.reason
   outcome, found = run(path, models)
-  assert outcome.status == process.KEPT
+  assert outcome.status == video_to_records.KEPT
   assert sum(map(len, found)) == 20
 
 
@@ -389,7 +392,7 @@ def test_face_of_a_few_pixels_is_none_and_gives_no_empty_crop(
         pixels, (size, size), interpolation=cv2.INTER_AREA
       )
     outcome, found = run(write_video(tmp_path / "v.mp4", frames), models)
-    assert (outcome.status, found) == (process.NO_FACE, [])
+    assert (outcome.status, found) == (video_to_records.NO_FACE, [])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 1200), (1200, 2), (9, 7)])
@@ -398,7 +401,10 @@ def test_frames_too_small_for_any_face_are_no_error(models, tmp_path, size):
   outcome, _ = run(
     write_video(tmp_path / "v.mkv", frames, "ffv1", "bgra"), models
   )
-  assert (outcome.status, outcome.reason) == (process.NO_FACE, "no face found")
+  assert (outcome.status, outcome.reason) == (
+    video_to_records.NO_FACE,
+    "no face found",
+  )
 
 
 # --- Many videos --------------------------------------------------------------

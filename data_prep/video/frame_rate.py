@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from data_prep.decode import DecodeError
+from data_prep.video.decode import DecodeError
 
 # Times are rounded in containers, to milliseconds in some: a frame counts as
 # shown from this share of a new frame's duration before its time on.

@@ -1,6 +1,6 @@
 """The decoder: a program that writes one video's raw pixels or sound to a pipe.
 
-`data_prep.decode` starts it and reads. A video is hostile until proven
+`data_prep.video.decode` starts it and reads. A video is hostile until proven
 otherwise, and the libraries that read it are large C programs; here they run
 with limits on memory, processor time and file writing. It imports nothing of
 this package, so that it starts from its file alone.
@@ -392,11 +392,11 @@ def _confine(limits: Limits, parent_pid: int) -> None:
 
 
 def main() -> None:
-  """Decodes one video for `data_prep.decode`."""
+  """Decodes one video for `data_prep.video.decode`."""
   parser = argparse.ArgumentParser(
-    prog="python -m data_prep.decoder",
-    description="Decodes one video into a pipe. Started by data_prep.decode; "
-    "not a program for the command line.",
+    prog="python -m data_prep.video.decoder_process",
+    description="Decodes one video into a pipe. Started by "
+    "data_prep.video.decode; not a program for the command line.",
   )
   parser.add_argument("parent_pid", type=int, help="process that reads")
   parser.add_argument("limits", help="the fields of Limits as JSON")

@@ -1,6 +1,6 @@
 """Decodes videos, in a child process that can be killed at any moment.
 
-The child, `data_prep.decoder`, is the only file that touches a container. The
+The child, `decoder_process.py`, is the only file that touches a container. The
 parent only ever sees raw pixels and samples coming through a pipe:
 
   with open_video(path, Limits()) as video:
@@ -30,8 +30,8 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Self
 
-from data_prep import decoder
-from data_prep.decoder import (
+from data_prep.video import decoder_process
+from data_prep.video.decoder_process import (
   DEFAULT_LIMITS,
   FRAME,
   MAX_SOUND_SECS,
@@ -172,7 +172,7 @@ class _Decoder:
     # -P keeps this file's folder off the child's import path.
     self._process = subprocess.Popen(
       [
-        *(sys.executable, "-P", decoder.__file__),
+        *(sys.executable, "-P", decoder_process.__file__),
         str(os.getpid()),
         json.dumps(dataclasses.asdict(limits)),
         wanted,

@@ -19,16 +19,9 @@ from typing import Self
 
 import numpy as np
 
-from data_prep import (
-  boxes,
-  decode,
-  face_finder,
-  faces,
-  frame_rate,
-  labelling,
-  parsers,
-)
+from data_prep import boxes, face_finder, faces, labelling, parsers
 from data_prep.sources.manifest import Source
+from data_prep.video import decode, frame_rate
 from marlin_jax.records import mel_spectrogram, quality_index, schema
 
 # One clip of the trainer: 16 frames, every second one.
