@@ -28,7 +28,7 @@ from marlin_jax.records import cli
 from marlin_jax.records.schema import FRAME_SIZE, REGIONS
 
 if TYPE_CHECKING:
-  from data_prep.face_finder import FaceFinder
+  from data_prep.faces.face_finder import FaceFinder
   from data_prep.parsers import ParserChoice
   from data_prep.sources.manifest import Source
 
@@ -109,7 +109,7 @@ def tracked_faces(
   Raises:
     decode.DecodeError: a video cannot be read.
   """
-  from data_prep import faces
+  from data_prep.faces import tracking
   from data_prep.video import decode
 
   of_source = []
@@ -117,7 +117,7 @@ def tracked_faces(
     with _opened(source) as video:
       frames = (frame for frame, _ in video)
       try:
-        tracks = faces.find_tracks(frames, finder, min_frames=1)
+        tracks = tracking.find_tracks(frames, finder, min_frames=1)
       except decode.DecodeError as e:
         raise decode.DecodeError(f"{source.path}: {e}") from e
     of_source.append(
@@ -170,7 +170,8 @@ def sheet(
   """
   from PIL import Image, ImageDraw
 
-  from data_prep import boxes, contact_sheet
+  from data_prep import contact_sheet
+  from data_prep.faces import boxes
 
   width = (1 + len(columns)) * FRAME_SIZE
   legend = contact_sheet.legend(width)
@@ -230,7 +231,8 @@ def _frames(source: Source, numbers: set[int]) -> dict[int, np.ndarray]:
 
 def _face_box(box: np.ndarray) -> np.ndarray:
   """Returns where the face is in a crop."""
-  from data_prep import boxes, regions
+  from data_prep import regions
+  from data_prep.faces import boxes
 
   return regions.grown(box, 1 / boxes.CROP_RATIO)
 
@@ -263,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
   from PIL import Image
 
-  from data_prep import face_finder
+  from data_prep.faces import face_finder
   from data_prep.parsers import ParserChoice
   from data_prep.sources import manifest
 

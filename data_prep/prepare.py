@@ -159,7 +159,8 @@ def _run_pool(
 
 def fetch_models(choice: ParserChoice) -> None:
   """Downloads before the workers start, so that an error comes once."""
-  from data_prep import assets, face_finder
+  from data_prep import assets
+  from data_prep.faces import face_finder
 
   for name in face_finder.MODELS:
     assets.fetch(name)
@@ -442,7 +443,8 @@ def _parser_choice(args: argparse.Namespace) -> ParserChoice:
 
 def _recipe(args: argparse.Namespace, videos: Input) -> dict[str, Any]:
   """Returns what the bytes of a record, and its place, depend on."""
-  from data_prep import assets, face_finder
+  from data_prep import assets
+  from data_prep.faces import face_finder
   from data_prep.video import video_to_records
   from marlin_jax.records import schema
 

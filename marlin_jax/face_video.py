@@ -29,7 +29,7 @@ import numpy as np
 from marlin_jax.video import Clip
 
 if TYPE_CHECKING:
-  from data_prep import faces
+  from data_prep.faces import tracking
   from data_prep.video import video_to_records
 
 WINDOW_RULES = ("cover", "authors")
@@ -325,8 +325,8 @@ class _Reading:
 
   # --- A face -----------------------------------------------------------------
 
-  def _main_track(self) -> faces.Track:
-    from data_prep import faces
+  def _main_track(self) -> tracking.Track:
+    from data_prep.faces import tracking
     from data_prep.video import decode, video_to_records
 
     with decode.open_video(self._path) as video:
@@ -337,7 +337,7 @@ class _Reading:
           share = _share(video.num_frames, video.info.announced_frames)
           self._progress(_FINDING_SHARE * share)
 
-      tracks = faces.find_tracks(
+      tracks = tracking.find_tracks(
         frames(), self._models.finder, video.info.rate, min_frames=1
       )
       num_frames = video.num_frames
@@ -348,8 +348,8 @@ class _Reading:
       raise NoFaceError(self._path)
     return max(tracks, key=lambda track: (len(track), track.side))
 
-  def _cropped_frames(self, track: faces.Track) -> Iterator[_Frame]:
-    from data_prep import boxes
+  def _cropped_frames(self, track: tracking.Track) -> Iterator[_Frame]:
+    from data_prep.faces import boxes
     from data_prep.video import decode
 
     size = self._settings.image_size

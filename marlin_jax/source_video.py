@@ -25,7 +25,7 @@ import numpy as np
 from marlin_jax.face_video import FaceVideoError, Progress
 
 if TYPE_CHECKING:
-  from data_prep import faces
+  from data_prep.faces import tracking
   from data_prep.video import decode
   from data_prep.video.video_to_records import Models
 
@@ -87,8 +87,8 @@ class SourceVideo:
     if not tracks:
       raise FaceVideoError(path, f"no face found in {self.num_frames} frames")
 
-  def _find_tracks(self, models: Models) -> list[faces.Track]:
-    from data_prep import faces
+  def _find_tracks(self, models: Models) -> list[tracking.Track]:
+    from data_prep.faces import tracking
     from data_prep.video import video_to_records
 
     self.num_frames = 0
@@ -101,7 +101,7 @@ class SourceVideo:
           expected = max(video.num_frames, video.info.announced_frames)
           self._progress(video.num_frames / expected)
 
-      tracks = faces.find_tracks(
+      tracks = tracking.find_tracks(
         counted(), models.finder, self._fps, min_frames=1
       )
       self.size = video.info.width, video.info.height
@@ -175,7 +175,7 @@ def there_and_back(num_frames: int, total: int) -> np.ndarray:
 
 def crop(frame: np.ndarray, box: np.ndarray) -> np.ndarray:
   """Cuts a face out as records have it, uint8 (224, 224, 3)."""
-  from data_prep import boxes
+  from data_prep.faces import boxes
 
   return boxes.crop_frame(frame, box)
 

@@ -30,7 +30,7 @@ from marlin_jax.face_video import FaceVideoError, NoFaceError, fit_square
 from marlin_jax.records.schema import FRAME_SIZE, SAMPLE_RATE
 
 if TYPE_CHECKING:
-  from data_prep import faces
+  from data_prep.faces import tracking
   from data_prep.video import video_to_records
 
 FPS = 25
@@ -216,9 +216,9 @@ def _sound(path: str | os.PathLike, start_secs: float) -> np.ndarray:
 
 def _find_tracks(
   path: str | os.PathLike, models: video_to_records.Models, progress: Progress
-) -> tuple[list[faces.Track], int]:
+) -> tuple[list[tracking.Track], int]:
   """Returns all tracks, and the number of frames."""
-  from data_prep import faces
+  from data_prep.faces import tracking
 
   num_frames = 0
 
@@ -229,11 +229,11 @@ def _find_tracks(
       yield frame
       progress(_FINDING_SHARE * share)
 
-  found = faces.find_tracks(frames(), models.finder, FPS, min_frames=1)
+  found = tracking.find_tracks(frames(), models.finder, FPS, min_frames=1)
   return found, num_frames
 
 
-def _boxes(tracks: list[faces.Track], num_frames: int) -> np.ndarray:
+def _boxes(tracks: list[tracking.Track], num_frames: int) -> np.ndarray:
   """Returns float32 (N, 4), one face a frame at most, NaN without one."""
   from data_prep.video import video_to_records
 
@@ -241,7 +241,7 @@ def _boxes(tracks: list[faces.Track], num_frames: int) -> np.ndarray:
   least = min(video_to_records.MIN_TRACK_FRAMES, num_frames)
   boxes = np.full((num_frames, 4), np.nan, np.float32)
 
-  def size(track: faces.Track) -> tuple[int, float]:
+  def size(track: tracking.Track) -> tuple[int, float]:
     return len(track), track.side
 
   for track in sorted(tracks, key=size, reverse=True):
@@ -254,7 +254,7 @@ def _boxes(tracks: list[faces.Track], num_frames: int) -> np.ndarray:
 def _cropped(
   path: str | os.PathLike, boxes: np.ndarray, progress: Progress
 ) -> TalkingVideo:
-  from data_prep import boxes as crops
+  from data_prep.faces import boxes as crops
   from data_prep.video import decode
 
   total = len(boxes)

@@ -193,7 +193,7 @@ def face_models() -> None:
 @pytest.fixture(scope="module")
 def finder(face_models):
   """Finds faces; open for a file."""
-  from data_prep import face_finder
+  from data_prep.faces import face_finder
 
   with face_finder.FaceFinder() as opened:
     yield opened

@@ -8,12 +8,12 @@ import pytest
 import scenes
 from conftest import shared_video
 
-from data_prep import boxes, face_finder, faces, mediapipe_tasks
+from data_prep.faces import boxes, face_finder, mediapipe_tasks, tracking
 
 
 @pytest.fixture(scope="module")
-def carphone_track(carphone_frames, finder) -> faces.Track:
-  (track,) = faces.find_tracks(carphone_frames, finder)
+def carphone_track(carphone_frames, finder) -> tracking.Track:
+  (track,) = tracking.find_tracks(carphone_frames, finder)
   return track
 
 
@@ -60,9 +60,9 @@ def test_crop_path_jitters_less_than_the_mesh_does(carphone_track):
 def test_two_runs_give_the_same_bits_whatever_was_seen_between(
   carphone_frames, sample_videos, finder
 ):
-  first = faces.find_tracks(carphone_frames[:30], finder)
-  faces.find_tracks(scenes.read(sample_videos / "bikes.mp4", 40), finder)
-  second = faces.find_tracks(carphone_frames[:30], finder)
+  first = tracking.find_tracks(carphone_frames[:30], finder)
+  tracking.find_tracks(scenes.read(sample_videos / "bikes.mp4", 40), finder)
+  second = tracking.find_tracks(carphone_frames[:30], finder)
   assert len(first) == len(second) == 1
   np.testing.assert_array_equal(first[0].boxes, second[0].boxes)
   np.testing.assert_array_equal(first[0].landmarks, second[0].landmarks)
@@ -70,16 +70,16 @@ def test_two_runs_give_the_same_bits_whatever_was_seen_between(
 
 
 def test_another_finder_gives_the_same_bits(carphone_frames, finder):
-  first = faces.find_tracks(carphone_frames[:16], finder)
+  first = tracking.find_tracks(carphone_frames[:16], finder)
   with face_finder.FaceFinder() as other:
-    second = faces.find_tracks(carphone_frames[:16], other)
+    second = tracking.find_tracks(carphone_frames[:16], other)
   np.testing.assert_array_equal(first[0].boxes, second[0].boxes)
   np.testing.assert_array_equal(first[0].landmarks, second[0].landmarks)
 
 
 def test_two_faces_side_by_side_are_two_tracks(carphone_frames, finder):
   double = [np.hstack([frame, frame]) for frame in carphone_frames[:20]]
-  left, right = faces.find_tracks(double, finder)
+  left, right = tracking.find_tracks(double, finder)
   assert (left.track_id, right.track_id) == (0, 1)
   shift = right.boxes - left.boxes
   np.testing.assert_allclose(shift[:, 0], carphone_frames[0].shape[1], atol=4)
@@ -88,15 +88,15 @@ def test_two_faces_side_by_side_are_two_tracks(carphone_frames, finder):
 
 def test_crowd_costs_a_bounded_number_of_tracks(carphone_frames, finder):
   crowd = [np.tile(frame, (3, 4, 1)) for frame in carphone_frames[:5]]
-  tracks = faces.find_tracks(crowd, finder, min_frames=5)
-  assert [t.track_id for t in tracks] == list(range(faces.MAX_FACES))
+  tracks = tracking.find_tracks(crowd, finder, min_frames=5)
+  assert [t.track_id for t in tracks] == list(range(tracking.MAX_FACES))
   assert all(len(track) == 5 for track in tracks)
 
 
 def test_hard_cut_between_two_faces_splits_the_track(carphone_frames, finder):
   # The second shot shows a face in the same place, so overlap would join them.
   other = [255 - frame[:, ::-1] // 2 for frame in carphone_frames[:16]]
-  tracks = faces.find_tracks(carphone_frames[:16] + other, finder)
+  tracks = tracking.find_tracks(carphone_frames[:16] + other, finder)
   assert [(t.first_frame, len(t)) for t in tracks][0] == (0, 16)
   assert all(t.first_frame >= 16 for t in tracks[1:])
 
@@ -107,7 +107,7 @@ def test_cut_to_another_scale_gives_one_track_per_shot(carphone_frames, finder):
     cv2.resize(frame[20:120, 40:160], (width, height))
     for frame in carphone_frames[:16]
   ]
-  tracks = faces.find_tracks(carphone_frames[:16] + close_up, finder)
+  tracks = tracking.find_tracks(carphone_frames[:16] + close_up, finder)
   assert [(t.first_frame, len(t)) for t in tracks] == [(0, 16), (16, 16)]
 
 
@@ -115,7 +115,7 @@ def test_face_missed_for_a_few_frames_is_bridged(carphone_frames, finder):
   frames = [frame.copy() for frame in carphone_frames[:24]]
   for frame in frames[10:14]:  # something passes before the face
     frame[30:110, 40:140] = frames[9][:20, :20].mean()
-  (track,) = faces.find_tracks(frames, finder)
+  (track,) = tracking.find_tracks(frames, finder)
   assert len(track) == 24
   missing = ~np.isfinite(track.landmarks).all(axis=(1, 2))
   assert missing[10:14].all()
@@ -126,7 +126,7 @@ def test_face_missed_for_a_few_frames_is_bridged(carphone_frames, finder):
 
 def test_face_that_leaves_ends_its_track(carphone_frames, finder):
   empty = np.full_like(carphone_frames[0], 90)
-  (track,) = faces.find_tracks(carphone_frames[:20] + [empty] * 20, finder)
+  (track,) = tracking.find_tracks(carphone_frames[:20] + [empty] * 20, finder)
   assert (track.first_frame, len(track)) == (0, 20)
 
 
@@ -136,40 +136,40 @@ def test_video_without_a_lasting_human_face_gives_no_track(
 ):
   # Both are hard: a man crosses the street for 14 frames, one less than a
   # track needs, then a cyclist in profile; and a rabbit has a face of sorts.
-  assert faces.find_tracks(scenes.read(sample_videos / name), finder) == []
+  assert tracking.find_tracks(scenes.read(sample_videos / name), finder) == []
 
 
 def test_no_frames_and_blank_frames_give_no_track(finder):
-  assert faces.find_tracks([], finder) == []
+  assert tracking.find_tracks([], finder) == []
   blank = [np.zeros((48, 64, 3), np.uint8)] * 16
-  assert faces.find_tracks(blank, finder) == []
+  assert tracking.find_tracks(blank, finder) == []
 
 
 def test_short_tracks_and_small_faces_are_dropped(carphone_frames, finder):
-  assert faces.find_tracks(carphone_frames[:10], finder) == []
+  assert tracking.find_tracks(carphone_frames[:10], finder) == []
   assert (
-    len(faces.find_tracks(carphone_frames[:10], finder, min_frames=10)) == 1
+    len(tracking.find_tracks(carphone_frames[:10], finder, min_frames=10)) == 1
   )
   assert (
-    faces.find_tracks(carphone_frames[:15], finder, min_face_pixels=80) == []
+    tracking.find_tracks(carphone_frames[:15], finder, min_face_pixels=80) == []
   )
 
 
 def test_single_frame_can_be_a_track(carphone_frames, finder):
-  (track,) = faces.find_tracks(carphone_frames[:1], finder, min_frames=1)
+  (track,) = tracking.find_tracks(carphone_frames[:1], finder, min_frames=1)
   assert len(track) == 1
   assert np.isfinite(track.boxes).all()
 
 
 def test_face_crop_of_15_frames_is_kept(finder):
-  (track,) = faces.find_tracks(
+  (track,) = tracking.find_tracks(
     scenes.read(shared_video("cropped04.mp4")), finder
   )
   assert len(track) == 15
 
 
 def test_small_letterboxed_face_is_followed(finder):
-  (track,) = faces.find_tracks(
+  (track,) = tracking.find_tracks(
     scenes.read(shared_video("video03.mp4"), 40), finder
   )
   assert (track.first_frame, len(track)) == (0, 40)

@@ -4,7 +4,8 @@ import av
 import numpy as np
 import pytest
 
-from data_prep import boxes, faces, labelling
+from data_prep import labelling
+from data_prep.faces import boxes, tracking
 from data_prep.video import video_to_records
 from marlin_jax.records import schema
 from marlin_jax.records.schema import FRAME_SIZE
@@ -91,7 +92,7 @@ def test_real_labels_are_nearly_those_of_looking_in_every_frame(
     every = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
   every = every[:40]
   with video_to_records.Models() as models:
-    (track,) = faces.find_tracks(every, models.finder)
+    (track,) = tracking.find_tracks(every, models.finder)
     assert np.isfinite(track.landmarks).all()
     labeller = labelling.Labeller(models.parser, len(every))
     slow = []

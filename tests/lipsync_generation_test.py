@@ -13,7 +13,7 @@ from conftest import moving_noise, write_video
 from decode_sound_test import CLICK_SECS, clicks, write
 from flax import nnx
 
-from data_prep import boxes
+from data_prep.faces import boxes
 from data_prep.video import decode, video_to_records
 from marlin_jax import source_video
 from marlin_jax.formats.weights import Architecture

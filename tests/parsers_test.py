@@ -15,7 +15,8 @@ import scenes
 from colour_models import colours, write_onnx, write_script
 from conftest import run_prepare
 
-from data_prep import assets, boxes, face_finder, parsers, regions
+from data_prep import assets, parsers, regions
+from data_prep.faces import boxes, face_finder
 from data_prep.parsers import ParserChoice, bisenet, farl, multiclass
 from marlin_jax.records.schema import REGIONS
 

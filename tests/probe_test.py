@@ -8,7 +8,7 @@ import made_dataset
 import numpy as np
 import pytest
 
-from data_prep import boxes, faces
+from data_prep.faces import boxes, tracking
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
 import probe_data
@@ -20,7 +20,7 @@ from probe_questions import Question, Windows
 def carphone(carphone_frames, finder) -> np.ndarray:
   """The face crops of frames 20 to 63 of the sample video."""
   frames = carphone_frames[20:64]
-  (track,) = faces.find_tracks(frames, finder)
+  (track,) = tracking.find_tracks(frames, finder)
   return np.stack(
     [
       boxes.crop_frame(frame, box)

@@ -6,7 +6,8 @@ import pytest
 import scenes
 from conftest import shared_video
 
-from data_prep import assets, boxes, faces, quality
+from data_prep import assets
+from data_prep.faces import boxes, quality, tracking
 
 SIZE, SHARPNESS, POSE, LANDMARKS = range(4)
 NUM_FRAMES = 15
@@ -26,13 +27,13 @@ def frames(request, sample_videos) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def track(frames, finder) -> faces.Track:
-  (found,) = faces.find_tracks(frames, finder)
+def track(frames, finder) -> tracking.Track:
+  (found,) = tracking.find_tracks(frames, finder)
   return found
 
 
 def terms(frames, finder) -> np.ndarray:
-  (track,) = faces.find_tracks(frames, finder)
+  (track,) = tracking.find_tracks(frames, finder)
   return track.quality_terms
 
 

@@ -5,7 +5,8 @@ import pytest
 import scenes
 from conftest import shared_video
 
-from data_prep import assets, faces, parsers
+from data_prep import assets, parsers
+from data_prep.faces import tracking
 from marlin_jax.records.schema import REGIONS, region_bits
 
 CODE = {name: code for code, name in enumerate(REGIONS)}
@@ -31,14 +32,14 @@ def models(finder):
 )
 def clip(
   request, models, sample_videos
-) -> tuple[list[np.ndarray], faces.Track]:
+) -> tuple[list[np.ndarray], tracking.Track]:
   """The first frames of a video of one face, and its track."""
   if request.param in assets.SAMPLE_VIDEOS:
     path = sample_videos / request.param
   else:
     path = shared_video(request.param)
   frames = scenes.read(path, PARSED[-1] + 1)
-  (track,) = faces.find_tracks(frames, models[0], min_frames=10)
+  (track,) = tracking.find_tracks(frames, models[0], min_frames=10)
   return frames, track
 
 

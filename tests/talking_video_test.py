@@ -6,7 +6,7 @@ import pytest
 import talking_mouths
 from conftest import moving_noise, write_video
 
-from data_prep import faces
+from data_prep.faces import tracking
 from data_prep.sources.manifest import Source
 from data_prep.video import video_to_records
 from marlin_jax import talking_video
@@ -159,7 +159,7 @@ def test_frames_without_a_face_are_told_and_black(tmp_path, models):
 def test_of_several_faces_the_longest_track_is_followed():
   def track(first_frame, num_frames, side):
     box = np.float32([0, 0, side, side])
-    return faces.Track(
+    return tracking.Track(
       track_id=0,
       first_frame=first_frame,
       boxes=np.tile(box, (num_frames, 1)),

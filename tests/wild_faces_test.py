@@ -6,7 +6,7 @@ import pytest
 import scenes
 from conftest import shared_video, write_video
 
-from data_prep import faces
+from data_prep.faces import tracking
 from data_prep.sources.manifest import Source
 from data_prep.video import video_to_records
 from marlin_jax.records import schema
@@ -33,15 +33,15 @@ def close_up() -> list[np.ndarray]:
   return (frames + frames[-2:0:-1]) * 4
 
 
-def spans(tracks: list[faces.Track]) -> list[tuple[int, int]]:
+def spans(tracks: list[tracking.Track]) -> list[tuple[int, int]]:
   return [(t.first_frame, len(t)) for t in tracks]
 
 
-def centres(track: faces.Track) -> np.ndarray:
+def centres(track: tracking.Track) -> np.ndarray:
   return (track.boxes[:, :2] + track.boxes[:, 2:]) / 2
 
 
-def sides(track: faces.Track) -> np.ndarray:
+def sides(track: tracking.Track) -> np.ndarray:
   return track.boxes[:, 2] - track.boxes[:, 0]
 
 
@@ -56,7 +56,7 @@ def test_each_of_three_people_has_a_track(car, man, close_up, finder):
     scenes.paste(frame, man[i][:, 150:360], 330, 0)
     scenes.paste(frame, scenes.scaled(close_up[i], 0.6), 700, 80)
     frames.append(frame)
-  tracks = faces.find_tracks(frames, finder)
+  tracks = tracking.find_tracks(frames, finder)
   assert spans(tracks) == [(0, 20)] * 3
   x = [centres(track)[:, 0].mean() for track in tracks]
   assert x == sorted(x)
@@ -72,7 +72,7 @@ def test_who_passes_before_another_does_not_take_over_his_track(
     scenes.paste(frame, man[i], 80, 0)
     scenes.paste(frame, scenes.scaled(close_up[i], 0.5), 13 * i - 110, 120)
     frames.append(frame)
-  tracks = faces.find_tracks(frames, finder)
+  tracks = tracking.find_tracks(frames, finder)
   by_length = sorted(tracks, key=len)
   (passing, staying) = by_length[-2:]
   assert len(staying) == 60
@@ -90,7 +90,7 @@ def test_shots_and_counter_shots_are_a_track_each(car, man, finder):
   car_shot = [cv2.resize(f, (352, 288)) for f in car]
   man_shot = [cv2.resize(f, (352, 288)) for f in man]
   frames = man_shot[:20] + car_shot[:20] + man_shot[20:40] + car_shot[20:40]
-  tracks = faces.find_tracks(frames, finder)
+  tracks = tracking.find_tracks(frames, finder)
   assert spans(tracks) == [(0, 20), (20, 20), (40, 20), (60, 20)]
 
 
@@ -103,7 +103,7 @@ def test_cut_that_changes_only_the_face_splits_the_track(man, close_up, finder):
     face = man[i][95:215, 195:320] if i < 20 else close_up[i][::2, ::2]
     scenes.paste(frame, face, 260, 120)
     frames.append(frame)
-  tracks = faces.find_tracks(frames, finder)
+  tracks = tracking.find_tracks(frames, finder)
   assert spans(tracks) == [(0, 20), (20, 20)]
 
 
@@ -116,7 +116,7 @@ def test_dissolve_splits_the_track(length, car, man, finder):
     for i, share in enumerate(np.linspace(0, 1, length + 2)[1:-1])
   ]
   frames = before[:20] + blend + after[length : length + 20]
-  first, second = faces.find_tracks(frames, finder)
+  first, second = tracking.find_tracks(frames, finder)
   assert first.first_frame == 0
   assert 20 <= len(first) <= 20 + length
   assert 20 <= second.first_frame <= 20 + length
@@ -136,7 +136,7 @@ def test_face_that_leaves_by_the_side_comes_back_as_a_new_track(
     away = min(max(35 - abs(i - 50), 0), 20)
     scenes.paste(frame, close_up[i], 120 + 19 * away, 40)
     frames.append(frame)
-  first, second = faces.find_tracks(frames, finder)
+  first, second = tracking.find_tracks(frames, finder)
   assert first.first_frame == 0
   assert second.first_frame + len(second) == 100
   # While it is cut by the edge the crop reaches past the frame, and stays on
@@ -159,10 +159,10 @@ def test_gap_longer_than_the_limit_ends_a_track_and_a_shorter_one_does_not(
       if 16 <= i < 16 + num_frames:  # a passing back
         frame[100:195, 235:345] = (90, 100, 110)
       frames.append(frame)
-    return faces.find_tracks(frames, finder)
+    return tracking.find_tracks(frames, finder)
 
-  assert spans(with_gap(faces.MAX_GAP - 2)) == [(0, 30 + faces.MAX_GAP)]
-  longer = faces.MAX_GAP + 4
+  assert spans(with_gap(tracking.MAX_GAP - 2)) == [(0, 30 + tracking.MAX_GAP)]
+  longer = tracking.MAX_GAP + 4
   assert spans(with_gap(longer)) == [(0, 16), (16 + longer, 16)]
 
 
@@ -170,13 +170,13 @@ def test_gap_longer_than_the_limit_ends_a_track_and_a_shorter_one_does_not(
 
 
 def test_face_that_turns_to_profile_and_back_is_one_track(man, finder):
-  (track,) = faces.find_tracks(man[:15], finder)
+  (track,) = tracking.find_tracks(man[:15], finder)
   mesh = finder.mesh_3d(man[5], track.boxes[5])
   angles = np.concatenate(
     [np.linspace(0, 85, 20), np.full(8, 85), np.linspace(85, 0, 20)]
   )
   frames = [scenes.turned(man[5], mesh, angle) for angle in angles]
-  (track,) = faces.find_tracks(frames, finder)
+  (track,) = tracking.find_tracks(frames, finder)
   assert len(track) == len(frames)
   found = np.isfinite(track.landmarks[:, 0, 0])
   # No mesh is made up where only half a face is seen.
@@ -202,7 +202,7 @@ def test_half_covered_face_stays_one_track_with_a_steady_crop(
   cover, man, finder
 ):
   x0, y0, x1, y1 = COVERS[cover]
-  (free,) = faces.find_tracks(man[:45], finder)
+  (free,) = tracking.find_tracks(man[:45], finder)
   x, y = free.boxes[20, :2]
   side = free.boxes[20, 2] - x
   frames = [frame.copy() for frame in man[:45]]
@@ -211,7 +211,7 @@ def test_half_covered_face_stays_one_track_with_a_steady_crop(
       int(y + y0 * side) : int(y + y1 * side),
       int(x + x0 * side) : int(x + x1 * side),
     ] = (200, 150, 130)
-  (track,) = faces.find_tracks(frames, finder)
+  (track,) = tracking.find_tracks(frames, finder)
   assert spans([track]) == [(0, 45)]
   shift = np.abs(centres(track) - centres(free)) / side
   assert shift.max() < 0.15
@@ -235,7 +235,7 @@ def test_small_face_in_a_large_picture_is_found(
       frame, scenes.scaled(car[i], face / 56), width // 2, height // 3
     )
     frames.append(frame)
-  (track,) = faces.find_tracks(frames, finder)
+  (track,) = tracking.find_tracks(frames, finder)
   assert len(track) == 15
   assert np.isfinite(track.landmarks).all()
   assert track.quality_terms[0] == pytest.approx(face / 179, abs=0.05)
@@ -247,7 +247,7 @@ def test_face_below_the_limit_is_dropped(car, finder):
     frame = scenes.room(180, 320)
     scenes.paste(frame, scenes.scaled(car[i], 20 / 56), 160, 60)
     frames.append(frame)
-  assert faces.find_tracks(frames, finder) == []
+  assert tracking.find_tracks(frames, finder) == []
 
 
 # --- Black bars ---------------------------------------------------------------
@@ -270,8 +270,8 @@ def test_bars_change_nothing_but_the_place(bars, car, finder):
     frame = np.zeros((height, width, 3), np.uint8)
     scenes.paste(frame, picture, x, y)
     frames.append(frame)
-  (plain,) = faces.find_tracks(pictures, finder)
-  (track,) = faces.find_tracks(frames, finder)
+  (plain,) = tracking.find_tracks(pictures, finder)
+  (track,) = tracking.find_tracks(frames, finder)
   assert spans([track]) == spans([plain]) == [(0, 20)]
   moved = plain.boxes + np.tile(np.float32([x, y]), 2)
   assert np.abs(track.boxes - moved).max() < 0.05 * sides(plain).mean()
@@ -285,7 +285,7 @@ def test_upright_video_before_a_blurred_copy_of_itself_is_one_face(car, finder):
     whole = whole[666:954].copy()
     scenes.paste(whole, picture, 370, 0)
     frames.append(whole)
-  (track,) = faces.find_tracks(frames, finder)
+  (track,) = tracking.find_tracks(frames, finder)
   assert spans([track]) == [(0, 20)]
   assert 130 < sides(track).mean() < 150
 
@@ -333,7 +333,7 @@ def record_lengths(path) -> list[int]:
 @pytest.mark.parametrize("sigma", [0, 3, 8])
 def test_crop_of_a_face_that_does_not_move_does_not_move(sigma, car, finder):
   frames = [scenes.noisy(car[5], sigma, seed=i) for i in range(45)]
-  (track,) = faces.find_tracks(frames, finder)
+  (track,) = tracking.find_tracks(frames, finder)
   side = sides(track).mean()
   # In pixels of the crop.
   steps = np.abs(np.diff(centres(track), axis=0)) * 224 / side
@@ -349,6 +349,6 @@ def test_crop_follows_a_steady_motion_without_lag(car, finder):
     frame = scenes.room(HEIGHT, WIDTH)
     scenes.paste(frame, car[5], 20 + 4 * i, 60 + i)
     frames.append(frame)
-  (track,) = faces.find_tracks(frames, finder)
+  (track,) = tracking.find_tracks(frames, finder)
   relative = centres(track) - np.outer(np.arange(45), [4, 1])
   assert np.ptp(relative, axis=0).max() * 224 / sides(track).mean() < 4

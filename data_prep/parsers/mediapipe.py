@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep import boxes, mediapipe_tasks, regions
+from data_prep import regions
+from data_prep.faces import boxes, mediapipe_tasks
 from marlin_jax.records.schema import FRAME_SIZE
 
 if TYPE_CHECKING:

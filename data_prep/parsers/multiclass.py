@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep import mediapipe_tasks, regions
+from data_prep import regions
+from data_prep.faces import mediapipe_tasks
 from data_prep.parsers import mediapipe
 from marlin_jax.records.schema import FRAME_SIZE
 

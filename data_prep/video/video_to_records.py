@@ -19,7 +19,8 @@ from typing import Self
 
 import numpy as np
 
-from data_prep import boxes, face_finder, faces, labelling, parsers
+from data_prep import labelling, parsers
+from data_prep.faces import boxes, face_finder, tracking
 from data_prep.sources.manifest import Source
 from data_prep.video import decode, frame_rate
 from marlin_jax.records import mel_spectrogram, quality_index, schema
@@ -215,7 +216,7 @@ class _Work:
     self._progress = progress
     self._reported_at = time.monotonic()
     self.num_frames = 0
-    self.tracks: list[faces.Track] = []
+    self.tracks: list[tracking.Track] = []
     self.quality: list[list[float]] = []
     self._fps = 0.0
     self._sound: _Sound | None = None
@@ -264,7 +265,7 @@ class _Work:
           num_expected = max(video.info.announced_frames, video.num_frames)
           self._report(video.num_frames, num_expected)
 
-      tracks = faces.find_tracks(
+      tracks = tracking.find_tracks(
         frames(),
         self._models.finder,
         self._settings.fps or video.info.rate,
@@ -324,7 +325,7 @@ class _Work:
         self.quality.append(quality_index.row_of(record))
         yield schema.encode(record)
 
-  def _segments_of(self, track: faces.Track) -> Iterator[_Segment]:
+  def _segments_of(self, track: tracking.Track) -> Iterator[_Segment]:
     start = 0
     lengths = segment_lengths(len(track), self._settings.segment_frames)
     for number, length in enumerate(lengths):
@@ -337,7 +338,7 @@ class _Segment:
 
   def __init__(
     self,
-    track: faces.Track,
+    track: tracking.Track,
     number: int,
     start: int,
     length: int,

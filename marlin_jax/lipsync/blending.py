@@ -86,7 +86,7 @@ def _scaled(
 ) -> np.ndarray:
   """Returns a part of the frame as the picture shows it.
 
-  The counterpart of `data_prep.boxes.crop_frame`: fractions of a pixel are
+  The counterpart of `data_prep.faces.boxes.crop_frame`: fractions of a pixel are
   honoured, and where the face is smaller in the frame pixels are averaged.
 
   Args:

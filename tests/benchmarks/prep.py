@@ -30,7 +30,8 @@ import cv2
 import numpy as np
 import tqdm
 
-from data_prep import assets, faces, parsers, pool
+from data_prep import assets, parsers, pool
+from data_prep.faces import tracking
 from data_prep.labelling import Labeller
 from data_prep.parsers.mediapipe import MediaPipeParser
 from data_prep.sources import manifest
@@ -185,8 +186,8 @@ def agreement(source: manifest.Source, models: video_to_records.Models) -> dict:
   with av.open(str(source.path)) as container:
     frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
 
-  def label(boxes: np.ndarray | None) -> tuple[np.ndarray, faces.Track]:
-    tracks = faces.find_tracks(frames, models.finder, min_frames=1)
+  def label(boxes: np.ndarray | None) -> tuple[np.ndarray, tracking.Track]:
+    tracks = tracking.find_tracks(frames, models.finder, min_frames=1)
     track = max(tracks, key=len)
     boxes = track.boxes if boxes is None else boxes
     labeller = Labeller(models.parser, len(track))
@@ -198,7 +199,7 @@ def agreement(source: manifest.Source, models: video_to_records.Models) -> dict:
     return np.stack([blank if f is None else f for f in found]), track
 
   with (
-    mock.patch.object(faces, "MESH_STEPS", 1),
+    mock.patch.object(tracking, "MESH_STEPS", 1),
     mock.patch.object(MediaPipeParser, "LOOK_STEPS", 1),
   ):
     slow, track = label(None)

@@ -123,7 +123,7 @@ class Footage:
 
 def read_footage(dataset: Path) -> list[Footage]:
   """Reads a prepared data set, and finds the mesh of each face in it."""
-  from data_prep.face_finder import FaceFinder
+  from data_prep.faces.face_finder import FaceFinder
   from marlin_jax import prepared_dataset
   from marlin_jax.records import schema
 
@@ -161,12 +161,12 @@ def read_footage(dataset: Path) -> list[Footage]:
 
 def meshes(finder, crops: np.ndarray) -> np.ndarray:
   """Landmarks in face crops, uint8 (T, S, S, 3) -> float64 (T, L, 2)."""
-  from data_prep import boxes, faces
+  from data_prep.faces import boxes, tracking
 
   size = crops.shape[1]
   margin = size * (1 - 1 / boxes.CROP_RATIO) / 2
   box = np.array([margin, margin, size - margin, size - margin])
-  landmarks = np.full((len(crops), faces.NUM_LANDMARKS, 2), np.nan)
+  landmarks = np.full((len(crops), tracking.NUM_LANDMARKS, 2), np.nan)
   for out, crop in zip(landmarks, crops, strict=True):
     mesh = finder.mesh(crop, box)
     if mesh is not None:

@@ -13,7 +13,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from data_prep import assets, boxes, mediapipe_tasks
+from data_prep import assets
+from data_prep.faces import boxes, mediapipe_tasks
 
 # Each model and the score from which its detection is believed. The full-range
 # model misses faces that fill the frame; the short-range one misses those below

@@ -21,7 +21,7 @@ import math
 
 import numpy as np
 
-from data_prep import boxes
+from data_prep.faces import boxes
 from marlin_jax.records.schema import FRAME_SIZE
 
 # Standard deviations, in crop pixels, of the two Gaussians under the

@@ -17,8 +17,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from data_prep import boxes, quality, shots
-from data_prep.face_finder import FaceFinder
+from data_prep.faces import boxes, quality, shots
+from data_prep.faces.face_finder import FaceFinder
 
 NUM_LANDMARKS = 478
 
