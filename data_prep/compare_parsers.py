@@ -29,7 +29,7 @@ from marlin_jax.records.schema import FRAME_SIZE, REGIONS
 
 if TYPE_CHECKING:
   from data_prep.faces.face_finder import FaceFinder
-  from data_prep.parsers import ParserChoice
+  from data_prep.regions.parsers import ParserChoice
   from data_prep.sources.manifest import Source
 
 NAME_HEIGHT = 20
@@ -81,7 +81,7 @@ def drawn_faces(
       video does not have.
     decode.DecodeError: a video cannot be read.
   """
-  from data_prep import drawings
+  from data_prep.regions import drawings
 
   by_name = {source.path.name: source for source in sources}
   wanted = drawings.read_folder(folder)
@@ -145,7 +145,7 @@ def tracked_faces(
 
 def label_maps(faces: Sequence[Face], choice: ParserChoice) -> np.ndarray:
   """Returns uint8 (N, 224, 224); all background where no face was parsed."""
-  from data_prep import parsers
+  from data_prep.regions import parsers
 
   maps = np.zeros((len(faces), FRAME_SIZE, FRAME_SIZE), np.uint8)
   with parsers.open_parser(choice) as parser:
@@ -231,10 +231,10 @@ def _frames(source: Source, numbers: set[int]) -> dict[int, np.ndarray]:
 
 def _face_box(box: np.ndarray) -> np.ndarray:
   """Returns where the face is in a crop."""
-  from data_prep import regions
   from data_prep.faces import boxes
+  from data_prep.regions import lapa
 
-  return regions.grown(box, 1 / boxes.CROP_RATIO)
+  return lapa.grown(box, 1 / boxes.CROP_RATIO)
 
 
 # --- Command line -------------------------------------------------------------
@@ -243,7 +243,8 @@ def _face_box(box: np.ndarray) -> np.ndarray:
 def main(argv: Sequence[str] | None = None) -> int:
   """Returns the exit code: 0, 1 for an error, 130 when interrupted."""
   args = _parser().parse_args(argv)
-  from data_prep import assets, drawings
+  from data_prep import assets
+  from data_prep.regions import drawings
   from data_prep.sources import manifest
   from data_prep.video import decode
 
@@ -266,7 +267,7 @@ def _run(args: argparse.Namespace) -> None:
   from PIL import Image
 
   from data_prep.faces import face_finder
-  from data_prep.parsers import ParserChoice
+  from data_prep.regions.parsers import ParserChoice
   from data_prep.sources import manifest
 
   # --- The faces --------------------------------------------------------------
@@ -330,7 +331,7 @@ def _parser() -> argparse.ArgumentParser:
   add(
     "--masks",
     type=Path,
-    help="folder of masks drawn by hand (see data_prep/drawings.py): compare "
+    help="folder of masks drawn by hand (see data_prep/regions/drawings.py): compare "
     "with these, on their frames",
   )
   add("--output", type=Path, required=True, help="picture to write (.png)")
@@ -344,7 +345,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _names(text: str) -> list[str]:
-  from data_prep.parsers import PARSERS
+  from data_prep.regions.parsers import PARSERS
 
   names = text.split(",")
   for name in names:

@@ -25,7 +25,7 @@ from marlin_jax.records.folders import OutputFolderError
 if TYPE_CHECKING:
   from data_prep import ledger
   from data_prep.dataset_folder import DatasetFolder, Plan
-  from data_prep.parsers import ParserChoice
+  from data_prep.regions.parsers import ParserChoice
   from data_prep.sources.manifest import Input
   from data_prep.video import video_to_records
 
@@ -214,7 +214,7 @@ def _nothing_kept(output: Path, entries: list[ledger.Entry]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-  from data_prep.parsers import PARSERS
+  from data_prep.regions.parsers import PARSERS
   from data_prep.sources.layouts import LAYOUTS
   from data_prep.video import decode
 
@@ -436,7 +436,7 @@ def _settings(
 
 
 def _parser_choice(args: argparse.Namespace) -> ParserChoice:
-  from data_prep.parsers import ParserChoice
+  from data_prep.regions.parsers import ParserChoice
 
   return ParserChoice(args.parser, args.parser_path)
 

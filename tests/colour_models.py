@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.parsers import bisenet, farl
+from data_prep.regions import bisenet, farl
 
 
 def colours(num_classes: int) -> np.ndarray:

@@ -8,9 +8,9 @@ from colour_models import write_onnx
 from conftest import ROOT, VIDEOS
 from PIL import Image
 
-from data_prep import compare_parsers, drawings, parsers
+from data_prep import compare_parsers
 from data_prep.faces import face_finder
-from data_prep.parsers import bisenet
+from data_prep.regions import bisenet, drawings, parsers
 from data_prep.sources import manifest
 from marlin_jax.records.schema import REGIONS
 

@@ -182,7 +182,8 @@ def sample_videos() -> Path:
 @pytest.fixture(scope="session")
 def face_models() -> None:
   """Skips a test where the face models cannot be had."""
-  from data_prep import assets, parsers, prepare
+  from data_prep import assets, prepare
+  from data_prep.regions import parsers
 
   try:
     prepare.fetch_models(parsers.DEFAULT)

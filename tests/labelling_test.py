@@ -4,8 +4,8 @@ import av
 import numpy as np
 import pytest
 
-from data_prep import labelling
 from data_prep.faces import boxes, tracking
+from data_prep.regions import track_labels
 from data_prep.video import video_to_records
 from marlin_jax.records import schema
 from marlin_jax.records.schema import FRAME_SIZE
@@ -56,7 +56,7 @@ def moving_square(num_frames: int) -> tuple[list[np.ndarray], np.ndarray]:
 
 
 def run(parser, frames, meshes) -> list[np.ndarray | None]:
-  labeller = labelling.Labeller(parser, len(frames))
+  labeller = track_labels.Labeller(parser, len(frames))
   for frame, mesh in zip(frames, meshes, strict=True):
     labeller.add(frame, BOX, mesh)
   return labeller.finish()
@@ -94,7 +94,7 @@ def test_real_labels_are_nearly_those_of_looking_in_every_frame(
   with video_to_records.Models() as models:
     (track,) = tracking.find_tracks(every, models.finder)
     assert np.isfinite(track.landmarks).all()
-    labeller = labelling.Labeller(models.parser, len(every))
+    labeller = track_labels.Labeller(models.parser, len(every))
     slow = []
     for i, frame in enumerate(every):
       box, box_now = track.boxes[i], boxes.bounds(track.landmarks[i])

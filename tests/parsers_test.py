@@ -15,13 +15,14 @@ import scenes
 from colour_models import colours, write_onnx, write_script
 from conftest import run_prepare
 
-from data_prep import assets, parsers, regions
+from data_prep import assets
 from data_prep.faces import boxes, face_finder
-from data_prep.parsers import ParserChoice, bisenet, farl, multiclass
+from data_prep.regions import bisenet, farl, lapa, multiclass, parsers
+from data_prep.regions.parsers import ParserChoice
 from marlin_jax.records.schema import REGIONS
 
 SIZE = 1000
-SKIN, HAIR = regions.CODE["skin"], regions.CODE["hair"]
+SKIN, HAIR = lapa.CODE["skin"], lapa.CODE["hair"]
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +52,18 @@ def painted(mesh, class_of: dict[str, int], num_classes: int, shape=None):
     uint8 (SIZE, SIZE, 3).
   """
   labels = np.zeros(shape or (SIZE, SIZE), np.uint8)
-  oval = mesh[list(regions.OVAL)]
+  oval = mesh[list(lapa.OVAL)]
   centre = oval.mean(axis=0)
-  regions.fill(labels, centre + 1.3 * (oval - centre), class_of["hair"])
-  regions.fill(labels, oval, class_of["skin"])
-  for name, ring in regions.POLYGONS:
-    regions.fill(labels, mesh[list(ring)], class_of[name])
+  lapa.fill(labels, centre + 1.3 * (oval - centre), class_of["hair"])
+  lapa.fill(labels, oval, class_of["skin"])
+  for name, ring in lapa.POLYGONS:
+    lapa.fill(labels, mesh[list(ring)], class_of[name])
   return colours(num_classes)[labels], labels
 
 
 def expected_labels(mesh, box) -> np.ndarray:
-  points = regions.in_crop(mesh, box)
-  codes = {name: regions.CODE[name] for name in REGIONS}
+  points = lapa.in_crop(mesh, box)
+  codes = {name: lapa.CODE[name] for name in REGIONS}
   return painted(points, codes, len(REGIONS), (224, 224))[1]
 
 
@@ -72,7 +73,7 @@ def assert_agree(found, expected, but=()):
   for name in REGIONS:
     if name in but:
       continue
-    a, b = found == regions.CODE[name], expected == regions.CODE[name]
+    a, b = found == lapa.CODE[name], expected == lapa.CODE[name]
     iou = (a & b).sum() / (a | b).sum()
     # Parts a few pixels high lose a row at their edge, on both sides.
     assert iou > (0.9 if b.sum() > 1000 else 0.6), f"{name}: {iou:.2f}"
@@ -151,8 +152,8 @@ def test_bisenet_behind_glasses_takes_the_eyes_of_the_mesh(
     assert_agree(found, expected_labels(mesh, box))
     # Glasses of which no eyes are known are skin.
     without = parser.parse(frame, box, None)
-  for ring in (regions.RIGHT_EYE, regions.LEFT_EYE):
-    column, row = regions.in_crop(mesh, box)[list(ring)].mean(axis=0)
+  for ring in (lapa.RIGHT_EYE, lapa.LEFT_EYE):
+    column, row = lapa.in_crop(mesh, box)[list(ring)].mean(axis=0)
     assert without[int(row), int(column)] == SKIN
 
 
@@ -205,7 +206,7 @@ def script_file(tmp_path_factory):
   return path
 
 
-LAPA_PARTS = {name: regions.CODE[name] for name in REGIONS}
+LAPA_PARTS = {name: lapa.CODE[name] for name in REGIONS}
 
 
 def test_farl_finds_every_region_through_the_warp(script_file, mesh, box):
@@ -222,8 +223,8 @@ def test_farl_puts_the_five_points_where_the_model_learned_them(mesh):
   matrix = farl.alignment(mesh)
   eyes = np.stack(
     [
-      mesh[list(regions.RIGHT_EYE)].mean(axis=0),
-      mesh[list(regions.LEFT_EYE)].mean(axis=0),
+      mesh[list(lapa.RIGHT_EYE)].mean(axis=0),
+      mesh[list(lapa.LEFT_EYE)].mean(axis=0),
     ]
   )
   aligned = eyes @ matrix[:, :2].T + matrix[:, 2]
@@ -277,19 +278,19 @@ def confidences(mesh, context_box, **parts: int) -> np.ndarray:
   """Returns float32 (6, 256, 256): hair round a face of face skin."""
   points = (mesh - context_box[:2]) * (256 / (context_box[2] - context_box[0]))
   labels = np.zeros((256, 256), np.uint8)
-  oval = points[list(regions.OVAL)]
+  oval = points[list(lapa.OVAL)]
   centre = oval.mean(axis=0)
-  regions.fill(labels, centre + 1.3 * (oval - centre), parts.get("hair", 1))
-  regions.fill(labels, oval, parts.get("skin", 3))
+  lapa.fill(labels, centre + 1.3 * (oval - centre), parts.get("hair", 1))
+  lapa.fill(labels, oval, parts.get("skin", 3))
   if "mouth" in parts:
     ring = cv2.convexHull(points[[61, 0, 291, 17]].astype(np.float32))
-    regions.fill(labels, ring.squeeze(), parts["mouth"])
+    lapa.fill(labels, ring.squeeze(), parts["mouth"])
   return np.eye(6, dtype=np.float32)[labels].transpose(2, 0, 1)
 
 
 @pytest.fixture(scope="module")
 def context_box(box) -> np.ndarray:
-  return regions.grown(box, 2.4)
+  return lapa.grown(box, 2.4)
 
 
 def compose(confidence, context_box, box, mesh, frame=None):
@@ -310,8 +311,8 @@ def test_multiclass_has_no_neck_and_no_ears(mesh, box, context_box):
     found = compose(
       confidences(mesh, context_box, hair=part), context_box, box, mesh
     )
-    points = regions.in_crop(mesh, box)
-    up, across = regions.face_coordinates(points, 224)
+    points = lapa.in_crop(mesh, box)
+    up, across = lapa.face_coordinates(points, 224)
     assert (found == SKIN).any()
     assert not found[up < -0.05].any()
     assert not found[(across > 1.1) & (up < 0.7)].any()
@@ -324,10 +325,10 @@ def test_multiclass_labels_nothing_on_what_hides_the_mouth(
   found = compose(
     confidences(mesh, context_box, mouth=5), context_box, box, mesh
   )
-  points = regions.in_crop(mesh, box)
+  points = lapa.in_crop(mesh, box)
   column, row = np.round(points[[61, 291]].mean(axis=0)).astype(int)
   assert found[row, column] == 0
-  assert (found == regions.CODE["right_eye"]).any()
+  assert (found == lapa.CODE["right_eye"]).any()
 
 
 def test_multiclass_of_other_classes_is_refused(face_models, mesh, box):
@@ -348,9 +349,9 @@ def test_black_bars_are_not_part_of_the_picture():
   frame = np.zeros((100, 200, 3), np.uint8)
   frame[20:90, 40:180] = 8  # as dark as a bar
   frame[20:90, 40:180:4] = 60
-  np.testing.assert_array_equal(regions.picture_area(frame), [40, 20, 177, 90])
+  np.testing.assert_array_equal(lapa.picture_area(frame), [40, 20, 177, 90])
   frame[:] = 9
-  np.testing.assert_array_equal(regions.picture_area(frame), [0, 0, 200, 100])
+  np.testing.assert_array_equal(lapa.picture_area(frame), [0, 0, 200, 100])
 
 
 def test_unknown_parser_is_an_error_that_names_them_all():

@@ -5,8 +5,9 @@ import pytest
 import scenes
 from conftest import shared_video
 
-from data_prep import assets, parsers
+from data_prep import assets
 from data_prep.faces import tracking
+from data_prep.regions import parsers
 from marlin_jax.records.schema import REGIONS, region_bits
 
 CODE = {name: code for code, name in enumerate(REGIONS)}

@@ -19,8 +19,8 @@ from typing import Self
 
 import numpy as np
 
-from data_prep import labelling, parsers
 from data_prep.faces import boxes, face_finder, tracking
+from data_prep.regions import parsers, track_labels
 from data_prep.sources.manifest import Source
 from data_prep.video import decode, frame_rate
 from marlin_jax.records import mel_spectrogram, quality_index, schema
@@ -346,7 +346,7 @@ class _Segment:
   ) -> None:
     self._track = track
     self._number = number
-    self._labeller = labelling.Labeller(parser, length)
+    self._labeller = track_labels.Labeller(parser, length)
     self._rows = slice(start, start + length)
     self._length = length
     self._jpegs: list[bytes] = []

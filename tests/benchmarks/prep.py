@@ -30,10 +30,11 @@ import cv2
 import numpy as np
 import tqdm
 
-from data_prep import assets, parsers, pool
+from data_prep import assets, pool
 from data_prep.faces import tracking
-from data_prep.labelling import Labeller
-from data_prep.parsers.mediapipe import MediaPipeParser
+from data_prep.regions import parsers
+from data_prep.regions.mediapipe import MediaPipeParser
+from data_prep.regions.track_labels import Labeller
 from data_prep.sources import manifest
 from data_prep.video import decode, video_to_records
 from marlin_jax.records import schema

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data_prep import parsers, regions
+from data_prep.regions import lapa, parsers
 
 
 class Labeller:
@@ -42,7 +42,7 @@ class Labeller:
     self.label_maps.append(None)
     if not np.isfinite(landmarks).all():
       return
-    points = regions.in_crop(landmarks, box)
+    points = lapa.in_crop(landmarks, box)
     is_due = self._last is None or i - self._last[0] >= self._parser.LOOK_STEPS
     if not is_due and i < self._num_frames - 1:
       self._waiting.append((i, points))
@@ -71,7 +71,7 @@ class Labeller:
     import cv2
 
     looks = [self._last, after] if after is not self._last else [after]
-    moved = [regions.moved(seen, was, points) for _, was, seen in looks]
+    moved = [lapa.moved(seen, was, points) for _, was, seen in looks]
     seen = moved[0]
     if len(moved) == 2:
       first, second = looks[0][0], looks[1][0]

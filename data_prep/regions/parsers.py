@@ -171,6 +171,6 @@ def open_parser(choice: ParserChoice = DEFAULT) -> Iterator[Parser]:
     assets.AssetError: the model file could not be had.
     RuntimeError: a library is missing, or the model does not open.
   """
-  module = importlib.import_module(f"data_prep.parsers.{choice.name}")
+  module = importlib.import_module(f"data_prep.regions.{choice.name}")
   with module.open_model(choice.model_file()) as parser:
     yield parser

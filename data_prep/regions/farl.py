@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep import regions
+from data_prep.regions import lapa
 from marlin_jax.records.schema import FRAME_SIZE, REGIONS
 
 if TYPE_CHECKING:
-  from data_prep.parsers import Parser
+  from data_prep.regions.parsers import Parser
 
 INPUT_SIZE = 448
 # Share of the picture, from each border, in which the warp is not linear.
@@ -95,10 +95,10 @@ class FarlParser:
     at = to_model(source, matrix) * (logits.shape[-1] / INPUT_SIZE)
     labels = np.stack([_sampled(one, at) for one in logits]).argmax(axis=0)
     labels = labels.astype(np.uint8)
-    if not (labels == regions.CODE["skin"]).any():
+    if not (labels == lapa.CODE["skin"]).any():
       return None
-    area = regions.picture_area(frame)
-    labels[~regions.inside(area, box, FRAME_SIZE)] = regions.CODE["background"]
+    area = lapa.picture_area(frame)
+    labels[~lapa.inside(area, box, FRAME_SIZE)] = lapa.CODE["background"]
     return labels
 
 
@@ -113,10 +113,10 @@ def alignment(landmarks: np.ndarray) -> np.ndarray:
   landmarks = np.asarray(landmarks, np.float64)
   points = np.stack(
     [
-      landmarks[list(regions.RIGHT_EYE)].mean(axis=0),
-      landmarks[list(regions.LEFT_EYE)].mean(axis=0),
-      landmarks[regions.NOSE_TIP],
-      *landmarks[list(regions.MOUTH_CORNERS)],
+      landmarks[list(lapa.RIGHT_EYE)].mean(axis=0),
+      landmarks[list(lapa.LEFT_EYE)].mean(axis=0),
+      landmarks[lapa.NOSE_TIP],
+      *landmarks[list(lapa.MOUTH_CORNERS)],
     ]
   )
   target = TARGET_POINTS / 512 * (INPUT_SIZE - 1)

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep import regions
+from data_prep.regions import lapa
 from marlin_jax.records.schema import FRAME_SIZE
 
 if TYPE_CHECKING:
-  from data_prep.parsers import Parser
+  from data_prep.regions.parsers import Parser
 
 INPUT_SIZE = 512
 MEAN = np.float32([0.485, 0.456, 0.406])
@@ -50,7 +50,7 @@ CLASSES = (
   ("hat", "background"),
 )
 GLASSES = 6
-_REGION_OF = np.array([regions.CODE[region] for _, region in CLASSES], np.uint8)
+_REGION_OF = np.array([lapa.CODE[region] for _, region in CLASSES], np.uint8)
 # Without a mesh: side over that of the crop, and how far its middle is above
 # the crop's, of that side. Aligned pictures of the sample videos are so.
 UNALIGNED_RATIO = 1.18
@@ -130,11 +130,9 @@ class BiSeNetParser:
       _to_crop(values, matrix, box) for values in (labels, classes)
     )
     if landmarks is not None:
-      _draw_eyes_behind_glasses(
-        labels, classes, regions.in_crop(landmarks, box)
-      )
-    area = regions.picture_area(frame)
-    labels[~regions.inside(area, box, FRAME_SIZE)] = regions.CODE["background"]
+      _draw_eyes_behind_glasses(labels, classes, lapa.in_crop(landmarks, box))
+    area = lapa.picture_area(frame)
+    labels[~lapa.inside(area, box, FRAME_SIZE)] = lapa.CODE["background"]
     return labels
 
 
@@ -146,7 +144,7 @@ def alignment(box: np.ndarray, landmarks: np.ndarray | None) -> np.ndarray:
     landmarks: (478, 2) in source pixels, or None: upright then.
   """
   if landmarks is None:
-    box = regions.grown(np.asarray(box, np.float64), UNALIGNED_RATIO)
+    box = lapa.grown(np.asarray(box, np.float64), UNALIGNED_RATIO)
     centre, half = (box[:2] + box[2:]) / 2, (box[2] - box[0]) / 2
     centre[1] -= UNALIGNED_RISE * 2 * half
     across = np.array([half, 0.0])
@@ -154,9 +152,9 @@ def alignment(box: np.ndarray, landmarks: np.ndarray | None) -> np.ndarray:
     landmarks = np.asarray(landmarks, np.float64)
     right, left = (
       landmarks[list(ring)].mean(axis=0)
-      for ring in (regions.RIGHT_EYE, regions.LEFT_EYE)
+      for ring in (lapa.RIGHT_EYE, lapa.LEFT_EYE)
     )
-    mouth = landmarks[list(regions.MOUTH_CORNERS)].mean(axis=0)
+    mouth = landmarks[list(lapa.MOUTH_CORNERS)].mean(axis=0)
     eyes, eye_to_eye = (right + left) / 2, left - right
     eye_to_mouth = mouth - eyes
     across = eye_to_eye + np.array([eye_to_mouth[1], -eye_to_mouth[0]])
@@ -200,8 +198,8 @@ def _sided(labels: np.ndarray) -> np.ndarray:
   """Tells the person's left brow and eye from the right, by their half."""
   left_half = labels[:, INPUT_SIZE // 2 :]
   for name in ("brow", "eye"):
-    is_part = left_half == regions.CODE[f"right_{name}"]
-    left_half[is_part] = regions.CODE[f"left_{name}"]
+    is_part = left_half == lapa.CODE[f"right_{name}"]
+    left_half[is_part] = lapa.CODE[f"left_{name}"]
   return labels
 
 
@@ -214,9 +212,9 @@ def _draw_eyes_behind_glasses(
   """
   with_eyes = labels.copy()
   for name, ring in (
-    ("right_eye", regions.RIGHT_EYE),
-    ("left_eye", regions.LEFT_EYE),
+    ("right_eye", lapa.RIGHT_EYE),
+    ("left_eye", lapa.LEFT_EYE),
   ):
-    regions.fill(with_eyes, points[list(ring)], regions.CODE[name])
+    lapa.fill(with_eyes, points[list(ring)], lapa.CODE[name])
   behind = classes == GLASSES
   labels[behind] = with_eyes[behind]

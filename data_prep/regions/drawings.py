@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import regions
+from data_prep.regions import lapa
 from marlin_jax.records.schema import FRAME_SIZE
 
 
@@ -67,7 +67,7 @@ def read(file: Path) -> Drawing:
     labels = np.zeros((FRAME_SIZE, FRAME_SIZE), np.uint8)
     for polygon in data["polygons"]:
       ring = np.array(polygon["points"], np.float64).reshape(-1, 2)
-      regions.fill(labels, ring, regions.CODE[polygon["region"]])
+      lapa.fill(labels, ring, lapa.CODE[polygon["region"]])
     if box.shape != (4,) or not (box[2] > box[0] and box[3] > box[1]):
       raise ValueError(f"box {data['box']} is not x0 < x1, y0 < y1")
     return Drawing(
@@ -75,5 +75,5 @@ def read(file: Path) -> Drawing:
     )
   except (KeyError, TypeError, ValueError) as e:
     raise DrawingError(
-      f"{file} is no drawing: {type(e).__name__}: {e}; see data_prep.drawings"
+      f"{file} is no drawing: {type(e).__name__}: {e}; see data_prep.regions.drawings"
     ) from e

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep import regions
 from data_prep.faces import boxes, mediapipe_tasks
+from data_prep.regions import lapa
 from marlin_jax.records.schema import FRAME_SIZE
 
 if TYPE_CHECKING:
-  from data_prep.parsers import Parser
+  from data_prep.regions.parsers import Parser
 
 
 @contextlib.contextmanager
@@ -61,7 +61,7 @@ class MediaPipeParser:
     if landmarks is None or not np.isfinite(landmarks).all():
       return None
     seen = self.look(frame, box, landmarks)
-    return self.label(seen, regions.in_crop(landmarks, box))
+    return self.label(seen, lapa.in_crop(landmarks, box))
 
   def label(self, seen: np.ndarray, points: np.ndarray) -> np.ndarray:
     """See `SteadyParser.label`."""
@@ -69,12 +69,12 @@ class MediaPipeParser:
 
     hair, forehead, fringe, inside = (part > 127 for part in cv2.split(seen))
     labels = np.zeros((FRAME_SIZE, FRAME_SIZE), np.uint8)
-    labels[forehead] = regions.CODE["skin"]
-    labels[hair] = regions.CODE["hair"]
-    regions.fill(labels, regions.outline(points), regions.CODE["skin"])
-    labels[fringe] = regions.CODE["hair"]
-    regions.draw_features(labels, points)
-    labels[~inside] = regions.CODE["background"]
+    labels[forehead] = lapa.CODE["skin"]
+    labels[hair] = lapa.CODE["hair"]
+    lapa.fill(labels, lapa.outline(points), lapa.CODE["skin"])
+    labels[fringe] = lapa.CODE["hair"]
+    lapa.draw_features(labels, points)
+    labels[~inside] = lapa.CODE["background"]
     return labels
 
   def look(
@@ -88,7 +88,7 @@ class MediaPipeParser:
     """
     import cv2
 
-    area = regions.picture_area(frame)
+    area = lapa.picture_area(frame)
     context, context_box = head_and_shoulders(frame, box)
     scale = CONTEXT_SIZE / (context_box[2] - context_box[0])
     result = self._segmenter.segment(mediapipe_tasks.as_image(context))
@@ -99,7 +99,7 @@ class MediaPipeParser:
     half = round(HEAD_RATIO / CONTEXT_RATIO * CONTEXT_SIZE / 2)
     low, high = CONTEXT_SIZE // 2 - half, CONTEXT_SIZE // 2 + half
     points = (landmarks - context_box[:2]) * scale - low
-    inside = regions.inside(area, context_box, CONTEXT_SIZE)
+    inside = lapa.inside(area, context_box, CONTEXT_SIZE)
     masks = _hair_forehead_fringe(
       context[low:high, low:high],
       points,
@@ -109,10 +109,10 @@ class MediaPipeParser:
     stack = 255 * np.stack(masks, axis=-1).astype(np.uint8)
     stack = cv2.GaussianBlur(stack, (0, 0), 1)
     crop_box = np.concatenate([box[:2], box[2:]]) - np.tile(context_box[:2], 2)
-    stack = regions.warped(
+    stack = lapa.warped(
       stack, crop_box * scale - low, FRAME_SIZE, cv2.BORDER_REPLICATE
     )
-    inside = regions.inside(area, box, FRAME_SIZE)
+    inside = lapa.inside(area, box, FRAME_SIZE)
     return np.dstack([stack, 255 * inside.astype(np.uint8)])
 
 
@@ -125,11 +125,9 @@ def head_and_shoulders(
   """
   import cv2
 
-  context_box = regions.grown(box, CONTEXT_RATIO / boxes.CROP_RATIO)
+  context_box = lapa.grown(box, CONTEXT_RATIO / boxes.CROP_RATIO)
   # Black, not the repeated border: the person mask then goes on past it.
-  context = regions.warped(
-    frame, context_box, CONTEXT_SIZE, cv2.BORDER_CONSTANT
-  )
+  context = lapa.warped(frame, context_box, CONTEXT_SIZE, cv2.BORDER_CONSTANT)
   return context, context_box
 
 
@@ -172,9 +170,9 @@ def _hair_forehead_fringe(
   import cv2
 
   size = len(head)
-  up, across = regions.face_coordinates(points, size)
+  up, across = lapa.face_coordinates(points, size)
   oval = np.zeros((size, size), np.uint8)
-  regions.fill(oval, points[list(regions.OVAL)], 1)
+  lapa.fill(oval, points[list(lapa.OVAL)], 1)
   inner = cv2.erode(oval, np.ones((5, 5), np.uint8)).astype(bool)
   oval = oval.astype(bool)
   body = (person > 0.5) & inside
@@ -193,7 +191,7 @@ def _hair_forehead_fringe(
   hair = body & (up > 0) & ~inner & (score > 0)
   opened = _opened(hair)
   hair = opened & _joined(opened, hair & (up > 0.75))
-  brows = points[list(regions.RIGHT_BROW + regions.LEFT_BROW)].astype(np.int64)
+  brows = points[list(lapa.RIGHT_BROW + lapa.LEFT_BROW)].astype(np.int64)
   brows = np.clip(brows, 0, size - 1)
   brow_top = up[brows[:, 1], brows[:, 0]].max()
   fringe = _opened(oval & (up > brow_top + 0.06) & (score > 1.5))
@@ -221,9 +219,9 @@ def _hair_colour(
   lab = cv2.cvtColor(cv2.GaussianBlur(head, (3, 3), 0), cv2.COLOR_RGB2LAB)
   lab = lab.astype(np.float32)
   features = np.zeros(oval.shape, np.uint8)
-  for name, ring in regions.POLYGONS:
+  for name, ring in lapa.POLYGONS:
     if name != "nose":
-      regions.fill(features, points[list(ring)], 1)
+      lapa.fill(features, points[list(ring)], 1)
   features = cv2.dilate(features, np.ones((5, 5), np.uint8)).astype(bool)
   # Not lower, where a beard may be, nor higher, where a fringe may be.
   cheeks = body & oval & ~features & (up > 0.38) & (up < 0.75) & (across < 0.8)

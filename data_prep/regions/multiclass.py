@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep import regions
 from data_prep.faces import mediapipe_tasks
-from data_prep.parsers import mediapipe
+from data_prep.regions import lapa, mediapipe
 from marlin_jax.records.schema import FRAME_SIZE
 
 if TYPE_CHECKING:
-  from data_prep.parsers import Parser
+  from data_prep.regions.parsers import Parser
 
 # The model's classes, by position.
 CLASSES = ("background", "hair", "body_skin", "face_skin", "clothes", "others")
@@ -89,26 +88,26 @@ def compose(
   crop_box = (np.asarray(box) - np.tile(context_box[:2], 2)) * scale
   segments = np.stack(
     [
-      regions.warped(mask, crop_box, FRAME_SIZE, cv2.BORDER_REPLICATE)
+      lapa.warped(mask, crop_box, FRAME_SIZE, cv2.BORDER_REPLICATE)
       for mask in confidences
     ]
   ).argmax(axis=0)
-  points = regions.in_crop(landmarks, box)
-  up, across = regions.face_coordinates(points, FRAME_SIZE)
+  points = lapa.in_crop(landmarks, box)
+  up, across = lapa.face_coordinates(points, FRAME_SIZE)
   oval = np.zeros((FRAME_SIZE, FRAME_SIZE), np.uint8)
-  regions.fill(oval, regions.outline(points), 1)
+  lapa.fill(oval, lapa.outline(points), 1)
   # The forehead is as wide as the face, and ends where the hair begins.
   face = (oval > 0) | ((up > 0.75) & (across < 1.05))
 
   labels = np.zeros((FRAME_SIZE, FRAME_SIZE), np.uint8)
   # A beard may be taken for body skin, but nothing else may before the face.
   skin = (segments == 3) | ((segments == 2) & (oval > 0))
-  labels[face & skin] = regions.CODE["skin"]
+  labels[face & skin] = lapa.CODE["skin"]
   features = labels.copy()
-  regions.draw_features(features, points)
+  lapa.draw_features(features, points)
   visible = ~np.isin(segments, (0, 4, 5))
   labels[visible] = features[visible]
-  labels[(segments == 1) & (labels < 2)] = regions.CODE["hair"]
-  area = regions.picture_area(frame)
-  labels[~regions.inside(area, box, FRAME_SIZE)] = regions.CODE["background"]
+  labels[(segments == 1) & (labels < 2)] = lapa.CODE["hair"]
+  area = lapa.picture_area(frame)
+  labels[~lapa.inside(area, box, FRAME_SIZE)] = lapa.CODE["background"]
   return labels
