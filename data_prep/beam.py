@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from data_prep import pool, shards, storage, workers
-from data_prep.shard_job import ShardJob
+from data_prep import pool, storage, workers
+from data_prep.output import shards
+from data_prep.output.shard_job import ShardJob
 from data_prep.video import video_to_records
 from marlin_jax.records.folders import write_bytes
 

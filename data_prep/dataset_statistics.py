@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import dataset_folder, ledger, shards
+from data_prep.output import dataset_folder, ledger, shards
 from data_prep.sources.listing import Label
 from data_prep.sources.manifest import stable_hash
 from data_prep.video import video_to_records

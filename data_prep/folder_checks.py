@@ -11,8 +11,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from data_prep import dataset_folder, integrity, ledger, shards
+from data_prep import integrity
 from data_prep.integrity import Expected, FoundShard, Problems
+from data_prep.output import dataset_folder, ledger, shards
 from data_prep.sources.listing import Label
 from data_prep.video import video_to_records
 from marlin_jax.records import quality_index, schema

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import ledger, shards
+from data_prep.output import ledger, shards
 from data_prep.sources import listing
 from data_prep.sources.listing import Label
 from data_prep.video.video_to_records import segment_lengths

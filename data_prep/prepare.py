@@ -23,8 +23,8 @@ from marlin_jax.records.cli import counted
 from marlin_jax.records.folders import OutputFolderError
 
 if TYPE_CHECKING:
-  from data_prep import ledger
-  from data_prep.dataset_folder import DatasetFolder, Plan
+  from data_prep.output import ledger
+  from data_prep.output.dataset_folder import DatasetFolder, Plan
   from data_prep.regions.parsers import ParserChoice
   from data_prep.sources.manifest import Input
   from data_prep.video import video_to_records
@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
       "--engine=beam needs Apache Beam: pip install -r requirements-beam.txt"
     )
   # Imported here, so that --help answers at once.
-  from data_prep import assets, shards, workers
+  from data_prep import assets, workers
+  from data_prep.output import shards
   from data_prep.sources import manifest
 
   return cli.exit_code(
@@ -68,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-  from data_prep import dataset_folder, storage
+  from data_prep import storage
+  from data_prep.output import dataset_folder
   from data_prep.sources import manifest
 
   # --- What to do -------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 from data_prep import storage
 
 if TYPE_CHECKING:
-  from data_prep.ledger import Entry
+  from data_prep.output.ledger import Entry
   from data_prep.sources.manifest import Source
 
 

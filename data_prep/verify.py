@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep import ledger, storage
+from data_prep import storage
+from data_prep.output import ledger
 from marlin_jax.records import cli, schema
 from marlin_jax.records.cli import counted
 

@@ -186,7 +186,7 @@ def _open_work(settings: WindowSettings) -> Iterator[Callable]:
 
 
 def _outcome(path: Path, reason: str) -> Outcome:
-  from data_prep import ledger
+  from data_prep.output import ledger
 
   try:
     return Outcome(reason, ledger.sha256_of(path), path.stat().st_size)

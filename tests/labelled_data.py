@@ -10,7 +10,7 @@ import simplejpeg
 from flax import nnx
 
 from configs import eval_dfd
-from data_prep import ledger, shards
+from data_prep.output import ledger, shards
 from data_prep.sources.listing import BINARY, CLASS, VALUE, Label
 from marlin_jax.downstream.evaluation import evaluate
 from marlin_jax.formats import native

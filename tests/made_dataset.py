@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
-from data_prep import dataset_folder, ledger, shards
+from data_prep.output import dataset_folder, ledger, shards
 from data_prep.sources.listing import Label
 from data_prep.sources.manifest import Input, Source
 from data_prep.video import video_to_records

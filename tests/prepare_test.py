@@ -21,7 +21,7 @@ from conftest import (
   write_video,
 )
 
-from data_prep import dataset_folder
+from data_prep.output import dataset_folder
 from data_prep.sources import manifest
 from data_prep.video import video_to_records
 from marlin_jax.records import quality_index, schema

@@ -8,8 +8,8 @@ from pathlib import Path
 import made_dataset
 import pytest
 
-from data_prep import dataset_folder, ledger, shards
-from data_prep.shard_job import ShardJob, ready_path
+from data_prep.output import dataset_folder, ledger, shards
+from data_prep.output.shard_job import ShardJob, ready_path
 from data_prep.sources.manifest import read_input
 from data_prep.video import video_to_records
 from marlin_jax.records.folders import OutputFolderError

@@ -16,7 +16,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from conftest import ROOT, run_prepare
 from made_dataset import a_record
 
-from data_prep import integrity, ledger, shards, verify
+from data_prep import integrity, verify
+from data_prep.output import ledger, shards
 from marlin_jax.records import quality_index, schema
 
 LABELS = made_dataset.some_labels(1, 0, -0.7)

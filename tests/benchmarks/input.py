@@ -25,7 +25,7 @@ import simplejpeg
 import timing
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from data_prep import shards
+from data_prep.output import shards
 from marlin_jax import input_pipeline, prepared_dataset, sample
 from marlin_jax.records import schema
 from marlin_jax.video import Clip

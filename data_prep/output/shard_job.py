@@ -13,8 +13,9 @@ import json
 import os
 from pathlib import Path
 
-from data_prep import ledger, shards, storage
-from data_prep.ledger import Entry
+from data_prep import storage
+from data_prep.output import ledger, shards
+from data_prep.output.ledger import Entry
 from data_prep.sources.manifest import Source
 
 

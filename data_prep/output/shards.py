@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from data_prep import ledger, storage
+from data_prep import storage
+from data_prep.output import ledger
 from data_prep.sources.listing import Label
 from marlin_jax.records import schema
 

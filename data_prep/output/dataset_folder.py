@@ -32,9 +32,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from data_prep import ledger, shards, storage
-from data_prep.ledger import Entry
-from data_prep.shard_job import ShardJob, note_path, ready_path
+from data_prep import storage
+from data_prep.output import ledger, shards
+from data_prep.output.ledger import Entry
+from data_prep.output.shard_job import ShardJob, note_path, ready_path
 from data_prep.sources.manifest import Input, Source, stable_hash
 from data_prep.video import video_to_records
 from marlin_jax.records import quality_index, schema
