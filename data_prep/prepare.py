@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
       "--engine=beam needs Apache Beam: pip install -r requirements-beam.txt"
     )
   # Imported here, so that --help answers at once.
-  from data_prep import assets, workers
+  from data_prep import assets
+  from data_prep.engines import workers
   from data_prep.output import shards
   from data_prep.sources import manifest
 
@@ -110,7 +111,7 @@ def _run(args: argparse.Namespace) -> None:
     started_at = time.monotonic()
     folder.begin(plan)
     if args.engine == "beam":
-      from data_prep import beam
+      from data_prep.engines import beam
 
       jobs = [folder.job(shard) for shard in plan.shards]
       beam.run(jobs, settings, args.num_workers, args.beam_flags)
@@ -148,7 +149,7 @@ def _run_pool(
   settings: video_to_records.Settings,
   num_workers: int,
 ) -> None:
-  from data_prep import pool, progress
+  from data_prep.engines import pool, progress
 
   for shard in filter(folder.is_complete, plan.shards):
     folder.write_shard(shard)

@@ -41,7 +41,7 @@ class _NothingToVerify(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
   """Returns the exit code: 0 whole, 1 damaged, 2 usage, 130 interrupted."""
   args = _parser().parse_args(argv)
-  from data_prep import workers
+  from data_prep.engines import workers
 
   try:
     report = verify(args.dataset_dir, args.num_workers)
@@ -173,7 +173,8 @@ def _read_shards(
   """Returns what each shard holds, in order; adds their problems."""
   from tqdm import tqdm
 
-  from data_prep import integrity, workers
+  from data_prep import integrity
+  from data_prep.engines import workers
 
   sizes = [path.stat().st_size for path in paths]
   read = [0] * len(paths)

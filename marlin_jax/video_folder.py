@@ -18,7 +18,7 @@ from marlin_jax.face_video import (
 )
 
 if TYPE_CHECKING:
-  from data_prep.progress import VideoBar
+  from data_prep.engines.progress import VideoBar
 
 # A worker process is replaced after so many videos, as in data_prep.prepare.
 _VIDEOS_PER_WORKER = 50
@@ -100,7 +100,7 @@ def list_videos(inputs: Iterable[str | os.PathLike]) -> list[Video]:
 
 def progress_bar(videos: Sequence[Video]) -> VideoBar:
   """Returns a bar that shows how far these videos are."""
-  from data_prep import progress
+  from data_prep.engines import progress
 
   return progress.VideoBar([max(video.num_bytes, 1) for video in videos])
 
@@ -125,7 +125,7 @@ def read_many(
   Raises:
     ReaderError: no video can be read on this machine.
   """
-  from data_prep import workers
+  from data_prep.engines import workers
 
   with contextlib.closing(
     workers.run_tasks(

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from data_prep import workers
+from data_prep.engines import workers
 
 
 @contextlib.contextmanager

@@ -30,7 +30,8 @@ import cv2
 import numpy as np
 import tqdm
 
-from data_prep import assets, pool
+from data_prep import assets
+from data_prep.engines import pool
 from data_prep.faces import tracking
 from data_prep.regions import parsers
 from data_prep.regions.mediapipe import MediaPipeParser

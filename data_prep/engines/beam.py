@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from data_prep import pool, storage, workers
+from data_prep import storage
+from data_prep.engines import pool, workers
 from data_prep.output import shards
 from data_prep.output.shard_job import ShardJob
 from data_prep.video import video_to_records

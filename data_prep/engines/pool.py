@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep import storage, workers
+from data_prep import storage
+from data_prep.engines import workers
+from data_prep.engines.progress import ProgressBar
 from data_prep.output import ledger, shards
-from data_prep.progress import ProgressBar
 from data_prep.sources.manifest import Source
 from data_prep.video import video_to_records
 
