@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_prep import html_page, storage
-from data_prep.html_page import Html, file_name, section, table, tag
+from data_prep import storage
+from data_prep.inspection import html_page
+from data_prep.inspection.html_page import Html, file_name, section, table, tag
 from data_prep.sources import listing
 from marlin_jax.records import cli, schema
 from marlin_jax.records.cli import counted
 
 if TYPE_CHECKING:
-  from data_prep.dataset_statistics import Statistics, Track
+  from data_prep.inspection.dataset_statistics import Statistics, Track
   from data_prep.sources.listing import Label
 
 # Crops on the page, some 15 kB each.
@@ -41,7 +42,7 @@ _ENLARGED = float(schema.FRAME_SIZE)
 def main(argv: Sequence[str] | None = None) -> int:
   """Returns the exit code: 0, 1 for an error, 130 when interrupted."""
   args = _parser().parse_args(argv)
-  from data_prep import dataset_statistics
+  from data_prep.inspection import dataset_statistics
 
   def work() -> None:
     text = make(args.dataset_dir, args.max_records)
@@ -68,7 +69,7 @@ def make(dataset_dir: Path, max_records: int) -> str:
   """
   from tqdm import tqdm
 
-  from data_prep import dataset_statistics
+  from data_prep.inspection import dataset_statistics
 
   with tqdm(desc="reading", unit=" records") as bar:
 
@@ -318,7 +319,8 @@ def _evenly(tracks: list[Track], num: int) -> list[Track]:
 
 def _crop(track: Track) -> Html:
   """Draws the middle frame of a track."""
-  from data_prep import contact_sheet, dataset_statistics
+  from data_prep import contact_sheet
+  from data_prep.inspection import dataset_statistics
 
   place = track.places[len(track.places) // 2]
   record = dataset_statistics.read_record(place)

@@ -24,7 +24,7 @@ from marlin_jax.records import cli, schema
 from marlin_jax.records.cli import counted
 
 if TYPE_CHECKING:
-  from data_prep.integrity import Expected, FoundShard, Problems
+  from data_prep.inspection.record_checks import Expected, FoundShard, Problems
 
 # Lines on the terminal; the JSON report holds more.
 MAX_SHOWN = 20
@@ -70,10 +70,10 @@ def verify(dataset_dir: Path, num_workers: int) -> dict[str, Any]:
     _NothingToVerify: the folder holds no data set.
     OSError: the folder cannot be read.
   """
-  from data_prep import folder_checks, integrity
+  from data_prep.inspection import folder_checks, record_checks
 
   started_at = time.monotonic()
-  problems = integrity.Problems()
+  problems = record_checks.Problems()
 
   # --- What the small files say -----------------------------------------------
   settings = _settings(dataset_dir)
@@ -119,7 +119,7 @@ def _report(
   problems: Problems,
   started_at: float,
 ) -> dict[str, Any]:
-  from data_prep import folder_checks, integrity
+  from data_prep.inspection import folder_checks, record_checks
 
   videos = [video for shard in found for video in shard.videos.values()]
   return {
@@ -133,7 +133,7 @@ def _report(
     "secs": round(time.monotonic() - started_at, 1),
     "num_problems": {
       kind: problems.counts[kind]
-      for kind in integrity.KINDS
+      for kind in record_checks.KINDS
       if problems.counts[kind]
     },
     "problems": [dataclasses.asdict(problem) for problem in problems.listed()],
@@ -173,18 +173,18 @@ def _read_shards(
   """Returns what each shard holds, in order; adds their problems."""
   from tqdm import tqdm
 
-  from data_prep import integrity
   from data_prep.engines import workers
+  from data_prep.inspection import record_checks
 
   sizes = [path.stat().st_size for path in paths]
   read = [0] * len(paths)
-  found: dict[int, integrity.FoundShard] = {}
+  found: dict[int, record_checks.FoundShard] = {}
   terminal = sys.stderr.isatty()
   with (
     contextlib.closing(
       workers.run_tasks(
         paths,
-        integrity.open_check,
+        record_checks.open_check,
         expected,
         num_workers=num_workers,
         tasks_per_worker=SHARDS_PER_WORKER,
@@ -210,7 +210,7 @@ def _read_shards(
         found[event.task] = event.value
       elif event.kind == "died":
         problems.add("damaged", paths[event.task].name, event.value)
-        found[event.task] = integrity.FoundShard(paths[event.task].name)
+        found[event.task] = record_checks.FoundShard(paths[event.task].name)
   for shard in found.values():
     problems.extend(shard.problems)
   return [found[i] for i in sorted(found)]
@@ -223,7 +223,7 @@ def _read_shards(
 
 
 def _words(report: dict[str, Any]) -> str:
-  from data_prep import integrity
+  from data_prep.inspection import record_checks
 
   read = ", ".join(
     counted(report[f"num_{noun}s"], noun)
@@ -236,7 +236,7 @@ def _words(report: dict[str, Any]) -> str:
   num = sum(report["num_problems"].values())
   lines.append(f"{report['dataset']} is damaged, {counted(num, 'problem')}:")
   for kind, number in report["num_problems"].items():
-    lines.append(f"  {number} x {kind}: {integrity.KINDS[kind]}")
+    lines.append(f"  {number} x {kind}: {record_checks.KINDS[kind]}")
   shown = report["problems"][:MAX_SHOWN]
   lines += [f"{p['kind']}: {p['where']}: {p['what']}" for p in shown]
   if num > len(shown):

@@ -12,8 +12,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from conftest import ROOT
 from made_dataset import a_record, some_labels
 
-from data_prep import dataset_statistics, html_page, report
-from data_prep.dataset_statistics import DatasetError
+from data_prep import report
+from data_prep.inspection import dataset_statistics, html_page
+from data_prep.inspection.dataset_statistics import DatasetError
 from data_prep.output import shards
 
 EVIL = "<script>alert(1)</script> \"'&amp; \u202e.mp4"

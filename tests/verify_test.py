@@ -16,7 +16,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from conftest import ROOT, run_prepare
 from made_dataset import a_record
 
-from data_prep import integrity, verify
+from data_prep import verify
+from data_prep.inspection import record_checks
 from data_prep.output import ledger, shards
 from marlin_jax.records import quality_index, schema
 
@@ -391,12 +392,12 @@ def test_labels_that_differ_within_a_video_or_from_the_ledger_are_told_of(
 
 
 def test_sound_and_its_mel_must_fit():
-  expected = integrity.Expected(64, {}, has_sound=True)
+  expected = record_checks.Expected(64, {}, has_sound=True)
   second, mel = bytes(2 * 16_000), np.zeros((80, 80), np.float32)
 
   def found(**changes):
     record = a_record("a.mp4", **changes)
-    return list(integrity.record_problems(record, expected))
+    return list(record_checks.record_problems(record, expected))
 
   assert found(audio=second, mel=mel) == []
   assert found(audio=b"") == []  # a video without sound
@@ -537,15 +538,15 @@ def test_copies_under_another_name_are_a_note_and_no_damage(dataset):
 
 
 def test_many_problems_are_counted_and_some_are_listed():
-  found = integrity.Problems()
+  found = record_checks.Problems()
   for i in range(1000):
     found.add("unexpected", f"{i:04d}", "")
-  other = integrity.Problems()
+  other = record_checks.Problems()
   other.add("missing", "shard", "")
   found.extend(other)
   listed = found.listed()
   assert [p.kind for p in listed[:2]] == ["missing", "unexpected"]
-  assert len(listed) == 1 + integrity.MAX_LISTED
+  assert len(listed) == 1 + record_checks.MAX_LISTED
   assert found.counts == {"unexpected": 1000, "missing": 1}
 
 

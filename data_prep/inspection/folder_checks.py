@@ -11,8 +11,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from data_prep import integrity
-from data_prep.integrity import Expected, FoundShard, Problems
+from data_prep.inspection import record_checks
+from data_prep.inspection.record_checks import Expected, FoundShard, Problems
 from data_prep.output import dataset_folder, ledger, shards
 from data_prep.sources.listing import Label
 from data_prep.video import video_to_records
@@ -199,7 +199,7 @@ def check_places(
           f"its records say subject {sorted(video.subject_ids)}, videos.jsonl "
           f"{entry.subject_id!r}",
         )
-      if not integrity.same_labels(video.labels, entry.labels):
+      if not record_checks.same_labels(video.labels, entry.labels):
         what = "its records have other labels than videos.jsonl"
         problems.add("counts", where, what)
       if video.quality != entry.quality:
