@@ -248,7 +248,8 @@ def check(before, after, clip: np.ndarray) -> None:
 
 def _clip(path: str | None, architecture) -> np.ndarray:
   """uint8 (1, T, S, S, 3) from a real video, noise where there is none."""
-  from marlin_jax import face_video, sample
+  from marlin_jax import face_video
+  from marlin_jax.data import sample
 
   settings = face_video.WindowSettings(
     clip=architecture.clip, image_size=architecture.image_size

@@ -15,10 +15,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from marlin_jax import masking, memory, optim, sharding, train_step, video
-from marlin_jax.input_pipeline import TakeClip
+from marlin_jax import masking, memory, optim, sharding, train_step
+from marlin_jax.data import clip_geometry
+from marlin_jax.data.loader import TakeClip
+from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.models import discriminator, mae, softmax_attention
-from marlin_jax.prepared_dataset import Dataset
 from marlin_jax.records.schema import FRAME_SIZE
 
 # Keys that change neither what is learned nor from what: free on resume.
@@ -96,7 +97,7 @@ def build(
     device_bytes: memory to plan with on each device; None: that of this
       process's first. Must be the same on every process.
   """
-  tubelets = video.Tubelets(
+  tubelets = clip_geometry.Tubelets(
     config.data.num_frames, tubelet_size=config.model.tubelet_size
   )
   masks = masking.Masking(
@@ -183,7 +184,7 @@ def build(
     return train_step.init_state(trainer, params, fixed, disc_params)
 
   take_clip = TakeClip(
-    video.Clip(config.data.num_frames, config.data.stride),
+    clip_geometry.Clip(config.data.num_frames, config.data.stride),
     config.model.tubelet_size,
   )
   return Experiment(trainer, initialise, schedule, take_clip)
@@ -201,7 +202,7 @@ def clips_that_fit(
       "disc_params": ...}.
     device_bytes: memory to plan with on each device.
   """
-  tubelets = video.Tubelets(
+  tubelets = clip_geometry.Tubelets(
     config.data.num_frames, tubelet_size=config.model.tubelet_size
   )
   masks = masking.Masking(

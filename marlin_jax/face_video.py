@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from marlin_jax.video import Clip
+from marlin_jax.data.clip_geometry import Clip
 
 if TYPE_CHECKING:
   from data_prep.faces import tracking

@@ -10,8 +10,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from marlin_jax.data.clip_geometry import Tubelets
 from marlin_jax.masking import Masking, num_decoded
-from marlin_jax.video import Tubelets
 
 
 def train_step(config: ConfigDict, num_micro: int = 1) -> float:

@@ -23,12 +23,12 @@ from marlin_jax import (
   window_features,
 )
 from marlin_jax.clips import as_clips, read_clips
+from marlin_jax.data.clip_geometry import Tubelets
 from marlin_jax.formats import detect
 from marlin_jax.formats.weights import Architecture, Weights, WeightsError
 from marlin_jax.models import softmax_attention
 from marlin_jax.models.mae import MAE, Encoder
 from marlin_jax.train_step import imagenet_normalised
-from marlin_jax.video import Tubelets
 
 
 class Marlin:

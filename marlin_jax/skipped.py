@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from marlin_jax.prepared_dataset import Dataset, DatasetError, RecordSource
+from marlin_jax.data.prepared_dataset import Dataset, DatasetError, RecordSource
 
 
 class SkippedStep(NamedTuple):

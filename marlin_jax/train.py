@@ -63,17 +63,15 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
     distributed,
     experiment,
     goodput,
-    input_pipeline,
     memory,
-    prepared_dataset,
     profiler,
     run_files,
-    sample,
     sharding,
     training_run,
     warm_start,
   )
   from marlin_jax.checkpoint import ResumeError
+  from marlin_jax.data import loader, prepared_dataset, sample
   from marlin_jax.evaluators import probe, reconstruction
   from marlin_jax.formats import detect
   from marlin_jax.formats import run as run_format
@@ -171,8 +169,8 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
     carried=workdir.seconds_before(),
   )
   bad_records = workdir.bad_records()
-  batches = input_pipeline.to_devices(
-    input_pipeline.train_batches(
+  batches = loader.to_devices(
+    loader.train_batches(
       dataset,
       take_clip,
       batch_size=config.batch_size,
@@ -180,7 +178,7 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
       start_step=workdir.start_step,
       num_threads=config.data.num_threads,
       clips_per_record=config.data.clips_per_record,
-      rows=input_pipeline.own_rows(split, config.batch_size),
+      rows=loader.own_rows(split, config.batch_size),
       bad=bad_records,
     ),
     split,

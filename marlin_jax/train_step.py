@@ -31,13 +31,13 @@ import optax
 from flax import nnx
 
 from marlin_jax import losses, masking
+from marlin_jax.data.clip_geometry import Tubelets
 from marlin_jax.masking import Masking
 from marlin_jax.models import partition
 from marlin_jax.models.affine import Affine
 from marlin_jax.models.discriminator import Discriminator
 from marlin_jax.models.mae import MAE, gather_tokens
 from marlin_jax.models.vit import Fixed
-from marlin_jax.video import Tubelets
 
 Pytree = Any
 

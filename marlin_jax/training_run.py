@@ -22,21 +22,21 @@ from marlin_jax import (
   checkpoint,
   distributed,
   goodput,
-  input_pipeline,
   metrics,
   run_files,
   skipped,
   watchdog,
 )
 from marlin_jax.checkpoint import ResumeError, SaveError
+from marlin_jax.data import loader
+from marlin_jax.data.prepared_dataset import Dataset, DatasetError
+from marlin_jax.data.sample import SampleError
 from marlin_jax.downstream.tasks import TaskError
 from marlin_jax.experiment import flat
 from marlin_jax.formats.weights import WeightsError
-from marlin_jax.prepared_dataset import Dataset, DatasetError
 from marlin_jax.records import folders
 from marlin_jax.records.folders import OutputFolderError
 from marlin_jax.rendezvous import StartError
-from marlin_jax.sample import SampleError
 from marlin_jax.validate import ConfigError
 
 
@@ -173,10 +173,10 @@ class Workdir:
       self.files.path / "metrics.jsonl", self.start_step
     )
 
-  def bad_records(self) -> input_pipeline.BadRecords:
+  def bad_records(self) -> loader.BadRecords:
     """Where this process notes records that cannot be read."""
     me = jax.process_index()
-    return input_pipeline.BadRecords(
+    return loader.BadRecords(
       self.path / f"quarantine{f'.process_{me}' if me else ''}.jsonl",
       limit=self.config.data.max_bad_records,
     )

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.face_video import WindowSettings
-from marlin_jax.video import Clip
 
 if TYPE_CHECKING:
   import jax

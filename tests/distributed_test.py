@@ -15,9 +15,10 @@ from conftest import seeing_devices
 from train_test import TINY, command, metrics_of, refused
 
 from configs import pretrain_b
-from marlin_jax import distributed, input_pipeline, prepared_dataset
+from marlin_jax import distributed
+from marlin_jax.data import loader, prepared_dataset
+from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.models import blocks
-from marlin_jax.video import Clip
 
 ROOT = Path(__file__).parents[1]
 NUM_STEPS = 7
@@ -248,10 +249,10 @@ def test_the_clips_of_a_batch_do_not_depend_on_who_reads_them(
   sample_dataset, clips_per_record
 ):
   dataset = prepared_dataset.open_dataset(str(sample_dataset), "train")
-  transform = input_pipeline.TakeClip(Clip(4, 2), tubelet_size=2)
+  transform = loader.TakeClip(Clip(4, 2), tubelet_size=2)
 
   def batches(rows):
-    made = input_pipeline.train_batches(
+    made = loader.train_batches(
       dataset,
       transform,
       batch_size=6,
@@ -261,7 +262,7 @@ def test_the_clips_of_a_batch_do_not_depend_on_who_reads_them(
       clips_per_record=clips_per_record,
       rows=rows,
     )
-    evaluated = input_pipeline.eval_batches(
+    evaluated = loader.eval_batches(
       dataset, transform, batch_size=6, num_batches=2, rows=rows
     )
     return [next(made), next(made), *evaluated]

@@ -23,12 +23,12 @@ from labelled_data import (
 )
 
 from configs import eval_dfd, eval_far
+from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.downstream import clip_batches, labelled, tasks
 from marlin_jax.downstream.evaluation import open_weights
 from marlin_jax.formats import native
 from marlin_jax.formats import run as orbax
 from marlin_jax.formats.weights import Architecture, Weights, WeightsError
-from marlin_jax.prepared_dataset import DatasetError
 from marlin_jax.records.folders import OutputFolderError
 from marlin_jax.validate import ConfigError
 

@@ -12,6 +12,7 @@ import pytest
 from conftest import moving_noise, shared_video, write_video
 
 from data_prep.video import video_to_records
+from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.face_video import (
   FaceVideoError,
   NoFaceError,
@@ -21,7 +22,6 @@ from marlin_jax.face_video import (
   read_windows,
 )
 from marlin_jax.records import schema
-from marlin_jax.video import Clip
 
 SIZE = 32
 SHARED = {

@@ -8,11 +8,11 @@ import made_dataset
 import numpy as np
 import pytest
 
-from marlin_jax import input_pipeline, prepared_dataset
+from marlin_jax.data import loader, prepared_dataset
+from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.records import schema
-from marlin_jax.video import Clip
 
-TAKE_CLIP = input_pipeline.TakeClip(Clip(4, 2), tubelet_size=2)
+TAKE_CLIP = loader.TakeClip(Clip(4, 2), tubelet_size=2)
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def take(
   batch_size=3,
   **k,
 ):
-  batches = input_pipeline.train_batches(
+  batches = loader.train_batches(
     dataset,
     TAKE_CLIP,
     batch_size=batch_size,
@@ -94,7 +94,7 @@ def test_every_record_is_seen_once_per_pass(dataset):
 @pytest.fixture
 def many():
   """Numbers of records and their order, without the records."""
-  return input_pipeline._Draws(1000, seed=3)
+  return loader._Draws(1000, seed=3)
 
 
 def test_every_pass_over_many_records_has_an_order_of_its_own(many):
@@ -133,11 +133,7 @@ def test_clips_of_one_record_follow_each_other_and_differ(dataset):
 
 def test_evaluation_takes_the_same_clips_every_time(dataset):
   first, again = (
-    list(
-      input_pipeline.eval_batches(
-        dataset, TAKE_CLIP, batch_size=4, num_batches=2
-      )
-    )
+    list(loader.eval_batches(dataset, TAKE_CLIP, batch_size=4, num_batches=2))
     for _ in range(2)
   )
   assert_same(first, again)
@@ -163,7 +159,7 @@ def mixed(tmp_path_factory):
 
 def test_only_records_of_the_wanted_quality_are_served(mixed, tmp_path):
   def served(num_batches, **k):
-    bad = input_pipeline.BadRecords(tmp_path / "bad", limit=1)
+    bad = loader.BadRecords(tmp_path / "bad", limit=1)
     return take(mixed, num_batches, bad=bad, **k)
 
   whole = served(4)
@@ -178,8 +174,8 @@ def test_only_records_of_the_wanted_quality_are_served(mixed, tmp_path):
 
 
 def test_evaluation_serves_only_records_of_the_wanted_quality(mixed, tmp_path):
-  bad = input_pipeline.BadRecords(tmp_path / "bad", limit=1)
-  batches = input_pipeline.eval_batches(
+  bad = loader.BadRecords(tmp_path / "bad", limit=1)
+  batches = loader.eval_batches(
     mixed, TAKE_CLIP, batch_size=3, num_batches=2, bad=bad
   )
   found = [batch["_id"].tolist() for batch in batches]
@@ -189,4 +185,4 @@ def test_evaluation_serves_only_records_of_the_wanted_quality(mixed, tmp_path):
 def test_batches_reach_the_devices_unchanged_and_all(dataset):
   host = take(dataset, 4)
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  assert_same(list(input_pipeline.to_devices(host, sharding)), host)
+  assert_same(list(loader.to_devices(host, sharding)), host)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import talking_mouths
 
-from marlin_jax import input_pipeline, prepared_dataset
+from marlin_jax.data import loader, prepared_dataset
+from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.lipsync import clips, mel_windows
-from marlin_jax.prepared_dataset import DatasetError
 from marlin_jax.records import mel_spectrogram, schema
 
 
@@ -30,7 +30,7 @@ def record():
 
 
 def served(dataset, take, num_batches=3):
-  batches = input_pipeline.train_batches(
+  batches = loader.train_batches(
     dataset, take, batch_size=8, seed=0, start_step=0, num_threads=1
   )
   found = [next(batches) for _ in range(num_batches)]
@@ -184,8 +184,8 @@ def test_unusable_records_are_left_out_and_written_down(tmp_path):
   }
   path = made_dataset.make(tmp_path / "data", videos, has_sound=True)
   dataset = prepared_dataset.open_dataset(str(path), "train")
-  bad = input_pipeline.BadRecords(tmp_path / "quarantine.jsonl", limit=1)
-  batches = input_pipeline.train_batches(
+  bad = loader.BadRecords(tmp_path / "quarantine.jsonl", limit=1)
+  batches = loader.train_batches(
     dataset,
     clips.TakePairs(5),
     batch_size=4,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from made_dataset import a_record
 
-from marlin_jax import prepared_dataset
+from marlin_jax.data import prepared_dataset
 from marlin_jax.records import quality_index
 
 

@@ -8,12 +8,12 @@ from train_test import refused, rows_of, run
 from configs import pretrain_b
 from data_prep.sources.listing import CLASS, Label
 from marlin_jax import sharding
+from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.downstream import feature_cache
 from marlin_jax.downstream.tasks import TaskError
 from marlin_jax.evaluators import probe
 from marlin_jax.formats import detect
 from marlin_jax.formats.weights import Architecture
-from marlin_jax.prepared_dataset import DatasetError
 
 TINY = Architecture(width=16, depth=1, num_heads=2, mlp_dim=32, num_frames=4)
 # Some are cut down, so that there is something to choose.

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from marlin_jax.video import Clip, Tubelets
+from marlin_jax.data.clip_geometry import Clip, Tubelets
 
 
 def test_a_clip_keeps_its_stride_and_repeats_the_last_frame():

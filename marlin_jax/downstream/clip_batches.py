@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
+from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.data.prepared_dataset import DatasetError, RecordSource
 from marlin_jax.downstream.labelled import Split, Track, Window
-from marlin_jax.prepared_dataset import DatasetError, RecordSource
 from marlin_jax.records import schema
-from marlin_jax.video import Clip
 
 
 class ClipReader:

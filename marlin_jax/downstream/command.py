@@ -44,10 +44,10 @@ def main(argv: Sequence[str]) -> int:
     sys.exit(f"error: {e}")
   # Imported here: they take seconds, which --help and bad flags need not wait.
   from marlin_jax.checkpoint import ResumeError, SaveError
+  from marlin_jax.data.prepared_dataset import DatasetError
   from marlin_jax.downstream.evaluation import evaluate
   from marlin_jax.downstream.tasks import TaskError
   from marlin_jax.formats.weights import WeightsError
-  from marlin_jax.prepared_dataset import DatasetError
   from marlin_jax.records.folders import OutputFolderError
 
   workdir = config_arguments.workdir()

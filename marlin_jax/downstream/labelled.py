@@ -18,11 +18,11 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from marlin_jax import prepared_dataset
-from marlin_jax.prepared_dataset import Dataset, DatasetError, RecordSource
+from marlin_jax.data import prepared_dataset
+from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.data.prepared_dataset import Dataset, DatasetError, RecordSource
 from marlin_jax.records import schema
 from marlin_jax.records.folders import write_bytes
-from marlin_jax.video import Clip
 
 # Raised whenever the meaning of an index file changes.
 _INDEX_VERSION = 1

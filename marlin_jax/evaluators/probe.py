@@ -26,13 +26,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from marlin_jax import (
-  input_pipeline,
-  marlin,
-  prepared_dataset,
-  scores,
-  sharding,
-)
+from marlin_jax import marlin, scores, sharding
+from marlin_jax.data import loader, prepared_dataset
+from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.downstream import (
   clip_batches,
   feature_cache,
@@ -48,7 +44,6 @@ from marlin_jax.downstream.tasks import Task, TaskError
 from marlin_jax.formats.weights import Architecture
 from marlin_jax.models import partition
 from marlin_jax.train_step import Trainer, TrainState
-from marlin_jax.video import Clip
 
 _TEMPERATURE = 0.07  # DINO's
 _MAX_ITERATIONS = 200
@@ -191,7 +186,7 @@ class Probe:
     self._data, self._config = data, config
     shards = sharding.num_shards(mesh)
     self._batch_size = -(-config.batch_size // shards) * shards
-    self._rows = input_pipeline.own_rows(
+    self._rows = loader.own_rows(
       sharding.batch_sharding(mesh), self._batch_size
     )
     self._num_threads = num_threads

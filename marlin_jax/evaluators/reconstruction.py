@@ -10,8 +10,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 from PIL import Image
 
-from marlin_jax import input_pipeline, sharding, summaries
-from marlin_jax.prepared_dataset import Dataset
+from marlin_jax import sharding, summaries
+from marlin_jax.data import loader
+from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.train_step import Trainer, TrainState, reconstruct
 
 _SCALARS = (
@@ -29,13 +30,13 @@ class Reconstruction:
     self,
     trainer: Trainer,
     dataset: Dataset,
-    take_clip: input_pipeline.TakeClip,
+    take_clip: loader.TakeClip,
     split: NamedSharding,
     *,
     batch_size: int,
     num_batches: int,
     seed: int,
-    bad: input_pipeline.BadRecords | None = None,
+    bad: loader.BadRecords | None = None,
   ):
     """Says which clips, and how they are spread; nothing is read yet."""
     self._task = trainer.task
@@ -49,11 +50,11 @@ class Reconstruction:
       },
     )
     self._batches = functools.partial(
-      input_pipeline.eval_batches,
+      loader.eval_batches,
       dataset,
       take_clip,
       batch_size=batch_size,
-      rows=input_pipeline.own_rows(split, batch_size),
+      rows=loader.own_rows(split, batch_size),
       bad=bad,
     )
     self._num_batches = num_batches
@@ -62,7 +63,7 @@ class Reconstruction:
 
   def _results(self, state: TrainState, num_batches: int):
     batches = self._batches(num_batches=num_batches)
-    for i, batch in enumerate(input_pipeline.to_devices(batches, self._split)):
+    for i, batch in enumerate(loader.to_devices(batches, self._split)):
       yield (
         batch,
         self._reconstruct(state, batch, jax.random.fold_in(self._key, i)),

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from marlin_jax.data.clip_geometry import Clip, Tubelets
 from marlin_jax.models import blocks
 from marlin_jax.models.discriminator import Discriminator
 from marlin_jax.models.mae import MAE, Encoder
 from marlin_jax.models.vit import NORM_EPS
 from marlin_jax.train_step import IMAGENET_MEAN, IMAGENET_STD
-from marlin_jax.video import Clip, Tubelets
 
 _DISCRIMINATOR = "discriminator."
 

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.lipsync import mel_windows
-from marlin_jax.prepared_dataset import DatasetError
 from marlin_jax.records import schema
 from marlin_jax.records.mel_spectrogram import MAX_VALUE
 

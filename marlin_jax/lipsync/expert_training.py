@@ -14,7 +14,9 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from marlin_jax import input_pipeline, losses, sharding, validate
+from marlin_jax import losses, sharding, validate
+from marlin_jax.data import loader
+from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.lipsync import networks, pictures
 from marlin_jax.lipsync.clips import TakeOffsets, TakePairs
 from marlin_jax.lipsync.expert_step import (
@@ -24,7 +26,6 @@ from marlin_jax.lipsync.expert_step import (
   offset_cosines,
 )
 from marlin_jax.lipsync.structure import split
-from marlin_jax.prepared_dataset import Dataset
 
 # What of a configuration a resumed run may change: all but these.
 _LEARNED_WITH = ("seed", "dtype", "data.train", "data.val")
@@ -72,7 +73,7 @@ class ExpertCourse:
     self._mesh = mesh
 
   def evaluator(
-    self, dataset: Dataset, bad: input_pipeline.BadRecords
+    self, dataset: Dataset, bad: loader.BadRecords
   ) -> ExpertEvaluator:
     """What measures it on the evaluation split."""
     return ExpertEvaluator(
@@ -89,7 +90,7 @@ class ExpertEvaluator:
     dataset: Dataset,
     settings: ConfigDict,
     mesh: Mesh,
-    bad: input_pipeline.BadRecords | None = None,
+    bad: loader.BadRecords | None = None,
   ):
     """Says which clips; nothing is read yet.
 
@@ -108,12 +109,12 @@ class ExpertEvaluator:
     self._measure = jax.jit(measure, out_shardings=everywhere)
     self._split = sharding.batch_sharding(mesh)
     self._batches = functools.partial(
-      input_pipeline.eval_batches,
+      loader.eval_batches,
       dataset,
       TakeOffsets(settings.num_frames, settings.max_offset),
       batch_size=settings.batch_size,
       num_batches=settings.eval_batches,
-      rows=input_pipeline.own_rows(self._split, settings.batch_size),
+      rows=loader.own_rows(self._split, settings.batch_size),
       bad=bad,
     )
     self.offsets = np.arange(-settings.max_offset, settings.max_offset + 1)
@@ -128,7 +129,7 @@ class ExpertEvaluator:
       The state and the scalars of `offset_scores`.
     """
     found = []
-    for batch in input_pipeline.to_devices(self._batches(), self._split):
+    for batch in loader.to_devices(self._batches(), self._split):
       cosines, inside = self._measure(state.expert, batch)
       found.append(np.where(inside, cosines, np.nan))
     self._curves = np.concatenate(found)

@@ -12,7 +12,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from marlin_jax import input_pipeline, sharding
+from marlin_jax import sharding
+from marlin_jax.data import loader
+from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.downstream.evaluation import open_weights
 from marlin_jax.formats.weights import encoder_sha256
 from marlin_jax.lipsync import networks, pictures
@@ -27,7 +29,6 @@ from marlin_jax.lipsync.generator_step import (
 )
 from marlin_jax.lipsync.structure import Arrays, split
 from marlin_jax.models.quality_discriminator import QualityDiscriminator
-from marlin_jax.prepared_dataset import Dataset
 from marlin_jax.validate import ConfigError
 
 _LEARNED_WITH = ("seed", "dtype", "data.train", "data.val")
@@ -102,7 +103,7 @@ class GeneratorCourse:
     return self._step(state, self._judge, batch)
 
   def evaluator(
-    self, dataset: Dataset, bad: input_pipeline.BadRecords
+    self, dataset: Dataset, bad: loader.BadRecords
   ) -> GeneratorEvaluator:
     """What measures it on the evaluation split."""
     return GeneratorEvaluator(
@@ -177,7 +178,7 @@ class GeneratorEvaluator:
     dataset: Dataset,
     settings: ConfigDict,
     mesh: Mesh,
-    bad: input_pipeline.BadRecords | None = None,
+    bad: loader.BadRecords | None = None,
   ):
     """Says which clips; nothing is read yet.
 
@@ -201,17 +202,17 @@ class GeneratorEvaluator:
     )
     self._judge, self._settings = judge, settings
     self._batches = functools.partial(
-      input_pipeline.eval_batches,
+      loader.eval_batches,
       dataset,
       take,
       batch_size=settings.batch_size,
-      rows=input_pipeline.own_rows(self._split, settings.batch_size),
+      rows=loader.own_rows(self._split, settings.batch_size),
       bad=bad,
     )
 
   def _results(self, state: GeneratorState, num_batches: int):
     batches = self._batches(num_batches=num_batches)
-    for batch in input_pipeline.to_devices(batches, self._split):
+    for batch in loader.to_devices(batches, self._split):
       yield batch, self._draw(state, self._judge, batch)
 
   def evaluate(

@@ -17,14 +17,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from marlin_jax import (
-  goodput,
-  input_pipeline,
-  prepared_dataset,
-  run_files,
-  sharding,
-  training_run,
-)
+from marlin_jax import goodput, run_files, sharding, training_run
+from marlin_jax.data import loader, prepared_dataset
 from marlin_jax.experiment import count
 from marlin_jax.lipsync.expert_training import ExpertCourse
 from marlin_jax.lipsync.generator_training import GeneratorCourse
@@ -130,15 +124,15 @@ def _run(config, data, workdir, build, held: contextlib.ExitStack):
 
   # --- Loop -------------------------------------------------------------------
   bad_records = workdir.bad_records()
-  batches = input_pipeline.to_devices(
-    input_pipeline.train_batches(
+  batches = loader.to_devices(
+    loader.train_batches(
       dataset,
       course.take,
       batch_size=settings.batch_size,
       seed=config.seed,
       start_step=workdir.start_step,
       num_threads=config.data.num_threads,
-      rows=input_pipeline.own_rows(split, settings.batch_size),
+      rows=loader.own_rows(split, settings.batch_size),
       bad=bad_records,
     ),
     split,

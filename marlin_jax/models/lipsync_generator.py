@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from marlin_jax.data.clip_geometry import Tubelets
 from marlin_jax.models import convolutions, wav2lip
 from marlin_jax.models.convolutions import Convolution, TransposedConvolution
 from marlin_jax.models.mae import Encoder
-from marlin_jax.video import Tubelets
 
 # Channels of the two input pictures.
 _PICTURES = 6

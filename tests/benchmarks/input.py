@@ -26,12 +26,12 @@ import timing
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from data_prep.output import shards
-from marlin_jax import input_pipeline, prepared_dataset, sample
+from marlin_jax.data import loader, prepared_dataset, sample
+from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.records import schema
-from marlin_jax.video import Clip
 
 LIMIT = "JPEG decoding alone"
-TAKE_CLIP = input_pipeline.TakeClip(Clip(16, 2), tubelet_size=2)
+TAKE_CLIP = loader.TakeClip(Clip(16, 2), tubelet_size=2)
 SPAN = TAKE_CLIP.clip.extent
 NUM_RECORDS = 256  # more bytes than caches hold
 NUM_WARM = 5  # rounds until all stores and malloc's memory are filled
@@ -81,7 +81,7 @@ def stages(
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
   def batches(clips_per_record):
-    return input_pipeline.train_batches(
+    return loader.train_batches(
       dataset,
       TAKE_CLIP,
       batch_size=batch_size,
@@ -128,14 +128,14 @@ def stages(
   shifted = {**batch, "video": shifted.reshape(buffer.shape)}
 
   def transfer():
-    jax.block_until_ready(list(input_pipeline.to_devices([shifted], sharding)))
+    jax.block_until_ready(list(loader.to_devices([shifted], sharding)))
 
   def whole(clips_per_record):
     made = batches(clips_per_record)
     return lambda: [next(made) for _ in range(num_threads)]
 
   def whole_on_devices():
-    made = input_pipeline.to_devices(batches(1), sharding)
+    made = loader.to_devices(batches(1), sharding)
     return lambda: jax.block_until_ready(
       [next(made) for _ in range(num_threads)]
     )

@@ -124,7 +124,7 @@ class Footage:
 def read_footage(dataset: Path) -> list[Footage]:
   """Reads a prepared data set, and finds the mesh of each face in it."""
   from data_prep.faces.face_finder import FaceFinder
-  from marlin_jax import prepared_dataset
+  from marlin_jax.data import prepared_dataset
   from marlin_jax.records import schema
 
   source = prepared_dataset.RecordSource(

@@ -16,11 +16,11 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from train_test import metrics_of, refused, run
 
-from marlin_jax import input_pipeline, prepared_dataset
+from marlin_jax.data import loader, prepared_dataset
+from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.records import schema
-from marlin_jax.video import Clip
 
-TAKE_CLIP = input_pipeline.TakeClip(Clip(4, 2), tubelet_size=2)
+TAKE_CLIP = loader.TakeClip(Clip(4, 2), tubelet_size=2)
 BATCH_SIZE = 3
 
 
@@ -52,13 +52,13 @@ def write(directory, contents):
 
 
 def batches(dataset, quarantine, limit, start_step=0, **k):
-  return input_pipeline.train_batches(
+  return loader.train_batches(
     dataset,
     TAKE_CLIP,
     seed=0,
     start_step=start_step,
     num_threads=2,
-    bad=input_pipeline.BadRecords(quarantine, limit),
+    bad=loader.BadRecords(quarantine, limit),
     **{"batch_size": BATCH_SIZE} | k,
   )
 

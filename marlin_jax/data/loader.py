@@ -24,9 +24,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from marlin_jax.prepared_dataset import Dataset, DatasetError, RecordSource
+from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.data.prepared_dataset import Dataset, DatasetError, RecordSource
 from marlin_jax.records import schema
-from marlin_jax.video import Clip
 
 
 @dataclasses.dataclass(frozen=True)
