@@ -17,7 +17,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from marlin_jax import checksums, run_files
-from marlin_jax.models import blocks
+from marlin_jax.models import stacking
 
 Pytree = Any
 
@@ -243,10 +243,10 @@ class Checkpoints:
     tree = handler.metadata(where / "state").tree
     handler.close()
     change = None
-    if blocks.are_joined(tree) and not blocks.are_joined(like):
-      change, abstract = blocks.split, blocks.join(abstract, _joined)
-    elif blocks.are_joined(like) and not blocks.are_joined(tree):
-      change, abstract = blocks.join, blocks.split(abstract, _block)
+    if stacking.are_joined(tree) and not stacking.are_joined(like):
+      change, abstract = stacking.split, stacking.join(abstract, _joined)
+    elif stacking.are_joined(like) and not stacking.are_joined(tree):
+      change, abstract = stacking.join, stacking.split(abstract, _block)
     self._check_leaves(where, tree, abstract)
     state = self._manager.restore(
       step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))

@@ -14,7 +14,7 @@ from marlin_jax.formats.weights import (
   eps_notice,
   unflatten,
 )
-from marlin_jax.models import blocks
+from marlin_jax.models import stacking
 from marlin_jax.models.vit import NORM_EPS
 from marlin_jax.train_step import TrainState
 
@@ -108,7 +108,7 @@ def _filled(tree, arrays: dict[str, np.ndarray], prefix: str):
       if name.startswith(prefix)
     }
   )
-  given = flatten_dict(blocks.in_form_of(tree, given))
+  given = flatten_dict(stacking.in_form_of(tree, given))
   return unflatten_dict(
     {
       path: jax.device_put(given[path], leaf.sharding)

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from marlin_jax import checkpoint, sharding
-from marlin_jax.models import blocks
+from marlin_jax.models import stacking
 
 # More than ten: '10' comes before '2' where names are sorted as text.
 DEPTH = 11
@@ -35,34 +35,34 @@ def assert_equal(got, want):
 
 def test_joining_and_splitting_undo_each_other():
   apart = state()
-  joined = blocks.join(apart)
+  joined = stacking.join(apart)
   kernel = joined["params"]["encoder"]["blocks"]["out"]["kernel"]
   assert kernel.shape == (DEPTH, 8, 3)
-  assert blocks.are_joined(joined)
-  assert not blocks.are_joined(apart)
-  assert_equal(blocks.split(joined), apart)
-  assert_equal(blocks.join(joined), joined)
-  assert_equal(blocks.in_form_of(joined, apart), joined)
-  assert_equal(blocks.in_form_of(apart, joined), apart)
+  assert stacking.are_joined(joined)
+  assert not stacking.are_joined(apart)
+  assert_equal(stacking.split(joined), apart)
+  assert_equal(stacking.join(joined), joined)
+  assert_equal(stacking.in_form_of(joined, apart), joined)
+  assert_equal(stacking.in_form_of(apart, joined), apart)
 
 
 def test_the_names_of_a_file_are_numbers():
-  assert not blocks.are_joined(state(by_name=True))
-  assert_equal(blocks.join(state(by_name=True)), blocks.join(state()))
-  assert_equal(blocks.split(state(by_name=True)), state())
+  assert not stacking.are_joined(state(by_name=True))
+  assert_equal(stacking.join(state(by_name=True)), stacking.join(state()))
+  assert_equal(stacking.split(state(by_name=True)), state())
 
 
 def test_a_tree_without_blocks_is_left_alone():
   tree = {"hidden": {"kernel": np.ones(3)}, "count": 1}
-  assert not blocks.are_joined(tree)
-  assert_equal(blocks.join(tree), tree)
-  assert_equal(blocks.split(tree), tree)
+  assert not stacking.are_joined(tree)
+  assert_equal(stacking.join(tree), tree)
+  assert_equal(stacking.split(tree), tree)
 
 
 @pytest.mark.parametrize("saved_joined", [False, True])
 def test_a_run_can_go_on_with_scan_the_other_way(tmp_path, saved_joined):
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  apart, joined = state(), blocks.join(state())
+  apart, joined = state(), stacking.join(state())
   saved, like = (joined, apart) if saved_joined else (apart, joined)
   layout = sharding.lay_out(mesh, like, {"encoder": 1})
   checkpoints = checkpoint.Checkpoints(str(tmp_path / "checkpoints"), keep=1)

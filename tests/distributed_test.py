@@ -18,7 +18,7 @@ from configs import pretrain_b
 from marlin_jax import distributed
 from marlin_jax.data import loader, prepared_dataset
 from marlin_jax.data.clip_geometry import Clip
-from marlin_jax.models import blocks
+from marlin_jax.models import stacking
 
 ROOT = Path(__file__).parents[1]
 NUM_STEPS = 7
@@ -90,7 +90,7 @@ def arrays_of(workdir, step):
     tree = reader.restore(path, ocp.args.PyTreeRestore(restore_args=args))
   return {
     jax.tree_util.keystr(path): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(blocks.split(tree))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(stacking.split(tree))
   }
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from configs import pretrain_b
 from marlin_jax import experiment, hlo, sharding
-from marlin_jax.models import blocks
+from marlin_jax.models import stacking
 
 BATCH_SIZE = 8
 
@@ -83,7 +83,7 @@ class Case:
   def run(self, step, state) -> dict:
     """Losses, bytes per device, bytes exchanged per step."""
     state = jax.device_put(
-      blocks.in_form_of(self.shapes, state), self.layout.shardings
+      stacking.in_form_of(self.shapes, state), self.layout.shardings
     )
     losses = []
     for _ in range(self.num_steps):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from marlin_jax.models import blocks, mae, vit
+from marlin_jax.models import mae, stacking, vit
 from marlin_jax.train_step import split_model
 
 SIZES = {
@@ -57,7 +57,7 @@ def test_scan_and_remat_change_neither_parameters_nor_gradients(
   inputs, options
 ):
   want = loss_and_gradients(make(), inputs)
-  got = blocks.split(loss_and_gradients(make(**options), inputs))
+  got = stacking.split(loss_and_gradients(make(**options), inputs))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6),
     got,

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from marlin_jax.data.clip_geometry import Clip, Tubelets
-from marlin_jax.models import blocks
+from marlin_jax.models import stacking
 from marlin_jax.models.discriminator import Discriminator
 from marlin_jax.models.mae import MAE, Encoder
 from marlin_jax.models.vit import NORM_EPS
@@ -209,7 +209,7 @@ class Weights:
     }
     graphdef, like = nnx.split(nnx.eval_shape(make))
     like = nnx.to_pure_dict(like)
-    return nnx.merge(graphdef, blocks.in_form_of(like, unflatten(arrays)))
+    return nnx.merge(graphdef, stacking.in_form_of(like, unflatten(arrays)))
 
   def encoder_only(self) -> Weights:
     """The same without decoder and discriminator."""
@@ -297,7 +297,7 @@ def flatten(module: nnx.Module | dict) -> dict[str, jax.Array]:
   """
   if isinstance(module, nnx.Module):
     module = nnx.to_pure_dict(nnx.state(module))
-  flat = flax.traverse_util.flatten_dict(blocks.split(module))
+  flat = flax.traverse_util.flatten_dict(stacking.split(module))
   return {".".join(map(str, path)): leaf for path, leaf in flat.items()}
 
 
