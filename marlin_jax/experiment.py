@@ -15,10 +15,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from marlin_jax import masking, memory, optim, sharding, train_step
+from marlin_jax import masking, memory, optim, train_step
 from marlin_jax.data import clip_geometry
 from marlin_jax.data.loader import TakeClip
 from marlin_jax.data.prepared_dataset import Dataset
+from marlin_jax.devices import sharding
 from marlin_jax.models import discriminator, mae, softmax_attention
 from marlin_jax.records.schema import FRAME_SIZE
 

@@ -38,7 +38,8 @@ from typing import Any
 
 import jax
 
-from marlin_jax import chips, flops
+from marlin_jax import flops
+from marlin_jax.devices import chips
 
 # In the order of the summary.
 KINDS = (

@@ -29,7 +29,8 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from marlin_jax import config_arguments, topology, xla_flags
+from marlin_jax import config_arguments, topology
+from marlin_jax.devices import xla_flags
 from marlin_jax.validate import ConfigError, validate
 
 flags.declare_key_flag("config")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from marlin_jax.chips import Chip
+from marlin_jax.devices.chips import Chip
 from marlin_jax.hlo import Collective
 
 

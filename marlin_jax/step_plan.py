@@ -16,7 +16,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from marlin_jax import experiment, flops, hlo, memory, roofline, sharding
+from marlin_jax import experiment, flops, hlo, memory, roofline
+from marlin_jax.devices import sharding
 from marlin_jax.topology import Topology
 from marlin_jax.validate import ConfigError, check_batch
 

@@ -28,7 +28,8 @@ import sys
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from marlin_jax import config_arguments, xla_flags
+from marlin_jax import config_arguments
+from marlin_jax.devices import xla_flags
 from marlin_jax.validate import ConfigError, check_batch, validate
 
 flags.adopt_module_key_flags(config_arguments)
@@ -60,18 +61,17 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
   import jax
 
   from marlin_jax import (
-    distributed,
     experiment,
     goodput,
     memory,
     profiler,
     run_files,
-    sharding,
     training_run,
     warm_start,
   )
   from marlin_jax.checkpoint import ResumeError
   from marlin_jax.data import loader, prepared_dataset, sample
+  from marlin_jax.devices import distributed, sharding
   from marlin_jax.evaluators import probe, reconstruction
   from marlin_jax.formats import detect
   from marlin_jax.formats import run as run_format
@@ -289,7 +289,8 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
 
 def _plan(config, dataset, trainer, mesh, shapes, layout, num_steps) -> str:
   """Tells what is about to happen, before the first long wait."""
-  from marlin_jax import experiment, sharding
+  from marlin_jax import experiment
+  from marlin_jax.devices import sharding
 
   kinds = ", ".join(sorted({d.device_kind for d in mesh.devices.flat}))
   processes = {d.process_index for d in mesh.devices.flat}

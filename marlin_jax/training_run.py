@@ -20,7 +20,6 @@ from ml_collections import ConfigDict
 
 from marlin_jax import (
   checkpoint,
-  distributed,
   goodput,
   metrics,
   run_files,
@@ -31,12 +30,13 @@ from marlin_jax.checkpoint import ResumeError, SaveError
 from marlin_jax.data import loader
 from marlin_jax.data.prepared_dataset import Dataset, DatasetError
 from marlin_jax.data.sample import SampleError
+from marlin_jax.devices import distributed
+from marlin_jax.devices.rendezvous import StartError
 from marlin_jax.downstream.tasks import TaskError
 from marlin_jax.experiment import flat
 from marlin_jax.formats.weights import WeightsError
 from marlin_jax.records import folders
 from marlin_jax.records.folders import OutputFolderError
-from marlin_jax.rendezvous import StartError
 from marlin_jax.validate import ConfigError
 
 

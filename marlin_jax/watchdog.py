@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 
-from marlin_jax.distributed import TRY_AGAIN
+from marlin_jax.devices.distributed import TRY_AGAIN
 
 
 class Watchdog:

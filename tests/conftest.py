@@ -16,7 +16,7 @@ import av
 import numpy as np
 import pytest
 
-from marlin_jax import xla_flags
+from marlin_jax.devices import xla_flags
 
 # With libtpu installed, which plan_test.py needs, jax looks for a TPU first.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

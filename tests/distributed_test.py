@@ -15,9 +15,9 @@ from conftest import seeing_devices
 from train_test import TINY, command, metrics_of, refused
 
 from configs import pretrain_b
-from marlin_jax import distributed
 from marlin_jax.data import loader, prepared_dataset
 from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.devices import distributed
 from marlin_jax.models import stacking
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ from flax import nnx
 from sklearn import linear_model, neighbors
 
 from configs import eval_far
-from marlin_jax import sharding
+from marlin_jax.devices import sharding
 from marlin_jax.downstream import (
   clip_batches,
   configuration,

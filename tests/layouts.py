@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from configs import pretrain_b
-from marlin_jax import experiment, hlo, sharding
+from marlin_jax import experiment, hlo
+from marlin_jax.devices import sharding
 from marlin_jax.models import stacking
 
 BATCH_SIZE = 8

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from marlin_jax import sharding
+from marlin_jax.devices import sharding
 from marlin_jax.formats.weights import Architecture
 from marlin_jax.lipsync import expert_step, generator_step, networks
 from marlin_jax.lipsync.structure import split

@@ -35,7 +35,8 @@ def main(argv):
   import jax
   import numpy as np
 
-  from marlin_jax import experiment, sharding, step_plan, topology
+  from marlin_jax import experiment, step_plan, topology
+  from marlin_jax.devices import sharding
 
   config = _CONFIG.value
   devices = topology.find_devices("here")

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from configs import pretrain_b
-from marlin_jax import chips, hlo, roofline, step_plan, topology
+from marlin_jax import hlo, roofline, step_plan, topology
+from marlin_jax.devices import chips
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30

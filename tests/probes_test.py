@@ -18,7 +18,8 @@ from labelled_data import (
 
 from configs import eval_far
 from data_prep.sources.listing import BINARY, Label
-from marlin_jax import marlin, sharding
+from marlin_jax import marlin
+from marlin_jax.devices import sharding
 from marlin_jax.downstream import (
   clip_batches,
   feature_cache,

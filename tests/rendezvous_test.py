@@ -6,7 +6,7 @@ from concurrent import futures
 
 import pytest
 
-from marlin_jax.rendezvous import StartError, meet
+from marlin_jax.devices.rendezvous import StartError, meet
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from marlin_jax import checkpoint, distributed, experiment, sharding
+from marlin_jax import checkpoint, experiment
+from marlin_jax.devices import distributed, sharding
 
 
 def main(workdir, step, target, fsdp, tensor, coordinator, num, me):

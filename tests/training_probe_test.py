@@ -7,8 +7,8 @@ from train_test import refused, rows_of, run
 
 from configs import pretrain_b
 from data_prep.sources.listing import CLASS, Label
-from marlin_jax import sharding
 from marlin_jax.data.prepared_dataset import DatasetError
+from marlin_jax.devices import sharding
 from marlin_jax.downstream import feature_cache
 from marlin_jax.downstream.tasks import TaskError
 from marlin_jax.evaluators import probe

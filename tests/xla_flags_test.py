@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from marlin_jax import xla_flags
+from marlin_jax.devices import xla_flags
 
 WANTED = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion"
 

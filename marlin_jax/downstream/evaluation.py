@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from marlin_jax import experiment, published, sharding
+from marlin_jax import experiment, published
 from marlin_jax.data import prepared_dataset
+from marlin_jax.devices import sharding
 from marlin_jax.downstream import (
   configuration,
   labelled,

@@ -22,7 +22,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from marlin_jax import marlin, sharding
+from marlin_jax import marlin
+from marlin_jax.devices import sharding
 from marlin_jax.downstream import clip_batches
 from marlin_jax.downstream.labelled import Split, Window
 from marlin_jax.formats.weights import Weights, encoder_sha256

@@ -17,7 +17,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from marlin_jax import marlin, sharding
+from marlin_jax import marlin
+from marlin_jax.devices import sharding
 from marlin_jax.downstream import protocols
 from marlin_jax.downstream.tasks import Task
 from marlin_jax.formats.weights import Architecture, Weights

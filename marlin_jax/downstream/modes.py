@@ -20,8 +20,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from marlin_jax import sharding, window_features
+from marlin_jax import window_features
 from marlin_jax.checkpoint import Checkpoints
+from marlin_jax.devices import sharding
 from marlin_jax.downstream import (
   clip_batches,
   feature_cache,

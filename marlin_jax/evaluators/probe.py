@@ -26,9 +26,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from marlin_jax import marlin, scores, sharding
+from marlin_jax import marlin, scores
 from marlin_jax.data import loader, prepared_dataset
 from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.devices import sharding
 from marlin_jax.downstream import (
   clip_batches,
   feature_cache,

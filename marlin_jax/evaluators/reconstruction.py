@@ -10,9 +10,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 from PIL import Image
 
-from marlin_jax import sharding, summaries
+from marlin_jax import summaries
 from marlin_jax.data import loader
 from marlin_jax.data.prepared_dataset import Dataset
+from marlin_jax.devices import sharding
 from marlin_jax.train_step import Trainer, TrainState, reconstruct
 
 _SCALARS = (

@@ -14,9 +14,10 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from marlin_jax import losses, sharding, validate
+from marlin_jax import losses, validate
 from marlin_jax.data import loader
 from marlin_jax.data.prepared_dataset import Dataset
+from marlin_jax.devices import sharding
 from marlin_jax.lipsync import networks, pictures
 from marlin_jax.lipsync.clips import TakeOffsets, TakePairs
 from marlin_jax.lipsync.expert_step import (

@@ -12,9 +12,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from marlin_jax import sharding
 from marlin_jax.data import loader
 from marlin_jax.data.prepared_dataset import Dataset
+from marlin_jax.devices import sharding
 from marlin_jax.downstream.evaluation import open_weights
 from marlin_jax.formats.weights import encoder_sha256
 from marlin_jax.lipsync import networks, pictures

@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from marlin_jax import goodput, run_files, sharding, training_run
+from marlin_jax import goodput, run_files, training_run
 from marlin_jax.data import loader, prepared_dataset
+from marlin_jax.devices import sharding
 from marlin_jax.experiment import count
 from marlin_jax.lipsync.expert_training import ExpertCourse
 from marlin_jax.lipsync.generator_training import GeneratorCourse

@@ -64,12 +64,13 @@ def _config(size):
 
 
 def _ours(size, video, flags):
-  from marlin_jax import xla_flags
+  from marlin_jax.devices import xla_flags
 
   xla_flags.set_for_training()
   import jax
 
-  from marlin_jax import experiment, sharding
+  from marlin_jax import experiment
+  from marlin_jax.devices import sharding
 
   config = _config(size)
   config.batch_size = config.clips_per_device = len(video)

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from train_test import command, refused, run
 
-from marlin_jax import checkpoint, checksums, distributed, run_files
+from marlin_jax import checkpoint, checksums, run_files
+from marlin_jax.devices import distributed
 from marlin_jax.formats import detect
 from marlin_jax.formats.weights import WeightsError
 from marlin_jax.records import folders

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from marlin_jax.rendezvous import StartError, meet
+from marlin_jax.devices.rendezvous import StartError, meet
 
 # A process that waits in vain for the others to end gives up after this.
 _SHUTDOWN_SECS = 60
