@@ -29,8 +29,9 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from marlin_jax import config_arguments, topology
+from marlin_jax import topology
 from marlin_jax.devices import xla_flags
+from marlin_jax.training import config_flags
 from marlin_jax.validate import ConfigError, validate
 
 flags.declare_key_flag("config")
@@ -61,7 +62,7 @@ def main(argv):
   xla_flags.set_for_training()
   logging.set_verbosity(logging.WARNING)
   try:
-    report, fits = plan(config_arguments.CONFIG.value)
+    report, fits = plan(config_flags.CONFIG.value)
   except (ConfigError, topology.TopologyError) as e:
     sys.exit(f"error: {e}")
   text = json.dumps(report, indent=2)
@@ -340,4 +341,4 @@ def _numbers(step) -> dict:
 
 if __name__ == "__main__":
   flags.mark_flag_as_required("config")
-  app.run(main, flags_parser=config_arguments.parse)
+  app.run(main, flags_parser=config_flags.parse)

@@ -28,11 +28,11 @@ import sys
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from marlin_jax import config_arguments
 from marlin_jax.devices import xla_flags
+from marlin_jax.training import config_flags
 from marlin_jax.validate import ConfigError, check_batch, validate
 
-flags.adopt_module_key_flags(config_arguments)
+flags.adopt_module_key_flags(config_flags)
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str):
@@ -60,23 +60,25 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
   # Imported here: they take seconds, which --help and bad flags need not wait.
   import jax
 
-  from marlin_jax import (
-    experiment,
-    goodput,
-    memory,
-    profiler,
-    run_files,
-    training_run,
-    warm_start,
-  )
-  from marlin_jax.checkpoint import ResumeError
+  from marlin_jax import experiment, memory, warm_start
   from marlin_jax.data import loader, prepared_dataset, sample
   from marlin_jax.devices import distributed, sharding
   from marlin_jax.evaluators import probe, reconstruction
   from marlin_jax.formats import detect
   from marlin_jax.formats import run as run_format
+  from marlin_jax.training import (
+    goodput,
+    profiler,
+    remote_files,
+  )
+  from marlin_jax.training import (
+    loop as training_run,
+  )
+  from marlin_jax.training.checkpoint import ResumeError
 
-  run_files.check_reachable(str(workdir), config.data.path, config.probe.path)
+  remote_files.check_reachable(
+    str(workdir), config.data.path, config.probe.path
+  )
 
   # --- Processes --------------------------------------------------------------
   training_run.start_processes(config)
@@ -149,7 +151,7 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
   prober = None
   if config.probe.steps:
     architecture = run_format.architecture_of(experiment.flat(config))
-    is_remote = run_files.is_remote(workdir.path)
+    is_remote = remote_files.is_remote(workdir.path)
     cache = None if is_remote else workdir.files.path / "probe"
     with distributed.leader_first():
       data = probe.open_data(config.probe, architecture, probe_path, cache)
@@ -364,18 +366,18 @@ def main(argv):
   # Orbax tells twenty lines about every save, and shows the stacks of errors
   # that it raises all the same.
   logging.set_verbosity(logging.FATAL)
-  config = config_arguments.CONFIG.value
+  config = config_flags.CONFIG.value
   try:
     validate(config)
   except ConfigError as e:
     sys.exit(f"error: {e}")
-  from marlin_jax import training_run
+  from marlin_jax.training import loop as training_run
 
   training_run.carry_out(
-    lambda: train_and_evaluate(config, config_arguments.workdir())
+    lambda: train_and_evaluate(config, config_flags.workdir())
   )
 
 
 if __name__ == "__main__":
   flags.mark_flag_as_required("config")
-  app.run(main, flags_parser=config_arguments.parse)
+  app.run(main, flags_parser=config_flags.parse)

@@ -5,9 +5,9 @@ import numpy as np
 import optax
 import pytest
 
-from marlin_jax import checkpoint
 from marlin_jax.devices import sharding
 from marlin_jax.models import stacking
+from marlin_jax.training import checkpoint
 
 # More than ten: '10' comes before '2' where names are sorted as text.
 DEPTH = 11

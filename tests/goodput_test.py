@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import pretrain_b
-from marlin_jax import goodput
+from marlin_jax.training import goodput
 
 ROOT = Path(__file__).parents[1]
 

@@ -19,7 +19,6 @@ from PIL import Image
 
 from configs import eval_ls
 from marlin_jax import losses
-from marlin_jax.checkpoint import ResumeError
 from marlin_jax.formats.weights import Architecture
 from marlin_jax.lipsync import (
   configuration,
@@ -32,6 +31,7 @@ from marlin_jax.lipsync import (
 )
 from marlin_jax.lipsync.structure import split
 from marlin_jax.records import mel_spectrogram
+from marlin_jax.training.checkpoint import ResumeError
 from marlin_jax.validate import ConfigError
 
 ROOT = Path(__file__).parents[1]

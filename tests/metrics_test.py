@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 
-from marlin_jax import metrics
+from marlin_jax.training import metrics
 
 
 def rows(workdir):

@@ -9,7 +9,7 @@ import jax
 import pytest
 from train_test import ROOT, command
 
-from marlin_jax import goodput, profiler
+from marlin_jax.training import goodput, profiler
 
 OVERRIDES = {"num_steps": 100_000, "log_steps": 1, "profile.num_steps": 2}
 WRITTEN = r"steps (\d+) to (\d+): profile in "

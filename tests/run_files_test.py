@@ -5,12 +5,12 @@ import os
 import pytest
 from etils import epath
 
-from marlin_jax import run_files
+from marlin_jax.training import remote_files
 from marlin_jax.validate import ConfigError
 
 
 def test_a_local_workdir_is_written_directly(tmp_path):
-  files = run_files.RunFiles(epath.Path(tmp_path), apart=False)
+  files = remote_files.RunFiles(epath.Path(tmp_path), apart=False)
   assert files.path == tmp_path
   files.close()
   assert tmp_path.exists()
@@ -20,7 +20,7 @@ def test_a_remote_workdir_gets_what_changed_and_a_resumed_run_gets_it_back(
   tmp_path,
 ):
   workdir = epath.Path(tmp_path)
-  files = run_files.RunFiles(workdir, apart=True)
+  files = remote_files.RunFiles(workdir, apart=True)
   local, board = files.path / "metrics.jsonl", files.path / "tensorboard/events"
   board.parent.mkdir()
   board.write_bytes(b"1")
@@ -38,15 +38,15 @@ def test_a_remote_workdir_gets_what_changed_and_a_resumed_run_gets_it_back(
   assert os.listdir(tmp_path / "tensorboard") == []
   assert not files.path.exists()
 
-  files = run_files.RunFiles(workdir, apart=True)
+  files = remote_files.RunFiles(workdir, apart=True)
   assert (files.path / "metrics.jsonl").read_text() == "one\ntwo\n"
   files.close()
 
 
 def test_a_bucket_that_cannot_be_reached_is_told_early(monkeypatch):
-  run_files.check_reachable("runs/b", "sample")
+  remote_files.check_reachable("runs/b", "sample")
   with pytest.raises(ConfigError, match=r"s3://.*expected .*gs://"):
-    run_files.check_reachable("s3://bucket/runs")
-  monkeypatch.setattr(run_files.importlib.util, "find_spec", lambda _: None)
+    remote_files.check_reachable("s3://bucket/runs")
+  monkeypatch.setattr(remote_files.importlib.util, "find_spec", lambda _: None)
   with pytest.raises(ConfigError, match=r"pip install 'marlin-jax\[gcs\]'"):
-    run_files.check_reachable("runs/b", "gs://bucket/data")
+    remote_files.check_reachable("runs/b", "gs://bucket/data")

@@ -13,8 +13,9 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from marlin_jax import checkpoint, experiment
+from marlin_jax import experiment
 from marlin_jax.devices import distributed, sharding
+from marlin_jax.training import checkpoint
 
 
 def main(workdir, step, target, fsdp, tensor, coordinator, num, me):

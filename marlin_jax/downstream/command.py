@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-from marlin_jax import config_arguments
 from marlin_jax.downstream import configuration
 from marlin_jax.records import cli
+from marlin_jax.training import config_flags
 from marlin_jax.validate import ConfigError
 
-flags.adopt_module_key_flags(config_arguments)
+flags.adopt_module_key_flags(config_flags)
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint",
   None,
@@ -37,20 +37,20 @@ def main(argv: Sequence[str]) -> int:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.FATAL)  # orbax tells of every save
-  config = config_arguments.CONFIG.value
+  config = config_flags.CONFIG.value
   try:
     configuration.validate(config)
   except ConfigError as e:
     sys.exit(f"error: {e}")
   # Imported here: they take seconds, which --help and bad flags need not wait.
-  from marlin_jax.checkpoint import ResumeError, SaveError
   from marlin_jax.data.prepared_dataset import DatasetError
   from marlin_jax.downstream.evaluation import evaluate
   from marlin_jax.downstream.tasks import TaskError
   from marlin_jax.formats.weights import WeightsError
   from marlin_jax.records.folders import OutputFolderError
+  from marlin_jax.training.checkpoint import ResumeError, SaveError
 
-  workdir = config_arguments.workdir()
+  workdir = config_flags.workdir()
   return cli.exit_code(
     lambda: evaluate(config, _CHECKPOINT.value, _DATA.value, workdir),
     (
@@ -70,4 +70,4 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
   """Starts a binary."""
   for name in ("config", "checkpoint", "data"):
     flags.mark_flag_as_required(name)
-  app.run(main, flags_parser=config_arguments.parse)
+  app.run(main, flags_parser=config_flags.parse)

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from marlin_jax.checkpoint import Checkpoints
 from marlin_jax.downstream.learner import Learner
 from marlin_jax.downstream.protocols import Plan, Plateau
+from marlin_jax.training.checkpoint import Checkpoints
 
 Pytree = Any
 # x, wanted, known: see Learner.step.

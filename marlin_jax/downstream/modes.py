@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from marlin_jax import window_features
-from marlin_jax.checkpoint import Checkpoints
 from marlin_jax.devices import sharding
 from marlin_jax.downstream import (
   clip_batches,
@@ -35,6 +34,7 @@ from marlin_jax.downstream import (
 from marlin_jax.downstream.labelled import Split
 from marlin_jax.downstream.tasks import Task, TaskError
 from marlin_jax.formats.weights import Weights
+from marlin_jax.training.checkpoint import Checkpoints
 
 # They have the same result whatever the seed.
 DETERMINISTIC = {"default": ("linear", "knn"), "paper": ("knn",)}

@@ -46,9 +46,9 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from marlin_jax import config_arguments
 from marlin_jax.downstream import command
 from marlin_jax.lipsync import configuration
+from marlin_jax.training import config_flags
 from marlin_jax.validate import ConfigError
 
 flags.adopt_module_key_flags(command)  # --checkpoint, --config, --data, ...
@@ -155,7 +155,7 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.FATAL)  # orbax tells of every save
-  config, mode = config_arguments.CONFIG.value, _MODE.value
+  config, mode = config_flags.CONFIG.value, _MODE.value
   try:
     configuration.validate(config)
   except ConfigError as e:
@@ -172,10 +172,10 @@ def main(argv: Sequence[str]) -> None:
 
 def _train(config: ConfigDict, mode: str) -> None:
   # Imported here: they take seconds, which --help and bad flags need not wait.
-  from marlin_jax import training_run
   from marlin_jax.lipsync import training
+  from marlin_jax.training import loop
 
-  given, workdir = flags.FLAGS, config_arguments.workdir()
+  given, workdir = flags.FLAGS, config_flags.workdir()
   if mode == "train_expert":
     train = functools.partial(
       training.train_expert, config, given.data, workdir
@@ -189,7 +189,7 @@ def _train(config: ConfigDict, mode: str) -> None:
       given.expert,
       given.checkpoint,
     )
-  training_run.carry_out(train)
+  loop.carry_out(train)
 
 
 def _generate(config: ConfigDict) -> None:
@@ -244,4 +244,4 @@ def _score(config: ConfigDict) -> None:
 if __name__ == "__main__":
   for required in ("config", "mode"):
     flags.mark_flag_as_required(required)
-  app.run(main, flags_parser=config_arguments.parse)
+  app.run(main, flags_parser=config_flags.parse)

@@ -16,7 +16,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from marlin_jax import checksums
 from marlin_jax.formats import weights as weights_lib
 from marlin_jax.formats.weights import (
   Architecture,
@@ -26,6 +25,7 @@ from marlin_jax.formats.weights import (
 )
 from marlin_jax.models.vit import NORM_EPS
 from marlin_jax.records.schema import FRAME_SIZE, PATCH_SIZE
+from marlin_jax.training import checksums
 
 _PARTS = ("params", "fixed", "disc_params")
 _CONVERTED_STEP = 0

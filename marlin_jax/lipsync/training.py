@@ -17,12 +17,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from marlin_jax import goodput, run_files, training_run
 from marlin_jax.data import loader, prepared_dataset
 from marlin_jax.devices import sharding
 from marlin_jax.experiment import count
 from marlin_jax.lipsync.expert_training import ExpertCourse
 from marlin_jax.lipsync.generator_training import GeneratorCourse
+from marlin_jax.training import goodput, remote_files
+from marlin_jax.training import loop as training_run
 from marlin_jax.validate import ConfigError
 
 Course = ExpertCourse | GeneratorCourse
@@ -85,7 +86,7 @@ def _train(
 
 def _run(config, data, workdir, build, held: contextlib.ExitStack):
   """The phases in their order; what is to be closed in any case is `held`."""
-  run_files.check_reachable(str(workdir), data)
+  remote_files.check_reachable(str(workdir), data)
 
   # --- Processes --------------------------------------------------------------
   training_run.start_processes(config)

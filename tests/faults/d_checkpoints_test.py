@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from train_test import command, refused, run
 
-from marlin_jax import checkpoint, checksums, run_files
 from marlin_jax.devices import distributed
 from marlin_jax.formats import detect
 from marlin_jax.formats.weights import WeightsError
 from marlin_jax.records import folders
+from marlin_jax.training import checkpoint, checksums, remote_files
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,9 +129,9 @@ def test_a_full_disk_ends_the_run_at_that_save_and_keeps_the_last(
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_told_before_training(tmp_path):
-  run_files.check_room(tmp_path, 1)
+  remote_files.check_room(tmp_path, 1)
   with pytest.raises(folders.OutputFolderError, match="make room"):
-    run_files.check_room(tmp_path, 10**18)
+    remote_files.check_room(tmp_path, 10**18)
 
 
 # --- D5: flipped bits ---------------------------------------------------------

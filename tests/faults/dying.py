@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 
-from marlin_jax import checkpoint
+from marlin_jax.training import checkpoint
 
 
 def state_of(step):

@@ -2,7 +2,7 @@
 
 import threading
 
-from marlin_jax.watchdog import Watchdog
+from marlin_jax.training.watchdog import Watchdog
 
 
 def read_from_a_disk_that_does_not_answer():

@@ -18,15 +18,6 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from marlin_jax import (
-  checkpoint,
-  goodput,
-  metrics,
-  run_files,
-  skipped,
-  watchdog,
-)
-from marlin_jax.checkpoint import ResumeError, SaveError
 from marlin_jax.data import loader
 from marlin_jax.data.prepared_dataset import Dataset, DatasetError
 from marlin_jax.data.sample import SampleError
@@ -37,6 +28,15 @@ from marlin_jax.experiment import flat
 from marlin_jax.formats.weights import WeightsError
 from marlin_jax.records import folders
 from marlin_jax.records.folders import OutputFolderError
+from marlin_jax.training import (
+  checkpoint,
+  goodput,
+  metrics,
+  nonfinite,
+  remote_files,
+  watchdog,
+)
+from marlin_jax.training.checkpoint import ResumeError, SaveError
 from marlin_jax.validate import ConfigError
 
 
@@ -97,7 +97,7 @@ class Workdir:
     files: where to write what is small; there after `begin`.
   """
 
-  files: run_files.RunFiles
+  files: remote_files.RunFiles
 
   def __init__(
     self,
@@ -125,12 +125,12 @@ class Workdir:
     self._is_leader = jax.process_index() == 0
     with distributed.leader_first():
       if self._is_leader:
-        if run_files.is_remote(self.path):
+        if remote_files.is_remote(self.path):
           self.path.mkdir(parents=True, exist_ok=True)
         else:
           lock = folders.Lock(Path(self.path), "lock")
           held.callback(lock.close)
-          run_files.check_room(Path(self.path), 4 * num_params)
+          remote_files.check_room(Path(self.path), 4 * num_params)
         for note in checkpoint.set_damaged_aside(self.path / "checkpoints"):
           print(f"warning: {note}", flush=True)
     self.checkpoints = checkpoint.Checkpoints(
@@ -161,8 +161,8 @@ class Workdir:
         print(f"resumed from step {self.start_step} in {self.path}", flush=True)
       text = self.config.to_json(indent=2) + "\n"
       (self.path / "config.json").write_text(text)
-    self.files = run_files.RunFiles(
-      self.path, apart=self._is_leader and run_files.is_remote(self.path)
+    self.files = remote_files.RunFiles(
+      self.path, apart=self._is_leader and remote_files.is_remote(self.path)
     )
 
   def seconds_before(self) -> dict[str, float] | None:
@@ -233,7 +233,7 @@ class Loop:
     self._stop = metrics.StopSignal()
     self._stop_together = distributed.StopTogether(mesh)
     self._signum: int | None = None
-    self._skips = skipped.SkippedSteps(
+    self._skips = nonfinite.SkippedSteps(
       workdir.dataset,
       max_in_row=config.max_skipped_steps,
       num_before=num_skipped,

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from marlin_jax import goodput
+from marlin_jax.training import goodput
 
 
 class Profiler:

@@ -16,8 +16,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from marlin_jax import checksums, run_files
 from marlin_jax.models import stacking
+from marlin_jax.training import checksums, remote_files
 
 Pytree = Any
 
@@ -93,7 +93,7 @@ def _unusable(directory: epath.Path, problems: dict[int, str]):
       # Of a time before there were checksums, or the very first, of a run that
       # was killed before it could write them.
       return {s: p for s, p in problems.items() if s > step}
-    elif not run_files.is_remote(path) or (path / marks[0]).exists():
+    elif not remote_files.is_remote(path) or (path / marks[0]).exists():
       damaged.append(f"  {step}: {problem}")
     # Else it is a save that was not finished: buckets know no renaming.
   if damaged:
@@ -125,7 +125,7 @@ class Checkpoints:
   def __init__(self, directory: str, *, keep: int):
     """Opens or creates the directory; keeps the last `keep` checkpoints."""
     path = epath.Path(directory)
-    if not run_files.is_remote(path):
+    if not remote_files.is_remote(path):
       path = path.absolute()  # which would take gs:// for a folder here
     self._manager = ocp.CheckpointManager(
       path,
