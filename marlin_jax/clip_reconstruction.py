@@ -21,8 +21,8 @@ from marlin_jax.masking import Masking
 from marlin_jax.train_step import Task, fill_in
 
 if TYPE_CHECKING:
-  from marlin_jax.formats.weights import Architecture
   from marlin_jax.models.mae import MAE
+  from marlin_jax.weights.weights import Architecture
 
 
 @dataclasses.dataclass(frozen=True)

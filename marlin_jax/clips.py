@@ -17,7 +17,7 @@ from marlin_jax.face_video import Progress, read_windows
 from marlin_jax.window_features import window_settings
 
 if TYPE_CHECKING:
-  from marlin_jax.formats.weights import Architecture
+  from marlin_jax.weights.weights import Architecture
 
 _USUAL_FPS = 30.0
 

@@ -108,8 +108,7 @@ def convert(args: argparse.Namespace) -> None:
   Raises:
     WeightsError: see formats; or the check failed.
   """
-  from marlin_jax import published
-  from marlin_jax.formats import detect
+  from marlin_jax.weights import formats, published
 
   # --- Read -------------------------------------------------------------------
   source = published.resolve(args.src, full=not args.encoder_only)
@@ -121,7 +120,7 @@ def convert(args: argparse.Namespace) -> None:
   read_options = dict(options)
   if args.drop_classifier:
     read_options["drop_classifier"] = True
-  weights = detect.read(source, args.source_format, **read_options)
+  weights = formats.read(source, args.source_format, **read_options)
   print(f"{source}: {describe(weights.architecture)}")
   kept = weights.encoder_only() if args.encoder_only else weights
 
@@ -133,8 +132,8 @@ def convert(args: argparse.Namespace) -> None:
     write_options["kind"] = _HF_CLASSES[args.hf_class]
   if args.fold_input:
     write_options["fold_input"] = True
-  module = detect.FORMATS[args.target_format]
-  notices = detect.call(
+  module = formats.FORMATS[args.target_format]
+  notices = formats.call(
     module.write,
     target,
     f"writing {args.target_format}",
@@ -145,7 +144,7 @@ def convert(args: argparse.Namespace) -> None:
     print(f"note: {notice}")
 
   # --- Check ------------------------------------------------------------------
-  back = detect.read(
+  back = formats.read(
     target,
     args.target_format,
     # What was known of the source, where the target cannot say it.
@@ -156,7 +155,7 @@ def convert(args: argparse.Namespace) -> None:
   )
   print(f"{target}: {describe(back.architecture)}")
   check(
-    (source, args.source_format or detect.format_of(source), weights),
+    (source, args.source_format or formats.format_of(source), weights),
     (target, args.target_format, back),
     _clip(args.clip, kept.architecture),
   )
@@ -190,7 +189,7 @@ def describe(architecture) -> str:
 
 
 def _make_room(target: Path, source: Path, *, overwrite: bool) -> None:
-  from marlin_jax.formats.weights import WeightsError
+  from marlin_jax.weights.weights import WeightsError
 
   if not target.exists():
     return
@@ -218,7 +217,7 @@ def check(before, after, clip: np.ndarray) -> None:
   Raises:
     WeightsError: something differs by more than TOLERANCE.
   """
-  from marlin_jax.formats.weights import WeightsError
+  from marlin_jax.weights.weights import WeightsError
 
   outputs, rows = [], []
   for path, format, weights in (before, after):
@@ -294,9 +293,12 @@ def _outputs(weights, clip: np.ndarray) -> dict[str, np.ndarray]:
 
 def _torch_outputs(path: Path, format: str, weights, clip: np.ndarray):
   """The same of a PyTorch file by PyTorch, and what computed it."""
-  from marlin_jax.formats import marlin, torch_network, videomae
+  from marlin_jax.weights import marlin_pytorch, torch_network, videomae
 
-  loaders = {"marlin": marlin.load_state, "videomae": videomae.load_state}
+  loaders = {
+    "marlin": marlin_pytorch.load_state,
+    "videomae": videomae.load_state,
+  }
   if format == "hf":
     return _transformers_outputs(path, weights, clip)
   if format not in loaders:
@@ -367,7 +369,7 @@ def main(argv: list[str] | None = None) -> None:
   from absl import logging
 
   from marlin_jax.face_video import FaceVideoError
-  from marlin_jax.formats.weights import WeightsError
+  from marlin_jax.weights.weights import WeightsError
 
   logging.set_verbosity(logging.ERROR)  # orbax tells of every file
   try:

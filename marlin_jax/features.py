@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
   args = _parser().parse_args(argv)
   # Imported here, so that --help answers at once.
   from marlin_jax import video_folder
-  from marlin_jax.formats.weights import WeightsError
+  from marlin_jax.weights.weights import WeightsError
 
   return cli.exit_code(
     lambda: _run(args),
@@ -142,7 +142,7 @@ def _settings(
   args: argparse.Namespace, marlin: Marlin, windows: WindowSettings
 ) -> dict[str, Any]:
   """Returns what the features depend on."""
-  from marlin_jax.formats.weights import encoder_sha256
+  from marlin_jax.weights.weights import encoder_sha256
 
   return {
     "checkpoint": str(args.checkpoint),

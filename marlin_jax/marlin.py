@@ -19,16 +19,15 @@ from marlin_jax import (
   attention,
   clip_reconstruction,
   face_video,
-  published,
   window_features,
 )
 from marlin_jax.clips import as_clips, read_clips
 from marlin_jax.data.clip_geometry import Tubelets
-from marlin_jax.formats import detect
-from marlin_jax.formats.weights import Architecture, Weights, WeightsError
 from marlin_jax.models import softmax_attention
 from marlin_jax.models.mae import MAE, Encoder
 from marlin_jax.train_step import imagenet_normalised
+from marlin_jax.weights import formats, published
+from marlin_jax.weights.weights import Architecture, Weights, WeightsError
 
 
 class Marlin:
@@ -86,7 +85,7 @@ class Marlin:
       WeightsError: there are no such weights, or they cannot be had, be read,
         or do not fit; the message says which and what to do.
     """
-    return cls(detect.read(published.resolve(source, full=full_model)), **how)
+    return cls(formats.read(published.resolve(source, full=full_model)), **how)
 
   @property
   def architecture(self) -> Architecture:

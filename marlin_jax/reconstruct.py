@@ -22,9 +22,9 @@ if TYPE_CHECKING:
   import numpy as np
 
   from marlin_jax.clips import Clips
-  from marlin_jax.formats.weights import Architecture
   from marlin_jax.marlin import Marlin
   from marlin_jax.summaries import Views
+  from marlin_jax.weights.weights import Architecture
 
 
 def main(argv: list[str] | None = None) -> None:

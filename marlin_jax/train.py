@@ -64,8 +64,6 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
   from marlin_jax.data import loader, prepared_dataset, sample
   from marlin_jax.devices import distributed, sharding
   from marlin_jax.evaluators import probe, reconstruction
-  from marlin_jax.formats import detect
-  from marlin_jax.formats import run as run_format
   from marlin_jax.training import (
     goodput,
     profiler,
@@ -75,6 +73,8 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
     loop as training_run,
   )
   from marlin_jax.training.checkpoint import ResumeError
+  from marlin_jax.weights import formats
+  from marlin_jax.weights import run_checkpoint as run_format
 
   remote_files.check_reachable(
     str(workdir), config.data.path, config.probe.path
@@ -141,7 +141,7 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
       )
     state = jax.jit(initialise, out_shardings=layout.shardings)()
     if config.init_from:
-      weights = detect.read(config.init_from)
+      weights = formats.read(config.init_from)
       state, notices = warm_start.apply(weights, state, config)
       if is_leader:
         print("\nnote: ".join([f"starts from {weights.source}", *notices]))

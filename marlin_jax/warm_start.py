@@ -7,16 +7,16 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from marlin_jax.formats import run
-from marlin_jax.formats.weights import (
+from marlin_jax.models import stacking
+from marlin_jax.models.vit import NORM_EPS
+from marlin_jax.train_step import TrainState
+from marlin_jax.weights import run_checkpoint
+from marlin_jax.weights.weights import (
   Weights,
   WeightsError,
   eps_notice,
   unflatten,
 )
-from marlin_jax.models import stacking
-from marlin_jax.models.vit import NORM_EPS
-from marlin_jax.train_step import TrainState
 
 
 def apply(
@@ -86,7 +86,7 @@ def apply(
 def _compare(weights: Weights, config: ConfigDict) -> None:
   architecture = weights.architecture
   differ = []
-  for name, key in run.KEYS.items():
+  for name, key in run_checkpoint.KEYS.items():
     section, _, leaf = key.partition(".")
     theirs, ours = getattr(architecture, name), config[section][leaf]
     network = section == "model" or name == "num_frames"

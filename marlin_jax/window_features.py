@@ -17,8 +17,8 @@ from marlin_jax.face_video import WindowSettings
 if TYPE_CHECKING:
   import jax
 
-  from marlin_jax.formats.weights import Architecture
   from marlin_jax.marlin import Marlin
+  from marlin_jax.weights.weights import Architecture
 
 REDUCTIONS = ("none", "mean", "max", "std", "mean_std")
 

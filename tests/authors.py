@@ -7,8 +7,8 @@ import types
 import numpy as np
 import pytest
 
-from marlin_jax.formats import marlin, torch_files
-from marlin_jax.formats.weights import Weights
+from marlin_jax.weights import marlin_pytorch, torch_files
+from marlin_jax.weights.weights import Weights
 
 
 def network(weights: Weights):
@@ -39,8 +39,8 @@ def network(weights: Weights):
     as_feature_extractor=not has_decoder,
   )
   weights = weights.without_discriminator()
-  theirs = marlin.tables.write(
-    marlin.rules(weights.architecture), weights.arrays
+  theirs = marlin_pytorch.tables.write(
+    marlin_pytorch.rules(weights.architecture), weights.arrays
   )
   model.load_state_dict(torch_files.to_torch(theirs))
   return model.eval()

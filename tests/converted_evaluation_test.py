@@ -11,8 +11,13 @@ from labelled_data import LABELS, draw_face, metric, renamed, run
 
 from configs import eval_far
 from marlin_jax.downstream import clip_batches, labelled
-from marlin_jax.formats import detect, huggingface, native, videomae
-from marlin_jax.formats.weights import Architecture, Weights, encoder_sha256
+from marlin_jax.weights import (
+  formats,
+  huggingface,
+  safetensors_folder,
+  videomae,
+)
+from marlin_jax.weights.weights import Architecture, Weights, encoder_sha256
 
 # Of a published width: .pt and .pth do not say how many heads there are.
 MARLIN = Architecture(384, 1, 6, 64, num_frames=4)
@@ -79,7 +84,7 @@ def test_the_authors_own_files_have_the_numbers_and_features_of_the_authors(
   data, tmp_path
 ):
   weights = drawn(MARLIN)
-  native.write(weights, tmp_path / "ours")
+  safetensors_folder.write(weights, tmp_path / "ours")
   want = evaluated(tmp_path / "w", data, tmp_path / "ours")
   network = authors.network(weights)
   path = tmp_path / "marlin.encoder.pt"
@@ -105,7 +110,7 @@ def test_the_authors_own_files_have_the_numbers_and_features_of_the_authors(
 
 def test_videomaes_files_have_the_numbers_of_the_same_weights(data, tmp_path):
   weights = drawn(VIDEOMAE)
-  native.write(weights, tmp_path / "ours")
+  safetensors_folder.write(weights, tmp_path / "ours")
   want = evaluated(tmp_path / "w", data, tmp_path / "ours")
   assert not videomae.write(weights, tmp_path / "theirs.pth")
   assert not huggingface.write(weights, tmp_path / "hf")
@@ -114,5 +119,5 @@ def test_videomaes_files_have_the_numbers_of_the_same_weights(data, tmp_path):
   assert got["checkpoint"]["sha256"] == want["checkpoint"]["sha256"]
   assert got["cells"] == want["cells"]
   # The same bits again, so there is no need to compute.
-  transformers = detect.read(tmp_path / "hf")
+  transformers = formats.read(tmp_path / "hf")
   assert encoder_sha256(transformers) == want["checkpoint"]["sha256"]

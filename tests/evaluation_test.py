@@ -26,11 +26,11 @@ from configs import eval_dfd, eval_far
 from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.downstream import clip_batches, labelled, tasks
 from marlin_jax.downstream.evaluation import open_weights
-from marlin_jax.formats import native
-from marlin_jax.formats import run as orbax
-from marlin_jax.formats.weights import Architecture, Weights, WeightsError
 from marlin_jax.records.folders import OutputFolderError
 from marlin_jax.validate import ConfigError
+from marlin_jax.weights import run_checkpoint as orbax
+from marlin_jax.weights import safetensors_folder
+from marlin_jax.weights.weights import Architecture, Weights, WeightsError
 
 ROOT = Path(__file__).parents[1]
 
@@ -294,7 +294,7 @@ def test_a_run_of_ours_is_evaluated_as_the_weights_it_holds(
       for name, shape in architecture.shapes().items()
     },
   )
-  native.write(weights, tmp_path / "folder")
+  safetensors_folder.write(weights, tmp_path / "folder")
   orbax.write(weights, tmp_path / "workdir")
   found = [
     run(

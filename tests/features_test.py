@@ -20,10 +20,10 @@ from marlin_jax import features, window_features
 from marlin_jax.face_video import FaceVideoError, NoFaceError, WindowSettings
 from marlin_jax.face_video import read_windows as windows_of
 from marlin_jax.feature_files import FeatureFolder, Origin, Span
-from marlin_jax.formats import native
-from marlin_jax.formats.weights import Architecture, Weights
 from marlin_jax.marlin import Marlin
 from marlin_jax.records.folders import OutputFolderError
+from marlin_jax.weights import safetensors_folder
+from marlin_jax.weights.weights import Architecture, Weights
 
 TINY = Architecture(width=32, depth=1, num_heads=2, mlp_dim=64, image_size=32)
 SHARED = {
@@ -53,7 +53,7 @@ def marlin() -> Marlin:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
   path = tmp_path_factory.mktemp("weights") / "tiny"
-  native.write(random_weights(TINY), path)
+  safetensors_folder.write(random_weights(TINY), path)
   return path
 
 
@@ -253,7 +253,7 @@ def test_other_settings_are_refused(
   before = content(extracted)
   assert run(*same, "--checkpoint", checkpoint, "--reduction", "mean") == 1
   assert "reduction was 'none' and is now 'mean'" in capsys.readouterr().err
-  native.write(random_weights(TINY, seed=1), tmp_path / "other")
+  safetensors_folder.write(random_weights(TINY, seed=1), tmp_path / "other")
   assert run(*same, "--checkpoint", tmp_path / "other") == 1
   assert "checkpoint_sha256 was '" in capsys.readouterr().err
   assert run(*same, "--checkpoint", tmp_path / "none") == 1

@@ -10,17 +10,18 @@ import pytest
 import safetensors.numpy
 import torch
 
-from marlin_jax import convert, published
-from marlin_jax.formats import (
-  detect,
+from marlin_jax import convert
+from marlin_jax.marlin import Marlin
+from marlin_jax.weights import (
+  formats,
   huggingface,
-  marlin,
-  native,
-  run,
+  marlin_pytorch,
+  published,
+  run_checkpoint,
+  safetensors_folder,
   videomae,
 )
-from marlin_jax.formats.weights import Architecture, Weights, WeightsError
-from marlin_jax.marlin import Marlin
+from marlin_jax.weights.weights import Architecture, Weights, WeightsError
 
 TINY = Architecture(
   width=32,
@@ -65,14 +66,14 @@ def assert_same(got: Weights, want: Weights):
 
 
 def test_a_safetensors_folder_gives_the_same_bits(weights, tmp_path):
-  native.write(weights, tmp_path / "a")
-  assert_same(detect.read(tmp_path / "a"), weights)
+  safetensors_folder.write(weights, tmp_path / "a")
+  assert_same(formats.read(tmp_path / "a"), weights)
 
 
 def test_a_runs_checkpoint_gives_the_same_bits(weights, tmp_path):
-  run.write(weights, tmp_path / "a")
-  assert_same(detect.read(tmp_path / "a"), weights)
-  assert_same(detect.read(tmp_path / "a" / "checkpoints" / "0"), weights)
+  run_checkpoint.write(weights, tmp_path / "a")
+  assert_same(formats.read(tmp_path / "a"), weights)
+  assert_same(formats.read(tmp_path / "a" / "checkpoints" / "0"), weights)
 
 
 def test_the_authors_files_give_the_same_bits(weights, tmp_path):
@@ -81,8 +82,8 @@ def test_the_authors_files_give_the_same_bits(weights, tmp_path):
     ("a.full.pt", weights.without_discriminator()),
     ("a.encoder.pt", weights.encoder_only()),
   ):
-    marlin.write(weights, tmp_path / name)
-    assert_same(detect.read(tmp_path / name, **HEADS), want)
+    marlin_pytorch.write(weights, tmp_path / name)
+    assert_same(formats.read(tmp_path / name, **HEADS), want)
 
 
 def test_videomae_files_give_the_same_bits(weights, tmp_path):
@@ -92,9 +93,9 @@ def test_videomae_files_give_the_same_bits(weights, tmp_path):
   arrays = weights.without_discriminator().arrays
   theirs = Weights(architecture, arrays)
   assert not videomae.write(theirs, tmp_path / "a.pth")
-  assert_same(detect.read(tmp_path / "a.pth", **HEADS), theirs)
+  assert_same(formats.read(tmp_path / "a.pth", **HEADS), theirs)
   assert not huggingface.write(theirs, tmp_path / "hf")
-  assert_same(detect.read(tmp_path / "hf"), theirs)
+  assert_same(formats.read(tmp_path / "hf"), theirs)
 
 
 def test_the_authors_package_opens_what_is_written(weights, tmp_path):
@@ -112,7 +113,7 @@ def test_the_authors_package_opens_what_is_written(weights, tmp_path):
   )
   zeros = {k: np.zeros(s, np.float32) for k, s in architecture.shapes().items()}
   for name in ("a.ckpt", "a.full.pt", "a.encoder.pt"):
-    marlin.write(Weights(architecture, zeros), tmp_path / name)
+    marlin_pytorch.write(Weights(architecture, zeros), tmp_path / name)
     model = authors.open_file("marlin_vit_small_ytf", tmp_path / name)
     assert (model.decoder is None) == (name == "a.encoder.pt")
 
@@ -138,9 +139,11 @@ def test_transformers_eps_is_read_and_kept(weights, clips, tmp_path):
     arrays[f"encoder.{name}"] = arrays[f"encoder.{name}"] * np.float32(1e-3)
   quiet = Weights(TINY.without_decoder(), arrays)
   huggingface.write(quiet, tmp_path / "a")
-  config = native.read_config(tmp_path / "a")
-  native.save_config(config | {"layer_norm_eps": 1e-12}, tmp_path / "a")
-  got = detect.read(tmp_path / "a")
+  config = safetensors_folder.read_config(tmp_path / "a")
+  safetensors_folder.save_config(
+    config | {"layer_norm_eps": 1e-12}, tmp_path / "a"
+  )
+  got = formats.read(tmp_path / "a")
   assert got.architecture.norm_eps == 1e-12
   model = kind.from_pretrained(tmp_path / "a").eval()
   model.embeddings.position_embeddings *= 1e-3
@@ -227,23 +230,26 @@ def test_transformers_loss_is_the_authors(weights, clips, tmp_path):
 )
 def test_a_wrong_key_is_named(weights, tmp_path, change, named):
   path = tmp_path / "a.full.pt"
-  marlin.write(weights, path)
+  marlin_pytorch.write(weights, path)
   state = torch.load(path)
   change(state)
   torch.save(state, path)
   with pytest.raises(WeightsError, match=named):
-    detect.read(path, **HEADS)
+    formats.read(path, **HEADS)
 
 
 def test_a_wrong_key_in_safetensors_is_named(weights, tmp_path):
-  for name, write in (("a", native.write), ("b", huggingface.write)):
+  for name, write in (
+    ("a", safetensors_folder.write),
+    ("b", huggingface.write),
+  ):
     write(weights, tmp_path / name)
-    path = tmp_path / name / native.ARRAYS
+    path = tmp_path / name / safetensors_folder.ARRAYS
     arrays = safetensors.numpy.load_file(path)
     arrays["extra"] = arrays.pop(sorted(arrays)[0])
     safetensors.numpy.save_file(arrays, path)
     with pytest.raises(WeightsError, match=r"missing(.|\n)*extra: not known"):
-      detect.read(tmp_path / name)
+      formats.read(tmp_path / name)
 
 
 class Malicious:
@@ -258,46 +264,48 @@ def test_a_malicious_pickle_is_refused(tmp_path, monkeypatch, name, save):
   with (tmp_path / name).open("wb") as file:
     save({"state_dict": {"w": Malicious()}}, file)
   with pytest.raises(WeightsError, match="refused"):
-    detect.read(tmp_path / name)
+    formats.read(tmp_path / name)
   assert not Path("was_here").exists()
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.pth"])
 def test_a_damaged_file_is_refused(weights, tmp_path, name):
-  (marlin if name == "a.pt" else videomae).write(weights, tmp_path / name)
+  (marlin_pytorch if name == "a.pt" else videomae).write(
+    weights, tmp_path / name
+  )
   data = (tmp_path / name).read_bytes()
   (tmp_path / name).write_bytes(data[: len(data) // 2])
   with pytest.raises(WeightsError, match="cannot be read"):
-    detect.read(tmp_path / name)
+    formats.read(tmp_path / name)
 
 
 def test_what_is_no_weights_is_refused(tmp_path):
   with pytest.raises(WeightsError, match="no such file"):
-    detect.read(tmp_path / "nothing")
+    formats.read(tmp_path / "nothing")
   with pytest.raises(WeightsError, match="in no format known here"):
-    detect.read(tmp_path)
+    formats.read(tmp_path)
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(WeightsError, match="no JSON"):
-    detect.read(tmp_path)
+    formats.read(tmp_path)
 
 
 def test_unknown_sizes_are_asked_for(weights, tmp_path):
-  marlin.write(weights, tmp_path / "a.pt")
+  marlin_pytorch.write(weights, tmp_path / "a.pt")
   with pytest.raises(WeightsError, match="--num_heads"):
-    detect.read(tmp_path / "a.pt")
+    formats.read(tmp_path / "a.pt")
   with pytest.raises(WeightsError, match="--num_frames has no meaning"):
-    detect.read(tmp_path / "a.pt", **HEADS, num_frames=16)
+    formats.read(tmp_path / "a.pt", **HEADS, num_frames=16)
 
 
 def test_a_classifier_stays_behind_only_when_told_to(weights, tmp_path):
   huggingface.write(weights, tmp_path, kind="VideoMAEForVideoClassification")
-  path = tmp_path / native.ARRAYS
+  path = tmp_path / safetensors_folder.ARRAYS
   arrays = safetensors.numpy.load_file(path)
   arrays["classifier.weight"] = np.zeros((3, 32), np.float32)
   safetensors.numpy.save_file(arrays, path)
   with pytest.raises(WeightsError, match="--drop_classifier"):
-    detect.read(tmp_path)
-  got = detect.read(tmp_path, drop_classifier=True)
+    formats.read(tmp_path)
+  got = formats.read(tmp_path, drop_classifier=True)
   assert_same(got, weights.encoder_only())
 
 
@@ -326,12 +334,12 @@ def run_convert(*args):
 
 
 def test_convert_goes_round_and_checks(weights, carphone, tmp_path, capsys):
-  native.write(weights, tmp_path / "a")
+  safetensors_folder.write(weights, tmp_path / "a")
   clip = ("--clip", carphone(tmp_path / "clip.mp4", 32))
   heads = ("--num_heads", 4, "--dec_num_heads", 2)
   run_convert("--to=marlin", tmp_path / "a", tmp_path / "b.ckpt", *clip)
   run_convert(tmp_path / "b.ckpt", tmp_path / "c", *heads, *clip)
-  assert_same(native.read(tmp_path / "c"), weights)
+  assert_same(safetensors_folder.read(tmp_path / "c"), weights)
   printed = capsys.readouterr().out
   assert "JAX against PyTorch" in printed
   with pytest.raises(SystemExit, match="exists"):
@@ -340,7 +348,7 @@ def test_convert_goes_round_and_checks(weights, carphone, tmp_path, capsys):
 
 def test_a_conversion_that_went_wrong_fails_its_check(weights, clips, tmp_path):
   wrong = weights.arrays | {"head.bias": weights.arrays["head.bias"] + 1e-3}
-  marlin.write(weights, tmp_path / "a.ckpt")
+  marlin_pytorch.write(weights, tmp_path / "a.ckpt")
   with pytest.raises(WeightsError, match="the check failed"):
     convert.check(
       (tmp_path / "a.ckpt", "marlin", weights),

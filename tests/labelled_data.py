@@ -13,9 +13,9 @@ from configs import eval_dfd
 from data_prep.output import ledger, shards
 from data_prep.sources.listing import BINARY, CLASS, VALUE, Label
 from marlin_jax.downstream.evaluation import evaluate
-from marlin_jax.formats import native
-from marlin_jax.formats.weights import Architecture, of_modules
 from marlin_jax.records import schema
+from marlin_jax.weights import safetensors_folder
+from marlin_jax.weights.weights import Architecture, of_modules
 
 SIZE = schema.FRAME_SIZE
 
@@ -242,5 +242,5 @@ def metric(results, mode, name="auc", ratio=1.0):
 def write_random(path: Path, architecture: Architecture) -> Path:
   """Writes an encoder that has learned nothing."""
   params = nnx.to_pure_dict(nnx.state(architecture.make_autoencoder()))
-  native.write(of_modules(architecture, params), path)
+  safetensors_folder.write(of_modules(architecture, params), path)
   return path

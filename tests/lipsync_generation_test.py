@@ -16,7 +16,6 @@ from flax import nnx
 from data_prep.faces import boxes
 from data_prep.video import decode, video_to_records
 from marlin_jax import source_video
-from marlin_jax.formats.weights import Architecture
 from marlin_jax.lipsync import blending, generation, networks, video_writer
 from marlin_jax.lipsync.generation import (
   GenerationError,
@@ -25,6 +24,7 @@ from marlin_jax.lipsync.generation import (
 )
 from marlin_jax.lipsync.structure import split
 from marlin_jax.source_video import SourceVideo, there_and_back
+from marlin_jax.weights.weights import Architecture
 
 
 @pytest.fixture(scope="module")

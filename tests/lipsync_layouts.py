@@ -13,9 +13,9 @@ import numpy as np
 import optax
 
 from marlin_jax.devices import sharding
-from marlin_jax.formats.weights import Architecture
 from marlin_jax.lipsync import expert_step, generator_step, networks
 from marlin_jax.lipsync.structure import split
+from marlin_jax.weights.weights import Architecture
 
 NUM_CLIPS, NUM_STEPS, SIZE = 8, 2, 32
 

@@ -12,13 +12,13 @@ import torch
 import torch_lipsync
 from flax import nnx
 
-from marlin_jax.formats import lipsync, tables
-from marlin_jax.formats.weights import Architecture, WeightsError
 from marlin_jax.models import convolutions, sync_expert
 from marlin_jax.models.lipsync_generator import LipsyncGenerator
 from marlin_jax.models.quality_discriminator import QualityDiscriminator
 from marlin_jax.models.sync_expert import SyncExpert
 from marlin_jax.models.wav2lip import Wav2Lip
+from marlin_jax.weights import lipsync, name_tables
+from marlin_jax.weights.weights import Architecture, WeightsError
 
 # Of the largest value there is.
 TOLERANCE = 1e-4
@@ -231,7 +231,7 @@ def test_the_tables_lead_back_to_the_same_bits(wav2lip):
   arrays = {
     name: np.asarray(value[...]) for name, value in lipsync.named(ours).items()
   }
-  back = tables.write(lipsync.WAV2LIP.rules(ours), arrays)
+  back = name_tables.write(lipsync.WAV2LIP.rules(ours), arrays)
   state = theirs.state_dict()
   assert back.keys() == {k for k in state if "num_batches" not in k}
   for key, value in back.items():

@@ -11,7 +11,6 @@ import talking_mouths
 from flax import nnx
 
 from marlin_jax import talking_video
-from marlin_jax.formats.weights import Architecture
 from marlin_jax.lipsync import (
   frame_features,
   judges,
@@ -23,6 +22,7 @@ from marlin_jax.lipsync import (
 from marlin_jax.models.sync_expert import SyncExpert
 from marlin_jax.models.syncnet import SyncNet
 from marlin_jax.records import mel_spectrogram
+from marlin_jax.weights.weights import Architecture
 
 NUM_FRAMES = 60
 

@@ -19,7 +19,6 @@ from PIL import Image
 
 from configs import eval_ls
 from marlin_jax import losses
-from marlin_jax.formats.weights import Architecture
 from marlin_jax.lipsync import (
   configuration,
   expert_training,
@@ -33,6 +32,7 @@ from marlin_jax.lipsync.structure import split
 from marlin_jax.records import mel_spectrogram
 from marlin_jax.training.checkpoint import ResumeError
 from marlin_jax.validate import ConfigError
+from marlin_jax.weights.weights import Architecture
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,12 +16,12 @@ import torch
 from flax import nnx
 
 from marlin_jax import train_step
-from marlin_jax.formats import marlin as marlin_format
-from marlin_jax.formats import tables, torch_files
-from marlin_jax.formats.weights import Architecture, Weights, of_modules
 from marlin_jax.marlin import Marlin
 from marlin_jax.masking import Masking
 from marlin_jax.models import vit
+from marlin_jax.weights import marlin_pytorch as marlin_format
+from marlin_jax.weights import name_tables, torch_files
+from marlin_jax.weights.weights import Architecture, Weights, of_modules
 
 # On two busy cores L and the steps of B take minutes.
 pytestmark = pytest.mark.timeout(900)
@@ -96,7 +96,7 @@ class AuthorsStep:
   def __init__(self, weights, weight, lr, disc_lr):
     self.weight = weight
     self.mae = authors.network(weights).train()
-    theirs = tables.write(
+    theirs = name_tables.write(
       marlin_format.rules(weights.architecture), weights.arrays
     )
     self.disc = torch.nn.Sequential(
@@ -217,7 +217,9 @@ def test_five_alternating_steps_have_the_authors_losses_and_gradients(size):
       _with_tables(state.opt_state[0], state.fixed),
       state.disc_opt_state[0],
     )
-    ours = tables.write(marlin_format.rules(ours.architecture), ours.arrays)
+    ours = name_tables.write(
+      marlin_format.rules(ours.architecture), ours.arrays
+    )
     gradients = theirs.gradients()
     assert gradients.keys() == ours.keys() - {
       "encoder.pos_embedding.emb",

@@ -14,8 +14,8 @@ from PIL import Image
 from marlin_jax import Marlin, clip_reconstruction, reconstruct, train_step
 from marlin_jax.attention import SHARES
 from marlin_jax.clips import read_clips
-from marlin_jax.formats import native
-from marlin_jax.formats.weights import Architecture, WeightsError, of_modules
+from marlin_jax.weights import safetensors_folder
+from marlin_jax.weights.weights import Architecture, WeightsError, of_modules
 
 SIZES = {
   "width": 32,
@@ -227,7 +227,7 @@ def test_attention_maps_of_clips_are_independent(marlin, batch):
 @pytest.fixture(scope="module")
 def folder(weights, tmp_path_factory):
   path = tmp_path_factory.mktemp("weights") / "full"
-  native.write(weights, path)
+  safetensors_folder.write(weights, path)
   return path
 
 
@@ -280,7 +280,9 @@ def test_attention_is_drawn_and_shared_out_among_regions(
 ):
   video = shared_video("cropped04.mp4")
   path = tmp_path / "heat.gif"
-  native.write(make_weights(image_size=224, depth=2), tmp_path / "model")
+  safetensors_folder.write(
+    make_weights(image_size=224, depth=2), tmp_path / "model"
+  )
   args = [video, "--checkpoint", tmp_path / "model", "--output", path]
   run(*args, "--attention", "--head=1,0", "--num_clips=1")
   with Image.open(path) as animation:
@@ -302,7 +304,7 @@ def test_attention_is_drawn_and_shared_out_among_regions(
 def test_attention_needs_neither_decoder_nor_regions(
   weights, noise, tmp_path, capsys
 ):
-  native.write(weights.encoder_only(), tmp_path / "encoder")
+  safetensors_folder.write(weights.encoder_only(), tmp_path / "encoder")
   args = [noise, "--checkpoint", tmp_path / "encoder"]
   args += ["--output", tmp_path / "heat.png"]
   run(*args, "--attention")

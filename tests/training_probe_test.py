@@ -12,8 +12,8 @@ from marlin_jax.devices import sharding
 from marlin_jax.downstream import feature_cache
 from marlin_jax.downstream.tasks import TaskError
 from marlin_jax.evaluators import probe
-from marlin_jax.formats import detect
-from marlin_jax.formats.weights import Architecture
+from marlin_jax.weights import formats
+from marlin_jax.weights.weights import Architecture
 
 TINY = Architecture(width=16, depth=1, num_heads=2, mlp_dim=32, num_frames=4)
 # Some are cut down, so that there is something to choose.
@@ -54,7 +54,7 @@ def test_a_run_on_eight_devices_tells_what_its_checkpoint_is_worth_on_one(
   assert "AUC for emotion on val: linear probe" in result.stdout
 
   # The average of the weights, as every reader of a run takes it.
-  weights = detect.read(tmp_path)
+  weights = formats.read(tmp_path)
   mesh = sharding.make_mesh()
   data = probe.open_data(settings(), weights.architecture, str(face_data))
   encode = feature_cache.FrozenEncoder(weights, mesh, "float32", "auto")

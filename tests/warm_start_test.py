@@ -8,8 +8,8 @@ import pytest
 
 from configs import pretrain_b
 from marlin_jax import experiment, warm_start
-from marlin_jax.formats import videomae
-from marlin_jax.formats.weights import Architecture, Weights, WeightsError
+from marlin_jax.weights import videomae
+from marlin_jax.weights.weights import Architecture, Weights, WeightsError
 
 TINY = Architecture(
   width=16,

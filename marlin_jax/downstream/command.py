@@ -46,9 +46,9 @@ def main(argv: Sequence[str]) -> int:
   from marlin_jax.data.prepared_dataset import DatasetError
   from marlin_jax.downstream.evaluation import evaluate
   from marlin_jax.downstream.tasks import TaskError
-  from marlin_jax.formats.weights import WeightsError
   from marlin_jax.records.folders import OutputFolderError
   from marlin_jax.training.checkpoint import ResumeError, SaveError
+  from marlin_jax.weights.weights import WeightsError
 
   workdir = config_flags.workdir()
   return cli.exit_code(

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from marlin_jax import experiment, published
+from marlin_jax import experiment
 from marlin_jax.data import prepared_dataset
 from marlin_jax.devices import sharding
 from marlin_jax.downstream import (
@@ -27,17 +27,17 @@ from marlin_jax.downstream import (
   tasks,
 )
 from marlin_jax.downstream.tasks import Task
-from marlin_jax.formats import detect
-from marlin_jax.formats.weights import (
+from marlin_jax.records import schema
+from marlin_jax.records.folders import write_bytes
+from marlin_jax.validate import ConfigError
+from marlin_jax.weights import formats, published
+from marlin_jax.weights.weights import (
   Architecture,
   Weights,
   WeightsError,
   encoder_sha256,
   of_modules,
 )
-from marlin_jax.records import schema
-from marlin_jax.records.folders import write_bytes
-from marlin_jax.validate import ConfigError
 
 RANDOM = "random"
 _ROLES = ("train", "val", "test")
@@ -197,7 +197,7 @@ def open_weights(config: ConfigDict, checkpoint: str) -> Weights:
     encoder = architecture.make_autoencoder()
     weights = of_modules(architecture, nnx.to_pure_dict(nnx.state(encoder)))
     return dataclasses.replace(weights, source=RANDOM)
-  weights = detect.read(published.resolve(checkpoint, full=False))
+  weights = formats.read(published.resolve(checkpoint, full=False))
   size = weights.architecture.image_size
   if size != schema.FRAME_SIZE:
     raise WeightsError(

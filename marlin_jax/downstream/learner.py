@@ -21,8 +21,8 @@ from marlin_jax import marlin
 from marlin_jax.devices import sharding
 from marlin_jax.downstream import protocols
 from marlin_jax.downstream.tasks import Task
-from marlin_jax.formats.weights import Architecture, Weights
 from marlin_jax.models import heads, partition, softmax_attention, vit
+from marlin_jax.weights.weights import Architecture, Weights
 
 Pytree = Any
 

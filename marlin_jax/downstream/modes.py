@@ -33,8 +33,8 @@ from marlin_jax.downstream import (
 )
 from marlin_jax.downstream.labelled import Split
 from marlin_jax.downstream.tasks import Task, TaskError
-from marlin_jax.formats.weights import Weights
 from marlin_jax.training.checkpoint import Checkpoints
+from marlin_jax.weights.weights import Weights
 
 # They have the same result whatever the seed.
 DETERMINISTIC = {"default": ("linear", "knn"), "paper": ("knn",)}

@@ -211,12 +211,12 @@ def _generate(config: ConfigDict) -> None:
 
 def _score(config: ConfigDict) -> None:
   from marlin_jax import video_folder
-  from marlin_jax.formats import lipsync
-  from marlin_jax.formats.weights import WeightsError
   from marlin_jax.lipsync import networks, score_files
   from marlin_jax.lipsync.frame_features import open_features
   from marlin_jax.lipsync.judges import ExpertJudge, SyncNetJudge
   from marlin_jax.lipsync.scoring import ScoreError, score
+  from marlin_jax.weights import lipsync
+  from marlin_jax.weights.weights import WeightsError
 
   given = flags.FLAGS
   try:

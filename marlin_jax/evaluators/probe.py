@@ -42,9 +42,9 @@ from marlin_jax.downstream import (
 )
 from marlin_jax.downstream.labelled import Split, Window
 from marlin_jax.downstream.tasks import Task, TaskError
-from marlin_jax.formats.weights import Architecture
 from marlin_jax.models import partition
 from marlin_jax.train_step import Trainer, TrainState
+from marlin_jax.weights.weights import Architecture
 
 _TEMPERATURE = 0.07  # DINO's
 _MAX_ITERATIONS = 200

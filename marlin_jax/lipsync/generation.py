@@ -41,7 +41,6 @@ from flax import nnx
 from marlin_jax import source_video
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.face_video import FaceVideoError
-from marlin_jax.formats.weights import WeightsError
 from marlin_jax.lipsync import blending, mel_windows, networks, video_writer
 from marlin_jax.lipsync.expert_step import as_floats
 from marlin_jax.lipsync.generator_step import hide_mouth
@@ -49,6 +48,7 @@ from marlin_jax.models.convolutions import resized
 from marlin_jax.records.mel_spectrogram import MAX_VALUE, mel_spectrogram
 from marlin_jax.records.schema import FRAME_SIZE, SAMPLE_RATE
 from marlin_jax.source_video import SourceVideo
+from marlin_jax.weights.weights import WeightsError
 
 if TYPE_CHECKING:
   from marlin_jax.source_video import Models

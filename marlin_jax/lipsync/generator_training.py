@@ -16,7 +16,6 @@ from marlin_jax.data import loader
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.devices import sharding
 from marlin_jax.downstream.evaluation import open_weights
-from marlin_jax.formats.weights import encoder_sha256
 from marlin_jax.lipsync import networks, pictures
 from marlin_jax.lipsync.clips import TakeTargets
 from marlin_jax.lipsync.expert_training import kept
@@ -30,6 +29,7 @@ from marlin_jax.lipsync.generator_step import (
 from marlin_jax.lipsync.structure import Arrays, split
 from marlin_jax.models.quality_discriminator import QualityDiscriminator
 from marlin_jax.validate import ConfigError
+from marlin_jax.weights.weights import encoder_sha256
 
 _LEARNED_WITH = ("seed", "dtype", "data.train", "data.val")
 # The evaluation decides on the sync weight: it belongs to what is learned.

@@ -16,13 +16,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from marlin_jax.formats import lipsync, run
-from marlin_jax.formats.weights import Architecture, Weights, WeightsError
 from marlin_jax.lipsync.structure import Arrays, split
 from marlin_jax.models import softmax_attention
 from marlin_jax.models.lipsync_generator import LipsyncGenerator
 from marlin_jax.models.sync_expert import SyncExpert
 from marlin_jax.models.wav2lip import Wav2Lip
+from marlin_jax.weights import lipsync, run_checkpoint
+from marlin_jax.weights.weights import Architecture, Weights, WeightsError
 
 Meta = Mapping[str, Any]
 Generator = LipsyncGenerator | Wav2Lip
@@ -176,13 +176,15 @@ def read_generator(
 
 
 def _read(path: Path, network: str, part: str, mode: str, make):
-  where, meta = run.read_meta(path)
+  where, meta = run_checkpoint.read_meta(path)
   if meta.get("network") != network:
     raise WeightsError(
       f"{where} holds no {part} of lip synchronisation; give the workdir of "
       f"marlin_jax.eval.ls {mode}"
     )
-  found = run.read_state(where, lambda tree: {part: tree[part]})[part]
+  found = run_checkpoint.read_state(where, lambda tree: {part: tree[part]})[
+    part
+  ]
   # Shapes alone: to draw what is then replaced takes 10 s.
   structure, like = split(nnx.eval_shape(lambda: make(meta)))
   return structure.evaluate(_fitted(like, found, where))

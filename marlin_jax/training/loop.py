@@ -25,7 +25,6 @@ from marlin_jax.devices import distributed
 from marlin_jax.devices.rendezvous import StartError
 from marlin_jax.downstream.tasks import TaskError
 from marlin_jax.experiment import flat
-from marlin_jax.formats.weights import WeightsError
 from marlin_jax.records import folders
 from marlin_jax.records.folders import OutputFolderError
 from marlin_jax.training import (
@@ -38,6 +37,7 @@ from marlin_jax.training import (
 )
 from marlin_jax.training.checkpoint import ResumeError, SaveError
 from marlin_jax.validate import ConfigError
+from marlin_jax.weights.weights import WeightsError
 
 
 def carry_out(train: Callable[[], tuple[Any, int | None]]) -> None:

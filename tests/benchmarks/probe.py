@@ -38,10 +38,10 @@ from marlin_jax import scores
 from marlin_jax.devices import sharding
 from marlin_jax.downstream import clip_batches, feature_cache, labelled
 from marlin_jax.downstream import measure as measure_lib
-from marlin_jax.formats import detect
-from marlin_jax.formats.weights import of_modules
 from marlin_jax.models.mae import Encoder
 from marlin_jax.records.schema import GRID_SIZE, PATCH_SIZE
+from marlin_jax.weights import formats
+from marlin_jax.weights.weights import of_modules
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "runs" / "probe"
@@ -339,7 +339,7 @@ def main():
   windows = open_windows(split)
   features = {}
   for strategy in STRATEGIES:
-    weights = detect.read(FOLDER / name / strategy)
+    weights = formats.read(FOLDER / name / strategy)
     features[strategy] = [features_of(weights, split)]
   features[RANDOM] = [
     features_of(random_weights(weights.architecture, seed), split)

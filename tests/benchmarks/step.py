@@ -37,8 +37,8 @@ def make(
   from flax import nnx
 
   from marlin_jax import experiment
-  from marlin_jax.formats.run import KEYS
-  from marlin_jax.formats.weights import Architecture, of_modules
+  from marlin_jax.weights.run_checkpoint import KEYS
+  from marlin_jax.weights.weights import Architecture, of_modules
 
   config = experiment.flat(_config(size))
   architecture = Architecture(**{k: config[v] for k, v in KEYS.items()})

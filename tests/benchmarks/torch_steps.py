@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from marlin_jax.formats.weights import Weights
+from marlin_jax.weights.weights import Weights
 
 ADVERSARIAL_WEIGHT = 0.01
 OPTIMIZER = {

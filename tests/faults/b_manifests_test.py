@@ -28,8 +28,9 @@ from conftest import ROOT, run_prepare
 
 from data_prep import report, verify
 from data_prep.sources import manifest
-from marlin_jax import feature_files, published
-from marlin_jax.formats.weights import WeightsError
+from marlin_jax import feature_files
+from marlin_jax.weights import published
+from marlin_jax.weights.weights import WeightsError
 
 # Each is fine as a file's name, and something else to a shell, a browser, a
 # format string or a command line.

@@ -18,10 +18,10 @@ import pytest
 from train_test import command, refused, run
 
 from marlin_jax.devices import distributed
-from marlin_jax.formats import detect
-from marlin_jax.formats.weights import WeightsError
 from marlin_jax.records import folders
 from marlin_jax.training import checkpoint, checksums, remote_files
+from marlin_jax.weights import formats
+from marlin_jax.weights.weights import WeightsError
 
 ROOT = Path(__file__).parents[2]
 
@@ -181,7 +181,7 @@ def test_a_flipped_bit_sends_a_resumed_run_back_to_the_step_before(workdir):
 def test_damaged_weights_are_not_exported(workdir):
   flip_a_bit(largest(workdir / "checkpoints" / "2"), np.random.default_rng(0))
   with pytest.raises(WeightsError, match="damaged.* sha256 differs"):
-    detect.read(str(workdir))
+    formats.read(str(workdir))
 
 
 # --- D6: bad copies -----------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 import safetensors
 import safetensors.numpy
 
-from marlin_jax.formats.weights import Architecture, Weights, WeightsError
+from marlin_jax.weights.weights import Architecture, Weights, WeightsError
 
 CONFIG = "config.json"
 ARRAYS = "model.safetensors"

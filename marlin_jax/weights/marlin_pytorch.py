@@ -12,47 +12,47 @@ from pathlib import Path
 
 import numpy as np
 
-from marlin_jax.formats import tables, torch_files
-from marlin_jax.formats.weights import (
+from marlin_jax.models.vit import NORM_EPS
+from marlin_jax.weights import name_tables, torch_files
+from marlin_jax.weights.weights import (
   Architecture,
   Weights,
   WeightsError,
   eps_notice,
 )
-from marlin_jax.models.vit import NORM_EPS
 
 _SUFFIXES = (".pt", ".ckpt")
 _MLP = ("mlp.layers.0.linear", "mlp.layers.1.linear")
 
 
-def rules(architecture: Architecture) -> list[tables.Rule]:
+def rules(architecture: Architecture) -> list[name_tables.Rule]:
   """The table for such a network."""
   found = [
-    *tables.patch_embedding(
+    *name_tables.patch_embedding(
       "encoder.patch_embedding.projection",
       "encoder.patch_embedding",
       architecture,
     ),
-    tables.batched("encoder.pos_embedding.emb", "encoder.positions", 1),
-    *tables.fused_blocks(
+    name_tables.batched("encoder.pos_embedding.emb", "encoder.positions", 1),
+    *name_tables.fused_blocks(
       "encoder.blocks", "encoder.transformer", architecture.depth, *_MLP
     ),
-    *tables.norm("encoder.norm", "encoder.norm"),
+    *name_tables.norm("encoder.norm", "encoder.norm"),
   ]
   if architecture.has_decoder:
     found += [
-      tables.transposed("enc_dec_proj.weight", "enc_to_dec.kernel"),
-      tables.batched("decoder.mask_token", "mask_token", 2),
-      tables.batched("decoder.pos_embedding.emb", "dec_positions", 1),
-      *tables.fused_blocks(
+      name_tables.transposed("enc_dec_proj.weight", "enc_to_dec.kernel"),
+      name_tables.batched("decoder.mask_token", "mask_token", 2),
+      name_tables.batched("decoder.pos_embedding.emb", "dec_positions", 1),
+      *name_tables.fused_blocks(
         "decoder.blocks", "decoder", architecture.dec_depth, *_MLP
       ),
-      *tables.norm("decoder.norm", "dec_norm"),
-      *tables.linear("decoder.head", "head"),
+      *name_tables.norm("decoder.norm", "dec_norm"),
+      *name_tables.linear("decoder.head", "head"),
     ]
   if architecture.has_discriminator:
     for i, ours in enumerate(("hidden", "out")):
-      found += tables.linear(
+      found += name_tables.linear(
         f"discriminator.layers.{i}.linear", f"discriminator.{ours}"
       )
   return found
@@ -77,15 +77,17 @@ def read(
     WeightsError: see torch_files.load and tables.read.
   """
   theirs, source = load_state(path), str(path)
-  width, tubelet_size, patch_size = tables.patch_sizes(
+  width, tubelet_size, patch_size = name_tables.patch_sizes(
     theirs, "encoder.patch_embedding.projection.weight", source
   )
-  num_tokens = tables.shape_of(theirs, "encoder.pos_embedding.emb", source)[1]
+  num_tokens = name_tables.shape_of(
+    theirs, "encoder.pos_embedding.emb", source
+  )[1]
   architecture = Architecture(
     width=width,
-    depth=tables.infer_depth(theirs, "encoder.blocks."),
-    num_heads=tables.infer_heads(width, num_heads, "--num_heads", source),
-    mlp_dim=tables.shape_of(
+    depth=name_tables.infer_depth(theirs, "encoder.blocks."),
+    num_heads=name_tables.infer_heads(width, num_heads, "--num_heads", source),
+    mlp_dim=name_tables.shape_of(
       theirs, "encoder.blocks.0.mlp.layers.0.linear.weight", source
     )[0],
     tubelet_size=tubelet_size,
@@ -96,27 +98,27 @@ def read(
     ),
   )
   if any(key.startswith("decoder.") for key in theirs):
-    dec_width = tables.shape_of(theirs, "enc_dec_proj.weight", source)[0]
+    dec_width = name_tables.shape_of(theirs, "enc_dec_proj.weight", source)[0]
     architecture = dataclasses.replace(
       architecture,
       dec_width=dec_width,
-      dec_depth=tables.infer_depth(theirs, "decoder.blocks."),
-      dec_num_heads=tables.infer_heads(
+      dec_depth=name_tables.infer_depth(theirs, "decoder.blocks."),
+      dec_num_heads=name_tables.infer_heads(
         dec_width, dec_num_heads, "--dec_num_heads", source
       ),
-      dec_mlp_dim=tables.shape_of(
+      dec_mlp_dim=name_tables.shape_of(
         theirs, "decoder.blocks.0.mlp.layers.0.linear.weight", source
       )[0],
     )
   if any(key.startswith("discriminator.") for key in theirs):
     architecture = dataclasses.replace(
       architecture,
-      disc_hidden=tables.shape_of(
+      disc_hidden=name_tables.shape_of(
         theirs, "discriminator.layers.0.linear.weight", source
       )[0],
     )
   return Weights(
-    architecture, tables.read(rules(architecture), theirs, source), source
+    architecture, name_tables.read(rules(architecture), theirs, source), source
   )
 
 
@@ -167,7 +169,7 @@ def write(weights: Weights, path: Path) -> list[str]:
   torch_files.import_torch()  # or an error, before anything else
   weights, notices = prepare(weights, path)
   theirs = torch_files.to_torch(
-    tables.write(rules(weights.architecture), weights.arrays)
+    name_tables.write(rules(weights.architecture), weights.arrays)
   )
   torch_files.save(
     {"state_dict": theirs} if path.suffix == ".ckpt" else theirs, path

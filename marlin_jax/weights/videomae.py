@@ -13,14 +13,14 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from marlin_jax.formats import tables, torch_files
-from marlin_jax.formats.weights import (
+from marlin_jax.models.vit import sincos_positions
+from marlin_jax.weights import name_tables, torch_files
+from marlin_jax.weights.weights import (
   Architecture,
   Weights,
   WeightsError,
   eps_notice,
 )
-from marlin_jax.models.vit import sincos_positions
 
 _NORM_EPS = 1e-6
 _MLP = ("mlp.fc1", "mlp.fc2")
@@ -36,23 +36,23 @@ def rules(architecture: Architecture, *, prefix: str, norm: str):
       'fc_norm'.
   """
   found = [
-    *tables.patch_embedding(
+    *name_tables.patch_embedding(
       f"{prefix}patch_embed.proj", "encoder.patch_embedding", architecture
     ),
-    *tables.fused_blocks(
+    *name_tables.fused_blocks(
       f"{prefix}blocks", "encoder.transformer", architecture.depth, *_MLP
     ),
-    *tables.norm(f"{prefix}{norm}", "encoder.norm"),
+    *name_tables.norm(f"{prefix}{norm}", "encoder.norm"),
   ]
   if architecture.has_decoder:
     found += [
-      tables.transposed("encoder_to_decoder.weight", "enc_to_dec.kernel"),
-      tables.batched("mask_token", "mask_token", 2),
-      *tables.fused_blocks(
+      name_tables.transposed("encoder_to_decoder.weight", "enc_to_dec.kernel"),
+      name_tables.batched("mask_token", "mask_token", 2),
+      *name_tables.fused_blocks(
         "decoder.blocks", "decoder", architecture.dec_depth, *_MLP
       ),
-      *tables.norm("decoder.norm", "dec_norm"),
-      *tables.videomae_head("decoder.head", "head"),
+      *name_tables.norm("decoder.norm", "dec_norm"),
+      *name_tables.videomae_head("decoder.head", "head"),
     ]
   return found
 
@@ -84,16 +84,16 @@ def read(
   if drop_classifier:
     theirs = {k: v for k, v in theirs.items() if not k.startswith("head.")}
   prefix = "encoder." if "encoder.patch_embed.proj.weight" in theirs else ""
-  width, tubelet_size, patch_size = tables.patch_sizes(
+  width, tubelet_size, patch_size = name_tables.patch_sizes(
     theirs, f"{prefix}patch_embed.proj.weight", source
   )
   architecture = Architecture(
     width=width,
-    depth=tables.infer_depth(theirs, f"{prefix}blocks."),
-    num_heads=tables.infer_heads(width, num_heads, "--num_heads", source),
-    mlp_dim=tables.shape_of(theirs, f"{prefix}blocks.0.mlp.fc1.weight", source)[
-      0
-    ],
+    depth=name_tables.infer_depth(theirs, f"{prefix}blocks."),
+    num_heads=name_tables.infer_heads(width, num_heads, "--num_heads", source),
+    mlp_dim=name_tables.shape_of(
+      theirs, f"{prefix}blocks.0.mlp.fc1.weight", source
+    )[0],
     num_frames=num_frames,
     image_size=image_size,
     tubelet_size=tubelet_size,
@@ -102,15 +102,17 @@ def read(
     norm_eps=_NORM_EPS,
   )
   if any(key.startswith("decoder.") for key in theirs):
-    dec_width = tables.shape_of(theirs, "encoder_to_decoder.weight", source)[0]
+    dec_width = name_tables.shape_of(
+      theirs, "encoder_to_decoder.weight", source
+    )[0]
     architecture = dataclasses.replace(
       architecture,
       dec_width=dec_width,
-      dec_depth=tables.infer_depth(theirs, "decoder.blocks."),
-      dec_num_heads=tables.infer_heads(
+      dec_depth=name_tables.infer_depth(theirs, "decoder.blocks."),
+      dec_num_heads=name_tables.infer_heads(
         dec_width, dec_num_heads, "--dec_num_heads", source
       ),
-      dec_mlp_dim=tables.shape_of(
+      dec_mlp_dim=name_tables.shape_of(
         theirs, "decoder.blocks.0.mlp.fc1.weight", source
       )[0],
       norm_pix=True,
@@ -118,7 +120,7 @@ def read(
   norm = "fc_norm" if f"{prefix}fc_norm.weight" in theirs else "norm"
   table = rules(architecture, prefix=prefix, norm=norm)
   try:
-    arrays = tables.read(table, theirs, source)
+    arrays = name_tables.read(table, theirs, source)
   except WeightsError as e:
     if "head.weight" in theirs:
       raise WeightsError(
@@ -176,7 +178,7 @@ def write(weights: Weights, path: Path) -> list[str]:
     weights = weights.with_imagenet_input()
   architecture, arrays, left = leave_behind(weights)
   table = rules(architecture, prefix="encoder.", norm="norm")
-  theirs = torch_files.to_torch(tables.write(table, arrays))
+  theirs = torch_files.to_torch(name_tables.write(table, arrays))
   torch_files.save({"model": theirs}, path)
   return notices + left
 

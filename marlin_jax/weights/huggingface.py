@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from marlin_jax.formats import native, tables, videomae
-from marlin_jax.formats.weights import Architecture, Weights, WeightsError
 from marlin_jax.train_step import IMAGENET_MEAN, IMAGENET_STD
+from marlin_jax.weights import name_tables, safetensors_folder, videomae
+from marlin_jax.weights.weights import Architecture, Weights, WeightsError
 
 # The class -> (prefix of the encoder's names, name of its final norm).
 CLASSES = {
@@ -52,14 +52,14 @@ _DEFAULTS = {
 
 
 def is_huggingface(path: Path) -> bool:
-  return native.read_config(path).get("model_type") == "videomae"
+  return safetensors_folder.read_config(path).get("model_type") == "videomae"
 
 
-def rules(architecture: Architecture, kind: str) -> list[tables.Rule]:
+def rules(architecture: Architecture, kind: str) -> list[name_tables.Rule]:
   """The table for such a network in a class of CLASSES."""
   prefix, norm = CLASSES[kind]
   found = [
-    *tables.patch_embedding(
+    *name_tables.patch_embedding(
       f"{prefix}embeddings.patch_embeddings.projection",
       "encoder.patch_embedding",
       architecture,
@@ -67,36 +67,38 @@ def rules(architecture: Architecture, kind: str) -> list[tables.Rule]:
     *_blocks(
       f"{prefix}encoder.layer", "encoder.transformer", architecture.depth
     ),
-    *tables.norm(norm, "encoder.norm"),
+    *name_tables.norm(norm, "encoder.norm"),
   ]
   if architecture.has_decoder:
     found += [
-      tables.transposed("encoder_to_decoder.weight", "enc_to_dec.kernel"),
-      tables.batched("mask_token", "mask_token", 2),
+      name_tables.transposed("encoder_to_decoder.weight", "enc_to_dec.kernel"),
+      name_tables.batched("mask_token", "mask_token", 2),
       *_blocks("decoder.decoder_layers", "decoder", architecture.dec_depth),
-      *tables.norm("decoder.norm", "dec_norm"),
-      *tables.videomae_head("decoder.head", "head"),
+      *name_tables.norm("decoder.norm", "dec_norm"),
+      *name_tables.videomae_head("decoder.head", "head"),
     ]
   return found
 
 
-def _blocks(theirs: str, ours: str, depth: int) -> list[tables.Rule]:
+def _blocks(theirs: str, ours: str, depth: int) -> list[name_tables.Rule]:
   found = []
   for i in range(depth):
     a, b = f"{theirs}.{i}", f"{ours}.blocks.{i}"
     inner = f"{a}.attention.attention"
     found += [
-      *tables.norm(f"{a}.layernorm_before", f"{b}.norm1"),
+      *name_tables.norm(f"{a}.layernorm_before", f"{b}.norm1"),
       *(
-        tables.transposed(f"{inner}.{n}.weight", f"{b}.attention.{n}.kernel")
+        name_tables.transposed(
+          f"{inner}.{n}.weight", f"{b}.attention.{n}.kernel"
+        )
         for n in ("query", "key", "value")
       ),
-      tables.same(f"{inner}.q_bias", f"{b}.attention.query.bias"),
-      tables.same(f"{inner}.v_bias", f"{b}.attention.value.bias"),
-      *tables.linear(f"{a}.attention.output.dense", f"{b}.attention.out"),
-      *tables.norm(f"{a}.layernorm_after", f"{b}.norm2"),
-      *tables.linear(f"{a}.intermediate.dense", f"{b}.mlp_in"),
-      *tables.linear(f"{a}.output.dense", f"{b}.mlp_out"),
+      name_tables.same(f"{inner}.q_bias", f"{b}.attention.query.bias"),
+      name_tables.same(f"{inner}.v_bias", f"{b}.attention.value.bias"),
+      *name_tables.linear(f"{a}.attention.output.dense", f"{b}.attention.out"),
+      *name_tables.norm(f"{a}.layernorm_after", f"{b}.norm2"),
+      *name_tables.linear(f"{a}.intermediate.dense", f"{b}.mlp_in"),
+      *name_tables.linear(f"{a}.output.dense", f"{b}.mlp_out"),
     ]
   return found
 
@@ -114,13 +116,13 @@ def read(path: Path, *, drop_classifier: bool = False) -> Weights:
   Raises:
     WeightsError: something is missing, left over or not supported.
   """
-  config = native.read_config(path)
+  config = safetensors_folder.read_config(path)
   if config.get("model_type") != "videomae":
     raise WeightsError(
-      f"{path}: expected a folder whose {native.CONFIG} says model_type "
+      f"{path}: expected a folder whose {safetensors_folder.CONFIG} says model_type "
       "'videomae'"
     )
-  theirs = native.load_arrays(path / native.ARRAYS)
+  theirs = safetensors_folder.load_arrays(path / safetensors_folder.ARRAYS)
   # As the module calls them; some files do too.
   theirs = {
     re.sub(r"\.(query|value)\.bias$", lambda m: f".{m[1][0]}_bias", key): value
@@ -133,7 +135,7 @@ def read(path: Path, *, drop_classifier: bool = False) -> Weights:
   kind = _class_of(config, theirs, path)
   architecture = _architecture(config, kind, path)
   try:
-    arrays = tables.read(rules(architecture, kind), theirs, str(path))
+    arrays = name_tables.read(rules(architecture, kind), theirs, str(path))
   except WeightsError as e:
     if "classifier.weight" in theirs:
       raise WeightsError(
@@ -151,7 +153,7 @@ def _class_of(config: dict, theirs: dict, path: Path) -> str:
     if kind in CLASSES:
       return kind
   raise WeightsError(
-    f"{path / native.CONFIG} names the class {config.get('architectures')}, "
+    f"{path / safetensors_folder.CONFIG} names the class {config.get('architectures')}, "
     f"expected one of {', '.join(CLASSES)}"
   )
 
@@ -173,7 +175,7 @@ def _architecture(config: dict, kind: str, path: Path) -> Architecture:
   ]
   if wrong:
     raise WeightsError(
-      f"{path / native.CONFIG}, class {kind}: " + "; ".join(wrong)
+      f"{path / safetensors_folder.CONFIG}, class {kind}: " + "; ".join(wrong)
     )
   architecture = Architecture(
     width=config["hidden_size"],
@@ -201,7 +203,7 @@ def _architecture(config: dict, kind: str, path: Path) -> Architecture:
 
 def _imagenet_input(path: Path) -> bool:
   """What the preprocessor does; ImageNet's where the folder has none."""
-  config = native.read_config(path, _PREPROCESSOR)
+  config = safetensors_folder.read_config(path, _PREPROCESSOR)
   if not config.get("do_normalize", True):
     return False
   mean, std = config.get("image_mean"), config.get("image_std")
@@ -258,13 +260,15 @@ def write(
     )
   architecture, arrays, left = videomae.leave_behind(weights)
   path.mkdir(parents=True, exist_ok=True)
-  native.save_arrays(
-    tables.write(rules(architecture, kind), arrays),
-    path / native.ARRAYS,
+  safetensors_folder.save_arrays(
+    name_tables.write(rules(architecture, kind), arrays),
+    path / safetensors_folder.ARRAYS,
     format="pt",  # transformers asks for it
   )
-  native.save_config(_preprocessor_config(architecture), path, _PREPROCESSOR)
-  native.save_config(_config(architecture, kind), path)
+  safetensors_folder.save_config(
+    _preprocessor_config(architecture), path, _PREPROCESSOR
+  )
+  safetensors_folder.save_config(_config(architecture, kind), path)
   return notices + left
 
 

@@ -16,16 +16,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from marlin_jax.formats import weights as weights_lib
-from marlin_jax.formats.weights import (
+from marlin_jax.models.vit import NORM_EPS
+from marlin_jax.records.schema import FRAME_SIZE, PATCH_SIZE
+from marlin_jax.training import checksums
+from marlin_jax.weights import weights as weights_lib
+from marlin_jax.weights.weights import (
   Architecture,
   Weights,
   WeightsError,
   eps_notice,
 )
-from marlin_jax.models.vit import NORM_EPS
-from marlin_jax.records.schema import FRAME_SIZE, PATCH_SIZE
-from marlin_jax.training import checksums
 
 _PARTS = ("params", "fixed", "disc_params")
 _CONVERTED_STEP = 0

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from marlin_jax.formats.weights import Architecture, WeightsError
+from marlin_jax.weights.weights import Architecture, WeightsError
 
 
 @dataclasses.dataclass(frozen=True)

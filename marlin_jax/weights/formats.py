@@ -5,16 +5,22 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
-from marlin_jax.formats import huggingface, marlin, native, run, videomae
-from marlin_jax.formats.weights import Weights, WeightsError
+from marlin_jax.weights import (
+  huggingface,
+  marlin_pytorch,
+  run_checkpoint,
+  safetensors_folder,
+  videomae,
+)
+from marlin_jax.weights.weights import Weights, WeightsError
 
 # Name on the command line -> its module, which has `read` and `write`.
 FORMATS = {
-  "safetensors": native,
-  "marlin": marlin,
+  "safetensors": safetensors_folder,
+  "marlin": marlin_pytorch,
   "hf": huggingface,
   "videomae": videomae,
-  "orbax": run,
+  "orbax": run_checkpoint,
 }
 
 
@@ -28,9 +34,9 @@ def format_of(path: Path) -> str:
     raise WeightsError(f"no weights at {path}: there is no such file or folder")
   if path.is_dir():
     for name, is_it in (
-      ("safetensors", native.is_native),
+      ("safetensors", safetensors_folder.is_native),
       ("hf", huggingface.is_huggingface),
-      ("orbax", run.is_run),
+      ("orbax", run_checkpoint.is_run),
     ):
       if is_it(path):
         return name

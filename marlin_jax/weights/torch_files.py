@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from marlin_jax.formats.weights import WeightsError
+from marlin_jax.weights.weights import WeightsError
 
 HOW_TO_GET_TORCH = (
   "pip install torch --index-url https://download.pytorch.org/whl/cpu"

@@ -7,7 +7,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from marlin_jax.formats.weights import WeightsError
+from marlin_jax.weights.weights import WeightsError
 
 NAMES = tuple(f"marlin_vit_{size}_ytf" for size in ("small", "base", "large"))
 _ADDRESS = "https://github.com/ControlNet/MARLIN/releases/download/model_v1/"

@@ -21,9 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from marlin_jax.formats import tables, torch_files
-from marlin_jax.formats.tables import Rule
-from marlin_jax.formats.weights import WeightsError
 from marlin_jax.models.convolutions import TransposedConvolution
 from marlin_jax.models.quality_discriminator import (
   STAGES,
@@ -32,6 +29,9 @@ from marlin_jax.models.quality_discriminator import (
 from marlin_jax.models.sync_expert import SyncExpert
 from marlin_jax.models.syncnet import SyncNet
 from marlin_jax.models.wav2lip import Wav2Lip
+from marlin_jax.weights import name_tables, torch_files
+from marlin_jax.weights.name_tables import Rule
+from marlin_jax.weights.weights import WeightsError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +148,9 @@ def _syncnet_rules(network: SyncNet) -> list[Rule]:
       ) + _batch_norm(f"{theirs}.{number + 1}", f"{ours}.{i}.norm")
   for theirs, ours in (("netfcaud", "sound_out"), ("netfclip", "face_out")):
     found += [
-      *tables.linear(f"{theirs}.0", f"{ours}.hidden"),
+      *name_tables.linear(f"{theirs}.0", f"{ours}.hidden"),
       *_batch_norm(f"{theirs}.1", f"{ours}.norm"),
-      *tables.linear(f"{theirs}.3", f"{ours}.linear"),
+      *name_tables.linear(f"{theirs}.3", f"{ours}.linear"),
     ]
   return found
 
@@ -226,15 +226,15 @@ def _convolution(
 
   return [
     Rule(f"{theirs}.weight", (f"{ours}.kernel",), read, write),
-    tables.same(f"{theirs}.bias", f"{ours}.bias"),
+    name_tables.same(f"{theirs}.bias", f"{ours}.bias"),
   ]
 
 
 def _batch_norm(theirs: str, ours: str) -> list[Rule]:
   return [
-    *tables.norm(theirs, ours),
-    tables.same(f"{theirs}.running_mean", f"{ours}.mean"),
-    tables.same(f"{theirs}.running_var", f"{ours}.var"),
+    *name_tables.norm(theirs, ours),
+    name_tables.same(f"{theirs}.running_mean", f"{ours}.mean"),
+    name_tables.same(f"{theirs}.running_var", f"{ours}.var"),
   ]
 
 
@@ -266,7 +266,9 @@ def _read(published: Published, path: str | Path) -> nnx.Module:
   _check_kind(published, theirs, path)
   network = nnx.eval_shape(published.make)
   rules = published.rules(network)
-  return _filled(network, rules, tables.read(rules, theirs, str(path)), path)
+  return _filled(
+    network, rules, name_tables.read(rules, theirs, str(path)), path
+  )
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
