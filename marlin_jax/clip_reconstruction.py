@@ -17,8 +17,8 @@ from flax import nnx
 
 from marlin_jax import summaries
 from marlin_jax.clips import Clips
-from marlin_jax.masking import Masking
-from marlin_jax.train_step import Task, fill_in
+from marlin_jax.pretraining.masking import Masking
+from marlin_jax.pretraining.train_step import Task, fill_in
 
 if TYPE_CHECKING:
   from marlin_jax.models.mae import MAE

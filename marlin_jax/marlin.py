@@ -25,7 +25,7 @@ from marlin_jax.clips import as_clips, read_clips
 from marlin_jax.data.clip_geometry import Tubelets
 from marlin_jax.models import softmax_attention
 from marlin_jax.models.mae import MAE, Encoder
-from marlin_jax.train_step import imagenet_normalised
+from marlin_jax.pretraining.train_step import imagenet_normalised
 from marlin_jax.weights import formats, published
 from marlin_jax.weights.weights import Architecture, Weights, WeightsError
 

@@ -31,8 +31,8 @@ from absl import app, flags, logging
 
 from marlin_jax import topology
 from marlin_jax.devices import xla_flags
+from marlin_jax.pretraining.configuration import ConfigError, validate
 from marlin_jax.training import config_flags
-from marlin_jax.validate import ConfigError, validate
 
 flags.declare_key_flag("config")
 _TOPOLOGY = flags.DEFINE_string(
@@ -283,7 +283,7 @@ def _remedy_text(changes, tried) -> str:
 
 def _rate(step) -> dict:
   """Arithmetic, least times and what they ask of the input."""
-  from marlin_jax import flops
+  from marlin_jax.pretraining import flops
 
   config, devices = step.config, step.topology
   rate = {
@@ -312,7 +312,7 @@ def _rate(step) -> dict:
 
 def _numbers(step) -> dict:
   """All of a step, ready for JSON."""
-  from marlin_jax import experiment
+  from marlin_jax.pretraining import experiment
 
   devices = step.topology
   return {

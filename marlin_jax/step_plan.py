@@ -16,10 +16,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from marlin_jax import experiment, flops, hlo, memory, roofline
+from marlin_jax import hlo, roofline
 from marlin_jax.devices import sharding
+from marlin_jax.pretraining import experiment, flops, memory
+from marlin_jax.pretraining.configuration import ConfigError, check_batch
 from marlin_jax.topology import Topology
-from marlin_jax.validate import ConfigError, check_batch
 
 # Compilations that a search may take.
 _MOST_TRIES = 5

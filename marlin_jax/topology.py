@@ -13,8 +13,8 @@ import os
 import re
 from collections.abc import Sequence
 
-from marlin_jax import memory
 from marlin_jax.devices.chips import Chip, find
+from marlin_jax.pretraining import memory
 
 FORMS = """\
   v5e:4x4    TPU slices by chip and shape: v5e and v6e, two sides up to 16x16;

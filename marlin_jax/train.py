@@ -29,8 +29,12 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from marlin_jax.devices import xla_flags
+from marlin_jax.pretraining.configuration import (
+  ConfigError,
+  check_batch,
+  validate,
+)
 from marlin_jax.training import config_flags
-from marlin_jax.validate import ConfigError, check_batch, validate
 
 flags.adopt_module_key_flags(config_flags)
 
@@ -60,10 +64,10 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
   # Imported here: they take seconds, which --help and bad flags need not wait.
   import jax
 
-  from marlin_jax import experiment, memory, warm_start
   from marlin_jax.data import loader, prepared_dataset, sample
   from marlin_jax.devices import distributed, sharding
   from marlin_jax.evaluators import probe, reconstruction
+  from marlin_jax.pretraining import experiment, memory, warm_start
   from marlin_jax.training import (
     goodput,
     profiler,
@@ -291,8 +295,8 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
 
 def _plan(config, dataset, trainer, mesh, shapes, layout, num_steps) -> str:
   """Tells what is about to happen, before the first long wait."""
-  from marlin_jax import experiment
   from marlin_jax.devices import sharding
+  from marlin_jax.pretraining import experiment
 
   kinds = ", ".join(sorted({d.device_kind for d in mesh.devices.flat}))
   processes = {d.process_index for d in mesh.devices.flat}

@@ -4,8 +4,8 @@ import jax
 import pytest
 
 from configs import pretrain_b, pretrain_h, pretrain_l, pretrain_s
-from marlin_jax import experiment, flops
 from marlin_jax.devices import chips, sharding
+from marlin_jax.pretraining import experiment, flops
 
 # A step small enough to compile in seconds, large enough that its matrix
 # products are nearly all of it; nothing in it is as large as anything else.

@@ -10,7 +10,7 @@ import pytest
 
 from marlin_jax.downstream import configuration
 from marlin_jax.lipsync import configuration as lipsync_configuration
-from marlin_jax.validate import validate
+from marlin_jax.pretraining.configuration import validate
 
 ROOT = Path(__file__).parents[1]
 

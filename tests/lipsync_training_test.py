@@ -18,7 +18,6 @@ from conftest import on_eight_devices
 from PIL import Image
 
 from configs import eval_ls
-from marlin_jax import losses
 from marlin_jax.lipsync import (
   configuration,
   expert_training,
@@ -29,9 +28,10 @@ from marlin_jax.lipsync import (
   training,
 )
 from marlin_jax.lipsync.structure import split
+from marlin_jax.pretraining import losses
+from marlin_jax.pretraining.configuration import ConfigError
 from marlin_jax.records import mel_spectrogram
 from marlin_jax.training.checkpoint import ResumeError
-from marlin_jax.validate import ConfigError
 from marlin_jax.weights.weights import Architecture
 
 ROOT = Path(__file__).parents[1]

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from marlin_jax import losses
+from marlin_jax.pretraining import losses
 
 
 def test_the_gradient_penalty_of_a_linear_judge_is_known():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from marlin_jax import masking
+from marlin_jax.pretraining import masking
 from marlin_jax.records import schema
 
 GRID = (8, 14, 14)

@@ -35,8 +35,9 @@ def main(argv):
   import jax
   import numpy as np
 
-  from marlin_jax import experiment, step_plan, topology
+  from marlin_jax import step_plan, topology
   from marlin_jax.devices import sharding
+  from marlin_jax.pretraining import experiment
 
   config = _CONFIG.value
   devices = topology.find_devices("here")

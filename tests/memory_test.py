@@ -4,8 +4,8 @@ import jax
 import pytest
 
 from configs import pretrain_s
-from marlin_jax import experiment, memory
 from marlin_jax.devices import sharding
+from marlin_jax.pretraining import experiment, memory
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from marlin_jax.optim import learning_rate
+from marlin_jax.pretraining.schedules import learning_rate
 
 
 def make(**changes):

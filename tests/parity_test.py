@@ -15,10 +15,10 @@ import pytest
 import torch
 from flax import nnx
 
-from marlin_jax import train_step
 from marlin_jax.marlin import Marlin
-from marlin_jax.masking import Masking
 from marlin_jax.models import vit
+from marlin_jax.pretraining import train_step
+from marlin_jax.pretraining.masking import Masking
 from marlin_jax.weights import marlin_pytorch as marlin_format
 from marlin_jax.weights import name_tables, torch_files
 from marlin_jax.weights.weights import Architecture, Weights, of_modules

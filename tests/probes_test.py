@@ -29,7 +29,7 @@ from marlin_jax.downstream import (
   tasks,
 )
 from marlin_jax.downstream.evaluation import open_weights
-from marlin_jax.train_step import IMAGENET_MEAN
+from marlin_jax.pretraining.train_step import IMAGENET_MEAN
 from marlin_jax.weights.weights import Architecture
 
 # --- Features and probes ------------------------------------------------------

@@ -11,9 +11,10 @@ from conftest import moving_noise, shared_video, write_video
 from flax import nnx
 from PIL import Image
 
-from marlin_jax import Marlin, clip_reconstruction, reconstruct, train_step
+from marlin_jax import Marlin, clip_reconstruction, reconstruct
 from marlin_jax.attention import SHARES
 from marlin_jax.clips import read_clips
+from marlin_jax.pretraining import train_step
 from marlin_jax.weights import safetensors_folder
 from marlin_jax.weights.weights import Architecture, WeightsError, of_modules
 

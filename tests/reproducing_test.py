@@ -9,7 +9,7 @@ import pytest
 
 from data_prep import prepare, verify
 from marlin_jax.downstream import configuration
-from marlin_jax.validate import validate
+from marlin_jax.pretraining.configuration import validate
 
 PAGE = Path(__file__).parents[1] / "docs" / "REPRODUCING.md"
 PARSERS = {"data_prep.prepare": prepare, "data_prep.verify": verify}

@@ -13,8 +13,8 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from configs import pretrain_b, pretrain_s
-from marlin_jax import experiment
 from marlin_jax.devices import sharding
+from marlin_jax.pretraining import experiment
 
 ROOT = Path(__file__).parents[1]
 SPREAD = ("data", "fsdp", "fsdp and tensor")

@@ -13,8 +13,8 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from marlin_jax import experiment
 from marlin_jax.devices import distributed, sharding
+from marlin_jax.pretraining import experiment
 from marlin_jax.training import checkpoint
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from configs import pretrain_b
-from marlin_jax import experiment
+from marlin_jax.pretraining import experiment
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / "tools"

@@ -9,9 +9,9 @@ import optax
 import pytest
 from flax import nnx
 
-from marlin_jax import losses, masking, train_step
 from marlin_jax.data import clip_geometry
 from marlin_jax.models import discriminator, mae
+from marlin_jax.pretraining import losses, masking, train_step
 
 TUBELETS = clip_geometry.Tubelets(num_frames=4, image_size=64)
 BATCH_SIZE = 4

@@ -3,9 +3,14 @@
 import pytest
 
 from configs import pretrain_b
-from marlin_jax import masking
 from marlin_jax.models import softmax_attention
-from marlin_jax.validate import _CHOICES, ConfigError, check_batch, validate
+from marlin_jax.pretraining import masking
+from marlin_jax.pretraining.configuration import (
+  _CHOICES,
+  ConfigError,
+  check_batch,
+  validate,
+)
 
 
 def refuse(**changes):

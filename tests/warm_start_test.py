@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import pretrain_b
-from marlin_jax import experiment, warm_start
+from marlin_jax.pretraining import experiment, warm_start
 from marlin_jax.weights import videomae
 from marlin_jax.weights.weights import Architecture, Weights, WeightsError
 

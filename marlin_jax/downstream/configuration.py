@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from marlin_jax.validate import ATTENTION, refuse
+from marlin_jax.pretraining.configuration import ATTENTION, refuse
 
 MODES = ("linear", "attentive", "finetune", "knn")
 # As in the modules that they are for, which need jax to be imported.

@@ -13,7 +13,6 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from marlin_jax import experiment
 from marlin_jax.data import prepared_dataset
 from marlin_jax.devices import sharding
 from marlin_jax.downstream import (
@@ -27,9 +26,10 @@ from marlin_jax.downstream import (
   tasks,
 )
 from marlin_jax.downstream.tasks import Task
+from marlin_jax.pretraining import experiment
+from marlin_jax.pretraining.configuration import ConfigError
 from marlin_jax.records import schema
 from marlin_jax.records.folders import write_bytes
-from marlin_jax.validate import ConfigError
 from marlin_jax.weights import formats, published
 from marlin_jax.weights.weights import (
   Architecture,

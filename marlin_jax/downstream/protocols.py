@@ -28,7 +28,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from marlin_jax import optim
+from marlin_jax.pretraining import schedules
 
 Pytree = Any
 
@@ -116,7 +116,7 @@ def plan_of(config: ConfigDict, num_videos: int) -> Plan:
   )
   round_steps = math.ceil(num_steps / config.num_rounds)
   num_steps = round_steps * config.num_rounds
-  schedule = optim.learning_rate(
+  schedule = schedules.learning_rate(
     base_lr=config.base_lr,
     min_lr=config.min_lr,
     warmup_ratio=config.warmup_ratio,

@@ -48,8 +48,8 @@ from ml_collections import ConfigDict
 
 from marlin_jax.downstream import command
 from marlin_jax.lipsync import configuration
+from marlin_jax.pretraining.configuration import ConfigError
 from marlin_jax.training import config_flags
-from marlin_jax.validate import ConfigError
 
 flags.adopt_module_key_flags(command)  # --checkpoint, --config, --data, ...
 

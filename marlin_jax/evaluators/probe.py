@@ -43,7 +43,7 @@ from marlin_jax.downstream import (
 from marlin_jax.downstream.labelled import Split, Window
 from marlin_jax.downstream.tasks import Task, TaskError
 from marlin_jax.models import partition
-from marlin_jax.train_step import Trainer, TrainState
+from marlin_jax.pretraining.train_step import Trainer, TrainState
 from marlin_jax.weights.weights import Architecture
 
 _TEMPERATURE = 0.07  # DINO's

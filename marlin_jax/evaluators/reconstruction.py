@@ -14,7 +14,7 @@ from marlin_jax import summaries
 from marlin_jax.data import loader
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.devices import sharding
-from marlin_jax.train_step import Trainer, TrainState, reconstruct
+from marlin_jax.pretraining.train_step import Trainer, TrainState, reconstruct
 
 _SCALARS = (
   "loss_rec",

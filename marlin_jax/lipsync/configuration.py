@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from marlin_jax import validate as checks
+from marlin_jax.pretraining import configuration as checks
 
 # As in the modules that they are for, which need jax to be imported.
 _CHOICES = {

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from marlin_jax import losses
 from marlin_jax.lipsync.structure import Arrays, Structure
+from marlin_jax.pretraining import losses
 
 Pytree = Any
 

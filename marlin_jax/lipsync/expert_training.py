@@ -14,7 +14,6 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from marlin_jax import losses, validate
 from marlin_jax.data import loader
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.devices import sharding
@@ -27,6 +26,7 @@ from marlin_jax.lipsync.expert_step import (
   offset_cosines,
 )
 from marlin_jax.lipsync.structure import split
+from marlin_jax.pretraining import configuration, losses
 
 # What of a configuration a resumed run may change: all but these.
 _LEARNED_WITH = ("seed", "dtype", "data.train", "data.val")
@@ -206,4 +206,4 @@ def kept(
 ) -> dict[str, Any]:
   """Some keys of a configuration as one writes them, and their values."""
   keys = (*shared, *(f"{part}.{name}" for name in own))
-  return {key: validate.get(config, key) for key in keys}
+  return {key: configuration.get(config, key) for key in keys}

@@ -28,7 +28,7 @@ from marlin_jax.lipsync.generator_step import (
 )
 from marlin_jax.lipsync.structure import Arrays, split
 from marlin_jax.models.quality_discriminator import QualityDiscriminator
-from marlin_jax.validate import ConfigError
+from marlin_jax.pretraining.configuration import ConfigError
 from marlin_jax.weights.weights import encoder_sha256
 
 _LEARNED_WITH = ("seed", "dtype", "data.train", "data.val")

@@ -38,8 +38,8 @@ from typing import Any
 
 import jax
 
-from marlin_jax import flops
 from marlin_jax.devices import chips
+from marlin_jax.pretraining import flops
 
 # In the order of the summary.
 KINDS = (

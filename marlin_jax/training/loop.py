@@ -24,7 +24,8 @@ from marlin_jax.data.sample import SampleError
 from marlin_jax.devices import distributed
 from marlin_jax.devices.rendezvous import StartError
 from marlin_jax.downstream.tasks import TaskError
-from marlin_jax.experiment import flat
+from marlin_jax.pretraining.configuration import ConfigError
+from marlin_jax.pretraining.experiment import flat
 from marlin_jax.records import folders
 from marlin_jax.records.folders import OutputFolderError
 from marlin_jax.training import (
@@ -36,7 +37,6 @@ from marlin_jax.training import (
   watchdog,
 )
 from marlin_jax.training.checkpoint import ResumeError, SaveError
-from marlin_jax.validate import ConfigError
 from marlin_jax.weights.weights import WeightsError
 
 

@@ -24,7 +24,7 @@ from marlin_jax.models import stacking
 from marlin_jax.models.discriminator import Discriminator
 from marlin_jax.models.mae import MAE, Encoder
 from marlin_jax.models.vit import NORM_EPS
-from marlin_jax.train_step import IMAGENET_MEAN, IMAGENET_STD
+from marlin_jax.pretraining.train_step import IMAGENET_MEAN, IMAGENET_STD
 
 _DISCRIMINATOR = "discriminator."
 

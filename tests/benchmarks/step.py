@@ -36,7 +36,7 @@ def make(
   import torch_steps
   from flax import nnx
 
-  from marlin_jax import experiment
+  from marlin_jax.pretraining import experiment
   from marlin_jax.weights.run_checkpoint import KEYS
   from marlin_jax.weights.weights import Architecture, of_modules
 
@@ -69,8 +69,8 @@ def _ours(size, video, flags):
   xla_flags.set_for_training()
   import jax
 
-  from marlin_jax import experiment
   from marlin_jax.devices import sharding
+  from marlin_jax.pretraining import experiment
 
   config = _config(size)
   config.batch_size = config.clips_per_device = len(video)

@@ -16,8 +16,8 @@ from distributed_test import finish, start_two
 from train_step_test import BATCH_SIZE, TUBELETS, make, step_of
 from train_test import TINY, refused, run, state_of
 
-from marlin_jax import masking, train_step
 from marlin_jax.devices import distributed
+from marlin_jax.pretraining import masking, train_step
 from marlin_jax.training import watchdog
 
 ROOT = Path(__file__).parents[2]

@@ -30,14 +30,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from marlin_jax import losses, masking
 from marlin_jax.data.clip_geometry import Tubelets
-from marlin_jax.masking import Masking
 from marlin_jax.models import partition
 from marlin_jax.models.affine import Affine
 from marlin_jax.models.discriminator import Discriminator
 from marlin_jax.models.mae import MAE, gather_tokens
 from marlin_jax.models.vit import Fixed
+from marlin_jax.pretraining import losses, masking
+from marlin_jax.pretraining.masking import Masking
 
 Pytree = Any
 

@@ -11,7 +11,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from marlin_jax.data.clip_geometry import Tubelets
-from marlin_jax.masking import Masking, num_decoded
+from marlin_jax.pretraining.masking import Masking, num_decoded
 
 
 def train_step(config: ConfigDict, num_micro: int = 1) -> float:

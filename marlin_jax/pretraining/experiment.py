@@ -15,12 +15,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from marlin_jax import masking, memory, optim, train_step
 from marlin_jax.data import clip_geometry
 from marlin_jax.data.loader import TakeClip
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.devices import sharding
 from marlin_jax.models import discriminator, mae, softmax_attention
+from marlin_jax.pretraining import masking, memory, schedules, train_step
 from marlin_jax.records.schema import FRAME_SIZE
 
 # Keys that change neither what is learned nor from what: free on resume.
@@ -139,7 +139,7 @@ def build(
   fit = config.clips_per_device or clips_that_fit(
     config, mesh, params, device_bytes
   )
-  schedule = optim.learning_rate(
+  schedule = schedules.learning_rate(
     base_lr=config.optim.base_lr,
     min_lr=config.optim.min_lr,
     warmup_ratio=config.optim.warmup_ratio,

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from marlin_jax.models import stacking
 from marlin_jax.models.vit import NORM_EPS
-from marlin_jax.train_step import TrainState
+from marlin_jax.pretraining.train_step import TrainState
 from marlin_jax.weights import run_checkpoint
 from marlin_jax.weights.weights import (
   Weights,
