@@ -8,7 +8,7 @@ features = Marlin.from_pretrained(PATH).extract_video("clip.mp4")
 def __getattr__(name: str):
   # Not at import: it takes seconds, and most modules do not need it.
   if name == "Marlin":
-    from marlin_jax.marlin import Marlin
+    from marlin_jax.inference.marlin import Marlin
 
     return Marlin
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

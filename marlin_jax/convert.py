@@ -247,15 +247,15 @@ def check(before, after, clip: np.ndarray) -> None:
 
 def _clip(path: str | None, architecture) -> np.ndarray:
   """uint8 (1, T, S, S, 3) from a real video, noise where there is none."""
-  from marlin_jax import face_video
   from marlin_jax.data import sample
+  from marlin_jax.inference import face_windows
 
-  settings = face_video.WindowSettings(
+  settings = face_windows.WindowSettings(
     clip=architecture.clip, image_size=architecture.image_size
   )
   try:
     path = path or sample.fetch_video()
-    return next(face_video.read_windows(path, settings)).frames[None]
+    return next(face_windows.read_windows(path, settings)).frames[None]
   except sample.SampleError as e:
     print(f"note: checked on noise, for the sample video is not there: {e}")
   size = architecture.image_size
@@ -275,7 +275,7 @@ def _outputs(weights, clip: np.ndarray) -> dict[str, np.ndarray]:
   import jax
   from flax import nnx
 
-  from marlin_jax.marlin import Marlin, to_tokens
+  from marlin_jax.inference.marlin import Marlin, to_tokens
 
   marlin = Marlin(weights)
   found = {"features": np.asarray(marlin.extract_features(clip, keep_seq=True))}
@@ -368,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
   args = parse_args(sys.argv[1:] if argv is None else argv)
   from absl import logging
 
-  from marlin_jax.face_video import FaceVideoError
+  from marlin_jax.inference.face_windows import FaceVideoError
   from marlin_jax.weights.weights import WeightsError
 
   logging.set_verbosity(logging.ERROR)  # orbax tells of every file

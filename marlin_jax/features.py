@@ -41,10 +41,10 @@ from marlin_jax.records.folders import OutputFolderError
 if TYPE_CHECKING:
   import numpy as np
 
-  from marlin_jax.face_video import Window, WindowSettings
-  from marlin_jax.feature_files import FeatureFolder, Span
-  from marlin_jax.marlin import Marlin
-  from marlin_jax.video_folder import Outcome, Video, VideoBar
+  from marlin_jax.inference.face_windows import Window, WindowSettings
+  from marlin_jax.inference.feature_folder import FeatureFolder, Span
+  from marlin_jax.inference.marlin import Marlin
+  from marlin_jax.inference.video_folder import Outcome, Video, VideoBar
 
 
 class _Failure(Exception):
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
   """Returns the exit code: 0, 1 for an error, 130 when interrupted."""
   args = _parser().parse_args(argv)
   # Imported here, so that --help answers at once.
-  from marlin_jax import video_folder
+  from marlin_jax.inference import video_folder
   from marlin_jax.weights.weights import WeightsError
 
   return cli.exit_code(
@@ -72,8 +72,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-  from marlin_jax import feature_files, video_folder, window_features
-  from marlin_jax.marlin import Marlin
+  from marlin_jax.inference import feature_folder, video_folder, window_features
+  from marlin_jax.inference.marlin import Marlin
 
   # --- What to do -------------------------------------------------------------
   videos = video_folder.list_videos(args.videos)
@@ -89,7 +89,7 @@ def _run(args: argparse.Namespace) -> None:
   except ValueError as e:
     raise _Failure(f"--stride, --sample_rate: {e}") from e
   settings = _settings(args, marlin, windows)
-  with feature_files.FeatureFolder(args.output, settings) as folder:
+  with feature_folder.FeatureFolder(args.output, settings) as folder:
     todo = [
       video
       for video in videos
@@ -213,7 +213,7 @@ class _Extraction:
     batch_size: int | None,
   ) -> None:
     """Takes what comes of the videos, until all are finished."""
-    from marlin_jax import window_features
+    from marlin_jax.inference import window_features
 
     for features in window_features.extract(
       marlin,
@@ -232,8 +232,8 @@ class _Extraction:
   def _clips(
     self, events: Iterator[tuple[int, Window | float | Outcome]]
   ) -> Iterator[np.ndarray]:
-    from marlin_jax.face_video import Window
-    from marlin_jax.feature_files import Span
+    from marlin_jax.inference.face_windows import Window
+    from marlin_jax.inference.feature_folder import Span
 
     for number, event in events:
       if isinstance(event, float):
@@ -253,14 +253,14 @@ class _Extraction:
   def _finish_if_complete(self, number: int) -> None:
     import numpy as np
 
-    from marlin_jax import feature_files, window_features
+    from marlin_jax.inference import feature_folder, window_features
 
     result = self._results[number]
     if not result.is_complete:
       return
     del self._results[number]
     outcome = result.outcome
-    origin = feature_files.Origin(
+    origin = feature_folder.Origin(
       self._todo[number].name, outcome.sha256, outcome.num_bytes
     )
     if outcome.reason:
@@ -300,7 +300,7 @@ def _nothing_extracted(output: Path, refused: dict[str, str]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-  from marlin_jax import face_video, feature_files, window_features
+  from marlin_jax.inference import face_windows, feature_folder, window_features
 
   parser = argparse.ArgumentParser(
     prog="python -m marlin_jax.features",
@@ -332,7 +332,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   add(
     "--format",
-    choices=feature_files.FORMATS,
+    choices=feature_folder.FORMATS,
     default="npz",
     help="parquet needs pyarrow: pip install 'marlin-jax[parquet]'",
   )
@@ -367,7 +367,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   add(
     "--window_rule",
-    choices=face_video.WINDOW_RULES,
+    choices=face_windows.WINDOW_RULES,
     default="cover",
     help="cover: every frame is in a window, the last of which is moved back "
     "to end with the video; authors: the windows of marlin-pytorch, which "

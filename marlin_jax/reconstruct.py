@@ -21,9 +21,9 @@ from marlin_jax.records import cli
 if TYPE_CHECKING:
   import numpy as np
 
-  from marlin_jax.clips import Clips
-  from marlin_jax.marlin import Marlin
-  from marlin_jax.summaries import Views
+  from marlin_jax.inference.clips import Clips
+  from marlin_jax.inference.marlin import Marlin
+  from marlin_jax.inference.pictures import Views
   from marlin_jax.weights.weights import Architecture
 
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
   # Imported here, so that --help answers at once.
   from absl import logging
 
-  from marlin_jax.face_video import FaceVideoError
+  from marlin_jax.inference.face_windows import FaceVideoError
 
   logging.set_verbosity(logging.ERROR)  # orbax tells of every file
   try:
@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-  from marlin_jax import clip_reconstruction, summaries
-  from marlin_jax.marlin import Marlin
+  from marlin_jax.inference import pictures, reconstruction
+  from marlin_jax.inference.marlin import Marlin
   from marlin_jax.records.schema import FRAME_SIZE, PATCH_SIZE
 
   # --- Network ----------------------------------------------------------------
@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace) -> None:
     needs_regions = sizes == (FRAME_SIZE, PATCH_SIZE)
   else:
     mae = marlin.mae
-    task = clip_reconstruction.task_of(architecture, args.strategy, args.ratio)
+    task = reconstruction.task_of(architecture, args.strategy, args.ratio)
     needs_regions = task.masking.needs_regions
 
   # --- Video ------------------------------------------------------------------
@@ -77,14 +77,14 @@ def _run(args: argparse.Namespace) -> None:
 
   # --- Pictures ---------------------------------------------------------------
   if args.attention:
-    summaries.save(
+    pictures.save(
       _attention(marlin, clips, args.head),
       args.output,
       frame_numbers=numbers,
       fps=clips.fps,
     )
   else:
-    result = clip_reconstruction.reconstruct(mae, clips, task, args.seed)
+    result = reconstruction.reconstruct(mae, clips, task, args.seed)
     print(
       f"pixel loss {result.loss_pixels:.4f} where hidden; flat patches, each "
       f"in its own mean colour: {result.loss_own_colour:.4f}"
@@ -98,7 +98,7 @@ def _read(
 ) -> Clips:
   from tqdm import tqdm
 
-  from marlin_jax.clips import read_clips
+  from marlin_jax.inference.clips import read_clips
 
   with tqdm(
     desc="reading",
@@ -134,7 +134,7 @@ def _attention(
   """The heat map; prints the table on the way."""
   import numpy as np
 
-  from marlin_jax import summaries
+  from marlin_jax.inference import pictures
 
   maps = marlin.attention_maps(clips.video)
   if head:
@@ -145,12 +145,16 @@ def _attention(
   if clips.regions is not None:
     print(_table(attention, clips.regions, name))
   grid = marlin.architecture.tubelets.grid
-  return summaries.heat_map(clips.video, attention, grid, name)
+  return pictures.heat_map(clips.video, attention, grid, name)
 
 
 def _table(attention: np.ndarray, regions: np.ndarray, name: str) -> str:
   """Shares of each region: of the patches and of the attention."""
-  from marlin_jax.attention import SHARES, area_shares, region_shares
+  from marlin_jax.inference.attention_maps import (
+    SHARES,
+    area_shares,
+    region_shares,
+  )
 
   areas = area_shares(regions).mean(0)
   shares = region_shares(attention, regions).mean(0)
@@ -236,7 +240,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _output(text: str) -> Path:
-  from marlin_jax.summaries import SUFFIXES
+  from marlin_jax.inference.pictures import SUFFIXES
 
   path = Path(text)
   if path.suffix not in SUFFIXES:

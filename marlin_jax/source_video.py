@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from marlin_jax.face_video import FaceVideoError, Progress
+from marlin_jax.inference.face_windows import FaceVideoError, Progress
 
 if TYPE_CHECKING:
   from data_prep.faces import tracking

@@ -26,7 +26,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from marlin_jax.face_video import FaceVideoError, NoFaceError, fit_square
+from marlin_jax.inference.face_windows import (
+  FaceVideoError,
+  NoFaceError,
+  fit_square,
+)
 from marlin_jax.records.schema import FRAME_SIZE, SAMPLE_RATE
 
 if TYPE_CHECKING:

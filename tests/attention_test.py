@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from marlin_jax import attention
+from marlin_jax.inference import attention_maps
 from marlin_jax.models.mae import Encoder
 from marlin_jax.records.schema import REGIONS
 
@@ -48,7 +48,7 @@ def patches():
 
 @pytest.fixture(scope="module")
 def maps(encoder, patches):
-  return attention.attention_maps(encoder, patches)
+  return attention_maps.attention_maps(encoder, patches)
 
 
 def norm(x, layer):
@@ -142,7 +142,7 @@ def blind(encoder, query_bias, key_kernel):
 
 def test_even_attention_rolls_out_evenly(encoder, patches):
   even = blind(encoder, 0.0, np.zeros((WIDTH, WIDTH), np.float32))
-  for values in attention.attention_maps(even, patches):
+  for values in attention_maps.attention_maps(even, patches):
     np.testing.assert_allclose(values, 1 / TOKENS, rtol=1e-5)
 
 
@@ -161,7 +161,7 @@ def test_attention_to_one_token_alone_rolls_out_to_a_geometric_series(
   model.patch_embedding.bias[...] = jnp.zeros(WIDTH)
   model.positions[...] = jnp.asarray(positions)
 
-  maps = attention.attention_maps(model, patches)
+  maps = attention_maps.attention_maps(model, patches)
   only = np.eye(TOKENS)[target]
   np.testing.assert_allclose(maps.heads, only + 0 * maps.heads, atol=1e-6)
   # Each layer sends half to the target and keeps half where it is.
@@ -179,13 +179,17 @@ def test_a_patch_of_several_regions_is_split_among_them():
     [[[[bits_of("skin"), bits_of("skin", "nose")], [0, bits_of("hair")]]]],
     np.uint16,
   )
-  shares = attention.region_shares(np.array([[4.0, 2.0, 1.0, 1.0]]), regions)
-  got = dict(zip(attention.SHARES, shares[0], strict=True))
+  shares = attention_maps.region_shares(
+    np.array([[4.0, 2.0, 1.0, 1.0]]), regions
+  )
+  got = dict(zip(attention_maps.SHARES, shares[0], strict=True))
   want = {"skin": 5 / 8, "nose": 1 / 8, "hair": 1 / 8, "not parsed": 1 / 8}
-  for name in attention.SHARES:
+  for name in attention_maps.SHARES:
     assert got[name] == pytest.approx(want.get(name, 0)), name
   areas = dict(
-    zip(attention.SHARES, attention.area_shares(regions)[0], strict=True)
+    zip(
+      attention_maps.SHARES, attention_maps.area_shares(regions)[0], strict=True
+    )
   )
   assert areas["skin"] == pytest.approx(3 / 8)
   assert areas["nose"] == pytest.approx(1 / 8)
@@ -195,13 +199,13 @@ def test_shares_of_every_map_sum_to_one(maps):
   np_rng = np.random.default_rng(0)
   regions = np_rng.integers(0, 2**11, (2, 3, 2, 2)).astype(np.uint16)
   for values in maps:
-    shares = attention.region_shares(values, regions)
+    shares = attention_maps.region_shares(values, regions)
     assert shares.shape == (*values.shape[:-1], len(REGIONS) + 1)
     np.testing.assert_allclose(shares.sum(-1), 1, atol=1e-9)
-  np.testing.assert_allclose(attention.area_shares(regions).sum(-1), 1)
+  np.testing.assert_allclose(attention_maps.area_shares(regions).sum(-1), 1)
 
 
 def test_shares_of_other_tokens_are_refused(maps):
   regions = np.ones((2, 2, 2, 2), np.uint16)
   with pytest.raises(ValueError, match=r"expected \(B, \.\.\., t\*h\*w\)"):
-    attention.region_shares(maps.rollout, regions)
+    attention_maps.region_shares(maps.rollout, regions)

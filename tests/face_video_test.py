@@ -13,7 +13,7 @@ from conftest import moving_noise, shared_video, write_video
 
 from data_prep.video import video_to_records
 from marlin_jax.data.clip_geometry import Clip
-from marlin_jax.face_video import (
+from marlin_jax.inference.face_windows import (
   FaceVideoError,
   NoFaceError,
   WindowSettings,

@@ -16,11 +16,16 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT, moving_noise, shared_video, write_video
 
-from marlin_jax import features, window_features
-from marlin_jax.face_video import FaceVideoError, NoFaceError, WindowSettings
-from marlin_jax.face_video import read_windows as windows_of
-from marlin_jax.feature_files import FeatureFolder, Origin, Span
-from marlin_jax.marlin import Marlin
+from marlin_jax import features
+from marlin_jax.inference import window_features
+from marlin_jax.inference.face_windows import (
+  FaceVideoError,
+  NoFaceError,
+  WindowSettings,
+)
+from marlin_jax.inference.face_windows import read_windows as windows_of
+from marlin_jax.inference.feature_folder import FeatureFolder, Origin, Span
+from marlin_jax.inference.marlin import Marlin
 from marlin_jax.records.folders import OutputFolderError
 from marlin_jax.weights import safetensors_folder
 from marlin_jax.weights.weights import Architecture, Weights

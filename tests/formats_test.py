@@ -11,7 +11,7 @@ import safetensors.numpy
 import torch
 
 from marlin_jax import convert
-from marlin_jax.marlin import Marlin
+from marlin_jax.inference.marlin import Marlin
 from marlin_jax.weights import (
   formats,
   huggingface,

@@ -15,7 +15,7 @@ import pytest
 import torch
 from flax import nnx
 
-from marlin_jax.marlin import Marlin
+from marlin_jax.inference.marlin import Marlin
 from marlin_jax.models import vit
 from marlin_jax.pretraining import train_step
 from marlin_jax.pretraining.masking import Masking

@@ -18,7 +18,6 @@ from labelled_data import (
 
 from configs import eval_far
 from data_prep.sources.listing import BINARY, Label
-from marlin_jax import marlin
 from marlin_jax.devices import sharding
 from marlin_jax.downstream import (
   clip_batches,
@@ -29,6 +28,7 @@ from marlin_jax.downstream import (
   tasks,
 )
 from marlin_jax.downstream.evaluation import open_weights
+from marlin_jax.inference import marlin
 from marlin_jax.pretraining.train_step import IMAGENET_MEAN
 from marlin_jax.weights.weights import Architecture
 

@@ -11,9 +11,10 @@ from conftest import moving_noise, shared_video, write_video
 from flax import nnx
 from PIL import Image
 
-from marlin_jax import Marlin, clip_reconstruction, reconstruct
-from marlin_jax.attention import SHARES
-from marlin_jax.clips import read_clips
+from marlin_jax import Marlin, reconstruct
+from marlin_jax.inference import reconstruction
+from marlin_jax.inference.attention_maps import SHARES
+from marlin_jax.inference.clips import read_clips
 from marlin_jax.pretraining import train_step
 from marlin_jax.weights import safetensors_folder
 from marlin_jax.weights.weights import Architecture, WeightsError, of_modules
@@ -102,7 +103,7 @@ def test_it_gives_the_numbers_of_the_training_evaluation(batch, norm_pix):
   )
   graph, params, fixed = train_step.split_model(marlin.mae)
   trainer = train_step.Trainer(
-    task=clip_reconstruction.task_of(marlin.architecture, "fasking", 0.75),
+    task=reconstruction.task_of(marlin.architecture, "fasking", 0.75),
     adversarial=train_step.Adversarial(0.0, 0.0, 1, 1),
     mae=graph,
     discriminator=graph,  # not used
@@ -123,7 +124,7 @@ def test_it_gives_the_numbers_of_the_training_evaluation(batch, norm_pix):
 
 def test_a_perfect_normalised_prediction_gives_back_the_original(batch):
   architecture = make_weights(norm_pix=True).architecture
-  task = clip_reconstruction.task_of(architecture, "random", 0.75)
+  task = reconstruction.task_of(architecture, "random", 0.75)
   keys = jax.random.split(jax.random.key(0), 3)
   mask_keys = jax.vmap(jax.random.split)(keys)[:, 0]
   *_, target = jax.jit(task.split)(batch["video"], batch["regions"], mask_keys)

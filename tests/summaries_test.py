@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from marlin_jax import summaries
+from marlin_jax.inference import pictures
 
 GRID = (2, 2, 2)
 
@@ -15,7 +15,7 @@ def make_views(norm_pix=False):
   visible = np.zeros((2, 8), bool)
   visible[0, [0, 7]] = True
   made = np.full(video.shape, 2.0)  # brighter than white
-  return video, summaries.panels(video, visible, made, GRID, norm_pix=norm_pix)
+  return video, pictures.panels(video, visible, made, GRID, norm_pix=norm_pix)
 
 
 def smooth_views(num_frames, height, width, num_views=2):
@@ -25,7 +25,7 @@ def smooth_views(num_frames, height, width, num_views=2):
   )
   video = (np.stack([t, y, x], axis=-1) * 200 + 20).round().astype(np.uint8)
   names = tuple("abc"[:num_views])
-  return summaries.Views(names, np.stack([video[None]] * num_views))
+  return pictures.Views(names, np.stack([video[None]] * num_views))
 
 
 def test_only_visible_tokens_show_in_the_middle_panel():
@@ -49,7 +49,7 @@ def test_the_caption_tells_what_was_given_to_a_normalised_prediction():
 
 def test_the_picture_holds_every_panel_of_every_clip():
   video, views = make_views()
-  picture = summaries.picture(views, num_frames=2)
+  picture = pictures.picture(views, num_frames=2)
   assert picture.dtype == np.uint8
   assert picture.shape[1] == 2 * 32 + 4
   for clip in range(2):
@@ -64,7 +64,7 @@ def test_the_picture_holds_every_panel_of_every_clip():
 def test_the_animation_has_a_picture_per_frame(tmp_path):
   _, views = make_views()
   path = tmp_path / "clip.gif"
-  summaries.save_animation(views, path, fps=10)
+  pictures.save_animation(views, path, fps=10)
   with Image.open(path) as animation:
     assert animation.n_frames == 4
     assert animation.info["duration"] == 100
@@ -75,7 +75,7 @@ def test_the_animation_has_a_picture_per_frame(tmp_path):
 def test_an_mp4_plays_everywhere_and_shows_the_frames(tmp_path, size):
   views = smooth_views(5, *size)
   path = tmp_path / "clip.mp4"
-  summaries.save_animation(views, path, fps=12.5)
+  pictures.save_animation(views, path, fps=12.5)
   with av.open(str(path)) as container:
     (stream,) = container.streams
     frames = [f.to_ndarray(format="rgb24") for f in container.decode(stream)]
@@ -97,13 +97,13 @@ def test_clips_are_joined_without_showing_a_frame_twice():
   # The last clip is moved back to end with the video, and out of step.
   numbers = np.array([[0, 2, 4, 6], [3, 5, 7, 9]])
   frames = np.arange(8, dtype=np.uint8).reshape(1, 2, 4, 1, 1, 1)
-  views = summaries.Views(("a",), np.broadcast_to(frames, (1, 2, 4, 1, 1, 3)))
-  joined = summaries.one_after_another(views, numbers)
+  views = pictures.Views(("a",), np.broadcast_to(frames, (1, 2, 4, 1, 1, 3)))
+  joined = pictures.one_after_another(views, numbers)
   assert joined.frames.shape == (1, 1, 6, 1, 1, 3)
   assert joined.frames[0, 0, :, 0, 0, 0].tolist() == [0, 1, 2, 3, 6, 7]
   # A video of three frames repeats its last one.
   short = views._replace(frames=views.frames[:, :1])
-  joined = summaries.one_after_another(short, np.array([[0, 2, 2, 2]]))
+  joined = pictures.one_after_another(short, np.array([[0, 2, 2, 2]]))
   assert joined.frames[0, 0, :, 0, 0, 0].tolist() == [0, 1]
 
 
@@ -111,7 +111,7 @@ def test_heat_is_where_the_numbers_are_and_leaves_the_original_alone():
   video = np.full((1, 4, 32, 32, 3), 100, np.uint8)
   weights = np.full((1, 8), 1.0)
   weights[0, 7] = 9.0  # second half of the frames, lower right
-  views = summaries.heat_map(video, weights, GRID, "rollout")
+  views = pictures.heat_map(video, weights, GRID, "rollout")
   original, heat = views.frames[:, 0].astype(int)
   assert (original == 100).all()
   np.testing.assert_array_equal(heat[0], heat[1])
@@ -125,5 +125,5 @@ def test_heat_is_where_the_numbers_are_and_leaves_the_original_alone():
 
 def test_even_heat_is_no_division_by_zero():
   video = np.zeros((1, 4, 32, 32, 3), np.uint8)
-  views = summaries.heat_map(video, np.ones((1, 8)), GRID, "rollout")
+  views = pictures.heat_map(video, np.ones((1, 8)), GRID, "rollout")
   assert views.names[1] == "rollout: 1.00-1 x mean"

@@ -10,7 +10,7 @@ from data_prep.faces import tracking
 from data_prep.sources.manifest import Source
 from data_prep.video import video_to_records
 from marlin_jax import talking_video
-from marlin_jax.face_video import FaceVideoError, NoFaceError
+from marlin_jax.inference.face_windows import FaceVideoError, NoFaceError
 from marlin_jax.lipsync import mel_windows
 from marlin_jax.records import schema
 

@@ -22,10 +22,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from marlin_jax import marlin
 from marlin_jax.devices import sharding
 from marlin_jax.downstream import clip_batches
 from marlin_jax.downstream.labelled import Split, Window
+from marlin_jax.inference import marlin
 from marlin_jax.models import partition, softmax_attention
 from marlin_jax.records.folders import write_bytes
 from marlin_jax.weights.weights import Weights, encoder_sha256

@@ -17,10 +17,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from marlin_jax import marlin
 from marlin_jax.devices import sharding
 from marlin_jax.downstream import protocols
 from marlin_jax.downstream.tasks import Task
+from marlin_jax.inference import marlin
 from marlin_jax.models import heads, partition, softmax_attention, vit
 from marlin_jax.weights.weights import Architecture, Weights
 

@@ -20,7 +20,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from marlin_jax import window_features
 from marlin_jax.devices import sharding
 from marlin_jax.downstream import (
   clip_batches,
@@ -33,6 +32,7 @@ from marlin_jax.downstream import (
 )
 from marlin_jax.downstream.labelled import Split
 from marlin_jax.downstream.tasks import Task, TaskError
+from marlin_jax.inference import window_features
 from marlin_jax.training.checkpoint import Checkpoints
 from marlin_jax.weights.weights import Weights
 

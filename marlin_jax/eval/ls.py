@@ -210,7 +210,7 @@ def _generate(config: ConfigDict) -> None:
 
 
 def _score(config: ConfigDict) -> None:
-  from marlin_jax import video_folder
+  from marlin_jax.inference import video_folder
   from marlin_jax.lipsync import networks, score_files
   from marlin_jax.lipsync.frame_features import open_features
   from marlin_jax.lipsync.judges import ExpertJudge, SyncNetJudge

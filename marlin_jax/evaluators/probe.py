@@ -26,7 +26,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from marlin_jax import marlin, scores
+from marlin_jax import scores
 from marlin_jax.data import loader, prepared_dataset
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.devices import sharding
@@ -42,6 +42,7 @@ from marlin_jax.downstream import (
 )
 from marlin_jax.downstream.labelled import Split, Window
 from marlin_jax.downstream.tasks import Task, TaskError
+from marlin_jax.inference import marlin
 from marlin_jax.models import partition
 from marlin_jax.pretraining.train_step import Trainer, TrainState
 from marlin_jax.weights.weights import Architecture

@@ -10,10 +10,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 from PIL import Image
 
-from marlin_jax import summaries
 from marlin_jax.data import loader
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.devices import sharding
+from marlin_jax.inference import pictures
 from marlin_jax.pretraining.train_step import Trainer, TrainState, reconstruct
 
 _SCALARS = (
@@ -78,7 +78,7 @@ class Reconstruction:
     ]
     return dict(zip(_SCALARS, np.mean(rows, axis=0).tolist(), strict=True))
 
-  def views(self, state: TrainState, num_clips: int) -> summaries.Views:
+  def views(self, state: TrainState, num_clips: int) -> pictures.Views:
     """Pictures of the first clips; see summaries.panels."""
     batch, result = next(self._results(state, 1))
     # With several processes each shows clips of its own.
@@ -86,7 +86,7 @@ class Reconstruction:
       sharding.local_rows(x)[:num_clips]
       for x in (batch["video"], result["visible"], result["video"])
     )
-    return summaries.panels(
+    return pictures.panels(
       video,
       visible,
       made,
@@ -95,7 +95,7 @@ class Reconstruction:
     )
 
 
-def save(views: summaries.Views, directory: Path, name: str, fps: float):
+def save(views: pictures.Views, directory: Path, name: str, fps: float):
   """Writes NAME.png and NAME.gif.
 
   Args:
@@ -109,7 +109,7 @@ def save(views: summaries.Views, directory: Path, name: str, fps: float):
   """
   directory.mkdir(parents=True, exist_ok=True)
   paths = directory / f"{name}.png", directory / f"{name}.gif"
-  picture = summaries.picture(views)
+  picture = pictures.picture(views)
   Image.fromarray(picture).save(paths[0])
-  summaries.save_animation(views, paths[1], fps=fps)
+  pictures.save_animation(views, paths[1], fps=fps)
   return picture, paths

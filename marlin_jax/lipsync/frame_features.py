@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
-  from marlin_jax.marlin import Marlin
+  from marlin_jax.inference.marlin import Marlin
 
 INCEPTION_SIZE, INCEPTION_DIM = 299, 2048
 
@@ -75,7 +75,7 @@ def open_features(source: str) -> FrameFeatures:
   """
   if source.endswith(".onnx"):
     return InceptionFeatures(source)
-  from marlin_jax.marlin import Marlin
+  from marlin_jax.inference.marlin import Marlin
 
   return MarlinFeatures(Marlin.from_pretrained(source))
 

@@ -40,7 +40,7 @@ from flax import nnx
 
 from marlin_jax import source_video
 from marlin_jax.data.clip_geometry import Clip
-from marlin_jax.face_video import FaceVideoError
+from marlin_jax.inference.face_windows import FaceVideoError
 from marlin_jax.lipsync import blending, mel_windows, networks, video_writer
 from marlin_jax.lipsync.expert_step import as_floats
 from marlin_jax.lipsync.generator_step import hide_mouth

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from marlin_jax import summaries
+from marlin_jax.inference import pictures
 from marlin_jax.records.mel_spectrogram import MAX_VALUE
 
 _MARGIN = 4
@@ -45,7 +45,7 @@ def strip(
   """
   total = masked.shape[1]
   chosen = np.linspace(0, total - 1, min(num_frames, total)).round().astype(int)
-  views = summaries.Views(
+  views = pictures.Views(
     ("input", "reference", "generated", "target"),
     np.stack([as_bytes(x) for x in (masked, reference, drawn, target)]),
   )
@@ -54,12 +54,12 @@ def strip(
   for clip in range(len(masked)):
     frames = views.frames[:, clip : clip + 1, chosen]
     # Without the margin below: the sound belongs to the frames.
-    parts.append(summaries.picture(views._replace(frames=frames))[:-_MARGIN])
+    parts.append(pictures.picture(views._replace(frames=frames))[:-_MARGIN])
     sound = [_mel_image(mels[clip, t], side) for t in chosen]
     parts += [
-      summaries.caption("sound of each frame", parts[0].shape[1]),
-      summaries.beside(sound),
-      summaries.blank(_MARGIN, parts[0].shape[1]),
+      pictures.caption("sound of each frame", parts[0].shape[1]),
+      pictures.beside(sound),
+      pictures.blank(_MARGIN, parts[0].shape[1]),
     ]
   return np.concatenate(parts)
 

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from marlin_jax import talking_video, video_folder
-from marlin_jax.face_video import FaceVideoError
+from marlin_jax import talking_video
+from marlin_jax.inference import video_folder
+from marlin_jax.inference.face_windows import FaceVideoError
 from marlin_jax.lipsync import judges, offsets, score_files
 from marlin_jax.lipsync.frame_features import FrameFeatures, PixelFeatures
 from marlin_jax.lipsync.frechet import frechet_distance

@@ -39,7 +39,7 @@ def make(name: str, size: str, on_video: bool) -> Callable[[], object]:
     0, 256, (1, 16, 224, 224, 3), np.uint8
   )
   if name == OURS:
-    from marlin_jax.marlin import Marlin
+    from marlin_jax.inference.marlin import Marlin
 
     marlin = Marlin(weights)
     if on_video:

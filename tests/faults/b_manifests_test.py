@@ -28,7 +28,7 @@ from conftest import ROOT, run_prepare
 
 from data_prep import report, verify
 from data_prep.sources import manifest
-from marlin_jax import feature_files
+from marlin_jax.inference import feature_folder
 from marlin_jax.weights import published
 from marlin_jax.weights.weights import WeightsError
 
@@ -158,7 +158,7 @@ def test_pickle_within_arrays_is_refused(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   np.savez("a.npz", metadata=np.array([Malicious()], object))
   with pytest.raises(ValueError, match="allow_pickle"):
-    feature_files.read_metadata(Path("a.npz"))
+    feature_folder.read_metadata(Path("a.npz"))
   assert not Path("was_here").exists()
 
 

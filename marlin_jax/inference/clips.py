@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from marlin_jax.face_video import Progress, read_windows
-from marlin_jax.window_features import window_settings
+from marlin_jax.inference.face_windows import Progress, read_windows
+from marlin_jax.inference.window_features import window_settings
 
 if TYPE_CHECKING:
   from marlin_jax.weights.weights import Architecture

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from marlin_jax.face_video import (
+from marlin_jax.inference.face_windows import (
   FaceVideoError,
   Window,
   WindowSettings,

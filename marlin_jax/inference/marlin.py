@@ -15,14 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from marlin_jax import (
-  attention,
-  clip_reconstruction,
-  face_video,
+from marlin_jax.data.clip_geometry import Tubelets
+from marlin_jax.inference import (
+  attention_maps as attention,
+)
+from marlin_jax.inference import (
+  face_windows,
+  reconstruction,
   window_features,
 )
-from marlin_jax.clips import as_clips, read_clips
-from marlin_jax.data.clip_geometry import Tubelets
+from marlin_jax.inference.clips import as_clips, read_clips
 from marlin_jax.models import softmax_attention
 from marlin_jax.models.mae import MAE, Encoder
 from marlin_jax.pretraining.train_step import imagenet_normalised
@@ -185,7 +187,7 @@ class Marlin:
       stride=stride,
       window_rule=window_rule,
     )
-    with contextlib.closing(face_video.read_ahead(path, settings)) as windows:
+    with contextlib.closing(face_windows.read_ahead(path, settings)) as windows:
       features = window_features.extract(
         self,
         (window.frames for window in windows),
@@ -204,7 +206,7 @@ class Marlin:
     strategy: str = "fasking",
     ratio: float = 0.9,
     seed: int = 0,
-  ) -> clip_reconstruction.Reconstruction:
+  ) -> reconstruction.Reconstruction:
     """Hides most of a video and fills it in again.
 
     Args:
@@ -226,7 +228,7 @@ class Marlin:
         clips or regions that do not fit.
     """
     mae = self.mae  # or an error, before a long video is read
-    task = clip_reconstruction.task_of(self.architecture, strategy, ratio)
+    task = reconstruction.task_of(self.architecture, strategy, ratio)
     if isinstance(source, (str, os.PathLike)):
       clips = read_clips(
         source,
@@ -240,7 +242,7 @@ class Marlin:
       if source.dtype != np.uint8:
         raise ValueError(f"clips of {source.dtype}, expected uint8")
       clips = as_clips(np.asarray(source), regions, self.architecture.stride)
-    return clip_reconstruction.reconstruct(mae, clips, task, seed)
+    return reconstruction.reconstruct(mae, clips, task, seed)
 
   def attention_maps(
     self, x: np.ndarray | jax.Array

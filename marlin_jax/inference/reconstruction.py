@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from marlin_jax import summaries
-from marlin_jax.clips import Clips
+from marlin_jax.inference import pictures
+from marlin_jax.inference.clips import Clips
 from marlin_jax.pretraining.masking import Masking
 from marlin_jax.pretraining.train_step import Task, fill_in
 
@@ -49,9 +49,9 @@ class Reconstruction:
   loss_own_colour: float
   task: Task
 
-  def views(self) -> summaries.Views:
+  def views(self) -> pictures.Views:
     """Original, what the encoder saw, and reconstruction, to be shown."""
-    return summaries.panels(
+    return pictures.panels(
       self.clips.video,
       self.visible,
       self.reconstruction,
@@ -66,7 +66,7 @@ class Reconstruction:
       ValueError: another suffix.
       OSError: it cannot be written.
     """
-    summaries.save(
+    pictures.save(
       self.views(),
       Path(path),
       frame_numbers=self.clips.frame_numbers,

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from marlin_jax.data.clip_geometry import Clip
-from marlin_jax.face_video import WindowSettings
+from marlin_jax.inference.face_windows import WindowSettings
 
 if TYPE_CHECKING:
   import jax
 
-  from marlin_jax.marlin import Marlin
+  from marlin_jax.inference.marlin import Marlin
   from marlin_jax.weights.weights import Architecture
 
 REDUCTIONS = ("none", "mean", "max", "std", "mean_std")
