@@ -29,8 +29,8 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from marlin_jax import topology
 from marlin_jax.devices import xla_flags
+from marlin_jax.planning import topology
 from marlin_jax.pretraining.configuration import ConfigError, validate
 from marlin_jax.training import config_flags
 
@@ -90,24 +90,24 @@ def plan(config):
   # --- Devices ----------------------------------------------------------------
   devices = topology.find_devices(_TOPOLOGY.value, _NUM_SLICES.value)
   # Only now: what jax may use is settled when it is first asked.
-  from marlin_jax import step_plan
+  from marlin_jax.planning import compiled_step
 
   # --- The step ---------------------------------------------------------------
-  step = step_plan.compile_step(config, devices, busy)
+  step = compiled_step.compile_step(config, devices, busy)
   say(_text(step))
   report = _numbers(step)
 
   # --- Others -----------------------------------------------------------------
   if _SEARCH.value and step.fits:
-    best = step_plan.largest(step, busy)
+    best = compiled_step.largest(step, busy)
     if best:
       say(_largest_text(step, best))
       report["largest"] = _numbers(best)
   elif _SEARCH.value:
     report["remedies"] = []
-    for changes in step_plan.remedies(step):
-      tried = step_plan.compile_step(
-        step_plan.with_changes(config, changes), devices, busy
+    for changes in compiled_step.remedies(step):
+      tried = compiled_step.compile_step(
+        compiled_step.with_changes(config, changes), devices, busy
       )
       say(_remedy_text(changes, tried))
       report["remedies"].append({"changes": changes} | _numbers(tried))

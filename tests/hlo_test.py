@@ -2,7 +2,7 @@
 
 import pytest
 
-from marlin_jax import hlo
+from marlin_jax.planning import hlo
 
 
 def computation(head, *lines):

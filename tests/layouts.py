@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from configs import pretrain_b
-from marlin_jax import hlo
 from marlin_jax.devices import sharding
 from marlin_jax.models import stacking
+from marlin_jax.planning import hlo
 from marlin_jax.pretraining import experiment
 
 BATCH_SIZE = 8

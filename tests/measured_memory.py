@@ -35,13 +35,13 @@ def main(argv):
   import jax
   import numpy as np
 
-  from marlin_jax import step_plan, topology
   from marlin_jax.devices import sharding
+  from marlin_jax.planning import compiled_step, topology
   from marlin_jax.pretraining import experiment
 
   config = _CONFIG.value
   devices = topology.find_devices("here")
-  planned = step_plan.compile_step(
+  planned = compiled_step.compile_step(
     config, devices, lambda what: contextlib.nullcontext()
   )
   mesh = sharding.make_mesh(**config.mesh)

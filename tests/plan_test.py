@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from configs import pretrain_b
-from marlin_jax import hlo, roofline, step_plan, topology
 from marlin_jax.devices import chips
+from marlin_jax.planning import compiled_step, hlo, roofline, topology
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
@@ -189,8 +189,8 @@ def test_without_libtpu_the_error_says_how_to_get_it(monkeypatch):
 
 def test_the_largest_batch_that_fits_fills_the_memory():
   devices = here(GIB // 2)
-  step = step_plan.compile_step(small(clips_per_device=8), devices, quiet)
-  best = step_plan.largest(step, quiet)
+  step = compiled_step.compile_step(small(clips_per_device=8), devices, quiet)
+  best = compiled_step.largest(step, quiet)
   assert best.fits
   assert best.num_micro == 1
   assert best.clips_at_once > 2 * step.clips_at_once
@@ -200,12 +200,12 @@ def test_the_largest_batch_that_fits_fills_the_memory():
 def test_a_configuration_that_does_not_fit_is_told_what_would():
   devices = here(GIB // 8)
   config = small(batch_size=64, clips_per_device=64)
-  step = step_plan.compile_step(config, devices, quiet)
+  step = compiled_step.compile_step(config, devices, quiet)
   assert not step.fits
   tried = []
-  for changes in step_plan.remedies(step):
-    changed = step_plan.with_changes(config, changes)
-    tried.append(step_plan.compile_step(changed, devices, quiet))
+  for changes in compiled_step.remedies(step):
+    changed = compiled_step.with_changes(config, changes)
+    tried.append(compiled_step.compile_step(changed, devices, quiet))
     if tried[-1].fits:
       break
   assert tried[-1].fits

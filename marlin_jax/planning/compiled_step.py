@@ -16,11 +16,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from marlin_jax import hlo, roofline
 from marlin_jax.devices import sharding
+from marlin_jax.planning import hlo, roofline
+from marlin_jax.planning.topology import Topology
 from marlin_jax.pretraining import experiment, flops, memory
 from marlin_jax.pretraining.configuration import ConfigError, check_batch
-from marlin_jax.topology import Topology
 
 # Compilations that a search may take.
 _MOST_TRIES = 5

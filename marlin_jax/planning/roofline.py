@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from marlin_jax.devices.chips import Chip
-from marlin_jax.hlo import Collective
+from marlin_jax.planning.hlo import Collective
 
 
 @dataclasses.dataclass(frozen=True)
