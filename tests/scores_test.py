@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import calibration, metrics
 
-from marlin_jax import scores
+from marlin_jax.downstream import scores
 
 
 def sklearn(function, *args, **how):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from marlin_jax import scores
+from marlin_jax.downstream import scores
 from marlin_jax.downstream.tasks import Task
 
 

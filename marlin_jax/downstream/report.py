@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from marlin_jax import scores
+from marlin_jax.downstream import scores
 
 # Columns of the table, of those that a task has.
 _SHOWN = (

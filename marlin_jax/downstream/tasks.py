@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from marlin_jax import scores
+from marlin_jax.downstream import scores
 
 KINDS = ("binary", "class", "value")
 _RULES = ("label", "cuts", "negative", "only")

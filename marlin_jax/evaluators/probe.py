@@ -26,7 +26,6 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from marlin_jax import scores
 from marlin_jax.data import loader, prepared_dataset
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.devices import sharding
@@ -38,6 +37,7 @@ from marlin_jax.downstream import (
   logistic,
   low_data,
   modes,
+  scores,
   tasks,
 )
 from marlin_jax.downstream.labelled import Split, Window

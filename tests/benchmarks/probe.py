@@ -34,9 +34,8 @@ from probe_questions import (
 )
 from tqdm import tqdm
 
-from marlin_jax import scores
 from marlin_jax.devices import sharding
-from marlin_jax.downstream import clip_batches, feature_cache, labelled
+from marlin_jax.downstream import clip_batches, feature_cache, labelled, scores
 from marlin_jax.downstream import measure as measure_lib
 from marlin_jax.models.mae import Encoder
 from marlin_jax.records.schema import GRID_SIZE, PATCH_SIZE

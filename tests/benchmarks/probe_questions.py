@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import probe_data
 
-from marlin_jax import scores
-from marlin_jax.downstream import logistic
+from marlin_jax.downstream import logistic, scores
 from marlin_jax.downstream.tasks import Task
 
 BLINK = 0.6  # of the usual opening
