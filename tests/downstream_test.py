@@ -12,17 +12,16 @@ from configs import eval_far
 from marlin_jax.devices import sharding
 from marlin_jax.downstream import (
   clip_batches,
-  configuration,
   fit,
   knn,
   learner,
   logistic,
   low_data,
-  measure,
   protocols,
   tasks,
 )
 from marlin_jax.downstream.tasks import Task, TaskError
+from marlin_jax.eval import configuration, measures
 from marlin_jax.models import heads, softmax_attention, vit
 
 KNOWN = {
@@ -436,7 +435,7 @@ def test_the_attentive_head_is_pytorchs_attention_with_one_query():
 def test_a_rare_label_is_cut_where_validation_says_but_not_under_paper():
   targets = np.array([[0.0], [0], [0], [0], [1]])
   p = np.array([[0.1], [0.1], [0.1], [0.2], [0.3]])
-  found = measure.Predictions(["v"] * 5, ["p"] * 5, targets, p)
+  found = measures.Predictions(["v"] * 5, ["p"] * 5, targets, p)
   task = Task("hat", "hat", False, ("hat",))
-  assert measure.thresholds(task, found, "default")[0] == pytest.approx(0.25)
-  assert measure.thresholds(task, found, "paper")[0] == 0.5
+  assert measures.thresholds(task, found, "default")[0] == pytest.approx(0.25)
+  assert measures.thresholds(task, found, "paper")[0] == 0.5

@@ -12,7 +12,7 @@ from flax import nnx
 from configs import eval_dfd
 from data_prep.output import ledger, shards
 from data_prep.sources.listing import BINARY, CLASS, VALUE, Label
-from marlin_jax.downstream.evaluation import evaluate
+from marlin_jax.eval.evaluation import evaluate
 from marlin_jax.records import schema
 from marlin_jax.weights import safetensors_folder
 from marlin_jax.weights.weights import Architecture, of_modules

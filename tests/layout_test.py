@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from marlin_jax.downstream import configuration
+from marlin_jax.eval import configuration
 from marlin_jax.lipsync import configuration as lipsync_configuration
 from marlin_jax.pretraining.configuration import validate
 

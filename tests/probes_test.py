@@ -24,10 +24,10 @@ from marlin_jax.downstream import (
   feature_cache,
   labelled,
   learner,
-  modes,
   tasks,
 )
-from marlin_jax.downstream.evaluation import open_weights
+from marlin_jax.eval import modes
+from marlin_jax.eval.evaluation import open_weights
 from marlin_jax.inference import marlin
 from marlin_jax.pretraining.train_step import IMAGENET_MEAN
 from marlin_jax.weights.weights import Architecture

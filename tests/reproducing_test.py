@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_prep import prepare, verify
-from marlin_jax.downstream import configuration
+from marlin_jax.eval import configuration
 from marlin_jax.pretraining.configuration import validate
 
 PAGE = Path(__file__).parents[1] / "docs" / "REPRODUCING.md"

@@ -11,7 +11,7 @@ video and plots/. It may be stopped at any moment: the same command goes on.
 
 from absl import flags
 
-from marlin_jax.downstream import command
+from marlin_jax.eval import command
 
 flags.adopt_module_key_flags(command)
 

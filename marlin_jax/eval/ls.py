@@ -46,7 +46,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from marlin_jax.downstream import command
+from marlin_jax.eval import command
 from marlin_jax.lipsync import configuration
 from marlin_jax.pretraining.configuration import ConfigError
 from marlin_jax.training import config_flags

@@ -36,12 +36,12 @@ from marlin_jax.downstream import (
   labelled,
   logistic,
   low_data,
-  modes,
   scores,
   tasks,
 )
 from marlin_jax.downstream.labelled import Split, Window
 from marlin_jax.downstream.tasks import Task, TaskError
+from marlin_jax.eval import modes
 from marlin_jax.inference import marlin
 from marlin_jax.models import partition
 from marlin_jax.pretraining.train_step import Trainer, TrainState

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from marlin_jax.data import loader
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.devices import sharding
-from marlin_jax.downstream.evaluation import open_weights
+from marlin_jax.eval.evaluation import open_weights
 from marlin_jax.lipsync import networks, pictures
 from marlin_jax.lipsync.clips import TakeTargets
 from marlin_jax.lipsync.expert_training import kept

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from marlin_jax.devices import sharding
 from marlin_jax.downstream import clip_batches, feature_cache, labelled, scores
-from marlin_jax.downstream import measure as measure_lib
+from marlin_jax.eval import measures as measure_lib
 from marlin_jax.models.mae import Encoder
 from marlin_jax.records.schema import GRID_SIZE, PATCH_SIZE
 from marlin_jax.weights import formats

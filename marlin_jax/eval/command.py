@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-from marlin_jax.downstream import configuration
+from marlin_jax.eval import configuration
 from marlin_jax.pretraining.configuration import ConfigError
 from marlin_jax.records import cli
 from marlin_jax.training import config_flags
@@ -44,8 +44,8 @@ def main(argv: Sequence[str]) -> int:
     sys.exit(f"error: {e}")
   # Imported here: they take seconds, which --help and bad flags need not wait.
   from marlin_jax.data.prepared_dataset import DatasetError
-  from marlin_jax.downstream.evaluation import evaluate
   from marlin_jax.downstream.tasks import TaskError
+  from marlin_jax.eval.evaluation import evaluate
   from marlin_jax.records.folders import OutputFolderError
   from marlin_jax.training.checkpoint import ResumeError, SaveError
   from marlin_jax.weights.weights import WeightsError

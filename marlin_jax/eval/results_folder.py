@@ -26,7 +26,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from marlin_jax.downstream.measure import Predictions
+from marlin_jax.eval.measures import Predictions
 from marlin_jax.records.folders import Lock, OutputFolderError, write_bytes
 
 _SETTINGS = "settings.json"

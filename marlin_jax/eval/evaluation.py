@@ -15,17 +15,15 @@ from ml_collections import ConfigDict
 
 from marlin_jax.data import prepared_dataset
 from marlin_jax.devices import sharding
-from marlin_jax.downstream import (
+from marlin_jax.downstream import labelled, low_data, tasks
+from marlin_jax.downstream.tasks import Task
+from marlin_jax.eval import (
   configuration,
-  labelled,
-  low_data,
-  measure,
+  measures,
   modes,
   report,
   results_folder,
-  tasks,
 )
-from marlin_jax.downstream.tasks import Task
 from marlin_jax.pretraining import experiment
 from marlin_jax.pretraining.configuration import ConfigError
 from marlin_jax.records import schema
@@ -276,12 +274,12 @@ def _run(cell, parts, ready, config, folder, settings) -> dict[str, Any]:
   )
   val = _predictions(parts["val"], learned.val)
   test = _predictions(parts["test"], learned.test)
-  cuts = measure.thresholds(task, val, config.protocol)
+  cuts = measures.thresholds(task, val, config.protocol)
   result = _described(cell.mode, task, cell.ratio, cell.seed, train) | {
     "name": cell.name,
     "chosen": learned.chosen,
     "val": {
-      "auc": measure.defined(
+      "auc": measures.defined(
         task.auc(val.targets, val.probabilities, micro=False)
       ),
       "num_videos": len(val.video_ids),
@@ -322,13 +320,13 @@ def _described(mode, task, ratio, seed, train) -> dict[str, Any]:
 
 def _measured(task, part, found, cuts, config) -> dict[str, Any]:
   values = part.split.labels[task.label][part.rows]
-  return measure.measure(
+  return measures.measure(
     task, found, cuts, task.parts(values), config.num_resamples
   )
 
 
-def _predictions(part: modes.Part, probabilities) -> measure.Predictions:
-  return measure.Predictions(
+def _predictions(part: modes.Part, probabilities) -> measures.Predictions:
+  return measures.Predictions(
     [part.split.video_ids[i] for i in part.rows],
     [part.split.people[i] for i in part.rows],
     part.targets,
