@@ -10,7 +10,8 @@ import talking_mouths
 
 from marlin_jax.data import loader, prepared_dataset
 from marlin_jax.data.prepared_dataset import DatasetError
-from marlin_jax.lipsync import clips, mel_windows
+from marlin_jax.lipsync import mel_windows
+from marlin_jax.lipsync.training import clips
 from marlin_jax.records import mel_spectrogram, schema
 
 

@@ -15,15 +15,25 @@ from flax import nnx
 
 from data_prep.faces import boxes
 from data_prep.video import decode, video_to_records
-from marlin_jax import source_video
-from marlin_jax.lipsync import blending, generation, networks, video_writer
 from marlin_jax.lipsync.generation import (
+  blending,
+  frame_stream,
+  video_writer,
+)
+from marlin_jax.lipsync.generation import (
+  generate as generation,
+)
+from marlin_jax.lipsync.generation.frame_stream import (
+  SourceVideo,
+  there_and_back,
+)
+from marlin_jax.lipsync.generation.generate import (
   GenerationError,
   generate,
   load_generator,
 )
-from marlin_jax.lipsync.structure import split
-from marlin_jax.source_video import SourceVideo, there_and_back
+from marlin_jax.lipsync.networks import build
+from marlin_jax.lipsync.networks.functional import split
 from marlin_jax.weights.weights import Architecture
 
 
@@ -158,7 +168,7 @@ def test_frames_are_streamed_there_and_back(
 ):
   video = SourceVideo(carphone(tmp_path / "v.mkv", 24), 25, models)
   # Backwards in parts of four frames, which do not fit evenly.
-  monkeypatch.setattr(source_video, "_HELD_BYTES", 4 * 3 * 176 * 144)
+  monkeypatch.setattr(frame_stream, "_HELD_BYTES", 4 * 3 * 176 * 144)
   n = video.num_frames
   forward = list(video.frames(n))
   for frame, i in zip(
@@ -298,9 +308,9 @@ def write_run(workdir: Path) -> Path:
   encoder = Architecture(
     width=16, depth=1, num_heads=2, mlp_dim=16, image_size=32
   )
-  meta = networks.generator_meta("marlin", 0.05, encoder)
+  meta = build.generator_meta("marlin", 0.05, encoder)
   # Shapes alone, for drawing takes long; then numbers of about their sizes.
-  _, arrays = split(nnx.eval_shape(lambda: networks.make_generator(meta)))
+  _, arrays = split(nnx.eval_shape(lambda: build.make_generator(meta)))
   np_rng = np.random.default_rng(0)
   arrays = jax.tree.map(
     lambda x: np_rng.uniform(0, 0.2, x.shape).astype(x.dtype), arrays

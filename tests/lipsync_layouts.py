@@ -13,8 +13,9 @@ import numpy as np
 import optax
 
 from marlin_jax.devices import sharding
-from marlin_jax.lipsync import expert_step, generator_step, networks
-from marlin_jax.lipsync.structure import split
+from marlin_jax.lipsync.networks import build
+from marlin_jax.lipsync.networks.functional import split
+from marlin_jax.lipsync.training import expert_step, generator_step
 from marlin_jax.weights.weights import Architecture
 
 NUM_CLIPS, NUM_STEPS, SIZE = 8, 2, 32
@@ -49,15 +50,13 @@ def run(step, state, num_devices):
 def main():
   # Small steps: Adam makes a whole one even of a gradient that is rounding.
   optimizer = optax.sgd(1e-3)
-  judge, judge_arrays = split(
-    networks.make_expert(networks.expert_meta(5, 1 / 32))
-  )
+  judge, judge_arrays = split(build.make_expert(build.expert_meta(5, 1 / 32)))
   learner = expert_step.ExpertTrainer(judge, optimizer)
   architecture = Architecture(
     16, 1, 2, 32, num_frames=5, tubelet_size=1, image_size=SIZE, patch_size=8
   )
-  network = networks.make_generator(
-    networks.generator_meta("marlin", 1 / 32, architecture)
+  network = build.make_generator(
+    build.generator_meta("marlin", 1 / 32, architecture)
   )
   structure, arrays = split(network, frozen=("encoder",))
   trainer = generator_step.GeneratorTrainer(

@@ -12,12 +12,14 @@ import torch
 import torch_lipsync
 from flax import nnx
 
-from marlin_jax.models import convolutions, sync_expert
-from marlin_jax.models.lipsync_generator import LipsyncGenerator
-from marlin_jax.models.quality_discriminator import QualityDiscriminator
-from marlin_jax.models.sync_expert import SyncExpert
-from marlin_jax.models.wav2lip import Wav2Lip
-from marlin_jax.weights import lipsync, name_tables
+from marlin_jax.lipsync.networks import convolutions, published, sync_expert
+from marlin_jax.lipsync.networks.marlin_generator import LipsyncGenerator
+from marlin_jax.lipsync.networks.quality_discriminator import (
+  QualityDiscriminator,
+)
+from marlin_jax.lipsync.networks.sync_expert import SyncExpert
+from marlin_jax.lipsync.networks.wav2lip import Wav2Lip
+from marlin_jax.weights import name_tables
 from marlin_jax.weights.weights import Architecture, WeightsError
 
 # Of the largest value there is.
@@ -119,14 +121,14 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expert(folder):
   theirs = torch_lipsync.with_random_weights(torch_lipsync.Expert())
-  read = lipsync.read_expert
+  read = published.read_expert
   return theirs, through_file(theirs, "lipsync_expert.pth", read, folder)
 
 
 @pytest.fixture(scope="module")
 def wav2lip(folder):
   theirs = torch_lipsync.with_random_weights(torch_lipsync.Wav2Lip())
-  read = lipsync.read_wav2lip
+  read = published.read_wav2lip
   return theirs, through_file(theirs, "wav2lip.pth", read, folder, "module.")
 
 
@@ -191,7 +193,7 @@ def test_each_stage_of_wav2lip_agrees_with_the_published_one(wav2lip):
 def test_the_quality_discriminator_agrees_with_the_published_one(folder):
   theirs = torch_lipsync.QualityDiscriminator()
   theirs = torch_lipsync.with_random_weights(theirs)
-  read = lipsync.read_quality_discriminator
+  read = published.read_quality_discriminator
   ours = through_file(theirs, "visual_quality_disc.pth", read, folder)
   video = drawn(1, 3, 96, 96, 3)
   lips = turned(video)[0, :, 48:].transpose(0, 3, 1, 2)
@@ -214,7 +216,7 @@ def test_the_scorers_network_agrees_with_the_published_one(folder):
     path,
     _use_new_zipfile_serialization=False,
   )
-  ours = lipsync.read_syncnet(path)
+  ours = published.read_syncnet(path)
   frames, mfcc = drawn(1, 5, 224, 224, 3) * 255, drawn(2, 20, 13) * 20 - 10
   with torch.no_grad():
     faces = theirs.forward_lip(to_torch(frames.transpose(0, 4, 1, 2, 3)))
@@ -229,9 +231,10 @@ def test_the_scorers_network_agrees_with_the_published_one(folder):
 def test_the_tables_lead_back_to_the_same_bits(wav2lip):
   theirs, ours = wav2lip
   arrays = {
-    name: np.asarray(value[...]) for name, value in lipsync.named(ours).items()
+    name: np.asarray(value[...])
+    for name, value in published.named(ours).items()
   }
-  back = name_tables.write(lipsync.WAV2LIP.rules(ours), arrays)
+  back = name_tables.write(published.WAV2LIP.rules(ours), arrays)
   state = theirs.state_dict()
   assert back.keys() == {k for k in state if "num_batches" not in k}
   for key, value in back.items():
@@ -242,7 +245,7 @@ def test_a_file_of_another_network_is_named(expert, folder):
   with pytest.raises(
     WeightsError, match="is Wav2Lip's expert .*, expected Wav2"
   ):
-    lipsync.read_wav2lip(folder / "lipsync_expert.pth")
+    published.read_wav2lip(folder / "lipsync_expert.pth")
 
 
 def test_what_does_not_fit_is_named(expert, tmp_path):
@@ -252,16 +255,16 @@ def test_what_does_not_fit_is_named(expert, tmp_path):
   name = "face_encoder.0.conv_block.0.weight"
   torch.save({"state_dict": state | {name: torch.zeros(32, 48, 7, 7)}}, path)
   with pytest.raises(WeightsError) as e:
-    lipsync.read_expert(path)
+    published.read_expert(path)
   assert f"{name}: shape (32, 48, 7, 7), expected (32, 15, 7, 7)" in str(
     e.value
   )
   del state[name]
   torch.save({"state_dict": state}, path)
   with pytest.raises(WeightsError, match=f"{name}: missing"):
-    lipsync.read_expert(path)
+    published.read_expert(path)
   with pytest.raises(WeightsError, match="there is no such file"):
-    lipsync.read_expert(tmp_path / "none.pth")
+    published.read_expert(tmp_path / "none.pth")
 
 
 # --- windows of 16 frames -----------------------------------------------------
@@ -397,7 +400,7 @@ def largest_slopes(network, value):
   slopes = nnx.jit(nnx.grad(value))(network)
   return {
     name: float(np.abs(slope[...]).max())
-    for name, slope in lipsync.named(slopes).items()
+    for name, slope in published.named(slopes).items()
   }
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from marlin_jax.lipsync import frechet, offsets
+from marlin_jax.lipsync.scoring import frechet, offsets
 
 
 def embeddings(num=60, shift=0, seed=0):

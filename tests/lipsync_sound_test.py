@@ -10,17 +10,17 @@ import pytest
 import talking_mouths
 from flax import nnx
 
-from marlin_jax import talking_video
-from marlin_jax.lipsync import (
+from marlin_jax.lipsync import mel_windows
+from marlin_jax.lipsync.networks.sync_expert import SyncExpert
+from marlin_jax.lipsync.networks.syncnet import SyncNet
+from marlin_jax.lipsync.scoring import (
   frame_features,
   judges,
-  mel_windows,
   mfcc,
   offsets,
-  scoring,
+  score,
+  talking_video,
 )
-from marlin_jax.models.sync_expert import SyncExpert
-from marlin_jax.models.syncnet import SyncNet
 from marlin_jax.records import mel_spectrogram
 from marlin_jax.weights.weights import Architecture
 
@@ -66,7 +66,7 @@ def shifted(samples, num_frames):
 
 def scored(videos, output, judge=None, **options):
   options = {"crop_face": False} | options
-  return scoring.score([videos], output, judge or MouthJudge(), **options)
+  return score.score([videos], output, judge or MouthJudge(), **options)
 
 
 # --- Offsets of files ---------------------------------------------------------
@@ -170,7 +170,7 @@ def test_videos_that_cannot_be_scored_are_left_out_with_a_reason(tmp_path):
 def test_if_nothing_can_be_scored_the_reasons_are_told(tmp_path):
   path = talking_mouths.write_mp4(tmp_path / "v.mp4", said().frames, None)
   with pytest.raises(
-    scoring.ScoreError, match="none of 1 video can be scored:\n.*no sound"
+    score.ScoreError, match="none of 1 video can be scored:\n.*no sound"
   ):
     scored(path, tmp_path / "out")
 
@@ -363,5 +363,5 @@ def test_one_set_of_faces_too_small_to_compare_is_an_error(two_sets, tmp_path):
   made, _ = two_sets
   one = talking_mouths.write_mp4(tmp_path / "v.mp4", said().frames[:1], None)
   assert len(talking_video.read(one, crop_face=False)) == 1
-  with pytest.raises(scoring.ScoreError, match="20 of the videos and 1 of"):
+  with pytest.raises(score.ScoreError, match="20 of the videos and 1 of"):
     scored(made, tmp_path / "out", reals=[one])

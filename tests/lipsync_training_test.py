@@ -18,16 +18,15 @@ from conftest import on_eight_devices
 from PIL import Image
 
 from configs import eval_ls
-from marlin_jax.lipsync import (
-  configuration,
+from marlin_jax.lipsync import configuration, mel_windows
+from marlin_jax.lipsync.networks import build
+from marlin_jax.lipsync.networks.functional import split
+from marlin_jax.lipsync.training import (
+  course,
   expert_training,
   generator_step,
-  mel_windows,
-  networks,
   pictures,
-  training,
 )
-from marlin_jax.lipsync.structure import split
 from marlin_jax.pretraining import losses
 from marlin_jax.pretraining.configuration import ConfigError
 from marlin_jax.records import mel_spectrogram
@@ -117,7 +116,7 @@ def expert(people, tmp_path_factory):
   """A trained one."""
   workdir = tmp_path_factory.mktemp("expert")
   config = tiny(expert__num_steps=NUM_EXPERT_STEPS, checkpoint_steps=100)
-  training.train_expert(config, people, workdir)
+  course.train_expert(config, people, workdir)
   return workdir
 
 
@@ -137,7 +136,7 @@ def test_the_best_offset_of_people_never_seen_is_the_true_one(expert):
 
 def test_the_best_offset_moves_with_the_sound(expert):
   """By as many frames; negative where the sound comes earlier."""
-  net = networks.read_expert(expert)
+  net = build.read_expert(expert)
   talks = [talking_mouths.talk(person) for person in range(72, 80)]
   starts, offsets = np.arange(12, 48, 4), np.arange(-8, 9)
   windows = [
@@ -248,7 +247,7 @@ def generator(clip, expert, tmp_path_factory):
   """One of two steps."""
   workdir = tmp_path_factory.mktemp("generator")
   config = tiny(data__val="train", generator__num_steps=2)
-  training.train_generator(config, clip, workdir, expert, "random")
+  course.train_generator(config, clip, workdir, expert, "random")
   return workdir
 
 
@@ -295,14 +294,12 @@ def mouth_of(talk):
 
 def generator_by_heart(talk):
   """Trainer, expert and state of a generator that has learned a clip."""
-  judge, judge_arrays = split(
-    networks.make_expert(networks.expert_meta(5, 1 / 32))
-  )
+  judge, judge_arrays = split(build.make_expert(build.expert_meta(5, 1 / 32)))
   architecture = Architecture(
     32, 1, 2, 64, num_frames=5, tubelet_size=1, image_size=SIZE
   )
-  network = networks.make_generator(
-    networks.generator_meta("marlin", 1 / 8, architecture)
+  network = build.make_generator(
+    build.generator_meta("marlin", 1 / 8, architecture)
   )
   structure, arrays = split(network, frozen=("encoder",))
   rate = optax.cosine_decay_schedule(5e-3, NUM_GENERATOR_STEPS)
@@ -372,7 +369,7 @@ def test_a_resumed_generator_has_the_same_bits_and_the_same_schedule(
       generator__sync_weight=0.03,
       checkpoint_steps=2,
     )
-    training.train_generator(config, clip, tmp_path / name, expert, "random")
+    course.train_generator(config, clip, tmp_path / name, expert, "random")
 
   train("whole", 4)
   train("halved", 2)
@@ -392,7 +389,7 @@ def test_another_expert_is_refused_on_resume(clip, expert, generator):
   config = tiny(data__val="train", generator__num_steps=3)
   other = expert / "checkpoints" / "100"
   with pytest.raises(ResumeError, match="expert_sha256"):
-    training.train_generator(config, clip, generator, other, "random")
+    course.train_generator(config, clip, generator, other, "random")
 
 
 # --- Devices ------------------------------------------------------------------

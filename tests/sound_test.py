@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import audio_utils
 
-from marlin_jax.lipsync import mfcc
+from marlin_jax.lipsync.scoring import mfcc
 from marlin_jax.records import mel_spectrogram
 
 KEPT = Path(__file__).parent / "data" / "sound"

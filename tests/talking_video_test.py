@@ -9,9 +9,9 @@ from conftest import moving_noise, write_video
 from data_prep.faces import tracking
 from data_prep.sources.manifest import Source
 from data_prep.video import video_to_records
-from marlin_jax import talking_video
 from marlin_jax.inference.face_windows import FaceVideoError, NoFaceError
 from marlin_jax.lipsync import mel_windows
+from marlin_jax.lipsync.scoring import talking_video
 from marlin_jax.records import schema
 
 CLAP = 30  # the frame

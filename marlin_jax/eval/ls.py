@@ -111,7 +111,7 @@ flags.DEFINE_string(
   "features",
   None,
   "Inception's features as an ONNX file, for FID; how to make it: the "
-  "docstring of marlin_jax/lipsync/frame_features.py. Or weights of MARLIN; "
+  "docstring of marlin_jax/lipsync/scoring/frame_features.py. Or weights of MARLIN; "
   "default: mean colours. Their numbers are no FID and are not called so.",
 )
 flags.DEFINE_bool(
@@ -172,17 +172,15 @@ def main(argv: Sequence[str]) -> None:
 
 def _train(config: ConfigDict, mode: str) -> None:
   # Imported here: they take seconds, which --help and bad flags need not wait.
-  from marlin_jax.lipsync import training
+  from marlin_jax.lipsync.training import course
   from marlin_jax.training import loop
 
   given, workdir = flags.FLAGS, config_flags.workdir()
   if mode == "train_expert":
-    train = functools.partial(
-      training.train_expert, config, given.data, workdir
-    )
+    train = functools.partial(course.train_expert, config, given.data, workdir)
   else:
     train = functools.partial(
-      training.train_generator,
+      course.train_generator,
       config,
       given.data,
       workdir,
@@ -193,7 +191,7 @@ def _train(config: ConfigDict, mode: str) -> None:
 
 
 def _generate(config: ConfigDict) -> None:
-  from marlin_jax.lipsync.generation import (
+  from marlin_jax.lipsync.generation.generate import (
     GenerationError,
     load_generator,
     run,
@@ -211,20 +209,20 @@ def _generate(config: ConfigDict) -> None:
 
 def _score(config: ConfigDict) -> None:
   from marlin_jax.inference import video_folder
-  from marlin_jax.lipsync import networks, score_files
-  from marlin_jax.lipsync.frame_features import open_features
-  from marlin_jax.lipsync.judges import ExpertJudge, SyncNetJudge
-  from marlin_jax.lipsync.scoring import ScoreError, score
-  from marlin_jax.weights import lipsync
+  from marlin_jax.lipsync.networks import build, published
+  from marlin_jax.lipsync.scoring import score_files
+  from marlin_jax.lipsync.scoring.frame_features import open_features
+  from marlin_jax.lipsync.scoring.judges import ExpertJudge, SyncNetJudge
+  from marlin_jax.lipsync.scoring.score import ScoreError, score
   from marlin_jax.weights.weights import WeightsError
 
   given = flags.FLAGS
   try:
     if given.syncnet:
-      judge = SyncNetJudge(lipsync.read_syncnet(given.syncnet))
+      judge = SyncNetJudge(published.read_syncnet(given.syncnet))
     else:
       judge = ExpertJudge(
-        networks.read_expert(given.expert, dtype=config.dtype), given.expert
+        build.read_expert(given.expert, dtype=config.dtype), given.expert
       )
     results = score(
       given.videos,

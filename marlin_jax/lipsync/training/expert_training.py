@@ -17,15 +17,16 @@ from ml_collections import ConfigDict
 from marlin_jax.data import loader
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.devices import sharding
-from marlin_jax.lipsync import networks, pictures
-from marlin_jax.lipsync.clips import TakeOffsets, TakePairs
-from marlin_jax.lipsync.expert_step import (
+from marlin_jax.lipsync.networks import build
+from marlin_jax.lipsync.networks.functional import split
+from marlin_jax.lipsync.training import pictures
+from marlin_jax.lipsync.training.clips import TakeOffsets, TakePairs
+from marlin_jax.lipsync.training.expert_step import (
   ExpertState,
   ExpertTrainer,
   expert_step,
   offset_cosines,
 )
-from marlin_jax.lipsync.structure import split
 from marlin_jax.pretraining import configuration, losses
 
 # What of a configuration a resumed run may change: all but these.
@@ -56,11 +57,9 @@ class ExpertCourse:
     """
     self.settings = config.expert
     self.take = TakePairs(config.expert.num_frames)
-    network = networks.expert_meta(
-      config.expert.num_frames, config.expert.width
-    )
+    network = build.expert_meta(config.expert.num_frames, config.expert.width)
     self.meta = network | kept(config, "expert", _LEARNED_WITH, _OWN)
-    expert = networks.make_expert(network, seed=config.seed, dtype=config.dtype)
+    expert = build.make_expert(network, seed=config.seed, dtype=config.dtype)
     structure, arrays = split(expert)
     self._trainer = ExpertTrainer(structure, optax.adam(config.expert.lr))
     self.state = self._trainer.init(arrays)

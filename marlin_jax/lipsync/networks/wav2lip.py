@@ -12,8 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from marlin_jax.models import convolutions
-from marlin_jax.models.convolutions import Convolution, TransposedConvolution
+from marlin_jax.lipsync.networks import convolutions
+from marlin_jax.lipsync.networks.convolutions import (
+  Convolution,
+  TransposedConvolution,
+)
 
 # Rows of convolutions.rows, a block of them after which a picture is kept for
 # the decoder. Sides of the pictures: 96, 48, 24, 12, 6, 3, 1.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from marlin_jax.models.convolutions import Convolution, batch_norm
+from marlin_jax.lipsync.networks.convolutions import Convolution, batch_norm
 
 NUM_FRAMES, IMAGE_SIZE = 5, 224
 MFCC_ROWS, NUM_MFCC = 20, 13  # 0.2 seconds of coefficients every 10 ms

@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlin_jax.lipsync import offsets
+from marlin_jax.lipsync.scoring import offsets
 from marlin_jax.records import cli
 from marlin_jax.records.folders import write_bytes
 
 if TYPE_CHECKING:
-  from marlin_jax.lipsync.judges import Judge
-  from marlin_jax.lipsync.scoring import VideoScore
+  from marlin_jax.lipsync.scoring.judges import Judge
+  from marlin_jax.lipsync.scoring.score import VideoScore
 
 # Rows of the table on screen; all are in scores.csv.
 _MAX_ROWS = 40

@@ -25,9 +25,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from marlin_jax.lipsync.expert_step import as_floats, cosines, finite_or_old
-from marlin_jax.lipsync.structure import Arrays, Structure
-from marlin_jax.models import convolutions
+from marlin_jax.lipsync.networks import convolutions
+from marlin_jax.lipsync.networks.functional import Arrays, Structure
+from marlin_jax.lipsync.training.expert_step import (
+  as_floats,
+  cosines,
+  finite_or_old,
+)
 from marlin_jax.pretraining import losses
 
 Pytree = Any

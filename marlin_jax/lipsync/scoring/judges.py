@@ -22,9 +22,9 @@ import numpy as np
 from flax import nnx
 
 from marlin_jax.lipsync import mel_windows
-from marlin_jax.lipsync.mfcc import HOP, mfcc
-from marlin_jax.models import syncnet
-from marlin_jax.models.sync_expert import SyncExpert
+from marlin_jax.lipsync.networks import syncnet
+from marlin_jax.lipsync.networks.sync_expert import SyncExpert
+from marlin_jax.lipsync.scoring.mfcc import HOP, mfcc
 from marlin_jax.records.mel_spectrogram import mel_spectrogram
 from marlin_jax.records.schema import SAMPLE_RATE
 

@@ -38,20 +38,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from marlin_jax import source_video
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.inference.face_windows import FaceVideoError
-from marlin_jax.lipsync import blending, mel_windows, networks, video_writer
-from marlin_jax.lipsync.expert_step import as_floats
-from marlin_jax.lipsync.generator_step import hide_mouth
-from marlin_jax.models.convolutions import resized
+from marlin_jax.lipsync import mel_windows
+from marlin_jax.lipsync.generation import blending, frame_stream, video_writer
+from marlin_jax.lipsync.generation.frame_stream import SourceVideo
+from marlin_jax.lipsync.networks import build
+from marlin_jax.lipsync.networks.convolutions import resized
+from marlin_jax.lipsync.training.expert_step import as_floats
+from marlin_jax.lipsync.training.generator_step import hide_mouth
 from marlin_jax.records.mel_spectrogram import MAX_VALUE, mel_spectrogram
 from marlin_jax.records.schema import FRAME_SIZE, SAMPLE_RATE
-from marlin_jax.source_video import SourceVideo
 from marlin_jax.weights.weights import WeightsError
 
 if TYPE_CHECKING:
-  from marlin_jax.source_video import Models
+  from marlin_jax.lipsync.generation.frame_stream import Models
 
 # Computed together; about twice as many frames of the video are held. A CPU
 # gains nothing by more than a window, and the bar moves more often.
@@ -124,7 +125,7 @@ def load_generator(
     GenerationError: there is none, or it cannot be read.
   """
   try:
-    generator = networks.read_generator(path, **how)
+    generator = build.read_generator(path, **how)
   except WeightsError as e:
     raise GenerationError(str(e)) from e
   is_published = Path(path).expanduser().is_file()
@@ -201,7 +202,7 @@ def generate(
   output = Path(output)
   _check_output(output, video, sound)
   try:
-    samples = source_video.read_sound(sound)
+    samples = frame_stream.read_sound(sound)
     source = SourceVideo(
       video, mel_windows.FPS, models, lambda share: progress(FINDING, share)
     )
@@ -296,7 +297,7 @@ def _write(
 ) -> None:
   """Writes pictures and sound side by side, so that neither has to wait."""
   with (
-    source_video.open_sound(sound) as track,
+    frame_stream.open_sound(sound) as track,
     video_writer.VideoWriter(
       output, size, mel_windows.FPS, track.rate, track.num_channels
     ) as writer,
@@ -377,7 +378,7 @@ class _Work:
     for i, frame in enumerate(frames):
       self._waiting[i] = frame
       if self._has_face[i]:
-        self._crops[i] = source_video.crop(frame, self._boxes[i])
+        self._crops[i] = frame_stream.crop(frame, self._boxes[i])
       self._crops.pop(i - self._num_frames, None)
       while self._windows and self._windows[0][-1] == i:
         numbers = self._windows.popleft()

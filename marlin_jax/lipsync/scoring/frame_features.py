@@ -104,7 +104,7 @@ class InceptionFeatures:
     if not os.path.isfile(path):
       raise FeatureError(
         f"there is no feature network {path}; how to make one: the docstring "
-        "of marlin_jax/lipsync/frame_features.py"
+        "of marlin_jax/lipsync/scoring/frame_features.py"
       )
     try:
       self._session = onnxruntime.InferenceSession(

@@ -18,16 +18,23 @@ from typing import Any
 
 import numpy as np
 
-from marlin_jax import talking_video
 from marlin_jax.inference import video_folder
 from marlin_jax.inference.face_windows import FaceVideoError
-from marlin_jax.lipsync import judges, offsets, score_files
-from marlin_jax.lipsync.frame_features import FrameFeatures, PixelFeatures
-from marlin_jax.lipsync.frechet import frechet_distance
-from marlin_jax.lipsync.judges import Judge
+from marlin_jax.lipsync.scoring import (
+  judges,
+  offsets,
+  score_files,
+  talking_video,
+)
+from marlin_jax.lipsync.scoring.frame_features import (
+  FrameFeatures,
+  PixelFeatures,
+)
+from marlin_jax.lipsync.scoring.frechet import frechet_distance
+from marlin_jax.lipsync.scoring.judges import Judge
+from marlin_jax.lipsync.scoring.talking_video import FRAME_SAMPLES, TalkingVideo
 from marlin_jax.records import cli
 from marlin_jax.records.mel_spectrogram import MAX_VALUE, mel_spectrogram
-from marlin_jax.talking_video import FRAME_SAMPLES, TalkingVideo
 
 
 class ScoreError(ValueError):

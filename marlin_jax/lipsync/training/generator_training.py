@@ -16,18 +16,21 @@ from marlin_jax.data import loader
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.devices import sharding
 from marlin_jax.eval.evaluation import open_weights
-from marlin_jax.lipsync import networks, pictures
-from marlin_jax.lipsync.clips import TakeTargets
-from marlin_jax.lipsync.expert_training import kept
-from marlin_jax.lipsync.generator_step import (
+from marlin_jax.lipsync.networks import build
+from marlin_jax.lipsync.networks.functional import Arrays, split
+from marlin_jax.lipsync.networks.quality_discriminator import (
+  QualityDiscriminator,
+)
+from marlin_jax.lipsync.training import pictures
+from marlin_jax.lipsync.training.clips import TakeTargets
+from marlin_jax.lipsync.training.expert_training import kept
+from marlin_jax.lipsync.training.generator_step import (
   GeneratorState,
   GeneratorTrainer,
   draw,
   generator_step,
   next_sync_weight,
 )
-from marlin_jax.lipsync.structure import Arrays, split
-from marlin_jax.models.quality_discriminator import QualityDiscriminator
 from marlin_jax.pretraining.configuration import ConfigError
 from marlin_jax.weights.weights import encoder_sha256
 
@@ -69,7 +72,7 @@ class GeneratorCourse:
       WeightsError: one cannot be read.
     """
     self.settings = settings = config.generator
-    judge = networks.read_expert(expert, dtype=config.dtype)
+    judge = build.read_expert(expert, dtype=config.dtype)
     self.take = TakeTargets(judge.num_frames)
     judge_structure, judge_arrays = split(judge)
     generator, network, encoder_hash = _generator(config, checkpoint)
@@ -81,7 +84,7 @@ class GeneratorCourse:
       )
     self.meta = network | kept(config, "generator", _LEARNED_WITH, _OWN)
     self.meta |= {
-      "expert_sha256": networks.sha256(judge_arrays),
+      "expert_sha256": build.sha256(judge_arrays),
       "encoder_sha256": encoder_hash,
     }
     self._trainer, self.state = _trainer(config, generator, judge_structure)
@@ -125,10 +128,10 @@ def _generator(config: ConfigDict, checkpoint: str | None):
     # The pictures are plain, whatever the encoder was trained on.
     weights = weights.with_plain_input()
     encoder_hash = encoder_sha256(weights)
-  meta = networks.generator_meta(
+  meta = build.generator_meta(
     settings.kind, settings.width, weights and weights.architecture
   )
-  generator = networks.make_generator(
+  generator = build.make_generator(
     meta,
     weights,
     seed=config.seed,

@@ -16,12 +16,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from marlin_jax.lipsync.structure import Arrays, split
+from marlin_jax.lipsync.networks import published
+from marlin_jax.lipsync.networks.functional import Arrays, split
+from marlin_jax.lipsync.networks.marlin_generator import LipsyncGenerator
+from marlin_jax.lipsync.networks.sync_expert import SyncExpert
+from marlin_jax.lipsync.networks.wav2lip import Wav2Lip
 from marlin_jax.models import softmax_attention
-from marlin_jax.models.lipsync_generator import LipsyncGenerator
-from marlin_jax.models.sync_expert import SyncExpert
-from marlin_jax.models.wav2lip import Wav2Lip
-from marlin_jax.weights import lipsync, run_checkpoint
+from marlin_jax.weights import run_checkpoint
 from marlin_jax.weights.weights import Architecture, Weights, WeightsError
 
 Meta = Mapping[str, Any]
@@ -136,7 +137,7 @@ def read_expert(path: str | Path, *, dtype="float32") -> SyncExpert:
   """
   path = Path(path).expanduser()
   if path.is_file():
-    return lipsync.read_expert(path)
+    return published.read_expert(path)
   return _read(
     path,
     EXPERT,
@@ -165,7 +166,7 @@ def read_generator(
   """
   path = Path(path).expanduser()
   if path.is_file():
-    return lipsync.read_wav2lip(path)
+    return published.read_wav2lip(path)
   return _read(
     path,
     GENERATOR,

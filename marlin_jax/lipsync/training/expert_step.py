@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from marlin_jax.lipsync.structure import Arrays, Structure
+from marlin_jax.lipsync.networks.functional import Arrays, Structure
 from marlin_jax.pretraining import losses
 
 Pytree = Any

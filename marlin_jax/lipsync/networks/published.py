@@ -21,14 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from marlin_jax.models.convolutions import TransposedConvolution
-from marlin_jax.models.quality_discriminator import (
+from marlin_jax.lipsync.networks.convolutions import TransposedConvolution
+from marlin_jax.lipsync.networks.quality_discriminator import (
   STAGES,
   QualityDiscriminator,
 )
-from marlin_jax.models.sync_expert import SyncExpert
-from marlin_jax.models.syncnet import SyncNet
-from marlin_jax.models.wav2lip import Wav2Lip
+from marlin_jax.lipsync.networks.sync_expert import SyncExpert
+from marlin_jax.lipsync.networks.syncnet import SyncNet
+from marlin_jax.lipsync.networks.wav2lip import Wav2Lip
 from marlin_jax.weights import name_tables, torch_files
 from marlin_jax.weights.name_tables import Rule
 from marlin_jax.weights.weights import WeightsError

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from marlin_jax.models import convolutions
+from marlin_jax.lipsync.networks import convolutions
 
 # Side of the pictures that the layers reduce to one pixel.
 _SIZE = 96

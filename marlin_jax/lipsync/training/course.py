@@ -19,8 +19,8 @@ from PIL import Image
 
 from marlin_jax.data import loader, prepared_dataset
 from marlin_jax.devices import sharding
-from marlin_jax.lipsync.expert_training import ExpertCourse
-from marlin_jax.lipsync.generator_training import GeneratorCourse
+from marlin_jax.lipsync.training.expert_training import ExpertCourse
+from marlin_jax.lipsync.training.generator_training import GeneratorCourse
 from marlin_jax.pretraining.configuration import ConfigError
 from marlin_jax.pretraining.experiment import count
 from marlin_jax.training import goodput, remote_files

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from marlin_jax.models import convolutions
+from marlin_jax.lipsync.networks import convolutions
 
 # Of the lower half that the face layers reduce to one pixel.
 HEIGHT, WIDTH = 48, 96

@@ -23,8 +23,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from marlin_jax.data.clip_geometry import Tubelets
-from marlin_jax.models import convolutions, wav2lip
-from marlin_jax.models.convolutions import Convolution, TransposedConvolution
+from marlin_jax.lipsync.networks import convolutions, wav2lip
+from marlin_jax.lipsync.networks.convolutions import (
+  Convolution,
+  TransposedConvolution,
+)
 from marlin_jax.models.mae import Encoder
 
 # Channels of the two input pictures.
