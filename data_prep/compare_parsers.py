@@ -331,8 +331,8 @@ def _parser() -> argparse.ArgumentParser:
   add(
     "--masks",
     type=Path,
-    help="folder of masks drawn by hand (see data_prep/regions/drawings.py): compare "
-    "with these, on their frames",
+    help="folder of masks drawn by hand (see data_prep/regions/drawings.py): "
+    "compare with these, on their frames",
   )
   add("--output", type=Path, required=True, help="picture to write (.png)")
   add(

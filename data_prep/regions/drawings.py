@@ -75,5 +75,6 @@ def read(file: Path) -> Drawing:
     )
   except (KeyError, TypeError, ValueError) as e:
     raise DrawingError(
-      f"{file} is no drawing: {type(e).__name__}: {e}; see data_prep.regions.drawings"
+      f"{file} is no drawing: {type(e).__name__}: {e}; see "
+      "data_prep.regions.drawings"
     ) from e

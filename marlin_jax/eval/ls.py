@@ -111,8 +111,8 @@ flags.DEFINE_string(
   "features",
   None,
   "Inception's features as an ONNX file, for FID; how to make it: the "
-  "docstring of marlin_jax/lipsync/scoring/frame_features.py. Or weights of MARLIN; "
-  "default: mean colours. Their numbers are no FID and are not called so.",
+  "docstring of marlin_jax/lipsync/scoring/frame_features.py. Or weights of "
+  "MARLIN; default: mean colours. Their numbers are no FID and are not called so.",
 )
 flags.DEFINE_bool(
   "face_crops",

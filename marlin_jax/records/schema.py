@@ -46,7 +46,7 @@ REGIONS = (
   "hair",
 )
 
-# What a track's quality is made of; each in [0, 1], see data_prep.faces.tracking.
+# Terms of a track's quality, each in [0, 1]; see data_prep.faces.quality.
 QUALITY_TERMS = ("size", "sharpness", "pose", "landmarks")
 
 SAMPLE_RATE = 16_000

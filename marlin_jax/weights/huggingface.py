@@ -119,8 +119,8 @@ def read(path: Path, *, drop_classifier: bool = False) -> Weights:
   config = safetensors_folder.read_config(path)
   if config.get("model_type") != "videomae":
     raise WeightsError(
-      f"{path}: expected a folder whose {safetensors_folder.CONFIG} says model_type "
-      "'videomae'"
+      f"{path}: expected a folder whose {safetensors_folder.CONFIG} says "
+      "model_type 'videomae'"
     )
   theirs = safetensors_folder.load_arrays(path / safetensors_folder.ARRAYS)
   # As the module calls them; some files do too.
@@ -153,8 +153,8 @@ def _class_of(config: dict, theirs: dict, path: Path) -> str:
     if kind in CLASSES:
       return kind
   raise WeightsError(
-    f"{path / safetensors_folder.CONFIG} names the class {config.get('architectures')}, "
-    f"expected one of {', '.join(CLASSES)}"
+    f"{path / safetensors_folder.CONFIG} names the class "
+    f"{config.get('architectures')}, expected one of {', '.join(CLASSES)}"
   )
 
 

@@ -86,8 +86,8 @@ def _scaled(
 ) -> np.ndarray:
   """Returns a part of the frame as the picture shows it.
 
-  The counterpart of `data_prep.faces.boxes.crop_frame`: fractions of a pixel are
-  honoured, and where the face is smaller in the frame pixels are averaged.
+  The counterpart of `data_prep.faces.boxes.crop_frame`: fractions of a pixel
+  are honoured, and where the face is smaller in the frame pixels are averaged.
 
   Args:
     picture: uint8 (S, S, 3).
