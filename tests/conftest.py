@@ -1,23 +1,22 @@
 """Fixtures that several test files share."""
 
 import fcntl
-import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from fractions import Fraction
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
 import pytest
 
 from marlin_jax.devices import xla_flags
+from tests.support.processes import ROOT, run_prepare
+from tests.support.videos import write_video
 
+# Processes that tests start find the checkout, whatever their folder.
+os.environ["PYTHONPATH"] = str(ROOT)
 # With libtpu installed, which plan_test.py needs, jax looks for a TPU first.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile many small programs and run each a few times: quick compiling
@@ -59,113 +58,10 @@ LONG = (
   "a_video_test",
 )
 
-ROOT = Path(__file__).parents[1]
-VIDEOS = ROOT.parent / "shared" / "videos"
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   order = {name: i for i, name in enumerate(LONG)}
   items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
-
-
-def run_prepare(*args: object) -> subprocess.CompletedProcess[str]:
-  """Runs the real binary."""
-  return subprocess.run(
-    [sys.executable, "-m", "data_prep.prepare", *map(str, args)],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-    timeout=250,
-  )
-
-
-def seeing_devices(num_devices: int) -> dict[str, str]:
-  """An environment in which a process sees so many CPU devices."""
-  flags = os.environ.get("XLA_FLAGS", "")
-  flags += f" --xla_force_host_platform_device_count={num_devices}"
-  return os.environ | {"XLA_FLAGS": flags}
-
-
-def on_eight_devices(script: str) -> Any:
-  """Runs a file of this folder; returns the JSON that it prints."""
-  result = subprocess.run(
-    [sys.executable, ROOT / "tests" / script],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-    env=seeing_devices(8) | {"PYTHONPATH": str(ROOT)},
-    check=False,
-    timeout=280,
-  )
-  assert result.returncode == 0, result.stderr
-  return json.loads(result.stdout)
-
-
-def write_video(
-  path: Path,
-  frames: Sequence[np.ndarray],
-  codec: str = "libx264",
-  pix_fmt: str = "yuv444p",
-  rate: int = 30,
-  secs: Sequence[float] | None = None,
-  rotation: int = 0,
-  audio_first: bool = False,
-  **options: str,
-) -> Path:
-  """Encodes uint8 (H, W, 3) RGB frames.
-
-  Args:
-    path: its suffix decides the container.
-    frames: the frames.
-    codec: name of the encoder.
-    pix_fmt: its pixel format.
-    rate: frames per second.
-    secs: times of the frames, for a variable rate.
-    rotation: the player's, in degrees counter-clockwise.
-    audio_first: makes stream 0 a second of silence.
-    **options: the encoder's.
-  """
-  height, width = frames[0].shape[:2]
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with av.open(str(path), "w") as container:
-    if audio_first:
-      audio = container.add_stream("pcm_s16le", rate=8000)
-    stream = container.add_stream(codec, rate=rate)
-    stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
-    stream.options = options
-    if rotation:
-      stream.set_display_rotation(rotation)
-    if secs is not None:
-      stream.codec_context.time_base = Fraction(1, 1000)
-    if audio_first:
-      silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16))
-      silence.sample_rate = 8000
-      container.mux(audio.encode(silence))
-    for i, pixels in enumerate(frames):
-      frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels))
-      if secs is not None:
-        frame.pts = round(1000 * secs[i])
-        frame.time_base = stream.codec_context.time_base
-      container.mux(stream.encode(frame))
-    container.mux(stream.encode())
-  return path
-
-
-def moving_noise(
-  num_frames: int, width: int = 64, height: int = 48
-) -> list[np.ndarray]:
-  """Returns uint8 (H, W, 3) frames of noise that scrolls; shows no face."""
-  noise = np.random.default_rng(0).integers(
-    0, 256, (height, width, 3), np.uint8
-  )
-  return [np.roll(noise, 3 * i, axis=1) for i in range(num_frames)]
-
-
-def shared_video(name: str) -> Path:
-  """Returns a video of third parties that is not part of this repository."""
-  if not (VIDEOS / name).is_file():
-    pytest.skip(f"../shared/videos/{name} is not there")
-  return VIDEOS / name
 
 
 @pytest.fixture(scope="session")
@@ -220,7 +116,7 @@ def sample_dataset(
 @pytest.fixture(scope="session")
 def face_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
   """A small data set with labels of every kind; see labelled_data.py."""
-  import labelled_data
+  from tests.support import labelled_data
 
   return labelled_data.write_faces(tmp_path_factory.mktemp("labelled") / "data")
 

@@ -112,7 +112,8 @@ flags.DEFINE_string(
   None,
   "Inception's features as an ONNX file, for FID; how to make it: the "
   "docstring of marlin_jax/lipsync/scoring/frame_features.py. Or weights of "
-  "MARLIN; default: mean colours. Their numbers are no FID and are not called so.",
+  "MARLIN; default: mean colours. Their numbers are no FID and are not called "
+  "so.",
 )
 flags.DEFINE_bool(
   "face_crops",

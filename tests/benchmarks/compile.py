@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import timing
+from tests.benchmarks import timing
 
 ROOT = Path(__file__).parents[2]
 THRIFTY = ("--config.scan=True", "--config.remat=full")

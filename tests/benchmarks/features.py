@@ -6,15 +6,14 @@ changes no time. A table, then the path of a JSON.
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import timing
+
+from tests.benchmarks import timing
 
 TESTS = Path(__file__).parents[1]
-sys.path.append(str(TESTS))  # for authors.py
 
 SIZES = {
   "S": (384, 12, 6, 1536),
@@ -45,7 +44,7 @@ def make(name: str, size: str, on_video: bool) -> Callable[[], object]:
     if on_video:
       return lambda: marlin.extract_video(VIDEO)
     return lambda: jax.block_until_ready(marlin.extract_features(clip))
-  import authors
+  from tests.support import authors
 
   model = authors.network(weights)
   if name == FUSED:

@@ -22,13 +22,13 @@ import grain
 import jax
 import numpy as np
 import simplejpeg
-import timing
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from data_prep.output import shards
 from marlin_jax.data import loader, prepared_dataset, sample
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.records import schema
+from tests.benchmarks import timing
 
 LIMIT = "JPEG decoding alone"
 TAKE_CLIP = loader.TakeClip(Clip(16, 2), tubelet_size=2)

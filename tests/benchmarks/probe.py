@@ -22,16 +22,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-import timing
 from flax import nnx
-from probe_questions import (
-  Question,
-  Windows,
-  answers,
-  open_windows,
-  questions,
-  score,
-)
 from tqdm import tqdm
 
 from marlin_jax.devices import sharding
@@ -41,6 +32,15 @@ from marlin_jax.models.mae import Encoder
 from marlin_jax.records.schema import GRID_SIZE, PATCH_SIZE
 from marlin_jax.weights import formats
 from marlin_jax.weights.weights import of_modules
+from tests.benchmarks import timing
+from tests.benchmarks.probe_questions import (
+  Question,
+  Windows,
+  answers,
+  open_windows,
+  questions,
+  score,
+)
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "runs" / "probe"

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 TESTS = Path(__file__).parents[1]
-sys.path += [str(TESTS), str(TESTS.parent)]  # for made_dataset.py
 
 SHARED = TESTS.parents[1] / "shared" / "videos"
 # Video -> who is in it; cropped01 shows the man of video01 at another time.
@@ -249,10 +248,9 @@ def write(folder: Path) -> None:
   Raises:
     SystemExit: data_prep could not prepare the videos; it has said why.
   """
-  import made_dataset
-
   from data_prep import assets, prepare
   from data_prep.sources.listing import VALUE, Label
+  from tests.support import made_dataset
 
   videos = folder / "videos"
   videos.mkdir(parents=True, exist_ok=True)

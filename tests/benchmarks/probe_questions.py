@@ -7,10 +7,10 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-import probe_data
 
 from marlin_jax.downstream import logistic, scores
 from marlin_jax.downstream.tasks import Task
+from tests.benchmarks import probe_data
 
 BLINK = 0.6  # of the usual opening
 MAX_ITERATIONS = 500

@@ -8,15 +8,14 @@ The weights are random, which changes no time. A table, then the path of a JSON.
 import argparse
 import importlib
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import timing
+
+from tests.benchmarks import timing
 
 TESTS = Path(__file__).parents[1]
-sys.path += [str(TESTS), str(TESTS.parent)]  # for authors.py and configs
 
 OURS, BEST, AUTHORS = "marlin_jax", "best PyTorch", "authors"
 
@@ -33,12 +32,12 @@ def make(
   video = np_rng.integers(0, 256, (batch_size, 16, 224, 224, 3), np.uint8)
   if name == OURS:
     return _ours(size, video, flags)
-  import torch_steps
   from flax import nnx
 
   from marlin_jax.pretraining import experiment
   from marlin_jax.weights.run_checkpoint import KEYS
   from marlin_jax.weights.weights import Architecture, of_modules
+  from tests.benchmarks import torch_steps
 
   config = experiment.flat(_config(size))
   architecture = Architecture(**{k: config[v] for k, v in KEYS.items()})

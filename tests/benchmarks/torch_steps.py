@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
-import authors
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from marlin_jax.weights.weights import Weights
+from tests.support import authors
 
 ADVERSARIAL_WEIGHT = 0.01
 OPTIMIZER = {

@@ -1,0 +1,258 @@
+"""What plan tells, from real compilations for TPU and CPU."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import pretrain_b
+from marlin_jax.devices import chips
+from marlin_jax.planning import compiled_step, hlo, roofline, topology
+
+ROOT = Path(__file__).parents[2]
+GIB = 2**30
+
+SMALL = {
+  "batch_size": 8,
+  "num_steps": 10,
+  "num_epochs": 0.0,
+  "data.num_frames": 2,
+  "mask.strategy": "random",  # sorts less, which takes libtpu long to compile
+  "model.width": 128,
+  "model.depth": 1,
+  "model.num_heads": 2,
+  "model.mlp_dim": 256,
+  "model.dec_width": 128,
+  "model.dec_depth": 1,
+  "model.dec_num_heads": 2,
+  "model.dec_mlp_dim": 256,
+  "adv.hidden": 64,
+}
+
+
+def run(*args, config="pretrain_b", binary=("-m", "marlin_jax.plan"), **values):
+  """Runs a binary on the small network, or on another where given."""
+  values = (SMALL if config == "pretrain_b" else {}) | values
+  return subprocess.run(
+    [
+      *(sys.executable, *binary, f"--config=configs/{config}.py", *args),
+      *(f"--config.{key}={value}" for key, value in values.items()),
+    ],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    check=False,
+    timeout=280,
+  )
+
+
+def small(**values):
+  config = pretrain_b.get_config()
+  config.update_from_flattened_dict(SMALL | values)
+  return config
+
+
+def quiet(what):
+  return contextlib.nullcontext()
+
+
+def here(memory_bytes):
+  """This process's devices, as if they had so much memory."""
+  found = topology.find_devices("here")
+  return dataclasses.replace(
+    found, devices=found.devices[:1], memory_bytes=memory_bytes
+  )
+
+
+# --- the binary ---------------------------------------------------------------
+
+
+def test_a_step_is_compiled_for_tpus_that_are_not_there():
+  pytest.importorskip("libtpu")
+  result = run("--topology=v5e:2x2", "--json=-", "--nosearch", dtype="bfloat16")
+  assert result.returncode == 0, result.stderr
+  found = json.loads(result.stdout)
+  assert (found["num_devices"], found["device_kind"]) == (4, "TPU v5 lite")
+  assert found["fits"]
+  assert found["memory_bytes"] == chips.find("TPU v5 lite").hbm_bytes
+  # The compiler pads, at most.
+  state = sum(found["state_bytes"].values())
+  assert state <= found["memory"]["arguments"] < 1.5 * state
+  assert found["state_bytes"]["parameters"] >= 4 * found["num_params"]
+  assert found["state_bytes"]["optimisers"] >= 8 * found["num_params"]
+  # Each gradient once, in the dtype of the matmuls or better.
+  (row,) = found["collectives"]
+  assert (row["kind"], row["devices"]) == ("all-reduce", 4)
+  assert 2 <= row["bytes"] / found["num_params"] <= 4
+  rate = found["rate"]
+  assert rate["step_secs"] == rate["least_secs"][rate["binds"]] > 0
+  assert rate["hbm_bytes_per_device"] > state
+  assert rate["clips_per_sec"] == pytest.approx(8 / rate["step_secs"])
+  assert found["compile_secs"] > 0
+
+
+def test_what_the_tpu_compiler_refuses_does_not_fit_by_so_much():
+  pytest.importorskip("libtpu")
+  result = run(
+    "--topology=v5e:2x2",
+    "--nosearch",
+    batch_size=80_000,
+    clips_per_device=20_000,
+  )
+  assert result.returncode == 1
+  assert "does not fit by" in result.stdout
+  assert "the compiler refused it" in result.stdout
+  assert "Traceback" not in result.stderr
+
+
+def test_cpu_devices_are_planned_for_in_words_and_numbers(tmp_path):
+  path = tmp_path / "plan.json"
+  result = run(
+    "--topology=cpu:2",
+    "--nosearch",
+    f"--json={path}",
+    clips_per_device=2,
+    **{"mesh.fsdp": 2},
+  )
+  assert result.returncode == 0, result.stderr
+  text = result.stdout
+  assert "2 x cpu of 1 host(s); mesh data 1, fsdp 2, tensor 1" in text
+  assert "2 at once in 2 part(s), as clips_per_device says; left alone" in text
+  assert "no estimate of the rate: the peak of cpu is not known" in text
+  assert "compiling for cpu:2" in result.stderr
+  found = json.loads(path.read_text())
+  assert found["mesh"] == {"data": 1, "fsdp": 2, "tensor": 1}
+  assert (found["num_parts"], found["num_parts_training_chooses"]) == (2, 1)
+  whole = 4 * found["num_params"]
+  assert whole / 2 < found["state_bytes"]["parameters"] < whole
+  kinds = {row["kind"] for row in found["collectives"]}
+  assert "all-gather" in kinds
+  assert "flops_per_clip" in found["rate"]
+  assert "clips_per_sec" not in found["rate"]
+
+
+@pytest.mark.parametrize(
+  ("args", "words"),
+  [
+    (["--topology=v5e:4"], "v5e has 2 sides and at most 256 chips"),
+    (["--topology=cpu:2", "--num_slices=2"], "has no slices"),
+  ],
+)
+def test_bad_flags_are_told_before_anything_is_built(args, words):
+  result = run(*args)
+  assert result.returncode == 1
+  assert words in result.stderr
+  assert "Traceback" not in result.stderr
+
+
+# --- topologies ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("name", "kind", "shape"),
+  [
+    ("v5e:4x4", "v5e", (4, 4)),
+    ("v6e:16x16", "v6e", (16, 16)),
+    ("v5p:4x4x8", "v5p", (4, 4, 8)),
+    ("cpu:8", "cpu", (8,)),
+    ("here", "here", ()),
+  ],
+)
+def test_topologies_are_read(name, kind, shape):
+  assert topology.parse(name) == (kind, shape)
+
+
+@pytest.mark.parametrize(
+  "name", ["", "v5e", "v5e:4x4x4", "v5p:4x4", "v5e:32x16", "cpu:0", "tpu:8"]
+)
+def test_a_bad_topology_is_answered_with_good_ones(name):
+  with pytest.raises(topology.TopologyError) as e:
+    topology.parse(name)
+  assert name in str(e.value)
+  assert ":4x4" in str(e.value)
+
+
+def test_without_libtpu_the_error_says_how_to_get_it(monkeypatch):
+  monkeypatch.setitem(sys.modules, "libtpu", None)
+  with pytest.raises(topology.TopologyError, match=r"pip install 'marlin-jax"):
+    topology.find_devices("v5e:2x2")
+
+
+# --- what fits ----------------------------------------------------------------
+
+
+def test_the_largest_batch_that_fits_fills_the_memory():
+  devices = here(GIB // 2)
+  step = compiled_step.compile_step(small(clips_per_device=8), devices, quiet)
+  best = compiled_step.largest(step, quiet)
+  assert best.fits
+  assert best.num_micro == 1
+  assert best.clips_at_once > 2 * step.clips_at_once
+  assert best.needed_bytes > 0.9 * devices.memory_bytes
+
+
+def test_a_configuration_that_does_not_fit_is_told_what_would():
+  devices = here(GIB // 8)
+  config = small(batch_size=64, clips_per_device=64)
+  step = compiled_step.compile_step(config, devices, quiet)
+  assert not step.fits
+  tried = []
+  for changes in compiled_step.remedies(step):
+    changed = compiled_step.with_changes(config, changes)
+    tried.append(compiled_step.compile_step(changed, devices, quiet))
+    if tried[-1].fits:
+      break
+  assert tried[-1].fits
+  assert config.batch_size == tried[-1].config.batch_size
+  assert len(tried) <= 3
+
+
+def test_the_memory_planned_is_the_memory_that_a_run_takes():
+  result = run(
+    config="pretrain_s",
+    binary=[str(ROOT / "tests" / "support" / "measured_memory.py")],
+    batch_size=3,
+    clips_per_device=3,
+    **{"model.depth": 1, "model.dec_depth": 4, "mask.strategy": "random"},
+  )
+  assert result.returncode == 0, result.stderr
+  found = json.loads(result.stdout.splitlines()[-1])
+  assert found["planned"] > GIB / 2
+  assert found["measured"] == pytest.approx(found["planned"], rel=0.1)
+
+
+# --- the least time -----------------------------------------------------------
+
+
+def test_the_slowest_resource_binds():
+  chip = chips.find("TPU v5 lite")
+  sums = [hlo.Collective("all-reduce", 10**9, 4, 2)]
+  roof = roofline.estimate(
+    chip, "bfloat16", flops=197e9, hbm_bytes=819e6, collectives=sums
+  )
+  assert roof.compute == pytest.approx(1e-3)
+  assert roof.hbm == pytest.approx(1e-3)
+  # Each of four sends three quarters of the whole, twice, and all that twice.
+  assert roof.links == pytest.approx(2 * 2 * 0.75 * 1e9 / 200e9)
+  assert (roof.binds, roof.secs) == ("links", roof.links)
+  assert roof.network == 0
+
+
+def test_a_network_of_unknown_speed_is_no_bound():
+  chip = chips.find("TPU v4")
+  roof = roofline.estimate(
+    chip,
+    "float32",
+    flops=1e12,
+    hbm_bytes=0,
+    collectives=[],
+    network_bytes=1e9,
+  )
+  assert roof.network is None
+  assert roof.binds == "compute"

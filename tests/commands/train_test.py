@@ -1,0 +1,386 @@
+"""The trainer as its users start it."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+
+from tests.support import made_dataset
+from tests.support.made_dataset import a_record
+from tests.support.processes import seeing_devices
+
+ROOT = Path(__file__).parents[2]
+
+TINY = {
+  "batch_size": 4,
+  "clips_per_device": 4,
+  "num_epochs": 0,
+  "num_steps": 6,
+  "data.num_frames": 4,
+  "model.width": 16,
+  "model.depth": 1,
+  "model.num_heads": 2,
+  "model.mlp_dim": 32,
+  "model.dec_width": 16,
+  "model.dec_depth": 1,
+  "model.dec_num_heads": 2,
+  "model.dec_mlp_dim": 32,
+  "adv.hidden": 16,
+  "ema_decay": 0.9,
+  "log_steps": 1,
+  "eval_steps": 1000,
+  "eval_batches": 1,
+  "picture_steps": 1000,
+  "checkpoint_steps": 3,
+}
+
+PART_OF_TIME = "goodput/(?!total|down).*_secs"
+
+
+def command(workdir, **overrides):
+  values = TINY | overrides
+  return [
+    sys.executable,
+    "-m",
+    "marlin_jax.train",
+    "--config=configs/pretrain_b.py",
+    f"--workdir={workdir}",
+    *(f"--config.{key}={value}" for key, value in values.items()),
+  ]
+
+
+def run(workdir, *, devices=1, **overrides):
+  """Trains in a process of its own; returns it finished."""
+  return subprocess.run(
+    command(workdir, **overrides),
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    env=seeing_devices(devices),
+    check=False,
+    timeout=250,
+  )
+
+
+def rows_of(workdir):
+  """The lines of metrics.jsonl."""
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def metrics_of(workdir):
+  """step -> the numbers that a repeated run must give again."""
+  return {
+    row["step"]: {k: v for k, v in row.items() if k.startswith("train/")}
+    for row in rows_of(workdir)
+    if "train/loss_rec" in row
+  }
+
+
+def state_of(workdir, step):
+  """All arrays of a checkpoint, by path."""
+  with ocp.StandardCheckpointer() as reader:
+    tree = reader.restore(workdir / "checkpoints" / str(step) / "state")
+  return {
+    jax.tree_util.keystr(path): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+@pytest.fixture(scope="module")
+def finished(sample_dataset, tmp_path_factory):
+  """A run of six steps that nothing disturbed."""
+  workdir = tmp_path_factory.mktemp("finished")
+  result = run(workdir, **{"data.path": sample_dataset})
+  assert result.returncode == 0, result.stderr
+  return workdir, result.stdout
+
+
+def test_a_run_leaves_what_it_promises(finished):
+  workdir, output = finished
+  config = json.loads((workdir / "config.json").read_text())
+  assert config["model"]["width"] == TINY["model.width"]
+  rows = metrics_of(workdir)
+  assert list(rows) == [1, 2, 3, 4, 5, 6]
+  expected = {"loss_rec", "loss_adv", "loss_disc", "grad_norm", "lr"}
+  assert expected <= {k.removeprefix("train/") for k in rows[6]}
+  assert list((workdir / "tensorboard").glob("events.*"))
+  assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"3", "6"}
+  picture = workdir / "pictures" / "step_0000006.png"
+  with Image.open(picture) as image:
+    assert np.asarray(image).std() > 10
+  with Image.open(picture.with_suffix(".gif")) as animation:
+    assert animation.n_frames == TINY["data.num_frames"]
+  assert str(picture) in output
+  assert "6/6" in output
+  assert "ETA" in output
+  assert "data wait" in output
+  assert "MFU" not in output  # nobody knows a CPU's
+  assert re.search(r"^compiled the step in \d", output, re.MULTILINE)
+  assert re.search(r"^time 0:0\d:\d\d: step \d", output, re.MULTILINE)
+
+
+def test_killed_and_resumed_gives_the_same_bits(
+  finished, sample_dataset, tmp_path
+):
+  undisturbed, _ = finished
+  workdir = tmp_path / "killed"
+  with subprocess.Popen(
+    command(workdir, **{"data.path": sample_dataset}),
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as process:
+    # Killed as soon as it tells of step 3: the checkpoint of step 3 is not
+    # written yet or half, or it has gone a step or two further.
+    for line in process.stdout:
+      if line.startswith("step 3/"):
+        break
+    process.send_signal(signal.SIGKILL)
+  assert process.returncode == -signal.SIGKILL
+  result = run(workdir, **{"data.path": sample_dataset})
+  assert result.returncode == 0, result.stderr
+  assert metrics_of(workdir) == metrics_of(undisturbed)
+  got, want = state_of(workdir, 6), state_of(undisturbed, 6)
+  assert got.keys() == want.keys()
+  for part in ("['params']", "['ema']", "['opt_state']", "['disc_params']"):
+    assert any(key.startswith(part) for key in want)
+  assert any(key.startswith("['disc_opt_state']") for key in want)
+  for key, value in want.items():
+    assert value.tobytes() == got[key].tobytes(), key
+
+
+@pytest.fixture(scope="module")
+def halved(finished, sample_dataset, tmp_path_factory):
+  """The same run without its last checkpoint, resumed: surely from step 3."""
+  workdir = tmp_path_factory.mktemp("halved") / "run"
+  subprocess.run(["cp", "-r", finished[0], workdir], check=True)
+  subprocess.run(["rm", "-r", workdir / "checkpoints" / "6"], check=True)
+  result = run(workdir, **{"data.path": sample_dataset})
+  assert result.returncode == 0, result.stderr
+  return workdir, result.stdout
+
+
+def test_three_steps_and_three_more_equal_six(finished, halved):
+  """As above, and what follows step 3 is removed."""
+  undisturbed, _ = finished
+  workdir, output = halved
+  assert "resumed from step 3" in output
+  assert metrics_of(workdir) == metrics_of(undisturbed)
+  got, want = state_of(workdir, 6), state_of(undisturbed, 6)
+  for key, value in want.items():
+    assert value.tobytes() == got[key].tobytes(), key
+
+
+def test_the_time_of_both_processes_adds_up(finished, halved):
+  first, both = (
+    [row for row in rows_of(workdir) if "goodput/total_secs" in row]
+    for workdir in (finished[0], halved[0])
+  )
+  for row in first + both:
+    parts = [v for k, v in row.items() if re.fullmatch(PART_OF_TIME, k)]
+    assert len(parts) == 8
+    assert math.fsum(parts) == row["goodput/total_secs"]
+  first, both = first[-1], both[-1]
+  born = first["time/unix_secs"] - first["goodput/total_secs"]
+  np.testing.assert_allclose(
+    born + both["goodput/down_secs"] + both["goodput/total_secs"],
+    both["time/unix_secs"],
+    atol=0.05,  # the kernel tells the time of a start in hundredths
+  )
+  assert first["goodput/lost_secs"] == 0 < both["goodput/lost_secs"]
+  # Both had to start, and to compile.
+  for kind in ("start", "compile"):
+    assert both[f"goodput/{kind}_secs"] > first[f"goodput/{kind}_secs"] > 0
+  assert re.search(r"^time 0:0.*lost \d.*down", halved[1], re.MULTILINE)
+
+
+def test_a_finished_run_has_nothing_to_do(finished, sample_dataset):
+  workdir, _ = finished
+  result = run(workdir, **{"data.path": sample_dataset})
+  assert result.returncode == 0, result.stderr
+  assert "step_0000006.png" in result.stdout
+
+
+def test_devices_and_parts_share_a_batch_to_the_same_losses(
+  finished, sample_dataset, tmp_path
+):
+  want = metrics_of(finished[0])
+  result = run(
+    tmp_path,
+    devices=2,
+    **{"data.path": sample_dataset, "clips_per_device": 1, "num_steps": 6},
+  )
+  assert result.returncode == 0, result.stderr
+  assert "2 parts" in result.stdout
+  assert "2 x cpu" in result.stdout
+  for step, row in metrics_of(tmp_path).items():
+    np.testing.assert_allclose(
+      row["train/loss_rec"], want[step]["train/loss_rec"], rtol=1e-4
+    )
+
+
+def test_sigterm_saves_and_says_how_to_go_on(sample_dataset, tmp_path):
+  process = subprocess.Popen(
+    command(
+      tmp_path,
+      **{"data.path": sample_dataset, "num_steps": 100_000, "log_steps": 1},
+    ),
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.DEVNULL,
+    text=True,
+  )
+  for line in process.stdout:
+    if line.startswith("step 2/"):
+      process.send_signal(signal.SIGTERM)
+      break
+  rest, _ = process.communicate(timeout=120)
+  assert process.returncode == 128 + signal.SIGTERM
+  assert "the same command goes on from there" in rest
+  last = max(metrics_of(tmp_path))
+  assert (tmp_path / "checkpoints" / str(last)).is_dir()
+
+
+# --- refusals -----------------------------------------------------------------
+
+
+def refused(result):
+  """The message of a run that must fail without a traceback."""
+  assert result.returncode == 1, result.stdout + result.stderr
+  assert "Traceback" not in result.stderr
+  return result.stderr
+
+
+def test_another_configuration_cannot_resume(finished, sample_dataset):
+  workdir, _ = finished
+  overrides = {"data.path": sample_dataset, "model.width": 32, "seed": 1}
+  message = refused(run(workdir, **overrides))
+  assert "model.width: was 16, is 32" in message
+  assert "seed: was 0, is 1" in message
+  assert "another --workdir" in message
+  assert "--config.allow_change=model.width,seed" in message
+
+
+def test_a_run_on_cpu_tells_what_would_make_it_faster(finished):
+  _, stdout = finished
+  name = "MALLOC_TRIM_THRESHOLD_"
+  wanted = sys.platform == "linux" and name not in os.environ
+  assert (name in stdout) == wanted
+
+
+def test_a_threshold_leaves_out_low_quality_and_cannot_change_silently(
+  finished, tmp_path
+):
+  workdir, _ = finished
+  videos = {f"{i}.mp4": [a_record(f"{i}.mp4", quality=i / 4)] for i in range(4)}
+  data = made_dataset.make(tmp_path / "data", videos)
+  overrides = {"data.path": data, "data.min_quality": 0.5, "num_epochs": 4}
+  result = run(workdir, num_steps=0, **overrides)
+  assert "split 'train', records: 2, videos: 2\n" in result.stdout
+  assert "below data.min_quality=0.5: records: 2, videos: 2\n" in result.stdout
+  assert "steps    2\n" in result.stdout
+  message = refused(result)
+  assert "data.min_quality: was 0.0, is 0.5" in message
+  assert "allow_change=data.fingerprint,data.min_quality" in message
+
+
+def test_a_change_that_is_meant_goes_on_from_the_same_state(
+  finished, sample_dataset, tmp_path
+):
+  undisturbed, _ = finished
+  workdir = tmp_path / "run"
+  subprocess.run(["cp", "-r", undisturbed, workdir], check=True)
+  result = run(
+    workdir,
+    num_steps=8,
+    allow_change="num_steps,adv.max_pull",
+    **{"data.path": sample_dataset, "adv.max_pull": 5},
+  )
+  assert result.returncode == 0, result.stderr
+  assert "resumed from step 6" in result.stdout
+  assert list(metrics_of(workdir)) == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+  ("argument", "words"),
+  [
+    ("--config.data.pth=x", "path"),
+    ("--config.batch_size=8.5", "batch_size"),
+    ("--config.mask.strategy=faces", "expected one of fasking"),
+    ("--confg=x", "confg"),
+  ],
+)
+def test_bad_flags_are_refused_before_anything_is_loaded(
+  tmp_path, argument, words
+):
+  result = subprocess.run(
+    [*command(tmp_path), argument],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    check=False,
+    timeout=60,
+  )
+  assert result.returncode == 1
+  assert "Traceback" not in result.stderr
+  assert words in result.stderr
+  assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_missing_configuration_file_is_named(tmp_path):
+  result = subprocess.run(
+    [sys.executable, "-m", "marlin_jax.train", "--config=configs/none.py"],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    check=False,
+    timeout=60,
+  )
+  assert "configs/none.py" in refused(result)
+
+
+def test_a_batch_that_does_not_divide_over_devices(sample_dataset, tmp_path):
+  message = refused(run(tmp_path, devices=3, **{"data.path": sample_dataset}))
+  assert "config.batch_size=4 does not divide over 3 devices" in message
+
+
+def test_a_folder_without_data_set(tmp_path):
+  message = refused(run(tmp_path, **{"data.path": tmp_path}))
+  assert "python -m data_prep.prepare" in message
+
+
+def test_a_run_starts_from_the_weights_of_another(finished, tmp_path):
+  source, _ = finished
+  result = run(
+    tmp_path / "run",
+    init_from=source,
+    num_steps=1,
+    **{
+      "data.path": json.loads((source / "config.json").read_text())["data"][
+        "path"
+      ],
+      "optim.base_lr": 1e-12,
+      "optim.min_lr": 0,
+    },
+  )
+  assert result.returncode == 0, result.stderr
+  assert f"starts from {source}" in result.stdout
+  got, want = state_of(tmp_path / "run", 1), state_of(source, 6)
+  for name in want:
+    if name.startswith(("['params']", "['fixed']", "['disc_params']")):
+      # The average, where one was kept, is what a run hands on.
+      source_name = name.replace("['params']", "['ema']")
+      np.testing.assert_allclose(
+        got[name], want[source_name], atol=1e-9, err_msg=name
+      )

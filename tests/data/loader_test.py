@@ -1,0 +1,188 @@
+"""Order, resume and choice of the input pipeline."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from marlin_jax.data import loader, prepared_dataset
+from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.records import schema
+from tests.support import made_dataset
+
+TAKE_CLIP = loader.TakeClip(Clip(4, 2), tubelet_size=2)
+
+
+@pytest.fixture
+def dataset(sample_dataset):
+  return prepared_dataset.open_dataset(str(sample_dataset), "train")
+
+
+def take(
+  dataset,
+  num_batches,
+  *,
+  start_step=0,
+  seed=0,
+  num_threads=2,
+  batch_size=3,
+  **k,
+):
+  batches = loader.train_batches(
+    dataset,
+    TAKE_CLIP,
+    batch_size=batch_size,
+    seed=seed,
+    start_step=start_step,
+    num_threads=num_threads,
+    **k,
+  )
+  return [next(batches) for _ in range(num_batches)]
+
+
+def assert_same(got, want):
+  for a, b in zip(got, want, strict=True):
+    assert a.keys() == b.keys()
+    for key in a:
+      np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_a_batch_holds_decoded_frames_and_their_regions(dataset):
+  (batch,) = take(dataset, 1)
+  assert batch["video"].shape == (3, 4, 224, 224, 3)
+  assert batch["video"].dtype == np.uint8
+  assert batch["regions"].shape == (3, 2, 14, 14)
+  assert batch["regions"].dtype == np.uint16
+  source = prepared_dataset.RecordSource(dataset)
+  _, record = source[int(batch["_id"][1])]
+  start = int(batch["start"][1])
+  frames = np.arange(start, start + 8, 2)
+  np.testing.assert_array_equal(
+    batch["video"][1], schema.decode_frames(record, frames)
+  )
+  np.testing.assert_array_equal(
+    batch["regions"][1], record.regions[frames[::2]]
+  )
+
+
+def test_resuming_at_a_step_continues_the_same_sequence(dataset):
+  whole = take(dataset, 6)
+  assert_same(take(dataset, 3, start_step=3), whole[3:])
+
+
+def test_the_order_does_not_depend_on_the_number_of_threads(dataset):
+  assert_same(take(dataset, 3, num_threads=1), take(dataset, 3, num_threads=4))
+
+
+def test_another_seed_gives_another_order(dataset):
+  starts = [
+    np.concatenate([b["start"] for b in take(dataset, 4, seed=seed)])
+    for seed in (0, 1)
+  ]
+  assert (starts[0] != starts[1]).any()
+
+
+def test_every_record_is_seen_once_per_pass(dataset):
+  ids = np.concatenate([b["_id"] for b in take(dataset, 10)])
+  n = dataset.num_records
+  for first in range(0, len(ids) - n, n):
+    assert set(ids[first : first + n]) == set(range(n))
+
+
+@pytest.fixture
+def many():
+  """Numbers of records and their order, without the records."""
+  return loader._Draws(1000, seed=3)
+
+
+def test_every_pass_over_many_records_has_an_order_of_its_own(many):
+  passes = [
+    [many[position].record for position in range(first, first + 1000)]
+    for first in range(0, 3000, 1000)
+  ]
+  for order in passes:
+    assert sorted(order) == list(range(1000))
+    # Neighbours on the disk are none in it.
+    assert np.mean(np.abs(np.diff(order)) < 10) < 0.05
+  assert np.mean(np.equal(passes[0], passes[1])) < 0.05
+  assert np.mean(np.equal(passes[1], passes[2])) < 0.05
+  # In any order of asking.
+  assert many[0].record == passes[0][0]
+
+
+def test_clips_of_one_record_follow_each_other_and_differ(dataset):
+  whole = take(dataset, 4, batch_size=6, clips_per_record=3)
+  assert len({int(i) for batch in whole for i in batch["_id"]}) == 2
+  source = prepared_dataset.RecordSource(dataset)
+  for batch in whole:
+    for first in (0, 3):
+      three = {key: x[first : first + 3] for key, x in batch.items()}
+      assert len(set(three["_id"].tolist())) == 1
+      assert len(set(three["start"].tolist())) == 3
+      _, record = source[int(three["_id"][0])]
+      for start, video in zip(three["start"], three["video"], strict=True):
+        frames = range(start, start + 8, 2)
+        np.testing.assert_array_equal(
+          video, schema.decode_frames(record, frames)
+        )
+  again = take(dataset, 2, start_step=2, batch_size=6, clips_per_record=3)
+  assert_same(again, whole[2:])
+
+
+def test_evaluation_takes_the_same_clips_every_time(dataset):
+  first, again = (
+    list(loader.eval_batches(dataset, TAKE_CLIP, batch_size=4, num_batches=2))
+    for _ in range(2)
+  )
+  assert_same(first, again)
+  ids = np.concatenate([b["_id"] for b in first])
+  assert set(ids) == set(range(dataset.num_records))
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+  """Six videos in turn good and bad; one of the good has no pictures."""
+  videos = {
+    f"{i}.mp4": [
+      made_dataset.a_record(f"{i}.mp4", num_frames=10, quality=0.3 + i % 2 / 2)
+    ]
+    for i in range(6)
+  }
+  (third,) = videos["3.mp4"]
+  videos["3.mp4"] = [dataclasses.replace(third, frames=[b"no picture"] * 10)]
+  path = tmp_path_factory.mktemp("mixed") / "dataset"
+  made_dataset.make(path, videos)
+  return prepared_dataset.open_dataset(str(path), "train", min_quality=0.5)
+
+
+def test_only_records_of_the_wanted_quality_are_served(mixed, tmp_path):
+  def served(num_batches, **k):
+    bad = loader.BadRecords(tmp_path / "bad", limit=1)
+    return take(mixed, num_batches, bad=bad, **k)
+
+  whole = served(4)
+  ids = [batch["_id"].tolist() for batch in whole]
+  # Every pass holds each once, but for the one that cannot be read: the next
+  # that is good enough takes its place.
+  assert [sorted(batch) for batch in ids] == [[1, 5, 5]] * 4
+  assert len({tuple(batch) for batch in ids}) > 1
+  assert_same(served(2, start_step=2), whole[2:])
+  rows = (tmp_path / "bad").read_text().splitlines()
+  assert [json.loads(row)["record"] for row in rows] == [3]
+
+
+def test_evaluation_serves_only_records_of_the_wanted_quality(mixed, tmp_path):
+  bad = loader.BadRecords(tmp_path / "bad", limit=1)
+  batches = loader.eval_batches(
+    mixed, TAKE_CLIP, batch_size=3, num_batches=2, bad=bad
+  )
+  found = [batch["_id"].tolist() for batch in batches]
+  assert found == [[1, 1, 5], [5, 5, 5]]
+
+
+def test_batches_reach_the_devices_unchanged_and_all(dataset):
+  host = take(dataset, 4)
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  assert_same(list(loader.to_devices(host, sharding)), host)

@@ -1,0 +1,206 @@
+"""Which records a data set serves; what it is refused for."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from marlin_jax.data import prepared_dataset
+from marlin_jax.records import quality_index
+from tests.support import made_dataset
+from tests.support.made_dataset import a_record
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+  """Five records of four videos in three shards, of different quality."""
+  videos = {
+    "a.mp4": [
+      a_record("a.mp4", 0, quality=0.9),
+      a_record("a.mp4", 1, quality=0.2),
+    ],
+    "b.mp4": [a_record("b.mp4", quality=0.1)],
+    "c.mp4": [a_record("c.mp4", quality=0.7)],
+    "d.mp4": [a_record("d.mp4", quality=0.3)],
+  }
+  path = tmp_path_factory.mktemp("mixed") / "dataset"
+  return made_dataset.make(path, videos, num_shards=3)
+
+
+def qualities(dataset):
+  """Of all records that are served, by their numbers."""
+  source = prepared_dataset.RecordSource(dataset)
+  numbers = map(dataset.number_of, range(dataset.num_records))
+  return {number: source[number][1].quality for number in numbers}
+
+
+def test_records_below_the_threshold_are_left_out_and_counted(mixed):
+  whole = prepared_dataset.open_dataset(str(mixed), "train")
+  assert (whole.num_records, whole.num_videos) == (5, 4)
+  assert whole.selection is None
+  everything = qualities(whole)
+  for threshold, num_records, num_videos in ((0.15, 4, 3), (0.5, 2, 2)):
+    found = prepared_dataset.open_dataset(str(mixed), "train", threshold)
+    assert qualities(found) == {
+      number: quality
+      for number, quality in everything.items()
+      if quality >= threshold
+    }
+    assert (found.num_records, found.num_videos) == (num_records, num_videos)
+    left_out = found.selection
+    assert left_out.num_left_out == 5 - num_records
+    assert left_out.num_videos_left_out == 4 - num_videos
+    assert found.num_stored == 5
+
+
+def test_a_record_at_the_threshold_is_served(mixed):
+  # 0.7 is 0.699999988 as float32.
+  found = prepared_dataset.open_dataset(str(mixed), "train", 0.7)
+  assert found.num_records == 2
+
+
+def test_the_fingerprint_tells_which_records_are_served(mixed):
+  whole, low, same, high = (
+    prepared_dataset.open_dataset(str(mixed), "train", threshold).fingerprint
+    for threshold in (0.0, 0.5, 0.6, 0.8)
+  )
+  assert low == same
+  assert len({whole, low, high}) == 3
+
+
+def test_a_threshold_above_all_names_the_best(mixed):
+  with pytest.raises(prepared_dataset.DatasetError) as error:
+    prepared_dataset.open_dataset(str(mixed), "train", 0.95)
+  message = str(error.value)
+  assert "config.data.min_quality=0.95 leaves no record" in message
+  assert "the best of 5 has a quality of 0.9000" in message
+  assert str(mixed) in message
+
+
+def test_qualities_must_be_there_and_fit_only_where_they_are_asked_for(
+  mixed, tmp_path
+):
+  path = shutil.copytree(mixed, tmp_path / "dataset")
+  index = path / "faces-train.quality.npy"
+
+  def message():
+    with pytest.raises(prepared_dataset.DatasetError) as error:
+      prepared_dataset.open_dataset(str(path), "train", 0.5)
+    assert prepared_dataset.open_dataset(str(path), "train").num_records == 5
+    assert str(index) in str(error.value)
+    return str(error.value)
+
+  rows = quality_index.unpack(index.read_bytes())
+  np.save(index, rows[1:])
+  assert "it tells of 4 records, the split has 5" in message()
+  index.write_bytes(index.read_bytes()[:-1])
+  assert "cannot be judged" in message()
+  index.unlink()
+  assert "Run the same data_prep.prepare again" in message()
+
+
+# --- refusals -----------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(sample_dataset, tmp_path):
+  """A copy to be damaged, and its first shard."""
+  path = tmp_path / "dataset"
+  shutil.copytree(sample_dataset, path)
+  return path, next(iter(sorted(path.glob("*.array_record-*"))))
+
+
+def refused(path, split="train"):
+  with pytest.raises(prepared_dataset.DatasetError) as error:
+    prepared_dataset.RecordSource(
+      prepared_dataset.open_dataset(str(path), split)
+    )
+  message = str(error.value)
+  assert str(path) in message
+  return message
+
+
+def test_a_folder_that_is_no_data_set_names_the_command(tmp_path):
+  assert "python -m data_prep.prepare" in refused(tmp_path)
+
+
+def test_an_unfinished_data_set_says_so(damaged):
+  path, _ = damaged
+  (path / "dataset_info.json").unlink()
+  (path / "parts").mkdir(exist_ok=True)
+  assert "has not finished" in refused(path)
+
+
+def test_a_split_that_is_not_there_names_those_that_are(damaged):
+  assert "it has ['train']" in refused(damaged[0], "val")
+
+
+def test_a_data_set_without_records_is_refused(damaged):
+  path, _ = damaged
+  info = json.loads((path / "dataset_info.json").read_text())
+  info["splits"][0]["shardLengths"] = ["0"]
+  (path / "dataset_info.json").write_text(json.dumps(info))
+  assert "holds no records" in refused(path)
+
+
+def test_a_missing_shard_is_named(damaged):
+  path, shard = damaged
+  shard.unlink()
+  assert "-00000-of-00001" in refused(path)
+
+
+@pytest.mark.parametrize(
+  "damage",
+  [
+    lambda data: b"",
+    lambda data: data[:1000],
+    lambda data: data[:-1],
+    lambda data: data[:-70_000],
+    lambda data: b"this is text\n" * 10_000,
+    lambda data: data + b"x",
+    lambda data: data + bytes(1 << 16),
+  ],
+  ids=["empty", "head", "cut", "cut by a block", "text", "longer", "zeros"],
+)
+def test_a_damaged_shard_is_refused_before_training(damaged, damage):
+  path, shard = damaged
+  shard.write_bytes(damage(shard.read_bytes()))
+  message = refused(path)
+  assert "cannot be opened" in message or "hold 0 records" in message
+
+
+def test_a_shard_too_many_is_refused(damaged):
+  path, shard = damaged
+  shutil.copy(shard, shard.with_name(shard.name.replace("-00000-", "-00001-")))
+  assert "should have 1 shards and has 2" in refused(path)
+
+
+def test_another_number_of_records_than_announced_is_refused(damaged):
+  path, _ = damaged
+  info = json.loads((path / "dataset_info.json").read_text())
+  info["splits"][0]["shardLengths"] = ["7"]
+  (path / "dataset_info.json").write_text(json.dumps(info))
+  assert "dataset_info.json says 7" in refused(path)
+
+
+def test_a_newer_schema_is_refused(damaged):
+  path, _ = damaged
+  meta = json.loads((path / "metadata.json").read_text())
+  meta["schema_version"] = 99
+  (path / "metadata.json").write_text(json.dumps(meta))
+  assert "schema 99" in refused(path)
+
+
+def test_a_flipped_bit_names_the_record(damaged):
+  path, shard = damaged
+  data = bytearray(shard.read_bytes())
+  data[len(data) // 3] ^= 4
+  shard.write_bytes(bytes(data))
+  source = prepared_dataset.RecordSource(
+    prepared_dataset.open_dataset(str(path), "train")
+  )
+  with pytest.raises(
+    prepared_dataset.DatasetError, match=r"record \d+ of split 'train'"
+  ):
+    list(map(source.__getitem__, range(len(source))))

@@ -1,0 +1,247 @@
+"""How tracks become records, whatever engine runs it."""
+
+import math
+
+import av
+import numpy as np
+import pytest
+import simplejpeg
+
+from data_prep.sources.manifest import Source
+from data_prep.video import decode, video_to_records
+from data_prep.video.video_to_records import segment_lengths
+from marlin_jax.records import mel_spectrogram, quality_index, schema
+from tests.support.videos import moving_noise, shared_video, write_video
+
+
+@pytest.fixture(scope="module")
+def models(face_models):
+  with video_to_records.Models() as opened:
+    yield opened
+
+
+def run(path, models, emit=None, source=None, **settings):
+  """Returns the outcome and the decoded records."""
+  encoded = []
+  outcome = video_to_records.process_video(
+    source or Source("id.mp4", path, "someone", "train"),
+    video_to_records.Settings(**settings),
+    models,
+    emit or encoded.append,
+  )
+  return outcome, [schema.decode(data) for data in encoded]
+
+
+def test_segments_are_nearly_equal_and_lose_no_frame():
+  assert segment_lengths(64, 64) == [64]
+  assert segment_lengths(65, 64) == [33, 32]
+  assert segment_lengths(120, 64) == [60, 60]
+  for num_frames in range(1, 1000):
+    for longest in (62, 64, 100):
+      lengths = segment_lengths(num_frames, longest)
+      assert sum(lengths) == num_frames
+      assert max(lengths) <= longest
+      assert max(lengths) - min(lengths) <= 1
+      assert len(lengths) == 1 or min(lengths) >= video_to_records.CLIP_SPAN
+
+
+def test_segments_too_short_for_a_clip_are_refused():
+  with pytest.raises(ValueError, match="at least 62"):
+    video_to_records.Settings(segment_frames=61)
+
+
+def test_record_tells_where_its_crops_come_from(carphone, models, tmp_path):
+  path = carphone(tmp_path / "v.mp4", 70)
+  outcome, (first, second) = run(path, models)
+  assert outcome == video_to_records.Outcome(
+    video_to_records.KEPT,
+    num_decoded_frames=70,
+    num_tracks=1,
+    num_records=2,
+    num_frames=70,
+    quality=[quality_index.row_of(record) for record in (first, second)],
+  )
+  assert (len(first), len(second)) == (35, 35)
+  assert [(r.track_id, r.segment) for r in (first, second)] == [(0, 0), (0, 1)]
+  assert second.start_secs == pytest.approx(35 / 30)
+  for record in (first, second):
+    assert (record.video_id, record.subject_id) == ("id.mp4", "someone")
+    assert record.fps == 30
+    assert 0 < record.quality <= 1
+    frames = schema.decode_frames(record, range(len(record)))
+    assert frames.std() > 20
+    # The source, cut at the box, is what the crop shows.
+    x0, y0, x1, y1 = record.boxes[0]
+    assert x1 - x0 == pytest.approx(y1 - y0, abs=1e-3)
+    assert 40 < x1 - x0 < 144
+  with av.open(str(path)) as container:
+    frame = next(container.decode(video=0)).to_ndarray(format="rgb24")
+  x0, y0, x1, y1 = np.clip(first.boxes[0], 0, 144).astype(int)
+  means = frame[y0:y1, x0:x1].mean(axis=(0, 1))
+  crop = schema.decode_frames(first, [0])[0]
+  inside = crop[crop.sum(axis=-1) > 0]
+  np.testing.assert_allclose(inside.mean(axis=0), means, atol=8)
+
+
+def test_a_video_too_large_to_keep_gives_the_same_records(
+  carphone, models, tmp_path, monkeypatch
+):
+  path = carphone(tmp_path / "v.mp4", 40)
+  opened = []
+  monkeypatch.setattr(
+    video_to_records.decode,
+    "open_video",
+    lambda *args: opened.append(args) or decode.Video(*args),
+  )
+  kept = []
+  run(path, models, kept.append)
+  assert len(opened) == 1
+  frame_bytes = 176 * 144 * 3
+  monkeypatch.setattr(video_to_records, "KEPT_BYTES", 39 * frame_bytes)
+  decoded_again = []
+  run(path, models, decoded_again.append)
+  assert len(opened) == 3
+  assert decoded_again == kept
+
+
+def test_regions_are_the_bits_of_the_label_maps(carphone, models, tmp_path):
+  _, (record,) = run(carphone(tmp_path / "v.mp4", 20), models)
+  label_maps = schema.decode_parsing(record)
+  np.testing.assert_array_equal(record.regions, schema.region_bits(label_maps))
+  eyes_nose_hair = (1 << 4) | (1 << 5) | (1 << 6) | (1 << 10)
+  for bits in record.regions:
+    assert np.bitwise_or.reduce(bits, axis=None) & eyes_nose_hair
+
+
+def test_face_that_leaves_and_returns_keeps_both_tracks(
+  carphone, models, tmp_path
+):
+  with av.open(str(carphone(tmp_path / "v.mp4", 20))) as container:
+    face = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+  noise = moving_noise(30, 176, 144)
+  path = write_video(tmp_path / "w.mp4", face + noise + face, crf="10")
+  outcome, found = run(path, models)
+  assert outcome.num_decoded_frames == 70
+  assert [r.track_id for r in found] == [0, 1]
+  assert [len(r) for r in found] == [20, 20]
+  assert found[1].start_secs == pytest.approx(50 / 30, abs=0.01)
+
+
+def test_video_without_a_face_is_told_apart_from_a_bad_one(models, tmp_path):
+  outcome, found = run(write_video(tmp_path / "v.mp4", moving_noise(9)), models)
+  assert outcome == video_to_records.Outcome(
+    video_to_records.NO_FACE, "no face found", num_decoded_frames=9
+  )
+  assert found == []
+  (tmp_path / "v.mp4").write_bytes(b"")
+  outcome, _ = run(tmp_path / "v.mp4", models)
+  assert outcome.status == video_to_records.QUARANTINED
+
+
+def test_decoder_that_does_not_load_is_no_fault_of_the_video(models, tmp_path):
+  path = write_video(tmp_path / "v.mp4", moving_noise(3))
+  with pytest.raises(decode.DecoderSetupError):
+    run(path, models, limits=decode.Limits(memory_bytes=64 << 20))
+
+
+def test_full_disk_is_no_fault_of_the_video(carphone, models, tmp_path):
+  def emit(_):
+    raise OSError("no space left")
+
+  with pytest.raises(OSError, match="no space left"):
+    run(carphone(tmp_path / "v.mp4", 5), models, emit)
+
+
+def test_labels_are_in_every_record(carphone, models, tmp_path):
+  path = carphone(tmp_path / "v.mp4", 64)
+  labels = {"mood": (2.0,), "face": (1.0, math.nan)}
+  source = Source("id.mp4", path, "", "train", labels)
+  _, found = run(path, models, source=source, segment_frames=62)
+  assert len(found) == 2
+  for record in found:
+    np.testing.assert_equal(
+      record.labels,
+      {"mood": np.float32([2]), "face": np.float32([1, np.nan])},
+    )
+    assert record.audio is None
+
+
+def test_a_folder_of_pictures_gives_what_its_video_gives(
+  carphone, models, tmp_path
+):
+  with av.open(str(carphone(tmp_path / "v.mp4", 20))) as container:
+    frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+  folder = tmp_path / "3"
+  folder.mkdir()
+  for i, frame in enumerate(frames, 95):  # 95 to 114: numbers, not words
+    jpeg = simplejpeg.encode_jpeg(frame, 95, colorsubsampling="444")
+    (folder / f"3.{i}.jpg").write_bytes(jpeg)
+  (folder / "Thumbs.db").write_bytes(b"no picture")
+  source = Source("Ann/3", folder, "Ann", "val", frame_rate=24.0)
+  outcome, (record,) = run(folder, models, source=source)
+  assert outcome.num_decoded_frames == len(record) == 20
+  assert record.fps == 24
+  _, (expected,) = run(tmp_path / "v.mp4", models)
+  np.testing.assert_allclose(record.boxes, expected.boxes, atol=2)
+  crops = [
+    schema.decode_frames(r, range(20)).astype(int) for r in (record, expected)
+  ]
+  assert np.abs(crops[0] - crops[1]).mean() < 4
+
+
+def test_damaged_and_missing_pictures_are_refused(models, tmp_path):
+  folder = tmp_path / "pictures"
+  folder.mkdir()
+  source = Source("x", folder, "", "train", frame_rate=24.0)
+  outcome, _ = run(folder, models, source=source)
+  assert "no picture in the folder" in outcome.reason
+  noise = moving_noise(2)
+  for i, frame in enumerate(noise):
+    jpeg = simplejpeg.encode_jpeg(frame, 95)
+    (folder / f"{i}.jpg").write_bytes(jpeg if i == 0 else jpeg[:200])
+  outcome, _ = run(folder, models, source=source)
+  assert outcome.status == video_to_records.QUARANTINED
+  assert "picture 1.jpg is damaged" in outcome.reason
+  (folder / "1.jpg").unlink()
+  (folder / "1.jpg").symlink_to("0.jpg")
+  outcome, _ = run(folder, models, source=source)
+  assert outcome.num_decoded_frames == 1
+
+
+def test_sound_is_cut_at_the_times_of_the_frames(models, tmp_path):
+  path = shared_video("video01.mp4")
+  outcome, found = run(path, models, has_sound=True)
+  assert outcome.status == video_to_records.KEPT
+  whole = decode.read_sound(path)
+  mel = mel_spectrogram.mel_spectrogram(whole)
+  for record in found:
+    secs = len(record) / record.fps
+    samples = np.frombuffer(record.audio, "<i2")
+    assert len(samples) == pytest.approx(16_000 * secs, abs=2)
+    start = round(16_000 * record.start_secs)
+    np.testing.assert_array_equal(samples, whole[start:][: len(samples)])
+    np.testing.assert_array_equal(
+      record.mel, mel[round(80 * record.start_secs) :][: len(record.mel)]
+    )
+    assert len(record.mel) == pytest.approx(80 * secs, abs=1)
+
+
+def test_a_video_without_sound_has_empty_sound(carphone, models, tmp_path):
+  path = carphone(tmp_path / "v.mp4", 16)
+  _, (record,) = run(path, models, has_sound=True)
+  assert record.audio == b""
+  assert record.mel.shape == (0, 80)
+
+
+def test_a_video_is_brought_to_another_rate_with_its_sound(models):
+  path = shared_video("video01.mp4")
+  _, found = run(path, models, has_sound=True, fps=25.0)
+  assert sum(map(len, found)) == 250  # 10 s
+  whole = decode.read_sound(path)
+  for record in found:
+    assert record.fps == 25
+    samples = np.frombuffer(record.audio, "<i2")
+    assert len(samples) == pytest.approx(640 * len(record), abs=1)
+    start = round(16_000 * record.start_secs)
+    expected = whole[start:][: len(samples)]
+    np.testing.assert_array_equal(samples[: len(expected)], expected)

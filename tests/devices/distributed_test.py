@@ -1,0 +1,349 @@
+"""Two processes of four devices against one of eight, by the real trainer."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from configs import pretrain_b
+from marlin_jax.data import loader, prepared_dataset
+from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.devices import distributed
+from marlin_jax.models import stacking
+from tests.commands.train_test import TINY, command, metrics_of, refused
+from tests.support.processes import seeing_devices
+
+ROOT = Path(__file__).parents[2]
+NUM_STEPS = 7
+# fsdp reaches over both processes, tensor stays inside each.
+SPREAD = {
+  "batch_size": 8,
+  "clips_per_device": 2,
+  "num_steps": NUM_STEPS,
+  "mesh.fsdp": 4,
+  "mesh.tensor": 2,
+  "eval_steps": 2,
+  "picture_steps": 2,
+  # The quickest to compile.
+  "mask.strategy": "random",
+}
+STEP = TINY["checkpoint_steps"]
+
+
+def free_port():
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    return server.getsockname()[1]
+
+
+def start(argv, num_devices, **variables):
+  """Starts a process that sees so many devices."""
+  return subprocess.Popen(
+    argv,
+    cwd=ROOT,
+    env=seeing_devices(num_devices) | variables,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def finish(process, returncode=0):
+  output, _ = process.communicate(timeout=250)
+  assert process.returncode == returncode, output
+  return output
+
+
+def start_two(workdir, **overrides):
+  """Both halves of one run."""
+  address = f"127.0.0.1:{free_port()}"
+  settings = {
+    "distributed.coordinator": address,
+    "distributed.num_processes": 2,
+    "distributed.timeout_secs": 120,
+  }
+  return [
+    start(
+      command(workdir, **overrides | settings | {"distributed.process_id": i}),
+      4,
+      # One writes what the other may be reading.
+      JAX_ENABLE_COMPILATION_CACHE="false",
+    )
+    for i in (0, 1)
+  ]
+
+
+def arrays_of(workdir, step):
+  """All arrays of a checkpoint by path, whatever devices and `scan` were."""
+  path = workdir / "checkpoints" / str(step) / "state"
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    tree = reader.metadata(path).item_metadata.tree
+    args = jax.tree.map(
+      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
+    )
+    tree = reader.restore(path, ocp.args.PyTreeRestore(restore_args=args))
+  return {
+    jax.tree_util.keystr(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(stacking.split(tree))
+  }
+
+
+@pytest.fixture(scope="module")
+def runs(sample_dataset, face_data, tmp_path_factory):
+  """An undisturbed run in one process; one in two, of which one is told to end.
+
+  Returns:
+    Both workdirs, and the outputs of the two processes.
+  """
+  overrides = SPREAD | {
+    "data.path": sample_dataset,
+    "probe.steps": 2,
+    "probe.path": face_data,
+    "probe.label": "emotion",
+    "probe.num_videos": 8,
+    "probe.num_windows": 1,
+  }
+  alone = tmp_path_factory.mktemp("alone")
+  ended = tmp_path_factory.mktemp("ended")
+  undisturbed = start(command(alone, **overrides), 8)
+  first, second = start_two(ended, **overrides)
+  seen = []
+  for line in first.stdout:
+    seen.append(line)
+    if line.startswith("step 2/"):
+      second.send_signal(signal.SIGUSR1)
+      second.send_signal(signal.SIGTERM)
+      break
+  finish(undisturbed)
+  outputs = [
+    "".join(seen) + finish(first, 128 + signal.SIGTERM),
+    finish(second, 128 + signal.SIGTERM),
+  ]
+  return alone, ended, outputs
+
+
+def rows_of(workdir):
+  """The lines of metrics.jsonl."""
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def last_step(workdir):
+  return max(int(p.name) for p in (workdir / "checkpoints").iterdir())
+
+
+def test_a_signal_to_one_process_saves_and_ends_all_at_the_same_step(runs):
+  _, ended, (first, second) = runs
+  step = last_step(ended)
+  assert 2 < step < NUM_STEPS
+  assert max(metrics_of(ended)) == step
+  assert f"step {step} of {NUM_STEPS} is saved" in first
+  assert "SIGTERM: finishing this step" in second
+  assert "SIGTERM" not in first
+
+
+def test_only_the_first_process_tells_and_writes(runs):
+  _, ended, (first, second) = runs
+  assert "8 x cpu in 2 processes: data 1, fsdp 4, tensor 2" in first
+  assert "loss_rec" in first
+  assert "loss_rec" not in second
+  steps = [row["step"] for row in rows_of(ended) if "train/lr" in row]
+  assert steps == sorted(set(steps))
+  assert len(list((ended / "tensorboard").glob("events.*"))) == 1
+  assert (ended / "pictures" / "step_0000002.png").exists()
+
+
+def test_a_profile_is_asked_of_the_first_process(runs):
+  _, ended, (_, second) = runs
+  assert "SIGUSR1: only process 0 profiles" in second
+  assert not (ended / "profile").exists()
+
+
+# A probe is fitted to the features of few windows: what rounding makes of the
+# weights, 1e-5, it shows a hundredfold. Other clips would be off by far more.
+@pytest.mark.parametrize(
+  ("metric", "rtol"), [("train/loss_pixels", 1e-5), ("probe/loss", 1e-2)]
+)
+def test_evaluation_takes_the_same_clips_in_two_processes(runs, metric, rtol):
+  scores = [
+    next(row for row in rows_of(workdir) if f"eval/{metric}" in row)
+    for workdir in runs[:2]
+  ]
+  assert scores[0].keys() == scores[1].keys()
+  for name, value in scores[0].items():
+    np.testing.assert_allclose(scores[1][name], value, rtol=rtol, err_msg=name)
+
+
+def test_one_process_goes_on_where_two_stopped_to_the_same_end(
+  runs, sample_dataset
+):
+  """Losses before and after, and what was learned, to rounding."""
+  alone, ended, _ = runs
+  want = metrics_of(alone)
+  stopped = last_step(ended)
+  output = finish(
+    start(command(ended, **SPREAD | {"data.path": sample_dataset}), 8)
+  )
+  assert f"resumed from step {stopped}" in output
+  got = metrics_of(ended)
+  assert list(got) == list(want) == list(range(1, NUM_STEPS + 1))
+  for step, row in want.items():
+    for name, value in row.items():
+      np.testing.assert_allclose(
+        got[step][name], value, rtol=1e-5, err_msg=f"step {step}: {name}"
+      )
+  got, want = (arrays_of(workdir, NUM_STEPS) for workdir in (ended, alone))
+  assert got.keys() == want.keys()
+  for name, value in want.items():
+    np.testing.assert_allclose(
+      got[name], value, rtol=1e-5, atol=1e-7, err_msg=name
+    )
+
+
+@pytest.fixture(scope="module")
+def together(runs, tmp_path_factory):
+  """together.py in two processes: the workdir they make, what they print."""
+  copy = tmp_path_factory.mktemp("copy")
+  argv = [
+    sys.executable,
+    ROOT / "tests" / "support" / "together.py",
+    runs[0],
+    STEP,
+    copy,
+  ]
+  # Another layout than it was saved in.
+  argv += [8, 1, f"127.0.0.1:{free_port()}", 2]
+  processes = [
+    start([*map(str, argv), str(i)], 4, PYTHONPATH=str(ROOT)) for i in (0, 1)
+  ]
+  return copy, [finish(process) for process in processes]
+
+
+def test_a_checkpoint_keeps_every_bit_on_its_way_through_two_processes(
+  runs, together
+):
+  """Saved by one process, restored and saved by two, read by one.
+
+  Block by block in the one, joined in the other.
+  """
+  want, got = arrays_of(runs[0], STEP), arrays_of(together[0], STEP)
+  assert got.keys() == want.keys()
+  for part in ("params", "opt_state", "disc_params", "disc_opt_state"):
+    assert any(f"['{part}']" in name for name in want)
+  for name, value in want.items():
+    assert value.tobytes() == got[name].tobytes(), name
+
+
+def test_processes_that_differ_are_told_where(together):
+  for output in together[1]:
+    assert "  process 1: config.seed is 1, process 0: 0\n" in output
+    assert "more" not in output
+    assert "scan" not in output
+
+
+# --- the share of each --------------------------------------------------------
+
+
+@pytest.mark.parametrize("clips_per_record", [1, 2, 3])
+def test_the_clips_of_a_batch_do_not_depend_on_who_reads_them(
+  sample_dataset, clips_per_record
+):
+  dataset = prepared_dataset.open_dataset(str(sample_dataset), "train")
+  transform = loader.TakeClip(Clip(4, 2), tubelet_size=2)
+
+  def batches(rows):
+    made = loader.train_batches(
+      dataset,
+      transform,
+      batch_size=6,
+      seed=0,
+      start_step=1,
+      num_threads=1,
+      clips_per_record=clips_per_record,
+      rows=rows,
+    )
+    evaluated = loader.eval_batches(
+      dataset, transform, batch_size=6, num_batches=2, rows=rows
+    )
+    return [next(made), next(made), *evaluated]
+
+  whole = batches(None)
+  assert batches(range(6))[0].keys() == whole[0].keys()
+  for rows in ([0, 1, 2], [1, 2, 5]):
+    for got, want in zip(batches(rows), whole, strict=True):
+      for name, value in got.items():
+        np.testing.assert_array_equal(value, want[name][rows])
+
+
+# --- refusals -----------------------------------------------------------------
+
+
+def test_one_of_two_that_is_alone_ends_with_the_reason(tmp_path):
+  address = f"127.0.0.1:{free_port()}"
+  settings = {
+    "distributed.coordinator": address,
+    "distributed.num_processes": 2,
+    "distributed.process_id": 0,
+    "distributed.timeout_secs": 1,
+  }
+  result = subprocess.run(
+    command(tmp_path, **settings),
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    check=False,
+    timeout=60,
+  )
+  message = refused(result)
+  assert "missing: 1." in message
+  assert address in message
+  assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+  ("environment", "coordinator", "expected"),
+  [
+    ({}, "", ("", 1, 0)),
+    ({}, "auto", ("auto", 0, 0)),
+    ({"SLURM_STEP_NUM_TASKS": "4"}, "", ("auto", 0, 0)),
+    # srun with a single task, or a shell in an allocation.
+    ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}, "", ("", 1, 0)),
+    ({"SLURM_STEP_NUM_TASKS": "4"}, "none", ("", 1, 0)),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, "", ("auto", 0, 0)),
+    ({"TPU_WORKER_HOSTNAMES": "localhost"}, "", ("", 1, 0)),
+    (
+      {
+        "JAX_COORDINATOR_ADDRESS": "host:1",
+        "JAX_NUM_PROCESSES": "3",
+        "JAX_PROCESS_ID": "2",
+      },
+      "",
+      ("host:1", 3, 2),
+    ),
+    ({"JAX_COORDINATOR_ADDRESS": "host:1"}, "other:2", ("other:2", 0, 0)),
+  ],
+)
+def test_who_belongs_together(monkeypatch, environment, coordinator, expected):
+  for name in distributed.CLUSTER_VARIABLES:
+    monkeypatch.delenv(name, raising=False)
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  settings = pretrain_b.get_config().distributed
+  settings.coordinator = coordinator
+  found = distributed.who(settings)
+  assert found[0] == expected[0]
+  if found[0] not in ("", "auto"):
+    assert found == expected
+
+
+def test_an_unforeseen_error_ends_with_the_code_to_try_again(capfd):
+  with pytest.raises(SystemExit) as end, distributed.leaving_on_errors():
+    raise KeyError("lost")
+  assert end.value.code == distributed.TRY_AGAIN == 75
+  assert "KeyError: 'lost'" in capfd.readouterr().err

@@ -1,0 +1,115 @@
+"""A data set from gs:// to gs://, over a stand-in for Google's service."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import run_prepare
+
+# Or it asks another of Google's services what kind of bucket it is.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+gcsfs = pytest.importorskip("gcsfs", reason="gs:// needs gcsfs")
+pytest.importorskip(
+  "gcp_storage_emulator", reason="the stand-in for gs:// is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory) -> Iterator[str]:
+  """Where the stand-in answers; it has one bucket, faces."""
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = probe.getsockname()[1]
+  log = tmp_path_factory.mktemp("bucket") / "log"
+  with log.open("w") as file:
+    process = subprocess.Popen(
+      [
+        *(sys.executable, "-m", "gcp_storage_emulator", "start"),
+        *("--in-memory", f"--port={port}", "--default-bucket=faces"),
+      ],
+      stdout=file,
+      stderr=file,
+    )
+  while True:
+    assert process.poll() is None, log.read_text()
+    with socket.socket() as probe:
+      if probe.connect_ex(("localhost", port)) == 0:
+        break
+  yield f"http://localhost:{port}"
+  process.terminate()
+  process.wait()
+
+
+@pytest.fixture(scope="module")
+def bucket(address) -> Iterator[gcsfs.GCSFileSystem]:
+  os.environ["STORAGE_EMULATOR_HOST"] = address
+  yield gcsfs.GCSFileSystem(token="anon", endpoint_url=address)
+  del os.environ["STORAGE_EMULATOR_HOST"]
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory, carphone, face_models) -> Path:
+  folder = tmp_path_factory.mktemp("videos")
+  carphone(folder / "a/one.mp4", 4)
+  carphone(folder / "b/two.mp4", 3)
+  (folder / "b/text.mp4").write_text("no video")
+  return folder
+
+
+def content(bucket: gcsfs.GCSFileSystem, folder: str) -> dict[str, bytes]:
+  bucket.invalidate_cache()
+  return {
+    path.removeprefix(f"{folder}/"): bucket.cat_file(path)
+    for path in bucket.find(folder)
+  }
+
+
+def test_a_bucket_gets_what_a_disk_gets(bucket, videos, tmp_path):
+  local = run_prepare(
+    "--input", videos, "--output", tmp_path / "out", "--num_workers=1"
+  )
+  assert local.returncode == 0, local.stderr
+  expected = {
+    file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()
+  }
+  for file in videos.rglob("*.mp4"):
+    name = file.relative_to(videos).as_posix()
+    bucket.pipe_file(f"faces/in/{name}", file.read_bytes())
+
+  flags = (
+    *("--input", "gs://faces/in", "--output", "gs://faces/out"),
+    "--num_workers=1",
+  )
+  result = run_prepare(*flags)
+  assert result.returncode == 0, result.stderr
+  assert "2 records, 7 face crops" in result.stdout
+  assert content(bucket, "faces/out") == expected
+
+  again = run_prepare(*flags)
+  assert "Nothing to do for 3 videos" in again.stdout, again.stderr
+
+  shard = "faces-train.array_record-00000-of-00001"
+  bucket.rm(f"faces/out/{shard}")
+  mended = run_prepare(*flags)
+  assert mended.returncode == 0, mended.stderr
+  assert content(bucket, "faces/out") == expected
+
+
+def test_a_manifest_may_name_videos_in_a_bucket(bucket, videos, tmp_path):
+  bucket.pipe_file("faces/more/x.mp4", (videos / "a/one.mp4").read_bytes())
+  table = tmp_path / "m.csv"
+  table.write_text("path,label_mood\nx.mp4,calm\nnone.mp4,\n")
+  result = run_prepare(
+    *("--input", table, "--root", "gs://faces/more"),
+    *("--output", tmp_path / "out", "--num_workers=1"),
+  )
+  assert result.returncode == 0, result.stderr
+  assert "1 quarantined" in result.stdout
+  quarantine = (tmp_path / "out/quarantine.jsonl").read_text()
+  assert "cannot fetch" in quarantine
+  assert "none.mp4" in quarantine

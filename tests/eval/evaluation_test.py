@@ -1,0 +1,361 @@
+"""Evaluations of a tiny encoder on small labelled data sets, end to end."""
+
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs import eval_dfd, eval_far
+from marlin_jax.data.prepared_dataset import DatasetError
+from marlin_jax.downstream import clip_batches, labelled, tasks
+from marlin_jax.eval.evaluation import open_weights
+from marlin_jax.pretraining.configuration import ConfigError
+from marlin_jax.records.folders import OutputFolderError
+from marlin_jax.weights import run_checkpoint as orbax
+from marlin_jax.weights import safetensors_folder
+from marlin_jax.weights.weights import Architecture, Weights, WeightsError
+from tests.support import labelled_data
+from tests.support.labelled_data import (
+  LABELS,
+  TINY,
+  draw_face,
+  metric,
+  renamed,
+  run,
+  tiny,
+  write_random,
+)
+from tests.support.processes import seeing_devices
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(task, workdir, data, checkpoint="random", *, devices=1, **changes):
+  """Runs the real binary; returns it finished."""
+  flags = [f"--config.{k}={v}" for k, v in (TINY | changes).items()]
+  return subprocess.run(
+    [
+      *(sys.executable, "-m", f"marlin_jax.eval.{task}"),
+      f"--config=configs/eval_{task}.py",
+      *(f"--checkpoint={checkpoint}", f"--data={data}"),
+      f"--workdir={workdir}",
+      *flags,
+    ],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    env=seeing_devices(devices),
+    check=False,
+    timeout=250,
+  )
+
+
+# --- The binaries -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def far(face_data, tmp_path_factory):
+  """A low-data evaluation with two modes: results, workdir, output."""
+  workdir = tmp_path_factory.mktemp("far")
+  result = command(
+    "far",
+    workdir,
+    face_data,
+    tasks="appearance",
+    modes="linear,knn",
+    num_seeds=2,
+    **{"data.ratio": "0.25,1", "knn.k": 3},
+  )
+  assert result.returncode == 0, result.stderr
+  results = json.loads((workdir / "results.json").read_text())
+  return results, workdir, result.stdout
+
+
+def test_far_leaves_every_number_and_shows_a_table(far):
+  results, workdir, output = far
+  assert (workdir / "results.txt").read_text().strip() in output
+  assert "bright" not in output  # the table is of tasks, not of labels
+  (train,) = (
+    s for role, s in results["data"]["splits"].items() if role == "train"
+  )
+  assert (train["videos"], train["people"]) == (24, 12)
+  assert len(results["checkpoint"]["sha256"]) == 64
+  assert len(results["tasks"]["appearance"]["split_sha256"]) == 64
+  assert results["config"]["modes"] == "linear,knn"
+  names = [cell["name"] for cell in results["cells"]]
+  # With all data, what is drawn from no seed is done once.
+  assert names == ["appearance-constant"] + [
+    f"appearance-{mode}-{what}"
+    for mode in ("linear", "knn")
+    for what in ("0.25-0", "0.25-1", "1-0")
+  ]
+  test = results["cells"][3]["test"]
+  for number in test["metrics"].values():
+    assert number["low"] <= number["value"] <= number["high"]
+  rows = {row["name"]: row for row in test["per_class"]}
+  assert rows["never"]["auc"] is None
+  assert rows["bright"]["auc"] > 0.9
+  assert metric(results, "linear") > 0.9
+  assert metric(results, "constant") == 0.5
+  low = next(
+    r for r in results["summary"] if (r["mode"], r["ratio"]) == ("knn", 0.25)
+  )
+  assert (low["num_seeds"], low["num_train"]) == (2, 6)
+  assert low["metrics"]["auc"]["std"] is not None
+
+
+def test_far_leaves_predictions_and_pictures(far, face_data):
+  results, workdir, _ = far
+  with open(workdir / "predictions" / "appearance-linear-1-0.csv") as file:
+    rows = list(csv.DictReader(file))
+  assert [row["video_id"] for row in rows] == [
+    f"t{i:03d}.mp4" for i in range(16)
+  ]
+  right = np.mean(
+    [
+      (float(row[f"p:{name}"]) > 0.5) == (row[f"true:{name}"] == "1")
+      for row in rows
+      for name in LABELS["appearance"].names
+    ]
+  )
+  assert right == pytest.approx(metric(results, "linear", "accuracy"))
+  pictures = {path.name for path in (workdir / "plots").iterdir()}
+  assert {
+    "appearance-linear-1-0-roc.png",
+    "appearance-knn-1-0-classes.png",
+    "appearance-ratios.png",
+  } <= pictures
+
+
+def test_what_is_done_is_not_done_again(far, face_data, tmp_path, capsys):
+  results, workdir, _ = far
+  before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*.np?")}
+  again = run(
+    eval_far,
+    workdir,
+    face_data,
+    tasks="appearance,mood",
+    modes="linear,knn",
+    num_seeds=2,
+    batch_size=5,
+    plots=False,
+    **{"data.ratio": "0.25,1", "knn.k": 3},
+  )
+  assert again["cells"][: len(results["cells"])] == results["cells"]
+  for path, when in before.items():
+    assert path.stat().st_mtime_ns == when
+  assert metric({"summary": again["summary"][-5:]}, "linear") > 0.9
+  # The next call tells of what it did not do, too.
+  last = run(
+    eval_far,
+    workdir,
+    face_data,
+    tasks="mood",
+    modes="knn",
+    plots=False,
+    **{"knn.k": 3},
+  )
+  assert last["cells"] == again["cells"]
+  assert last["summary"] == again["summary"]
+  assert set(last["tasks"]) == {"appearance", "mood"}
+  with pytest.raises(OutputFolderError, match="knn.k: was 3, is 4"):
+    run(eval_far, workdir, face_data, tasks="mood", **{"knn.k": 4})
+
+
+def test_fer_derives_sentiment_and_follows_the_papers_protocol(
+  face_data, tmp_path
+):
+  result = command(
+    "fer",
+    tmp_path,
+    face_data,
+    tasks="emotion,sentiment,sentiment7",
+    protocol="paper",
+    num_seeds=1,
+    plots=False,
+  )
+  assert result.returncode == 0, result.stderr
+  results = json.loads((tmp_path / "results.json").read_text())
+  found = {
+    cell["task"]: cell for cell in results["cells"] if cell["mode"] == "linear"
+  }
+  assert found["sentiment"]["chosen"] == {"num_rounds": 3}
+  assert found["sentiment"]["test"]["num_videos"] == 16
+  assert [row["name"] for row in found["sentiment"]["test"]["per_class"]] == [
+    "sentiment>=0"
+  ]
+  matrix = np.array(found["sentiment7"]["test"]["confusion"])
+  assert matrix.shape == (7, 7)
+  # Of the seven three occur: -1, 0 and 1.
+  np.testing.assert_array_equal(
+    matrix.sum(axis=1) > 0, [False, False, True, True, True, False, False]
+  )
+  assert [
+    row["threshold"] for row in found["emotion"]["test"]["per_class"]
+  ] == [
+    0.5,
+    0.5,
+  ]
+
+
+def test_dfd_is_the_same_on_two_devices_as_on_one(face_data, tmp_path):
+  changes = {
+    "modes": "linear,finetune",
+    "num_seeds": 1,
+    "plots": False,
+    "num_resamples": 2,
+    "finetune.epochs": 0.1,
+    "finetune.min_steps": 2,
+    "finetune.num_rounds": 1,
+  }
+  one = run(eval_dfd, tmp_path / "one", face_data, **changes)
+  result = command("dfd", tmp_path / "two", face_data, **changes, devices=2)
+  assert result.returncode == 0, result.stderr
+  two = json.loads((tmp_path / "two" / "results.json").read_text())
+  assert len(two["devices"]) == 2
+  for mode in ("linear", "finetune"):
+    name = f"deepfake-{mode}-1-0"
+    a, b = (
+      np.load(tmp_path / w / "cells" / f"{name}.npz")["probabilities"]
+      for w in ("one", "two")
+    )
+    np.testing.assert_allclose(a, b, atol=1e-3, err_msg=mode)
+  parts = one["cells"][1]["test"]["parts"]
+  assert set(parts) <= {*eval_dfd.METHODS}
+  assert "Deepfakes" in parts
+
+
+# --- Errors, before any compute -----------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("changes", "error", "words"),
+  [
+    ({"data.test": "exam"}, DatasetError, "has no split 'exam', it has"),
+    ({"tasks": "action"}, tasks.TaskError, "needs the label 'action', and"),
+    ({"tasks": "sentiment"}, tasks.TaskError, "is a value; say where"),
+    ({"modes": "linear,magic"}, ConfigError, "modes='linear,magic'"),
+    ({"data.ratio": "0,1"}, ConfigError, r"data.ratio='0,1': expected"),
+    ({"mesh.data": 3}, ConfigError, "config.mesh.data=3"),
+    (
+      {"protocol": "paper", "pool": "std"},
+      ConfigError,
+      "pool='std': the paper's protocol has 'mean'",
+    ),
+  ],
+)
+def test_what_cannot_be_done_is_told_at_once(
+  face_data, tmp_path, changes, error, words
+):
+  with pytest.raises(error, match=words):
+    run(eval_far, tmp_path / "w", face_data, **{"tasks": "mood"} | changes)
+  assert not (tmp_path / "w").exists()
+
+
+def test_wrong_checkpoints_are_told_at_once(face_data, tmp_path):
+  with pytest.raises(WeightsError, match="no weights at"):
+    run(eval_far, tmp_path / "w", face_data, tmp_path / "x", tasks="mood")
+  config = tiny(eval_far.get_config())
+  weights = open_weights(config, "random")
+  write_random(
+    tmp_path / "small",
+    dataclasses.replace(weights.architecture, image_size=32, patch_size=16),
+  )
+  with pytest.raises(WeightsError, match="takes pictures of 32 pixels"):
+    run(eval_far, tmp_path / "w", face_data, tmp_path / "small", tasks="mood")
+  assert not (tmp_path / "w").exists()
+
+
+def test_a_run_of_ours_is_evaluated_as_the_weights_it_holds(
+  face_data, tmp_path
+):
+  architecture = Architecture(
+    width=16,
+    depth=1,
+    num_heads=2,
+    mlp_dim=32,
+    dec_width=16,
+    dec_depth=1,
+    dec_num_heads=2,
+    dec_mlp_dim=32,
+    disc_hidden=16,
+    num_frames=4,
+  )
+  np_rng = np.random.default_rng(0)
+  weights = Weights(
+    architecture,
+    {
+      name: np_rng.normal(0, 0.1, shape).astype(np.float32)
+      for name, shape in architecture.shapes().items()
+    },
+  )
+  safetensors_folder.write(weights, tmp_path / "folder")
+  orbax.write(weights, tmp_path / "workdir")
+  found = [
+    run(
+      eval_far,
+      tmp_path / f"w{i}",
+      face_data,
+      path,
+      tasks="mood",
+      modes="knn",
+    )
+    for i, path in enumerate((tmp_path / "folder", tmp_path / "workdir"))
+  ]
+  assert found[0]["checkpoint"]["sha256"] == found[1]["checkpoint"]["sha256"]
+  for result in found:
+    assert result["checkpoint"]["architecture"]["width"] == 16
+    for cell in result["cells"]:
+      cell.pop("secs", None)
+  assert found[0]["cells"] == found[1]["cells"]
+  assert metric(found[0], "knn") > 0.9
+
+
+def test_a_binary_tells_errors_in_a_line(face_data, tmp_path):
+  result = command("far", tmp_path, face_data, tasks="action")
+  assert result.returncode == 1
+  assert "error: task 'action' needs the label 'action'" in result.stderr
+  assert "mood (class)" in result.stderr
+  assert "Traceback" not in result.stderr
+
+
+# --- Splits -------------------------------------------------------------------
+
+
+def test_people_in_two_splits_are_told_loudly(tmp_path, capsys):
+  make = labelled_data.make
+  videos = make(8, draw_face)
+  path = labelled_data.write(
+    tmp_path / "data",
+    {"train": videos[:5], "val": videos[5:], "test": renamed(videos, "t")},
+    LABELS,
+  )
+  results = run(eval_far, tmp_path / "w", path, tasks="mood", modes="knn")
+  (warning,) = results["data"]["warnings"]
+  assert "'train' and 'val' share 1 people (e.g. 'person 2')" in warning
+  assert f"WARNING: {warning}" in capsys.readouterr().out
+
+
+def test_windows_cover_the_longest_track_across_records(face_data, tmp_path):
+  config = tiny(eval_far.get_config())
+  clip = open_weights(config, "random").architecture.clip
+  split = labelled.open_split(str(face_data), "train", tmp_path)
+  assert len(split) == len(split.tracks) == 24
+  windows = split.windows(clip)
+  assert [w.start for w in windows] == [0, 2] * 24
+  # Number 1 is cut in two records.
+  assert split.tracks[1].lengths == (6, 4)
+  (found,) = clip_batches.ClipReader(split, clip).read([windows[3]])
+  frames = labelled_data.make(24, draw_face)[1].frames.astype(float)
+  expected = frames[[2, 4, 6, 8]].mean(axis=(1, 2))
+  np.testing.assert_allclose(found.mean(axis=(1, 2)), expected, atol=1)
+  every = labelled.open_split(
+    str(face_data), "train", tmp_path, all_tracks=True
+  )
+  assert len(every.tracks) == 25
+  assert np.isnan(split.labels["emotion"][0, 1])

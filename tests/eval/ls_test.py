@@ -1,0 +1,157 @@
+"""The binary of lip synchronisation as its users start it."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from tests.support import talking_mouths
+
+ROOT = Path(__file__).parents[2]
+
+TINY = {
+  "expert.num_frames": 5,
+  "expert.width": 1 / 32,
+  "expert.batch_size": 2,
+  "expert.num_steps": 12,
+  "expert.eval_batches": 1,
+  "data.val": "train",
+  "log_steps": 1,
+  "checkpoint_steps": 2,
+}
+
+
+def command(mode, *flags, **overrides):
+  values = TINY | overrides
+  return [
+    sys.executable,
+    "-m",
+    "marlin_jax.eval.ls",
+    "--config=configs/eval_ls.py",
+    f"--mode={mode}",
+    *flags,
+    *(f"--config.{key}={value}" for key, value in values.items()),
+  ]
+
+
+def run(*args, **overrides):
+  return subprocess.run(
+    command(*args, **overrides),
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    check=False,
+    timeout=250,
+  )
+
+
+def end_at(signum, pattern, args):
+  """Starts a run and sends a signal at a line like that; its exit code."""
+  with subprocess.Popen(
+    args, cwd=ROOT, stdout=subprocess.PIPE, text=True
+  ) as process:
+    for line in process.stdout:
+      if re.match(pattern, line):
+        break
+    process.send_signal(signum)
+    process.stdout.read()  # it has more to say
+  return process.returncode
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+  """One person talking."""
+  path = tmp_path_factory.mktemp("clip") / "data"
+  return talking_mouths.write_dataset(path, num_train=1, num_val=0)
+
+
+def arrays_of(workdir, step):
+  with ocp.StandardCheckpointer() as reader:
+    tree = reader.restore(workdir / "checkpoints" / str(step) / "state")
+  return {
+    jax.tree_util.keystr(path): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def losses_of(workdir):
+  rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  return {
+    row["step"]: row["train/loss_sync"]
+    for row in rows
+    if "train/loss_sync" in row
+  }
+
+
+def test_killed_interrupted_and_resumed_gives_the_same_bits(clip, tmp_path):
+  workdir, undisturbed = tmp_path / "disturbed", tmp_path / "undisturbed"
+  flags = f"--data={clip}", f"--workdir={workdir}"
+  args = command("train_expert", *flags)
+  # The checkpoint of step 2 is there; perhaps others, the last perhaps half.
+  assert end_at(signal.SIGKILL, "step 3/12:", args) == -signal.SIGKILL
+  # Ctrl-C: saved at the step that it comes in.
+  code = end_at(signal.SIGINT, r"step \d+/12:", args)
+  assert code == 128 + signal.SIGINT
+  last = run("train_expert", *flags)
+  assert last.returncode == 0, last.stderr
+  assert "resumed from step" in last.stdout
+  whole = run("train_expert", f"--data={clip}", f"--workdir={undisturbed}")
+  assert whole.returncode == 0, whole.stderr
+  assert losses_of(workdir) == losses_of(undisturbed)
+  got, want = arrays_of(workdir, 12), arrays_of(undisturbed, 12)
+  assert any(key.startswith("['expert']['stats']") for key in want)
+  assert got.keys() == want.keys()
+  for key, value in want.items():
+    assert value.tobytes() == got[key].tobytes(), key
+
+
+@pytest.mark.parametrize(
+  ("mode", "flags", "expected"),
+  [
+    ("train_expert", [], ["--data is missing"]),
+    (
+      "train",
+      ["--data=DATA", "--expert=NONE", "--sound=a.wav"],
+      [
+        "--sound has no meaning",
+        "--checkpoint is missing with config.generator.kind='marlin'",
+        "--expert=NONE: there is no such file or folder",
+      ],
+    ),
+    (
+      "score",
+      ["--videos=a.mp4"],
+      ["--output is missing", "expected one of --syncnet and --expert"],
+    ),
+  ],
+)
+def test_what_a_mode_lacks_is_told_at_once(mode, flags, expected):
+  result = run(mode, *flags)
+  assert result.returncode == 1
+  lines = result.stderr.strip().splitlines()
+  assert [line.partition(" (--mode")[0] for line in lines] == [
+    f"error: {problem}" for problem in expected
+  ]
+
+
+def test_a_data_set_without_sound_is_a_clear_error(tmp_path):
+  from tests.support import made_dataset
+
+  data = made_dataset.make(
+    tmp_path / "data",
+    {"a.mp4": [made_dataset.a_record("a.mp4", num_frames=20)]},
+  )
+  result = run(
+    "train_expert", f"--data={data}", f"--workdir={tmp_path / 'run'}"
+  )
+  assert result.returncode == 1
+  assert "prepare the videos again" in result.stderr
+  assert "--sound --fps=25" in result.stderr
+  assert "Traceback" not in result.stderr

@@ -1,0 +1,318 @@
+"""Features, probes and fine-tuning of a tiny encoder on small data sets."""
+
+import jax
+import numpy as np
+import pytest
+
+from configs import eval_far
+from data_prep.sources.listing import BINARY, Label
+from marlin_jax.devices import sharding
+from marlin_jax.downstream import (
+  clip_batches,
+  feature_cache,
+  labelled,
+  learner,
+  tasks,
+)
+from marlin_jax.eval import modes
+from marlin_jax.eval.evaluation import open_weights
+from marlin_jax.inference import marlin
+from marlin_jax.pretraining.train_step import IMAGENET_MEAN
+from marlin_jax.weights.weights import Architecture
+from tests.support import labelled_data
+from tests.support.labelled_data import (
+  LABELS,
+  SIZE,
+  Video,
+  draw_face,
+  metric,
+  renamed,
+  run,
+  tiny,
+  write_random,
+)
+
+# --- Features and probes ------------------------------------------------------
+
+
+def frozen(config):
+  weights = open_weights(config, "random")
+  mesh = sharding.make_mesh()
+  return weights, feature_cache.FrozenEncoder(weights, mesh, "float32", "auto")
+
+
+def test_features_are_the_encoders_whatever_the_batch(face_data, tmp_path):
+  weights, encoder = frozen(tiny(eval_far.get_config()))
+  split = labelled.open_split(str(face_data), "val", tmp_path)
+  clip = weights.architecture.clip
+  windows = split.windows(clip)
+  found = [
+    feature_cache.window_features(
+      encoder, split, windows, tmp_path / f"{n}", batch_size=n, num_threads=2
+    )
+    for n in (1, 7)
+  ]
+  clips = clip_batches.ClipReader(split, clip).read(windows)
+  expected = marlin.Marlin(weights).extract_features(clips)
+  for features in found:
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+
+
+def test_features_that_are_lost_or_cut_short_are_computed_again(
+  face_data, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(feature_cache, "PART_WINDOWS", 8)
+  weights, encoder = frozen(tiny(eval_far.get_config()))
+  split = labelled.open_split(str(face_data), "val", tmp_path)
+  windows = split.windows(weights.architecture.clip)
+
+  def features():
+    return feature_cache.window_features(
+      encoder, split, windows, tmp_path, batch_size=4, num_threads=2
+    )
+
+  first = features()
+  parts = sorted(tmp_path.glob("features-*/*.npy"))
+  assert len(parts) == 4
+  before = {path: path.stat().st_mtime_ns for path in parts}
+  parts[1].unlink()
+  parts[2].write_bytes(parts[2].read_bytes()[:-9])
+  np.testing.assert_array_equal(features(), first)
+  changed = [p for p in parts if p.stat().st_mtime_ns != before[p]]
+  assert changed == parts[1:3]
+
+
+def test_a_probe_on_features_is_the_probe_end_to_end(tmp_path):
+  """The same steps, through a frozen encoder and on its features."""
+
+  def one_window(i, np_rng):
+    video = draw_face(i, np_rng)
+    return Video(video.video_id, "", video.labels, video.frames[:7])
+
+  data = labelled_data.write(
+    tmp_path / "data", {"train": labelled_data.make(8, one_window)}, LABELS
+  )
+  config = tiny(eval_far.get_config())
+  weights, encoder = frozen(config)
+  split = labelled.open_split(str(data), "train", tmp_path)
+  clip = weights.architecture.clip
+  features = feature_cache.window_features(
+    encoder,
+    split,
+    split.windows(clip),
+    tmp_path,
+    batch_size=4,
+    num_threads=2,
+  )
+  task = tasks.make_task("mood", tasks.known_labels(str(data)), {}, "")
+  wanted, known = task.encode(task.targets(split.labels["mood"]))
+  mesh = sharding.make_mesh()
+  on_features = learner.linear_probe(task, 32, config.paper, mesh, seed=3)
+  end_to_end = learner.on_encoder(
+    task,
+    weights,
+    config.paper,
+    mesh,
+    3,
+    attentive=False,
+    frozen=True,
+    dtype="float32",
+    attention="auto",
+    remat="none",
+  )
+  one, other = on_features.begin(), end_to_end.begin()
+  batches = clip_batches.drawn_batches(
+    clip_batches.ClipReader(split, clip),
+    split,
+    clip,
+    clip_batches.Order(np.arange(8), 0),
+    batch_size=4,
+    seed=0,
+    start_step=0,
+    num_steps=6,
+    num_threads=2,
+  )
+  key = jax.random.key(0)
+  for rows, clips in batches:
+    args = (wanted[rows], known[rows], key, np.float32(1e-2))
+    one, loss = on_features.step(one, features[rows], *args)
+    other, other_loss = end_to_end.step(other, clips, *args)
+    assert float(loss) == pytest.approx(float(other_loss), abs=1e-5)
+  a = jax.tree.leaves(one["trained"])
+  b = jax.tree.leaves(other["trained"])
+  for x, y in zip(a, b, strict=True):
+    np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+# --- Fine-tuning --------------------------------------------------------------
+
+
+def needle(i: int, np_rng: np.random.Generator) -> Video:
+  """Noise, with a faint pattern in it that is there or is its negative.
+
+  A random encoder hardly sees it; one that may learn can look for it.
+  """
+  pattern = np.random.default_rng(7).choice([-1, 1], (7, 7, 3))
+  label = int(np_rng.integers(2))
+  grey = 255 * np.array(IMAGENET_MEAN)
+  blocks = np_rng.normal(grey, 40, (4, SIZE // 8, SIZE // 8, 3))
+  blocks += (2 * label - 1) * np.tile(pattern, (4, 4, 1))
+  frames = blocks.repeat(8, axis=1).repeat(8, axis=2)
+  return Video(
+    f"{i:03d}.mp4",
+    f"{np_rng.integers(1 << 60)}",
+    {"needle": (label,)},
+    frames.clip(0, 255).astype(np.uint8),
+  )
+
+
+def test_fine_tuning_moves_the_encoder_and_beats_the_probe(tmp_path):
+  data = labelled_data.write(
+    tmp_path / "data",
+    {
+      split: renamed(labelled_data.make(num, needle, seed), split)
+      for seed, (split, num) in enumerate(
+        {"train": 96, "val": 32, "test": 48}.items()
+      )
+    },
+    {"needle": Label(BINARY, ("needle",))},
+  )
+  # Its inputs have mean 0: else all but the mean is learned slowly.
+  architecture = Architecture(
+    width=8,
+    depth=1,
+    num_heads=2,
+    mlp_dim=32,
+    num_frames=4,
+    stride=1,
+    patch_size=56,
+    imagenet_input=True,
+  )
+  results = run(
+    eval_far,
+    tmp_path / "w",
+    data,
+    write_random(tmp_path / "encoder", architecture),
+    tasks="needle",
+    modes="linear,finetune",
+    num_seeds=1,
+    plots=False,
+    num_resamples=20,
+    **{
+      "finetune.min_steps": 40,
+      "finetune.batch_size": 16,
+      "finetune.base_lr": 0.05,
+      "finetune.flip": False,
+      "finetune.mixup": 0.0,
+      "finetune.layer_decay": 1.0,
+    },
+  )
+  assert metric(results, "finetune") > 0.97
+  assert metric(results, "linear") < 0.9
+
+
+def test_every_array_of_the_encoder_learns_when_it_may(face_data, tmp_path):
+  config = tiny(eval_far.get_config())
+  weights = open_weights(config, "random")
+  task = tasks.make_task("mood", tasks.known_labels(str(face_data)), {}, "")
+  np_rng = np.random.default_rng(0)
+  clips = np_rng.integers(0, 256, (4, 4, SIZE, SIZE, 3), np.uint8)
+  wanted, known = task.encode(np.array([0.0, 1.0, 2.0, 1.0]))
+  for attentive, frozen_ in ((False, False), (True, True)):
+    head = learner.on_encoder(
+      task,
+      weights,
+      config.attentive if frozen_ else config.finetune,
+      sharding.make_mesh(),
+      0,
+      attentive=attentive,
+      frozen=frozen_,
+      dtype="float32",
+      attention="auto",
+      remat="none",
+    )
+    state = head.begin()
+    before = jax.tree.map(np.array, state["trained"])
+    assert ("encoder" in before) == (not frozen_)
+    for step in range(2):
+      key = jax.random.key(step)
+      state, _ = head.step(state, clips, wanted, known, key, np.float32(1e-2))
+    still = [
+      jax.tree_util.keystr(path)
+      for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(before),
+        jax.tree.leaves(state["trained"]),
+        strict=True,
+      )
+      if np.array_equal(a, b)
+    ]
+    assert not still
+
+
+class Stopped(Exception):
+  pass
+
+
+def test_a_stopped_fine_tuning_goes_on_to_the_same_bits(
+  face_data, tmp_path, monkeypatch
+):
+  changes = {
+    "tasks": "mood",
+    "modes": "finetune",
+    "num_seeds": 1,
+    "plots": False,
+    "num_resamples": 2,
+    "finetune.epochs": 0.1,
+    "finetune.min_steps": 2,
+  }
+  run(eval_far, tmp_path / "whole", face_data, **changes)
+
+  scored = []
+  auc = tasks.Task.auc
+
+  def stop_at_the_second(self, *args, **how):
+    scored.append(auc(self, *args, **how))
+    if len(scored) == 2:
+      raise Stopped
+    return scored[-1]
+
+  with monkeypatch.context() as patch:
+    patch.setattr(tasks.Task, "auc", stop_at_the_second)
+    with pytest.raises(Stopped):
+      run(eval_far, tmp_path / "stopped", face_data, **changes)
+  name = "mood-finetune-1-0"
+  assert (tmp_path / "stopped" / "cells" / name / "1").is_dir()
+  run(eval_far, tmp_path / "stopped", face_data, **changes)
+  assert not (tmp_path / "stopped" / "cells" / name).exists()
+  a, b = (
+    np.load(tmp_path / w / "cells" / f"{name}.npz")["probabilities"]
+    for w in ("whole", "stopped")
+  )
+  np.testing.assert_array_equal(a, b)
+
+
+def test_attention_heads_see_tokens(face_data, tmp_path):
+  results = run(
+    eval_far,
+    tmp_path,
+    face_data,
+    tasks="mood",
+    modes="attentive",
+    num_seeds=1,
+    plots=False,
+    num_resamples=2,
+    **{
+      "attentive.min_steps": 20,
+      "attentive.num_rounds": 1,
+      "attentive.base_lr": 0.2,
+    },
+  )
+  assert metric(results, "attentive") > 0.9
+
+
+def test_pooling_is_over_the_windows_of_each_video():
+  values = np.arange(12, dtype=np.float32).reshape(6, 2)
+  owners = np.array([0, 0, 0, 1, 2, 2])
+  both = modes.pooled(values, owners, 3, "mean_std")
+  np.testing.assert_allclose(both[0], [2, 3, np.sqrt(8 / 3), np.sqrt(8 / 3)])
+  np.testing.assert_allclose(both[1], [6, 7, 0, 0])

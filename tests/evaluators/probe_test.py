@@ -1,0 +1,150 @@
+"""The probe in training: the numbers of the weights, whatever the mesh."""
+
+import numpy as np
+import pytest
+
+from configs import pretrain_b
+from data_prep.sources.listing import CLASS, Label
+from marlin_jax.data.prepared_dataset import DatasetError
+from marlin_jax.devices import sharding
+from marlin_jax.downstream import feature_cache
+from marlin_jax.downstream.tasks import TaskError
+from marlin_jax.evaluators import probe
+from marlin_jax.weights import formats
+from marlin_jax.weights.weights import Architecture
+from tests.commands.train_test import refused, rows_of, run
+from tests.support.labelled_data import LABELS, Video, make, renamed, write
+
+TINY = Architecture(width=16, depth=1, num_heads=2, mlp_dim=32, num_frames=4)
+# Some are cut down, so that there is something to choose.
+PROBE = {
+  "probe.steps": 2,
+  "probe.label": "emotion",
+  "probe.num_videos": 20,
+  "probe.batch_size": 12,
+  "probe.k": 3,
+}
+
+
+def settings(**changes):
+  config = pretrain_b.get_config()
+  config.update_from_flattened_dict(PROBE | changes)
+  return config.probe
+
+
+def test_a_run_on_eight_devices_tells_what_its_checkpoint_is_worth_on_one(
+  face_data, tmp_path
+):
+  result = run(
+    tmp_path,
+    devices=8,
+    num_steps=3,
+    batch_size=8,
+    **{"data.path": face_data, "mesh.fsdp": 4, "mesh.tensor": 2},
+    **{"optim.base_lr": 0.1, "mask.strategy": "random"},
+    **PROBE,
+  )
+  assert result.returncode == 0, result.stderr
+  rows = [row for row in rows_of(tmp_path) if "eval/probe/auc" in row]
+  assert [row["step"] for row in rows] == [2, 3]
+  assert rows[0] != rows[1]
+  assert (
+    "20 of 24 videos of 'train' in 40 windows, 16 of 16 videos of 'val'"
+  ) in result.stdout
+  assert "AUC for emotion on val: linear probe" in result.stdout
+
+  # The average of the weights, as every reader of a run takes it.
+  weights = formats.read(tmp_path)
+  mesh = sharding.make_mesh()
+  data = probe.open_data(settings(), weights.architecture, str(face_data))
+  encode = feature_cache.FrozenEncoder(weights, mesh, "float32", "auto")
+  seen = []
+  alone = probe.Probe(data, settings(), mesh, num_threads=2).metrics(
+    encode, seen.append
+  )
+  assert sum(seen) == 40 + 32
+  assert alone.keys() == {
+    name.removeprefix("eval/") for name in rows[1] if name != "step"
+  }
+  for name, value in alone.items():
+    np.testing.assert_allclose(
+      rows[1][f"eval/{name}"], value, rtol=1e-3, err_msg=name
+    )
+
+
+def test_videos_are_bounded_with_every_classs_share_and_windows_spread(
+  tmp_path,
+):
+  def draw(i, np_rng):
+    frames = np.zeros((40 if i % 2 else 8, 224, 224, 3), np.uint8)
+    return Video(f"{i:02d}", f"person {i}", {"mood": (i % 4 == 0,)}, frames)
+
+  path = write(
+    tmp_path / "data",
+    {"train": make(24, draw), "val": renamed(make(4, draw), "v")},
+    {"mood": Label(CLASS, ("dark", "bright"))},
+  )
+  data = probe.open_data(
+    settings(
+      **{"probe.label": "mood", "probe.num_videos": 8, "probe.num_windows": 3}
+    ),
+    TINY,
+    str(path),
+  )
+  assert (data.train.targets == 1).sum() == 2
+  assert len(data.train.targets) == 8
+  assert data.warnings == []
+  tracks = data.train.split.tracks
+  for video in range(8):
+    own = [
+      window
+      for window, owner in zip(
+        data.train.windows, data.train.owners, strict=True
+      )
+      if owner == video
+    ]
+    # Of a long one's five windows the middles of thirds.
+    long = tracks[own[0].track].num_frames == 40
+    assert [w.start for w in own] == ([0, 16, 32] if long else [0])
+
+
+def test_people_in_both_splits_are_told_loudly(face_data, tmp_path, capsys):
+  videos = make(
+    6, lambda i, _: Video(f"{i}", "one", {"mood": (i % 2,)}, FRAMES)
+  )
+  path = write(
+    tmp_path / "data",
+    {"train": videos, "val": renamed(videos, "")},
+    {"mood": LABELS["mood"]},
+  )
+  data = probe.open_data(settings(**{"probe.label": "mood"}), TINY, str(path))
+  assert any("share 1 people" in line for line in data.warnings)
+
+
+FRAMES = np.zeros((8, 224, 224, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+  ("changes", "error", "words"),
+  [
+    ({"label": "age"}, TaskError, r"label='age': .* appearance \(binary\), "),
+    ({"label": "sentiment"}, TaskError, "expected a label of kind binary or"),
+    ({"eval_split": "exam"}, DatasetError, "has no split 'exam', it has"),
+  ],
+)
+def test_what_cannot_be_probed_is_told_before_a_record_is_read(
+  face_data, changes, error, words
+):
+  changes = {f"probe.{key}": value for key, value in changes.items()}
+  with pytest.raises(error, match=words):
+    probe.task_of(settings(**changes), str(face_data))
+
+
+def test_a_run_with_nothing_to_probe_ends_before_it_makes_a_workdir(
+  sample_dataset, tmp_path
+):
+  workdir = tmp_path / "run"
+  message = refused(run(workdir, **{"data.path": sample_dataset}, **PROBE))
+  assert "config.probe.label='emotion'" in message
+  assert "none at all: prepare it with labels" in message
+  assert not workdir.exists()

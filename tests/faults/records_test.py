@@ -1,0 +1,217 @@
+"""Faults of records, met while training: flipped bits, foreign content.
+
+Faults of whole shards (rows C1 and C4) and of the order of clips (C9) are in
+input_pipeline_test.py, preparation that dies (C3) in prepare_test.py, empty
+region maps (C5) in masking_test.py, unequal processes (C10) in
+distributed_test.py.
+"""
+
+import dataclasses
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from marlin_jax.data import loader, prepared_dataset
+from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.records import schema
+from tests.commands.train_test import metrics_of, refused, run
+
+TAKE_CLIP = loader.TakeClip(Clip(4, 2), tubelet_size=2)
+BATCH_SIZE = 3
+
+
+@pytest.fixture(scope="module")
+def good(sample_dataset):
+  """Records to be spoiled, as they are on disk: eight copies of real ones."""
+  dataset = prepared_dataset.open_dataset(str(sample_dataset), "train")
+  source = prepared_dataset.RecordSource(dataset)
+  return [
+    dataclasses.replace(source[i % len(source)][1], segment=i) for i in range(8)
+  ]
+
+
+def write(directory, contents):
+  """A data set of one shard."""
+  path = directory / "faces-train.array_record-00000-of-00001"
+  writer = ArrayRecordWriter(str(path), "group_size:1,zstd:1")
+  for content in contents:
+    writer.write(content)
+  writer.close()
+  return prepared_dataset.Dataset(
+    path=str(directory),
+    split="train",
+    shards=(str(path),),
+    num_records=len(contents),
+    num_videos=1,
+    fingerprint="f" * 64,
+  )
+
+
+def batches(dataset, quarantine, limit, start_step=0, **k):
+  return loader.train_batches(
+    dataset,
+    TAKE_CLIP,
+    seed=0,
+    start_step=start_step,
+    num_threads=2,
+    bad=loader.BadRecords(quarantine, limit),
+    **{"batch_size": BATCH_SIZE} | k,
+  )
+
+
+def not_a_jpeg(record):
+  frames = [b"no picture"] * len(record)
+  return schema.encode(dataclasses.replace(record, frames=frames))
+
+
+def small_frames(record):
+  import simplejpeg
+
+  frame = simplejpeg.encode_jpeg(np.zeros((64, 64, 3), np.uint8))
+  frames = [frame] * len(record)
+  return schema.encode(dataclasses.replace(record, frames=frames))
+
+
+def regions_of_another_shape(record):
+  data = schema.encode(record)
+  # One frame more than there are regions for.
+  example = schema._Example.FromString(data)
+  frames = example.features.feature["frames"].bytes_list.value
+  frames.append(frames[0])
+  return example.SerializeToString()
+
+
+def no_record(record):
+  return b"\xff" * 100
+
+
+BAD = {
+  not_a_jpeg: "is not a 224x224 JPEG",
+  small_frames: "has shape (64, 64, 3), expected (224, 224, 3)",
+  regions_of_another_shape: "'regions' holds",
+  no_record: "not a tf.train.Example",
+}
+
+
+@pytest.mark.parametrize("spoil", BAD)
+def test_a_bad_record_is_told_of_and_another_takes_its_place(
+  good, tmp_path, spoil
+):
+  contents = [schema.encode(record) for record in good]
+  contents[3] = spoil(good[3])
+  dataset = write(tmp_path, contents)
+  quarantine = tmp_path / "quarantine.jsonl"
+  ids = {
+    int(i)
+    for batch in itertools.islice(batches(dataset, quarantine, 1), 6)
+    for i in batch["_id"]
+  }
+  assert ids == set(range(8)) - {3}
+  (row,) = map(json.loads, quarantine.read_text().splitlines())
+  assert row["record"] == 3
+  assert row["path"] == str(tmp_path)
+  assert BAD[spoil] in row["reason"]
+
+
+@pytest.fixture
+def spoiled(good, tmp_path):
+  """Two bad ones among eight, and where they are told of."""
+  contents = [schema.encode(record) for record in good]
+  contents[2], contents[5] = not_a_jpeg(good[2]), no_record(good[5])
+  return write(tmp_path, contents), tmp_path / "quarantine.jsonl"
+
+
+def test_a_resumed_run_reads_the_same_clips_around_bad_records(spoiled):
+  dataset, quarantine = spoiled
+  whole = list(itertools.islice(batches(dataset, quarantine, 2), 8))
+  told = quarantine.read_text()
+  assert len(told.splitlines()) == 2
+  # Whether they are known already or not.
+  for path in (quarantine, quarantine.with_name("another.jsonl")):
+    rest = itertools.islice(batches(dataset, path, 2, start_step=3), 5)
+    for got, want in zip(rest, whole[3:], strict=True):
+      for key in want:
+        np.testing.assert_array_equal(got[key], want[key])
+  assert quarantine.read_text() == told
+
+
+def test_processes_agree_on_what_replaces_a_record_that_is_bad_in_part(
+  good, tmp_path
+):
+  """Other clips of it could be read, and one process wants only those."""
+  num_good = len(good[3]) - 6
+  frames = [*good[3].frames[:num_good], *[b"no picture"] * 6]
+  contents = [schema.encode(record) for record in good]
+  contents[3] = schema.encode(dataclasses.replace(good[3], frames=frames))
+  dataset = write(tmp_path, contents)
+
+  def take(name, rows):
+    made = batches(
+      dataset, tmp_path / name, 1, batch_size=6, clips_per_record=3, rows=rows
+    )
+    return list(itertools.islice(made, 40))
+
+  whole = take("whole", range(6))
+  first, second = take("first", [0, 1]), take("second", [2, 3, 4, 5])
+  for all_rows, *parts in zip(whole, first, second, strict=True):
+    for key, value in all_rows.items():
+      np.testing.assert_array_equal(
+        value, np.concatenate([part[key] for part in parts])
+      )
+  for batch in whole:
+    for i in (0, 3):
+      assert len(set(batch["_id"][i : i + 3].tolist())) == 1
+  # It was taken where no clip reached its end, and only there.
+  starts = np.concatenate([b["start"][b["_id"] == 3] for b in whole])
+  assert len(starts)
+  assert starts.max() <= num_good - TAKE_CLIP.clip.span
+  for name in ("whole", "first", "second"):
+    assert "record 3 is damaged" in (tmp_path / name).read_text()
+
+
+def test_more_bad_records_than_allowed_end_the_run(spoiled):
+  dataset, quarantine = spoiled
+  with pytest.raises(prepared_dataset.DatasetError) as error:
+    list(itertools.islice(batches(dataset, quarantine, 1), 8))
+  message = str(error.value)
+  assert "config.data.max_bad_records is 1" in message
+  assert str(quarantine) in message
+  # Restarting does not wear the limit down.
+  with pytest.raises(prepared_dataset.DatasetError):
+    list(itertools.islice(batches(dataset, quarantine, 1), 8))
+
+
+def test_a_data_set_without_any_good_record_ends_at_once(good, tmp_path):
+  dataset = write(tmp_path, [not_a_jpeg(record) for record in good])
+  with pytest.raises(prepared_dataset.DatasetError, match="no record that can"):
+    next(batches(dataset, tmp_path / "quarantine.jsonl", 1000))
+  with pytest.raises(prepared_dataset.DatasetError, match="max_bad_records"):
+    next(batches(dataset, tmp_path / "again.jsonl", 0))
+
+
+def test_flipped_bits_are_named_by_the_trainer_which_goes_on_if_it_may(
+  sample_dataset, tmp_path
+):
+  """Rows C2 and C7: found by a reader thread, and the run ends at once."""
+  damaged = tmp_path / "dataset"
+  shutil.copytree(sample_dataset, damaged)
+  (shard,) = damaged.glob("*.array_record-*")
+  data = bytearray(shard.read_bytes())
+  data[len(data) // 4] ^= 1  # in the first of two
+  shard.write_bytes(bytes(data))
+  overrides = {"data.path": damaged, "num_steps": 2}
+  message = refused(run(tmp_path / "strict", **overrides))
+  assert "record 0 of split 'train'" in message
+  assert "config.data.max_bad_records" in message
+  lenient = tmp_path / "lenient"
+  result = run(lenient, **overrides, **{"data.max_bad_records": 1})
+  assert result.returncode == 0, result.stderr
+  assert list(metrics_of(lenient)) == [1, 2]
+  (row,) = map(
+    json.loads, (lenient / "quarantine.jsonl").read_text().splitlines()
+  )
+  assert row["record"] == 0

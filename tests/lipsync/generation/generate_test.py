@@ -1,0 +1,393 @@
+"""Any video, any sound, one MP4: what is drawn, where, and how long."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from data_prep.faces import boxes
+from data_prep.video import decode, video_to_records
+from marlin_jax.lipsync.generation import (
+  blending,
+  frame_stream,
+  video_writer,
+)
+from marlin_jax.lipsync.generation import (
+  generate as generation,
+)
+from marlin_jax.lipsync.generation.frame_stream import (
+  SourceVideo,
+  there_and_back,
+)
+from marlin_jax.lipsync.generation.generate import (
+  GenerationError,
+  generate,
+  load_generator,
+)
+from marlin_jax.lipsync.networks import build
+from marlin_jax.lipsync.networks.functional import split
+from marlin_jax.weights.weights import Architecture
+from tests.data_prep.video.decode_sound_test import CLICK_SECS, clicks, write
+from tests.support.videos import moving_noise, write_video
+
+
+@pytest.fixture(scope="module")
+def models(face_models):
+  with video_to_records.Models() as models:
+    yield models
+
+
+class Copy(nnx.Module):
+  """Draws what it is shown: whatever differs then is the paste's doing."""
+
+  num_frames = 5
+  image_size = 224
+
+  def __call__(self, masked, reference, mels):
+    return reference
+
+
+class Meter(Copy):
+  """Shows how loud the frame itself is, rows 3 to 6 of its 16, as grey."""
+
+  image_size = 32
+
+  def __call__(self, masked, reference, mels):
+    level = mels[:, :, 3:7].max((2, 3))[..., None, None, None] / 8 + 0.5
+    return jnp.broadcast_to(level, reference.shape)
+
+
+def textured(height: int, width: int) -> np.ndarray:
+  """uint8 (H, W, 3) of soft waves, about as fine as a face."""
+  y, x = np.mgrid[:height, :width]
+  waves = [np.sin(x / 9 + k) * np.cos(y / 7 - k) for k in range(3)]
+  return np.uint8(128 + 100 * np.stack(waves, axis=-1))
+
+
+def decoded(path: Path) -> np.ndarray:
+  with decode.open_video(path) as video:
+    return np.stack([frame for frame, _ in video])
+
+
+def loud_secs(path: Path) -> np.ndarray:
+  """Returns when the clicks of a file begin."""
+  with decode.open_sound(path) as sound:
+    loud = np.abs(np.concatenate(list(sound))[:, 0].astype(int)) > 3000
+    at = np.flatnonzero(loud) / sound.rate
+  return at[np.insert(np.diff(at) > 0.1, 0, True)]
+
+
+# --- Blending -----------------------------------------------------------------
+
+
+def test_only_the_lower_half_of_the_face_is_touched():
+  frame = np.stack(moving_noise(1, 160, 120)[0])
+  box = np.float32([30.3, 10.6, 100.9, 81.2])
+  white = np.full((96, 96, 3), 255, np.uint8)
+  out = blending.paste(frame, white, box)
+  y, x = np.mgrid[:120, :160] + 0.5
+  across, down = (x - box[0]) / 70.6, (y - box[1]) / 70.6
+  inside = blending.opacity(across, down) > 0
+  np.testing.assert_array_equal(out[~inside], frame[~inside])
+  assert not inside[: int(box[1] + 70.6 / 2)].any()
+  mouth = np.hypot(across - 0.5, down - 0.72) < 0.12
+  assert (out[mouth] == 255).all()
+
+
+@pytest.mark.parametrize(
+  "shift", [(-40, 0), (70, 0), (0, -40), (0, 60), (-60, 60), (500, 0)]
+)
+def test_box_that_reaches_past_the_frame_is_cut_off(shift):
+  large, margin = textured(320, 360), 100
+  frame = large[margin:-margin, margin:-margin]
+  picture = moving_noise(1, 96, 96)[0]
+  box = np.array([50.5, 40.25, 120.5, 110.25]) + np.tile(shift, 2)
+  want = blending.paste(large, picture, box + margin)
+  got = blending.paste(frame, picture, box)
+  want = want[margin:-margin, margin:-margin]
+  # OpenCV rounds places to 1/32 of a pixel, from each picture's own corner.
+  assert np.abs(got.astype(int) - want).max() <= 4
+
+
+@pytest.mark.parametrize("side", [60.7, 224.0, 390.2])
+def test_unchanged_face_is_pasted_unseen(side):
+  frame = textured(420, 460)
+  box = np.float32([31.4, 12.8, 31.4 + side, 12.8 + side])
+  out = blending.paste(frame, boxes.crop_frame(frame, box), box)
+  assert np.abs(out.astype(int) - frame).max() <= 6
+
+
+@pytest.mark.parametrize("side", [50.0, 96.0, 250.0])
+def test_what_is_drawn_lands_where_it_was_seen(side):
+  picture = np.zeros((96, 96, 3), np.uint8)
+  picture[66:72, 40:46] = 255  # centre (43, 69)
+  box = np.array([20.3, 30.8, 20.3 + side, 30.8 + side])
+  out = blending.paste(np.zeros((320, 320, 3), np.uint8), picture, box)
+  weights = out[..., 0] / out[..., 0].sum()
+  y, x = np.mgrid[:320, :320] + 0.5
+  assert (weights * x).sum() == pytest.approx(20.3 + side * 43 / 96, abs=0.1)
+  assert (weights * y).sum() == pytest.approx(30.8 + side * 69 / 96, abs=0.1)
+
+
+# --- Which frames -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("num_frames", "total", "want"),
+  [
+    (3, 8, [0, 1, 2, 1, 0, 1, 2, 1]),
+    (2, 5, [0, 1, 0, 1, 0]),
+    (1, 3, [0, 0, 0]),
+    (9, 4, [0, 1, 2, 3]),
+  ],
+)
+def test_short_picture_goes_back_and_forth_without_a_jump(
+  num_frames, total, want
+):
+  assert there_and_back(num_frames, total).tolist() == want
+
+
+def test_windows_cover_every_frame_with_a_face_and_no_cut():
+  track = np.repeat([-1, 2, 0, -1, 0], [3, 12, 4, 1, 5])
+  found = generation.windows(track, 5)
+  assert all(len(set(track[window])) == 1 for window in found)
+  covered = np.unique(np.concatenate(found))
+  np.testing.assert_array_equal(covered, np.flatnonzero(track >= 0))
+  assert [int(window[0]) for window in found] == [3, 8, 10, 15, 20]
+  assert found[3].tolist() == [15, 16, 17, 18, 18]
+
+
+def test_frames_are_streamed_there_and_back(
+  carphone, models, tmp_path, monkeypatch
+):
+  video = SourceVideo(carphone(tmp_path / "v.mkv", 24), 25, models)
+  # Backwards in parts of four frames, which do not fit evenly.
+  monkeypatch.setattr(frame_stream, "_HELD_BYTES", 4 * 3 * 176 * 144)
+  n = video.num_frames
+  forward = list(video.frames(n))
+  for frame, i in zip(
+    video.frames(2 * n), there_and_back(n, 2 * n), strict=True
+  ):
+    np.testing.assert_array_equal(frame, forward[i])
+
+
+# --- Writing ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("rate", "num_channels", "written_rate"),
+  [
+    (8000, 1, 8000),
+    (44_100, 2, 44_100),
+    (48_000, 2, 48_000),
+    (9999, 1, 48_000),
+  ],
+)
+def test_written_sound_is_on_time(tmp_path, rate, num_channels, written_rate):
+  path = tmp_path / "v.mp4"
+  wave = np.repeat(clicks(rate)[:, None], num_channels, axis=1)
+  with video_writer.VideoWriter(path, (64, 48), 25, rate, num_channels) as w:
+    for pixels in moving_noise(50):
+      w.add_picture(pixels)
+    for part in np.array_split(wave, 7):
+      w.add_sound(part)
+  with av.open(str(path)) as container:
+    (pictures, sound) = container.streams
+    assert (pictures.frames, pictures.average_rate) == (50, 25)
+    assert pictures.pix_fmt == "yuv420p"
+    assert sound.rate == written_rate
+    assert sound.codec_context.layout.nb_channels == num_channels
+    # To the sample: the last AAC frame's filling is not counted.
+    assert sound.duration * sound.time_base == pytest.approx(2, abs=1e-3)
+  # Of AAC's 1024 samples of priming nothing is left: they are 128 ms at 8 kHz.
+  assert loud_secs(path) == pytest.approx(CLICK_SECS, abs=1e-3)
+
+
+def test_odd_size_is_made_even_and_colours_stay(tmp_path):
+  path = tmp_path / "v.mp4"
+  colour = np.array([200, 40, 90])
+  with video_writer.VideoWriter(path, (65, 47), 25, 8000, 1) as writer:
+    for _ in range(5):
+      writer.add_picture(np.full((47, 65, 3), colour, np.uint8))
+    writer.add_sound(np.zeros((1600, 1), np.int16))
+  frames = decoded(path)
+  assert frames.shape == (5, 48, 66, 3)
+  assert np.abs(frames - colour).max() <= 3
+
+
+def test_failure_leaves_what_was_there(tmp_path):
+  path = tmp_path / "v.mp4"
+  path.write_bytes(b"before")
+
+  def write_half() -> None:
+    with video_writer.VideoWriter(path, (64, 48), 25, 8000, 1) as writer:
+      writer.add_picture(moving_noise(1)[0])
+      raise RuntimeError("the generator has failed")
+
+  with pytest.raises(RuntimeError, match="generator"):
+    write_half()
+  assert [p.name for p in tmp_path.iterdir()] == ["v.mp4"]
+  assert path.read_bytes() == b"before"
+
+
+# --- Whole --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def talk(carphone_frames, tmp_path_factory) -> Path:
+  """12 frames of noise, then 30 of a man, 175 x 143; silent."""
+  path = tmp_path_factory.mktemp("talk") / "talk.mkv"
+  frames = moving_noise(12, 175, 143)
+  frames += [frame[:143, :175] for frame in carphone_frames[:30]]
+  return write_video(path, frames, rate=25, crf="10", preset="veryfast")
+
+
+@pytest.fixture(scope="module")
+def voice(tmp_path_factory) -> Path:
+  """2 s of clicks, 44.1 kHz, stereo."""
+  path = tmp_path_factory.mktemp("voice") / "voice.wav"
+  with av.open(str(path), "w") as container:
+    stream = container.add_stream("pcm_s16le", rate=44_100, layout="stereo")
+    wave = np.repeat(clicks(44_100), 2)[None]
+    frame = av.AudioFrame.from_ndarray(wave, "s16", "stereo")
+    frame.sample_rate, frame.time_base = 44_100, Fraction(1, 44_100)
+    frame.pts = 0
+    container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+  return path
+
+
+def test_video_is_as_long_as_its_sound_and_keeps_its_faceless_frames(
+  talk, voice, models, tmp_path
+):
+  outcome = generate(Copy(), talk, voice, tmp_path / "out.mp4", models=models)
+  assert (outcome.num_frames, outcome.num_source_frames) == (50, 42)
+  assert outcome.num_without_face == 12
+  notices = "\n".join(outcome.notices())
+  assert "12 of these frames show no face" in notices
+  assert "backwards and forwards" in notices
+  assert "AI-generated" in outcome.notices()[-1]
+  want = decoded(talk)[there_and_back(42, 50)]
+  got = decoded(outcome.path)
+  assert got.shape == (50, 144, 176, 3)
+  error = np.abs(got[:, :143, :175].astype(int) - want).mean((1, 2, 3))
+  # What is left is the encoder's; frame for frame, no other is as near.
+  assert error[12:].max() < 4
+  others = np.abs(got[20, :143, :175].astype(int) - want).mean((1, 2, 3))
+  assert others.argmin() == 20
+  assert loud_secs(outcome.path) == pytest.approx(CLICK_SECS, abs=1e-3)
+
+
+def test_drawn_mouth_shows_the_sound_of_its_time(talk, voice, models, tmp_path):
+  outcome = generate(Meter(), talk, voice, tmp_path / "out.mp4", models=models)
+  source = SourceVideo(talk, 25, models)
+  levels = []
+  for i, frame in enumerate(decoded(outcome.path)):
+    x0, y0, x1, y1 = source.boxes[there_and_back(42, 50)[i]]
+    if np.isnan(x0):
+      levels.append(0.0)
+    else:
+      x, y = int(x0 + 0.5 * (x1 - x0)), int(y0 + 0.72 * (y1 - y0))
+      levels.append(frame[y - 3 : y + 3, x - 3 : x + 3].mean())
+  # Clicks last 20 ms, at 0.5 s, 1.25 s and 1.75 s.
+  loud = [secs * 25 for secs in CLICK_SECS]
+  peaks = np.flatnonzero(np.array(levels) > 150)
+  assert len(peaks)
+  assert all(min(abs(peak - at) for at in loud) <= 2 for peak in peaks)
+  assert all(min(abs(peaks - at)) <= 1.5 for at in loud if at > 12)
+
+
+def write_run(workdir: Path) -> Path:
+  """Writes the checkpoint of a run whose generator is tiny, and untrained."""
+  encoder = Architecture(
+    width=16, depth=1, num_heads=2, mlp_dim=16, image_size=32
+  )
+  meta = build.generator_meta("marlin", 0.05, encoder)
+  # Shapes alone, for drawing takes long; then numbers of about their sizes.
+  _, arrays = split(nnx.eval_shape(lambda: build.make_generator(meta)))
+  np_rng = np.random.default_rng(0)
+  arrays = jax.tree.map(
+    lambda x: np_rng.uniform(0, 0.2, x.shape).astype(x.dtype), arrays
+  )
+  with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+    manager.save(
+      7,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave({"generator": arrays}),
+        meta=ocp.args.JsonSave(meta),
+      ),
+    )
+  return workdir
+
+
+def test_generator_of_a_run_draws_a_marked_video(talk, voice, models, tmp_path):
+  generator, framing = load_generator(write_run(tmp_path / "run"))
+  outcome = generate(
+    generator,
+    talk,
+    voice,
+    tmp_path / "out.mp4",
+    framing=framing,
+    models=models,
+  )
+  assert outcome.num_frames == 50
+  with av.open(str(outcome.path), options={"export_xmp": "1"}) as container:
+    found = container.metadata
+    assert sum(1 for _ in container.decode(video=0)) == 50
+  uri = video_writer.SOURCE_TYPE
+  assert found["comment"].startswith("AI-generated")
+  assert found["description"].startswith("AI-generated")
+  assert found["digital_source_type"] == uri
+  assert f"<Iptc4xmpExt:DigitalSourceType>{uri}<" in found["xmp"]
+
+
+def test_what_is_no_generator_is_refused(tmp_path):
+  (tmp_path / "wav2lip.pth").write_bytes(b"no weights")
+  with pytest.raises(GenerationError, match="wav2lip.pth"):
+    load_generator(tmp_path / "wav2lip.pth")
+  with pytest.raises(GenerationError, match="expected a workdir"):
+    load_generator(tmp_path)
+  with pytest.raises(GenerationError, match="missing"):
+    load_generator(tmp_path / "missing")
+
+
+def test_silence_is_a_sound_and_a_long_picture_ends_with_it(
+  talk, face_models, tmp_path, capsys
+):
+  quiet = write(tmp_path / "q.mkv", np.zeros(8000, np.int16), 8000)
+  path = tmp_path / "out.mp4"
+  generation.run(Copy(), talk, quiet, path)
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0] == f"{path}: 25 frames, 1.0 s"
+  assert "12 of these frames show no face" in lines[1]
+  assert "silent" in lines[2]
+  assert lines[3] == generation.MARK_NOTICE
+  assert len(decoded(path)) == 25
+
+
+def test_what_cannot_be_done_is_said(talk, voice, models, tmp_path):
+  def refusal(video, sound, output="out.mp4") -> str:
+    with pytest.raises(GenerationError) as caught:
+      generate(Copy(), video, sound, tmp_path / output, models=models)
+    assert not (tmp_path / "out.mp4").exists()
+    return str(caught.value)
+
+  noise = write(tmp_path / "noise.mkv", clicks(8000)[:1600], 8000)
+  broken = tmp_path / "broken.mp4"
+  broken.write_bytes(bytes(1000))
+  assert "no sound" in refusal(talk, None)
+  assert "no sound" in refusal(noise, talk)
+  assert "no face found in 50 frames" in refusal(noise, voice)
+  assert "the first is at 0.5 s" in refusal(talk, noise)
+  assert "broken.mp4: cannot open" in refusal(broken, voice)
+  assert "broken.mp4: cannot open" in refusal(talk, broken)
+  assert "missing.wav: cannot open" in refusal(talk, tmp_path / "missing.wav")
+  assert "expected a name in .mp4" in refusal(talk, voice, "out.avi")
+  assert "no folder" in refusal(talk, voice, "none/out.mp4")
+  assert "what is read" in refusal(broken, voice, "broken.mp4")

@@ -1,0 +1,478 @@
+"""Lip synchronisation's networks: the published ones' numbers, and MARLIN's.
+
+PyTorch's networks get random weights and statistics, are saved as the official
+files are, and read back by the code under test.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from marlin_jax.lipsync.networks import convolutions, published, sync_expert
+from marlin_jax.lipsync.networks.marlin_generator import LipsyncGenerator
+from marlin_jax.lipsync.networks.quality_discriminator import (
+  QualityDiscriminator,
+)
+from marlin_jax.lipsync.networks.sync_expert import SyncExpert
+from marlin_jax.lipsync.networks.wav2lip import Wav2Lip
+from marlin_jax.weights import name_tables
+from marlin_jax.weights.weights import Architecture, WeightsError
+from tests.support import torch_lipsync
+
+# Of the largest value there is.
+TOLERANCE = 1e-4
+
+
+def drawn(*shape, seed=0):
+  return np.random.default_rng(seed).random(shape, np.float32)
+
+
+def heard(*shape, seed=1):
+  """Mel, in its range of [-4, 4]."""
+  return drawn(*shape, seed=seed) * 8 - 4
+
+
+def to_torch(x):
+  return torch.from_numpy(np.ascontiguousarray(x))
+
+
+def turned(x):
+  """RGB <-> BGR, also of several pictures side by side as channels."""
+  return x.reshape(*x.shape[:-1], -1, 3)[..., ::-1].reshape(x.shape)
+
+
+def assert_agree(ours, theirs, what=""):
+  ours, theirs = np.asarray(ours), np.asarray(theirs)
+  assert ours.shape == theirs.shape, what
+  off = np.abs(ours - theirs).max() / np.abs(theirs).max()
+  assert off < TOLERANCE, f"{what}: {off:.1e}"
+
+
+def with_random_weights(make):
+  """A network in evaluation mode; drawing as nnx does compiles each draw."""
+  network = nnx.eval_shape(make)
+  np_rng = np.random.default_rng(0)
+
+  def draw(path, value):
+    x = np_rng.normal(size=value.shape)
+    if path[-1] == "kernel":
+      x *= np.prod(value.shape[:-1]) ** -0.5
+    elif path[-1] in ("scale", "var"):
+      x = 0.5 + np_rng.random(value.shape)
+    return jnp.asarray(x, value.dtype)
+
+  for path, variable in nnx.to_flat_state(nnx.state(network)):
+    variable.set_value(draw(path, variable))
+  network.eval()
+  return network
+
+
+def watched(modules, run):
+  """What went into each of PyTorch's modules and came out, channels last."""
+  seen = {}
+  hooks = [
+    module.register_forward_hook(
+      lambda module, args, out: seen.update({module: (args[0], out)})
+    )
+    for module in modules
+  ]
+  with torch.no_grad():
+    result = run()
+  for hook in hooks:
+    hook.remove()
+  pairs = [
+    tuple(np.moveaxis(x.numpy(), 1, -1) for x in seen[module])
+    for module in modules
+  ]
+  return pairs, result
+
+
+@nnx.jit
+def run_each(parts, inputs):
+  return [
+    convolutions.run(part, x) for part, x in zip(parts, inputs, strict=True)
+  ]
+
+
+def through_file(theirs, name, read, folder, prefix=""):
+  """Saves as Wav2Lip's training does, and reads."""
+  state = {prefix + key: value for key, value in theirs.state_dict().items()}
+  path = folder / name
+  torch.save(
+    {
+      "state_dict": state,
+      "optimizer": {"state": {}, "param_groups": [{"lr": 1e-4}]},
+      "global_step": 3,
+      "global_epoch": 1,
+    },
+    path,
+  )
+  return read(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp("published")
+
+
+@pytest.fixture(scope="module")
+def expert(folder):
+  theirs = torch_lipsync.with_random_weights(torch_lipsync.Expert())
+  read = published.read_expert
+  return theirs, through_file(theirs, "lipsync_expert.pth", read, folder)
+
+
+@pytest.fixture(scope="module")
+def wav2lip(folder):
+  theirs = torch_lipsync.with_random_weights(torch_lipsync.Wav2Lip())
+  read = published.read_wav2lip
+  return theirs, through_file(theirs, "wav2lip.pth", read, folder, "module.")
+
+
+# --- the published networks ---------------------------------------------------
+
+
+def test_each_layer_of_the_expert_agrees_with_the_published_one(expert):
+  theirs, ours = expert
+  video, mel = drawn(2, 5, 96, 96, 3), heard(2, 16, 80)
+  # As the published data set makes it: frames as channels, then the lower half.
+  lips = (
+    turned(video).transpose(0, 1, 4, 2, 3).reshape(2, 15, 96, 96)[:, :, 48:]
+  )
+  sound = mel.transpose(0, 2, 1)[:, None]
+  pairs, (their_faces, their_sound) = watched(
+    [*theirs.face_encoder, *theirs.audio_encoder],
+    lambda: theirs(to_torch(lips), to_torch(sound)),
+  )
+  inputs = [x for x, _ in pairs]
+  inputs[0] = turned(inputs[0])
+  layers = [[layer] for layer in (*ours.face_layers, *ours.sound_layers)]
+  for i, found in enumerate(run_each(layers, inputs)):
+    assert_agree(found, pairs[i][1], f"layer {i}")
+  faces, sounds = nnx.jit(lambda net, *x: (net.faces(x[0]), net.sound(x[1])))(
+    ours, video, mel
+  )
+  assert_agree(faces, their_faces)
+  assert_agree(sounds, their_sound)
+
+
+def test_each_stage_of_wav2lip_agrees_with_the_published_one(wav2lip):
+  theirs, ours = wav2lip
+  masked, reference = drawn(1, 2, 96, 96, 3), drawn(1, 2, 96, 96, 3, seed=2)
+  masked[:, :, 48:] = 0
+  mels = heard(1, 2, 16, 80)
+  pictures = np.concatenate([turned(masked), turned(reference)], axis=-1)[0]
+  stages = [
+    *theirs.face_encoder_blocks,
+    theirs.audio_encoder,
+    *theirs.face_decoder_blocks,
+  ]
+  pairs, result = watched(
+    stages,
+    lambda: theirs(
+      to_torch(mels[0].transpose(0, 2, 1)[:, None]),
+      to_torch(pictures.transpose(0, 3, 1, 2)),
+    ),
+  )
+  inputs = [x for x, _ in pairs]
+  inputs[0] = turned(inputs[0])
+  parts = [
+    list(stage)
+    for stage in (*ours.face_stages, ours.sound_layers, *ours.decoder_stages)
+  ]
+  for i, found in enumerate(run_each(parts, inputs)):
+    assert_agree(found, pairs[i][1], f"stage {i}")
+  found = nnx.jit(Wav2Lip.__call__)(ours, masked, reference, mels)
+  assert found.shape == (1, 2, 96, 96, 3)
+  assert_agree(found[0], turned(result.numpy().transpose(0, 2, 3, 1)))
+
+
+def test_the_quality_discriminator_agrees_with_the_published_one(folder):
+  theirs = torch_lipsync.QualityDiscriminator()
+  theirs = torch_lipsync.with_random_weights(theirs)
+  read = published.read_quality_discriminator
+  ours = through_file(theirs, "visual_quality_disc.pth", read, folder)
+  video = drawn(1, 3, 96, 96, 3)
+  lips = turned(video)[0, :, 48:].transpose(0, 3, 1, 2)
+  with torch.no_grad():
+    probabilities = theirs(to_torch(lips))[:, 0]
+  logits = nnx.jit(QualityDiscriminator.__call__)(ours, video)
+  assert_agree(logits, torch.logit(probabilities))
+
+
+def test_the_scorers_network_agrees_with_the_published_one(folder):
+  theirs = torch_lipsync.with_random_weights(torch_lipsync.syncnet())
+  # Weights alone, as a PyTorch wrote them that did not count batches yet.
+  path = folder / "syncnet_v2.model"
+  torch.save(
+    {
+      key: value
+      for key, value in theirs.state_dict().items()
+      if not key.endswith("num_batches_tracked")
+    },
+    path,
+    _use_new_zipfile_serialization=False,
+  )
+  ours = published.read_syncnet(path)
+  frames, mfcc = drawn(1, 5, 224, 224, 3) * 255, drawn(2, 20, 13) * 20 - 10
+  with torch.no_grad():
+    faces = theirs.forward_lip(to_torch(frames.transpose(0, 4, 1, 2, 3)))
+    sounds = theirs.forward_aud(to_torch(mfcc.transpose(0, 2, 1)[:, None]))
+  found = nnx.jit(lambda net, *x: (net.faces(x[0]), net.sound(x[1])))(
+    ours, frames, mfcc
+  )
+  assert_agree(found[0], faces)
+  assert_agree(found[1], sounds)
+
+
+def test_the_tables_lead_back_to_the_same_bits(wav2lip):
+  theirs, ours = wav2lip
+  arrays = {
+    name: np.asarray(value[...])
+    for name, value in published.named(ours).items()
+  }
+  back = name_tables.write(published.WAV2LIP.rules(ours), arrays)
+  state = theirs.state_dict()
+  assert back.keys() == {k for k in state if "num_batches" not in k}
+  for key, value in back.items():
+    np.testing.assert_array_equal(value, state[key].numpy(), key)
+
+
+def test_a_file_of_another_network_is_named(expert, folder):
+  with pytest.raises(
+    WeightsError, match="is Wav2Lip's expert .*, expected Wav2"
+  ):
+    published.read_wav2lip(folder / "lipsync_expert.pth")
+
+
+def test_what_does_not_fit_is_named(expert, tmp_path):
+  theirs, _ = expert
+  path = tmp_path / "e.pth"
+  state = theirs.state_dict()
+  name = "face_encoder.0.conv_block.0.weight"
+  torch.save({"state_dict": state | {name: torch.zeros(32, 48, 7, 7)}}, path)
+  with pytest.raises(WeightsError) as e:
+    published.read_expert(path)
+  assert f"{name}: shape (32, 48, 7, 7), expected (32, 15, 7, 7)" in str(
+    e.value
+  )
+  del state[name]
+  torch.save({"state_dict": state}, path)
+  with pytest.raises(WeightsError, match=f"{name}: missing"):
+    published.read_expert(path)
+  with pytest.raises(WeightsError, match="there is no such file"):
+    published.read_expert(tmp_path / "none.pth")
+
+
+# --- windows of 16 frames -----------------------------------------------------
+
+
+def test_the_expert_for_16_frames_gives_unit_vectors_of_the_lower_half():
+  expert = with_random_weights(
+    lambda: SyncExpert(16, width=1 / 16, rngs=nnx.Rngs(0))
+  )
+  look = nnx.jit(SyncExpert.faces)
+  video = drawn(2, 16, 64, 64, 3)
+  faces = look(expert, video)
+  assert faces.shape == (2, 32)
+  np.testing.assert_allclose(np.linalg.norm(faces, axis=-1), 1, rtol=1e-5)
+  hidden = video.copy()
+  hidden[:, :, :32] = 0.5
+  np.testing.assert_array_equal(look(expert, hidden), faces)
+  hidden[1, 15, 40:] = 0.5
+  other = look(expert, hidden)
+  np.testing.assert_array_equal(other[0], faces[0])
+  assert np.abs(other[1] - faces[1]).max() > 1e-6
+  sound = nnx.jit(SyncExpert.sound)(expert, heard(2, 52, 80))
+  np.testing.assert_allclose(np.linalg.norm(sound, axis=-1), 1, rtol=1e-5)
+  assert sound.shape == (2, 32)
+
+
+def test_the_slope_of_an_embedding_of_nothing_is_finite():
+  slope = jax.jit(jax.grad(lambda x: sync_expert._unit(x).sum()))(
+    jnp.zeros((1, 4))
+  )
+  assert np.isfinite(slope).all()
+
+
+def test_an_expert_for_another_window_is_refused():
+  with pytest.raises(ValueError, match="7 frames, expected one of 5, 16"):
+    SyncExpert(7, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+  ("width", "depth", "num_heads"), [(384, 12, 6), (768, 12, 12), (1024, 24, 16)]
+)
+def test_the_generator_fits_the_published_encoders(width, depth, num_heads):
+  architecture = Architecture(width, depth, num_heads, 4 * width)
+  network = nnx.eval_shape(
+    lambda: LipsyncGenerator(
+      architecture.make_autoencoder(scan=True), rngs=nnx.Rngs(0)
+    )
+  )
+  # The first stage as the authors have it: for B, 774 to 378 channels.
+  first = network.decoder_stages[0]
+  assert first[0].convolution.in_features == width + 6
+  assert first[-1].convolution.out_features == width // 2 - 6
+  video = jax.ShapeDtypeStruct((1, 16, 224, 224, 3), jnp.float32)
+  mels = jax.ShapeDtypeStruct((1, 16, 16, 80), jnp.float32)
+  found = nnx.eval_shape(LipsyncGenerator.__call__, network, video, video, mels)
+  assert found.shape == video.shape
+
+
+# 16 frames of 8 x 8: tokens of 8 x 2 x 2.
+TINY = Architecture(32, 1, 2, 32, image_size=8, patch_size=4)
+
+
+def generator(**how):
+  return with_random_weights(
+    lambda: LipsyncGenerator(
+      TINY.make_autoencoder(),
+      tubelets=TINY.tubelets,
+      sound_width=1 / 16,
+      rngs=nnx.Rngs(0),
+      **how,
+    )
+  )
+
+
+@pytest.fixture(scope="module")
+def tiny():
+  return generator()
+
+
+generate = nnx.jit(LipsyncGenerator.__call__)
+
+
+def test_the_generators_pictures_are_in_range(tiny):
+  pictures = drawn(2, 16, 8, 8, 3)
+  found = generate(tiny, pictures, pictures, heard(2, 16, 16, 80))
+  assert found.shape == pictures.shape
+  assert found.dtype == jnp.float32
+  assert 0 <= found.min() < found.max() <= 1
+
+
+def test_a_frames_sound_changes_that_frame_alone(tiny):
+  pictures, mels = drawn(2, 16, 8, 8, 3), heard(2, 16, 16, 80)
+  # A copy: the first call may still be reading its arguments.
+  silent = mels.copy()
+  silent[1, 6] = 0
+  before = generate(tiny, pictures, pictures, mels)
+  changed = np.abs(generate(tiny, pictures, pictures, silent) - before)
+  changed = changed.max((2, 3, 4)) > 0
+  np.testing.assert_array_equal(np.argwhere(changed), [[1, 6]])
+
+
+def test_the_two_frames_of_a_tubelet_have_their_own_features(tiny):
+  still = np.broadcast_to(drawn(2, 1, 8, 8, 3), (2, 16, 8, 8, 3))
+  mels = np.broadcast_to(heard(2, 1, 16, 80), (2, 16, 16, 80))
+  found = generate(tiny, still, still, mels)
+  assert np.abs(found[:, 0] - found[:, 1]).max() > 1e-4
+
+
+def test_a_tokens_halves_are_its_place_in_its_two_frames(tiny):
+  video = drawn(1, 16, 8, 8, 3)
+  maps = nnx.jit(LipsyncGenerator._face_maps)(tiny, video, video)
+  tokens = nnx.jit(lambda net, x: net.norm(net.tokens(x)))(
+    tiny.encoder, TINY.tubelets.patchify(video)
+  )
+  # Tubelet 5, lower row, left: 5 * 4 + 2.
+  both = np.concatenate([maps[10, 1, 0], maps[11, 1, 0]])
+  np.testing.assert_allclose(both, tokens[0, 22], rtol=1e-4, atol=1e-5)
+
+
+def test_the_encoder_sees_the_targets_upper_and_the_references_lower_half(tiny):
+  see = nnx.jit(LipsyncGenerator._face_maps)
+  masked, reference = drawn(1, 16, 8, 8, 3), drawn(1, 16, 8, 8, 3, seed=2)
+  before = np.asarray(see(tiny, masked, reference))
+  assert before.shape == (16, 2, 2, 16)
+  masked[:, :, 4:], reference[:, :, :4] = 0, 0
+  np.testing.assert_array_equal(see(tiny, masked, reference), before)
+  reference[:, :, 4:] = 0
+  assert np.abs(see(tiny, masked, reference) - before).max() > 1e-4
+
+
+def largest_slopes(network, value):
+  """By name, of all parameters."""
+  slopes = nnx.jit(nnx.grad(value))(network)
+  return {
+    name: float(np.abs(slope[...]).max())
+    for name, slope in published.named(slopes).items()
+  }
+
+
+def test_gradients_reach_everything(tiny):
+  pictures, mels = drawn(1, 16, 8, 8, 3), heard(1, 16, 16, 80)
+  slopes = largest_slopes(
+    tiny, lambda net: net(pictures, pictures, mels).mean()
+  )
+  assert all(np.isfinite(slope) for slope in slopes.values())
+  assert [name for name, slope in slopes.items() if not slope] == []
+
+
+def test_no_gradient_reaches_a_frozen_encoder():
+  pictures = drawn(1, 16, 8, 8, 3)
+  slopes = largest_slopes(
+    generator(freeze_encoder=True),
+    lambda net: (net._face_maps(pictures, pictures) ** 2).sum(),
+  )
+  assert not any(slopes.values())
+
+
+def test_tubelets_of_another_encoder_are_refused():
+  with pytest.raises(ValueError, match="has 32 tokens of 96 pixels, expected"):
+    LipsyncGenerator(TINY.make_autoencoder(), rngs=nnx.Rngs(0))
+
+
+# --- training mode, sizes -----------------------------------------------------
+
+
+def test_running_statistics_move_in_training_mode_only():
+  layer = convolutions.Convolution(3, 4, 3, rngs=nnx.Rngs(0))
+  x = drawn(2, 5, 5, 3)
+  layer(x)
+  mean = layer.norm.mean[...]
+  assert np.abs(mean).max() > 0
+  layer.eval()
+  layer(x + 1)
+  np.testing.assert_array_equal(layer.norm.mean[...], mean)
+
+
+@pytest.mark.parametrize("size", [32, 96, 224])
+def test_the_quality_discriminator_takes_any_size(size):
+  network = nnx.eval_shape(
+    lambda: QualityDiscriminator(width=1 / 16, rngs=nnx.Rngs(0))
+  )
+  video = jax.ShapeDtypeStruct((2, 3, size, size, 3), jnp.float32)
+  found = nnx.eval_shape(QualityDiscriminator.__call__, network, video)
+  assert found.shape == (6,)
+
+
+def test_bfloat16_is_of_the_convolutions_alone():
+  def run(video, mels):
+    network = LipsyncGenerator(
+      TINY.make_autoencoder(),
+      tubelets=TINY.tubelets,
+      rngs=nnx.Rngs(0),
+      dtype=jnp.bfloat16,
+    )
+    between = convolutions.run(
+      network.sound_layers, convolutions.sound_pictures(mels[0])
+    )
+    return between, network(video, video, mels), nnx.state(network)
+
+  video = jax.ShapeDtypeStruct((1, 16, 8, 8, 3), jnp.float32)
+  mels = jax.ShapeDtypeStruct((1, 16, 16, 80), jnp.float32)
+  between, *found = nnx.eval_shape(run, video, mels)
+  assert between.dtype == jnp.bfloat16
+  assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype("float32")}
+
+
+def test_wav2lip_refuses_pictures_of_another_size(wav2lip):
+  _, network = wav2lip
+  pictures = drawn(1, 1, 64, 64, 3)
+  with pytest.raises(ValueError, match="are 96 x 96 x 3, found 64 x 64 x 3"):
+    network(pictures, pictures, heard(1, 1, 16, 80))

@@ -1,0 +1,366 @@
+"""Scoring of video files, whatever their sound is like."""
+
+import csv
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from marlin_jax.lipsync import mel_windows
+from marlin_jax.lipsync.networks.sync_expert import SyncExpert
+from marlin_jax.lipsync.networks.syncnet import SyncNet
+from marlin_jax.lipsync.scoring import (
+  frame_features,
+  judges,
+  mfcc,
+  offsets,
+  score,
+  talking_video,
+)
+from marlin_jax.records import mel_spectrogram
+from marlin_jax.weights.weights import Architecture
+from tests.support import labelled_data, talking_mouths
+
+NUM_FRAMES = 60
+
+
+class MouthJudge:
+  """Compares how dark the mouth is with how loud it is: right for drawings."""
+
+  name = "mouths"
+  metric_names = ("mouth_d", "mouth_c")
+  num_frames = 5
+
+  def embeddings(self, frames, heard):
+    num = judges.num_windows(len(frames), len(heard), self.num_frames)
+    mouths = frames[:, 158:190, 96:128].astype(float)
+    mel = mel_spectrogram.mel_spectrogram(heard)
+    every = mel_windows.windows(mel, np.arange(len(frames)), 1)
+    each = np.arange(num)[:, None] + np.arange(self.num_frames)
+    return (
+      _standard(-mouths.mean(axis=(1, 2, 3)))[each],
+      _standard(10 ** (every.mean(axis=(1, 2)) / 4))[each],
+    )
+
+
+def _standard(values):
+  return (values - values.mean()) / values.std()
+
+
+def said(person=0, num_frames=NUM_FRAMES):
+  return talking_mouths.talk(person, num_frames)
+
+
+def shifted(samples, num_frames):
+  """The sound, by so many frames later; silence where there is none."""
+  moved = np.roll(samples, 640 * num_frames)
+  if num_frames > 0:
+    moved[: 640 * num_frames] = 0
+  elif num_frames < 0:
+    moved[640 * num_frames :] = 0
+  return moved
+
+
+def scored(videos, output, judge=None, **options):
+  options = {"crop_face": False} | options
+  return score.score([videos], output, judge or MouthJudge(), **options)
+
+
+# --- Offsets of files ---------------------------------------------------------
+
+
+def test_sound_that_is_moved_by_k_frames_moves_the_offset_by_k(tmp_path):
+  shifts = {"early": -6, "late": 9, "true": 0}
+  for name, shift in shifts.items():
+    talking_mouths.write_mp4(
+      tmp_path / f"videos/{name}.mp4",
+      said().frames,
+      shifted(said().sound, shift),
+    )
+  found = scored(tmp_path / "videos", tmp_path / "out")
+  assert {v["video"]: v["offset"] for v in found["videos"]} == {
+    f"{name}.mp4": -shift for name, shift in shifts.items()
+  }
+  assert found["share_in_sync"] == pytest.approx(1 / 3)
+  # The best is where the curve of each is lowest.
+  for video in found["videos"]:
+    lowest = found["offsets"][int(np.argmin(video["curve"]))]
+    assert lowest == video["offset"]
+    assert min(video["curve"]) == video["mouth_d"]
+
+
+@pytest.mark.parametrize(
+  ("rate", "num_channels"), [(8000, 1), (44_100, 2), (48_000, 1)]
+)
+def test_sound_of_any_format_gives_the_same_offset(
+  tmp_path, rate, num_channels
+):
+  wave = shifted(said().sound, 4)
+  times = np.arange(len(wave) * rate // 16_000) / rate
+  resampled = np.interp(times, np.arange(len(wave)) / 16_000, wave)
+  path = talking_mouths.write_mp4(
+    tmp_path / "v.mp4",
+    said().frames,
+    resampled.astype(np.int16),
+    rate=rate,
+    num_channels=num_channels,
+  )
+  (video,) = scored(path, tmp_path / "out")["videos"]
+  assert video["offset"] == -4
+  assert video["num_unheard"] <= 1
+
+
+def test_a_face_that_is_followed_and_lost_is_scored_where_it_is(
+  tmp_path, face_models
+):
+  frames = said(1, 90).frames.copy()
+  frames[35:60] = frames[0, 0, 0]
+  path = talking_mouths.write_mp4(
+    tmp_path / "v.mp4", frames, shifted(said(1, 90).sound, 3)
+  )
+  (video,) = scored(path, tmp_path / "out", crop_face=True)["videos"]
+  assert 25 <= video["num_faceless"] <= 30
+  # Two stretches; none of the windows is partly without a face.
+  assert video["num_windows"] == 90 - video["num_faceless"] - 2 * 5
+
+
+def test_sound_that_ends_early_is_scored_as_far_as_it_goes(tmp_path):
+  path = talking_mouths.write_mp4(
+    tmp_path / "v.mp4", said().frames, said().sound[: 40 * 640]
+  )
+  (video,) = scored(path, tmp_path / "out")["videos"]
+  assert (video["num_unheard"], video["num_windows"]) == (20, 35)
+  assert video["offset"] == 0
+
+
+# --- What cannot be scored ----------------------------------------------------
+
+
+def test_videos_that_cannot_be_scored_are_left_out_with_a_reason(tmp_path):
+  frames, samples = said().frames, said().sound
+  for name, some, wave in (
+    ("good", frames, samples),
+    ("mute", frames, None),
+    ("silent", frames, np.zeros_like(samples)),
+    ("short", frames[:5], samples[: 5 * 640]),
+    ("briefly heard", frames, samples[: 5 * 640]),
+  ):
+    talking_mouths.write_mp4(tmp_path / f"videos/{name}.mp4", some, wave)
+  (tmp_path / "videos/broken.mp4").write_text("no video")
+  found = scored(tmp_path / "videos", tmp_path / "out")
+  assert [v["video"] for v in found["videos"]] == ["good.mp4"]
+  reasons = found["left_out"]
+  assert "cannot open" in reasons.pop("broken.mp4")
+  assert reasons == {
+    "mute.mp4": "it has no sound track",
+    "silent.mp4": "its sound is silent from beginning to end",
+    "short.mp4": "no 6 frames in a row have a face and sound, of 5 frames, 5 "
+    "of them with a face and 5 with sound",
+    "briefly heard.mp4": "no 6 frames in a row have a face and sound, of 60 "
+    "frames, 60 of them with a face and 5 with sound",
+  }
+  table = (tmp_path / "out/scores.txt").read_text()
+  assert "left out: 5 videos" in table
+  assert "1 x it has no sound track (e.g. 'mute.mp4')" in table
+
+
+def test_if_nothing_can_be_scored_the_reasons_are_told(tmp_path):
+  path = talking_mouths.write_mp4(tmp_path / "v.mp4", said().frames, None)
+  with pytest.raises(
+    score.ScoreError, match="none of 1 video can be scored:\n.*no sound"
+  ):
+    scored(path, tmp_path / "out")
+
+
+# --- Files --------------------------------------------------------------------
+
+
+def test_scores_are_written_as_json_csv_table_and_picture(tmp_path):
+  for person in range(2):
+    one = said(person)
+    talking_mouths.write_mp4(
+      tmp_path / f"videos/{person}.mp4", one.frames, one.sound
+    )
+  found = scored(tmp_path / "videos", tmp_path / "out", max_offset=8)
+  written = json.loads((tmp_path / "out/scores.json").read_text())
+  assert written == json.loads(json.dumps(found))
+  assert written["offsets"] == list(range(8, -9, -1))
+  with (tmp_path / "out/scores.csv").open() as file:
+    rows = list(csv.DictReader(file))
+  assert [row["video"] for row in rows] == ["0.mp4", "1.mp4"]
+  mean = np.mean([float(row["mouth_d"]) for row in rows])
+  assert found["mean"]["mouth_d"] == pytest.approx(mean)
+  table = (tmp_path / "out/scores.txt").read_text()
+  assert "100% of 2 videos are within a frame of sync, by mouths" in table
+  assert (tmp_path / "out/offsets.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# --- Judges -------------------------------------------------------------------
+
+
+def drawn(make):
+  """A network with random weights, drawn faster than by itself."""
+  np_rng = np.random.default_rng(0)
+
+  def draw(x):
+    if len(x.shape) < 2:  # norms and biases
+      return np.ones(x.shape, np.float32)
+    return np_rng.normal(0, 0.05, x.shape).astype(np.float32)
+
+  graphdef, state = nnx.split(nnx.eval_shape(make))
+  network = nnx.merge(graphdef, jax.tree.map(draw, state))
+  network.eval()
+  return network
+
+
+@nnx.jit
+def by_faces(network, x):
+  return network.faces(x)
+
+
+@nnx.jit
+def by_sound(network, x):
+  return network.sound(x)
+
+
+def test_syncnet_sees_bgr_and_hears_coefficients_from_each_frame_on():
+  network = drawn(lambda: SyncNet(rngs=nnx.Rngs(0)))
+  one = said(0, 7)
+  faces, sounds = judges.SyncNetJudge(network, batch_size=1).embeddings(
+    one.frames, one.sound
+  )
+  assert faces.shape == sounds.shape == (2, 1024)
+  window = one.frames[1:6, :, :, ::-1].astype(np.float32)
+  np.testing.assert_allclose(
+    faces[1], by_faces(network, window[None])[0], rtol=1e-4, atol=1e-4
+  )
+  rows = mfcc.mfcc(one.sound)[4:24].astype(np.float32)
+  np.testing.assert_allclose(
+    sounds[1], by_sound(network, rows[None])[0], rtol=1e-4, atol=1e-4
+  )
+  assert judges.SyncNetJudge.metric_names == ("lse_d", "lse_c")
+
+
+def test_an_expert_judges_the_windows_it_was_trained_on():
+  num_frames = 16
+  network = drawn(lambda: SyncExpert(num_frames, width=0.125, rngs=nnx.Rngs(0)))
+  judge = judges.ExpertJudge(network, batch_size=1)
+  one = said(0, num_frames + 2)
+  faces, sounds = judge.embeddings(one.frames, one.sound)
+  assert len(faces) == len(sounds) == 2
+  video = one.frames[1 : 1 + num_frames][None] / np.float32(255)
+  mel = mel_windows.windows(
+    mel_spectrogram.mel_spectrogram(one.sound), np.array([1]), num_frames
+  )
+  np.testing.assert_allclose(faces[1], by_faces(network, video)[0], atol=1e-5)
+  np.testing.assert_allclose(sounds[1], by_sound(network, mel)[0], atol=1e-5)
+  assert not {"lse_d", "lse_c"} & set(judge.metric_names)
+  assert np.isfinite(
+    offsets.measure([offsets.distances(faces, sounds)]).curve
+  ).all()
+
+
+# --- Faces beside real ones ---------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_sets(tmp_path_factory):
+  """Videos of a person, and of another one, without sound for the latter."""
+  path = tmp_path_factory.mktemp("sets")
+  made, real = said(0, 20), said(1, 20)
+  talking_mouths.write_mp4(path / "made/v.mp4", made.frames, made.sound)
+  talking_mouths.write_mp4(path / "real/v.mp4", real.frames, None)
+  return path / "made", path / "real"
+
+
+def write_inception(path, size=frame_features.INCEPTION_SIZE):
+  """Mean colours, spread over as many numbers as Inception gives."""
+  import onnx
+  from onnx import TensorProto, helper, numpy_helper
+
+  weights = np.random.default_rng(0).normal(size=(2048, 3, 1, 1)) / 50
+  graph = helper.make_graph(
+    [
+      helper.make_node("GlobalAveragePool", ["x"], ["mean"]),
+      helper.make_node("Conv", ["mean", "w"], ["wide"]),
+      helper.make_node("Flatten", ["wide"], ["out"], axis=1),
+    ],
+    "inception",
+    [
+      helper.make_tensor_value_info(
+        "x", TensorProto.FLOAT, ["N", 3, size, size]
+      )
+    ],
+    [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["N", 2048])],
+    [numpy_helper.from_array(weights.astype(np.float32), "w")],
+  )
+  opsets = [helper.make_opsetid("", 17)]
+  onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
+  return path
+
+
+def test_without_a_network_the_distance_is_not_called_fid(two_sets, tmp_path):
+  made, real = two_sets
+  found = scored(made, tmp_path, reals=[real])["frechet"]
+  assert (found["metric"], found["size"]) == ("frechet_pixels", 192)
+  assert (found["num_features"], found["num_real_features"]) == (20, 20)
+  text = (tmp_path / "scores.txt").read_text()
+  assert "frechet_pixels" in text
+  assert "FID" not in text
+  same = scored(made, tmp_path, reals=[made])["frechet"]
+  assert same["value"] < 1e-9 < found["value"]
+
+
+def test_fid_is_of_the_network_that_is_given(two_sets, tmp_path):
+  made, real = two_sets
+  features = frame_features.InceptionFeatures(
+    write_inception(tmp_path / "inception.onnx")
+  )
+  found = scored(made, tmp_path, reals=[real], features=features)["frechet"]
+  assert (found["metric"], found["size"]) == ("fid", 2048)
+  text = (tmp_path / "scores.txt").read_text()
+  assert f"FID {found['value']:.4g}, of 20 and 20" in text
+  assert "it comes out too high" in text
+  # Pictures are enlarged, and their colours in [0, 1].
+  white = features(np.full((1, 224, 224, 3), 255, np.uint8))
+  half = features(np.full((1, 224, 224, 3), 51, np.uint8))
+  np.testing.assert_allclose(half, white / 5, rtol=1e-4, atol=1e-6)
+
+
+def test_features_of_marlin_are_of_clips_and_not_called_fid(tmp_path):
+  tiny = Architecture(
+    width=32,
+    depth=1,
+    num_heads=2,
+    mlp_dim=64,
+    num_frames=4,
+    image_size=224,
+    patch_size=56,
+    tubelet_size=2,
+  )
+  weights = labelled_data.write_random(tmp_path / "marlin", tiny)
+  features = frame_features.open_features(str(weights))
+  assert features.metric_name == "frechet_marlin"
+  assert features(said(0, 11).frames).shape == (2, 32)
+  assert features(said(0, 3).frames).shape == (0, 32)
+
+
+def test_what_is_no_feature_network_is_refused(tmp_path):
+  with pytest.raises(frame_features.FeatureError, match="there is no feature"):
+    frame_features.open_features(str(tmp_path / "none.onnx"))
+  (tmp_path / "bad.onnx").write_text("no network")
+  with pytest.raises(frame_features.FeatureError, match="does not open"):
+    frame_features.InceptionFeatures(tmp_path / "bad.onnx")
+  small = write_inception(tmp_path / "small.onnx", size=224)
+  with pytest.raises(frame_features.FeatureError, match=r"224.*expected one"):
+    frame_features.InceptionFeatures(small)
+
+
+def test_one_set_of_faces_too_small_to_compare_is_an_error(two_sets, tmp_path):
+  made, _ = two_sets
+  one = talking_mouths.write_mp4(tmp_path / "v.mp4", said().frames[:1], None)
+  assert len(talking_video.read(one, crop_face=False)) == 1
+  with pytest.raises(score.ScoreError, match="20 of the videos and 1 of"):
+    scored(made, tmp_path / "out", reals=[one])

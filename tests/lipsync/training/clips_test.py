@@ -1,0 +1,199 @@
+"""Pairs and targets: the right frames with the right part of the sound."""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+
+from marlin_jax.data import loader, prepared_dataset
+from marlin_jax.data.prepared_dataset import DatasetError
+from marlin_jax.lipsync import mel_windows
+from marlin_jax.lipsync.training import clips
+from marlin_jax.records import mel_spectrogram, schema
+from tests.support import made_dataset, talking_mouths
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+  path = tmp_path_factory.mktemp("talking") / "data"
+  # Two records each, so that some begin within a video.
+  talking_mouths.write_dataset(path, num_train=3, num_val=1, num_frames=107)
+  return prepared_dataset.open_dataset(str(path), "train")
+
+
+@pytest.fixture(scope="module")
+def record():
+  said = talking_mouths.talk(0, 50)
+  (one,) = talking_mouths.records_of(said, "a.mp4")
+  return one
+
+
+def served(dataset, take, num_batches=3):
+  batches = loader.train_batches(
+    dataset, take, batch_size=8, seed=0, start_step=0, num_threads=1
+  )
+  found = [next(batches) for _ in range(num_batches)]
+  return {key: np.concatenate([b[key] for b in found]) for key in found[0]}
+
+
+@functools.cache
+def sound_of(dataset, index):
+  """The mel of the whole video, the record's first frame in it, the record."""
+  _, record = prepared_dataset.RecordSource(dataset)[index]
+  said = talking_mouths.talk(int(record.video_id.split(".")[0]), 107)
+  first_frame = round(record.start_secs * 25)
+  return mel_spectrogram.mel_spectrogram(said.sound), first_frame, record
+
+
+# --- Windows ------------------------------------------------------------------
+
+
+def test_windows_are_those_of_wav2lip():
+  mel = np.repeat(np.arange(400, dtype=np.float32)[:, None], 80, axis=1)
+  frames = np.arange(1, 100)
+  found = mel_windows.windows(mel, frames, 5)[..., 0]
+  around = mel_windows.frame_windows(mel, frames)[..., 0]
+  for f, window, of_frame in zip(frames, found, around, strict=True):
+    # crop_audio_window, and get_segmented_mels which begins a frame earlier.
+    first, before = int(80.0 * (f / 25.0)), int(80.0 * ((f - 1) / 25.0))
+    np.testing.assert_array_equal(window, np.arange(first, first + 16))
+    np.testing.assert_array_equal(of_frame, np.arange(before, before + 16))
+  assert [mel_windows.num_rows(t) for t in (5, 16)] == [16, 52]
+
+
+def test_windows_beyond_the_sound_repeat_its_ends():
+  mel = np.repeat(np.arange(32, dtype=np.float32)[:, None], 80, axis=1)
+  first, last = mel_windows.frame_windows(mel, np.array([0, 9]))[..., 0]
+  np.testing.assert_array_equal(first[:5], [0, 0, 0, 0, 0])
+  np.testing.assert_array_equal(first[4:], np.arange(12))
+  np.testing.assert_array_equal(last[:7], np.arange(25, 32))
+  np.testing.assert_array_equal(last[7:], 9 * [31])
+
+
+def test_windows_of_no_sound_are_refused():
+  with pytest.raises(ValueError, match=r"shape \(0, 80\), expected \(R, 80\)"):
+    mel_windows.windows(np.zeros((0, 80), np.float32), np.arange(3), 5)
+
+
+# --- Pairs --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_frames", [5, 16])
+def test_pairs_hold_the_sound_that_the_offset_tells_of(dataset, num_frames):
+  batch = served(dataset, clips.TakePairs(num_frames))
+  rows = mel_windows.num_rows(num_frames)
+  assert batch["video"].shape == (24, num_frames, 224, 224, 3)
+  assert batch["mel"].shape == (24, rows, 80)
+  for i in range(24):
+    mel, first_frame, record = sound_of(dataset, int(batch["_id"][i]))
+    start, offset = int(batch["start"][i]), int(batch["offset"][i])
+    row = int(80 * ((first_frame + start + offset) / 25))
+    # A record begins and ends at whole rows: one may be missing at each end.
+    np.testing.assert_array_equal(
+      batch["mel"][i][1:-1], mel[row + 1 : row + rows - 1]
+    )
+    frames = range(start, start + num_frames)
+    np.testing.assert_array_equal(
+      batch["video"][i], schema.decode_frames(record, frames)
+    )
+
+
+def test_half_of_the_pairs_are_in_sync_and_the_others_clearly_not(dataset):
+  offsets = served(dataset, clips.TakePairs(5), num_batches=25)["offset"]
+  assert 0.4 < (offsets == 0).mean() < 0.6
+  apart = offsets[offsets != 0]
+  assert np.abs(apart).min() >= 5
+  assert apart.min() < -20
+  assert apart.max() > 20
+
+
+# --- Targets ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_frames", [5, 16])
+def test_targets_come_with_sound_and_other_pictures(dataset, num_frames):
+  batch = served(dataset, clips.TakeTargets(num_frames), num_batches=2)
+  t = num_frames
+  assert batch["reference"].shape == batch["video"].shape
+  assert batch["mels"].shape == (16, t, 16, 80)
+  for i in range(16):
+    mel, first_frame, record = sound_of(dataset, int(batch["_id"][i]))
+    start = int(batch["start"][i])
+    every = schema.decode_frames(record, range(len(record)))
+    np.testing.assert_array_equal(batch["video"][i], every[start : start + t])
+    (other,) = [
+      s
+      for s in range(len(record) - t + 1)
+      if np.array_equal(every[s : s + t], batch["reference"][i])
+    ]
+    assert abs(other - start) >= t
+    row = int(80 * ((first_frame + start) / 25))
+    np.testing.assert_array_equal(
+      batch["mel"][i][1:15], mel[row + 1 : row + 15]
+    )
+    for k in range(3):
+      row = int(80 * ((first_frame + start + k - 1) / 25))
+      # The sound before the record, four rows of frame 0, is not in it.
+      there = slice(0 if start + k > 1 else 5, 15)
+      np.testing.assert_array_equal(
+        batch["mels"][i, k][there], mel[row : row + 15][there]
+      )
+
+
+def test_a_short_record_gives_the_reference_that_shares_the_fewest(record):
+  short = dataclasses.replace(record, frames=record.frames[:18])
+  take = clips.TakeTargets(16)
+  batch = take.empty(20)
+  frames = take.choose(batch, 0, short, np.random.default_rng(0))
+  others = np.array(frames[320:]).reshape(20, 16)[:, 0]
+  assert {0, 2} >= set(others[batch["start"] == 1])
+  assert set(others[batch["start"] == 0]) == {2}
+
+
+# --- Records that cannot be used ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"audio": None}, "without sound; prepare .* --sound --fps=25"),
+    ({"audio": b"", "mel": np.zeros((0, 80), np.float32)}, "sound track"),
+    ({"mel": np.full((160, 80), -4, np.float32)}, "silent from beginning"),
+    ({"fps": 30.0}, "30 frames per second, expected 25; prepare"),
+    ({"num_frames": 9}, "9 frames, expected at least 10"),
+  ],
+)
+def test_records_that_cannot_be_used_say_why(record, changes, message):
+  changes = dict(changes)
+  if num_frames := changes.pop("num_frames", None):
+    changes["frames"] = record.frames[:num_frames]
+  bad = dataclasses.replace(record, **changes)
+  take = clips.TakePairs(5)
+  with pytest.raises(
+    DatasetError, match=rf"record 7 \(a.mp4#0.0\) .*{message}"
+  ):
+    take.choose(take.empty(2), 7, bad, np.random.default_rng(0))
+
+
+def test_unusable_records_are_left_out_and_written_down(tmp_path):
+  said = talking_mouths.talk(0, 40)
+  videos = {
+    "good.mp4": talking_mouths.records_of(said, "good.mp4"),
+    "mute.mp4": [made_dataset.a_record("mute.mp4", num_frames=40, audio=b"")],
+  }
+  path = made_dataset.make(tmp_path / "data", videos, has_sound=True)
+  dataset = prepared_dataset.open_dataset(str(path), "train")
+  bad = loader.BadRecords(tmp_path / "quarantine.jsonl", limit=1)
+  batches = loader.train_batches(
+    dataset,
+    clips.TakePairs(5),
+    batch_size=4,
+    seed=0,
+    start_step=0,
+    num_threads=1,
+    bad=bad,
+  )
+  batch = next(batches)
+  assert len(set(batch["_id"])) == 1
+  assert "mute.mp4" in (tmp_path / "quarantine.jsonl").read_text()

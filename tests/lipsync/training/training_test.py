@@ -1,0 +1,426 @@
+"""Training of the sync expert and of the generator, on drawn mouths."""
+
+import dataclasses
+import functools
+import json
+import math
+from pathlib import Path
+
+import cv2
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+import torch
+from PIL import Image
+
+from configs import eval_ls
+from marlin_jax.lipsync import configuration, mel_windows
+from marlin_jax.lipsync.networks import build
+from marlin_jax.lipsync.networks.functional import split
+from marlin_jax.lipsync.training import (
+  course,
+  expert_training,
+  generator_step,
+  pictures,
+)
+from marlin_jax.pretraining import losses
+from marlin_jax.pretraining.configuration import ConfigError
+from marlin_jax.records import mel_spectrogram
+from marlin_jax.training.checkpoint import ResumeError
+from marlin_jax.weights.weights import Architecture
+from tests.support import talking_mouths
+from tests.support.processes import on_eight_devices
+
+ROOT = Path(__file__).parents[3]
+
+TINY = {
+  "expert.num_frames": 5,
+  "expert.width": 1 / 8,
+  "expert.batch_size": 16,
+  "expert.lr": 1e-3,
+  "expert.eval_steps": 1000,
+  "expert.eval_batches": 4,
+  "generator.width": 1 / 16,
+  "generator.batch_size": 4,
+  "generator.lr": 2e-3,
+  "generator.b1": 0.9,
+  "generator.eval_steps": 1000,
+  "generator.eval_batches": 2,
+  "random.width": 32,
+  "random.depth": 1,
+  "random.num_heads": 2,
+  "random.mlp_dim": 64,
+  "random.num_frames": 5,
+  "random.tubelet_size": 1,
+  "random.image_size": 48,
+  "log_steps": 1,
+  "picture_steps": 1000,
+  "checkpoint_steps": 1000,
+}
+NUM_EXPERT_STEPS, NUM_GENERATOR_STEPS = 200, 100
+SIZE = 32
+
+
+def tiny(**overrides):
+  config = eval_ls.get_config()
+  config.update_from_flattened_dict(
+    TINY | {key.replace("__", "."): x for key, x in overrides.items()}
+  )
+  configuration.validate(config)
+  return config
+
+
+def rows_of(workdir):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def last_of(workdir, prefix):
+  """The last numbers of a kind, by name."""
+  found = {}
+  for row in rows_of(workdir):
+    found |= {
+      k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)
+    }
+  return found
+
+
+def arrays_of(workdir, step):
+  """All arrays of a checkpoint, by path."""
+  with ocp.StandardCheckpointer() as reader:
+    tree = reader.restore(workdir / "checkpoints" / str(step) / "state")
+  return {
+    jax.tree_util.keystr(path): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def assert_same_bits(got, want):
+  assert got.keys() == want.keys()
+  for key, value in want.items():
+    assert value.tobytes() == got[key].tobytes(), key
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+  """72 people to learn from (24 are too few for some seeds), and 8 others."""
+  return talking_mouths.write_dataset(
+    tmp_path_factory.mktemp("people") / "data"
+  )
+
+
+@pytest.fixture(scope="module")
+def expert(people, tmp_path_factory):
+  """A trained one."""
+  workdir = tmp_path_factory.mktemp("expert")
+  config = tiny(expert__num_steps=NUM_EXPERT_STEPS, checkpoint_steps=100)
+  course.train_expert(config, people, workdir)
+  return workdir
+
+
+# --- The expert ---------------------------------------------------------------
+
+
+def test_of_people_never_seen_sound_in_sync_fits_better_than_shifted(expert):
+  scores = last_of(expert, "eval/val/")
+  assert scores["ranked"] > 0.65
+  assert scores["margin"] > 0.15
+  assert scores["loss_sync"] < math.log(2)
+
+
+def test_the_best_offset_of_people_never_seen_is_the_true_one(expert):
+  assert last_of(expert, "eval/val/")["best_offset"] == 0
+
+
+def test_the_best_offset_moves_with_the_sound(expert):
+  """By as many frames; negative where the sound comes earlier."""
+  net = build.read_expert(expert)
+  talks = [talking_mouths.talk(person) for person in range(72, 80)]
+  starts, offsets = np.arange(12, 48, 4), np.arange(-8, 9)
+  windows = [
+    (
+      talk,
+      start,
+      mel_windows.windows(
+        mel_spectrogram.mel_spectrogram(talk.sound), start + offsets, 5
+      ),
+    )
+    for talk in talks
+    for start in starts
+  ]
+  video = np.stack([t.frames[s : s + 5] for t, s, _ in windows]) / 255.0
+  faces = jax.jit(net.faces)(video.astype(np.float32))
+  mel = np.concatenate([mels for *_, mels in windows])
+  heard = jax.jit(net.sound)(mel).reshape(len(windows), len(offsets), -1)
+  curve = np.einsum("bd,bod->o", faces, heard)
+  middle = len(offsets) // 2
+  for shift in (-3, 0, 2):
+    # Sound that is `shift` frames late: at offset k is heard what was at
+    # k - shift.
+    shifted = curve[middle - 5 - shift : middle + 6 - shift]
+    assert shifted.argmax() - 5 == shift
+
+
+def test_a_run_leaves_what_it_promises(expert):
+  config = json.loads((expert / "config.json").read_text())
+  assert config["expert"]["width"] == TINY["expert.width"]
+  (picture,) = (expert / "pictures").iterdir()
+  assert np.asarray(Image.open(picture)).std() > 10
+  (event,) = [row for row in rows_of(expert) if row.get("event") == "offsets"]
+  assert event["offsets"] == list(range(-5, 6))
+  assert np.argmax(event["cosines"]) == 5
+
+
+def test_scores_of_cosines_are_what_they_are_called():
+  sure, unsure = [0.0, 0.2, 1.0, 0.2, 0.0], [0.9, 0.2, 0.4, 0.2, np.nan]
+  scores = expert_training.offset_scores(np.float32([sure, unsure]))
+  assert scores["accuracy"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+  assert scores["ranked"] == pytest.approx(2 / 3)
+  assert scores["cosine_in_sync"] == pytest.approx(0.7)
+  assert scores["cosine_shifted"] == pytest.approx(0.3)
+  assert scores["best_offset"] == 0
+  assert scores["offset_accuracy"] == 0.5
+
+
+# --- Losses -------------------------------------------------------------------
+
+
+def test_the_sync_loss_is_the_published_cross_entropy():
+  cosine = np.linspace(0.002, 0.998, 50, dtype=np.float32)
+  in_sync = np.arange(50) % 3 == 0
+  theirs = torch.nn.functional.binary_cross_entropy(
+    torch.tensor(cosine), torch.tensor(in_sync, dtype=torch.float32)
+  )
+  ours = losses.sync_loss(cosine, in_sync)
+  np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("cosine", "in_sync"), [(-0.5, True), (0.0, True)])
+def test_a_cosine_that_is_no_probability_is_pulled_the_right_way(
+  cosine, in_sync
+):
+  slope = jax.grad(lambda x: losses.sync_loss(x[None], np.array([in_sync])))(
+    np.float32(cosine)
+  )
+  assert -1001 < slope < 0
+
+
+def test_the_sync_weight_is_switched_on_by_the_evaluation_and_stays_on():
+  def after(current, loss):
+    return generator_step.next_sync_weight(
+      current, loss, threshold=0.75, weight=0.01
+    )
+
+  assert after(0.0, 0.76) == 0
+  assert after(0.0, 0.74) == 0.01
+  assert after(0.01, 0.9) == 0.01
+
+
+def test_every_problem_of_a_configuration_is_told_at_once():
+  config = eval_ls.get_config()
+  config.expert.num_frames = 7
+  config.generator.kind = "gan"
+  config.generator.adv_weight = 1.0
+  config.data.val = ""
+  with pytest.raises(ConfigError) as caught:
+    configuration.validate(config)
+  message = str(caught.value)
+  assert "4 problem(s)" in message
+  for key in ("expert.num_frames=7", "kind='gan'", "1.01", "data.val=''"):
+    assert key in message
+
+
+# --- The generator ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+  """One person, to be learned by heart."""
+  path = tmp_path_factory.mktemp("clip") / "data"
+  return talking_mouths.write_dataset(path, num_train=1, num_val=0)
+
+
+@pytest.fixture(scope="module")
+def generator(clip, expert, tmp_path_factory):
+  """One of two steps."""
+  workdir = tmp_path_factory.mktemp("generator")
+  config = tiny(data__val="train", generator__num_steps=2)
+  course.train_generator(config, clip, workdir, expert, "random")
+  return workdir
+
+
+def test_a_mouth_learned_by_heart_follows_the_sound():
+  """Closer than any mouth that stays the same, and not with other sound.
+
+  The reference is always the same frame: only the sound tells.
+  """
+  talk = mouth_of(talking_mouths.talk(0))
+  trainer, judge, state = generator_by_heart(talk)
+  draw = jax.jit(functools.partial(generator_step.draw, trainer))
+
+  def mouths(late):
+    found = [
+      draw(state, judge, windows_of(talk, starts, late))
+      for starts in np.arange(0, 60, 5).reshape(3, 4)
+    ]
+    return [
+      np.concatenate([np.asarray(one[key]) for one in found]).reshape(
+        60, SIZE, SIZE, 3
+      )[:, SIZE // 2 :]
+      for key in ("drawn", "target")
+    ]
+
+  drawn, target = mouths(late=0)
+  other, _ = mouths(late=6)
+  constant = np.broadcast_to(target.mean(axis=0), target.shape)
+  assert psnr(drawn, target) > psnr(constant, target) + 2
+  assert psnr(drawn, target) > psnr(other, target) + 2
+  # Dark where the mouth is open.
+  assert np.corrcoef(darkness(drawn), talk.opening[:60])[0, 1] > 0.8
+
+
+def mouth_of(talk):
+  """So close that the lower half is all mouth: it is soon learned."""
+  frames = [
+    cv2.resize(
+      frame[102:198, 64:160], (SIZE, SIZE), interpolation=cv2.INTER_AREA
+    )
+    for frame in talk.frames
+  ]
+  return dataclasses.replace(talk, frames=np.stack(frames))
+
+
+def generator_by_heart(talk):
+  """Trainer, expert and state of a generator that has learned a clip."""
+  judge, judge_arrays = split(build.make_expert(build.expert_meta(5, 1 / 32)))
+  architecture = Architecture(
+    32, 1, 2, 64, num_frames=5, tubelet_size=1, image_size=SIZE
+  )
+  network = build.make_generator(
+    build.generator_meta("marlin", 1 / 8, architecture)
+  )
+  structure, arrays = split(network, frozen=("encoder",))
+  rate = optax.cosine_decay_schedule(5e-3, NUM_GENERATOR_STEPS)
+  adam = optax.adam(rate)
+  trainer = generator_step.GeneratorTrainer(
+    structure, SIZE, judge, None, 0.0, adam, adam
+  )
+  step = jax.jit(
+    functools.partial(generator_step.generator_step, trainer), donate_argnums=0
+  )
+  state = trainer.init(arrays, None)
+  np_rng = np.random.default_rng(0)
+  for _ in range(NUM_GENERATOR_STEPS):
+    batch = windows_of(talk, np_rng.integers(0, 60, 4))
+    state, _ = step(state, judge_arrays, batch)
+  return trainer, judge_arrays, state
+
+
+def windows_of(talk, starts, late=0):
+  """A batch of windows, with the sound of `late` frames before."""
+  frames = starts[:, None] + np.arange(5)
+  mel = mel_spectrogram.mel_spectrogram(talk.sound)
+  mels = mel_windows.frame_windows(mel, frames.ravel() - late)
+  return {
+    "video": talk.frames[frames],
+    "reference": np.broadcast_to(
+      talk.frames[0], (*frames.shape, SIZE, SIZE, 3)
+    ),
+    "mel": mel_windows.windows(mel, starts - late, 5),
+    "mels": mels.reshape(*frames.shape, 16, 80),
+  }
+
+
+def psnr(got, want):
+  return -10 * np.log10(np.square(got - want).mean())
+
+
+def darkness(mouths):
+  return (0.3 - mouths.mean(axis=-1)).clip(0).sum(axis=(1, 2))
+
+
+def test_a_run_of_the_generator_leaves_what_it_promises(generator):
+  scores = last_of(generator, "eval/train/")
+  assert {"loss_l1", "loss_sync_target", "psnr_reference"} <= scores.keys()
+  (picture,) = (generator / "pictures").iterdir()
+  # Two clips, each five rows of five frames of 48 pixels.
+  height, width, _ = np.asarray(Image.open(picture)).shape
+  assert width == 5 * 48 + 4 * 4
+  assert height == 2 * (4 * 48 + 80 + 5 * 22 + 4)
+
+
+# --- Resumed ------------------------------------------------------------------
+
+
+def test_a_resumed_generator_has_the_same_bits_and_the_same_schedule(
+  clip, expert, tmp_path
+):
+  """The sync weight is switched on by the evaluation of step 2."""
+
+  def train(name, num_steps):
+    config = tiny(
+      data__val="train",
+      generator__num_steps=num_steps,
+      generator__eval_steps=2,
+      generator__sync_threshold=100.0,
+      generator__adv_weight=0.07,
+      generator__sync_weight=0.03,
+      checkpoint_steps=2,
+    )
+    course.train_generator(config, clip, tmp_path / name, expert, "random")
+
+  train("whole", 4)
+  train("halved", 2)
+  train("halved", 4)
+  assert_same_bits(
+    arrays_of(tmp_path / "halved", 4), arrays_of(tmp_path / "whole", 4)
+  )
+  weights = {
+    row["step"]: row["train/sync_weight"]
+    for row in rows_of(tmp_path / "halved")
+    if "train/sync_weight" in row
+  }
+  assert weights == pytest.approx({1: 0, 2: 0, 3: 0.03, 4: 0.03})
+
+
+def test_another_expert_is_refused_on_resume(clip, expert, generator):
+  config = tiny(data__val="train", generator__num_steps=3)
+  other = expert / "checkpoints" / "100"
+  with pytest.raises(ResumeError, match="expert_sha256"):
+    course.train_generator(config, clip, generator, other, "random")
+
+
+# --- Devices ------------------------------------------------------------------
+
+
+def test_steps_do_not_depend_on_the_number_of_devices():
+  """Batch normalisation takes the statistics of the whole batch."""
+  for case in on_eight_devices("lipsync_layouts.py").values():
+    for one, eight in zip(case["1"], case["8"], strict=True):
+      assert one.keys() == eight.keys()
+      for name, value in one.items():
+        assert eight[name] == pytest.approx(value, rel=2e-3), name
+
+
+# --- Pictures -----------------------------------------------------------------
+
+
+def test_a_strip_shows_low_bands_at_the_bottom():
+  video = np.zeros((1, 5, 48, 48, 3), np.float32)
+  mels = np.full((1, 5, 16, 80), -4.0)
+  mels[..., :10] = 4.0
+  strip = pictures.strip(video, video, video, video, mels)
+  sound = strip[-84:-4]
+  assert sound[-5:, :48].min() == 255
+  assert sound[:5, :48].max() == 0
+
+
+def test_the_chart_marks_the_best_offset():
+  offsets = np.arange(-5, 6)
+  curves = {"mean": np.exp(-((offsets - 2.0) ** 2))}
+  chart = pictures.offset_chart(offsets, curves, "").astype(int)
+  red = (chart[..., 0] - chart[..., 1:].max(axis=-1)) > 80
+  mark = np.argwhere(red)[:, 1].mean()
+  assert mark == pytest.approx(56 + 7 / 10 * (480 - 56 - 16), abs=2)

@@ -1,0 +1,115 @@
+"""Runs a few real steps and tells the memory they took, beside the plan's.
+
+  python tests/support/measured_memory.py --config=configs/pretrain_s.py \
+    --config.batch_size=4
+
+A process of its own, since what is measured is the process; also started by
+plan_test.py. On GPU what the device reports is taken, on CPU the growth of the
+process from before the state is made. Prints one JSON object, in bytes.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+from absl import app
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config")
+
+# Big buffers come from the kernel and go back to it: otherwise what the
+# compiler has used would be used again, and would not be seen to grow.
+MALLOC = {
+  "MALLOC_MMAP_THRESHOLD_": "65536",
+  "MALLOC_TRIM_THRESHOLD_": "65536",
+  "MALLOC_ARENA_MAX": "1",
+}
+
+
+def main(argv):
+  del argv
+  import jax
+  import numpy as np
+
+  from marlin_jax.devices import sharding
+  from marlin_jax.planning import compiled_step, topology
+  from marlin_jax.pretraining import experiment
+
+  config = _CONFIG.value
+  devices = topology.find_devices("here")
+  planned = compiled_step.compile_step(
+    config, devices, lambda what: contextlib.nullcontext()
+  )
+  mesh = sharding.make_mesh(**config.mesh)
+  trainer, initialise, *_ = experiment.build(config, 1000, mesh)
+  shapes = jax.eval_shape(initialise)
+  layout = experiment.lay_out(config, mesh, shapes)
+  start = jax.jit(initialise, out_shardings=layout.shardings).lower().compile()
+  step = experiment.lower_step(
+    trainer, shapes, layout, mesh, config.batch_size
+  ).compile()
+  rng = jax.device_put(jax.random.key(0), sharding.replicated(mesh))
+
+  before = _settle()
+  tubelets = trainer.task.tubelets
+  np_rng = np.random.default_rng(0)
+  frames = (config.batch_size, tubelets.num_frames, 224, 224, 3)
+  batch = jax.device_put(
+    {
+      "video": np_rng.integers(0, 256, frames, np.uint8),
+      "regions": np_rng.integers(
+        0, 2048, (config.batch_size, *tubelets.grid), np.uint16
+      ),
+    },
+    sharding.batch_sharding(mesh),
+  )
+  state = start()
+  for _ in range(2):
+    state, _ = step(state, batch, rng)
+  jax.block_until_ready(state)
+  measured = _peak() - before
+  print(
+    json.dumps(
+      {
+        "planned": planned.needed_bytes - planned.memory.code,
+        "measured": measured // len(devices.devices),
+        "device": devices.devices[0].device_kind,
+      }
+    )
+  )
+
+
+def _settle() -> int:
+  """Bytes in use now, from which the peak is to be counted."""
+  import jax
+
+  if jax.default_backend() != "cpu":
+    return 0  # of the device, whose peak is the steps'
+  ctypes.CDLL("libc.so.6").malloc_trim(0)
+  Path("/proc/self/clear_refs").write_text("5")  # the peak is now
+  return _kilobytes("VmRSS") * 1024
+
+
+def _peak() -> int:
+  import jax
+
+  if jax.default_backend() != "cpu":
+    devices = jax.local_devices()
+    return sum(d.memory_stats()["peak_bytes_in_use"] for d in devices)
+  return _kilobytes("VmHWM") * 1024
+
+
+def _kilobytes(name: str) -> int:
+  status = Path("/proc/self/status").read_text()
+  return int(re.search(rf"{name}:\s+(\d+) kB", status)[1])
+
+
+if __name__ == "__main__":
+  if MALLOC.items() <= os.environ.items():
+    app.run(main)
+  else:
+    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
