@@ -27,13 +27,15 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from marlin_jax.records.cli import UserError
+
 CONNECT_TIMEOUT_SECS = 5
 PIP_TIMEOUT_SECS = 600
 # The largest asset has about 50 MB; a source that sends more is not right.
 MAX_ASSET_BYTES = 128 << 20
 
 
-class AssetError(RuntimeError):
+class AssetError(UserError):
   """A file could not be had, or is not what it should be."""
 
 

@@ -243,23 +243,8 @@ def _face_box(box: np.ndarray) -> np.ndarray:
 def main(argv: Sequence[str] | None = None) -> int:
   """Returns the exit code: 0, 1 for an error, 130 when interrupted."""
   args = _parser().parse_args(argv)
-  from data_prep import assets
-  from data_prep.regions import drawings
-  from data_prep.sources import manifest
-  from data_prep.video import decode
-
-  return cli.exit_code(
-    lambda: _run(args),
-    (
-      assets.AssetError,
-      decode.DecodeError,
-      decode.DecoderSetupError,
-      drawings.DrawingError,
-      manifest.ManifestError,
-      RuntimeError,
-      OSError,
-    ),
-    interrupted="No pictures were written.",
+  return cli.run_command(
+    lambda: _run(args), interrupted="No pictures were written."
   )
 
 

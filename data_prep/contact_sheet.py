@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from marlin_jax.records import schema
+from marlin_jax.records.cli import UserError
 from marlin_jax.records.schema import FRAME_SIZE, REGIONS
 
 # One per region, background first (not drawn).
@@ -219,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sheet = contact_sheet(args.dataset_dir, args.num_frames)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(sheet).save(args.output)
-  except (ValueError, OSError) as e:
+  except (UserError, ValueError, OSError) as e:
     sys.exit(f"contact_sheet: {e}")
   print(f"{args.output}: {sheet.shape[1]}x{sheet.shape[0]} pixels")
 

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlin_jax.records import cli
-from marlin_jax.records.cli import counted
-from marlin_jax.records.folders import OutputFolderError
+from marlin_jax.records.cli import UserError, counted
 
 if TYPE_CHECKING:
   from data_prep.output import ledger
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
   from data_prep.video import video_to_records
 
 
-class _NothingKept(Exception):
+class _NothingKept(UserError):
   """No video gave a record; the message says what happened to them."""
 
 
@@ -49,24 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.error(
       "--engine=beam needs Apache Beam: pip install -r requirements-beam.txt"
     )
-  # Imported here, so that --help answers at once.
-  from data_prep import assets
-  from data_prep.engines import workers
-  from data_prep.output import shards
-  from data_prep.sources import manifest
-
-  return cli.exit_code(
-    lambda: _run(args),
-    (
-      assets.AssetError,
-      OutputFolderError,
-      manifest.ManifestError,
-      shards.ShardError,
-      workers.WorkerError,
-      _NothingKept,
-      OSError,
-    ),
-  )
+  return cli.run_command(lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> None:

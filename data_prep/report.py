@@ -42,7 +42,6 @@ _ENLARGED = float(schema.FRAME_SIZE)
 def main(argv: Sequence[str] | None = None) -> int:
   """Returns the exit code: 0, 1 for an error, 130 when interrupted."""
   args = _parser().parse_args(argv)
-  from data_prep.inspection import dataset_statistics
 
   def work() -> None:
     text = make(args.dataset_dir, args.max_records)
@@ -50,11 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.output.write_text(text, encoding="utf-8")
     print(f"{args.output}: {len(text) / 1e6:.1f} MB, for any browser")
 
-  return cli.exit_code(
-    work,
-    (dataset_statistics.DatasetError, OSError),
-    interrupted="No page was written.",
-  )
+  return cli.run_command(work, interrupted="No page was written.")
 
 
 def make(dataset_dir: Path, max_records: int) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep import storage
 from data_prep.output import ledger
 from marlin_jax.records import cli, schema
-from marlin_jax.records.cli import counted
+from marlin_jax.records.cli import UserError, counted
 
 if TYPE_CHECKING:
   from data_prep.inspection.record_checks import Expected, FoundShard, Problems
@@ -34,21 +34,21 @@ STALL_SECS = 3600.0
 SHARDS_PER_WORKER = 100
 
 
-class _NothingToVerify(Exception):
+class _NothingToVerify(UserError):
   """There is no data set; the message says what is there instead."""
+
+  exit_code = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Returns the exit code: 0 whole, 1 damaged, 2 usage, 130 interrupted."""
   args = _parser().parse_args(argv)
-  from data_prep.engines import workers
-
   try:
     report = verify(args.dataset_dir, args.num_workers)
     if args.json is not None:
       args.json.parent.mkdir(parents=True, exist_ok=True)
       ledger.write_json(args.json, report, indent=2)
-  except (_NothingToVerify, workers.WorkerError, OSError) as e:
+  except (UserError, OSError) as e:
     print(f"error: {e}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:

@@ -29,6 +29,8 @@ from pathlib import Path
 
 import numpy as np
 
+from marlin_jax.records.cli import UserError
+
 # Features of one clip may differ by so much; float32 gives about 1e-5.
 TOLERANCE = 1e-4
 
@@ -368,13 +370,10 @@ def main(argv: list[str] | None = None) -> None:
   args = parse_args(sys.argv[1:] if argv is None else argv)
   from absl import logging
 
-  from marlin_jax.inference.face_windows import FaceVideoError
-  from marlin_jax.weights.weights import WeightsError
-
   logging.set_verbosity(logging.ERROR)  # orbax tells of every file
   try:
     convert(args)
-  except (WeightsError, FaceVideoError, OSError) as e:
+  except (UserError, OSError) as e:
     sys.exit(f"error: {e}")
 
 

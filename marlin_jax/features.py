@@ -35,8 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlin_jax.records import cli
-from marlin_jax.records.cli import counted
-from marlin_jax.records.folders import OutputFolderError
+from marlin_jax.records.cli import UserError, counted
 
 if TYPE_CHECKING:
   import numpy as np
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
   from marlin_jax.inference.video_folder import Outcome, Video, VideoBar
 
 
-class _Failure(Exception):
+class _Failure(UserError):
   """The run is of no use; the message says why."""
 
 
@@ -55,20 +54,7 @@ def main(argv: list[str] | None = None) -> int:
   """Returns the exit code: 0, 1 for an error, 130 when interrupted."""
   args = _parser().parse_args(argv)
   # Imported here, so that --help answers at once.
-  from marlin_jax.inference import video_folder
-  from marlin_jax.weights.weights import WeightsError
-
-  return cli.exit_code(
-    lambda: _run(args),
-    (
-      WeightsError,
-      OutputFolderError,
-      video_folder.InputError,
-      video_folder.ReaderError,
-      _Failure,
-      OSError,
-    ),
-  )
+  return cli.run_command(lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> None:

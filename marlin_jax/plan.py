@@ -31,7 +31,8 @@ from absl import app, flags, logging
 
 from marlin_jax.devices import xla_flags
 from marlin_jax.planning import topology
-from marlin_jax.pretraining.configuration import ConfigError, validate
+from marlin_jax.pretraining.configuration import validate
+from marlin_jax.records.cli import UserError
 from marlin_jax.training import config_flags
 
 flags.declare_key_flag("config")
@@ -63,7 +64,7 @@ def main(argv):
   logging.set_verbosity(logging.WARNING)
   try:
     report, fits = plan(config_flags.CONFIG.value)
-  except (ConfigError, topology.TopologyError) as e:
+  except UserError as e:
     sys.exit(f"error: {e}")
   text = json.dumps(report, indent=2)
   if _JSON.value == "-":

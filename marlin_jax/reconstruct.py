@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from marlin_jax.records import cli
+from marlin_jax.records.cli import UserError
 
 if TYPE_CHECKING:
   import numpy as np
@@ -32,13 +33,11 @@ def main(argv: list[str] | None = None) -> None:
   # Imported here, so that --help answers at once.
   from absl import logging
 
-  from marlin_jax.inference.face_windows import FaceVideoError
-
   logging.set_verbosity(logging.ERROR)  # orbax tells of every file
   try:
     _run(args)
-  # WeightsError is a ValueError; RuntimeError: a model or a library is missing.
-  except (FaceVideoError, ValueError, RuntimeError, OSError) as e:
+  # RuntimeError: a model or a library is missing.
+  except (UserError, ValueError, RuntimeError, OSError) as e:
     sys.exit(f"error: {e}")
 
 

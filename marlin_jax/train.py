@@ -50,9 +50,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
     The last TrainState, and the signal that ended the run early or None.
 
   Raises:
-    ConfigError, DatasetError, FloatingPointError, OutputFolderError,
-      ResumeError, SampleError, SaveError, StartError, TaskError, WeightsError:
-      the run cannot be done as asked; the message says why and what to do.
+    UserError: it cannot be done as asked.
   """
   validate(config)
   with contextlib.ExitStack() as held:

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any
 
+from marlin_jax.records.cli import UserError
+
 # (task, report) -> result; `report` sends a value to the parent.
 Work = Callable[[Any, Callable[[Any], None]], Any]
 OpenWork = Callable[[Any], contextlib.AbstractContextManager[Work]]
@@ -30,7 +32,7 @@ OpenWork = Callable[[Any], contextlib.AbstractContextManager[Work]]
 _SECS_TO_STOP = 5.0
 
 
-class WorkerError(RuntimeError):
+class WorkerError(UserError):
   """No task can be done on this machine; the message says why."""
 
 

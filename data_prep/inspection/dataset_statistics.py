@@ -21,13 +21,14 @@ from data_prep.sources.listing import Label
 from data_prep.sources.manifest import stable_hash
 from data_prep.video import video_to_records
 from marlin_jax.records import schema
+from marlin_jax.records.cli import UserError
 from marlin_jax.records.schema import Record
 
 # Label maps differ little from one frame to the next.
 _AREA_STEPS = 8
 
 
-class DatasetError(ValueError):
+class DatasetError(UserError):
   """The folder holds no data set that can be described."""
 
 

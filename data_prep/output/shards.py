@@ -15,6 +15,7 @@ from data_prep import storage
 from data_prep.output import ledger
 from data_prep.sources.listing import Label
 from marlin_jax.records import schema
+from marlin_jax.records.cli import UserError
 
 # One record per chunk: a random read then decompresses nothing else.
 WRITER_OPTIONS = "group_size:1,zstd:1"
@@ -22,7 +23,7 @@ WRITER_OPTIONS = "group_size:1,zstd:1"
 _READ_BATCH = 16
 
 
-class ShardError(RuntimeError):
+class ShardError(UserError):
   """A shard does not hold what was written to it."""
 
 

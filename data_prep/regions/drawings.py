@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.regions import lapa
+from marlin_jax.records.cli import UserError
 from marlin_jax.records.schema import FRAME_SIZE
 
 
-class DrawingError(ValueError):
+class DrawingError(UserError):
   """A file is no drawing; the message says which and why."""
 
 

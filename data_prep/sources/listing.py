@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+from marlin_jax.records.cli import UserError
+
 BINARY, CLASS, VALUE = "binary", "class", "value"
 
 
-class ManifestError(ValueError):
+class ManifestError(UserError):
   """The input names no videos, or names some that must not be read."""
 
 

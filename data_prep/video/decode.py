@@ -41,6 +41,7 @@ from data_prep.video.decoder_process import (
   most_frames,
   too_many_frames,
 )
+from marlin_jax.records.cli import UserError
 
 if TYPE_CHECKING:
   import numpy as np
@@ -50,11 +51,11 @@ if TYPE_CHECKING:
 MAX_ROW_PADDING = 256
 
 
-class DecodeError(Exception):
+class DecodeError(UserError):
   """The video is refused; the message is the reason for the quarantine."""
 
 
-class DecoderSetupError(RuntimeError):
+class DecoderSetupError(UserError):
   """The decoder does not run on this machine, whatever the video."""
 
 

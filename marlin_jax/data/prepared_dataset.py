@@ -10,6 +10,7 @@ import grain
 from etils import epath
 
 from marlin_jax.records import quality_index, schema
+from marlin_jax.records.cli import UserError
 from marlin_jax.records.quality_index import Selection
 
 
@@ -47,7 +48,7 @@ class Dataset:
     return int(self.selection.numbers[place]) if self.selection else place
 
 
-class DatasetError(ValueError):
+class DatasetError(UserError):
   """The data set is missing, damaged or not what was asked for."""
 
 

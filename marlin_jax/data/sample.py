@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from marlin_jax.records import schema
+from marlin_jax.records.cli import UserError
 
 NOTICE = """\
 data.path is 'sample': one public video of a talking man (and two without a
@@ -18,7 +19,7 @@ To train on your own videos:
   python -m marlin_jax.train --config=CONFIG --config.data.path=DATASET"""
 
 
-class SampleError(RuntimeError):
+class SampleError(UserError):
   """The sample data set could not be prepared."""
 
 

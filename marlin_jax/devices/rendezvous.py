@@ -12,6 +12,8 @@ import re
 import socket
 import time
 
+from marlin_jax.records.cli import UserError
+
 _HELLO = re.compile(rb"marlin_jax (\d+) of (\d+)\n")
 _ALL_HERE = b"all here\n"
 _PROBLEM = b"problem: "
@@ -22,7 +24,7 @@ _HELLO_SECS = 2
 _RETRY_SECS = 0.2
 
 
-class StartError(RuntimeError):
+class StartError(UserError):
   """The processes could not be brought together."""
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from marlin_jax.downstream.learner import Learner
 from marlin_jax.downstream.protocols import Plan, Plateau
 from marlin_jax.training.checkpoint import Checkpoints
+from marlin_jax.training.nonfinite import NotFiniteError
 
 Pytree = Any
 # x, wanted, known: see Learner.step.
@@ -61,7 +62,7 @@ def fit(
     report: told after each step how things are, and of 1 step.
 
   Raises:
-    FloatingPointError: the loss is not finite.
+    NotFiniteError: the loss is not finite.
     ResumeError, SaveError: as in `checkpoint`.
   """
   state = learner.begin()
@@ -126,7 +127,7 @@ def _round(learner, plan, number, state, source, plateau, seed, report):
     report("", 1)
   mean = float(total) / plan.round_steps
   if not math.isfinite(mean):
-    raise FloatingPointError(
+    raise NotFiniteError(
       f"the loss of round {number + 1} is {mean}: lower the learning rate, or "
       "use float32"
     )

@@ -21,12 +21,13 @@ import numpy as np
 from etils import epath
 
 from marlin_jax.downstream import scores
+from marlin_jax.records.cli import UserError
 
 KINDS = ("binary", "class", "value")
 _RULES = ("label", "cuts", "negative", "only")
 
 
-class TaskError(ValueError):
+class TaskError(UserError):
   """The data set does not have what is asked for; the message says what has."""
 
 

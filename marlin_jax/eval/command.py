@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
   """What each of the binaries does with --config, --checkpoint and --data.
 
   Returns:
-    The exit code, see `arguments.exit_code`.
+    The exit code, see `cli.run_command`.
   """
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
@@ -43,26 +43,11 @@ def main(argv: Sequence[str]) -> int:
   except ConfigError as e:
     sys.exit(f"error: {e}")
   # Imported here: they take seconds, which --help and bad flags need not wait.
-  from marlin_jax.data.prepared_dataset import DatasetError
-  from marlin_jax.downstream.tasks import TaskError
   from marlin_jax.eval.evaluation import evaluate
-  from marlin_jax.records.folders import OutputFolderError
-  from marlin_jax.training.checkpoint import ResumeError, SaveError
-  from marlin_jax.weights.weights import WeightsError
 
   workdir = config_flags.workdir()
-  return cli.exit_code(
-    lambda: evaluate(config, _CHECKPOINT.value, _DATA.value, workdir),
-    (
-      ConfigError,
-      DatasetError,
-      FloatingPointError,
-      OutputFolderError,
-      ResumeError,
-      SaveError,
-      TaskError,
-      WeightsError,
-    ),
+  return cli.run_command(
+    lambda: evaluate(config, _CHECKPOINT.value, _DATA.value, workdir)
   )
 
 

@@ -71,9 +71,7 @@ def evaluate(
     What results.json holds.
 
   Raises:
-    ConfigError, DatasetError, FloatingPointError, OutputFolderError,
-      ResumeError, SaveError, TaskError, WeightsError: it cannot be done as
-      asked; the message says why and what to do.
+    UserError: it cannot be done as asked.
   """
   configuration.validate(config)
 

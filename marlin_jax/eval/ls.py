@@ -49,6 +49,7 @@ from ml_collections import ConfigDict
 from marlin_jax.eval import command
 from marlin_jax.lipsync import configuration
 from marlin_jax.pretraining.configuration import ConfigError
+from marlin_jax.records.cli import UserError
 from marlin_jax.training import config_flags
 
 flags.adopt_module_key_flags(command)  # --checkpoint, --config, --data, ...
@@ -193,7 +194,6 @@ def _train(config: ConfigDict, mode: str) -> None:
 
 def _generate(config: ConfigDict) -> None:
   from marlin_jax.lipsync.generation.generate import (
-    GenerationError,
     load_generator,
     run,
   )
@@ -204,18 +204,16 @@ def _generate(config: ConfigDict) -> None:
       given.generator, dtype=config.dtype, attention=config.attention
     )
     run(generator, given.video, given.sound, given.output, framing=framing)
-  except (GenerationError, RuntimeError) as e:
+  except (UserError, RuntimeError) as e:
     sys.exit(f"error: {e}")
 
 
 def _score(config: ConfigDict) -> None:
-  from marlin_jax.inference import video_folder
   from marlin_jax.lipsync.networks import build, published
   from marlin_jax.lipsync.scoring import score_files
   from marlin_jax.lipsync.scoring.frame_features import open_features
   from marlin_jax.lipsync.scoring.judges import ExpertJudge, SyncNetJudge
-  from marlin_jax.lipsync.scoring.score import ScoreError, score
-  from marlin_jax.weights.weights import WeightsError
+  from marlin_jax.lipsync.scoring.score import score
 
   given = flags.FLAGS
   try:
@@ -233,7 +231,7 @@ def _score(config: ConfigDict) -> None:
       features=open_features(given.features) if given.features else None,
       crop_face=not given.face_crops,
     )
-  except (RuntimeError, ScoreError, WeightsError, video_folder.InputError) as e:
+  except (UserError, RuntimeError) as e:
     sys.exit(f"error: {e}")
   print(
     f"\n{score_files.table(results)}\n\n{given.output}/scores.json has more"

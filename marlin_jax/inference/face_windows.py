@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.records.cli import UserError
 
 if TYPE_CHECKING:
   from data_prep.faces import tracking
@@ -42,7 +43,7 @@ _FINDING_SHARE = 0.9
 Progress = Callable[[float], None]
 
 
-class FaceVideoError(Exception):
+class FaceVideoError(UserError):
   """A video gives no windows; the message names it and says why.
 
   Attributes:

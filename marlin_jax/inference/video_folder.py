@@ -16,6 +16,7 @@ from marlin_jax.inference.face_windows import (
   WindowSettings,
   read_windows,
 )
+from marlin_jax.records.cli import UserError
 
 if TYPE_CHECKING:
   from data_prep.engines.progress import VideoBar
@@ -28,11 +29,11 @@ _STALL_SECS = 600.0
 _REPORT_SECS = 0.25
 
 
-class InputError(ValueError):
+class InputError(UserError):
   """The inputs name no videos, or some that must not be read."""
 
 
-class ReaderError(RuntimeError):
+class ReaderError(UserError):
   """No video can be read on this machine; the message says why."""
 
 

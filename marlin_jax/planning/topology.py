@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from marlin_jax.devices.chips import Chip, find
 from marlin_jax.pretraining import memory
+from marlin_jax.records.cli import UserError
 
 FORMS = """\
   v5e:4x4    TPU slices by chip and shape: v5e and v6e, two sides up to 16x16;
@@ -33,7 +34,7 @@ _SLICES = {
 _OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 
 
-class TopologyError(ValueError):
+class TopologyError(UserError):
   """There are no such devices; the message says which there are."""
 
 

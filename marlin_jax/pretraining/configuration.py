@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from ml_collections import ConfigDict
 
+from marlin_jax.records.cli import UserError
 from marlin_jax.records.schema import FRAME_SIZE, PATCH_SIZE
 
 # As masking and softmax_attention have them, which need jax to be imported.
@@ -73,7 +74,7 @@ _AT_LEAST_0 = (
 )
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
   """The configuration cannot be run; the message lists every reason."""
 
 

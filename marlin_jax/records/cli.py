@@ -11,6 +11,15 @@ from collections.abc import Callable
 _RESUMABLE = "What is done is kept: the same command goes on from there."
 
 
+class UserError(Exception):
+  """Error that the user can mend; its message says how.
+
+  Commands print the message without a traceback and exit with `exit_code`.
+  """
+
+  exit_code = 1
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
   """Shows defaults, where there are any."""
 
@@ -20,20 +29,16 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     return super()._get_help_string(action)
 
 
-def exit_code(
-  work: Callable[[], None],
-  errors: tuple[type[Exception], ...],
-  interrupted: str = _RESUMABLE,
-) -> int:
-  """Does the work of a binary, whatever becomes of it.
+def run_command(work: Callable[[], None], interrupted: str = _RESUMABLE) -> int:
+  """Runs the work of a command and turns errors into an exit code.
 
   Args:
-    work: all of it.
-    errors: what it raises if it cannot be done, with messages for people.
-    interrupted: what Ctrl-C or SIGTERM leave behind.
+    work: does all of it.
+    interrupted: printed after Ctrl-C or SIGTERM; says what was kept.
 
   Returns:
-    0; 1 after one of `errors`; 130 when interrupted.
+    0; the `exit_code` of a `UserError`; 1 after an `OSError`, such as a full
+    disk; 130 when interrupted.
   """
   signal.signal(signal.SIGTERM, signal.default_int_handler)
   try:
@@ -41,7 +46,10 @@ def exit_code(
   except KeyboardInterrupt:
     print(f"\nInterrupted. {interrupted}", file=sys.stderr)
     return 130
-  except errors as e:
+  except UserError as e:
+    print(f"error: {e}", file=sys.stderr)
+    return e.exit_code
+  except OSError as e:
     print(f"error: {e}", file=sys.stderr)
     return 1
   return 0

@@ -9,8 +9,10 @@ import socket
 import uuid
 from pathlib import Path
 
+from marlin_jax.records.cli import UserError
 
-class OutputFolderError(RuntimeError):
+
+class OutputFolderError(UserError):
   """The folder cannot be written to by this run; the message says why."""
 
 

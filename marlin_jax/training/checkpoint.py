@@ -7,6 +7,7 @@ or a bad copy, nothing is believed and nothing is lost.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent import futures
 from typing import Any
@@ -17,6 +18,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from marlin_jax.models import stacking
+from marlin_jax.records.cli import UserError
 from marlin_jax.training import checksums, remote_files
 
 Pytree = Any
@@ -25,12 +27,15 @@ Pytree = Any
 DAMAGED = "damaged"
 
 
-class ResumeError(ValueError):
+class ResumeError(UserError):
   """The checkpoint does not fit the run that is to be resumed from it."""
 
 
-class SaveError(RuntimeError):
+class SaveError(UserError):
   """A checkpoint could not be saved."""
+
+  # The same command may succeed later: a bucket may answer again.
+  exit_code = os.EX_TEMPFAIL
 
 
 def steps(directory: epath.PathLike) -> list[int]:

@@ -19,15 +19,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from marlin_jax.data import loader
-from marlin_jax.data.prepared_dataset import Dataset, DatasetError
-from marlin_jax.data.sample import SampleError
+from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.devices import distributed
-from marlin_jax.devices.rendezvous import StartError
-from marlin_jax.downstream.tasks import TaskError
-from marlin_jax.pretraining.configuration import ConfigError
 from marlin_jax.pretraining.experiment import flat
 from marlin_jax.records import folders
-from marlin_jax.records.folders import OutputFolderError
+from marlin_jax.records.cli import UserError
 from marlin_jax.training import (
   checkpoint,
   goodput,
@@ -36,8 +32,6 @@ from marlin_jax.training import (
   remote_files,
   watchdog,
 )
-from marlin_jax.training.checkpoint import ResumeError, SaveError
-from marlin_jax.weights.weights import WeightsError
 
 
 def carry_out(train: Callable[[], tuple[Any, int | None]]) -> None:
@@ -49,22 +43,8 @@ def carry_out(train: Callable[[], tuple[Any, int | None]]) -> None:
   with distributed.leaving_on_errors():
     try:
       _, signum = train()
-    except (
-      ConfigError,
-      DatasetError,
-      FloatingPointError,
-      OutputFolderError,
-      ResumeError,
-      SampleError,
-      StartError,
-      TaskError,
-      WeightsError,
-    ) as e:
-      distributed.leave(f"error: {e}")
-    except SaveError as e:
-      # Started again it is refused if the disk is full, and may go well if a
-      # bucket did not answer.
-      distributed.leave(f"error: {e}", code=distributed.TRY_AGAIN)
+    except UserError as e:
+      distributed.leave(f"error: {e}", code=e.exit_code)
   if signum is not None:
     sys.exit(128 + signum)
 
@@ -271,7 +251,7 @@ class Loop:
       ids: int (B,), the records of its clips, spread over the devices.
 
     Raises:
-      FloatingPointError: too many steps in a row were not applied.
+      NotFiniteError: too many steps in a row were not applied.
       SaveError: a checkpoint could not be saved.
     """
     self._progress.step()

@@ -10,6 +10,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from marlin_jax.data.prepared_dataset import Dataset, DatasetError, RecordSource
+from marlin_jax.records.cli import UserError
+
+
+class NotFiniteError(UserError):
+  """A loss or a gradient is not finite, too often to go on."""
 
 
 class SkippedStep(NamedTuple):
@@ -53,7 +58,7 @@ class SkippedSteps:
     To be called by all processes alike, when the step is done.
 
     Raises:
-      FloatingPointError: it was one too many in a row.
+      NotFiniteError: it was one too many in a row.
     """
     if self._pending is None:
       return None
@@ -67,7 +72,7 @@ class SkippedSteps:
     bad = {k: str(v) for k, v in values.items() if not math.isfinite(v)}
     found = SkippedStep(step, bad, self._names(ids))
     if self._in_row >= self._max_in_row:
-      raise FloatingPointError(
+      raise NotFiniteError(
         f"{found}\nThat was the last of {self._in_row} in a row, and "
         f"config.max_skipped_steps is {self._max_in_row}. What is saved is "
         "finite. A lower optim.base_lr or adv.weight, adv.max_pull=10 or dtype "

@@ -25,11 +25,12 @@ from marlin_jax.models.discriminator import Discriminator
 from marlin_jax.models.mae import MAE, Encoder
 from marlin_jax.models.vit import NORM_EPS
 from marlin_jax.pretraining.train_step import IMAGENET_MEAN, IMAGENET_STD
+from marlin_jax.records.cli import UserError
 
 _DISCRIMINATOR = "discriminator."
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
   """The weights cannot be read, or do not fit; the message says which."""
 
 

@@ -23,6 +23,7 @@ from marlin_jax.downstream import (
 from marlin_jax.downstream.tasks import Task, TaskError
 from marlin_jax.eval import configuration, measures
 from marlin_jax.models import heads, softmax_attention, vit
+from marlin_jax.training.nonfinite import NotFiniteError
 
 KNOWN = {
   "face": {"kind": "binary", "names": ["hat", "beard"]},
@@ -257,7 +258,7 @@ def test_a_loss_that_is_no_number_ends_a_training():
   probe = learner.linear_probe(BINARY, 16, config, sharding.make_mesh(), 0)
   wanted, known = BINARY.encode(y)
   batches = iter([(x * np.nan, wanted, known)] * 9)
-  with pytest.raises(FloatingPointError, match="loss of round 1 is nan"):
+  with pytest.raises(NotFiniteError, match="loss of round 1 is nan"):
     fit.fit(
       probe, protocols.plan_of(config, 32), lambda _: batches, never, seed=0
     )

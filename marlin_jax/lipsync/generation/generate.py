@@ -47,6 +47,7 @@ from marlin_jax.lipsync.networks import build
 from marlin_jax.lipsync.networks.convolutions import resized
 from marlin_jax.lipsync.training.expert_step import as_floats
 from marlin_jax.lipsync.training.generator_step import hide_mouth
+from marlin_jax.records.cli import UserError
 from marlin_jax.records.mel_spectrogram import MAX_VALUE, mel_spectrogram
 from marlin_jax.records.schema import FRAME_SIZE, SAMPLE_RATE
 from marlin_jax.weights.weights import WeightsError
@@ -68,7 +69,7 @@ MARK_NOTICE = (
 Progress = Callable[[str, float], None]
 
 
-class GenerationError(Exception):
+class GenerationError(UserError):
   """No video can be made; the message says of what file and why."""
 
 

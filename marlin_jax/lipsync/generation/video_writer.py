@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from marlin_jax.records.cli import UserError
+
 if TYPE_CHECKING:
   import av
 
@@ -63,7 +65,7 @@ _BT709 = 1  # of ITU-T H.273, for primaries, transfer and matrix alike
 _LIMITED_RANGE = 1
 
 
-class VideoWriterError(Exception):
+class VideoWriterError(UserError):
   """The video cannot be written; the message says where and why."""
 
 

@@ -30,6 +30,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from marlin_jax.records.cli import UserError
+
 if TYPE_CHECKING:
   from marlin_jax.inference.marlin import Marlin
 
@@ -38,7 +40,7 @@ INCEPTION_SIZE, INCEPTION_DIM = 299, 2048
 _BATCH_SIZE = 16
 
 
-class FeatureError(RuntimeError):
+class FeatureError(UserError):
   """The feature network cannot be used; the message says what to do."""
 
 

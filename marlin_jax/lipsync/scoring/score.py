@@ -34,10 +34,11 @@ from marlin_jax.lipsync.scoring.frechet import frechet_distance
 from marlin_jax.lipsync.scoring.judges import Judge
 from marlin_jax.lipsync.scoring.talking_video import FRAME_SAMPLES, TalkingVideo
 from marlin_jax.records import cli
+from marlin_jax.records.cli import UserError
 from marlin_jax.records.mel_spectrogram import MAX_VALUE, mel_spectrogram
 
 
-class ScoreError(ValueError):
+class ScoreError(UserError):
   """Nothing can be scored; the message says why."""
 
 

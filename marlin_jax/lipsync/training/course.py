@@ -41,9 +41,7 @@ def train_expert(config: ConfigDict, data: str, workdir: str):
     The last ExpertState, and the signal that ended the run early or None.
 
   Raises:
-    ConfigError, DatasetError, FloatingPointError, OutputFolderError,
-      ResumeError, SaveError, StartError: it cannot be done as asked; the
-      message says why and what to do.
+    UserError: it cannot be done as asked.
   """
   return _train(config, data, workdir, lambda m: ExpertCourse(config, m))
 
