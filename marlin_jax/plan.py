@@ -313,11 +313,11 @@ def _rate(step) -> dict:
 
 def _numbers(step) -> dict:
   """All of a step, ready for JSON."""
-  from marlin_jax.pretraining import experiment
+  from marlin_jax.training.configuration import flat
 
   devices = step.topology
   return {
-    "config": experiment.flat(step.config),
+    "config": flat(step.config),
     "topology": devices.name,
     "num_devices": len(devices.devices),
     "num_hosts": devices.num_hosts,

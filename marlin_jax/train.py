@@ -29,12 +29,9 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from marlin_jax.devices import xla_flags
-from marlin_jax.pretraining.configuration import (
-  ConfigError,
-  check_batch,
-  validate,
-)
+from marlin_jax.pretraining.configuration import check_batch, validate
 from marlin_jax.training import config_flags
+from marlin_jax.training.configuration import ConfigError, flat
 
 flags.adopt_module_key_flags(config_flags)
 
@@ -152,7 +149,7 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
   # --- Probe ------------------------------------------------------------------
   prober = None
   if config.probe.steps:
-    architecture = run_format.architecture_of(experiment.flat(config))
+    architecture = run_format.architecture_of(flat(config))
     is_remote = remote_files.is_remote(workdir.path)
     cache = None if is_remote else workdir.files.path / "probe"
     with distributed.leader_first():

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 
 from marlin_jax.eval import configuration
-from marlin_jax.pretraining.configuration import ConfigError
 from marlin_jax.records import cli
 from marlin_jax.training import config_flags
+from marlin_jax.training.configuration import ConfigError
 
 flags.adopt_module_key_flags(config_flags)
 _CHECKPOINT = flags.DEFINE_string(

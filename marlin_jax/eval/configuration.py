@@ -8,7 +8,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from marlin_jax.pretraining.configuration import ATTENTION, refuse
+from marlin_jax.pretraining.configuration import ATTENTION
+from marlin_jax.training.configuration import get, refuse
 
 MODES = ("linear", "attentive", "finetune", "knn")
 # As in the modules that they are for, which need jax to be imported.
@@ -63,7 +64,7 @@ def identity(flat: dict[str, Any]) -> dict[str, Any]:
   """What of a configuration all results of a workdir must agree in.
 
   Args:
-    flat: as from experiment.flat.
+    flat: as from training.configuration.flat.
 
   Returns:
     A flat dict that survives JSON.
@@ -96,14 +97,14 @@ def _problems(config: ConfigDict) -> Iterator[str]:
     if config[key] not in choices:
       yield f"{key}={config[key]!r}: expected one of {', '.join(choices)}"
   for key in _AT_LEAST_1:
-    if _get(config, key) < 1:
-      yield f"{key}={_get(config, key)}: expected at least 1"
+    if get(config, key) < 1:
+      yield f"{key}={get(config, key)}: expected at least 1"
   for key in _ABOVE_0:
-    if _get(config, key) <= 0:
-      yield f"{key}={_get(config, key)}: expected a value above 0"
+    if get(config, key) <= 0:
+      yield f"{key}={get(config, key)}: expected a value above 0"
   for key in _BELOW_1:
-    if not 0 <= _get(config, key) < 1:
-      yield f"{key}={_get(config, key)}: expected 0 <= value < 1"
+    if not 0 <= get(config, key) < 1:
+      yield f"{key}={get(config, key)}: expected 0 <= value < 1"
   if not split_names(config.tasks):
     yield "tasks='': name labels of the data set, with commas between"
   modes = split_names(config.modes)
@@ -129,9 +130,3 @@ def _problems(config: ConfigDict) -> Iterator[str]:
     yield f"linear.penalties={penalties}: expected some, from 0 on"
   if config.protocol == "paper" and config.pool != "mean":
     yield f"pool={config.pool!r}: the paper's protocol has 'mean'"
-
-
-def _get(config: ConfigDict, path: str):
-  for key in path.split("."):
-    config = config[key]
-  return config

@@ -24,10 +24,9 @@ from marlin_jax.eval import (
   report,
   results_folder,
 )
-from marlin_jax.pretraining import experiment
-from marlin_jax.pretraining.configuration import ConfigError
 from marlin_jax.records import schema
 from marlin_jax.records.folders import write_bytes
+from marlin_jax.training.configuration import ConfigError, flat
 from marlin_jax.weights import formats, published
 from marlin_jax.weights.weights import (
   Architecture,
@@ -93,7 +92,7 @@ def evaluate(
   except ValueError as e:
     raise ConfigError(str(e)) from e
   _check_batches(config, sharding.num_shards(mesh))
-  settings = configuration.identity(experiment.flat(config)) | {
+  settings = configuration.identity(flat(config)) | {
     "checkpoint": encoder_sha256(weights),
     **{f"data.{role}": found[name].fingerprint for role, name in names.items()},
   }
@@ -159,7 +158,7 @@ def evaluate(
         | {"split_sha256": labelled.sha256_of(by_role.values(), task.label)}
         for task in wanted
       },
-      "config": experiment.flat(config),
+      "config": flat(config),
       "versions": {
         name: importlib.metadata.version(name)
         for name in ("jax", "flax", "optax", "numpy", "scipy")

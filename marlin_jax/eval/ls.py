@@ -48,9 +48,9 @@ from ml_collections import ConfigDict
 
 from marlin_jax.eval import command
 from marlin_jax.lipsync import configuration
-from marlin_jax.pretraining.configuration import ConfigError
 from marlin_jax.records.cli import UserError
 from marlin_jax.training import config_flags
+from marlin_jax.training.configuration import ConfigError
 
 flags.adopt_module_key_flags(command)  # --checkpoint, --config, --data, ...
 

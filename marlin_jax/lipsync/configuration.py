@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from marlin_jax.pretraining import configuration as checks
+from marlin_jax.training.configuration import get, refuse
 
 # As in the modules that they are for, which need jax to be imported.
 _CHOICES = {
@@ -63,7 +64,7 @@ def validate(config: ConfigDict) -> None:
   Raises:
     ConfigError: one line per problem: key, value found, what is expected.
   """
-  checks.refuse(_problems(config))
+  refuse(_problems(config))
 
 
 def _problems(config: ConfigDict) -> Iterator[str]:
@@ -73,13 +74,13 @@ def _problems(config: ConfigDict) -> Iterator[str]:
     (_ABOVE_0, lambda x: x <= 0, "a value above 0"),
   ):
     for key in keys:
-      value = checks.get(config, key)
+      value = get(config, key)
       if is_bad(value):
         yield f"{key}={value}: expected {expected}"
   for key, choices in _CHOICES.items():
-    if checks.get(config, key) not in choices:
+    if get(config, key) not in choices:
       yield (
-        f"{key}={checks.get(config, key)!r}: expected one of "
+        f"{key}={get(config, key)!r}: expected one of "
         f"{', '.join(map(str, choices))}"
       )
   generator = config.generator
@@ -105,7 +106,7 @@ def _problems(config: ConfigDict) -> Iterator[str]:
   for key in filter(None, config.allow_change.split(",")):
     if key not in _NO_KEYS:
       try:
-        checks.get(config, key)
+        get(config, key)
       except (AttributeError, KeyError, TypeError):
         yield f"allow_change names {key!r}, which is no key"
   yield from checks.distributed_problems(config.distributed)

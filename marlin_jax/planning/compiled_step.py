@@ -20,7 +20,8 @@ from marlin_jax.devices import sharding
 from marlin_jax.planning import hlo, roofline
 from marlin_jax.planning.topology import Topology
 from marlin_jax.pretraining import experiment, flops, memory
-from marlin_jax.pretraining.configuration import ConfigError, check_batch
+from marlin_jax.pretraining.configuration import check_batch
+from marlin_jax.training.configuration import ConfigError, flat
 
 # Compilations that a search may take.
 _MOST_TRIES = 5
@@ -332,7 +333,7 @@ def remedies(step: Step) -> Iterator[dict[str, Any]]:
     thrifty | spread,
     thrifty | spread | {"clips_per_device": 1},
   ]
-  values = experiment.flat(config) | _values(step)
+  values = flat(config) | _values(step)
   seen = [{}]
   for changes in found:
     changes = {k: v for k, v in changes.items() if values[k] != v}

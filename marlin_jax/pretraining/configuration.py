@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from marlin_jax.records.cli import UserError
 from marlin_jax.records.schema import FRAME_SIZE, PATCH_SIZE
+from marlin_jax.training.configuration import ConfigError, get, refuse
 
 # As masking and softmax_attention have them, which need jax to be imported.
 ATTENTION = ("auto", "plain", "chunked", "by_head", "cudnn", "flash")
@@ -74,10 +74,6 @@ _AT_LEAST_0 = (
 )
 
 
-class ConfigError(UserError):
-  """The configuration cannot be run; the message lists every reason."""
-
-
 def validate(config: ConfigDict) -> None:
   """Reports everything that is wrong with a configuration at once.
 
@@ -85,16 +81,6 @@ def validate(config: ConfigDict) -> None:
     ConfigError: one line per problem: key, value found, what is expected.
   """
   refuse(_problems(config))
-
-
-def refuse(problems: Iterable[str]) -> None:
-  """Raises a ConfigError that lists the problems, if there are any."""
-  problems = list(problems)
-  if problems:
-    lines = "\n".join(f"  {problem}" for problem in problems)
-    raise ConfigError(
-      f"the configuration has {len(problems)} problem(s):\n" + lines
-    )
 
 
 def check_batch(config: ConfigDict, num_devices: int):
@@ -231,10 +217,3 @@ def _mask_problems(config: ConfigDict) -> Iterator[str]:
       f"mask.strategy={config.mask.strategy}, which draws among {units} units; "
       f"expected at most {1 - 1 / units:.4f}"
     )
-
-
-def get(config: ConfigDict, path: str):
-  """The value of a key as one writes it: 'data.path'."""
-  for key in path.split("."):
-    config = config[key]
-  return config

@@ -6,7 +6,7 @@ import functools
 import json
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from marlin_jax.devices import sharding
 from marlin_jax.models import discriminator, mae, softmax_attention
 from marlin_jax.pretraining import masking, memory, schedules, train_step
 from marlin_jax.records.schema import FRAME_SIZE
+from marlin_jax.training.configuration import flat
 
 # Keys that change neither what is learned nor from what: free on resume.
 _FREE_ON_RESUME = (
@@ -300,19 +301,6 @@ def _kept_and_gathered(config, mesh, params) -> dict[str, int]:
 def count(params) -> int:
   """Numbers in a pytree of arrays or shapes."""
   return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-
-
-def flat(config: ConfigDict) -> dict[str, Any]:
-  """A configuration with its keys as one writes them: {"data.path": ...}."""
-
-  def walk(tree, prefix):
-    for key, value in tree.items():
-      if isinstance(value, ConfigDict):
-        yield from walk(value, f"{prefix}{key}.")
-      else:
-        yield prefix + key, value
-
-  return dict(walk(config, ""))
 
 
 def identity(config: ConfigDict, dataset: Dataset, num_steps: int) -> dict:

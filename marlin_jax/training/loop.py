@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 from marlin_jax.data import loader
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.devices import distributed
-from marlin_jax.pretraining.experiment import flat
 from marlin_jax.records import folders
 from marlin_jax.records.cli import UserError
 from marlin_jax.training import (
@@ -32,6 +31,7 @@ from marlin_jax.training import (
   remote_files,
   watchdog,
 )
+from marlin_jax.training.configuration import flat
 
 
 def carry_out(train: Callable[[], tuple[Any, int | None]]) -> None:

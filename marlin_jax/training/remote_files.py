@@ -16,8 +16,8 @@ from pathlib import Path
 
 from etils import epath
 
-from marlin_jax.pretraining.configuration import ConfigError
 from marlin_jax.records.folders import OutputFolderError
+from marlin_jax.training.configuration import ConfigError
 
 
 def is_remote(path: str | epath.Path) -> bool:

@@ -57,7 +57,7 @@ def architecture_of(meta: Mapping[str, Any]) -> Architecture:
   """The network that a run's configuration describes.
 
   Args:
-    meta: flat, as from experiment.flat.
+    meta: flat, as from training.configuration.flat.
 
   Raises:
     KeyError: it does not say one of KEYS.

@@ -34,12 +34,12 @@ def make(
     return _ours(size, video, flags)
   from flax import nnx
 
-  from marlin_jax.pretraining import experiment
+  from marlin_jax.training.configuration import flat
   from marlin_jax.weights.run_checkpoint import KEYS
   from marlin_jax.weights.weights import Architecture, of_modules
   from tests.benchmarks import torch_steps
 
-  config = experiment.flat(_config(size))
+  config = flat(_config(size))
   architecture = Architecture(**{k: config[v] for k, v in KEYS.items()})
   weights = of_modules(
     architecture,
@@ -70,6 +70,7 @@ def _ours(size, video, flags):
 
   from marlin_jax.devices import sharding
   from marlin_jax.pretraining import experiment
+  from marlin_jax.training.configuration import flat
 
   config = _config(size)
   config.batch_size = config.clips_per_device = len(video)
@@ -77,7 +78,7 @@ def _ours(size, video, flags):
     config.dtype = "bfloat16"
   for flag in flags:
     key, _, value = flag.partition("=")
-    old = experiment.flat(config)[key]
+    old = flat(config)[key]
     new = value == "True" if isinstance(old, bool) else type(old)(value)
     config.update_from_flattened_dict({key: new})
   mesh = sharding.make_mesh(devices=jax.devices()[:1])

@@ -14,8 +14,8 @@ from configs import eval_dfd, eval_far
 from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.downstream import clip_batches, labelled, tasks
 from marlin_jax.eval.evaluation import open_weights
-from marlin_jax.pretraining.configuration import ConfigError
 from marlin_jax.records.folders import OutputFolderError
+from marlin_jax.training.configuration import ConfigError
 from marlin_jax.weights import run_checkpoint as orbax
 from marlin_jax.weights import safetensors_folder
 from marlin_jax.weights.weights import Architecture, Weights, WeightsError

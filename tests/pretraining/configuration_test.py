@@ -7,10 +7,10 @@ from marlin_jax.models import softmax_attention
 from marlin_jax.pretraining import masking
 from marlin_jax.pretraining.configuration import (
   _CHOICES,
-  ConfigError,
   check_batch,
   validate,
 )
+from marlin_jax.training.configuration import ConfigError
 
 
 def refuse(**changes):

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from configs import pretrain_b
-from marlin_jax.pretraining import experiment
+from marlin_jax.training.configuration import flat
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / "tools"
@@ -111,7 +111,7 @@ def test_the_flags_of_each_example_are_the_trainers(name):
 
 
 def test_the_guide_names_flags_that_there_are():
-  keys = experiment.flat(pretrain_b.get_config()).keys()
+  keys = flat(pretrain_b.get_config()).keys()
   text = (ROOT / "docs" / "TRAINING.md").read_text()
   named = set(re.findall(r"--config\.([a-z_.]+)=", text))
   # The table of what to set.

@@ -5,8 +5,8 @@ import os
 import pytest
 from etils import epath
 
-from marlin_jax.pretraining.configuration import ConfigError
 from marlin_jax.training import remote_files
+from marlin_jax.training.configuration import ConfigError
 
 
 def test_a_local_workdir_is_written_directly(tmp_path):

@@ -21,10 +21,10 @@ from marlin_jax.data import loader, prepared_dataset
 from marlin_jax.devices import sharding
 from marlin_jax.lipsync.training.expert_training import ExpertCourse
 from marlin_jax.lipsync.training.generator_training import GeneratorCourse
-from marlin_jax.pretraining.configuration import ConfigError
 from marlin_jax.pretraining.experiment import count
 from marlin_jax.training import goodput, remote_files
 from marlin_jax.training import loop as training_run
+from marlin_jax.training.configuration import ConfigError
 
 Course = ExpertCourse | GeneratorCourse
 

@@ -27,7 +27,8 @@ from marlin_jax.lipsync.training.expert_step import (
   expert_step,
   offset_cosines,
 )
-from marlin_jax.pretraining import configuration, losses
+from marlin_jax.pretraining import losses
+from marlin_jax.training import configuration
 
 # What of a configuration a resumed run may change: all but these.
 _LEARNED_WITH = ("seed", "dtype", "data.train", "data.val")

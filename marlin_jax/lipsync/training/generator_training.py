@@ -31,7 +31,7 @@ from marlin_jax.lipsync.training.generator_step import (
   generator_step,
   next_sync_weight,
 )
-from marlin_jax.pretraining.configuration import ConfigError
+from marlin_jax.training.configuration import ConfigError
 from marlin_jax.weights.weights import encoder_sha256
 
 _LEARNED_WITH = ("seed", "dtype", "data.train", "data.val")

@@ -26,9 +26,9 @@ from marlin_jax.lipsync.training import (
   pictures,
 )
 from marlin_jax.pretraining import losses
-from marlin_jax.pretraining.configuration import ConfigError
 from marlin_jax.records import mel_spectrogram
 from marlin_jax.training.checkpoint import ResumeError
+from marlin_jax.training.configuration import ConfigError
 from marlin_jax.weights.weights import Architecture
 from tests.support import talking_mouths
 from tests.support.processes import on_eight_devices
