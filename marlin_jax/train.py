@@ -29,7 +29,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from marlin_jax.devices import xla_flags
-from marlin_jax.pretraining.configuration import check_batch, validate
+from marlin_jax.pretraining.configuration import validate
 from marlin_jax.training import config_flags
 from marlin_jax.training.configuration import ConfigError, flat
 
@@ -60,9 +60,9 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
   import jax
 
   from marlin_jax.data import loader, prepared_dataset, sample
-  from marlin_jax.devices import distributed, sharding
+  from marlin_jax.devices import chips, distributed, sharding
   from marlin_jax.evaluators import probe, reconstruction
-  from marlin_jax.pretraining import experiment, memory, warm_start
+  from marlin_jax.pretraining import experiment, warm_start
   from marlin_jax.training import (
     goodput,
     profiler,
@@ -105,16 +105,13 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
   )
 
   # --- Devices ----------------------------------------------------------------
-  try:
-    mesh = sharding.make_mesh(**config.mesh)
-  except ValueError as e:
-    raise ConfigError(str(e)) from e
-  check_batch(config, sharding.num_shards(mesh))
+  mesh = sharding.make_mesh(**config.mesh)
+  sharding.check_batch(mesh, config.batch_size)
   everywhere, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
 
   # --- Model ------------------------------------------------------------------
   # The least, so that all cut a batch into as many parts.
-  device_bytes = memory.device_bytes(jax.local_devices()[0])
+  device_bytes = chips.device_bytes(jax.local_devices()[0])
   trainer, initialise, schedule, take_clip = experiment.build(
     config, num_steps, mesh, distributed.smallest(device_bytes)
   )

@@ -6,8 +6,14 @@ Peaks are dense, without sparsity. Decimal units unless a name says GiB.
 from __future__ import annotations
 
 import dataclasses
+import os
+
+import jax
 
 _GIB = 2**30
+# Share of a device's memory that training may plan with. The rest is for other
+# programs and, on CPU, for the input pipeline.
+_USABLE = {"cpu": 0.5, "gpu": 0.8, "tpu": 0.9}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,5 +151,32 @@ CHIPS = (
 
 
 def find(device_kind: str) -> Chip | None:
-  """The chip that jax calls so; None for those that are not in the table."""
+  """Returns the chip of a jax device kind; None if CHIPS has no such chip."""
   return next((c for c in CHIPS if device_kind in c.device_kinds), None)
+
+
+def total_bytes(device: jax.Device) -> int:
+  """Returns the memory of a device of this process.
+
+  On CPU every device gets an equal share of the machine's memory.
+  """
+  total = (device.memory_stats() or {}).get("bytes_limit")
+  if total is None:
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = machine // jax.local_device_count()
+  return total
+
+
+def usable_bytes(total: int, platform: str) -> int:
+  """Returns the part of a device's memory that training may plan with.
+
+  Args:
+    total: memory of the device in bytes.
+    platform: 'cpu', 'gpu' or 'tpu'.
+  """
+  return int(total * _USABLE.get(platform, 0.5))
+
+
+def device_bytes(device: jax.Device) -> int:
+  """Returns `usable_bytes` of a device of this process."""
+  return usable_bytes(total_bytes(device), device.platform)

@@ -25,6 +25,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from marlin_jax.records.cli import UserError
+
 Pytree = Any
 
 AXES = ("data", "fsdp", "tensor")
@@ -52,6 +54,10 @@ RULES = (
 )
 
 
+class MeshError(UserError):
+  """Mesh or batch size that does not fit the devices."""
+
+
 def make_mesh(
   data: int = -1,
   fsdp: int = 1,
@@ -67,7 +73,7 @@ def make_mesh(
     devices: the devices to use; all of the process group by default.
 
   Raises:
-    ValueError: the sizes do not fit the number of devices or of slices.
+    MeshError: the sizes do not fit the number of devices or of slices.
   """
   devices = jax.devices() if devices is None else devices
   grid = arrange(data, fsdp, tensor, devices)
@@ -87,19 +93,19 @@ def arrange(
   there = f"there are {len(devices)} devices ({kinds})"
   if data == -1:
     if len(devices) % (fsdp * tensor):
-      raise ValueError(
+      raise MeshError(
         f"{asked}, but {there}, which {fsdp} x {tensor} does not divide; "
         "lower fsdp or tensor"
       )
     data = len(devices) // (fsdp * tensor)
   if data * fsdp * tensor != len(devices):
-    raise ValueError(
+    raise MeshError(
       f"{asked}: a mesh of {data * fsdp * tensor}, but {there}; use "
       "config.mesh.data=-1 for all that fsdp and tensor leave"
     )
   num_slices = len({getattr(d, "slice_index", 0) for d in devices})
   if data % num_slices:
-    raise ValueError(
+    raise MeshError(
       f"{asked}: {data} along data is no multiple of the {num_slices} slices "
       "that the devices belong to; fsdp and tensor must fit into one slice"
     )
@@ -113,6 +119,27 @@ def arrange(
 def num_shards(mesh: Mesh) -> int:
   """Parts that a batch is spread in: the devices along data and fsdp."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_batch(mesh: Mesh, batch_size: int, key: str = "batch_size") -> None:
+  """Checks that a batch divides over the devices along data and fsdp.
+
+  Args:
+    mesh: from `make_mesh`.
+    batch_size: clips per step.
+    key: the configuration's name for it.
+
+  Raises:
+    MeshError: the batch does not divide; names the nearest sizes that do.
+  """
+  shards = num_shards(mesh)
+  if batch_size % shards:
+    lower = batch_size // shards * shards
+    nearby = [str(n) for n in (lower, lower + shards) if n]
+    raise MeshError(
+      f"config.{key}={batch_size} does not divide over {shards} devices; "
+      f"nearby values that do: {', '.join(nearby)}"
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

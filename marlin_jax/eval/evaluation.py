@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from marlin_jax.data import prepared_dataset
@@ -26,7 +27,7 @@ from marlin_jax.eval import (
 )
 from marlin_jax.records import schema
 from marlin_jax.records.folders import write_bytes
-from marlin_jax.training.configuration import ConfigError, flat
+from marlin_jax.training.configuration import flat
 from marlin_jax.weights import formats, published
 from marlin_jax.weights.weights import (
   Architecture,
@@ -87,11 +88,8 @@ def evaluate(
     data,
   )
   weights = open_weights(config, checkpoint)
-  try:
-    mesh = sharding.make_mesh(**config.mesh)
-  except ValueError as e:
-    raise ConfigError(str(e)) from e
-  _check_batches(config, sharding.num_shards(mesh))
+  mesh = sharding.make_mesh(**config.mesh)
+  _check_batches(config, mesh)
   settings = configuration.identity(flat(config)) | {
     "checkpoint": encoder_sha256(weights),
     **{f"data.{role}": found[name].fingerprint for role, name in names.items()},
@@ -202,16 +200,14 @@ def open_weights(config: ConfigDict, checkpoint: str) -> Weights:
   return weights
 
 
-def _check_batches(config: ConfigDict, num_shards: int) -> None:
+def _check_batches(config: ConfigDict, mesh: Mesh) -> None:
   asked = configuration.split_names(config.modes)
   paper = config.protocol == "paper"
   for mode in {"attentive", "finetune"} & set(asked):
     section = "paper" if paper else mode
-    if config[section].batch_size % num_shards:
-      raise ConfigError(
-        f"config.{section}.batch_size={config[section].batch_size} does not "
-        f"divide over {num_shards} devices"
-      )
+    sharding.check_batch(
+      mesh, config[section].batch_size, f"{section}.batch_size"
+    )
 
 
 def _cells(config: ConfigDict, task: Task) -> list[Cell]:

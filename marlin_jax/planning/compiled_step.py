@@ -16,12 +16,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from marlin_jax.devices import sharding
+from marlin_jax.devices import chips, sharding
 from marlin_jax.planning import hlo, roofline
 from marlin_jax.planning.topology import Topology
 from marlin_jax.pretraining import experiment, flops, memory
-from marlin_jax.pretraining.configuration import check_batch
-from marlin_jax.training.configuration import ConfigError, flat
+from marlin_jax.training.configuration import flat
 
 # Compilations that a search may take.
 _MOST_TRIES = 5
@@ -141,16 +140,15 @@ def compile_step(config: ConfigDict, topology: Topology, busy: Busy) -> Step:
     busy: entered while the compiler works.
 
   Raises:
-    ConfigError: the mesh or the batch does not fit the devices.
+    MeshError: the mesh or the batch does not fit the devices.
   """
   start = time.perf_counter()
-  try:
-    mesh = sharding.make_mesh(**config.mesh, devices=topology.devices)
-  except ValueError as e:
-    raise ConfigError(str(e)) from e
+  mesh = sharding.make_mesh(**config.mesh, devices=topology.devices)
+  sharding.check_batch(mesh, config.batch_size)
   num_shards = sharding.num_shards(mesh)
-  check_batch(config, num_shards)
-  usable = memory.usable(topology.memory_bytes, topology.devices[0].platform)
+  usable = chips.usable_bytes(
+    topology.memory_bytes, topology.devices[0].platform
+  )
   trainer, initialise, *_ = experiment.build(
     config,
     config.num_steps or 1000,  # the schedule's, which takes no memory

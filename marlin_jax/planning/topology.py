@@ -13,8 +13,8 @@ import os
 import re
 from collections.abc import Sequence
 
+from marlin_jax.devices import chips
 from marlin_jax.devices.chips import Chip, find
-from marlin_jax.pretraining import memory
 from marlin_jax.records.cli import UserError
 
 FORMS = """\
@@ -117,7 +117,7 @@ def find_devices(name: str, num_slices: int = 1) -> Topology:
     name,
     devices,
     find(devices[0].device_kind),
-    memory.total_bytes(jax.local_devices()[0]),
+    chips.total_bytes(jax.local_devices()[0]),
   )
 
 

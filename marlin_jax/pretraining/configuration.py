@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from marlin_jax.records.schema import FRAME_SIZE, PATCH_SIZE
-from marlin_jax.training.configuration import ConfigError, get, refuse
+from marlin_jax.training.configuration import get, refuse
 
 # As masking and softmax_attention have them, which need jax to be imported.
 ATTENTION = ("auto", "plain", "chunked", "by_head", "cudnn", "flash")
@@ -81,26 +81,6 @@ def validate(config: ConfigDict) -> None:
     ConfigError: one line per problem: key, value found, what is expected.
   """
   refuse(_problems(config))
-
-
-def check_batch(config: ConfigDict, num_devices: int):
-  """The check that needs to know the devices.
-
-  Args:
-    config: the configuration.
-    num_devices: that share the batch: along mesh.data and mesh.fsdp.
-
-  Raises:
-    ConfigError: the batch does not divide over them.
-  """
-  if config.batch_size % num_devices:
-    lower = config.batch_size // num_devices * num_devices
-    nearby = [n for n in (lower, lower + num_devices) if n]
-    raise ConfigError(
-      f"config.batch_size={config.batch_size} does not divide over "
-      f"{num_devices} devices; nearby values that do: "
-      f"{', '.join(map(str, nearby))}"
-    )
 
 
 def _problems(config: ConfigDict) -> Iterator[str]:

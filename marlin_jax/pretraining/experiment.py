@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from marlin_jax.data import clip_geometry
 from marlin_jax.data.loader import TakeClip
 from marlin_jax.data.prepared_dataset import Dataset
-from marlin_jax.devices import sharding
+from marlin_jax.devices import chips, sharding
 from marlin_jax.models import discriminator, mae, softmax_attention
 from marlin_jax.pretraining import masking, memory, schedules, train_step
 from marlin_jax.records.schema import FRAME_SIZE
@@ -134,7 +134,7 @@ def build(
     nnx.eval_shape(make_discriminator)
   )
   if device_bytes is None:
-    device_bytes = memory.device_bytes(jax.local_devices()[0])
+    device_bytes = chips.device_bytes(jax.local_devices()[0])
   params, fixed = mae_shapes
   params = {"params": params, "fixed": fixed, "disc_params": disc_shapes[0]}
   fit = config.clips_per_device or clips_that_fit(

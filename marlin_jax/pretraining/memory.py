@@ -6,10 +6,6 @@ compares it with what XLA allocates.
 
 from __future__ import annotations
 
-import os
-
-import jax
-
 from marlin_jax.models import softmax_attention
 
 # For what the compiler adds of its own.
@@ -17,32 +13,6 @@ _MARGIN = 1.15
 # Rows of a head's weights, for what fused attention pads and copies: with half
 # of them 16 clips of B on a TPU v5e take a little more than is foretold.
 _FUSED_ROWS = 1024
-# Share of a device's memory that the run may plan with: the rest is for other
-# programs and, on CPU, the input pipeline.
-_USABLE = {"cpu": 0.5, "gpu": 0.8, "tpu": 0.9}
-
-
-def total_bytes(device: jax.Device) -> int:
-  """All memory of one device that is here.
-
-  On CPU an equal part of the machine's memory for each of its devices.
-  """
-  stats = device.memory_stats() or {}
-  total = stats.get("bytes_limit")
-  if total is None:
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    total = machine // jax.local_device_count()
-  return total
-
-
-def usable(total: int, platform: str) -> int:
-  """What of a device's memory training may plan with."""
-  return int(total * _USABLE.get(platform, 0.5))
-
-
-def device_bytes(device: jax.Device) -> int:
-  """Memory that training may use on one device that is here."""
-  return usable(total_bytes(device), device.platform)
 
 
 def clips_that_fit(

@@ -224,8 +224,17 @@ def test_slices_differ_along_data_alone():
   ],
 )
 def test_meshes_that_do_not_fit_are_refused(sizes, num_slices, words):
-  with pytest.raises(ValueError, match=words):
+  with pytest.raises(sharding.MeshError, match=words):
     sharding.arrange(*sizes, chips(num_slices, 8 // num_slices))
+
+
+def test_a_batch_that_does_not_divide_names_values_that_do():
+  mesh = AbstractMesh((4, 2, 3), sharding.AXES)
+  sharding.check_batch(mesh, 24)
+  with pytest.raises(
+    sharding.MeshError, match=r"expert.batch_size=30 .* 8 devices; .* 24, 32"
+  ):
+    sharding.check_batch(mesh, 30, "expert.batch_size")
 
 
 def test_a_mesh_of_one_device_is_the_default():

@@ -12,6 +12,7 @@ import pytest
 
 from configs import eval_dfd, eval_far
 from marlin_jax.data.prepared_dataset import DatasetError
+from marlin_jax.devices.sharding import MeshError
 from marlin_jax.downstream import clip_batches, labelled, tasks
 from marlin_jax.eval.evaluation import open_weights
 from marlin_jax.records.folders import OutputFolderError
@@ -241,7 +242,7 @@ def test_dfd_is_the_same_on_two_devices_as_on_one(face_data, tmp_path):
     ({"tasks": "sentiment"}, tasks.TaskError, "is a value; say where"),
     ({"modes": "linear,magic"}, ConfigError, "modes='linear,magic'"),
     ({"data.ratio": "0,1"}, ConfigError, r"data.ratio='0,1': expected"),
-    ({"mesh.data": 3}, ConfigError, "config.mesh.data=3"),
+    ({"mesh.data": 3}, MeshError, "config.mesh.data=3"),
     (
       {"protocol": "paper", "pool": "std"},
       ConfigError,

@@ -7,7 +7,6 @@ from marlin_jax.models import softmax_attention
 from marlin_jax.pretraining import masking
 from marlin_jax.pretraining.configuration import (
   _CHOICES,
-  check_batch,
   validate,
 )
 from marlin_jax.training.configuration import ConfigError
@@ -71,11 +70,3 @@ def test_values_that_make_no_sense_are_refused(changes, words):
 def test_choices_are_those_of_the_modules_they_are_for():
   assert _CHOICES["mask.strategy"] == masking.STRATEGIES
   assert _CHOICES["attention"] == softmax_attention.IMPLEMENTATIONS
-
-
-def test_a_batch_that_does_not_divide_names_values_that_do():
-  config = pretrain_b.get_config()
-  config.batch_size = 30
-  check_batch(config, 6)
-  with pytest.raises(ConfigError, match="over 8 devices; .* 24, 32"):
-    check_batch(config, 8)

@@ -24,7 +24,6 @@ from marlin_jax.lipsync.training.generator_training import GeneratorCourse
 from marlin_jax.pretraining.experiment import count
 from marlin_jax.training import goodput, remote_files
 from marlin_jax.training import loop as training_run
-from marlin_jax.training.configuration import ConfigError
 
 Course = ExpertCourse | GeneratorCourse
 
@@ -93,13 +92,10 @@ def _run(config, data, workdir, build, held: contextlib.ExitStack):
   # --- Data, devices, networks ------------------------------------------------
   dataset = prepared_dataset.open_dataset(data, config.data.train)
   eval_dataset = prepared_dataset.open_dataset(data, config.data.val)
-  try:
-    mesh = sharding.make_mesh(config.mesh.data)
-  except ValueError as e:
-    raise ConfigError(str(e)) from e
+  mesh = sharding.make_mesh(config.mesh.data)
   course = build(mesh)
   settings = course.settings
-  _check_batch(settings.batch_size, sharding.num_shards(mesh))
+  sharding.check_batch(mesh, settings.batch_size, f"{course.part}.batch_size")
   everywhere, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
   if is_leader:
     print(_plan(course, dataset, eval_dataset, mesh), flush=True)
@@ -202,14 +198,6 @@ def _run(config, data, workdir, build, held: contextlib.ExitStack):
       print("the same command goes on from there")
     print(timer.summary(), flush=True)
   return state, signum
-
-
-def _check_batch(batch_size: int, num_devices: int) -> None:
-  if batch_size % num_devices:
-    raise ConfigError(
-      f"a batch_size of {batch_size} does not divide over {num_devices} "
-      "devices; choose a multiple, or set config.mesh.data"
-    )
 
 
 def _plan(course, dataset, eval_dataset, mesh: Mesh) -> str:

@@ -39,7 +39,8 @@ class ExpertCourse:
   """A run of `--mode=train_expert`.
 
   Attributes:
-    settings: config.expert.
+    part: its section of the configuration.
+    settings: that section, config.expert.
     take: record -> clips.
     fields: of a batch, what a step gets.
     meta: what a resumed run must agree in, and what says what the network is.
@@ -47,6 +48,7 @@ class ExpertCourse:
     summary: the network in a line.
   """
 
+  part = "expert"
   fields = ("video", "mel", "offset")
 
   def __init__(self, config: ConfigDict, mesh: Mesh):

@@ -54,6 +54,7 @@ _PICTURES = ("masked", "reference", "drawn", "target")
 class GeneratorCourse:
   """A run of `--mode=train`; the attributes are those of ExpertCourse."""
 
+  part = "generator"
   fields = ("video", "reference", "mel", "mels")
 
   def __init__(
