@@ -27,6 +27,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from marlin_jax.records import folders
 from marlin_jax.records.cli import UserError
 
 CONNECT_TIMEOUT_SECS = 5
@@ -167,8 +168,7 @@ _unreachable_hosts: set[str] = set()
 
 def cache_folder() -> Path:
   """Returns `$MARLIN_HOME/assets`; it need not exist."""
-  home = os.environ.get("MARLIN_HOME") or "~/.cache/marlin_jax"
-  return Path(home).expanduser() / "assets"
+  return folders.cache_home() / "assets"
 
 
 def fetch(name: str) -> Path:

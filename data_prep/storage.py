@@ -13,9 +13,10 @@ import os
 import shutil
 import stat
 import tempfile
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from marlin_jax.records import folders
 
 
 def path_of(text: str | os.PathLike) -> Path:
@@ -112,15 +113,10 @@ def partial_path(path: Path) -> Path:
   Two machines may be at the same work, where one of them was given up for
   lost: each has a name of its own.
   """
-  name = f"{path.name}.{uuid.uuid4().hex[:8]}.partial"
+  name = folders.partial_name(path.name)
   if is_remote(path):
     return Path(tempfile.gettempdir()) / name
   return path.with_name(name)
-
-
-def of_partial(partial: Path) -> str:
-  """Returns the name that `partial_path` was given."""
-  return partial.name.rsplit(".", 2)[0]
 
 
 def publish(source: Path, target: Path) -> None:

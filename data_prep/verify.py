@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep import storage
 from data_prep.output import ledger
-from marlin_jax.records import cli, schema
+from marlin_jax.records import cli, folders, schema
 from marlin_jax.records.cli import UserError, counted
 
 if TYPE_CHECKING:
@@ -81,14 +81,14 @@ def verify(dataset_dir: Path, num_workers: int) -> dict[str, Any]:
   if settings and version != schema.SCHEMA_VERSION:
     # Nothing else can be judged by this program's rules.
     what = f"schema_version {version}, this program reads "
-    problems.add("schema", "settings.json", f"{what}{schema.SCHEMA_VERSION}")
+    problems.add("schema", folders.SETTINGS, f"{what}{schema.SCHEMA_VERSION}")
     return _report(dataset_dir, {}, [], problems, started_at)
   try:
     shard_split, expected = folder_checks.expected(settings)
   except (KeyError, TypeError, AttributeError) as e:
     problems.add(
       "damaged",
-      "settings.json",
+      folders.SETTINGS,
       f"missing or damaged ({e!r}), so it is not known what should be here; "
       "restore it, or prepare into a new folder",
     )
@@ -150,14 +150,14 @@ def _settings(dataset_dir: Path) -> dict[str, Any]:
     raise _NothingToVerify(f"{dataset_dir} is no folder")
   names = [path.name for path in dataset_dir.iterdir()]
   if not any(
-    name in ("settings.json", "videos.jsonl", "dataset_info.json")
+    name in (folders.SETTINGS, folders.VIDEOS, folders.DATASET_INFO)
     or ".array_record" in name
     for name in names
   ):
     raise _NothingToVerify(
       f"{dataset_dir} holds none of the files that data_prep.prepare writes"
     )
-  found = ledger.read_json(dataset_dir / "settings.json")
+  found = ledger.read_json(dataset_dir / folders.SETTINGS)
   return found if isinstance(found, dict) else {}
 
 

@@ -13,7 +13,7 @@ from data_prep.engines import pool, workers
 from data_prep.output import shards
 from data_prep.output.shard_job import ShardJob
 from data_prep.video import video_to_records
-from marlin_jax.records.folders import write_bytes
+from marlin_jax.records import folders
 
 # Of 32 videos each: some 3 MB.
 JOBS_PER_FILE = 256
@@ -59,9 +59,9 @@ def _write(jobs: Sequence[ShardJob]) -> list[str]:
   files = []
   for start in range(0, len(jobs), JOBS_PER_FILE):
     some = jobs[start : start + JOBS_PER_FILE]
-    file = some[0].output / "parts" / f"jobs-{len(files)}.jsonl"
+    file = some[0].output / folders.PARTS / f"jobs-{len(files)}.jsonl"
     text = "".join(f"{job.to_json()}\n" for job in some)
-    write_bytes(file, text.encode())
+    folders.write_bytes(file, text.encode())
     files.append(os.fspath(file))
   return files
 

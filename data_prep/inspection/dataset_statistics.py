@@ -20,7 +20,7 @@ from data_prep.output import dataset_folder, ledger, shards
 from data_prep.sources.listing import Label
 from data_prep.sources.manifest import stable_hash
 from data_prep.video import video_to_records
-from marlin_jax.records import schema
+from marlin_jax.records import folders, schema
 from marlin_jax.records.cli import UserError
 from marlin_jax.records.schema import Record
 
@@ -188,8 +188,8 @@ def _described(
   dataset_dir: Path,
 ) -> tuple[dict[str, Any], dict[str, Any], list[ledger.Entry]]:
   """Returns settings, metadata and ledger."""
-  settings = ledger.read_json(dataset_dir / "settings.json")
-  metadata = ledger.read_json(dataset_dir / "metadata.json")
+  settings = ledger.read_json(dataset_dir / folders.SETTINGS)
+  metadata = ledger.read_json(dataset_dir / folders.METADATA)
   if not settings or not metadata:
     raise DatasetError(
       f"{dataset_dir} is no finished data set of data_prep.prepare: "
@@ -200,7 +200,7 @@ def _described(
       f"{dataset_dir} is of schema_version {metadata['schema_version']}, this "
       f"program reads {schema.SCHEMA_VERSION}; prepare into a new folder"
     )
-  path = dataset_dir / "videos.jsonl"
+  path = dataset_dir / folders.VIDEOS
   try:
     with path.open("rb") as lines:
       entries = [ledger.Entry(**json.loads(line)) for line in lines]

@@ -16,12 +16,12 @@ from data_prep.inspection.record_checks import Expected, FoundShard, Problems
 from data_prep.output import dataset_folder, ledger, shards
 from data_prep.sources.listing import Label
 from data_prep.video import video_to_records
-from marlin_jax.records import quality_index, schema
+from marlin_jax.records import folders, quality_index, schema
 from marlin_jax.records.cli import counted
 
 _FILES = (
-  *("settings.json", "videos.jsonl", "quarantine.jsonl", "hashes.json"),
-  *("metadata.json", "features.json", "dataset_info.json"),
+  *(folders.SETTINGS, folders.VIDEOS, folders.QUARANTINE, folders.HASHES),
+  *(folders.METADATA, folders.FEATURES, folders.DATASET_INFO),
 )
 # More would hide the other notes.
 _MAX_NOTES = 20
@@ -50,22 +50,22 @@ def expected(settings: dict[str, Any]) -> tuple[dict[str, str], Expected]:
 def check_files(
   dataset_dir: Path, shard_split: dict[str, str], problems: Problems
 ) -> None:
-  if (dataset_dir / "parts").exists():
+  if (dataset_dir / folders.PARTS).exists():
     problems.add(
       "unfinished",
-      "parts",
+      folders.PARTS,
       "left by a run that was stopped, or that is still going",
     )
-  if not (dataset_dir / "dataset_info.json").exists():
+  if not (dataset_dir / folders.DATASET_INFO).exists():
     problems.add(
-      "unfinished", "dataset_info.json", "missing, and it is written last"
+      "unfinished", folders.DATASET_INFO, "missing, and it is written last"
     )
   wanted = {*_FILES, *shard_split, *map(quality_index.name_for, shard_split)}
-  for name in sorted(wanted - {"dataset_info.json"}):
+  for name in sorted(wanted - {folders.DATASET_INFO}):
     if not (dataset_dir / name).is_file():
       problems.add("missing", name, "no such file")
   found = {path.name for path in dataset_dir.iterdir()}
-  for name in sorted(found - wanted - {"parts"}):
+  for name in sorted(found - wanted - {folders.PARTS}):
     problems.add("unexpected", name, "data_prep.prepare did not write it here")
 
 
@@ -73,7 +73,7 @@ def read_ledger(
   dataset_dir: Path, problems: Problems
 ) -> dict[str, ledger.Entry]:
   """Returns the ledger by video_id."""
-  path = dataset_dir / "videos.jsonl"
+  path = dataset_dir / folders.VIDEOS
   entries: dict[str, ledger.Entry] = {}
   if not path.exists():
     return entries
@@ -117,7 +117,7 @@ def check_ledger(
     if (entry.status == video_to_records.KEPT) != bool(entry.num_records):
       what = f"status {entry.status!r} with {entry.num_records} records"
       problems.add("counts", where, what)
-  path = dataset_dir / "quarantine.jsonl"
+  path = dataset_dir / folders.QUARANTINE
   expected = ledger.as_lines(dataset_folder.refused(entries.values()))
   if path.exists() and path.read_bytes() != expected.encode():
     what = "not the lines of videos.jsonl that were left out"
@@ -157,14 +157,14 @@ def check_hashes(
   found: list[FoundShard],
   problems: Problems,
 ) -> None:
-  hashes = _json(dataset_dir / "hashes.json", problems)
+  hashes = _json(dataset_dir / folders.HASHES, problems)
   for shard in found:
     expected = hashes.get(shard.name)
     if expected != shard.sha256 and shard.sha256:
       what = f"SHA-256 {shard.sha256}, hashes.json says {expected}"
       problems.add("damaged", shard.name, what)
   for name in sorted(set(hashes) - set(shard_split)):
-    problems.add("counts", "hashes.json", f"names {name!r}, which is no shard")
+    problems.add("counts", folders.HASHES, f"names {name!r}, which is no shard")
 
 
 def check_places(
@@ -259,19 +259,19 @@ def check_metadata(
   entries: dict[str, ledger.Entry],
   problems: Problems,
 ) -> None:
-  metadata = _json(dataset_dir / "metadata.json", problems)
+  metadata = _json(dataset_dir / folders.METADATA, problems)
   if not metadata:
     return
   version = metadata.get("schema_version")
   if version != schema.SCHEMA_VERSION:
     problems.add(
       "schema",
-      "metadata.json",
+      folders.METADATA,
       f"schema_version {version}, this program reads {schema.SCHEMA_VERSION}",
     )
   if metadata.get("labels") != settings["labels"]:
     what = "labels are not those of settings.json"
-    problems.add("counts", "metadata.json", what)
+    problems.add("counts", folders.METADATA, what)
   splits = metadata.get("splits", {})
   for split in sorted({*splits, *(e.split for e in entries.values())}):
     expected = dataset_folder.counts(
@@ -279,7 +279,7 @@ def check_metadata(
     )
     if splits.get(split) != expected:
       what = f"{split}: {splits.get(split)}, videos.jsonl gives {expected}"
-      problems.add("counts", "metadata.json", what)
+      problems.add("counts", folders.METADATA, what)
 
 
 def check_tfds(
@@ -290,7 +290,7 @@ def check_tfds(
   problems: Problems,
 ) -> None:
   """Opens the data set with TFDS, reads a record a split, compares counts."""
-  if not (dataset_dir / "dataset_info.json").exists():
+  if not (dataset_dir / folders.DATASET_INFO).exists():
     return
   import tensorflow_datasets as tfds
 
@@ -301,12 +301,12 @@ def check_tfds(
     wanted = set(shards.features(expected.labels, expected.has_sound))
     if features != wanted:
       what = f"features {sorted(features)}, expected {sorted(wanted)}"
-      problems.add("tfds", "features.json", what)
+      problems.add("tfds", folders.FEATURES, what)
     infos = builder.info.splits
     if set(infos) != set(shard_split.values()):
       what = f"splits {sorted(infos)}, settings.json says "
       what += str(sorted(set(shard_split.values())))
-      problems.add("counts", "dataset_info.json", what)
+      problems.add("counts", folders.DATASET_INFO, what)
     for split, info in infos.items():
       names = [name for name in shard_split if shard_split[name] == split]
       lengths = [
@@ -314,7 +314,7 @@ def check_tfds(
       ]
       if list(info.shard_lengths) != lengths:
         what = f"{split}: {list(info.shard_lengths)} records, found {lengths}"
-        problems.add("counts", "dataset_info.json", what)
+        problems.add("counts", folders.DATASET_INFO, what)
       elif info.num_examples:
         builder.as_data_source(split=split)[0]
   except Exception as e:  # whatever TFDS raises, it could not read the data set

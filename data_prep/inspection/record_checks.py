@@ -15,11 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.output import ledger, shards
+from data_prep.output import shards
 from data_prep.sources import listing
 from data_prep.sources.listing import Label
 from data_prep.video.video_to_records import segment_lengths
-from marlin_jax.records import mel_spectrogram, quality_index, schema
+from marlin_jax.records import (
+  folders,
+  mel_spectrogram,
+  quality_index,
+  schema,
+)
 from marlin_jax.records.schema import Record
 
 # The most important first: what is wrong, and what to do.
@@ -189,7 +194,7 @@ def check_shard(
     OSError: the file cannot be read.
   """
   found.num_bytes = path.stat().st_size
-  found.sha256 = ledger.sha256_of(path)
+  found.sha256 = folders.sha256_of(path)
   num_records = shards.num_records(path)
   if num_records is None:
     what = f"no whole ArrayRecord file ({found.num_bytes} bytes)"

@@ -38,8 +38,8 @@ from data_prep.output.ledger import Entry
 from data_prep.output.shard_job import ShardJob, note_path, ready_path
 from data_prep.sources.manifest import Input, Source, stable_hash
 from data_prep.video import video_to_records
-from marlin_jax.records import quality_index, schema
-from marlin_jax.records.folders import Lock, OutputFolderError, write_bytes
+from marlin_jax.records import folders, quality_index, schema
+from marlin_jax.records.folders import Lock, OutputFolderError
 
 # Some 100 MB of short clips.
 VIDEOS_PER_SHARD = 32
@@ -129,7 +129,7 @@ class DatasetFolder:
     self.path = path
     sources = videos.sources
     self._labels, self._has_sound = videos.labels, videos.has_sound
-    self._parts = path / "parts"
+    self._parts = path / folders.PARTS
     index, count = task
     self._is_task = count > 1
     # A bucket has no locks.
@@ -139,7 +139,7 @@ class DatasetFolder:
       if self._is_task and has_locks:
         name = f"task-{index}-of-{count}.lock"
         self._locks.append(Lock(self._parts, name))
-      self._found = ledger.read_json(path / "settings.json")
+      self._found = ledger.read_json(path / folders.SETTINGS)
       self._settings = self._agree(recipe, num_shards, sources)
       self._sources = {source.video_id: source for source in sources}
       self._shards: dict[str, dict[str, Source]] = {
@@ -178,13 +178,13 @@ class DatasetFolder:
     sources: Sequence[Source],
   ) -> dict[str, Any]:
     """Returns the settings, after comparing them with those of the folder."""
-    path = self.path / "settings.json"
+    path = self.path / folders.SETTINGS
     found = ledger.read_json(path)
     # Another task may be about to write it.
     strangers = [
       entry
       for entry in storage.listing(self.path)
-      if entry != self._parts and entry.suffix != ".partial"
+      if entry != self._parts and entry.suffix != folders.PARTIAL_SUFFIX
     ]
     if found is None and strangers:
       raise OutputFolderError(
@@ -217,7 +217,7 @@ class DatasetFolder:
     return {**recipe, "num_shards": dict(sorted(counts.items()))}
 
   def _holds_results(self) -> bool:
-    return (self.path / "videos.jsonl").exists() or any(
+    return (self.path / folders.VIDEOS).exists() or any(
       path.suffix == ".json" for path in storage.listing(self._parts)
     )
 
@@ -233,7 +233,7 @@ class DatasetFolder:
     """Reads the ledgers, and completes or clears what a killed run left."""
     for partial in self._leftovers():
       partial.unlink(missing_ok=True)
-    self._hashes = ledger.read_json(self.path / "hashes.json") or {}
+    self._hashes = ledger.read_json(self.path / folders.HASHES) or {}
     # Asking a bucket for each part of a million videos takes hours.
     self._names = {path.name for path in storage.listing(self._parts)}
     for entry in self._ledger_lines():
@@ -244,7 +244,7 @@ class DatasetFolder:
       note = note_file.name in self._names and ledger.read_json(note_file)
       ready = ready_path(self.path, shard)
       if shard in self._own and ready.name in self._names:
-        if note and ledger.sha256_of(ready) == note["sha256"]:
+        if note and folders.sha256_of(ready) == note["sha256"]:
           storage.publish(ready, self.path / shard)
         else:
           ready.unlink()
@@ -269,7 +269,7 @@ class DatasetFolder:
       path
       for folder in (self.path, self._parts)
       for path in storage.listing(folder)
-      if path.suffix == ".partial"
+      if path.suffix == folders.PARTIAL_SUFFIX
     ]
     if not self._is_task:
       yield from partials
@@ -282,11 +282,11 @@ class DatasetFolder:
       for video_id in self._shards[shard]
     }
     for partial in partials:
-      if storage.of_partial(partial) in own:
+      if folders.final_name(partial.name) in own:
         yield partial
 
   def _ledger_lines(self) -> list[Entry]:
-    path = self.path / "videos.jsonl"
+    path = self.path / folders.VIDEOS
     if not path.exists():
       return []
     try:
@@ -321,7 +321,7 @@ class DatasetFolder:
 
     todo: list[Source] = []
     to_write: list[str] = []
-    ledger_since = ledger.modified(self.path / "videos.jsonl")
+    ledger_since = ledger.modified(self.path / folders.VIDEOS)
     own = {name: of for name, of in self._shards.items() if name in self._own}
     for shard, videos in own.items():
       note = note_path(self.path, shard)
@@ -362,7 +362,7 @@ class DatasetFolder:
 
   @property
   def is_finished(self) -> bool:
-    return (self.path / "dataset_info.json").exists() and all(
+    return (self.path / folders.DATASET_INFO).exists() and all(
       path.exists() and path.read_bytes() == data
       for path, data in self._quality_files()
     )
@@ -393,14 +393,14 @@ class DatasetFolder:
     Raises:
       OutputFolderError: another task has begun it otherwise in the meantime.
     """
-    found = ledger.read_json(self.path / "settings.json")
+    found = ledger.read_json(self.path / folders.SETTINGS)
     if self._is_task and found not in (None, self._found, self._settings):
       raise OutputFolderError(
         f"another task has begun {self.path} just now, with other settings or "
         "another input; run this one again to see which"
       )
-    (self.path / "dataset_info.json").unlink(missing_ok=True)
-    ledger.write_json(self.path / "settings.json", self._settings, indent=2)
+    (self.path / folders.DATASET_INFO).unlink(missing_ok=True)
+    ledger.write_json(self.path / folders.SETTINGS, self._settings, indent=2)
     self._parts.mkdir(parents=True, exist_ok=True)
     for source in plan.todo:
       # Not wanted any more; whoever does a job takes what is there as done.
@@ -473,10 +473,10 @@ class DatasetFolder:
   def write_ledgers(self) -> None:
     """Writes what became of each video, once all shards are there."""
     lines = [dataclasses.asdict(entry) for entry in self.entries]
-    ledger.write_lines(self.path / "videos.jsonl", lines)
-    ledger.write_lines(self.path / "quarantine.jsonl", refused(self.entries))
+    ledger.write_lines(self.path / folders.VIDEOS, lines)
+    ledger.write_lines(self.path / folders.QUARANTINE, refused(self.entries))
     hashes = {shard: self._hashes[shard] for shard in self._shards}
-    ledger.write_json(self.path / "hashes.json", hashes, indent=2)
+    ledger.write_json(self.path / folders.HASHES, hashes, indent=2)
 
   def finish(self) -> None:
     """Writes the trainer's and TFDS's files, and removes the parts."""
@@ -504,7 +504,7 @@ class DatasetFolder:
         Path(staging), splits, metadata, self._labels, self._has_sound
       ):
         data = (Path(staging) / name).read_bytes()
-        write_bytes(self.path / name, data)
+        folders.write_bytes(self.path / name, data)
     self.remove_parts()
 
   def remove_parts(self) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 from data_prep import storage
 from data_prep.sources.manifest import Source
 from data_prep.video import video_to_records
-from marlin_jax.records.folders import write_bytes
+from marlin_jax.records import folders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Entry:
     num_bytes, digest = 0, ""
     # Where it cannot be read, the outcome's reason says so.
     with contextlib.suppress(OSError):
-      digest = sha256_of(source.path)
+      digest = folders.sha256_of(source.path)
       num_bytes, _ = _size_and_change(source.path)
     limits = None
     if outcome.status == video_to_records.QUARANTINED:
@@ -74,31 +72,13 @@ class Entry:
     )
 
 
-def sha256_of(path: Path) -> str:
-  """Returns the hash of a file, or of a folder's files, in hexadecimal."""
-  if path.is_dir():
-    lines = [f"{sha256_of(file)} {file.name}\n" for file in _files_of(path)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _files_of(folder: Path) -> list[Path]:
-  # No link, as the decoder: it may lead to what has no end.
-  return sorted(
-    file
-    for file in folder.iterdir()
-    if file.is_file() and not os.path.islink(file)
-  )
-
-
 def _size_and_change(path: Path) -> tuple[int, float]:
   """Returns size in bytes and time of the last change, of a folder's files."""
   is_folder, size, change = storage.status(path)
   if not is_folder:
     return size, change
   _, sizes, changes = zip(
-    (True, 0, change), *map(storage.status, _files_of(path)), strict=True
+    (True, 0, change), *map(storage.status, folders.files_in(path)), strict=True
   )
   return sum(sizes), max(changes)
 
@@ -123,7 +103,7 @@ def is_of(entry: Entry, source: Source, since: float) -> bool:
   try:
     num_bytes, change = _size_and_change(source.path)
     return entry.num_bytes == num_bytes and (
-      change <= since or sha256_of(source.path) == entry.sha256
+      change <= since or folders.sha256_of(source.path) == entry.sha256
     )
   except OSError:
     return False
@@ -159,4 +139,4 @@ def write_if_new(path: Path, data: bytes) -> None:
   """Writes under another name and renames; leaves an equal file alone."""
   if path.exists() and path.read_bytes() == data:
     return
-  write_bytes(path, data)
+  folders.write_bytes(path, data)

@@ -17,6 +17,7 @@ from data_prep import storage
 from data_prep.output import ledger, shards
 from data_prep.output.ledger import Entry
 from data_prep.sources.manifest import Source
+from marlin_jax.records import folders
 
 
 @dataclasses.dataclass
@@ -87,7 +88,7 @@ class ShardJob:
     ready = ready_path(self.output, self.shard)
     partial = storage.partial_path(ready)
     shards.write_shard(partial, in_order)
-    digest = ledger.sha256_of(partial)
+    digest = folders.sha256_of(partial)
     storage.publish(partial, ready)
     entries = {entry.video_id: entry for entry, _, _ in in_order}
     lines = [dataclasses.asdict(entry) for entry in entries.values()]
@@ -119,9 +120,9 @@ class ShardJob:
 
 def ready_path(output: Path, shard: str) -> Path:
   """Where a verified shard waits until its ledger lines are there."""
-  return output / "parts" / f"{shard}.ready"
+  return output / folders.PARTS / f"{shard}.ready"
 
 
 def note_path(output: Path, shard: str) -> Path:
   """Where a shard's hash and ledger lines are until the run ends."""
-  return output / "parts" / f"{shard}.json"
+  return output / folders.PARTS / f"{shard}.json"

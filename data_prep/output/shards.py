@@ -14,7 +14,7 @@ from typing import Any, Self
 from data_prep import storage
 from data_prep.output import ledger
 from data_prep.sources.listing import Label
-from marlin_jax.records import schema
+from marlin_jax.records import folders, schema
 from marlin_jax.records.cli import UserError
 
 # One record per chunk: a random read then decompresses nothing else.
@@ -158,8 +158,8 @@ class Part:
 
   def __init__(self, output: Path, video_id: str) -> None:
     name = hashlib.sha256(video_id.encode()).hexdigest()[:32]
-    self.records = output / "parts" / f"{name}.array_record"
-    self.line = output / "parts" / f"{name}.json"
+    self.records = output / folders.PARTS / f"{name}.array_record"
+    self.line = output / folders.PARTS / f"{name}.json"
 
   def entry(self) -> ledger.Entry | None:
     """Returns the ledger line, None where the part is not there whole."""
@@ -306,4 +306,4 @@ def write_tfds_metadata(
     description="Face tracks for masked autoencoder pretraining.",
     metadata=tfds.core.MetadataDict(metadata),
   )
-  return ["features.json", "metadata.json", "dataset_info.json"]
+  return [folders.FEATURES, folders.METADATA, folders.DATASET_INFO]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib
 import os
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from data_prep import assets
+from marlin_jax.records.folders import sha256_of
 
 # Each parser's model among the assets; None where nobody has published a hash
 # of it, so that it is never downloaded: a TorchScript file is a program.
@@ -142,9 +142,7 @@ class ParserChoice:
     if self.path is None and asset_name is not None:
       return {asset_name: assets.ASSETS[asset_name].sha256}
     file = self.model_file()
-    with file.open("rb") as opened:
-      digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    return {file.name: digest}
+    return {file.name: sha256_of(file)}
 
 
 DEFAULT = ParserChoice()

@@ -9,7 +9,7 @@ import json
 import grain
 from etils import epath
 
-from marlin_jax.records import quality_index, schema
+from marlin_jax.records import folders, quality_index, schema
 from marlin_jax.records.cli import UserError
 from marlin_jax.records.quality_index import Selection
 
@@ -65,18 +65,18 @@ def open_dataset(path: str, split: str, min_quality: float = 0.0) -> Dataset:
   """
   root = epath.Path(path)
   advice = "Make one with: python -m data_prep.prepare --input DIR --output DIR"
-  if not (root / "dataset_info.json").exists():
-    started = (root / "parts").exists()
+  if not (root / folders.DATASET_INFO).exists():
+    started = (root / folders.PARTS).exists()
     raise DatasetError(
-      f"{path} has no dataset_info.json"
+      f"{path} has no {folders.DATASET_INFO}"
       + (
         ": its preparation has not finished; run it again to complete it."
         if started
         else f", so it is no prepared data set. {advice}"
       )
     )
-  info = json.loads((root / "dataset_info.json").read_text())
-  meta = json.loads((root / "metadata.json").read_text())
+  info = json.loads((root / folders.DATASET_INFO).read_text())
+  meta = json.loads((root / folders.METADATA).read_text())
   version = meta["schema_version"]
   if version != schema.SCHEMA_VERSION:
     raise DatasetError(
@@ -93,7 +93,7 @@ def open_dataset(path: str, split: str, min_quality: float = 0.0) -> Dataset:
   shards = _shards(root, split, len(lengths))
   if not sum(lengths):
     raise DatasetError(f"split '{split}' of {path} holds no records. {advice}")
-  hashes = json.loads((root / "hashes.json").read_text())
+  hashes = json.loads((root / folders.HASHES).read_text())
   content = [version, [hashes[epath.Path(s).name] for s in shards]]
   dataset = Dataset(
     path=str(path),

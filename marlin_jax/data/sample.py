@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-from marlin_jax.records import schema
+from marlin_jax.records import folders, schema
 from marlin_jax.records.cli import UserError
 
 NOTICE = """\
@@ -50,11 +49,9 @@ def prepare_sample() -> str:
   Raises:
     SampleError: the stage failed; it has said why.
   """
-  home = os.environ.get("MARLIN_HOME", "~/.cache/marlin_jax")
   # An older version's data set stays where that version looks for it.
-  name = f"sample-v{schema.SCHEMA_VERSION}"
-  directory = Path(home).expanduser() / name
-  if not (directory / "dataset_info.json").exists():
+  directory = folders.cache_home() / f"sample-v{schema.SCHEMA_VERSION}"
+  if not (directory / folders.DATASET_INFO).exists():
     print(f"Preparing the sample data set in {directory} ...", flush=True)
     command = [sys.executable, "-m", "data_prep.prepare"]
     command += ["--input", "sample", "--output", str(directory)]

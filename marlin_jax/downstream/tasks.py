@@ -21,6 +21,7 @@ import numpy as np
 from etils import epath
 
 from marlin_jax.downstream import scores
+from marlin_jax.records import folders
 from marlin_jax.records.cli import UserError
 
 KINDS = ("binary", "class", "value")
@@ -158,7 +159,7 @@ def known_labels(path: str) -> dict[str, dict[str, Any]]:
   Args:
     path: directory of a prepared data set.
   """
-  meta = json.loads((epath.Path(path) / "metadata.json").read_text())
+  meta = json.loads((epath.Path(path) / folders.METADATA).read_text())
   return meta.get("labels", {})
 
 

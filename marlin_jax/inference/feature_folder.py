@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -21,7 +20,12 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from marlin_jax.records.folders import Lock, OutputFolderError, write_bytes
+from marlin_jax.records.folders import (
+  Lock,
+  OutputFolderError,
+  sha256_of,
+  write_bytes,
+)
 
 # Raised whenever the meaning of a file changes.
 SCHEMA_VERSION = 1
@@ -295,9 +299,3 @@ def _parquet(
   data = io.BytesIO()
   pyarrow.parquet.write_table(table, data, compression="zstd")
   return data.getvalue()
-
-
-def sha256_of(path: Path) -> str:
-  """Returns the hash of a file's bytes in hexadecimal."""
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()

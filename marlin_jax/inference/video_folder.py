@@ -17,6 +17,7 @@ from marlin_jax.inference.face_windows import (
   read_windows,
 )
 from marlin_jax.records.cli import UserError
+from marlin_jax.records.folders import sha256_of
 
 if TYPE_CHECKING:
   from data_prep.engines.progress import VideoBar
@@ -187,9 +188,7 @@ def _open_work(settings: WindowSettings) -> Iterator[Callable]:
 
 
 def _outcome(path: Path, reason: str) -> Outcome:
-  from data_prep.output import ledger
-
   try:
-    return Outcome(reason, ledger.sha256_of(path), path.stat().st_size)
+    return Outcome(reason, sha256_of(path), path.stat().st_size)
   except OSError as e:
     return Outcome(reason or f"cannot read: {e.strerror}", "", 0)

@@ -1,33 +1,60 @@
-"""Output that may be interrupted at any moment: a lock, and whole files."""
+"""Output folders: file names, hashes, locks, and writes that are never half."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import fcntl
+import hashlib
 import os
 import socket
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from marlin_jax.records.cli import UserError
 
+# Files of a prepared data set; data_prep.output.dataset_folder describes them.
+SETTINGS = "settings.json"
+VIDEOS = "videos.jsonl"
+QUARANTINE = "quarantine.jsonl"
+HASHES = "hashes.json"
+METADATA = "metadata.json"
+FEATURES = "features.json"
+# Written last, so a data set that holds it is complete.
+DATASET_INFO = "dataset_info.json"
+# Folder of an unfinished run.
+PARTS = "parts"
+
+PARTIAL_SUFFIX = ".partial"
+
 
 class OutputFolderError(UserError):
-  """The folder cannot be written to by this run; the message says why."""
+  """This run cannot write to the folder; the message says why."""
+
+
+def cache_home() -> Path:
+  """Returns the folder for downloads: `$MARLIN_HOME` or ~/.cache/marlin_jax.
+
+  It need not exist.
+  """
+  home = os.environ.get("MARLIN_HOME") or "~/.cache/marlin_jax"
+  return Path(home).expanduser()
 
 
 class Lock:
-  """Keeps other runs out of a folder until it is closed, or the process ends.
+  """Keeps other runs out of a folder until closed or until the process ends.
 
   Args:
-    path: the folder; made where it is missing.
-    shared: keep out only those that want the folder for themselves.
-    file_name: lock a file of this name in it, which then tells who has it, and
-      which network disks can lock, too. Without, the folder itself is locked,
-      and stays as it is.
+    path: the folder; created if missing.
+    file_name: file in the folder to lock. It names the process that holds the
+      lock, and network disks can lock it too. By default the folder itself is
+      locked and no file is added.
+    shared: allow other shared locks; only exclusive ones are kept out.
 
   Raises:
-    OutputFolderError: another run holds it, or it cannot be written to.
+    OutputFolderError: another run holds the lock, or the folder is not
+      writable.
   """
 
   def __init__(
@@ -73,18 +100,64 @@ class Lock:
     os.close(self._descriptor)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-  """Writes under another name and renames: never half a file.
+def partial_name(name: str) -> str:
+  """Returns a new temporary name for a file; `final_name` is the inverse.
 
-  An object of a bucket (gs://) appears whole by itself.
+  The name is unique, since other processes may write the same file.
+  """
+  return f"{name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}"
+
+
+def final_name(partial: str) -> str:
+  """Returns the name that `partial_name` was called with."""
+  return partial.rsplit(".", 2)[0]
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+  """Yields a temporary path beside `path`; renames it when the block succeeds.
+
+  Readers see the old file or the whole new one. The file is flushed to disk
+  before it is renamed; after an error it is removed.
+  """
+  partial = path.with_name(partial_name(path.name))
+  try:
+    yield partial
+    with open(partial, "rb") as file:
+      os.fsync(file.fileno())
+    os.replace(partial, path)
+  finally:
+    partial.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+  """Writes a file atomically.
+
+  In a bucket (gs://) it is written in place: an object appears whole.
   """
   if "://" in os.fspath(path):
     path.write_bytes(data)
     return
-  # Of its own name: others may be writing the same file.
-  partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
-  with open(partial, "wb") as file:
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)
+  with atomic_path(path) as partial:
+    partial.write_bytes(data)
+
+
+def sha256_of(path: Path) -> str:
+  """Returns the SHA-256 of a file, or of a folder's files, in hexadecimal."""
+  if path.is_dir():
+    lines = [f"{sha256_of(file)} {file.name}\n" for file in files_in(path)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_in(folder: Path) -> list[Path]:
+  """Returns the regular files in a folder, sorted.
+
+  Links are left out, as in the decoder: one may lead to an endless file.
+  """
+  return sorted(
+    file
+    for file in folder.iterdir()
+    if file.is_file() and not os.path.islink(file)
+  )

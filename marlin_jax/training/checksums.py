@@ -12,6 +12,8 @@ from concurrent import futures
 
 from etils import epath
 
+from marlin_jax.records import folders
+
 NAME = "checksums.json"
 # Reading from disks and buckets overlaps, and sha256 leaves other threads run.
 _NUM_THREADS = 4
@@ -22,9 +24,8 @@ def write(directory: epath.PathLike) -> None:
   """Reads every file in a folder and notes its size and sha256 there."""
   directory = epath.Path(directory)
   files = dict(_measure(directory, _names(directory)))
-  partial = directory / f"{NAME}.partial"
-  partial.write_text(json.dumps({"sha256": files}, indent=1))
-  partial.rename(directory / NAME)
+  text = json.dumps({"sha256": files}, indent=1)
+  folders.write_bytes(directory / NAME, text.encode())
 
 
 def exist(directory: epath.PathLike) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import sys
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 from tqdm import tqdm
+
+from marlin_jax.records import folders
 
 
 class MetricWriter:
@@ -33,9 +34,8 @@ class MetricWriter:
     if self._path.exists():
       lines = self._path.read_text().splitlines()
       kept = [line for line in lines if _step_of(line) <= start_step]
-    temp = self._path.with_suffix(".tmp")
-    temp.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(temp, self._path)
+    text = "".join(f"{line}\n" for line in kept)
+    folders.write_bytes(self._path, text.encode())
     self._file = self._path.open("a", buffering=1)
     self._board = _summary_writer()(
       str(Path(workdir) / "tensorboard"), purge_step=start_step + 1

@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from marlin_jax.records import folders
 from marlin_jax.weights.weights import WeightsError
 
 NAMES = tuple(f"marlin_vit_{size}_ytf" for size in ("small", "base", "large"))
@@ -35,8 +36,7 @@ def resolve(source: str, *, full: bool = False) -> Path:
       f"published models {', '.join(NAMES)}"
     )
   name = f"{source}.{'full' if full else 'encoder'}.pt"
-  home = Path(os.environ.get("MARLIN_HOME", "~/.cache/marlin_jax")).expanduser()
-  path = home / "models" / name
+  path = folders.cache_home() / "models" / name
   if not path.is_file():
     _download(_ADDRESS + name, path)
   return path

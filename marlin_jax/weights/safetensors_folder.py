@@ -13,6 +13,7 @@ from pathlib import Path
 import safetensors
 import safetensors.numpy
 
+from marlin_jax.records import folders
 from marlin_jax.weights.weights import Architecture, Weights, WeightsError
 
 CONFIG = "config.json"
@@ -75,9 +76,9 @@ def load_arrays(path: Path) -> dict:
 
 
 def save_arrays(arrays: dict, path: Path, **metadata: str) -> None:
-  partial = path.with_name(path.name + ".partial")
-  safetensors.numpy.save_file(arrays, partial, metadata=metadata)
-  partial.replace(path)
+  """Writes a .safetensors file atomically."""
+  with folders.atomic_path(path) as partial:
+    safetensors.numpy.save_file(arrays, partial, metadata=metadata)
 
 
 def save_config(config: dict, path: Path, name: str = CONFIG) -> None:

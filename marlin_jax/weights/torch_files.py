@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from marlin_jax.records import folders
 from marlin_jax.weights.weights import WeightsError
 
 HOW_TO_GET_TORCH = (
@@ -73,12 +74,11 @@ def to_numpy(state_dict: object, path: Path) -> dict[str, np.ndarray]:
 
 
 def save(content: object, path: Path) -> None:
-  """Writes under another name and renames: never half a file."""
+  """Writes a file of PyTorch's atomically."""
   torch = import_torch()
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f"{path.name}.partial")
-  torch.save(content, partial)
-  partial.replace(path)
+  with folders.atomic_path(path) as partial:
+    torch.save(content, partial)
 
 
 def to_torch(arrays: Mapping[str, np.ndarray]) -> dict:

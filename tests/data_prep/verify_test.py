@@ -16,7 +16,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from data_prep import verify
 from data_prep.inspection import record_checks
 from data_prep.output import ledger, shards
-from marlin_jax.records import quality_index, schema
+from marlin_jax.records import folders, quality_index, schema
 from tests.support import made_dataset
 from tests.support.made_dataset import a_record
 from tests.support.processes import ROOT, run_prepare
@@ -68,7 +68,7 @@ def rewrite(path: Path, change) -> None:
     writer.write(schema.encode(record))
   writer.close()
   hashes = json.loads((path.parent / "hashes.json").read_text())
-  hashes[path.name] = ledger.sha256_of(path)
+  hashes[path.name] = folders.sha256_of(path)
   (path.parent / "hashes.json").write_text(json.dumps(hashes))
 
 
@@ -157,7 +157,7 @@ def test_flipped_bit_is_found_in_its_shard_and_its_record(
     ("damaged", path.name),
     ("damaged", f"{path.name} record 0"),
   ]
-  assert f"SHA-256 {ledger.sha256_of(path)}, hashes.json says" in found[0][2]
+  assert f"SHA-256 {folders.sha256_of(path)}, hashes.json says" in found[0][2]
   # What follows was read all the same.
   assert any(
     "num_records 1, videos.jsonl says 2" in what for _, _, what in found

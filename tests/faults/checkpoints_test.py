@@ -72,7 +72,7 @@ MOMENTS = (
   ("open", "_METADATA"),
   ("os.rename", "state.orbax-checkpoint-tmp"),
   ("os.rename", "2.orbax-checkpoint-tmp"),
-  ("os.rename", f"{checksums.NAME}.partial"),
+  ("os.rename", f"{checksums.NAME}."),
 )
 
 

@@ -9,7 +9,7 @@ from transformers import audio_utils
 from marlin_jax.lipsync.scoring import mfcc
 from marlin_jax.records import mel_spectrogram
 
-KEPT = Path(__file__).parent / "data" / "sound"
+KEPT = Path(__file__).parents[1] / "data" / "sound"
 
 
 def speech_like(num_samples: int) -> np.ndarray:

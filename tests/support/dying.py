@@ -3,7 +3,7 @@
   dying.py DIRECTORY EVENT NAME
 
 Saves steps 1 and 2 of a small state and is killed, while it saves step 2, the
-moment before it does EVENT (open, os.mkdir, os.rename) to a file called NAME:
+moment before it does EVENT (open, os.mkdir, os.rename) to a file NAME...:
 how far it has come does not depend on luck.
 """
 
@@ -22,7 +22,7 @@ def state_of(step):
 
 def main(directory, event, name):
   def watch(what, args):
-    if what == event and os.path.basename(str(args[0])) == name:
+    if what == event and os.path.basename(str(args[0])).startswith(name):
       os.kill(os.getpid(), signal.SIGKILL)
 
   checkpoints = checkpoint.Checkpoints(directory, keep=3)

@@ -13,7 +13,7 @@ from configs import eval_dfd
 from data_prep.output import ledger, shards
 from data_prep.sources.listing import BINARY, CLASS, VALUE, Label
 from marlin_jax.eval.evaluation import evaluate
-from marlin_jax.records import schema
+from marlin_jax.records import folders, schema
 from marlin_jax.weights import safetensors_folder
 from marlin_jax.weights.weights import Architecture, of_modules
 
@@ -93,7 +93,7 @@ def write(
       part.with_suffix(".json").unlink()
     num = sum(entry.num_records for entry, _, _ in parts)
     infos[split] = {name: (num, (path / name).stat().st_size)}
-    hashes[name] = ledger.sha256_of(path / name)
+    hashes[name] = folders.sha256_of(path / name)
     counts[split] = {"num_videos": len(videos)}
   staging = path / "staging"
   staging.mkdir()

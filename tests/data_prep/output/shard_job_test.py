@@ -11,6 +11,7 @@ from data_prep.output import dataset_folder, ledger, shards
 from data_prep.output.shard_job import ShardJob, ready_path
 from data_prep.sources.manifest import read_input
 from data_prep.video import video_to_records
+from marlin_jax.records import folders
 from marlin_jax.records.folders import OutputFolderError
 from tests.support import made_dataset
 
@@ -155,7 +156,7 @@ def test_a_picture_that_is_a_link_does_not_count(tmp_path):
   folder = tmp_path / "frames"
   folder.mkdir()
   (folder / "1.jpg").write_text("1")
-  before = ledger.sha256_of(folder)
+  before = folders.sha256_of(folder)
   (folder / "2.jpg").symlink_to(tmp_path / "elsewhere.jpg")
   (tmp_path / "elsewhere.jpg").write_text("2")
-  assert ledger.sha256_of(folder) == before
+  assert folders.sha256_of(folder) == before
