@@ -34,7 +34,7 @@ def process_video(output: Path, source, num_records: int = 2) -> None:
   with shards.PartWriter(shards.Part(output, source.video_id)) as part:
     for i in range(num_records):
       record = made_dataset.a_record(source.video_id, segment=i)
-      part.add(shards.records.encode(record))
+      part.add(shards.schema.encode(record))
     part.commit(entry)
 
 
