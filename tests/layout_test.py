@@ -1,195 +1,170 @@
-"""The house rules that a reader relies on: floors, binaries, configurations."""
+"""Rules of the layout: package floors, sizes, commands, configurations."""
 
 import ast
 import importlib
-import subprocess
-import sys
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from marlin_jax.eval import configuration
+from marlin_jax.eval import configuration as eval_configuration
 from marlin_jax.lipsync import configuration as lipsync_configuration
-from marlin_jax.pretraining.configuration import validate
+from marlin_jax.pretraining import configuration
 
 ROOT = Path(__file__).parents[1]
+PROGRAMS = ("marlin_jax", "data_prep")
+# Modules of data_prep/ itself that are no commands.
+SINGLE_MODULES = ("data_prep.assets", "data_prep.storage")
 
-# A file imports from its own floor or below; binaries never import each other.
-FLOORS = {
-  0: (
-    "records",
-    "sound",
-    "video",
-    "arguments",
-    "config_arguments",
-    "output_folder",
-    "scores",
-    "quality_index",
-    "xla_flags",
-  ),
-  1: ("attention", "chips", "masking", "losses", "models"),
-  2: (
-    "train_step",
-    "prepared_dataset",
-    "input_pipeline",
-    "optim",
-    "sharding",
-    "hlo",
-    "roofline",
-    "topology",
-    "rendezvous",
-    "distributed",
-    "flops",
-    "memory",
-    "checksums",
-    "checkpoint",
-    "skipped",
-    "watchdog",
-    "goodput",
-    "metrics",
-    "profiler",
-    "run_files",
-    "summaries",
-    "sample",
-    "validate",
-    "formats",
-    "published",
-  ),
-  3: (
-    "clip_reconstruction",
-    "clips",
-    "downstream",
-    "evaluators",
-    "experiment",
-    "face_video",
-    "feature_files",
-    "lipsync",
-    "marlin",
-    "source_video",
-    "step_plan",
-    "talking_video",
-    "training_run",
-    "video_folder",
-    "warm_start",
-    "window_features",
-  ),
-  4: ("train", "convert", "features", "plan", "reconstruct", "eval"),
+
+def read_floors() -> dict[str, set[str]]:
+  """Returns package -> packages it may import, from docs/ARCHITECTURE.md."""
+
+  def full(name: str) -> str:
+    return name if name.startswith("data_prep") else f"marlin_jax.{name}"
+
+  floors = {}
+  for line in (ROOT / "docs" / "ARCHITECTURE.md").read_text().splitlines():
+    if row := re.fullmatch(r"\| `([\w.]+)` \|.*\|([^|]*)\|", line):
+      names = re.findall(r"`([\w.]+)`", row[2])
+      floors[full(row[1])] = {full(name) for name in names}
+  return floors
+
+
+FLOORS = read_floors()
+MODULES = {
+  ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+  for program in PROGRAMS
+  for path in sorted((ROOT / program).rglob("*.py"))
 }
-# The only ones that may import data_prep.
-VIDEO_READERS = (
-  "face_video",
-  "sample",
-  "source_video",
-  "talking_video",
-  "video_folder",
-)
-
-BINARIES = (
-  "marlin_jax.train",
-  "marlin_jax.convert",
-  "marlin_jax.features",
-  "marlin_jax.plan",
-  "marlin_jax.reconstruct",
-  "marlin_jax.eval.far",
-  "marlin_jax.eval.fer",
-  "marlin_jax.eval.dfd",
-  "marlin_jax.eval.ls",
-  "data_prep.prepare",
-  "data_prep.compare_parsers",
-  "data_prep.contact_sheet",
-  "data_prep.verify",
-  "data_prep.report",
-)
 
 
-def modules(package):
-  for path in sorted((ROOT / package).rglob("*.py")):
-    if path.name != "__init__.py":
-      yield path
+def package_of(module: str) -> str:
+  """Returns the package of a module; the program's name for a command."""
+  if module in SINGLE_MODULES or module in FLOORS:
+    return module
+  return module.rpartition(".")[0]
 
 
-def imports(path):
-  """Dotted names that a file imports, wherever in it."""
+def imports(path: Path) -> Iterator[str]:
+  """Yields dotted names that a file imports, wherever in it."""
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
       yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
-      yield from (f"{node.module}.{alias.name}" for alias in node.names)
+      for alias in node.names:
+        name = f"{node.module}.{alias.name}"
+        is_module = name in MODULES or f"{name}.__init__" in MODULES
+        yield name if is_module else node.module
 
 
-def floor_of(name):
-  for floor, names in FLOORS.items():
-    if name in names:
-      return floor
-  raise AssertionError(f"{name} has no floor: add it to FLOORS")
+def is_command(module: str) -> bool:
+  if module in SINGLE_MODULES or module.endswith("__init__"):
+    return False
+  if module.startswith("marlin_jax.eval."):
+    return "__main__" in MODULES[module].read_text()
+  return module.count(".") == 1
 
 
-def test_files_import_downward_only():
-  for path in modules("marlin_jax"):
-    own = path.relative_to(ROOT / "marlin_jax").with_suffix("").parts[0]
+COMMANDS = sorted(filter(is_command, MODULES))
+
+
+def test_every_package_is_in_the_table():
+  packages = {
+    package_of(module)
+    for module, path in MODULES.items()
+    if path.read_text() and not is_command(module)
+  }
+  assert packages - set(PROGRAMS) == set(FLOORS)
+
+
+def test_the_table_has_no_cycle():
+  seen: set[str] = set()
+  # Rows stand in an order in which each package follows those it may import.
+  for package, below in FLOORS.items():
+    assert below <= seen, f"{package}: {below - seen}"
+    seen.add(package)
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_packages_import_only_packages_below_them(package):
+  for module, path in MODULES.items():
+    if package_of(module) == package and not is_command(module):
+      for name in imports(path):
+        if name.partition(".")[0] in PROGRAMS:
+          other = package_of(name)
+          assert other == package or other in FLOORS[package], (
+            f"{path.relative_to(ROOT)} imports {name}"
+          )
+
+
+def test_commands_import_no_command():
+  for module, path in MODULES.items():
     for name in imports(path):
-      package, _, rest = name.partition(".")
-      if own not in VIDEO_READERS:
-        assert package != "data_prep", f"{path}: {name}"
-      if package == "marlin_jax":
-        other = rest.partition(".")[0]
-        assert floor_of(other) <= floor_of(own), f"{path}: {name}"
-        if floor_of(own) == 4:
-          assert floor_of(other) < 4, f"{path}: {name}"
+      if name in COMMANDS:
+        assert name == module, f"{path.relative_to(ROOT)} imports {name}"
 
 
-def test_floor_0_needs_no_jax_and_data_prep_stands_on_floor_0_alone():
-  for path in modules("data_prep"):
+def test_data_prep_imports_the_records_package_alone():
+  for module, path in MODULES.items():
     for name in imports(path):
-      package, _, rest = name.partition(".")
-      assert package not in ("jax", "flax", "grain"), f"{path}: {name}"
-      if path.stem != "farl":  # the paper's parser, on request
-        assert package != "torch", f"{path}: {name}"
-      if package == "marlin_jax":
-        assert floor_of(rest.partition(".")[0]) == 0, f"{path}: {name}"
-  for name in FLOORS[0]:
-    for found in imports(ROOT / f"marlin_jax/{name}.py"):
-      assert found.partition(".")[0] not in ("jax", "flax", "grain", "cv2")
+      top = name.partition(".")[0]
+      if module.startswith("data_prep"):
+        assert top not in ("jax", "flax", "grain"), f"{path}: {name}"
+        if top == "marlin_jax":
+          assert name.startswith("marlin_jax.records"), f"{path}: {name}"
+      if module.startswith("marlin_jax.records"):
+        assert top not in ("jax", "flax", "grain", "cv2"), f"{path}: {name}"
+      if top == "torch":
+        allowed = ("data_prep.regions.farl", "marlin_jax.weights.torch_")
+        assert module.startswith(allowed), f"{path}: {name}"
 
 
-def test_configurations_import_nothing_of_the_package():
-  for path in modules("configs"):
+def test_packages_are_small():
+  for program in PROGRAMS:
+    top = [m for m in MODULES if m.count(".") == 1]
+    assert sum(m.startswith(f"{program}.") for m in top) <= 10
+  for package in FLOORS:
+    modules = [
+      m
+      for m in MODULES
+      if m.rpartition(".")[0] == package and not m.endswith("__init__")
+    ]
+    assert len(modules) <= 12, package
+
+
+def test_docstrings_do_not_begin_with_what_or_whether():
+  for path in MODULES.values():
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(
+        node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+      ):
+        text = ast.get_docstring(node) or ""
+        assert not re.match(r"(What|Whether)\b", text), f"{path}: {text[:60]}"
+
+
+def test_configurations_import_nothing_of_the_programs():
+  for path in sorted((ROOT / "configs").glob("*.py")):
     for name in imports(path):
       assert name.partition(".")[0] in ("ml_collections", "configs"), path
 
 
-@pytest.mark.parametrize("path", list(modules("configs")), ids=lambda p: p.stem)
-def test_every_configuration_is_valid(path):
-  check = configuration.validate if "eval_" in path.stem else validate
-  if path.stem == "eval_ls":
-    check = lipsync_configuration.validate
-  check(importlib.import_module(f"configs.{path.stem}").get_config())
+@pytest.mark.parametrize(
+  "name", [path.stem for path in sorted((ROOT / "configs").glob("[a-z]*.py"))]
+)
+def test_every_configuration_is_valid(name):
+  validate = configuration.validate
+  if name == "eval_ls":
+    validate = lipsync_configuration.validate
+  elif name.startswith("eval_"):
+    validate = eval_configuration.validate
+  validate(importlib.import_module(f"configs.{name}").get_config())
 
 
-@pytest.mark.parametrize("binary", BINARIES)
-def test_every_binary_explains_itself(binary):
-  result = subprocess.run(
-    [sys.executable, "-m", binary, "--help"],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-    check=False,
-    timeout=60,
-  )
-  # absl's --help ends with 1, argparse's with 0.
-  assert result.returncode in (0, 1), result.stderr
-  text = result.stdout + result.stderr
-  assert "Traceback" not in text
-  assert len(text.splitlines()) > 5
-
-
-def test_every_file_with_a_main_is_a_known_binary():
-  for package in ("marlin_jax", "data_prep"):
-    for path in modules(package):
-      name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-      # The decoder's child process is started by its parent alone.
-      if (
-        name != "data_prep.video.decoder_process"
-        and "__main__" in path.read_text()
-      ):
-        assert name in BINARIES
+def test_every_file_with_a_main_is_a_command():
+  for module, path in MODULES.items():
+    # The decoder's child process is started by its parent alone.
+    if module != "data_prep.video.decoder_process":
+      has_main = '__name__ == "__main__"' in path.read_text()
+      assert has_main == (module in COMMANDS), path
