@@ -277,7 +277,8 @@ def _outputs(weights, clip: np.ndarray) -> dict[str, np.ndarray]:
   import jax
   from flax import nnx
 
-  from marlin_jax.inference.marlin import Marlin, to_tokens
+  from marlin_jax.inference.clip_features import to_tokens
+  from marlin_jax.inference.marlin import Marlin
 
   marlin = Marlin(weights)
   found = {"features": np.asarray(marlin.extract_features(clip, keep_seq=True))}

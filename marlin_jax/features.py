@@ -1,23 +1,23 @@
-"""Features of whole folders of videos.
+"""Extracts features from whole folders of videos.
 
   python -m marlin_jax.features VIDEO_OR_DIR... --checkpoint PATH --output DIR
 
-writes for each video, named by its path below the folder given:
+For each video, named by its path below the input folder, writes
   OUTPUT/<path>.npz, or .parquet   features, with the times of their windows
-  OUTPUT/quarantine.jsonl          the videos without, and why
-  OUTPUT/settings.json             what all files were made with
+  OUTPUT/quarantine.jsonl          the videos without features, and why
+  OUTPUT/settings.json             the settings that all files share
 
-A file has one row per window, or with a reduction one for the whole video:
-  features     float32 (D,), with keep_seq (N, D); in parquet a flat list
-  first_frame  number of the first frame it stands for, from 0
-  num_frames   how many frames it stands for
+A file has one row per window, or with --reduction one for the whole video:
+  features     float32 (D,), or (N, D) with --keep_seq; in parquet a flat list
+  first_frame  number of the row's first frame, from 0
+  num_frames   number of frames that the row covers
   start_secs   time of the first of them
   end_secs     time of the last of them
-and `metadata`, JSON: the video and its hash, checkpoint, settings, versions; in
-parquet the schema's metadata `marlin_jax`.
+and `metadata`, JSON with the video and its hash, the checkpoint, the settings
+and the library versions; in parquet it is the schema's metadata `marlin_jax`.
 
-Safe to stop at any moment, also by force: the same command does what is
-missing.
+The command can be stopped or killed at any time; run again, it extracts only
+the features that are missing.
 
 Axes: N tokens, D width.
 """
@@ -28,6 +28,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -46,26 +47,26 @@ if TYPE_CHECKING:
   from marlin_jax.inference.video_folder import Outcome, Video, VideoBar
 
 
-class _Failure(UserError):
-  """The run is of no use; the message says why."""
+class ExtractionError(UserError):
+  """The arguments do not fit the network, or no video gave features."""
 
 
 def main(argv: list[str] | None = None) -> int:
   """Returns the exit code: 0, 1 for an error, 130 when interrupted."""
   args = _parser().parse_args(argv)
-  # Imported here, so that --help answers at once.
   return cli.run_command(lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> None:
-  from marlin_jax.inference import feature_folder, video_folder, window_features
+  # Imported here, so that --help answers at once.
+  from marlin_jax.inference import clips, feature_folder, video_folder
   from marlin_jax.inference.marlin import Marlin
 
-  # --- What to do -------------------------------------------------------------
+  # --- Inputs -----------------------------------------------------------------
   videos = video_folder.list_videos(args.videos)
   marlin = Marlin.from_pretrained(args.checkpoint)
   try:
-    windows = window_features.window_settings(
+    windows = clips.window_settings(
       marlin.architecture,
       crop_face=args.crop_face,
       sample_rate=args.sample_rate,
@@ -73,7 +74,7 @@ def _run(args: argparse.Namespace) -> None:
       window_rule=args.window_rule,
     )
   except ValueError as e:
-    raise _Failure(f"--stride, --sample_rate: {e}") from e
+    raise ExtractionError(f"--stride, --sample_rate: {e}") from e
   settings = _settings(args, marlin, windows)
   with feature_folder.FeatureFolder(args.output, settings) as folder:
     todo = [
@@ -91,7 +92,7 @@ def _run(args: argparse.Namespace) -> None:
       flush=True,
     )
 
-    # --- Videos to features ---------------------------------------------------
+    # --- Extraction -----------------------------------------------------------
     started_at = time.monotonic()
     folder.begin()
     with (
@@ -106,11 +107,13 @@ def _run(args: argparse.Namespace) -> None:
       extraction.run(marlin, events, args.keep_seq, args.batch_size)
     folder.finish()
 
-    # --- What came of it ------------------------------------------------------
+    # --- Summary --------------------------------------------------------------
     names = {video.name for video in videos}
-    refused = {n: r for n, r in folder.reasons.items() if n in names}
+    refused = {
+      name: reason for name, reason in folder.reasons.items() if name in names
+    }
     if len(refused) == len(videos):
-      raise _Failure(_nothing_extracted(folder.path, refused))
+      raise ExtractionError(_nothing_extracted(folder.path, refused))
     print(
       f"Done in {time.monotonic() - started_at:.0f} s: "
       f"{counted(extraction.num_windows, 'window')} of "
@@ -127,7 +130,7 @@ def _run(args: argparse.Namespace) -> None:
 def _settings(
   args: argparse.Namespace, marlin: Marlin, windows: WindowSettings
 ) -> dict[str, Any]:
-  """Returns what the features depend on."""
+  """Returns the settings that the features depend on."""
   from marlin_jax.weights.weights import encoder_sha256
 
   return {
@@ -143,17 +146,17 @@ def _settings(
   }
 
 
-# --- Extracting ---------------------------------------------------------------
+# --- Extraction ---------------------------------------------------------------
 
 
 @dataclasses.dataclass
-class _Result:
-  """What is known of one video so far.
+class _PendingVideo:
+  """A video that is being read or whose features are being computed.
 
   Attributes:
-    spans: of its windows.
-    features: of the first of them.
-    outcome: how reading it ended, None while it goes on.
+    spans: of the windows read so far.
+    features: of the first windows; the others are still being computed.
+    outcome: how reading ended; None while the video is being read.
   """
 
   spans: list[Span] = dataclasses.field(default_factory=list)
@@ -168,10 +171,10 @@ class _Result:
 
 
 class _Extraction:
-  """Videos on their way to files; windows of several share a batch.
+  """Computes the features of many videos; their windows share batches.
 
   Attributes:
-    num_windows: whose features are there.
+    num_windows: windows whose features have been computed.
   """
 
   def __init__(
@@ -185,8 +188,8 @@ class _Extraction:
     self._reduction = reduction
     self._folder = folder
     self._bar = bar
-    self._results: dict[int, _Result] = {}
-    # The videos of the windows whose features are still to come.
+    self._pending: dict[int, _PendingVideo] = {}
+    # Number of the video of each window that is being computed.
     self._owners: collections.deque[int] = collections.deque()
     self.num_windows = self._num_refused = 0
     self._started_at = time.monotonic()
@@ -198,70 +201,81 @@ class _Extraction:
     keep_seq: bool,
     batch_size: int | None,
   ) -> None:
-    """Takes what comes of the videos, until all are finished."""
-    from marlin_jax.inference import window_features
+    """Extracts and writes the features of all videos.
 
-    for features in window_features.extract(
-      marlin,
+    Args:
+      marlin: the network.
+      events: from `video_folder.read_many`.
+      keep_seq: extract a feature per token.
+      batch_size: windows per batch; None: `stream.default_batch_size`.
+    """
+    from marlin_jax.inference import stream
+
+    for features in stream.encode(
+      functools.partial(marlin.extract_features, keep_seq=keep_seq),
       self._clips(events),
-      keep_seq=keep_seq,
-      batch_size=batch_size or window_features.default_batch_size(),
+      batch_size or stream.default_batch_size(),
     ):
       self.num_windows += 1
-      self._note()
+      self._show_progress()
       number = self._owners.popleft()
-      # A video that turned out to be bad is not known any more.
-      if number in self._results:
-        self._results[number].features.append(features)
+      # A video that turned out to be damaged is no longer pending.
+      if number in self._pending:
+        self._pending[number].features.append(features)
         self._finish_if_complete(number)
 
   def _clips(
     self, events: Iterator[tuple[int, Window | float | Outcome]]
   ) -> Iterator[np.ndarray]:
+    """Yields the frames of each window; notes progress and ends of videos."""
     from marlin_jax.inference.face_windows import Window
-    from marlin_jax.inference.feature_folder import Span
+    from marlin_jax.inference.video_folder import Outcome
 
     for number, event in events:
-      if isinstance(event, float):
-        self._bar.advance(number, event)
-        continue
-      result = self._results.setdefault(number, _Result())
-      if isinstance(event, Window):
-        result.spans.append(
-          Span(*(getattr(event, field) for field in Span._fields))
-        )
-        self._owners.append(number)
-        yield event.frames
-      else:
-        result.outcome = event
-        self._finish_if_complete(number)
+      match event:
+        case float():  # the share of the video read so far
+          self._bar.advance(number, event)
+        case Window():
+          self._add_window(number, event)
+          yield event.frames
+        case Outcome():
+          self._pending.setdefault(number, _PendingVideo()).outcome = event
+          self._finish_if_complete(number)
+
+  def _add_window(self, number: int, window: Window) -> None:
+    from marlin_jax.inference.feature_folder import Span
+
+    span = Span(*(getattr(window, field) for field in Span._fields))
+    self._pending.setdefault(number, _PendingVideo()).spans.append(span)
+    self._owners.append(number)
 
   def _finish_if_complete(self, number: int) -> None:
+    """Writes or quarantines a video whose last feature has arrived."""
     import numpy as np
 
-    from marlin_jax.inference import feature_folder, window_features
+    from marlin_jax.inference import feature_folder, stream
 
-    result = self._results[number]
-    if not result.is_complete:
+    video = self._pending[number]
+    if not video.is_complete:
       return
-    del self._results[number]
-    outcome = result.outcome
+    del self._pending[number]
+    outcome = video.outcome
     origin = feature_folder.Origin(
       self._todo[number].name, outcome.sha256, outcome.num_bytes
     )
     if outcome.reason:
       self._folder.refuse(origin, outcome.reason)
+      self._num_refused += 1
     else:
-      features, spans = np.stack(result.features), result.spans
+      features, spans = np.stack(video.features), video.spans
       if self._reduction != "none":
-        features = window_features.reduced(features, self._reduction)[None]
+        features = stream.reduced(features, self._reduction)[None]
         spans = [spans[0].to(spans[-1])]
       self._folder.write(origin, spans, features)
-    self._num_refused += bool(outcome.reason)
-    self._note()
+    self._show_progress()
     self._bar.finish(number)
 
-  def _note(self) -> None:
+  def _show_progress(self) -> None:
     rate = self.num_windows / max(time.monotonic() - self._started_at, 1e-6)
     self._bar.note(
       f"{self.num_windows} windows ({rate:.1f}/s), "
@@ -269,13 +283,10 @@ class _Extraction:
     )
 
 
-# --- Words --------------------------------------------------------------------
-
-
 def _nothing_extracted(output: Path, refused: dict[str, str]) -> str:
   return "\n".join(
     [
-      f"no features came of {counted(len(refused), 'video')}:",
+      f"no features extracted from {counted(len(refused), 'video')}:",
       *cli.reasons(refused),
       f"All of them: {output / 'quarantine.jsonl'}",
     ]
@@ -286,13 +297,13 @@ def _nothing_extracted(output: Path, refused: dict[str, str]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-  from marlin_jax.inference import face_windows, feature_folder, window_features
+  from marlin_jax.inference import face_windows, feature_folder, stream
 
   parser = argparse.ArgumentParser(
     prog="python -m marlin_jax.features",
-    description="Extracts features of videos, one file each with the times of "
-    "its windows. Stop it when you like; the same command goes on where it "
-    "was, and does only what is missing.",
+    description="Extracts features of videos: one file per video, with the "
+    "times of its windows. Can be stopped at any time; the same command then "
+    "extracts only what is missing.",
     formatter_class=cli.HelpFormatter,
     allow_abbrev=False,  # a misspelled flag is an error
   )
@@ -314,7 +325,7 @@ def _parser() -> argparse.ArgumentParser:
     "--output",
     required=True,
     type=Path,
-    help="folder of the features; an existing one is completed",
+    help="folder for the features; an existing one is completed",
   )
   add(
     "--format",
@@ -324,57 +335,57 @@ def _parser() -> argparse.ArgumentParser:
   )
   add(
     "--reduction",
-    choices=window_features.REDUCTIONS,
+    choices=stream.REDUCTIONS,
     default="none",
-    help="one row for all windows of a video instead of one for each; std is "
-    "the population's, mean_std both side by side",
+    help="one row for all windows of a video instead of one per window; std is "
+    "that of the population, mean_std concatenates both",
   )
   add(
     "--keep_seq",
     action="store_true",
-    help="a feature for each token of a window (1568) instead of their mean",
+    help="a feature per token of a window (1568) instead of their mean",
   )
   add(
     "--crop_face",
     action="store_true",
-    help="find the face that is there longest, follow it and cut it out; "
-    "without, whole frames are taken, which is right for face crops",
+    help="crop the face that is visible longest, following it over time; by "
+    "default whole frames are taken, which is right for face crops",
   )
   add(
     "--sample_rate",
     type=cli.at_least(1),
-    help="every such frame is seen; without it, as in training (MARLIN: 2)",
+    help="distance between the frames of a window; by default as in training "
+    "(MARLIN: 2)",
   )
   add(
     "--stride",
     type=cli.at_least(1),
-    help="seen frames from the start of one window to that of the next; "
-    "without it those of a window (MARLIN: 16), side by side",
+    help="sampled frames from the start of one window to that of the next; by "
+    "default the length of a window (MARLIN: 16), so windows do not overlap",
   )
   add(
     "--window_rule",
     choices=face_windows.WINDOW_RULES,
     default="cover",
-    help="cover: every frame is in a window, the last of which is moved back "
+    help="cover: every frame is in a window, and the last window is moved back "
     "to end with the video; authors: the windows of marlin-pytorch, which "
     "leave out the end, for comparison",
   )
   add(
     "--batch_size",
     type=cli.at_least(1),
-    help="windows computed at a time, of whatever videos; without it 1 on CPU, "
-    "else 16",
+    help="windows per batch, across videos; by default 1 on CPU, else 16",
   )
   add(
     "--num_workers",
     type=cli.at_least(1),
     default=cli.num_cores(),
-    help="videos read at a time; the result does not depend on it",
+    help="worker processes that read videos; does not change the result",
   )
   add(
     "--retry_quarantined",
     action="store_true",
-    help="try videos again that gave nothing before",
+    help="try quarantined videos again",
   )
   return parser
 

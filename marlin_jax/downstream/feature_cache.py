@@ -9,7 +9,6 @@ Axes: W windows, B clips of a batch, D width.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import io
 import json
@@ -25,8 +24,8 @@ from tqdm import tqdm
 from marlin_jax.devices import sharding
 from marlin_jax.downstream import clip_batches
 from marlin_jax.downstream.labelled import Split, Window
-from marlin_jax.inference import marlin
-from marlin_jax.models import partition, softmax_attention
+from marlin_jax.inference import clip_features, stream
+from marlin_jax.models import softmax_attention
 from marlin_jax.records.folders import write_bytes
 from marlin_jax.weights.weights import Weights, encoder_sha256
 
@@ -63,13 +62,10 @@ class FrozenEncoder:
     )
     graphdef, params = nnx.split(encoder)
     self._params = jax.device_put(params, sharding.replicated(mesh))
-    self._features = jax.jit(
-      functools.partial(
-        _features,
-        self.architecture,
-        graphdef,
-        sharding.Placement(mesh, dtype) if mesh.size > 1 else None,
-      ),
+    self._features = clip_features.jitted_features(
+      graphdef,
+      self.architecture,
+      placement=sharding.Placement(mesh, dtype) if mesh.size > 1 else None,
       out_shardings=sharding.replicated(mesh),
     )
 
@@ -84,11 +80,6 @@ class FrozenEncoder:
     """
     x = jax.device_put(video, sharding.batch_sharding(self._mesh))
     return self._features(self._params, x)
-
-
-def _features(architecture, graphdef, placement, params, x):
-  with partition.use(placement):
-    return marlin.features(nnx.merge(graphdef, params), architecture, x)
 
 
 def window_features(
@@ -150,7 +141,7 @@ def window_features(
         batches = clip_batches.window_batches(
           reader, part, batch_size, num_threads
         )
-        parts[start] = computed(encoder, batches, len(part), bar.update)
+        parts[start] = batch_features(encoder, batches, len(part), bar.update)
         data = io.BytesIO()
         np.save(data, parts[start])
         write_bytes(folder / _name(start), data.getvalue())
@@ -171,31 +162,28 @@ def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
   return found if found.shape == shape else None
 
 
-def computed(
+def batch_features(
   encode: Callable[[np.ndarray], jax.Array],
   batches: Iterable[np.ndarray],
-  num: int,
+  num_windows: int,
   report: Callable[[int], object] = lambda num: None,
 ) -> np.ndarray:
-  """Features of batches of clips; while one is computed the next is read.
+  """Computes the features of batches of clips, with one batch in flight.
 
   Args:
-    encode: clips -> float32 (B, D), of which every process has the whole.
-    batches: of clips, B at a time over all processes.
-    num: of the clips that count, W; what the last batch has beyond is dropped.
-    report: told how many more are done.
+    encode: maps clips to features float32 (B, D), which every process holds
+      whole.
+    batches: clips, B at a time over all processes.
+    num_windows: W, clips that count; the padding of the last batch is dropped.
+    report: called with the number of windows computed since the last call.
 
   Returns:
     float32 (W, D).
   """
-  found: list[np.ndarray] = []
-  previous, left = None, num
-  for video in batches:
-    current = encode(video)
-    if previous is not None:
-      found.append(np.asarray(previous))
-    previous = current
-    report(min(len(current), left))
-    left -= len(current)
-  found.append(np.asarray(previous))
-  return np.concatenate(found)[:num]
+  parts: list[np.ndarray] = []
+  num_left = num_windows
+  for features in stream.encode_batches(encode, batches):
+    parts.append(features[:num_left])
+    num_left -= len(parts[-1])
+    report(len(parts[-1]))
+  return np.concatenate(parts)

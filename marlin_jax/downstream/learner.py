@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from marlin_jax.devices import sharding
 from marlin_jax.downstream import protocols
 from marlin_jax.downstream.tasks import Task
-from marlin_jax.inference import marlin
+from marlin_jax.inference import clip_features
 from marlin_jax.models import heads, partition, softmax_attention, vit
 from marlin_jax.weights.weights import Architecture, Weights
 
@@ -142,7 +142,7 @@ class Learner:
       rng_flip, rng_mix, rng_drop = jax.random.split(rng, 3)
       if self.config.get("flip", False):
         x = _flipped(rng_flip, x)
-      x = marlin.to_tokens(x, self.architecture)
+      x = clip_features.to_tokens(x, self.architecture)
       if self.config.get("mixup", 0.0):
         x, wanted, known = _mixed(rng_mix, self.config.mixup, x, wanted, known)
       if self.config.get("drop_path", 0.0):
@@ -174,7 +174,7 @@ class Learner:
   def _logits(self):
     def logits(trained, kept, x):
       if self.architecture:
-        x = marlin.to_tokens(x, self.architecture)
+        x = clip_features.to_tokens(x, self.architecture)
       return self._network(trained, kept)(x)
 
     return jax.jit(logits, out_shardings=sharding.replicated(self.mesh))

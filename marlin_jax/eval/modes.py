@@ -32,7 +32,7 @@ from marlin_jax.downstream import (
 )
 from marlin_jax.downstream.labelled import Split
 from marlin_jax.downstream.tasks import Task, TaskError
-from marlin_jax.inference import window_features
+from marlin_jax.inference import stream
 from marlin_jax.training.checkpoint import Checkpoints
 from marlin_jax.weights.weights import Weights
 
@@ -329,7 +329,7 @@ class Modes:
 def pooled(
   values: np.ndarray, owners: np.ndarray, num: int, reduction: str
 ) -> np.ndarray:
-  """One row for each owner; see window_features.reduced.
+  """One row for each owner; see stream.reduced.
 
   Args:
     values: (W, D).
@@ -339,10 +339,7 @@ def pooled(
   """
   ends = np.cumsum(np.bincount(owners, minlength=num))
   return np.stack(
-    [
-      window_features.reduced(rows, reduction)
-      for rows in np.split(values, ends[:-1])
-    ]
+    [stream.reduced(rows, reduction) for rows in np.split(values, ends[:-1])]
   )
 
 

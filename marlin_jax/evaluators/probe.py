@@ -42,7 +42,7 @@ from marlin_jax.downstream import (
 from marlin_jax.downstream.labelled import Split, Window
 from marlin_jax.downstream.tasks import Task, TaskError
 from marlin_jax.eval import modes
-from marlin_jax.inference import marlin
+from marlin_jax.inference import clip_features
 from marlin_jax.models import partition
 from marlin_jax.pretraining.train_step import Trainer, TrainState
 from marlin_jax.weights.weights import Architecture
@@ -251,7 +251,7 @@ class Probe:
       self._num_threads,
       rows=self._rows,
     )
-    found = feature_cache.computed(
+    found = feature_cache.batch_features(
       encode, batches, len(examples.windows), report
     )
     num = len(examples.targets)
@@ -311,4 +311,4 @@ class TrainingProbe:
 def _features(trainer, architecture, params, fixed, video):
   with partition.use(trainer.placement):
     network = nnx.merge(trainer.mae, partition.weights(params), fixed)
-    return marlin.features(network.encoder, architecture, video)
+    return clip_features.features(network.encoder, architecture, video)

@@ -1,4 +1,4 @@
-"""The first windows of a video as one batch.
+"""Which windows of a video a network takes, and the first ones as a batch.
 
 Axes: B clips, T frames, S pixels of the square picture.
 """
@@ -13,25 +13,60 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from marlin_jax.inference.face_windows import Progress, read_windows
-from marlin_jax.inference.window_features import window_settings
+from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.inference.face_windows import (
+  Progress,
+  WindowSettings,
+  read_windows,
+)
 
 if TYPE_CHECKING:
   from marlin_jax.weights.weights import Architecture
 
-_USUAL_FPS = 30.0
+# For videos without usable timestamps.
+_DEFAULT_FPS = 30.0
+
+
+def window_settings(
+  architecture: Architecture,
+  *,
+  crop_face: bool,
+  sample_rate: int | None,
+  stride: int | None,
+  window_rule: str,
+) -> WindowSettings:
+  """Returns the windows that a network takes of a video.
+
+  Args:
+    architecture: of the network.
+    crop_face, sample_rate, stride, window_rule: see `Marlin.extract_video`.
+
+  Raises:
+    ValueError: the windows would not cover the video, or there is no such rule.
+  """
+  if sample_rate is None:
+    sample_rate = architecture.stride
+  if stride is None:
+    stride = architecture.num_frames
+  return WindowSettings(
+    clip=Clip(architecture.num_frames, sample_rate),
+    hop=stride * sample_rate,
+    image_size=architecture.image_size,
+    crop_face=crop_face,
+    window_rule=window_rule,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class Clips:
-  """Some clips, as the encoder takes them.
+  """A batch of clips as the encoder takes them, with their times.
 
   Attributes:
     video: uint8 (B, T, S, S, 3), RGB.
-    frame_numbers: int (B, T), each frame's number in the source.
-    fps: of the frames shown, so half of the video's where every second one is.
-    regions: uint16 (B, T/2, 14, 14) where asked for, else None: bit k is set
-      where LaPa class k touches the patch; 0 where no face was parsed.
+    frame_numbers: int (B, T), the frames' numbers in the source video.
+    fps: frames per second of `video`: half of the source's at a stride of 2.
+    regions: uint16 (B, T/2, 14, 14), or None: bit k is set where LaPa class k
+      touches the patch; 0 where no face was parsed.
   """
 
   video: np.ndarray
@@ -49,19 +84,20 @@ def read_clips(
   num_clips: int | None = None,
   progress: Progress = lambda share: None,
 ) -> Clips:
-  """Reads windows of a video, from its beginning.
+  """Reads the first windows of a video.
 
   Args:
     path: a video file.
-    architecture: of the network that shall see them.
-    crop_face: follow the face and cut it out; else whole frames are shown.
-    regions: find the regions of the face too.
-    num_clips: how many at most; all of them where None, 2.4 MB each.
+    architecture: of the network that takes the clips.
+    crop_face: crop the face, following it over time; else whole frames are
+      taken.
+    regions: also parse the face regions.
+    num_clips: maximum number of clips; None: all, at 2.4 MB each.
     progress: called with the share of the video that has been read.
 
   Raises:
-    FaceVideoError, RuntimeError: as for `face_video.read_windows`.
-    ValueError: regions of pictures of another size than 224 pixels.
+    FaceVideoError, RuntimeError: as for `face_windows.read_windows`.
+    ValueError: regions were asked for at an image size other than 224 pixels.
   """
   settings = dataclasses.replace(
     window_settings(
@@ -74,39 +110,43 @@ def read_clips(
     regions=regions,
     tubelet_size=architecture.tubelet_size,
   )
-  # Closed at once: what is left of the video need not be decoded.
+  # Closed at once, so that the rest of the video is not decoded.
   with contextlib.closing(
     read_windows(path, settings, progress=progress)
   ) as windows:
-    taken = list(itertools.islice(windows, num_clips))
+    first_windows = list(itertools.islice(windows, num_clips))
   clip = settings.clip
-  shown = clip.stride * np.arange(clip.num_frames)
-  first, last = taken[0], taken[-1]
+  offsets = clip.stride * np.arange(clip.num_frames)
+  first, last = first_windows[0], first_windows[-1]
   num_steps = last.first_frame + last.num_frames - 1 - first.first_frame
   secs = last.end_secs - first.start_secs
-  fps = num_steps / secs if num_steps and secs > 0 else _USUAL_FPS
+  fps = num_steps / secs if num_steps and secs > 0 else _DEFAULT_FPS
   return Clips(
-    video=np.stack([window.frames for window in taken]),
+    video=np.stack([window.frames for window in first_windows]),
     frame_numbers=np.stack(
       [
-        # A video that is too short repeats its last frame.
-        w.first_frame + np.minimum(shown, w.num_frames - 1)
-        for w in taken
+        # A video shorter than a window repeats its last frame.
+        window.first_frame + np.minimum(offsets, window.num_frames - 1)
+        for window in first_windows
       ]
     ),
     fps=fps / clip.stride,
-    regions=np.stack([w.regions for w in taken]) if regions else None,
+    regions=(
+      np.stack([window.regions for window in first_windows])
+      if regions
+      else None
+    ),
   )
 
 
 def as_clips(
   video: np.ndarray, regions: np.ndarray | None, stride: int
 ) -> Clips:
-  """Clips that are there already, taken for one after another."""
+  """Wraps clips held in memory, as if they were consecutive in a video."""
   numbers = stride * np.arange(video.shape[0] * video.shape[1])
   return Clips(
     video=video,
     frame_numbers=numbers.reshape(video.shape[:2]),
-    fps=_USUAL_FPS / stride,
+    fps=_DEFAULT_FPS / stride,
     regions=regions,
   )

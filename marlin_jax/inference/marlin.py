@@ -17,17 +17,15 @@ from flax import nnx
 
 from marlin_jax.data.clip_geometry import Tubelets
 from marlin_jax.inference import (
-  attention_maps as attention,
-)
-from marlin_jax.inference import (
+  attention_maps,
+  clip_features,
   face_windows,
   reconstruction,
-  window_features,
+  stream,
 )
-from marlin_jax.inference.clips import as_clips, read_clips
+from marlin_jax.inference.clips import as_clips, read_clips, window_settings
 from marlin_jax.models import softmax_attention
 from marlin_jax.models.mae import MAE, Encoder
-from marlin_jax.pretraining.train_step import imagenet_normalised
 from marlin_jax.weights import formats, published
 from marlin_jax.weights.weights import Architecture, Weights, WeightsError
 
@@ -64,10 +62,7 @@ class Marlin:
     self.model = weights.autoencoder(dtype=dtype, attention=attention)
     graphdef, params = nnx.split(self.encoder)
     self._params = params
-    self._features = jax.jit(
-      functools.partial(_features, self.architecture, graphdef),
-      static_argnames="keep_seq",
-    )
+    self._features = clip_features.jitted_features(graphdef, self.architecture)
 
   @classmethod
   def from_pretrained(
@@ -179,8 +174,8 @@ class Marlin:
         frames between them.
       RuntimeError: this machine lacks a face model or a library.
     """
-    window_features.check_reduction(reduction)
-    settings = window_features.window_settings(
+    stream.check_reduction(reduction)
+    settings = window_settings(
       self.architecture,
       crop_face=crop_face,
       sample_rate=sample_rate,
@@ -188,13 +183,12 @@ class Marlin:
       window_rule=window_rule,
     )
     with contextlib.closing(face_windows.read_ahead(path, settings)) as windows:
-      features = window_features.extract(
-        self,
+      features = stream.encode(
+        functools.partial(self.extract_features, keep_seq=keep_seq),
         (window.frames for window in windows),
-        keep_seq=keep_seq,
-        batch_size=batch_size or window_features.default_batch_size(),
+        batch_size or stream.default_batch_size(),
       )
-      return window_features.reduced(np.stack(list(features)), reduction)
+      return stream.reduced(np.stack(list(features)), reduction)
 
   def reconstruct(
     self,
@@ -246,16 +240,16 @@ class Marlin:
 
   def attention_maps(
     self, x: np.ndarray | jax.Array
-  ) -> attention.AttentionMaps:
+  ) -> attention_maps.AttentionMaps:
     """How much attention each token of each clip receives.
 
     Args:
       x: as for `extract_features`; a video's are `clips.read_clips`.
 
     Returns:
-      Maps by layer and head, (B, L, H, N), and rolled out, (B, N); see
-      attention.attention_maps, and attention.region_shares for the share of
-      each region of the face.
+      Maps by layer and head, (B, L, H, N), and their rollout, (B, N); see
+      attention_maps.attention_maps, and attention_maps.region_shares for the
+      share of each face region.
 
     Raises:
       ValueError: wrong shape or dtype, or floating point outside [0, 1].
@@ -263,52 +257,13 @@ class Marlin:
     _check_clips(x, self.architecture.tubelets)
     # One by one: the matrices of a clip take 150 MB for B/16.
     maps = [
-      attention.attention_maps(
-        self.encoder, to_tokens(jnp.asarray(clip[None]), self.architecture)
+      attention_maps.attention_maps(
+        self.encoder,
+        clip_features.to_tokens(jnp.asarray(clip[None]), self.architecture),
       )
       for clip in x
     ]
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *maps)
-
-
-def features(
-  encoder: Encoder,
-  architecture: Architecture,
-  x: jax.Array,
-  *,
-  keep_seq: bool = False,
-) -> jax.Array:
-  """Marlin.extract_features as a pure function, to train through.
-
-  Args:
-    encoder: an nnx module; gradients flow into its parameters.
-    architecture: of the encoder.
-    x: as for `Marlin.extract_features`; not checked.
-    keep_seq: likewise.
-  """
-  tokens = encoder.tokens(to_tokens(x, architecture)).astype(jnp.float32)
-  return encoder.norm(tokens if keep_seq else tokens.mean(axis=1))
-
-
-def to_tokens(x: jax.Array, architecture: Architecture) -> jax.Array:
-  """Clips as the encoder takes them.
-
-  Args:
-    x: (B, T, H, W, 3), uint8, or floating point in [0, 1].
-    architecture: says how tokens are cut and whether pixels are normalised.
-
-  Returns:
-    float32 (B, N, P).
-  """
-  tokens = architecture.tubelets.patchify(x).astype(jnp.float32)
-  if jnp.issubdtype(x.dtype, jnp.integer):
-    tokens = tokens / 255
-  return imagenet_normalised(tokens) if architecture.imagenet_input else tokens
-
-
-def _features(architecture, graphdef, params, x, keep_seq):
-  encoder = nnx.merge(graphdef, params)
-  return features(encoder, architecture, x, keep_seq=keep_seq)
 
 
 def _check_clips(x, tubelets: Tubelets) -> None:

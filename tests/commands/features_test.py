@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from marlin_jax import features
-from marlin_jax.inference import window_features
+from marlin_jax.inference import stream
 from marlin_jax.inference.face_windows import (
   FaceVideoError,
   NoFaceError,
@@ -375,7 +375,7 @@ def test_two_videos_without_a_face_are_a_failure(
   args = (tmp_path / "videos", "--checkpoint", checkpoint, "--output", out)
   assert run(*args, "--crop_face") == 1
   text = capsys.readouterr().err
-  assert "no features came of 2 videos" in text
+  assert "no features extracted from 2 videos" in text
   assert "2 x no face found" in text
   lines = read_lines(out / "quarantine.jsonl")
   assert [line["source"] for line in lines] == ["one.mp4", "two.mp4"]
@@ -411,9 +411,7 @@ def test_stream_of_clips_is_taken_a_batch_ahead_and_no_more(marlin):
       taken.append(i)
       yield np.full((16, 32, 32, 3), i, np.uint8)
 
-  stream = window_features.extract(
-    marlin, clips(), keep_seq=False, batch_size=2
-  )
-  next(stream)
+  results = stream.encode(marlin.extract_features, clips(), batch_size=2)
+  next(results)
   assert taken == [0, 1, 2, 3]
-  assert len(list(stream)) == 6
+  assert len(list(results)) == 6

@@ -39,7 +39,7 @@ def network(weights: Weights):
     as_feature_extractor=not has_decoder,
   )
   weights = weights.without_discriminator()
-  theirs = marlin_pytorch.tables.write(
+  theirs = marlin_pytorch.name_tables.write(
     marlin_pytorch.rules(weights.architecture), weights.arrays
   )
   model.load_state_dict(torch_files.to_torch(theirs))

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from marlin_jax.inference import stream
 from marlin_jax.lipsync import mel_windows
 from marlin_jax.lipsync.networks import syncnet
 from marlin_jax.lipsync.networks.sync_expert import SyncExpert
@@ -166,12 +167,6 @@ def _in_batches(
   rows: np.ndarray,
   batch_size: int,
 ) -> np.ndarray:
-  """Returns what `run` gives of values[rows], always of equal batches."""
-  found = []
-  for first in range(0, len(rows), batch_size):
-    chosen = rows[first : first + batch_size]
-    # Filled up: another shape would be compiled again.
-    missing = [(0, batch_size - len(chosen))] + [(0, 0)] * (rows.ndim - 1)
-    batch = values[np.pad(chosen, missing, mode="edge")]
-    found.append(np.asarray(run(batch))[: len(chosen)])
-  return np.concatenate(found)
+  """Returns the embeddings of values[rows], computed in batches."""
+  clips = (values[row] for row in rows)
+  return np.stack(list(stream.encode(run, clips, batch_size)))

@@ -1,0 +1,87 @@
+"""Features of clips as pure functions of the encoder, to jit and train through.
+
+Axes: B clips, T frames, H W pixels, N tokens (ordered t h w), P pixels per
+token, D width.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from marlin_jax.models import partition
+from marlin_jax.models.mae import Encoder
+from marlin_jax.pretraining.train_step import imagenet_normalised
+from marlin_jax.weights.weights import Architecture
+
+
+def to_tokens(x: jax.Array, architecture: Architecture) -> jax.Array:
+  """Cuts clips into tokens as the encoder takes them.
+
+  Args:
+    x: (B, T, H, W, 3), uint8, or floating point in [0, 1].
+    architecture: says how tokens are cut and whether pixels are normalised.
+
+  Returns:
+    float32 (B, N, P).
+  """
+  tokens = architecture.tubelets.patchify(x).astype(jnp.float32)
+  if jnp.issubdtype(x.dtype, jnp.integer):
+    tokens = tokens / 255
+  return imagenet_normalised(tokens) if architecture.imagenet_input else tokens
+
+
+def features(
+  encoder: Encoder,
+  architecture: Architecture,
+  x: jax.Array,
+  *,
+  keep_seq: bool = False,
+) -> jax.Array:
+  """Returns the features of clips; see `Marlin.extract_features`.
+
+  Args:
+    encoder: an nnx module; gradients flow into its parameters.
+    architecture: of the encoder.
+    x: as for `Marlin.extract_features`; not checked.
+    keep_seq: return a feature per token instead of one per clip.
+
+  Returns:
+    float32 (B, D), or (B, N, D) with `keep_seq`.
+  """
+  tokens = encoder.tokens(to_tokens(x, architecture)).astype(jnp.float32)
+  return encoder.norm(tokens if keep_seq else tokens.mean(axis=1))
+
+
+def jitted_features(
+  graphdef: nnx.GraphDef,
+  architecture: Architecture,
+  *,
+  placement: partition.Placement | None = None,
+  out_shardings: jax.sharding.Sharding | None = None,
+) -> Callable[..., jax.Array]:
+  """Compiles `features` as a function of the encoder's parameters and clips.
+
+  Args:
+    graphdef: structure of the encoder, from nnx.split.
+    architecture: of the encoder.
+    placement: of the values on a mesh; None on a single device.
+    out_shardings: of the features.
+
+  Returns:
+    A jitted function (params, x, keep_seq=False) -> features.
+  """
+
+  @functools.partial(
+    jax.jit, static_argnames="keep_seq", out_shardings=out_shardings
+  )
+  def apply(params, x, keep_seq=False):
+    with partition.use(placement):
+      encoder = nnx.merge(graphdef, params)
+      return features(encoder, architecture, x, keep_seq=keep_seq)
+
+  return apply
