@@ -336,6 +336,17 @@ class Video(_Decoder):
     return len(self._secs)
 
   @property
+  def share(self) -> float:
+    """Share of the frames decoded so far; 0 where their number is unknown.
+
+    At most 1, also where the container announces too few.
+    """
+    announced = self.info.announced_frames
+    return (
+      self.num_frames / max(self.num_frames, announced) if announced else 0.0
+    )
+
+  @property
   def fps(self) -> float:
     """Average frames per second of what was decoded so far.
 

@@ -1,6 +1,6 @@
-"""One video in, its records out. Knows of no engine, pool or file format.
+"""Turns one video into records, independent of any engine or file format.
 
-The local process pool calls it; a cluster engine's worker can do the same:
+The local process pool calls it; a worker of a cluster engine can do the same:
 
   with Models() as models:
     outcome = process_video(source, Settings(), models, emit=records.append)
@@ -22,26 +22,25 @@ import numpy as np
 from data_prep.faces import boxes, face_finder, tracking
 from data_prep.regions import parsers, track_labels
 from data_prep.sources.manifest import Source
-from data_prep.video import decode, frame_rate
+from data_prep.video import decode
+from data_prep.video.tracked import TrackedVideo, VideoFrames
 from marlin_jax.records import mel_spectrogram, quality_index, schema
 
-# One clip of the trainer: 16 frames, every second one.
-CLIP_SPAN = 31
-# A shorter track is noise, unless the whole video is no longer.
-MIN_TRACK_FRAMES = 15
 JPEG_QUALITY = 95
-# Of one record. Times of frames can be anything: a leap of a day would be
-# gigabytes of silence.
+# Longest sound of a record. The times of frames can be anything: a leap of a
+# day would be gigabytes of silence.
 MAX_SOUND_SECS = 600
-# The first pass keeps the frames of a video that needs no more than this, which
-# spares a second decoding: 12 s of 1280x720 at 30 a second. Each worker has a
-# core, and leaves most of its share of the memory.
+# The first pass keeps the frames of a video that needs at most this much
+# memory, which spares a second decoding: 12 s of 1280x720 at 30 frames per
+# second. Each worker has a core, and leaves most of its share of the memory.
 KEPT_BYTES = min(
   1 << 30,
   os.sysconf("SC_PAGE_SIZE")
   * os.sysconf("SC_PHYS_PAGES")
   // (4 * (os.cpu_count() or 1)),
 )
+# Seconds between two reports of progress.
+REPORT_SECS = 0.25
 
 KEPT = "kept"
 NO_FACE = "without a face"
@@ -54,16 +53,16 @@ Progress = Callable[[float, float], None]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What decides how a video is processed.
+  """Settings that decide which records a video gives.
 
   Attributes:
-    segment_frames: longest segment; at least 2 x CLIP_SPAN, so that the
-      segments of a long track hold a clip each.
+    segment_frames: longest segment; at least 2 x `schema.CLIP_SPAN`, so that
+      each segment of a long track holds a clip.
     limits: what a video may cost.
     has_sound: whether records hold the sound.
     fps: frames per second that every video is brought to; 0 leaves them as
       they are.
-    parser: what labels the faces.
+    parser: parser that labels the faces.
   """
 
   segment_frames: int = 64
@@ -73,17 +72,17 @@ class Settings:
   parser: parsers.ParserChoice = parsers.DEFAULT
 
   def __post_init__(self) -> None:
-    if self.segment_frames < 2 * CLIP_SPAN:
+    if self.segment_frames < 2 * schema.CLIP_SPAN:
       raise ValueError(
         f"segment_frames is {self.segment_frames}, expected at least "
-        f"{2 * CLIP_SPAN}: no segment of a longer track is then shorter than "
-        f"a clip's span of {CLIP_SPAN} frames"
+        f"{2 * schema.CLIP_SPAN}: no segment of a longer track is then shorter "
+        f"than a clip's span of {schema.CLIP_SPAN} frames"
       )
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What became of one video.
+  """Result of processing one video.
 
   Attributes:
     status: KEPT, NO_FACE or QUARANTINED.
@@ -105,13 +104,13 @@ class Outcome:
 
 
 class Models:
-  """Face finder and parser; a context manager, good for many videos.
+  """Face finder and parser; a context manager that serves many videos.
 
   Args:
-    choice: which parser.
+    choice: the parser.
 
   Raises:
-    RuntimeError: a model file or a system library is missing; no video can be
+    UserError: a model file or a system library is missing; no video can be
       processed on this machine.
   """
 
@@ -138,28 +137,28 @@ def process_video(
   """Finds, crops and parses every face of a video, in two passes.
 
   Memory holds one segment of each face that is visible, the face meshes of the
-  video, and all of its frames where they are within `KEPT_BYTES`; a larger
-  video is decoded twice.
+  video, and all of its frames where they fit into `KEPT_BYTES`; a larger video
+  is decoded twice.
 
   Args:
     source: the video.
-    settings: see there.
+    settings: see `Settings`.
     models: opened once per worker.
     emit: takes one encoded record after the other, in the same order whenever
       the video is processed. They count only if the video is kept: a video can
       turn out to be damaged late.
-    progress: called now and then.
+    progress: called at most every `REPORT_SECS` seconds.
 
   Raises:
     decode.DecoderSetupError: no video can be decoded on this machine.
-    Exception: whatever `emit` raises. Everything else is the video's fault and
-      becomes its reason.
+    Exception: raised by `emit`. Any other error is the fault of the video and
+      becomes the reason of the outcome.
   """
-  work = _Work(source, settings, models, progress)
-  encoded = work.records()
+  cutter = _RecordCutter(source, settings, models, progress)
+  records = cutter.records()
   while True:
     try:
-      data = next(encoded, None)
+      data = next(records, None)
     except decode.DecoderSetupError:
       raise
     except decode.DecodeError as e:
@@ -169,15 +168,18 @@ def process_video(
     if data is None:
       break
     emit(data)
-  if not work.tracks:
-    return Outcome(NO_FACE, NO_FACE_REASON, num_decoded_frames=work.num_frames)
+  video = cutter.video
+  if not video.tracks:
+    return Outcome(
+      NO_FACE, NO_FACE_REASON, num_decoded_frames=video.num_decoded_frames
+    )
   return Outcome(
     KEPT,
-    num_decoded_frames=work.num_frames,
-    num_tracks=len(work.tracks),
-    num_records=len(work.quality),
-    num_frames=sum(map(len, work.tracks)),
-    quality=work.quality,
+    num_decoded_frames=video.num_decoded_frames,
+    num_tracks=len(video.tracks),
+    num_records=len(cutter.quality),
+    num_frames=sum(map(len, video.tracks)),
+    quality=cutter.quality,
   )
 
 
@@ -187,21 +189,28 @@ def segment_lengths(num_frames: int, segment_frames: int) -> list[int]:
   Equal parts leave no stub that is shorter than a clip: 120 frames at 64 are
   60 + 60, not 64 + 56; 65 are 33 + 32, not 64 + 1.
   """
-  num = math.ceil(num_frames / segment_frames)
-  short, num_longer = divmod(num_frames, num)
-  return [short + (i < num_longer) for i in range(num)]
+  num_segments = math.ceil(num_frames / segment_frames)
+  shorter, num_longer = divmod(num_frames, num_segments)
+  return [shorter + (i < num_longer) for i in range(num_segments)]
 
 
 def _version(path: Path) -> tuple[int, int] | None:
-  """Returns what tells a file from one put in its place, None without one."""
+  """Returns size and time of a file, which tell it from a replacement."""
   with contextlib.suppress(OSError):
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
   return None
 
 
-class _Work:
-  """One video on its way through the two passes."""
+class _RecordCutter:
+  """Cuts the records of one video.
+
+  Attributes:
+    video: the video and its tracks, once the first record was asked for.
+    quality: a row for each record so far, see `quality_index.row_of`.
+  """
+
+  video: TrackedVideo
 
   def __init__(
     self,
@@ -215,115 +224,57 @@ class _Work:
     self._models = models
     self._progress = progress
     self._reported_at = time.monotonic()
-    self.num_frames = 0
-    self.tracks: list[tracking.Track] = []
     self.quality: list[list[float]] = []
-    self._fps = 0.0
-    self._sound: _Sound | None = None
-    # Frames and times; None where they are too large to keep.
-    self._kept: list[tuple[np.ndarray, float]] | None = []
 
   def records(self) -> Iterator[bytes]:
-    """Yields encoded records as their last frames come by."""
-    before = _version(self._source.path)
-    self._find_tracks()
-    if self.tracks:
-      if self._settings.has_sound:
-        self._sound = _Sound(self._source, self._settings.limits)
-      yield from self._cut_records()
-    if _version(self._source.path) != before:
+    """Yields each encoded record once its last frame was read."""
+    source, settings = self._source, self._settings
+    version = _version(source.path)
+    self.video = TrackedVideo(
+      VideoFrames(
+        source.path, settings.fps, settings.limits, source.frame_rate
+      ),
+      self._models.finder,
+      keep_bytes=KEPT_BYTES,
+      progress=self._report,
+      finding_share=1.0,
+    )
+    if self.video.tracks:
+      yield from self._cut()
+    if _version(source.path) != version:
       raise decode.DecodeError("the file was changed while it was read")
 
-  def _open(self) -> decode.Video:
-    source = self._source
-    return decode.open_video(
-      source.path, self._settings.limits, source.frame_rate
-    )
-
-  def _frames(self, video: decode.Video) -> Iterator[tuple[np.ndarray, float]]:
-    """Yields frames and times as the records will have them."""
-    fps = self._settings.fps
-    return frame_rate.resampled(video, fps) if fps else iter(video)
-
-  def _report(self, num_done: int, num_expected: int) -> None:
-    """Reports frames done, of both passes together."""
+  def _report(self, num_passes: float, num_frames: int) -> None:
+    """Reports progress in both passes; half a frame is done in each of them."""
     now = time.monotonic()
-    if now - self._reported_at > 0.25:
+    if now - self._reported_at > REPORT_SECS:
       self._reported_at = now
-      self._progress(min(num_done / (2 * num_expected), 1.0), num_done / 2)
+      self._progress(num_passes / 2, num_frames / 2)
 
-  def _find_tracks(self) -> None:
-    num_frames = 0
-    with self._open() as video:
-
-      def frames() -> Iterator[np.ndarray]:
-        nonlocal num_frames
-        for frame, secs in self._frames(video):
-          num_frames += 1
-          self._keep(frame, secs)
-          yield frame
-          num_expected = max(video.info.announced_frames, video.num_frames)
-          self._report(video.num_frames, num_expected)
-
-      tracks = tracking.find_tracks(
-        frames(),
-        self._models.finder,
-        self._settings.fps or video.info.rate,
-        min_frames=1,
-      )
-      self.num_frames = video.num_frames
-      self._fps = self._settings.fps or video.fps
-    min_frames = min(MIN_TRACK_FRAMES, num_frames)
-    self.tracks = [
-      dataclasses.replace(track, track_id=track_id)
-      for track_id, track in enumerate(
-        track for track in tracks if len(track) >= min_frames
-      )
-    ]
-
-  def _keep(self, frame: np.ndarray, secs: float) -> None:
-    if self._kept is None:
-      return
-    if (len(self._kept) + 1) * frame.nbytes > KEPT_BYTES:
-      self._kept = None
-    else:
-      self._kept.append((frame, secs))
-
-  def _again(self) -> Iterator[tuple[np.ndarray, float]]:
-    """Yields the frames a second time, and reports."""
-    if self._kept is not None:
-      for i, frame in enumerate(self._kept):
-        yield frame
-        self._report(len(self._kept) + i, len(self._kept))
-      return
-    with self._open() as video:
-      for frame in self._frames(video):
-        yield frame
-        self._report(self.num_frames + video.num_frames, self.num_frames)
-      if video.num_frames != self.num_frames:
-        raise decode.DecodeError(
-          f"{self.num_frames} frames in the first pass, {video.num_frames} in "
-          "the second: was the file changed meanwhile?"
-        )
-
-  def _cut_records(self) -> Iterator[bytes]:
+  def _cut(self) -> Iterator[bytes]:
+    source, video = self._source, self.video
+    sound = None
+    if self._settings.has_sound:
+      sound = _Sound(source, self._settings.limits)
     pending = [
-      segment for track in self.tracks for segment in self._segments_of(track)
+      segment for track in video.tracks for segment in self._segments_of(track)
     ]
     pending.sort(key=lambda segment: segment.first_frame)
     active: list[_Segment] = []
-    for i, (frame, secs) in enumerate(self._again()):
+    for i, (frame, secs) in enumerate(video.frames()):
       while pending and pending[0].first_frame == i:
         active.append(pending.pop(0))
       for segment in active:
         segment.add(frame, i, secs)
       for segment in [s for s in active if s.is_full]:
         active.remove(segment)
-        record = segment.record(self._source, self._fps)
-        if self._sound is not None:
-          record = self._sound.added_to(record, segment.last_secs)
+        record = segment.record(source, video.fps)
+        if sound is not None:
+          record = sound.added_to(record, segment.last_secs)
         self.quality.append(quality_index.row_of(record))
         yield schema.encode(record)
+      num_done = i + 1
+      self._report(1 + num_done / video.num_frames, video.num_frames + num_done)
 
   def _segments_of(self, track: tracking.Track) -> Iterator[_Segment]:
     start = 0
@@ -334,7 +285,7 @@ class _Work:
 
 
 class _Segment:
-  """A part of a track while its frames come by."""
+  """Part of a track, which collects its frames one by one."""
 
   def __init__(
     self,
@@ -358,7 +309,7 @@ class _Segment:
     return len(self._jpegs) == self._length
 
   def add(self, frame: np.ndarray, i: int, secs: float) -> None:
-    """Crops and parses frame number i of the video, shown at a time."""
+    """Crops and parses frame number i of the video, shown at `secs`."""
     import simplejpeg
 
     if not self._jpegs:
@@ -379,15 +330,16 @@ class _Segment:
     self._labeller.add(frame, box, landmarks)
 
   def record(self, source: Source, fps: float) -> schema.Record:
-    found = self._labeller.finish()
+    """Returns the segment as a record, without sound."""
+    parsed = self._labeller.finish()
     size = schema.FRAME_SIZE
-    label_maps = np.zeros((len(found), size, size), np.uint8)
-    for i, labels in enumerate(found):
+    label_maps = np.zeros((len(parsed), size, size), np.uint8)
+    for i, labels in enumerate(parsed):
       if labels is not None:
         label_maps[i] = labels
     bits = schema.region_bits(label_maps)
     # Not even background: the trainer's rule for frames without a face.
-    bits[[labels is None for labels in found]] = 0
+    bits[[labels is None for labels in parsed]] = 0
     return schema.Record(
       frames=self._jpegs,
       regions=bits,
@@ -409,7 +361,7 @@ class _Segment:
 
 
 class _Sound:
-  """The sound of a video, cut to its segments."""
+  """Sound of a video, cut into segments."""
 
   def __init__(self, source: Source, limits: decode.Limits) -> None:
     self._samples = (
@@ -417,18 +369,18 @@ class _Sound:
       if source.frame_rate
       else decode.read_sound(source.path, limits)
     )
-    # Of the whole: at a cut, a spectrogram needs what is beyond it.
+    # Of the whole sound: at a cut, a spectrogram needs samples beyond it.
     self._mel = mel_spectrogram.mel_spectrogram(self._samples)
 
   def added_to(self, record: schema.Record, last_secs: float) -> schema.Record:
-    """Returns the record with its sound, silent where the track has ended.
+    """Returns the record with its sound, silence where the sound has ended.
 
     Args:
       record: the segment, without sound.
-      last_secs: when its last frame is shown.
+      last_secs: time of its last frame.
 
     Raises:
-      decode.DecodeError: the frames' times leap, or go backwards.
+      decode.DecodeError: the times of the frames leap, or go backwards.
     """
     if not len(self._samples):
       return dataclasses.replace(record, audio=b"")
@@ -453,10 +405,9 @@ class _Sound:
 def _cut(
   values: np.ndarray, span: tuple[float, float], rate: int, silence: float
 ) -> np.ndarray:
-  """Returns the rows of a span of seconds, filled up where there are none."""
+  """Returns the rows of a span of seconds, padded with silence at its end."""
   start, stop = (max(round(secs * rate), 0) for secs in span)
-  found = values[start:stop]
-  missing = stop - start - len(found)
-  return np.concatenate(
-    [found, np.full((missing, *values.shape[1:]), silence, values.dtype)]
-  )
+  rows = values[start:stop]
+  num_missing = stop - start - len(rows)
+  padding = np.full((num_missing, *values.shape[1:]), silence, values.dtype)
+  return np.concatenate([rows, padding])

@@ -10,13 +10,15 @@ import dataclasses
 
 import numpy as np
 
+from marlin_jax.records import schema
+
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
   """How clips are taken: `num_frames` frames, every `stride`-th one."""
 
-  num_frames: int = 16
-  stride: int = 2
+  num_frames: int = schema.CLIP_FRAMES
+  stride: int = schema.CLIP_STRIDE
 
   @property
   def span(self) -> int:

@@ -1,4 +1,4 @@
-"""A video file in, windows of frames out, ready for the encoder.
+"""Reads windows of frames from video files, as the encoder takes them.
 
 Decoder, face tracker and parser are those of data_prep; they load when the
 first video is read.
@@ -6,8 +6,8 @@ first video is read.
   for window in read_windows("clip.mp4", WindowSettings(crop_face=True)):
     window.frames                  # uint8 (T, S, S, 3)
 
-`read_ahead` does the same in a thread, while the caller computes; video_folder
-reads many videos in processes of their own.
+`read_ahead` does the same in a thread, while the caller computes;
+`video_folder` reads many videos in worker processes.
 
 Axes: T frames of a window, S pixels of the model's square picture, H W pixels
 of the video, N patches.
@@ -19,9 +19,9 @@ import collections
 import contextlib
 import dataclasses
 import os
-import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,13 +31,9 @@ from marlin_jax.records.cli import UserError
 
 if TYPE_CHECKING:
   from data_prep.faces import tracking
-  from data_prep.video import video_to_records
+  from data_prep.video import tracked, video_to_records
 
 WINDOW_RULES = ("cover", "authors")
-
-# Of the time that a video with a face takes, finding the face takes about so
-# much; the rest is the second decoding and the cropping.
-_FINDING_SHARE = 0.9
 
 # Called with the share of the video that has been read, once per frame.
 Progress = Callable[[float], None]
@@ -68,9 +64,20 @@ class NoFaceError(FaceVideoError):
     )
 
 
+@contextlib.contextmanager
+def video_errors(path: str | os.PathLike) -> Iterator[None]:
+  """Turns errors of the decoder into FaceVideoErrors that name the video."""
+  from data_prep.video import decode
+
+  try:
+    yield
+  except decode.DecodeError as e:
+    raise FaceVideoError(path, str(e)) from e
+
+
 @dataclasses.dataclass(frozen=True)
 class Window:
-  """Some frames of a video, as the encoder takes them.
+  """Frames of a video, as the encoder takes them.
 
   Attributes:
     frames: uint8 (T, S, S, 3), RGB.
@@ -80,9 +87,9 @@ class Window:
       last one is then repeated in `frames`.
     start_secs: time of the first of them in the video.
     end_secs: time of the last of them.
-    regions: uint16 (T/2, 14, 14) where asked for, else None: bit k is set where
-      LaPa class k touches the patch in the first frame of the tubelet; 0 where
-      no face was parsed.
+    regions: uint16 (T/2, 14, 14) where `WindowSettings.regions` is set, else
+      None: bit k is set where LaPa class k touches the patch in the first frame
+      of the tubelet; 0 where no face was parsed.
   """
 
   frames: np.ndarray
@@ -95,20 +102,24 @@ class Window:
 
 @dataclasses.dataclass(frozen=True)
 class WindowSettings:
-  """Which windows are taken of a video.
+  """Settings that decide which windows a video gives.
 
   Attributes:
     clip: frames of a window, and the distance between them.
-    hop: frames from one window to the next; None is side by side.
+    hop: frames from one window to the next; None places windows side by side.
     image_size: S.
-    crop_face: follow the face and cut it out, as data_prep does; else the whole
+    crop_face: track the face and crop it, as data_prep does; else the whole
       frame is shown, with black bars where it is no square.
     window_rule: 'cover', the rule of `Clip.window_starts`. For comparison only,
-      'authors': MARLIN's own, which leaves out the end of a video and the last
-      window where it just fits, and takes consecutive frames where the video
-      is no longer than one window.
+      'authors': the rule of MARLIN's code, which leaves out the end of a video
+      and the last window where it just fits, and takes consecutive frames where
+      the video is no longer than one window.
     regions: parse the face too, which is slow.
-    tubelet_size: frames per parsed one.
+    tubelet_size: frames per tubelet; the first of them is parsed.
+
+  Raises:
+    ValueError: the settings contradict each other, or windows would not cover
+      the video.
   """
 
   clip: Clip = Clip()
@@ -127,7 +138,7 @@ class WindowSettings:
       )
     if self.regions and self.image_size != 224:
       raise ValueError(
-        f"regions are known for pictures of 224 pixels, and image_size is "
+        f"regions need pictures of 224 pixels, and image_size is "
         f"{self.image_size}"
       )
     if self.clip.num_frames < 1 or self.clip.stride < 1 or self.step < 1:
@@ -143,11 +154,11 @@ class WindowSettings:
 
   @property
   def lookahead(self) -> int:
-    """Frames behind a window that must be there before it counts as one."""
+    """Frames after a window that must exist for it to count."""
     return 0 if self.window_rule == "cover" else 1
 
   def starts(self, total: int) -> np.ndarray:
-    """Returns int (W,), where windows start in a video of `total` frames.
+    """Returns int (W,), the starts of windows in a video of `total` frames.
 
     Raises:
       ValueError: the windows would not cover the video.
@@ -159,14 +170,14 @@ class WindowSettings:
     return np.arange(0, total - self.clip.extent, self.step)
 
   def indices(self, start: int, total: int) -> np.ndarray:
-    """Returns int (T,), the frames that a window shows."""
-    return self._shown(total).indices(start, total)
+    """Returns int (T,), numbers of the frames that a window shows."""
+    return self._clip(total).indices(start, total)
 
   def num_covered(self, total: int) -> int:
-    """Returns for how many frames a window stands."""
-    return min(self._shown(total).extent, total)
+    """Returns the number of frames that a window stands for."""
+    return min(self._clip(total).extent, total)
 
-  def _shown(self, total: int) -> Clip:
+  def _clip(self, total: int) -> Clip:
     if self.window_rule == "authors" and total <= self.clip.extent:
       return dataclasses.replace(self.clip, stride=1)
     return self.clip
@@ -181,19 +192,18 @@ def read_windows(
   models: video_to_records.Models | None = None,
   progress: Progress = lambda share: None,
 ) -> Iterator[Window]:
-  """Reads a video window by window, keeping the frames of one in memory.
+  """Reads a video window by window; memory holds the frames of one window.
 
-  With `crop_face` the video is decoded twice: first every face is followed,
-  then the main one is cut out along its smoothed path, frame by frame, and the
-  windows cover the frames in which it was followed. The main face is the one
-  that is there for the most frames; of several, the largest.
+  With `crop_face` the video is decoded twice: the first pass tracks all faces,
+  the second crops the main one along its smoothed path, and the windows cover
+  the frames of its track. The main face has the longest track; of equally long
+  tracks, the largest face.
 
   Args:
-    path: a video file, in anything that FFmpeg decodes; turned as its rotation
-      flag says. Its frames are counted by decoding them.
-    settings: which windows; the defaults where None.
-    models: face models that are open already; else they are opened where
-      needed.
+    path: a video file in any format that FFmpeg decodes; frames are turned as
+      its rotation flag says, and counted by decoding them.
+    settings: see `WindowSettings`; the defaults where None.
+    models: open face models; where None, they are opened if needed.
     progress: see `Progress`.
 
   Yields:
@@ -203,43 +213,37 @@ def read_windows(
     FaceVideoError: the video is damaged, or over a limit of
       `data_prep.video.decode.Limits`; possibly after some windows.
     NoFaceError: a face was to be cropped, and there is none.
-    RuntimeError: this machine lacks a model file or a library; not the video's
-      fault.
+    UserError: this machine lacks a model file or a library; not the fault of
+      the video.
   """
-  from data_prep.video import decode
-
   settings = settings or WindowSettings()
   needs_models = settings.crop_face or settings.regions
-  try:
-    with contextlib.ExitStack() as stack:
-      if needs_models and models is None:
-        from data_prep.video import video_to_records
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(video_errors(path))
+    if needs_models and models is None:
+      from data_prep.video import video_to_records
 
-        models = stack.enter_context(video_to_records.Models())
-      yield from _Reading(path, settings, models, progress).windows()
-  except decode.DecodeError as e:
-    raise FaceVideoError(path, str(e)) from e
+      models = stack.enter_context(video_to_records.Models())
+    yield from _WindowReader(path, settings, models, progress).windows()
 
 
+@dataclasses.dataclass(slots=True)
 class _Frame:
-  """A frame as the encoder sees it.
+  """Frame as the encoder sees it.
 
   Attributes:
     picture: uint8 (S, S, 3).
     secs: its time.
-    regions: uint16 (14, 14), where known already.
+    regions: uint16 (14, 14); None until the face is parsed.
   """
 
-  def __init__(
-    self, picture: np.ndarray, secs: float, regions: np.ndarray | None = None
-  ) -> None:
-    self.picture = picture
-    self.secs = secs
-    self.regions = regions
+  picture: np.ndarray
+  secs: float
+  regions: np.ndarray | None = None
 
 
-class _Reading:
-  """One video on its way."""
+class _WindowReader:
+  """Reads the windows of one video."""
 
   def __init__(
     self,
@@ -257,11 +261,11 @@ class _Reading:
     if not self._settings.crop_face:
       yield from self._cut(self._whole_frames(), 0)
       return
-    track = self._main_track()
-    yield from self._cut(self._cropped_frames(track), track.first_frame)
+    video, track = self._main_track()
+    yield from self._cut(self._cropped_frames(video, track), track.first_frame)
 
   def _cut(self, frames: Iterable[_Frame], offset: int) -> Iterator[Window]:
-    """Yields windows as their last frames come by; the total may be unknown."""
+    """Yields each window once its last frame was read."""
     settings = self._settings
     reach = settings.clip.extent + settings.lookahead
     kept: collections.deque[_Frame] = collections.deque(maxlen=reach)
@@ -283,11 +287,18 @@ class _Reading:
     total: int,
     offset: int,
   ) -> Window:
-    """Makes the window at `start`; `kept` are the last of `total` frames."""
+    """Returns the window at `start`; `kept` holds the last of `total` frames.
+
+    Args:
+      kept: frames still in memory.
+      start: first frame of the window, counted from `offset`.
+      total: number of frames read so far.
+      offset: number in the video of the first frame read.
+    """
     settings = self._settings
-    num_gone = total - len(kept)
+    num_dropped = total - len(kept)
     num_frames = settings.num_covered(total)
-    shown = [kept[i - num_gone] for i in settings.indices(start, total)]
+    shown = [kept[i - num_dropped] for i in settings.indices(start, total)]
     regions = None
     if settings.regions:
       first = shown[:: settings.tubelet_size]
@@ -296,8 +307,8 @@ class _Reading:
       frames=np.stack([frame.picture for frame in shown]),
       first_frame=offset + start,
       num_frames=num_frames,
-      start_secs=kept[start - num_gone].secs,
-      end_secs=kept[start + num_frames - 1 - num_gone].secs,
+      start_secs=kept[start - num_dropped].secs,
+      end_secs=kept[start + num_frames - 1 - num_dropped].secs,
       regions=regions,
     )
 
@@ -310,10 +321,13 @@ class _Reading:
     with decode.open_video(self._path) as video:
       for frame, secs in video:
         yield _Frame(fit_square(frame, size), secs)
-        self._progress(_share(video.num_frames, video.info.announced_frames))
+        self._progress(video.share)
 
   def _regions_of(self, frame: _Frame) -> np.ndarray:
-    """Parses the surest face of a picture that is a face crop already."""
+    """Returns the regions of a frame; parses its most certain face if needed.
+
+    Of a cropped face the regions are set already: this is a whole frame.
+    """
     if frame.regions is None:
       picture, finder = frame.picture, self._models.finder
       size = self._settings.image_size
@@ -326,55 +340,32 @@ class _Reading:
 
   # --- A face -----------------------------------------------------------------
 
-  def _main_track(self) -> tracking.Track:
-    from data_prep.faces import tracking
-    from data_prep.video import decode, video_to_records
+  def _main_track(self) -> tuple[tracked.TrackedVideo, tracking.Track]:
+    from data_prep.video import tracked
 
-    with decode.open_video(self._path) as video:
-
-      def frames() -> Iterator[np.ndarray]:
-        for frame, _ in video:
-          yield frame
-          share = _share(video.num_frames, video.info.announced_frames)
-          self._progress(_FINDING_SHARE * share)
-
-      tracks = tracking.find_tracks(
-        frames(), self._models.finder, video.info.rate, min_frames=1
-      )
-      num_frames = video.num_frames
-    # What is too short to be prepared for training is too short here.
-    min_frames = min(video_to_records.MIN_TRACK_FRAMES, num_frames)
-    tracks = [track for track in tracks if len(track) >= min_frames]
-    if not tracks:
+    video = tracked.TrackedVideo(
+      tracked.VideoFrames(self._path),
+      self._models.finder,
+      progress=lambda share, _: self._progress(share),
+    )
+    if not video.tracks:
       raise NoFaceError(self._path)
-    return max(tracks, key=lambda track: (len(track), track.side))
+    return video, max(video.tracks, key=lambda track: (len(track), track.side))
 
-  def _cropped_frames(self, track: tracking.Track) -> Iterator[_Frame]:
-    from data_prep.faces import boxes
-    from data_prep.video import decode
-
-    size = self._settings.image_size
-    to_parse = self._rows_to_parse(len(track))
-    stop = track.first_frame + len(track)
-    with decode.open_video(self._path) as video:
-      for i, (frame, secs) in enumerate(video):
-        share = (i + 1) / stop
-        self._progress(_FINDING_SHARE + (1 - _FINDING_SHARE) * share)
-        row = i - track.first_frame
-        if row < 0:
-          continue
-        box = track.boxes[row]
-        regions = None
-        if row in to_parse:
-          regions = self._parse(frame, box, track.landmarks[row])
-        picture = fit_square(boxes.crop_frame(frame, box), size)
-        yield _Frame(picture, secs, regions)
-        if i + 1 == stop:
-          return
-      raise decode.DecodeError(
-        f"at least {stop} frames in the first pass, {video.num_frames} in the "
-        "second: was the file changed meanwhile?"
-      )
+  def _cropped_frames(
+    self, video: tracked.TrackedVideo, track: tracking.Track
+  ) -> Iterator[_Frame]:
+    first = track.first_frame
+    rows_to_parse = self._rows_to_parse(len(track))
+    boxes = np.full((first + len(track), 4), np.nan, np.float32)
+    boxes[first:] = track.boxes
+    for i, (frame, secs, crop) in enumerate(video.crops(boxes)):
+      if crop is None:
+        continue
+      regions = None
+      if i - first in rows_to_parse:
+        regions = self._parse(frame, boxes[i], track.landmarks[i - first])
+      yield _Frame(fit_square(crop, self._settings.image_size), secs, regions)
 
   def _rows_to_parse(self, total: int) -> set[int]:
     """Returns the first frames of all tubelets of all windows.
@@ -429,62 +420,40 @@ def fit_square(frame: np.ndarray, size: int) -> np.ndarray:
   return out
 
 
-def _share(num_read: int, num_announced: int) -> float:
-  """Returns the share that is read, 0 where the container announces nothing."""
-  return num_read / max(num_read, num_announced) if num_announced else 0.0
-
-
 # --- In a thread --------------------------------------------------------------
-
-
-class _Stopped(Exception):
-  """Whoever reads the windows has stopped."""
 
 
 def read_ahead(
   path: str | os.PathLike,
   settings: WindowSettings | None = None,
-  num_ahead: int = 2,
+  num_ahead: int = 3,
 ) -> Iterator[Window]:
-  """As `read_windows`, in a thread that stays some windows ahead.
+  """Reads as `read_windows`, in a thread that stays some windows ahead.
 
-  The thread starts with the first window asked for and ends with the iterator,
-  however that ends; its errors come out of the iterator.
+  The thread starts with the first window that is taken and ends with the
+  iterator. The iterator raises the errors of the thread.
+
+  Args:
+    path: as for `read_windows`.
+    settings: as for `read_windows`.
+    num_ahead: windows that are read before they are taken.
   """
-  stop = threading.Event()
-  ready: queue.Queue[Window | BaseException | None] = queue.Queue(num_ahead)
-
-  def hand_over(item: Window | BaseException | None) -> None:
-    while not stop.is_set():
-      with contextlib.suppress(queue.Full):
-        ready.put(item, timeout=0.1)
-        return
-    raise _Stopped
+  stopped = threading.Event()
 
   def check(_: float) -> None:
-    if stop.is_set():
-      raise _Stopped
+    if stopped.is_set():
+      raise futures.CancelledError
 
-  def read() -> None:
-    with contextlib.suppress(_Stopped):
-      try:
-        # The decoder dies with the thread that opened it: all of it is here.
-        with contextlib.closing(
-          read_windows(path, settings, progress=check)
-        ) as windows:
-          for window in windows:
-            hand_over(window)
-        hand_over(None)
-      except Exception as e:
-        hand_over(e)
-
-  thread = threading.Thread(target=read, name="read_ahead", daemon=True)
-  thread.start()
-  try:
-    while (item := ready.get()) is not None:
-      if isinstance(item, BaseException):
-        raise item
-      yield item
-  finally:
-    stop.set()
-    thread.join()
+  windows = read_windows(path, settings, progress=check)
+  # One thread for all windows: a decoder ends with the thread that started it.
+  with futures.ThreadPoolExecutor(1, "read_ahead") as thread:
+    try:
+      ahead = collections.deque(
+        thread.submit(next, windows, None) for _ in range(num_ahead)
+      )
+      while (window := ahead.popleft().result()) is not None:
+        ahead.append(thread.submit(next, windows, None))
+        yield window
+    finally:
+      stopped.set()
+      thread.submit(windows.close)

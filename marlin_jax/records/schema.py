@@ -49,6 +49,11 @@ REGIONS = (
 # Terms of a track's quality, each in [0, 1]; see data_prep.faces.quality.
 QUALITY_TERMS = ("size", "sharpness", "pose", "landmarks")
 
+# The clip of the paper: 16 frames, every second one. It spans 31 frames of a
+# record, from its first frame to its last.
+CLIP_FRAMES, CLIP_STRIDE = 16, 2
+CLIP_SPAN = (CLIP_FRAMES - 1) * CLIP_STRIDE + 1
+
 SAMPLE_RATE = 16_000
 NUM_MELS = 80
 

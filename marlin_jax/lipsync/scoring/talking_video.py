@@ -1,16 +1,16 @@
-"""A video of somebody talking: face crops and their sound on one clock.
+"""Reads a video of a talking person: face crops and sound on one clock.
 
   video = read("talk.mp4")
   video.frames[f]                       # uint8 (224, 224, 3), 25 a second
-  video.sound[640 * f : 640 * (f + 1)]  # int16, what is heard meanwhile
+  video.sound[640 * f : 640 * (f + 1)]  # int16, the sound during that frame
   for stretch in stretches(video.has_face): ...
   for picture in pictures("talk.mp4"): ...  # the same N frames, uncropped
 
-Frames of any rate become 25 a second by repeating pictures or leaving some out;
+Frames of any rate become 25 a second by repeating frames or leaving some out;
 sound of any rate and number of channels becomes 16 kHz, mono. Sample 640 f is
 at the time of frame f, wherever in the file the two tracks begin.
 
-Decoder, face tracker and crop are those of data_prep, as in face_video.
+Decoder, face tracker and crop are those of data_prep, as in `face_windows`.
 
 Axes: N frames, S samples, H W pixels of the source.
 """
@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -29,29 +30,25 @@ import numpy as np
 from marlin_jax.inference.face_windows import (
   FaceVideoError,
   NoFaceError,
+  Progress,
   fit_square,
+  video_errors,
 )
 from marlin_jax.records.schema import FRAME_SIZE, SAMPLE_RATE
 
 if TYPE_CHECKING:
   from data_prep.faces import tracking
-  from data_prep.video import video_to_records
+  from data_prep.video import tracked, video_to_records
 
 FPS = 25
 FRAME_SAMPLES = SAMPLE_RATE // FPS
-# All crops are in memory: 2.3 GB.
+# Longest video: all of its crops are in memory, 2.3 GB.
 MAX_SECS = 600
-
-# Of the time that a video takes, as in face_video.
-_FINDING_SHARE = 0.9
-
-# Called with the share of the video that has been read.
-Progress = Callable[[float], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class TalkingVideo:
-  """A whole video.
+  """Face crops and sound of a whole video.
 
   Attributes:
     frames: uint8 (N, 224, 224, 3), RGB, face crops; black without a face.
@@ -81,39 +78,42 @@ def read(
   models: video_to_records.Models | None = None,
   progress: Progress = lambda share: None,
 ) -> TalkingVideo:
-  """Reads a video whole, following the face that is seen the longest.
+  """Reads a whole video and crops the face with the longest track.
 
   Where that face is lost for more than half a second, frames are without a face
-  until it is back; so may be those at both ends. Whoever is seen then is taken
-  for the same person: of several faces at a time, that of the longest track,
-  of equally long ones the largest.
+  until it returns; so may be those at both ends. The face of any other track is
+  taken for the same person: of several faces at a time, that of the longest
+  track, of equally long tracks the largest.
 
   Args:
-    path: a video file, in anything that FFmpeg decodes.
-    crop_face: follow the face and cut it out; else each frame is taken for a
-      face crop, as it is in LRS2, with black bars where it is no square.
-    models: face models that are open already; else they are opened.
-    progress: see `Progress`.
+    path: a video file in any format that FFmpeg decodes.
+    crop_face: track the face and crop it; else each frame is taken for a face
+      crop, as in LRS2, with black bars where it is no square.
+    models: open face models; where None, they are opened.
+    progress: see `face_windows.Progress`.
 
   Raises:
     FaceVideoError: the video or its sound is damaged, over a limit of
       `data_prep.video.decode.Limits`, or longer than MAX_SECS.
-    NoFaceError: no face is seen in it.
-    RuntimeError: this machine lacks a model file or a library.
+    NoFaceError: the video shows no face.
+    UserError: this machine lacks a model file or a library.
   """
-  with _as_video_errors(path):
+  from data_prep.video import tracked, video_to_records
+
+  with video_errors(path):
     if not crop_face:
       return _uncropped(path, progress)
     with contextlib.ExitStack() as stack:
       if models is None:
-        from data_prep.video import video_to_records
-
         models = stack.enter_context(video_to_records.Models())
-      tracks, num_frames = _find_tracks(path, models, progress)
-    boxes = _boxes(tracks, num_frames)
-    if np.isnan(boxes).all():
+      video = tracked.TrackedVideo(
+        _video_frames(path),
+        models.finder,
+        progress=lambda share, _: progress(share),
+      )
+    if not video.tracks:
       raise NoFaceError(path)
-    return _cropped(path, boxes, progress)
+    return _cropped(path, video)
 
 
 def read_many(
@@ -127,14 +127,14 @@ def read_many(
   Args:
     paths: as for `read`.
     crop_face: as for `read`.
-    progress: called with the number of a video and the share of it that is
-      read.
+    progress: called with the number of a video and the share of it that has
+      been read.
 
   Yields:
-    Of each video what `read` gives or raises.
+    For each video the result of `read`, or the FaceVideoError it raises.
 
   Raises:
-    RuntimeError: this machine lacks a model file or a library.
+    UserError: this machine lacks a model file or a library.
   """
   with contextlib.ExitStack() as stack:
     models = None
@@ -165,46 +165,28 @@ def pictures(path: str | os.PathLike) -> Iterator[np.ndarray]:
   Raises:
     FaceVideoError: the video is damaged or over a limit; possibly late.
   """
-  with _as_video_errors(path):
-    for picture, _, _ in _frames(path):
+  with video_errors(path), _video_frames(path).open() as (_, frames):
+    for picture, _ in frames:
       yield picture
 
 
 def stretches(has_face: np.ndarray) -> list[slice]:
-  """Returns the runs of frames with a face, of bool (N,), in order."""
+  """Returns the runs of frames with a face, in order.
+
+  Args:
+    has_face: bool (N,).
+  """
   edges = np.flatnonzero(np.diff(has_face.astype(int), prepend=0, append=0))
-  return [slice(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+  return [slice(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
 
 # --- The parts ----------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _as_video_errors(path: str | os.PathLike) -> Iterator[None]:
-  from data_prep.video import decode
+def _video_frames(path: str | os.PathLike) -> tracked.VideoFrames:
+  from data_prep.video import tracked
 
-  try:
-    yield
-  except decode.DecodeError as e:
-    raise FaceVideoError(path, str(e)) from e
-
-
-def _frames(
-  path: str | os.PathLike,
-) -> Iterator[tuple[np.ndarray, float, float]]:
-  """Yields frames, 25 a second, their times, and the share that is read."""
-  from data_prep.video import decode, frame_rate
-
-  with decode.open_video(path) as video:
-    for num, (frame, secs) in enumerate(frame_rate.resampled(video, FPS)):
-      if num == MAX_SECS * FPS:
-        raise decode.DecodeError(
-          f"it is longer than {MAX_SECS} s, whose faces would not fit into "
-          "memory; cut it into parts"
-        )
-      announced = video.info.announced_frames
-      read = video.num_frames
-      yield frame, secs, read / max(read, announced) if announced else 0.0
+  return tracked.VideoFrames(path, FPS, max_secs=MAX_SECS)
 
 
 def _sound(path: str | os.PathLike, start_secs: float) -> np.ndarray:
@@ -218,101 +200,62 @@ def _sound(path: str | os.PathLike, start_secs: float) -> np.ndarray:
   return samples[max(first, 0) :]
 
 
-def _find_tracks(
-  path: str | os.PathLike, models: video_to_records.Models, progress: Progress
-) -> tuple[list[tracking.Track], int]:
-  """Returns all tracks, and the number of frames."""
-  from data_prep.faces import tracking
-
-  num_frames = 0
-
-  def frames() -> Iterator[np.ndarray]:
-    nonlocal num_frames
-    for frame, _, share in _frames(path):
-      num_frames += 1
-      yield frame
-      progress(_FINDING_SHARE * share)
-
-  found = tracking.find_tracks(frames(), models.finder, FPS, min_frames=1)
-  return found, num_frames
-
-
 def _boxes(tracks: list[tracking.Track], num_frames: int) -> np.ndarray:
-  """Returns float32 (N, 4), one face a frame at most, NaN without one."""
-  from data_prep.video import video_to_records
+  """Returns float32 (N, 4), the box of at most one face, NaN without one.
 
-  # What is too short to be prepared for training is too short here.
-  least = min(video_to_records.MIN_TRACK_FRAMES, num_frames)
+  A track that overlaps a longer one is left out.
+  """
   boxes = np.full((num_frames, 4), np.nan, np.float32)
-
-  def size(track: tracking.Track) -> tuple[int, float]:
-    return len(track), track.side
-
-  for track in sorted(tracks, key=size, reverse=True):
-    rows = slice(track.first_frame, track.first_frame + len(track))
-    if len(track) >= least and np.isnan(boxes[rows]).all():
-      boxes[rows] = track.boxes
+  for track in sorted(tracks, key=lambda t: (len(t), t.side), reverse=True):
+    span = slice(track.first_frame, track.first_frame + len(track))
+    if np.isnan(boxes[span]).all():
+      boxes[span] = track.boxes
   return boxes
 
 
 def _cropped(
-  path: str | os.PathLike, boxes: np.ndarray, progress: Progress
+  path: str | os.PathLike, video: tracked.TrackedVideo
 ) -> TalkingVideo:
-  from data_prep.faces import boxes as crops
-  from data_prep.video import decode
-
-  total = len(boxes)
-  has_face = ~np.isnan(boxes[:, 0])
-  frames = np.zeros((total, FRAME_SIZE, FRAME_SIZE, 3), np.uint8)
-  num, size, start_secs = 0, (0, 0), 0.0
-  for picture, secs, _ in _frames(path):
-    if not num:
+  boxes = _boxes(video.tracks, video.num_frames)
+  crops = np.zeros((len(boxes), FRAME_SIZE, FRAME_SIZE, 3), np.uint8)
+  start_secs = math.nan
+  for i, (_, secs, crop) in enumerate(video.crops(boxes)):
+    if i == 0:
       start_secs = secs
-    if num < total and has_face[num]:
-      frames[num] = crops.crop_frame(picture, boxes[num])
-    num, size = num + 1, picture.shape[:2]
-    progress(_FINDING_SHARE + (1 - _FINDING_SHARE) * min(num / total, 1.0))
-  if num != total:
-    raise decode.DecodeError(
-      f"{total} frames in the first pass, {num} in the second: was the file "
-      "changed meanwhile?"
-    )
-  sound = _sound(path, start_secs)
-  return _with_sound(frames, boxes, has_face, sound, size)
+    if crop is not None:
+      crops[i] = crop
+  width, height = video.size
+  return _with_sound(path, crops, boxes, start_secs, (height, width))
 
 
 def _uncropped(path: str | os.PathLike, progress: Progress) -> TalkingVideo:
-  frames, size, start_secs = [], (0, 0), 0.0
-  for picture, secs, share in _frames(path):
-    if not frames:
-      start_secs = secs
-    frames.append(fit_square(picture, FRAME_SIZE))
-    size = picture.shape[:2]
-    progress(share)
-  height, width = size
-  side = max(size)
+  pictures, start_secs = [], math.nan
+  with _video_frames(path).open() as (video, frames):
+    for frame, secs in frames:
+      if not pictures:
+        start_secs = secs
+      pictures.append(fit_square(frame, FRAME_SIZE))
+      progress(video.share)
+    width, height = video.info.width, video.info.height
+  side = max(width, height)
   x, y = (width - side) / 2, (height - side) / 2
-  box = np.float32([x, y, x + side, y + side])
+  boxes = np.tile(np.float32([x, y, x + side, y + side]), (len(pictures), 1))
   return _with_sound(
-    np.stack(frames),
-    np.tile(box, (len(frames), 1)),
-    np.ones(len(frames), bool),
-    _sound(path, start_secs),
-    size,
+    path, np.stack(pictures), boxes, start_secs, (height, width)
   )
 
 
 def _with_sound(
+  path: str | os.PathLike,
   frames: np.ndarray,
   boxes: np.ndarray,
-  has_face: np.ndarray,
-  sound: np.ndarray,
+  start_secs: float,
   frame_size: tuple[int, int],
 ) -> TalkingVideo:
   return TalkingVideo(
     frames=frames,
     boxes=boxes,
-    has_face=has_face,
-    sound=sound[: FRAME_SAMPLES * len(frames)],
+    has_face=~np.isnan(boxes[:, 0]),
+    sound=_sound(path, start_secs)[: FRAME_SAMPLES * len(frames)],
     frame_size=frame_size,
   )

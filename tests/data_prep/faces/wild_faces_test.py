@@ -6,7 +6,7 @@ import pytest
 
 from data_prep.faces import tracking
 from data_prep.sources.manifest import Source
-from data_prep.video import video_to_records
+from data_prep.video import tracked, video_to_records
 from marlin_jax.records import schema
 from tests.support import scenes
 from tests.support.videos import shared_video, write_video
@@ -307,12 +307,12 @@ def test_glimpse_of_a_face_in_a_longer_video_is_not_kept(
   car, man, face_models, tmp_path
 ):
   wall = [cv2.resize(man[0][:100, :140], (176, 144))] * 20
-  frames = wall + car[: video_to_records.MIN_TRACK_FRAMES - 1] + wall
+  frames = wall + car[: tracked.MIN_TRACK_FRAMES - 1] + wall
   path = write_video(tmp_path / "v.mp4", frames, crf="10")
   assert record_lengths(path) == []
-  frames = wall + car[: video_to_records.MIN_TRACK_FRAMES] + wall
+  frames = wall + car[: tracked.MIN_TRACK_FRAMES] + wall
   path = write_video(tmp_path / "w.mp4", frames, crf="10")
-  assert record_lengths(path) == [video_to_records.MIN_TRACK_FRAMES]
+  assert record_lengths(path) == [tracked.MIN_TRACK_FRAMES]
 
 
 def record_lengths(path) -> list[int]:

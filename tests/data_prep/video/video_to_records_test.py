@@ -10,6 +10,7 @@ import simplejpeg
 from data_prep.sources.manifest import Source
 from data_prep.video import decode, video_to_records
 from data_prep.video.video_to_records import segment_lengths
+from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.records import mel_spectrogram, quality_index, schema
 from tests.support.videos import moving_noise, shared_video, write_video
 
@@ -42,7 +43,7 @@ def test_segments_are_nearly_equal_and_lose_no_frame():
       assert sum(lengths) == num_frames
       assert max(lengths) <= longest
       assert max(lengths) - min(lengths) <= 1
-      assert len(lengths) == 1 or min(lengths) >= video_to_records.CLIP_SPAN
+      assert len(lengths) == 1 or min(lengths) >= Clip().span
 
 
 def test_segments_too_short_for_a_clip_are_refused():

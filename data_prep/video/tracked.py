@@ -1,0 +1,213 @@
+"""Videos with the tracks of their faces; frames can be read again.
+
+  video = TrackedVideo(VideoFrames("talk.mp4", fps=25.0), finder)
+  for track in video.tracks: ...
+  for frame, secs in video.frames(): ...      # decoded a second time
+  for frame, secs, crop in video.crops(track_boxes): ...
+
+Axes: N frames of the video, H W their pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from data_prep.faces import boxes, tracking
+from data_prep.faces.face_finder import FaceFinder
+from data_prep.video import decode, frame_rate
+
+# A shorter track is noise, unless the whole video is no longer.
+MIN_TRACK_FRAMES = 15
+# Share of the time that finding a face takes; the second decoding and the
+# cropping take the rest.
+FINDING_SHARE = 0.9
+
+# Called after each frame with the share of the video that is done, in [0, 1],
+# and with the number of frames decoded so far in this pass.
+Progress = Callable[[float, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoFrames:
+  """Frames of one video, which can be read any number of times.
+
+  Attributes:
+    path: a video file; with `frame_rate`, a folder of pictures.
+    fps: constant rate that frames are repeated or left out to reach; 0 leaves
+      them as they are.
+    limits: what the video may cost.
+    frame_rate: frames per second of a folder of pictures; 0 for a video.
+    max_secs: longest video in seconds; checked where `fps` is set.
+  """
+
+  path: str | os.PathLike
+  fps: float = 0.0
+  limits: decode.Limits = decode.DEFAULT_LIMITS
+  frame_rate: float = 0.0
+  max_secs: float = math.inf
+
+  @contextlib.contextmanager
+  def open(
+    self,
+  ) -> Iterator[tuple[decode.Video, Iterator[tuple[np.ndarray, float]]]]:
+    """Starts a decoder.
+
+    Yields:
+      The open video, and its frames, uint8 (H, W, 3) RGB, with their times in
+      seconds.
+
+    Raises:
+      decode.DecodeError: the video is damaged, over a limit or longer than
+        `max_secs`; also while frames are read.
+      decode.DecoderSetupError: no video can be decoded on this machine.
+    """
+    with decode.open_video(self.path, self.limits, self.frame_rate) as video:
+      yield video, self._resampled(video) if self.fps else iter(video)
+
+  def _resampled(
+    self, video: decode.Video
+  ) -> Iterator[tuple[np.ndarray, float]]:
+    frames = frame_rate.resampled(video, self.fps)
+    for num_frames, frame in enumerate(frames):
+      if num_frames == self.max_secs * self.fps:
+        raise decode.DecodeError(
+          f"it is longer than {self.max_secs:g} s, and its faces would not fit "
+          "into memory; cut it into parts"
+        )
+      yield frame
+
+
+class TrackedVideo:
+  """A video and the tracks of all faces in it.
+
+  The constructor decodes the video to its end to find the tracks; `frames` and
+  `crops` decode it again, unless its frames fit into `keep_bytes`.
+
+  Args:
+    source: the frames.
+    finder: finds faces.
+    keep_bytes: bytes of frames to keep at most. A larger video keeps none.
+    finding_share: share of the progress that the constructor reports; `crops`
+      reports the rest.
+    progress: called after each frame.
+
+  Attributes:
+    num_frames: N, at the rate that `source` brings them to.
+    num_decoded_frames: frames of the file.
+    size: width and height in pixels.
+    fps: frames per second.
+    tracks: the tracks of at least `MIN_TRACK_FRAMES` frames, or of all frames
+      of a shorter video, numbered from 0.
+
+  Raises:
+    decode.DecodeError, decode.DecoderSetupError: as for `VideoFrames.open`.
+  """
+
+  def __init__(
+    self,
+    source: VideoFrames,
+    finder: FaceFinder,
+    *,
+    keep_bytes: int = 0,
+    finding_share: float = FINDING_SHARE,
+    progress: Progress = lambda share, num_frames: None,
+  ) -> None:
+    self._source = source
+    self._finding_share = finding_share
+    self._progress = progress
+    # Frames and their times; None where they do not fit into memory.
+    self._kept: list[tuple[np.ndarray, float]] | None = []
+    self.num_frames = 0
+    with source.open() as (video, frames):
+      tracks = tracking.find_tracks(
+        self._first_pass(video, frames, keep_bytes),
+        finder,
+        source.fps or video.info.rate,
+        min_frames=1,
+      )
+      self.num_decoded_frames = video.num_frames
+      self.size = video.info.width, video.info.height
+      self.fps = source.fps or video.fps
+    min_frames = min(MIN_TRACK_FRAMES, self.num_frames)
+    long_enough = [track for track in tracks if len(track) >= min_frames]
+    self.tracks: list[tracking.Track] = [
+      dataclasses.replace(track, track_id=track_id)
+      for track_id, track in enumerate(long_enough)
+    ]
+
+  def _first_pass(
+    self,
+    video: decode.Video,
+    frames: Iterator[tuple[np.ndarray, float]],
+    keep_bytes: int,
+  ) -> Iterator[np.ndarray]:
+    """Yields frames, counts them, and keeps them while they fit."""
+    for frame, secs in frames:
+      self.num_frames += 1
+      if self.num_frames * frame.nbytes > keep_bytes:
+        self._kept = None
+      if self._kept is not None:
+        self._kept.append((frame, secs))
+      yield frame
+      self._progress(self._finding_share * video.share, video.num_frames)
+
+  def frames(
+    self, stop: int | None = None
+  ) -> Iterator[tuple[np.ndarray, float]]:
+    """Yields uint8 (H, W, 3) RGB frames and their times in seconds.
+
+    Args:
+      stop: number of frames to read; all N by default.
+
+    Raises:
+      decode.DecodeError: the file has another number of frames than before, or
+        can no longer be read.
+    """
+    stop = self.num_frames if stop is None else stop
+    if self._kept is not None:
+      yield from self._kept[:stop]
+      return
+    num_frames = 0
+    with self._source.open() as (_, frames):
+      for frame, secs in itertools.islice(frames, stop):
+        num_frames += 1
+        yield frame, secs
+      if stop == self.num_frames:
+        num_frames += sum(1 for _ in frames)
+    if num_frames != stop:
+      raise decode.DecodeError(
+        f"{self.num_frames} frames in the first pass, {num_frames} in the "
+        "second: was the file changed meanwhile?"
+      )
+
+  def crops(
+    self, crop_boxes: np.ndarray
+  ) -> Iterator[tuple[np.ndarray, float, np.ndarray | None]]:
+    """Yields the first frames of the video with their face crops.
+
+    Args:
+      crop_boxes: float32 (M, 4), the box of each of the first M frames, as
+        `Track.boxes`; NaN in frames without a face.
+
+    Yields:
+      uint8 (H, W, 3), the frame; its time in seconds; uint8 (224, 224, 3), its
+      crop, None without a face.
+
+    Raises:
+      decode.DecodeError: as for `frames`.
+    """
+    total = len(crop_boxes)
+    for i, (frame, secs) in enumerate(self.frames(total)):
+      has_face = not np.isnan(crop_boxes[i]).any()
+      crop = boxes.crop_frame(frame, crop_boxes[i]) if has_face else None
+      done = (i + 1) / total
+      rest = (1 - self._finding_share) * done
+      self._progress(self._finding_share + rest, i + 1)
+      yield frame, secs, crop

@@ -1,0 +1,127 @@
+"""Videos that are read twice: the same frames, or an error."""
+
+import numpy as np
+import pytest
+
+from data_prep.faces import boxes, tracking
+from data_prep.video import tracked
+from data_prep.video.decode import DecodeError
+from data_prep.video.tracked import TrackedVideo, VideoFrames
+from tests.support.videos import moving_noise, write_video
+
+
+class Blind:
+  """A face finder that finds no face."""
+
+  def detect(self, frame):
+    return []
+
+
+def write_noise(path, num_frames, rate=25):
+  return write_video(path, moving_noise(num_frames), "ffv1", "bgr0", rate=rate)
+
+
+@pytest.mark.parametrize("fps", [0.0, 25.0, 40.0])
+@pytest.mark.parametrize("keep_bytes", [0, 1 << 30])
+def test_the_second_pass_gives_the_frames_of_the_first(
+  tmp_path, fps, keep_bytes
+):
+  source = VideoFrames(write_noise(tmp_path / "v.mkv", 20), fps)
+  video = TrackedVideo(source, Blind(), keep_bytes=keep_bytes)
+  with source.open() as (_, frames):
+    expected = list(frames)
+  assert video.num_decoded_frames == 20
+  assert video.num_frames == len(expected) == (32 if fps == 40 else 20)
+  assert video.fps == (fps or 25)
+  assert video.size == expected[0][0].shape[1::-1]
+  for stop in (None, 7):
+    found = list(video.frames(stop))
+    assert len(found) == (stop or video.num_frames)
+    for (frame, secs), (first, first_secs) in zip(
+      found, expected, strict=False
+    ):
+      assert secs == first_secs
+      np.testing.assert_array_equal(frame, first)
+
+
+@pytest.mark.parametrize(
+  ("num_frames", "later", "stop"), [(9, 8, None), (9, 10, None), (9, 4, 5)]
+)
+def test_a_file_changed_between_the_passes_is_refused(
+  tmp_path, num_frames, later, stop
+):
+  path = write_noise(tmp_path / "v.mkv", num_frames)
+  video = TrackedVideo(VideoFrames(path), Blind())
+  write_noise(tmp_path / "w.mkv", later).replace(path)
+  with pytest.raises(DecodeError, match=rf"\b{num_frames} .*\b{later} "):
+    list(video.frames(stop))
+
+
+def test_frames_before_a_stop_are_enough(tmp_path):
+  path = write_noise(tmp_path / "v.mkv", 9)
+  video = TrackedVideo(VideoFrames(path), Blind())
+  write_noise(tmp_path / "w.mkv", 6).replace(path)
+  assert len(list(video.frames(5))) == 5
+
+
+def test_crops_are_those_of_the_boxes_and_none_without(tmp_path):
+  shares = []
+  video = TrackedVideo(
+    VideoFrames(write_noise(tmp_path / "v.mkv", 5)),
+    Blind(),
+    finding_share=0.5,
+    progress=lambda share, num_frames: shares.append((share, num_frames)),
+  )
+  assert shares == [(i / 10, i) for i in range(1, 6)]
+  where = np.full((4, 4), np.nan, np.float32)
+  where[1] = [3, 2, 33, 32]
+  found = list(video.crops(where))
+  assert shares[5:] == [(0.5 + i / 8, i) for i in range(1, 5)]
+  assert [crop is not None for _, _, crop in found] == [0, 1, 0, 0]
+  frame, _, crop = found[1]
+  np.testing.assert_array_equal(crop, boxes.crop_frame(frame, where[1]))
+
+
+def test_a_share_is_unknown_where_no_number_of_frames_is_announced(tmp_path):
+  path = write_video(tmp_path / "v.h264", moving_noise(9), bf="0")
+  shares = []
+  TrackedVideo(
+    VideoFrames(path),
+    Blind(),
+    progress=lambda share, num_frames: shares.append((share, num_frames)),
+  )
+  assert shares == [(0.0, i) for i in range(1, 10)]
+
+
+def test_a_video_too_long_is_refused_at_once(tmp_path):
+  path = write_noise(tmp_path / "v.mkv", 27)
+  with pytest.raises(DecodeError, match="longer than 1 s"):
+    TrackedVideo(VideoFrames(path, 25.0, max_secs=1), Blind())
+  path = write_noise(tmp_path / "w.mkv", 25)
+  assert TrackedVideo(VideoFrames(path, 25.0, max_secs=1), Blind()).num_frames
+
+
+@pytest.mark.parametrize("total", [14, 15, 16])
+def test_tracks_too_short_are_left_out_and_the_rest_are_numbered(
+  tmp_path, monkeypatch, total
+):
+  def track(number, num_frames):
+    return tracking.Track(
+      track_id=number,
+      first_frame=0,
+      boxes=np.zeros((num_frames, 4), np.float32),
+      landmarks=np.zeros((num_frames, 478, 2), np.float32),
+      quality=1.0,
+      quality_terms=np.ones(4, np.float32),
+    )
+
+  def find_tracks(frames, *_, **__):
+    assert len(list(frames)) == total
+    return [track(i, n) for i, n in enumerate((13, 14, 15)) if n <= total]
+
+  monkeypatch.setattr(tracked.tracking, "find_tracks", find_tracks)
+  path = write_noise(tmp_path / "v.mkv", total)
+  video = TrackedVideo(VideoFrames(path), Blind())
+  least = min(total, tracked.MIN_TRACK_FRAMES)
+  assert [len(t) for t in video.tracks] == [least]
+  assert [t.track_id for t in video.tracks] == [0]
