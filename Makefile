@@ -9,7 +9,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 17179869184
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 export MALLOC_ARENA_MAX ?= 1
 
-.PHONY: quickstart test lint format bench bench-features bench-compile \
+.PHONY: quickstart test test-all lint format bench bench-features bench-compile \
 	bench-input bench-curves bench-prep bench-probe clean help
 
 help:  ## Show what there is
@@ -18,8 +18,11 @@ help:  ## Show what there is
 quickstart: $(VENV)/.installed  ## Prepare the sample video and pretrain on it
 	$(BIN)/python -m marlin_jax.train --config=configs/quickstart.py
 
-test: $(VENV)/.installed-test  ## Run all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: $(VENV)/.installed-test  ## Run the tests, but for the slow ones
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-all: $(VENV)/.installed-test  ## Run all tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.installed-test  ## Check style and format
 	$(BIN)/ruff check .

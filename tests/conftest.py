@@ -3,7 +3,6 @@
 import fcntl
 import os
 import signal
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 
 from marlin_jax.devices import xla_flags
+from tests.support import compile_cache
 from tests.support.processes import ROOT, run_prepare
 from tests.support.videos import write_video
 
@@ -20,14 +20,10 @@ os.environ["PYTHONPATH"] = str(ROOT)
 # With libtpu installed, which plan_test.py needs, jax looks for a TPU first.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile many small programs and run each a few times: quick compiling
-# counts. What one process has compiled the next finds here.
+# counts.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 xla_flags.set_for_training()
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp())
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-  # JAX may read an entry while another process is writing it.
-  os.environ["JAX_COMPILATION_CACHE_DIR"] += f"/{worker}"
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+compile_cache.set_up()
 
 # On as many cores as pytest has workers, a second thread of PyTorch's mostly
 # waits for the first, and burns its core in doing so: 9 s for 2.
@@ -37,31 +33,29 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # all that it starts; tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Files that take minutes: first, so that no worker is left with one at the end.
-LONG = (
-  "parity_test",
-  "prepare_test",
-  "sharding_test",
-  "distributed_test",
-  "train_test",
-  "lipsync_training_test",
-  "e_numerics_test",
-  "train_step_test",
-  "downstream_test",
-  "verify_test",
-  "plan_test",
-  "scale_test",
-  "evaluation_test",
-  "probes_test",
-  "video_to_results_test",
-  "training_probe_test",
-  "a_video_test",
-)
 
+@pytest.fixture(scope="session")
+def made_once(
+  tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str, Callable[[Path], object]], Path]:
+  """Returns `get(name, make)`: a path that `make` fills once for all workers.
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  order = {name: i for i, name in enumerate(LONG)}
-  items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+  Tests that change what is there copy it first.
+  """
+  root = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    root = root.parent
+
+  def get(name: str, make: Callable[[Path], object]) -> Path:
+    path, done = root / name, root / f"{name}.done"
+    with (root / f"{name}.lock").open("w") as lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      if not done.exists():
+        make(path)
+        done.touch()
+    return path
+
+  return get
 
 
 @pytest.fixture(scope="session")
@@ -97,28 +91,41 @@ def finder(face_models):
 
 
 @pytest.fixture(scope="session")
-def sample_dataset(
-  sample_videos, face_models, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-  """The sample videos, prepared once by the real binary, for all workers."""
-  root = tmp_path_factory.getbasetemp()
-  if "PYTEST_XDIST_WORKER" in os.environ:
-    root = root.parent
-  path = root / "sample_dataset"
-  with (root / "sample_dataset.lock").open("w") as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    if not path.exists():
-      result = run_prepare("--input", "sample", "--output", path)
-      assert result.returncode == 0, result.stderr
-  return path
+def sample_dataset(sample_videos, face_models, made_once) -> Path:
+  """The sample videos, prepared."""
+
+  def make(path: Path) -> None:
+    result = run_prepare("--input", "sample", "--output", path)
+    assert result.returncode == 0, result.stderr
+
+  return made_once("sample_dataset", make)
 
 
 @pytest.fixture(scope="session")
-def face_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def face_data(made_once) -> Path:
   """A small data set with labels of every kind; see labelled_data.py."""
   from tests.support import labelled_data
 
-  return labelled_data.write_faces(tmp_path_factory.mktemp("labelled") / "data")
+  return made_once("labelled", labelled_data.write_faces)
+
+
+@pytest.fixture(scope="session")
+def talking_person(made_once) -> Path:
+  """A data set with sound, of one person; see talking_mouths.py."""
+  from tests.support import talking_mouths
+
+  return made_once(
+    "talking_person",
+    lambda path: talking_mouths.write_dataset(path, num_train=1, num_val=0),
+  )
+
+
+@pytest.fixture(scope="session")
+def talking_people(made_once) -> Path:
+  """72 people to learn from (24 are too few for some seeds), and 8 others."""
+  from tests.support import talking_mouths
+
+  return made_once("talking_people", talking_mouths.write_dataset)
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from tests.support import talking_mouths
-
 ROOT = Path(__file__).parents[2]
 
 TINY = {
@@ -65,13 +63,6 @@ def end_at(signum, pattern, args):
   return process.returncode
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-  """One person talking."""
-  path = tmp_path_factory.mktemp("clip") / "data"
-  return talking_mouths.write_dataset(path, num_train=1, num_val=0)
-
-
 def arrays_of(workdir, step):
   with ocp.StandardCheckpointer() as reader:
     tree = reader.restore(workdir / "checkpoints" / str(step) / "state")
@@ -90,9 +81,11 @@ def losses_of(workdir):
   }
 
 
-def test_killed_interrupted_and_resumed_gives_the_same_bits(clip, tmp_path):
+def test_killed_interrupted_and_resumed_gives_the_same_bits(
+  talking_person, tmp_path
+):
   workdir, undisturbed = tmp_path / "disturbed", tmp_path / "undisturbed"
-  flags = f"--data={clip}", f"--workdir={workdir}"
+  flags = f"--data={talking_person}", f"--workdir={workdir}"
   args = command("train_expert", *flags)
   # The checkpoint of step 2 is there; perhaps others, the last perhaps half.
   assert end_at(signal.SIGKILL, "step 3/12:", args) == -signal.SIGKILL
@@ -102,7 +95,9 @@ def test_killed_interrupted_and_resumed_gives_the_same_bits(clip, tmp_path):
   last = run("train_expert", *flags)
   assert last.returncode == 0, last.stderr
   assert "resumed from step" in last.stdout
-  whole = run("train_expert", f"--data={clip}", f"--workdir={undisturbed}")
+  whole = run(
+    "train_expert", f"--data={talking_person}", f"--workdir={undisturbed}"
+  )
   assert whole.returncode == 0, whole.stderr
   assert losses_of(workdir) == losses_of(undisturbed)
   got, want = arrays_of(workdir, 12), arrays_of(undisturbed, 12)

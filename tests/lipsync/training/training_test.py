@@ -104,19 +104,11 @@ def assert_same_bits(got, want):
 
 
 @pytest.fixture(scope="module")
-def people(tmp_path_factory):
-  """72 people to learn from (24 are too few for some seeds), and 8 others."""
-  return talking_mouths.write_dataset(
-    tmp_path_factory.mktemp("people") / "data"
-  )
-
-
-@pytest.fixture(scope="module")
-def expert(people, tmp_path_factory):
+def expert(talking_people, tmp_path_factory):
   """A trained one."""
   workdir = tmp_path_factory.mktemp("expert")
   config = tiny(expert__num_steps=NUM_EXPERT_STEPS, checkpoint_steps=100)
-  course.train_expert(config, people, workdir)
+  course.train_expert(config, talking_people, workdir)
   return workdir
 
 
@@ -236,18 +228,11 @@ def test_every_problem_of_a_configuration_is_told_at_once():
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-  """One person, to be learned by heart."""
-  path = tmp_path_factory.mktemp("clip") / "data"
-  return talking_mouths.write_dataset(path, num_train=1, num_val=0)
-
-
-@pytest.fixture(scope="module")
-def generator(clip, expert, tmp_path_factory):
+def generator(talking_person, expert, tmp_path_factory):
   """One of two steps."""
   workdir = tmp_path_factory.mktemp("generator")
   config = tiny(data__val="train", generator__num_steps=2)
-  course.train_generator(config, clip, workdir, expert, "random")
+  course.train_generator(config, talking_person, workdir, expert, "random")
   return workdir
 
 
@@ -355,7 +340,7 @@ def test_a_run_of_the_generator_leaves_what_it_promises(generator):
 
 
 def test_a_resumed_generator_has_the_same_bits_and_the_same_schedule(
-  clip, expert, tmp_path
+  talking_person, expert, tmp_path
 ):
   """The sync weight is switched on by the evaluation of step 2."""
 
@@ -369,7 +354,9 @@ def test_a_resumed_generator_has_the_same_bits_and_the_same_schedule(
       generator__sync_weight=0.03,
       checkpoint_steps=2,
     )
-    course.train_generator(config, clip, tmp_path / name, expert, "random")
+    course.train_generator(
+      config, talking_person, tmp_path / name, expert, "random"
+    )
 
   train("whole", 4)
   train("halved", 2)
@@ -385,11 +372,11 @@ def test_a_resumed_generator_has_the_same_bits_and_the_same_schedule(
   assert weights == pytest.approx({1: 0, 2: 0, 3: 0.03, 4: 0.03})
 
 
-def test_another_expert_is_refused_on_resume(clip, expert, generator):
+def test_another_expert_is_refused_on_resume(talking_person, expert, generator):
   config = tiny(data__val="train", generator__num_steps=3)
   other = expert / "checkpoints" / "100"
   with pytest.raises(ResumeError, match="expert_sha256"):
-    course.train_generator(config, clip, generator, other, "random")
+    course.train_generator(config, talking_person, generator, other, "random")
 
 
 # --- Devices ------------------------------------------------------------------
