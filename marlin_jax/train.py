@@ -29,9 +29,9 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from marlin_jax.devices import xla_flags
-from marlin_jax.pretraining.configuration import validate
+from marlin_jax.pretraining import configuration
 from marlin_jax.training import config_flags
-from marlin_jax.training.configuration import ConfigError, flat
+from marlin_jax.training.configuration import flat
 
 flags.adopt_module_key_flags(config_flags)
 
@@ -40,7 +40,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   """The whole run.
 
   Args:
-    config: see configs/pretrain_b.py.
+    config: a valid configuration, see configs/pretrain_b.py.
     workdir: directory of the run; made, or resumed from.
 
   Returns:
@@ -49,7 +49,6 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   Raises:
     UserError: it cannot be done as asked.
   """
-  validate(config)
   with contextlib.ExitStack() as held:
     return _run(config, workdir, held)
 
@@ -126,7 +125,7 @@ def _run(config: ConfigDict, workdir: str, held: contextlib.ExitStack):
   )
 
   # --- Resume -----------------------------------------------------------------
-  identity = experiment.identity(config, dataset, num_steps)
+  identity = configuration.identity(config, dataset.fingerprint, num_steps)
   if workdir.start_step:
     state = workdir.restore(shapes, layout.shardings, identity)
   else:
@@ -362,11 +361,7 @@ def main(argv):
   # Orbax tells twenty lines about every save, and shows the stacks of errors
   # that it raises all the same.
   logging.set_verbosity(logging.FATAL)
-  config = config_flags.CONFIG.value
-  try:
-    validate(config)
-  except ConfigError as e:
-    sys.exit(f"error: {e}")
+  config = config_flags.config(configuration.validate)
   from marlin_jax.training import loop as training_run
 
   training_run.carry_out(

@@ -50,7 +50,7 @@ class FrozenEncoder:
       weights: of any format; see formats.
       mesh: clips are spread over all but `tensor`.
       dtype: of matrix products.
-      attention: one of models.softmax_attention.IMPLEMENTATIONS.
+      attention: one of models.options.ATTENTION.
     """
     self.architecture = weights.architecture.without_decoder()
     self.identity = {"encoder": encoder_sha256(weights), "dtype": dtype}

@@ -32,8 +32,6 @@ from marlin_jax.pretraining import schedules
 
 Pytree = Any
 
-NAMES = ("paper", "default")
-
 # Of PyTorch's ReduceLROnPlateau, which the authors leave as it is.
 _LEAST_GAIN = 1e-4
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-from marlin_jax.eval import configuration
 from marlin_jax.records import cli
 from marlin_jax.training import config_flags
-from marlin_jax.training.configuration import ConfigError
 
 flags.adopt_module_key_flags(config_flags)
 _CHECKPOINT = flags.DEFINE_string(
@@ -37,11 +34,7 @@ def main(argv: Sequence[str]) -> int:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.FATAL)  # orbax tells of every save
-  config = config_flags.CONFIG.value
-  try:
-    configuration.validate(config)
-  except ConfigError as e:
-    sys.exit(f"error: {e}")
+  config = config_flags.config(configuration.validate)
   # Imported here: they take seconds, which --help and bad flags need not wait.
   from marlin_jax.eval.evaluation import evaluate
 

@@ -1,76 +1,32 @@
-"""Checks of an evaluation's configuration, before anything is opened."""
+"""Rules of the evaluation configurations, configs/eval_{far,fer,dfd}.py.
+
+The module imports no jax: a configuration is checked before devices are used.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from marlin_jax.pretraining.configuration import ATTENTION
-from marlin_jax.training.configuration import get, refuse
+from marlin_jax.models.options import ATTENTION, DTYPES, REMAT
+from marlin_jax.training.configuration import (
+  BELOW_1,
+  NUM_DEVICES,
+  SPLIT,
+  Rule,
+  above,
+  at_least,
+  fixed,
+  fixed_values,
+  free,
+  one_of,
+  refuse,
+  violations,
+)
 
 MODES = ("linear", "attentive", "finetune", "knn")
-# As in the modules that they are for, which need jax to be imported.
-_CHOICES = {
-  "protocol": ("paper", "default"),
-  "pool": ("mean", "std", "mean_std"),
-  "dtype": ("float32", "bfloat16"),
-  "attention": ATTENTION,
-  "remat": ("none", "dots", "full"),
-}
-_AT_LEAST_1 = (
-  "num_seeds",
-  "batch_size",
-  "num_resamples",
-  "data.num_threads",
-  "knn.k",
-  "linear.max_iterations",
-  "paper.batch_size",
-  "paper.max_epochs",
-  "attentive.batch_size",
-  "attentive.num_rounds",
-  "finetune.batch_size",
-  "finetune.num_rounds",
-  "mesh.fsdp",
-  "mesh.tensor",
-)
-_ABOVE_0 = (
-  "knn.temperature",
-  "paper.lr",
-  "attentive.base_lr",
-  "attentive.epochs",
-  "finetune.base_lr",
-  "finetune.epochs",
-  "finetune.layer_decay",
-)
-_BELOW_1 = (
-  "paper.factor",
-  "attentive.warmup_ratio",
-  "finetune.warmup_ratio",
-  "finetune.drop_path",
-)
-
-# They change neither what is learned nor from what.
-_FREE = (
-  *("attention", "batch_size", "cache", "modes", "num_seeds", "plots"),
-  *("remat", "tasks", "data.num_threads", "data.ratio"),
-  *("mesh.data", "mesh.fsdp", "mesh.tensor"),
-)
-
-
-def identity(flat: dict[str, Any]) -> dict[str, Any]:
-  """What of a configuration all results of a workdir must agree in.
-
-  Args:
-    flat: as from training.configuration.flat.
-
-  Returns:
-    A flat dict that survives JSON.
-  """
-  kept = {k: v for k, v in flat.items() if k not in _FREE}
-  return json.loads(json.dumps(kept))
 
 
 def split_names(text: str) -> list[str]:
@@ -78,55 +34,122 @@ def split_names(text: str) -> list[str]:
   return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def _are_modes(text: str) -> bool:
+  modes = split_names(text)
+  return bool(modes) and set(modes) <= set(MODES)
+
+
+def _are_ratios(text: str) -> bool:
+  try:
+    ratios = [float(part) for part in split_names(str(text))]
+  except ValueError:
+    return False
+  return bool(ratios) and all(0 < ratio <= 1 for ratio in ratios)
+
+
+# All results in a workdir share the fixed values.
+KEYS = {
+  "tasks": free(Rule("labels of the data set, comma-separated", split_names)),
+  "modes": free(Rule(f"some of {', '.join(MODES)}", _are_modes)),
+  "protocol": fixed(one_of("paper", "default")),
+  "pool": fixed(one_of("mean", "std", "mean_std")),
+  "num_seeds": free(at_least(1)),
+  "data.train": fixed(SPLIT),
+  "data.val": fixed(SPLIT),
+  "data.test": fixed(SPLIT),
+  "data.ratio": free(Rule("numbers in (0, 1], comma-separated", _are_ratios)),
+  "data.all_tracks": fixed(),
+  "data.num_threads": free(at_least(1)),
+  "linear.penalties": fixed(
+    Rule("numbers from 0 on", lambda values: values and min(values) >= 0)
+  ),
+  "linear.max_iterations": fixed(at_least(1)),
+  "knn.k": fixed(at_least(1)),
+  "knn.temperature": fixed(above(0)),
+  "attentive.batch_size": fixed(at_least(1)),
+  "attentive.epochs": fixed(above(0)),
+  "attentive.min_steps": fixed(),
+  "attentive.num_rounds": fixed(at_least(1)),
+  "attentive.base_lr": fixed(above(0)),
+  "attentive.min_lr": fixed(),
+  "attentive.warmup_ratio": fixed(BELOW_1),
+  "attentive.weight_decay": fixed(),
+  "attentive.b1": fixed(),
+  "attentive.b2": fixed(),
+  "attentive.eps": fixed(),
+  "attentive.flip": fixed(),
+  "finetune.batch_size": fixed(at_least(1)),
+  "finetune.epochs": fixed(above(0)),
+  "finetune.min_steps": fixed(),
+  "finetune.num_rounds": fixed(at_least(1)),
+  "finetune.base_lr": fixed(above(0)),
+  "finetune.min_lr": fixed(),
+  "finetune.warmup_ratio": fixed(BELOW_1),
+  "finetune.weight_decay": fixed(),
+  "finetune.b1": fixed(),
+  "finetune.b2": fixed(),
+  "finetune.eps": fixed(),
+  "finetune.layer_decay": fixed(above(0)),
+  "finetune.drop_path": fixed(BELOW_1),
+  "finetune.mixup": fixed(),
+  "finetune.flip": fixed(),
+  "paper.batch_size": fixed(at_least(1)),
+  "paper.max_epochs": fixed(at_least(1)),
+  "paper.lr": fixed(above(0)),
+  "paper.b1": fixed(),
+  "paper.b2": fixed(),
+  "paper.eps": fixed(),
+  "paper.patience": fixed(),
+  "paper.factor": fixed(BELOW_1),
+  "paper.stop_lr": fixed(),
+  "num_resamples": fixed(at_least(1)),
+  "plots": free(),
+  "random.width": fixed(),
+  "random.depth": fixed(),
+  "random.num_heads": fixed(),
+  "random.mlp_dim": fixed(),
+  "random.num_frames": fixed(),
+  "random.stride": fixed(),
+  "random.tubelet_size": fixed(),
+  "random.patch_size": fixed(),
+  "batch_size": free(at_least(1)),
+  "cache": free(),
+  "dtype": fixed(one_of(*DTYPES)),
+  "attention": free(one_of(*ATTENTION)),
+  "remat": free(one_of(*REMAT)),
+  "mesh.data": free(NUM_DEVICES),
+  "mesh.fsdp": free(at_least(1)),
+  "mesh.tensor": free(at_least(1)),
+}
+
+
+def identity(config: ConfigDict) -> dict[str, Any]:
+  """Returns the values that all results of a workdir share.
+
+  Returns:
+    Values by dotted key, ready for JSON.
+  """
+  return fixed_values(config, KEYS)
+
+
 def ratios(config: ConfigDict) -> list[float]:
-  """Of the training data, ascending; `config.data.ratio` may be a list."""
+  """Returns the shares of the training data, ascending.
+
+  `config.data.ratio` may list several.
+  """
   return sorted({float(part) for part in split_names(str(config.data.ratio))})
 
 
 def validate(config: ConfigDict) -> None:
-  """Reports everything that is wrong with a configuration at once.
+  """Checks a configuration and reports all problems at once.
 
   Raises:
-    ConfigError: one line per problem: key, value found, what is expected.
+    ConfigError: one line per problem: key, value, expected value.
   """
   refuse(_problems(config))
 
 
 def _problems(config: ConfigDict) -> Iterator[str]:
-  for key, choices in _CHOICES.items():
-    if config[key] not in choices:
-      yield f"{key}={config[key]!r}: expected one of {', '.join(choices)}"
-  for key in _AT_LEAST_1:
-    if get(config, key) < 1:
-      yield f"{key}={get(config, key)}: expected at least 1"
-  for key in _ABOVE_0:
-    if get(config, key) <= 0:
-      yield f"{key}={get(config, key)}: expected a value above 0"
-  for key in _BELOW_1:
-    if not 0 <= get(config, key) < 1:
-      yield f"{key}={get(config, key)}: expected 0 <= value < 1"
-  if not split_names(config.tasks):
-    yield "tasks='': name labels of the data set, with commas between"
-  modes = split_names(config.modes)
-  if not modes or set(modes) - set(MODES):
-    yield (
-      f"modes={config.modes!r}: expected some of {', '.join(MODES)}, with "
-      "commas between"
-    )
-  for key in ("train", "val", "test"):
-    if not config.data[key]:
-      yield f"data.{key}='': expected the name of a split"
-  try:
-    bad = [r for r in ratios(config) if not 0 < r <= 1] or not ratios(config)
-  except ValueError:
-    bad = True
-  if bad:
-    yield (
-      f"data.ratio={config.data.ratio!r}: expected numbers in (0, 1], with "
-      "commas between"
-    )
-  penalties = config.linear.penalties
-  if not penalties or min(penalties) < 0:
-    yield f"linear.penalties={penalties}: expected some, from 0 on"
+  yield from violations(config, KEYS)
   if config.protocol == "paper" and config.pool != "mean":
-    yield f"pool={config.pool!r}: the paper's protocol has 'mean'"
+    yield f"pool={config.pool!r}: expected 'mean' with protocol='paper'"

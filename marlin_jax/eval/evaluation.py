@@ -62,7 +62,7 @@ def evaluate(
   """Evaluates a checkpoint.
 
   Args:
-    config: see configs/eval_far.py.
+    config: a valid configuration, see configs/eval_far.py.
     checkpoint: weights in any format, a published model's name, or 'random'.
     data: directory of a data set prepared with labels.
     workdir: folder for results; see results_folder.
@@ -73,8 +73,6 @@ def evaluate(
   Raises:
     UserError: it cannot be done as asked.
   """
-  configuration.validate(config)
-
   # --- What there is: nothing is computed, and little is read -----------------
   names = {role: config.data[role] for role in _ROLES}
   found = {
@@ -90,7 +88,7 @@ def evaluate(
   weights = open_weights(config, checkpoint)
   mesh = sharding.make_mesh(**config.mesh)
   _check_batches(config, mesh)
-  settings = configuration.identity(flat(config)) | {
+  settings = configuration.identity(config) | {
     "checkpoint": encoder_sha256(weights),
     **{f"data.{role}": found[name].fingerprint for role, name in names.items()},
   }

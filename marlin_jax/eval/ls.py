@@ -50,7 +50,6 @@ from marlin_jax.eval import command
 from marlin_jax.lipsync import configuration
 from marlin_jax.records.cli import UserError
 from marlin_jax.training import config_flags
-from marlin_jax.training.configuration import ConfigError
 
 flags.adopt_module_key_flags(command)  # --checkpoint, --config, --data, ...
 
@@ -157,11 +156,7 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.FATAL)  # orbax tells of every save
-  config, mode = config_flags.CONFIG.value, _MODE.value
-  try:
-    configuration.validate(config)
-  except ConfigError as e:
-    sys.exit(f"error: {e}")
+  config, mode = config_flags.config(configuration.validate), _MODE.value
   if problems := _problems(config, mode):
     sys.exit("error: " + "\nerror: ".join(problems))
   if mode == "generate":

@@ -53,7 +53,7 @@ class Marlin:
       weights: see formats.
       dtype: of matrix products; 'bfloat16' on TPU and GPU is faster and good
         for about two digits. Results are float32.
-      attention: one of models.softmax_attention.IMPLEMENTATIONS.
+      attention: one of models.options.ATTENTION.
     """
     self.weights = weights
     attention = softmax_attention.choose(
@@ -210,7 +210,7 @@ class Marlin:
       num_clips: of a file, how many windows from its beginning; None is all.
       regions: of clips, uint16 (B, T/2, h, w) bits as in records.Record, which
         the fasking strategies need; of a file they are found here.
-      strategy: one of masking.STRATEGIES.
+      strategy: one of pretraining.configuration.MASKING_STRATEGIES.
       ratio: share of the tokens to hide. A network does best at what it was
         trained with: the recipe's is 0.9, that of configs/quickstart.py 0.5.
       seed: of the masks.

@@ -1,112 +1,115 @@
-"""Checks of the configuration of lip synchronisation, before any compute."""
+"""Rules of the lip-sync configuration, configs/eval_ls.py.
+
+The module imports no jax: a configuration is checked before devices are used.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from marlin_jax.pretraining import configuration as checks
-from marlin_jax.training.configuration import get, refuse
+from marlin_jax.training.configuration import (
+  BELOW_1,
+  SPLIT,
+  TRAINING_KEYS,
+  above,
+  at_least,
+  fixed,
+  fixed_values,
+  free,
+  one_of,
+  refuse,
+  training_violations,
+)
 
-# As in the modules that they are for, which need jax to be imported.
-_CHOICES = {
-  "expert.num_frames": (5, 16),
-  "generator.kind": ("marlin", "wav2lip"),
-  "dtype": ("float32", "bfloat16"),
-  "attention": checks.ATTENTION,
-  "remat": ("none", "dots", "full"),
+GENERATORS = ("marlin", "wav2lip")
+
+KEYS = TRAINING_KEYS | {
+  "data.train": fixed(SPLIT),
+  "data.val": fixed(SPLIT),
+  "expert.num_frames": fixed(one_of(5, 16)),
+  "expert.width": fixed(above(0)),
+  "expert.batch_size": fixed(at_least(1)),
+  "expert.lr": fixed(above(0)),
+  "expert.num_steps": free(at_least(1)),
+  "expert.eval_steps": free(at_least(1)),
+  "expert.eval_batches": free(at_least(1)),
+  "expert.max_offset": free(at_least(1)),
+  "generator.kind": fixed(one_of(*GENERATORS)),
+  "generator.train_encoder": fixed(),
+  "generator.width": fixed(above(0)),
+  "generator.batch_size": fixed(at_least(1)),
+  "generator.lr": fixed(above(0)),
+  "generator.b1": fixed(BELOW_1),
+  "generator.b2": fixed(BELOW_1),
+  "generator.num_steps": free(at_least(1)),
+  # Fixed because the evaluation decides when the sync loss gets its weight.
+  "generator.eval_steps": fixed(at_least(1)),
+  "generator.eval_batches": fixed(at_least(1)),
+  "generator.sync_weight": fixed(at_least(0)),
+  "generator.sync_threshold": fixed(at_least(0)),
+  "generator.adv_weight": fixed(at_least(0)),
+  # A checkpoint records the encoder's architecture and hash instead.
+  "random.width": free(),
+  "random.depth": free(),
+  "random.num_heads": free(),
+  "random.mlp_dim": free(),
+  "random.num_frames": free(),
+  "random.image_size": free(),
+  "random.tubelet_size": free(),
+  "random.patch_size": free(),
 }
-# What a resumed run must agree in beside keys of the configuration.
-_NO_KEYS = (
-  *("data.fingerprint", "eval_data.fingerprint"),
-  *("expert_sha256", "encoder", "encoder_sha256"),
+
+# What a checkpoint records about a run that is no key.
+_EXTRA = (
+  "data.fingerprint",
+  "eval_data.fingerprint",
+  "expert_sha256",
+  "encoder",
+  "encoder_sha256",
 )
-_AT_LEAST_1 = (
-  "data.num_threads",
-  "expert.batch_size",
-  "expert.num_steps",
-  "expert.eval_steps",
-  "expert.eval_batches",
-  "expert.max_offset",
-  "generator.batch_size",
-  "generator.num_steps",
-  "generator.eval_steps",
-  "generator.eval_batches",
-  "distributed.timeout_secs",
-  "max_skipped_steps",
-  "log_steps",
-  "picture_steps",
-  "picture_clips",
-  "checkpoint_steps",
-  "keep_checkpoints",
-)
-_AT_LEAST_0 = (
-  "seed",
-  "data.max_bad_records",
-  "generator.sync_weight",
-  "generator.sync_threshold",
-  "generator.adv_weight",
-  "distributed.num_processes",
-  "distributed.process_id",
-  "watchdog.dump_secs",
-  "watchdog.exit_secs",
-)
-_ABOVE_0 = ("expert.lr", "expert.width", "generator.lr", "generator.width")
 
 
 def validate(config: ConfigDict) -> None:
-  """Reports everything that is wrong with a configuration at once.
+  """Checks a configuration and reports all problems at once.
 
   Args:
     config: see configs/eval_ls.py.
 
   Raises:
-    ConfigError: one line per problem: key, value found, what is expected.
+    ConfigError: one line per problem: key, value, expected value.
   """
   refuse(_problems(config))
 
 
+def identity(config: ConfigDict, section: str) -> dict[str, Any]:
+  """Returns the configuration's values that a resumed run must share.
+
+  Args:
+    config: a valid configuration.
+    section: 'expert' or 'generator', the network that is trained.
+
+  Returns:
+    Values by dotted key, ready for JSON.
+  """
+  other = {"expert": "generator.", "generator": "expert."}[section]
+  values = fixed_values(config, KEYS)
+  return {k: v for k, v in values.items() if not k.startswith(other)}
+
+
 def _problems(config: ConfigDict) -> Iterator[str]:
-  for keys, is_bad, expected in (
-    (_AT_LEAST_1, lambda x: x < 1, "at least 1"),
-    (_AT_LEAST_0, lambda x: x < 0, "at least 0"),
-    (_ABOVE_0, lambda x: x <= 0, "a value above 0"),
-  ):
-    for key in keys:
-      value = get(config, key)
-      if is_bad(value):
-        yield f"{key}={value}: expected {expected}"
-  for key, choices in _CHOICES.items():
-    if get(config, key) not in choices:
-      yield (
-        f"{key}={get(config, key)!r}: expected one of "
-        f"{', '.join(map(str, choices))}"
-      )
+  yield from training_violations(config, KEYS, extra=_EXTRA)
   generator = config.generator
   if generator.kind == "wav2lip" and generator.train_encoder:
     yield (
-      "generator.train_encoder=True with generator.kind='wav2lip': that has no "
-      "pretrained encoder and learns from scratch; expected False"
+      "generator.train_encoder=True: expected False with "
+      "generator.kind='wav2lip', which has no pretrained encoder"
     )
   weights = generator.sync_weight + generator.adv_weight
   if weights >= 1:
     yield (
       f"generator.sync_weight + generator.adv_weight = {weights}: expected "
-      "less than 1, what is left is the weight of L1"
+      "less than 1; the rest is the weight of L1"
     )
-  for key in ("b1", "b2"):
-    if not 0 <= generator[key] < 1:
-      yield f"generator.{key}={generator[key]}: expected 0 <= value < 1"
-  for key in ("train", "val"):
-    if not config.data[key]:
-      yield f"data.{key}='': expected the name of a split"
-  if config.mesh.data != -1 and config.mesh.data < 1:
-    yield f"mesh.data={config.mesh.data}: expected -1 (all) or at least 1"
-  for key in filter(None, config.allow_change.split(",")):
-    if key not in _NO_KEYS:
-      try:
-        get(config, key)
-      except (AttributeError, KeyError, TypeError):
-        yield f"allow_change names {key!r}, which is no key"
-  yield from checks.distributed_problems(config.distributed)

@@ -15,8 +15,6 @@ import jax.numpy as jnp
 
 from marlin_jax.models import partition
 
-IMPLEMENTATIONS = ("auto", "plain", "chunked", "by_head", "cudnn", "flash")
-
 # Heads whose weights are there at the same time.
 _HEADS_AT_ONCE = {"by_head": 1, "chunked": 4}
 # Queries of a head in one product: half of a clip's, which is a little faster
@@ -33,7 +31,7 @@ def choose(implementation: str, platform: str, dtype) -> str:
   """What 'auto' stands for; any other name stands for itself.
 
   Args:
-    implementation: one of IMPLEMENTATIONS.
+    implementation: one of options.ATTENTION.
     platform: 'cpu', 'gpu' or 'tpu'.
     dtype: of q, k and v.
   """

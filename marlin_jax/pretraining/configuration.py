@@ -1,99 +1,133 @@
-"""Checks of a training configuration, before any device is touched."""
+"""Rules of the pretraining configuration, configs/pretrain_b.py.
+
+The module imports no jax: a configuration is checked before devices are used.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from marlin_jax.models.options import DTYPES
 from marlin_jax.records.schema import FRAME_SIZE, PATCH_SIZE
-from marlin_jax.training.configuration import get, refuse
+from marlin_jax.training.configuration import (
+  BELOW_1,
+  BETWEEN_0_AND_1,
+  FROM_0_TO_1,
+  TRAINING_KEYS,
+  above,
+  at_least,
+  fixed,
+  fixed_values,
+  free,
+  one_of,
+  refuse,
+  training_violations,
+)
 
-# As masking and softmax_attention have them, which need jax to be imported.
-ATTENTION = ("auto", "plain", "chunked", "by_head", "cudnn", "flash")
-_CHOICES = {
-  "mask.strategy": ("fasking", "fasking_opp", "random", "tube", "frame"),
-  "dtype": ("float32", "bfloat16"),
-  "attention": ATTENTION,
-  "remat": ("none", "dots", "full"),
-  "optim.mu_dtype": ("float32", "bfloat16"),
+# masking.Masking describes each.
+MASKING_STRATEGIES = ("fasking", "fasking_opp", "random", "tube", "frame")
+
+KEYS = TRAINING_KEYS | {
+  "batch_size": fixed(at_least(1)),
+  "clips_per_device": free(at_least(0)),
+  # A checkpoint records the number of steps that follows from the two.
+  "num_epochs": free(at_least(0)),
+  "num_steps": fixed(at_least(0)),
+  # A checkpoint records the data set's fingerprint instead of its path.
+  "data.path": free(),
+  "data.split": fixed(),
+  "data.eval_split": free(),
+  "data.min_quality": fixed(FROM_0_TO_1),
+  "data.num_frames": fixed(at_least(1)),
+  "data.stride": fixed(at_least(1)),
+  "data.clips_per_record": fixed(at_least(1)),
+  "init_from": fixed(),
+  "model.tubelet_size": fixed(at_least(1)),
+  "model.width": fixed(at_least(1)),
+  "model.depth": fixed(at_least(1)),
+  "model.num_heads": fixed(at_least(1)),
+  "model.mlp_dim": fixed(at_least(1)),
+  "model.dec_width": fixed(at_least(1)),
+  "model.dec_depth": fixed(at_least(1)),
+  "model.dec_num_heads": fixed(at_least(1)),
+  "model.dec_mlp_dim": fixed(at_least(1)),
+  "model.start_grey": fixed(),
+  "mask.strategy": fixed(one_of(*MASKING_STRATEGIES)),
+  "mask.ratio": fixed(BETWEEN_0_AND_1),
+  "mask.decoder_ratio": fixed(BELOW_1),
+  "target.norm_pix": fixed(),
+  "input.imagenet_norm": fixed(),
+  "adv.weight": fixed(at_least(0)),
+  "adv.hidden": fixed(at_least(1)),
+  "adv.gp_weight": fixed(at_least(0)),
+  "adv.d_steps": fixed(at_least(1)),
+  "adv.g_steps": fixed(at_least(1)),
+  "adv.max_pull": fixed(at_least(0)),
+  "optim.base_lr": fixed(above(0)),
+  "optim.min_lr": fixed(at_least(0)),
+  "optim.warmup_ratio": fixed(BELOW_1),
+  "optim.b1": fixed(BELOW_1),
+  "optim.b2": fixed(BELOW_1),
+  "optim.eps": fixed(),
+  "optim.weight_decay": fixed(at_least(0)),
+  "optim.mu_dtype": fixed(one_of(*DTYPES)),
+  "ema_decay": fixed(BELOW_1),
+  "scan": free(),
+  "mesh.fsdp": free(at_least(1)),
+  "mesh.tensor": free(at_least(1)),
+  "eval_steps": free(at_least(1)),
+  "eval_batches": free(at_least(1)),
+  "probe.steps": free(at_least(0)),
+  "probe.path": free(),
+  "probe.label": free(),
+  "probe.split": free(),
+  "probe.eval_split": free(),
+  "probe.num_videos": free(at_least(1)),
+  "probe.num_windows": free(at_least(1)),
+  "probe.batch_size": free(at_least(1)),
+  "probe.penalty": free(at_least(0)),
+  "probe.k": free(at_least(1)),
+  "profile.start_step": free(at_least(0)),
+  "profile.num_steps": free(at_least(1)),
 }
-_AT_LEAST_1 = (
-  "batch_size",
-  "data.num_frames",
-  "data.stride",
-  "data.num_threads",
-  "data.clips_per_record",
-  "model.tubelet_size",
-  "model.width",
-  "model.depth",
-  "model.num_heads",
-  "model.mlp_dim",
-  "model.dec_width",
-  "model.dec_depth",
-  "model.dec_num_heads",
-  "model.dec_mlp_dim",
-  "adv.hidden",
-  "adv.d_steps",
-  "adv.g_steps",
-  "log_steps",
-  "eval_steps",
-  "eval_batches",
-  "picture_steps",
-  "picture_clips",
-  "checkpoint_steps",
-  "keep_checkpoints",
-  "max_skipped_steps",
-  "probe.num_videos",
-  "probe.num_windows",
-  "probe.batch_size",
-  "probe.k",
-  "profile.num_steps",
-  "mesh.fsdp",
-  "mesh.tensor",
-  "distributed.timeout_secs",
-)
-_AT_LEAST_0 = (
-  "seed",
-  "num_epochs",
-  "num_steps",
-  "clips_per_device",
-  "data.max_bad_records",
-  "probe.steps",
-  "probe.penalty",
-  "profile.start_step",
-  "adv.weight",
-  "adv.gp_weight",
-  "adv.max_pull",
-  "optim.min_lr",
-  "optim.weight_decay",
-  "distributed.num_processes",
-  "distributed.process_id",
-  "watchdog.dump_secs",
-  "watchdog.exit_secs",
-)
+
+# What a checkpoint records about a run that is no key.
+_FINGERPRINT = "data.fingerprint"
 
 
 def validate(config: ConfigDict) -> None:
-  """Reports everything that is wrong with a configuration at once.
+  """Checks a configuration and reports all problems at once.
 
   Raises:
-    ConfigError: one line per problem: key, value found, what is expected.
+    ConfigError: one line per problem: key, value, expected value.
   """
   refuse(_problems(config))
 
 
-def _problems(config: ConfigDict) -> Iterator[str]:
-  values = {
-    key: get(config, key) for key in (*_CHOICES, *_AT_LEAST_1, *_AT_LEAST_0)
+def identity(
+  config: ConfigDict, fingerprint: str, num_steps: int
+) -> dict[str, Any]:
+  """Returns what a checkpoint records about a run; a resumed run must match it.
+
+  Args:
+    config: a valid configuration.
+    fingerprint: of the training data, `Dataset.fingerprint`.
+    num_steps: steps of the whole run.
+
+  Returns:
+    Values by dotted key, ready for JSON.
+  """
+  return fixed_values(config, KEYS) | {
+    "num_steps": num_steps,
+    _FINGERPRINT: fingerprint,
   }
-  for key, choices in _CHOICES.items():
-    if values[key] not in choices:
-      yield f"{key}={values[key]!r}: expected one of {', '.join(choices)}"
-  for keys, least in ((_AT_LEAST_1, 1), (_AT_LEAST_0, 0)):
-    for key in keys:
-      if values[key] < least:
-        yield f"{key}={values[key]}: expected at least {least}"
+
+
+def _problems(config: ConfigDict) -> Iterator[str]:
+  yield from training_violations(config, KEYS, extra=(_FINGERPRINT,))
   if (config.num_epochs > 0) == (config.num_steps > 0):
     yield (
       f"num_epochs={config.num_epochs} and num_steps={config.num_steps}: "
@@ -112,28 +146,7 @@ def _problems(config: ConfigDict) -> Iterator[str]:
         f"model.{prefix}width={width}: expected a multiple of twice "
         f"model.{prefix}num_heads={heads}"
       )
-  for key in ("b1", "b2", "warmup_ratio"):
-    if not 0 <= config.optim[key] < 1:
-      yield f"optim.{key}={config.optim[key]}: expected 0 <= value < 1"
-  for key in ("ema_decay", "mask.decoder_ratio"):
-    value = get(config, key)
-    if not 0 <= value < 1:
-      yield f"{key}={value}: expected 0 <= value < 1"
-  quality = config.data.min_quality
-  if not 0 <= quality <= 1:
-    yield f"data.min_quality={quality}: expected 0 <= value <= 1"
-  if config.optim.base_lr <= 0:
-    yield f"optim.base_lr={config.optim.base_lr}: expected a value above 0"
-  if config.mesh.data != -1 and config.mesh.data < 1:
-    yield f"mesh.data={config.mesh.data}: expected -1 (all) or at least 1"
-  for key in filter(None, config.allow_change.split(",")):
-    try:
-      get(config, key)
-    except (AttributeError, KeyError, TypeError):
-      if key != "data.fingerprint":
-        yield f"allow_change names {key!r}, which is no key"
   yield from _probe_problems(config.probe)
-  yield from distributed_problems(config.distributed)
   yield from _mask_problems(config)
 
 
@@ -152,48 +165,22 @@ def _probe_problems(settings: ConfigDict) -> Iterator[str]:
     )
 
 
-def distributed_problems(settings: ConfigDict) -> Iterator[str]:
-  """What is wrong with config.distributed, a line for each."""
-  address, num = settings.coordinator, settings.num_processes
-  if address in ("", "auto", "none"):
-    return
-  host, _, port = address.rpartition(":")
-  if not host or not port.isdigit():
-    yield (
-      f"distributed.coordinator={address!r}: expected host:port, 'auto', "
-      "'none' or ''"
-    )
-  if num < 1:
-    yield (
-      f"distributed.num_processes={num}: expected at least 1 with "
-      "distributed.coordinator=host:port"
-    )
-  elif settings.process_id >= num:
-    yield (
-      f"distributed.process_id={settings.process_id}: expected less than "
-      f"distributed.num_processes={num}"
-    )
-
-
 def _mask_problems(config: ConfigDict) -> Iterator[str]:
-  frames, tubelet = config.data.num_frames, config.model.tubelet_size
-  if tubelet >= 1 and frames % tubelet:
+  frames, tubelet = config.data.num_frames, max(config.model.tubelet_size, 1)
+  if frames % tubelet:
     yield (
       f"data.num_frames={frames}: expected a multiple of "
       f"model.tubelet_size={tubelet}"
     )
     return
-  ratio = config.mask.ratio
-  if not 0 < ratio < 1:
-    yield f"mask.ratio={ratio}: expected a value between 0 and 1"
-    return
+  ratio, strategy = config.mask.ratio, config.mask.strategy
   spatial = (FRAME_SIZE // PATCH_SIZE) ** 2
-  units = {"tube": spatial, "frame": frames // max(tubelet, 1)}.get(
-    config.mask.strategy, spatial * frames // max(tubelet, 1)
+  units = {"tube": spatial, "frame": frames // tubelet}.get(
+    strategy, spatial * frames // tubelet
   )
-  if int((1 - ratio) * units + 1e-6) < 1:
+  if 0 < ratio < 1 and int((1 - ratio) * units + 1e-6) < 1:
     yield (
       f"mask.ratio={ratio}: leaves nothing visible with "
-      f"mask.strategy={config.mask.strategy}, which draws among {units} units; "
+      f"mask.strategy={strategy}, which draws among {units} units; "
       f"expected at most {1 - 1 / units:.4f}"
     )

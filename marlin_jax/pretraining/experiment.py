@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,55 +16,10 @@ from ml_collections import ConfigDict
 
 from marlin_jax.data import clip_geometry
 from marlin_jax.data.loader import TakeClip
-from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.devices import chips, sharding
 from marlin_jax.models import discriminator, mae, softmax_attention
 from marlin_jax.pretraining import masking, memory, schedules, train_step
 from marlin_jax.records.schema import FRAME_SIZE
-from marlin_jax.training.configuration import flat
-
-# Keys that change neither what is learned nor from what: free on resume.
-_FREE_ON_RESUME = (
-  "allow_change",
-  "attention",
-  "checkpoint_steps",
-  "clips_per_device",
-  "data.eval_split",
-  "data.max_bad_records",
-  "data.num_threads",
-  "data.path",  # the data set's fingerprint is compared instead
-  "distributed.coordinator",
-  "distributed.num_processes",
-  "distributed.process_id",
-  "distributed.timeout_secs",
-  "eval_batches",
-  "eval_steps",
-  "keep_checkpoints",
-  "log_steps",
-  "max_skipped_steps",
-  "mesh.data",
-  "mesh.fsdp",
-  "mesh.tensor",
-  "num_epochs",  # compared as num_steps
-  "picture_clips",
-  "picture_steps",
-  "probe.batch_size",
-  "probe.eval_split",
-  "probe.k",
-  "probe.label",
-  "probe.num_videos",
-  "probe.num_windows",
-  "probe.path",
-  "probe.penalty",
-  "probe.split",
-  "probe.steps",
-  "profile.num_steps",
-  "profile.start_step",
-  "remat",
-  "scan",
-  "watchdog.dump_secs",
-  "watchdog.exit_secs",
-)
 
 
 class Experiment(NamedTuple):
@@ -301,16 +255,3 @@ def _kept_and_gathered(config, mesh, params) -> dict[str, int]:
 def count(params) -> int:
   """Numbers in a pytree of arrays or shapes."""
   return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-
-
-def identity(config: ConfigDict, dataset: Dataset, num_steps: int) -> dict:
-  """What a run is about; a resumed run must agree in all of it.
-
-  Returns:
-    A flat dict that survives JSON.
-  """
-
-  kept = {k: v for k, v in flat(config).items() if k not in _FREE_ON_RESUME}
-  kept["num_steps"] = num_steps
-  kept["data.fingerprint"] = dataset.fingerprint
-  return json.loads(json.dumps(kept))

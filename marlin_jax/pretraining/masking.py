@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-STRATEGIES = ("fasking", "fasking_opp", "random", "tube", "frame")
+from marlin_jax.pretraining.configuration import MASKING_STRATEGIES
 
 # Codes of records.REGIONS, grouped as the paper masks them.
 BACKGROUND, SKIN = 0, 1
@@ -36,7 +36,7 @@ class Masking:
   """A masking strategy over a token grid.
 
   Attributes:
-    strategy: one of STRATEGIES.
+    strategy: one of MASKING_STRATEGIES.
     ratio: share of the tokens to hide, in (0, 1).
     grid: tokens along t, h, w.
 
@@ -50,10 +50,10 @@ class Masking:
   grid: tuple[int, int, int] = (8, 14, 14)
 
   def __post_init__(self):
-    if self.strategy not in STRATEGIES:
+    if self.strategy not in MASKING_STRATEGIES:
       raise ValueError(
         f"strategy is {self.strategy!r}, expected one of "
-        f"{', '.join(STRATEGIES)}"
+        f"{', '.join(MASKING_STRATEGIES)}"
       )
     if not 0 < self.ratio < 1:
       raise ValueError(

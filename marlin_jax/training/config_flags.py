@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
+
+from marlin_jax.training.configuration import ConfigError
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", help_string="Configuration file, e.g. configs/pretrain_b.py."
@@ -21,10 +23,23 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 
+def config(validate: Callable[[ConfigDict], None]) -> ConfigDict:
+  """Returns the configuration of --config; exits with an error if it is bad.
+
+  Args:
+    validate: raises a ConfigError for a configuration that cannot be run.
+  """
+  try:
+    validate(CONFIG.value)
+  except ConfigError as e:
+    sys.exit(f"error: {e}")
+  return CONFIG.value
+
+
 def workdir() -> str:
-  """The folder of the results, as asked for or by the default."""
-  config = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
-  return _WORKDIR.value or f"runs/{config.stem}"
+  """Returns --workdir, or its default."""
+  path = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+  return _WORKDIR.value or f"runs/{path.stem}"
 
 
 def parse(argv: Sequence[str]) -> list[str]:

@@ -1,20 +1,121 @@
-"""Rules for the keys of a configuration, and the error that lists violations.
+"""Rules for the keys of a configuration, and checks of a configuration.
+
+Each family of configurations (pretraining, evaluation, lip-sync) has one table,
+`KEYS`, from each dotted key to its rule. A rule says which values are valid,
+and whether a resumed run may change the value.
 
 The module imports no jax: a configuration is checked before devices are used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import dataclasses
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from marlin_jax.models.options import ATTENTION, DTYPES, REMAT
 from marlin_jax.records.cli import UserError
 
 
 class ConfigError(UserError):
   """Configuration that cannot be run; the message lists every problem."""
+
+
+# --- Rules --------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """Values that a key accepts.
+
+  Attributes:
+    expected: describes the values; completes the sentence "expected ...".
+    accepts: returns True for a valid value.
+  """
+
+  expected: str
+  accepts: Callable[[Any], bool]
+
+
+ANY = Rule("any value", lambda value: True)
+BELOW_1 = Rule("0 <= value < 1", lambda value: 0 <= value < 1)
+FROM_0_TO_1 = Rule("0 <= value <= 1", lambda value: 0 <= value <= 1)
+BETWEEN_0_AND_1 = Rule("0 < value < 1", lambda value: 0 < value < 1)
+SPLIT = Rule("the name of a split", bool)
+NUM_DEVICES = Rule(
+  "-1 (all) or at least 1", lambda value: value == -1 or value >= 1
+)
+
+
+def at_least(least: float) -> Rule:
+  """Accepts numbers from `least` on."""
+  return Rule(f"at least {least}", lambda value: value >= least)
+
+
+def above(bound: float) -> Rule:
+  """Accepts numbers above `bound`."""
+  return Rule(f"a value above {bound}", lambda value: value > bound)
+
+
+def one_of(*choices: Any) -> Rule:
+  """Accepts the listed values."""
+  names = ", ".join(map(str, choices))
+  return Rule(f"one of {names}", lambda value: value in choices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+  """Rule of one configuration key.
+
+  Attributes:
+    rule: the values that the key accepts.
+    is_fixed: a resumed run must have the value of the run that it resumes,
+      because the value changes what is learned, or from which data.
+  """
+
+  rule: Rule
+  is_fixed: bool
+
+
+def fixed(rule: Rule = ANY) -> Key:
+  """Returns a key whose value a resumed run must share."""
+  return Key(rule, is_fixed=True)
+
+
+def free(rule: Rule = ANY) -> Key:
+  """Returns a key whose value a resumed run may change."""
+  return Key(rule, is_fixed=False)
+
+
+# Keys of every configuration that trains networks step by step.
+TRAINING_KEYS = {
+  "seed": fixed(at_least(0)),
+  "data.num_threads": free(at_least(1)),
+  "data.max_bad_records": free(at_least(0)),
+  "dtype": fixed(one_of(*DTYPES)),
+  "attention": free(one_of(*ATTENTION)),
+  "remat": free(one_of(*REMAT)),
+  "mesh.data": free(NUM_DEVICES),
+  "distributed.coordinator": free(),
+  "distributed.num_processes": free(at_least(0)),
+  "distributed.process_id": free(at_least(0)),
+  "distributed.timeout_secs": free(at_least(1)),
+  "watchdog.dump_secs": free(at_least(0)),
+  "watchdog.exit_secs": free(at_least(0)),
+  "allow_change": free(),
+  "max_skipped_steps": free(at_least(1)),
+  "log_steps": free(at_least(1)),
+  "picture_steps": free(at_least(1)),
+  "picture_clips": free(at_least(1)),
+  "checkpoint_steps": free(at_least(1)),
+  "keep_checkpoints": free(at_least(1)),
+}
+
+
+# --- Checks -------------------------------------------------------------------
 
 
 def refuse(problems: Iterable[str]) -> None:
@@ -25,6 +126,58 @@ def refuse(problems: Iterable[str]) -> None:
     raise ConfigError(
       f"the configuration has {len(problems)} problem(s):\n" + lines
     )
+
+
+def violations(config: ConfigDict, keys: Mapping[str, Key]) -> Iterator[str]:
+  """Yields a line for each value that its rule does not accept."""
+  for key, entry in keys.items():
+    value = get(config, key)
+    if not entry.rule.accepts(value):
+      yield f"{key}={value!r}: expected {entry.rule.expected}"
+
+
+def training_violations(
+  config: ConfigDict, keys: Mapping[str, Key], extra: Collection[str] = ()
+) -> Iterator[str]:
+  """Yields the violations of `keys` and of rules that span TRAINING_KEYS.
+
+  Args:
+    config: a configuration with all TRAINING_KEYS.
+    keys: the table of its family.
+    extra: names that `allow_change` accepts beside the configuration's keys:
+      what a checkpoint records about a run that is no key.
+  """
+  yield from violations(config, keys)
+  names = {*flat(config), *extra}
+  for name in filter(None, config.allow_change.split(",")):
+    if name not in names:
+      yield f"allow_change names {name!r}, which is no key"
+  yield from _distributed_violations(config.distributed)
+
+
+def _distributed_violations(settings: ConfigDict) -> Iterator[str]:
+  address, num_processes = settings.coordinator, settings.num_processes
+  if address in ("", "auto", "none"):
+    return
+  host, _, port = address.rpartition(":")
+  if not host or not port.isdigit():
+    yield (
+      f"distributed.coordinator={address!r}: expected host:port, 'auto', "
+      "'none' or ''"
+    )
+  if num_processes < 1:
+    yield (
+      f"distributed.num_processes={num_processes}: expected at least 1 with "
+      "distributed.coordinator=host:port"
+    )
+  elif settings.process_id >= num_processes:
+    yield (
+      f"distributed.process_id={settings.process_id}: expected less than "
+      f"distributed.num_processes={num_processes}"
+    )
+
+
+# --- Values -------------------------------------------------------------------
 
 
 def get(config: ConfigDict, key: str) -> Any:
@@ -45,3 +198,17 @@ def flat(config: ConfigDict) -> dict[str, Any]:
         yield prefix + name, value
 
   return dict(walk(config, ""))
+
+
+def fixed_values(config: ConfigDict, keys: Mapping[str, Key]) -> dict[str, Any]:
+  """Returns the values that a resumed run must share, under dotted keys.
+
+  Keys without a rule, such as those below `derive`, are fixed. Values are as
+  JSON returns them: lists in place of tuples.
+  """
+  values = {
+    key: value
+    for key, value in flat(config).items()
+    if key not in keys or keys[key].is_fixed
+  }
+  return json.loads(json.dumps(values))

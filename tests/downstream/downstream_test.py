@@ -22,7 +22,8 @@ from marlin_jax.downstream import (
 )
 from marlin_jax.downstream.tasks import Task, TaskError
 from marlin_jax.eval import configuration, measures
-from marlin_jax.models import heads, softmax_attention, vit
+from marlin_jax.models import heads, vit
+from marlin_jax.training.configuration import ConfigError
 from marlin_jax.training.nonfinite import NotFiniteError
 
 KNOWN = {
@@ -89,16 +90,9 @@ def test_labels_that_do_not_fit_are_refused(name, rule, words):
 def test_all_that_is_wrong_with_a_configuration_is_told_together():
   config = eval_far.get_config()
   config.modes, config.pool, config.knn.k = "", "max", 0
-  with pytest.raises(ValueError, match=r"3 problem\(s\)") as error:
+  with pytest.raises(ConfigError, match=r"3 problem\(s\)") as error:
     configuration.validate(config)
   assert "knn.k=0: expected at least 1" in str(error.value)
-
-
-def test_choices_are_those_of_the_modules_they_are_for():
-  choices = configuration._CHOICES
-  assert choices["attention"] == softmax_attention.IMPLEMENTATIONS
-  assert choices["remat"] == ("none", *vit.REMAT_POLICIES)
-  assert choices["protocol"] == protocols.NAMES
 
 
 # --- Low data -----------------------------------------------------------------

@@ -246,7 +246,7 @@ def test_dfd_is_the_same_on_two_devices_as_on_one(face_data, tmp_path):
     (
       {"protocol": "paper", "pool": "std"},
       ConfigError,
-      "pool='std': the paper's protocol has 'mean'",
+      "pool='std': expected 'mean'",
     ),
   ],
 )

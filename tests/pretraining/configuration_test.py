@@ -1,12 +1,13 @@
 """Configurations that cannot be run are refused at once, with every reason."""
 
+import jax
+import numpy as np
 import pytest
 
 from configs import pretrain_b
-from marlin_jax.models import softmax_attention
-from marlin_jax.pretraining import masking
+from marlin_jax.pretraining import configuration, masking
 from marlin_jax.pretraining.configuration import (
-  _CHOICES,
+  MASKING_STRATEGIES,
   validate,
 )
 from marlin_jax.training.configuration import ConfigError
@@ -45,7 +46,7 @@ def test_all_problems_are_reported_together():
   [
     ({"mask.ratio": 0.9, "mask.strategy": "frame"}, "at most 0.8750"),
     ({"mask.ratio": 0.9995}, "leaves nothing visible"),
-    ({"mask.ratio": 1.0}, "between 0 and 1"),
+    ({"mask.ratio": 1.0}, "mask.ratio=1.0: expected"),
     (
       {"data.clips_per_record": 3},
       "batch_size=32: expected a multiple of data.clips_per_record=3",
@@ -67,6 +68,29 @@ def test_values_that_make_no_sense_are_refused(changes, words):
   assert words in refuse(**changes)
 
 
-def test_choices_are_those_of_the_modules_they_are_for():
-  assert _CHOICES["mask.strategy"] == masking.STRATEGIES
-  assert _CHOICES["attention"] == softmax_attention.IMPLEMENTATIONS
+@pytest.mark.parametrize("strategy", MASKING_STRATEGIES)
+def test_every_masking_strategy_of_the_table_exists(strategy):
+  masks = masking.Masking(strategy, 0.5)
+  regions = np.zeros((1, 8, 14, 14), np.uint16)
+  visible, masked = masks(regions, jax.random.split(jax.random.key(0), 1))
+  tokens = np.concatenate([visible[0], masked[0]])
+  assert sorted(tokens.tolist()) == list(range(1568))
+
+
+def test_a_run_that_differs_in_a_fixed_value_is_another():
+  config = pretrain_b.get_config()
+  saved = configuration.identity(config, "abc", 7)
+  assert saved["num_steps"] == 7
+  assert saved["data.fingerprint"] == "abc"
+  config.log_steps, config.mesh.fsdp, config.data.path = 1, 2, "elsewhere"
+  assert configuration.identity(config, "abc", 7) == saved
+  config.mask.ratio = 0.75
+  changed = configuration.identity(config, "abc", 7)
+  assert changed == saved | {"mask.ratio": 0.75}
+
+
+def test_only_keys_may_be_allowed_to_change():
+  config = pretrain_b.get_config()
+  config.allow_change = "dtype,optim.b1,data.fingerprint"
+  validate(config)
+  assert "'beta'" in refuse(allow_change="dtype,beta")

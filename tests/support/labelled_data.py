@@ -12,6 +12,7 @@ from flax import nnx
 from configs import eval_dfd
 from data_prep.output import ledger, shards
 from data_prep.sources.listing import BINARY, CLASS, VALUE, Label
+from marlin_jax.eval import configuration
 from marlin_jax.eval.evaluation import evaluate
 from marlin_jax.records import folders, schema
 from marlin_jax.weights import safetensors_folder
@@ -226,8 +227,9 @@ def tiny(config, **changes):
 
 
 def run(module, workdir, data, checkpoint="random", **changes):
-  """Evaluates in this process."""
+  """Evaluates in this process, as the commands do."""
   config = tiny(module.get_config(), **changes)
+  configuration.validate(config)
   return evaluate(config, str(checkpoint), str(data), str(workdir))
 
 

@@ -87,7 +87,7 @@ def check_flags(*flags):
     "import sys; from absl import flags;"
     "from marlin_jax import config_arguments, train;"
     "flags.mark_flag_as_required('config'); config_arguments.parse(sys.argv);"
-    "train.validate(flags.FLAGS.config); print(flags.FLAGS.workdir)"
+    "train.configuration.validate(flags.FLAGS.config); print(flags.FLAGS.workdir)"
   )
   result = subprocess.run(
     [sys.executable, "-c", program, *flags],

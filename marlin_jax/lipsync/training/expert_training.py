@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from marlin_jax.data import loader
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.devices import sharding
+from marlin_jax.lipsync import configuration
 from marlin_jax.lipsync.networks import build
 from marlin_jax.lipsync.networks.functional import split
 from marlin_jax.lipsync.training import pictures
@@ -28,11 +29,6 @@ from marlin_jax.lipsync.training.expert_step import (
   offset_cosines,
 )
 from marlin_jax.pretraining import losses
-from marlin_jax.training import configuration
-
-# What of a configuration a resumed run may change: all but these.
-_LEARNED_WITH = ("seed", "dtype", "data.train", "data.val")
-_OWN = ("num_frames", "width", "batch_size", "lr")
 
 
 class ExpertCourse:
@@ -61,7 +57,7 @@ class ExpertCourse:
     self.settings = config.expert
     self.take = TakePairs(config.expert.num_frames)
     network = build.expert_meta(config.expert.num_frames, config.expert.width)
-    self.meta = network | kept(config, "expert", _LEARNED_WITH, _OWN)
+    self.meta = network | configuration.identity(config, self.part)
     expert = build.make_expert(network, seed=config.seed, dtype=config.dtype)
     structure, arrays = split(expert)
     self._trainer = ExpertTrainer(structure, optax.adam(config.expert.lr))
@@ -201,11 +197,3 @@ def offset_scores(cosines: np.ndarray) -> dict[str, float]:
     "best_offset": float(np.nanargmax(mean) - middle),
     "offset_accuracy": float((np.nanargmax(cosines, axis=1) == middle).mean()),
   }
-
-
-def kept(
-  config: ConfigDict, part: str, shared: tuple, own: tuple
-) -> dict[str, Any]:
-  """Some keys of a configuration as one writes them, and their values."""
-  keys = (*shared, *(f"{part}.{name}" for name in own))
-  return {key: configuration.get(config, key) for key in keys}

@@ -16,6 +16,7 @@ from marlin_jax.data import loader
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.devices import sharding
 from marlin_jax.eval.evaluation import open_weights
+from marlin_jax.lipsync import configuration
 from marlin_jax.lipsync.networks import build
 from marlin_jax.lipsync.networks.functional import Arrays, split
 from marlin_jax.lipsync.networks.quality_discriminator import (
@@ -23,7 +24,6 @@ from marlin_jax.lipsync.networks.quality_discriminator import (
 )
 from marlin_jax.lipsync.training import pictures
 from marlin_jax.lipsync.training.clips import TakeTargets
-from marlin_jax.lipsync.training.expert_training import kept
 from marlin_jax.lipsync.training.generator_step import (
   GeneratorState,
   GeneratorTrainer,
@@ -34,13 +34,6 @@ from marlin_jax.lipsync.training.generator_step import (
 from marlin_jax.training.configuration import ConfigError
 from marlin_jax.weights.weights import encoder_sha256
 
-_LEARNED_WITH = ("seed", "dtype", "data.train", "data.val")
-# The evaluation decides on the sync weight: it belongs to what is learned.
-_OWN = (
-  *("kind", "train_encoder", "width", "batch_size", "lr", "b1", "b2"),
-  *("sync_weight", "sync_threshold", "adv_weight"),
-  *("eval_steps", "eval_batches"),
-)
 _SCALARS = (
   "loss_l1",
   "loss_sync",
@@ -83,7 +76,7 @@ class GeneratorCourse:
         f"encoder in {checkpoint} sees {generator.num_frames}: train an expert "
         f"with --config.expert.num_frames={generator.num_frames}"
       )
-    self.meta = network | kept(config, "generator", _LEARNED_WITH, _OWN)
+    self.meta = network | configuration.identity(config, self.part)
     self.meta |= {
       "expert_sha256": build.sha256(judge_arrays),
       "encoder_sha256": encoder_hash,

@@ -1,0 +1,33 @@
+"""The tables of rules are complete and list what the networks offer."""
+
+import pytest
+
+from configs import eval_far, eval_ls, pretrain_b
+from marlin_jax.eval import configuration as eval_configuration
+from marlin_jax.lipsync import configuration as lipsync_configuration
+from marlin_jax.models import options, softmax_attention, vit
+from marlin_jax.pretraining import configuration as pretraining_configuration
+from marlin_jax.training.configuration import flat
+
+
+@pytest.mark.parametrize(
+  ("config", "family"),
+  [
+    (pretrain_b, pretraining_configuration),
+    (eval_far, eval_configuration),
+    (eval_ls, lipsync_configuration),
+  ],
+)
+def test_every_key_has_a_rule_and_every_rule_a_key(config, family):
+  assert flat(config.get_config()).keys() == family.KEYS.keys()
+
+
+def test_every_rematerialisation_is_one_of_the_networks():
+  assert ("none", *vit.REMAT_POLICIES) == options.REMAT
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("dtype", options.DTYPES)
+def test_auto_stands_for_an_attention_of_the_table(platform, dtype):
+  chosen = softmax_attention.choose("auto", platform, dtype)
+  assert chosen in set(options.ATTENTION) - {"auto"}
