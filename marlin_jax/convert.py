@@ -249,16 +249,16 @@ def check(before, after, clip: np.ndarray) -> None:
 
 def _clip(path: str | None, architecture) -> np.ndarray:
   """uint8 (1, T, S, S, 3) from a real video, noise where there is none."""
-  from marlin_jax.data import sample
+  from data_prep import assets
   from marlin_jax.inference import face_windows
 
   settings = face_windows.WindowSettings(
     clip=architecture.clip, image_size=architecture.image_size
   )
   try:
-    path = path or sample.fetch_video()
+    path = path or assets.fetch_sample_videos() / "carphone_pristine.mp4"
     return next(face_windows.read_windows(path, settings)).frames[None]
-  except sample.SampleError as e:
+  except assets.AssetError as e:
     print(f"note: checked on noise, for the sample video is not there: {e}")
   size = architecture.image_size
   shape = (1, architecture.num_frames, size, size, 3)

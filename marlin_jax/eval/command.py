@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
+from marlin_jax.eval import configuration
 from marlin_jax.records import cli
 from marlin_jax.training import config_flags
 

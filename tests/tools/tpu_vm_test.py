@@ -85,9 +85,11 @@ def check_flags(*flags):
   """The trainer's own parser, and the check of the configuration."""
   program = (
     "import sys; from absl import flags;"
-    "from marlin_jax import config_arguments, train;"
-    "flags.mark_flag_as_required('config'); config_arguments.parse(sys.argv);"
-    "train.configuration.validate(flags.FLAGS.config); print(flags.FLAGS.workdir)"
+    "from marlin_jax import train;"
+    "from marlin_jax.training import config_flags;"
+    "flags.mark_flag_as_required('config'); config_flags.parse(sys.argv);"
+    "config_flags.config(train.configuration.validate);"
+    "print(flags.FLAGS.workdir)"
   )
   result = subprocess.run(
     [sys.executable, "-c", program, *flags],
