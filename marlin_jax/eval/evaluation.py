@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -25,19 +24,11 @@ from marlin_jax.eval import (
   report,
   results_folder,
 )
-from marlin_jax.records import schema
 from marlin_jax.records.folders import write_bytes
 from marlin_jax.training.configuration import flat
-from marlin_jax.weights import formats, published
-from marlin_jax.weights.weights import (
-  Architecture,
-  Weights,
-  WeightsError,
-  encoder_sha256,
-  of_modules,
-)
+from marlin_jax.weights import formats
+from marlin_jax.weights.weights import encoder_sha256
 
-RANDOM = "random"
 _ROLES = ("train", "val", "test")
 # The row of the table that every other one has to beat.
 CONSTANT = "constant"
@@ -85,7 +76,7 @@ def evaluate(
     config.derive,
     data,
   )
-  weights = open_weights(config, checkpoint)
+  weights = formats.open_encoder(checkpoint, config.random)
   mesh = sharding.make_mesh(**config.mesh)
   _check_batches(config, mesh)
   settings = configuration.identity(config) | {
@@ -174,28 +165,6 @@ def evaluate(
 
 
 # --- What there is ------------------------------------------------------------
-
-
-def open_weights(config: ConfigDict, checkpoint: str) -> Weights:
-  """The encoder to be evaluated.
-
-  Raises:
-    WeightsError: there are no such weights, or they do not take what records
-      hold.
-  """
-  if checkpoint == RANDOM:
-    architecture = Architecture(**config.random)
-    encoder = architecture.make_autoencoder()
-    weights = of_modules(architecture, nnx.to_pure_dict(nnx.state(encoder)))
-    return dataclasses.replace(weights, source=RANDOM)
-  weights = formats.read(published.resolve(checkpoint, full=False))
-  size = weights.architecture.image_size
-  if size != schema.FRAME_SIZE:
-    raise WeightsError(
-      f"{checkpoint} takes pictures of {size} pixels, and records hold faces "
-      f"of {schema.FRAME_SIZE}"
-    )
-  return weights
 
 
 def _check_batches(config: ConfigDict, mesh: Mesh) -> None:

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from flax import nnx
+
+from marlin_jax.records.schema import FRAME_SIZE
 from marlin_jax.weights import (
   huggingface,
   marlin_pytorch,
+  published,
   run_checkpoint,
   safetensors_folder,
   videomae,
 )
-from marlin_jax.weights.weights import Weights, WeightsError
+from marlin_jax.weights.weights import (
+  Architecture,
+  Weights,
+  WeightsError,
+  of_modules,
+)
+
+# The source of an untrained encoder.
+RANDOM = "random"
 
 # Name on the command line -> its module, which has `read` and `write`.
 FORMATS = {
@@ -66,6 +81,33 @@ def read(path: str | Path, format: str = "", **options) -> Weights:
   path = Path(path).expanduser()
   format = format or format_of(path)
   return call(FORMATS[format].read, path, f"reading {format}", options)
+
+
+def open_encoder(source: str, random_sizes: Mapping[str, Any]) -> Weights:
+  """Opens an encoder for the face crops of records.
+
+  Args:
+    source: a path, the name of a published model, or RANDOM for an encoder with
+      freshly initialised weights.
+    random_sizes: fields of the Architecture of such an encoder.
+
+  Raises:
+    WeightsError: there are no such weights, or the encoder takes frames of
+      another size than FRAME_SIZE.
+  """
+  if source == RANDOM:
+    architecture = Architecture(**random_sizes)
+    encoder = architecture.make_autoencoder()
+    weights = of_modules(architecture, nnx.to_pure_dict(nnx.state(encoder)))
+    return dataclasses.replace(weights, source=RANDOM)
+  weights = read(published.resolve(source, full=False))
+  size = weights.architecture.image_size
+  if size != FRAME_SIZE:
+    raise WeightsError(
+      f"{source} takes frames of {size} pixels, but records hold face crops of "
+      f"{FRAME_SIZE} pixels"
+    )
+  return weights
 
 
 def call(function, path, what: str, options: dict, *args):

@@ -14,11 +14,10 @@ from configs import eval_dfd, eval_far
 from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.devices.sharding import MeshError
 from marlin_jax.downstream import clip_batches, labelled, tasks
-from marlin_jax.eval.evaluation import open_weights
 from marlin_jax.records.folders import OutputFolderError
 from marlin_jax.training.configuration import ConfigError
+from marlin_jax.weights import formats, safetensors_folder
 from marlin_jax.weights import run_checkpoint as orbax
-from marlin_jax.weights import safetensors_folder
 from marlin_jax.weights.weights import Architecture, Weights, WeightsError
 from tests.support import labelled_data
 from tests.support.labelled_data import (
@@ -262,12 +261,12 @@ def test_wrong_checkpoints_are_told_at_once(face_data, tmp_path):
   with pytest.raises(WeightsError, match="no weights at"):
     run(eval_far, tmp_path / "w", face_data, tmp_path / "x", tasks="mood")
   config = tiny(eval_far.get_config())
-  weights = open_weights(config, "random")
+  weights = formats.open_encoder("random", config.random)
   write_random(
     tmp_path / "small",
     dataclasses.replace(weights.architecture, image_size=32, patch_size=16),
   )
-  with pytest.raises(WeightsError, match="takes pictures of 32 pixels"):
+  with pytest.raises(WeightsError, match="takes frames of 32 pixels"):
     run(eval_far, tmp_path / "w", face_data, tmp_path / "small", tasks="mood")
   assert not (tmp_path / "w").exists()
 
@@ -344,7 +343,7 @@ def test_people_in_two_splits_are_told_loudly(tmp_path, capsys):
 
 def test_windows_cover_the_longest_track_across_records(face_data, tmp_path):
   config = tiny(eval_far.get_config())
-  clip = open_weights(config, "random").architecture.clip
+  clip = formats.open_encoder("random", config.random).architecture.clip
   split = labelled.open_split(str(face_data), "train", tmp_path)
   assert len(split) == len(split.tracks) == 24
   windows = split.windows(clip)

@@ -15,9 +15,9 @@ from marlin_jax.downstream import (
   tasks,
 )
 from marlin_jax.eval import modes
-from marlin_jax.eval.evaluation import open_weights
 from marlin_jax.inference import marlin
 from marlin_jax.pretraining.train_step import IMAGENET_MEAN
+from marlin_jax.weights import formats
 from marlin_jax.weights.weights import Architecture
 from tests.support import labelled_data
 from tests.support.labelled_data import (
@@ -36,7 +36,7 @@ from tests.support.labelled_data import (
 
 
 def frozen(config):
-  weights = open_weights(config, "random")
+  weights = formats.open_encoder("random", config.random)
   mesh = sharding.make_mesh()
   return weights, feature_cache.FrozenEncoder(weights, mesh, "float32", "auto")
 
@@ -213,7 +213,7 @@ def test_fine_tuning_moves_the_encoder_and_beats_the_probe(tmp_path):
 
 def test_every_array_of_the_encoder_learns_when_it_may(face_data, tmp_path):
   config = tiny(eval_far.get_config())
-  weights = open_weights(config, "random")
+  weights = formats.open_encoder("random", config.random)
   task = tasks.make_task("mood", tasks.known_labels(str(face_data)), {}, "")
   np_rng = np.random.default_rng(0)
   clips = np_rng.integers(0, 256, (4, 4, SIZE, SIZE, 3), np.uint8)

@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 from marlin_jax.data import loader
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.devices import sharding
-from marlin_jax.eval.evaluation import open_weights
 from marlin_jax.lipsync import configuration
 from marlin_jax.lipsync.networks import build
 from marlin_jax.lipsync.networks.functional import Arrays, split
@@ -32,6 +31,7 @@ from marlin_jax.lipsync.training.generator_step import (
   next_sync_weight,
 )
 from marlin_jax.training.configuration import ConfigError
+from marlin_jax.weights import formats
 from marlin_jax.weights.weights import encoder_sha256
 
 _SCALARS = (
@@ -118,7 +118,8 @@ def _generator(config: ConfigDict, checkpoint: str | None):
   """The network, what describes it, and the hash of its encoder."""
   settings, weights, encoder_hash = config.generator, None, None
   if settings.kind == "marlin":
-    weights = open_weights(config, checkpoint).encoder_only()
+    encoder = formats.open_encoder(checkpoint, config.random)
+    weights = encoder.encoder_only()
     # The pictures are plain, whatever the encoder was trained on.
     weights = weights.with_plain_input()
     encoder_hash = encoder_sha256(weights)
