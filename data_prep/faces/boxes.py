@@ -1,4 +1,4 @@
-"""Boxes of faces, and the crops that are cut at them.
+"""Boxes of faces, and the crops at them.
 
 Boxes are x0, y0, x1, y1 in source pixels, where pixel (i, j) covers
 [j, j+1) x [i, i+1).
@@ -12,16 +12,16 @@ import numpy as np
 
 from marlin_jax.records.schema import FRAME_SIZE
 
-# Crop side over mesh height: resembles the paper's framing.
+# Side of the crop over the height of the mesh: resembles the paper's framing.
 CROP_RATIO = 1.25
 
 
 def crop_frame(frame: np.ndarray, box: np.ndarray) -> np.ndarray:
-  """Cuts a square out and scales it, zero where it reaches past the frame.
+  """Crops a square and scales it; pixels beyond the frame are 0.
 
   Args:
     frame: uint8 (H, W, 3).
-    box: (4,), a square in source pixels; fractions are honoured, so that a
+    box: (4,), a square in source pixels. Fractions of a pixel count, so that a
       smooth path of boxes gives a steady picture.
 
   Returns:
@@ -37,10 +37,10 @@ def crop_frame(frame: np.ndarray, box: np.ndarray) -> np.ndarray:
     raise ValueError(f"box {box} is not x0 < x1, y0 < y1 in source pixels")
   # Area averaging at any fraction of a pixel: sample at least once per source
   # pixel, then average whole blocks.
-  n = max(math.ceil(max(x1 - x0, y1 - y0) / FRAME_SIZE - 1e-6), 1)
-  size = n * FRAME_SIZE
+  block = max(math.ceil(max(x1 - x0, y1 - y0) / FRAME_SIZE - 1e-6), 1)
+  size = block * FRAME_SIZE
   sx, sy = (x1 - x0) / size, (y1 - y0) / size
-  if n == 1:
+  if block == 1:
     return _sampled(frame, (sx, x0), (sy, y0), size, cv2.INTER_CUBIC)
   # OpenCV interpolates four channels in half the time of three.
   left, top = max(int(x0) - 1, 0), max(int(y0) - 1, 0)
@@ -65,7 +65,15 @@ def _sampled(
   size: int,
   interpolation: int,
 ) -> np.ndarray:
-  """Samples (size, size, C) from an image; x and y are (step, start)."""
+  """Samples (size, size, C) from an image (H, W, C).
+
+  Args:
+    image: the image.
+    x: step and start along its width in pixels.
+    y: step and start along its height.
+    size: side of the result.
+    interpolation: OpenCV's flag.
+  """
   import cv2
 
   (sx, x0), (sy, y0) = x, y
@@ -91,14 +99,14 @@ def square(box: np.ndarray) -> tuple[float, float, float]:
 
 
 def square_around(box: np.ndarray, ratio: float) -> np.ndarray:
-  """Returns the square (4,) round a box: `ratio` times its longer side."""
+  """Returns the square (4,) around a box, `ratio` times its longer side."""
   x, y, side = square(box)
   half = ratio * side / 2
   return np.array([x - half, y - half, x + half, y + half])
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> float:
-  """Returns intersection over union of two boxes."""
+  """Returns the intersection over union of two boxes."""
   width = min(a[2], b[2]) - max(a[0], b[0])
   height = min(a[3], b[3]) - max(a[1], b[1])
   if width <= 0 or height <= 0:
@@ -109,16 +117,22 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def smooth(values: np.ndarray, sigma: float) -> np.ndarray:
-  """Removes outliers, then smooths float64 (T,) with a Gaussian.
+  """Removes outliers from a series, then smooths it with a Gaussian.
 
-  A straight motion stays what it is, also at the ends: the series is continued
+  A uniform motion is not changed, even at the ends: the series is continued
   there by its point reflection.
+
+  Args:
+    values: float64 (T,).
+    sigma: standard deviation of the Gaussian in frames.
+
+  Returns:
+    float64 (T,).
   """
-  num = len(values)
   padded = np.pad(values, 2, mode="reflect", reflect_type="odd")
   windows = np.lib.stride_tricks.sliding_window_view(padded, 5)
   values = np.median(windows, axis=1)
-  radius = min(math.ceil(3 * sigma), num - 1)
+  radius = min(math.ceil(3 * sigma), len(values) - 1)
   kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
   padded = np.pad(values, radius, mode="reflect", reflect_type="odd")
   return np.convolve(padded, kernel / kernel.sum(), mode="valid")

@@ -1,4 +1,4 @@
-"""The detectors and the face mesh, on one picture.
+"""Face detectors and face mesh, on one picture.
 
 Boxes are x0, y0, x1, y1 in pixels of the picture, where pixel (i, j) covers
 [j, j+1) x [i, i+1).
@@ -16,34 +16,36 @@ import numpy as np
 from data_prep import assets
 from data_prep.faces import boxes, mediapipe_tasks
 
-# Each model and the score from which its detection is believed. The full-range
-# model misses faces that fill the frame; the short-range one misses those below
-# about 8% of its width, and gives a cartoon animal 0.6 where people have 0.69
-# and more.
+# Each model and the lowest score of a detection that is believed. The
+# full-range model misses faces that fill the frame. The short-range model
+# misses faces below about 8% of the frame's width; it gives a cartoon animal
+# 0.6, and people 0.69 and more.
 DETECTORS = (
   ("face_detector.tflite", 0.65),
   ("face_detection_full_range_sparse.tflite", 0.5),
 )
 LANDMARKER = "face_landmarker.task"
 MODELS = (*(name for name, _ in DETECTORS), LANDMARKER)
-# Pictures at least so much longer than wide are searched in parts.
+# Frames with at least this ratio of longer to shorter side are searched in
+# parts.
 MIN_TILED_RATIO = 1.4
-# A detection smaller than this share of the frame is looked at again from
-# close, in a picture of so many times its side: its box is too rough for the
-# mesh model.
+# A detection smaller than this share of the frame is detected again in a
+# close-up of CLOSE_UP_RATIO times its side: its box is too rough for the mesh
+# model.
 SMALL_RATIO = 0.08
 CLOSE_UP_RATIO = 4.0
-# The mesh of a real face is 0.8 to 1.2 times as high as the detector's box.
+# Height of a mesh over that of the detector's box. Those of real faces are in
+# 0.8 to 1.2.
 MESH_HEIGHT_RANGE = (0.65, 1.8)
 
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-  """What a detector reports.
+  """A face reported by a detector.
 
   Attributes:
     box: float64 (4,).
-    score: the detector's, in [0.5, 1].
+    score: score of the detector, in [0.5, 1].
     believed: whether this detector is seldom wrong at that score.
   """
 
@@ -52,19 +54,19 @@ class Detection:
   believed: bool
 
   def shifted(self, x: int, y: int) -> Detection:
-    """Returns it as seen from a picture of which this one is a part."""
+    """Returns the detection moved by x and y pixels."""
     return dataclasses.replace(self, box=self.box + np.tile([x, y], 2))
 
 
 class FaceFinder:
-  """The detectors and the mesh model; use as a context manager.
+  """Face detectors and mesh model; a context manager.
 
   It keeps no state between calls, so one finder serves any number of videos.
   Faces below about 8% of the frame's shorter side may be missed.
 
   Raises:
-    assets.AssetError: a model file could not be had.
-    RuntimeError: a system library is missing.
+    assets.AssetError: a model file cannot be downloaded or read.
+    mediapipe_tasks.ModelError: a system library is missing.
   """
 
   def __init__(self) -> None:
@@ -89,6 +91,7 @@ class FaceFinder:
       self._stack = stack.pop_all()
 
   def close(self) -> None:
+    """Closes the models."""
     self._stack.close()
 
   def __enter__(self) -> Self:
@@ -98,19 +101,22 @@ class FaceFinder:
     self.close()
 
   def detect(self, frame: np.ndarray) -> list[Detection]:
-    """Finds the faces of a frame, the surest first.
+    """Finds the faces of a frame.
 
     Args:
       frame: uint8 (H, W, 3), RGB.
+
+    Returns:
+      Believed detections first, then by falling score. No two overlap much.
     """
     short_range, full_range = self._detectors
-    found = _run(*short_range, frame)
+    candidates = _run(*short_range, frame)
     for x, y, tile in _tiles(frame):
       for face in _run(*full_range, tile):
-        found.append(face.shifted(x, y))
-    found.sort(key=lambda face: (not face.believed, -face.score))
+        candidates.append(face.shifted(x, y))
+    candidates.sort(key=lambda face: (not face.believed, -face.score))
     faces: list[Detection] = []
-    for face in found:
+    for face in candidates:
       if all(boxes.overlap(face.box, other.box) < 0.4 for other in faces):
         faces.append(face)
     small = SMALL_RATIO * max(frame.shape[:2])
@@ -120,7 +126,7 @@ class FaceFinder:
     ]
 
   def _close_up(self, frame: np.ndarray, face: Detection) -> Detection:
-    """Returns the face as the short-range detector sees it from close."""
+    """Returns the face as the short-range detector finds it in a close-up."""
     x0, y0, x1, y1 = boxes.square_around(face.box, CLOSE_UP_RATIO)
     x0, y0 = max(int(x0), 0), max(int(y0), 0)
     picture = frame[y0 : math.ceil(y1), x0 : math.ceil(x1)]
@@ -132,11 +138,11 @@ class FaceFinder:
     return dataclasses.replace(best, believed=best.believed or face.believed)
 
   def mesh(self, frame: np.ndarray, box: np.ndarray) -> np.ndarray | None:
-    """Returns the landmarks of the face at a place.
+    """Returns the landmarks of the face in a box.
 
     Args:
       frame: uint8 (H, W, 3), RGB.
-      box: (4,), roughly where the face is; looked at with a margin.
+      box: (4,), roughly around the face; the model sees it with a margin.
 
     Returns:
       float32 (478, 2), x and y in source pixels, or None when there is no face
@@ -146,7 +152,10 @@ class FaceFinder:
     return None if mesh is None else mesh[:, :2]
 
   def mesh_3d(self, frame: np.ndarray, box: np.ndarray) -> np.ndarray | None:
-    """As `mesh`, with the depth, smaller when nearer, in the same unit."""
+    """Returns the landmarks with their depth, float32 (478, 3), or None.
+
+    As `mesh`; depth is in the same unit, smaller when nearer.
+    """
     height, width = frame.shape[:2]
     x, y, side = boxes.square(box)
     x0, y0 = max(int(x - side), 0), max(int(y - side), 0)
@@ -157,7 +166,7 @@ class FaceFinder:
     result = self._landmarker.detect(
       mediapipe_tasks.as_image(frame[y0:y1, x0:x1])
     )
-    # The depth is in units of the picture's width.
+    # Depth is in units of the picture's width.
     scale = np.float32([x1 - x0, y1 - y0, x1 - x0])
     best, best_overlap = None, 0.25
     for face in result.face_landmarks:
@@ -176,31 +185,31 @@ class FaceFinder:
 def _run(
   detector: Any, believed_score: float, picture: np.ndarray
 ) -> list[Detection]:
-  """Returns what one detector finds in a picture, in its pixels."""
-  found = []
+  """Returns the detections of one detector, in pixels of the picture."""
+  detections = []
   result = detector.detect(mediapipe_tasks.as_image(picture))
   for detection in result.detections:
     x, y = detection.bounding_box.origin_x, detection.bounding_box.origin_y
     width, height = detection.bounding_box.width, detection.bounding_box.height
     score = detection.categories[0].score
     box = np.array([x, y, x + width, y + height], np.float64)
-    found.append(Detection(box, score, score >= believed_score))
-  return found
+    detections.append(Detection(box, score, score >= believed_score))
+  return detections
 
 
 def _tiles(frame: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
-  """Cuts a wide or high picture into overlapping squares: x, y and the part.
+  """Returns overlapping squares of a wide or high picture: x, y and pixels.
 
-  A detector looks at a square of a fixed number of pixels, in which a wide
-  picture, taken whole, is small.
+  A detector sees a square of a fixed number of pixels, in which a wide picture
+  as a whole is small.
   """
   height, width = frame.shape[:2]
   if max(height, width) < MIN_TILED_RATIO * min(height, width):
     return [(0, 0, frame)]
   side = min(height, width)
-  num = math.ceil(max(height, width) / side)
+  num_tiles = math.ceil(max(height, width) / side)
   tiles = []
-  for start in np.linspace(0, max(height, width) - side, num).astype(int):
+  for start in np.linspace(0, max(height, width) - side, num_tiles).astype(int):
     x, y = (start, 0) if width > height else (0, start)
     tiles.append((x, y, frame[y : y + side, x : x + side]))
   return tiles

@@ -1,4 +1,4 @@
-"""Opens MediaPipe Tasks: from verified files, quietly, with clear errors."""
+"""Opens MediaPipe Tasks from verified files, quietly, with clear errors."""
 
 from __future__ import annotations
 
@@ -12,21 +12,27 @@ from typing import IO, Any
 
 import numpy as np
 
+from marlin_jax.records.cli import UserError
+
+
+class ModelError(UserError):
+  """A model does not run on this machine; the message says what to do."""
+
 
 @contextlib.contextmanager
 def open_task(task_name: str, model: Path, **options: Any) -> Iterator[Any]:
   """Opens a vision Task in IMAGE mode on the CPU, and closes it at the end.
 
   IMAGE mode keeps nothing from one picture to the next, so that the result
-  for a frame depends on that frame alone, whatever the process saw before.
+  for a frame depends on that frame alone.
 
   Args:
     task_name: a class of `mediapipe.tasks.python.vision`, e.g. 'FaceDetector'.
-    model: the model's file.
-    **options: further fields of the Task's options class.
+    model: file of the model.
+    **options: further fields of the options class of the Task.
 
   Raises:
-    RuntimeError: a system library is missing, or the Task does not open.
+    ModelError: a system library is missing, or the Task does not open.
   """
   with _captured_stderr() as log:
     try:
@@ -45,9 +51,13 @@ def open_task(task_name: str, model: Path, **options: Any) -> Iterator[Any]:
       run = "segment" if task_name == "ImageSegmenter" else "detect"
       getattr(task, run)(as_image(np.zeros((64, 64, 3), np.uint8)))
     except OSError as e:
-      raise missing_library_error(e) from e
+      raise ModelError(
+        f"MediaPipe cannot load a system library: {e}. On Debian or Ubuntu: "
+        "apt-get install --no-install-recommends "
+        "libgl1 libglib2.0-0 libegl1 libgles2"
+      ) from e
     except (RuntimeError, ValueError) as e:
-      raise RuntimeError(
+      raise ModelError(
         f"MediaPipe's {task_name} does not open {model}: {e}\n{_tail(log)}"
       ) from e
   try:
@@ -55,15 +65,6 @@ def open_task(task_name: str, model: Path, **options: Any) -> Iterator[Any]:
   finally:
     with _captured_stderr():
       task.close()
-
-
-def missing_library_error(error: OSError) -> RuntimeError:
-  """Says what to install where a shared library does not load."""
-  return RuntimeError(
-    f"MediaPipe cannot load a system library: {error}. On Debian or Ubuntu: "
-    "apt-get install --no-install-recommends "
-    "libgl1 libglib2.0-0 libegl1 libgles2"
-  )
 
 
 def as_image(rgb: np.ndarray) -> Any:
@@ -77,7 +78,7 @@ def as_image(rgb: np.ndarray) -> Any:
 
 @contextlib.contextmanager
 def _captured_stderr() -> Iterator[IO[bytes]]:
-  """Sends this process's standard error to a file meanwhile.
+  """Redirects the standard error of this process to a file.
 
   The C++ libraries write to file descriptor 2 directly, past `sys.stderr` and
   past every log level, and would break a progress bar.

@@ -1,17 +1,18 @@
-"""How good a face track is: four terms in [0, 1], and one number of them.
+"""Quality of a face track: four terms in [0, 1], and their combination.
 
-  size       height of the face in source pixels over the 179 that it has in a
-             crop, at most 1: an enlarged crop shows less
-  sharpness  how fine the sharpest edges of the face are at the crop's scale;
-             out of focus, blurred by motion, enlarged before or crushed by a
-             codec is low, and noise does not count as an edge
-  pose       cosine of the angle between the face's normal and the direction to
-             the camera: 1 from the front, 0.5 turned by 60 degrees, 0 in
-             profile
-  landmarks  share of the frames that have a mesh, times how steady the mesh is
-             on the head
+  size       height of the face in source pixels over its height of 179 pixels
+             in a crop, at most 1: an enlarged crop shows less detail
+  sharpness  fineness of the sharpest edges of the face at the scale of the
+             crop; low where the face is out of focus, blurred by motion,
+             enlarged before or compressed too much; noise does not count as an
+             edge
+  pose       cosine of the angle between the normal of the face and the
+             direction to the camera: 1 from the front, 0.5 turned by 60
+             degrees, 0 in profile
+  landmarks  share of the frames that have a mesh, times the steadiness of the
+             mesh on the head
 
-Each is the median over the frames that tell it, so that a few bad frames of a
+Size, sharpness and pose are medians over frames, so that a few bad frames of a
 good track count little.
 """
 
@@ -24,37 +25,37 @@ import numpy as np
 from data_prep.faces import boxes
 from marlin_jax.records.schema import FRAME_SIZE
 
-# Standard deviations, in crop pixels, of the two Gaussians under the
-# Laplacians that are compared.
+# Standard deviations, in crop pixels, of the Gaussians of the two Laplacians
+# that are compared.
 FINE_SIGMA, COARSE_SIGMA = 1.0, 3.0
-# Their ratio at an edge that is much wider than both, and at one with a
-# standard deviation of 1.1 crop pixels, which counts as sharp. Real faces of
-# 224 pixels have 0.6.
+# Ratio of their responses at an edge that is much wider than both, and at an
+# edge with a standard deviation of 1.1 crop pixels, which counts as sharp. Real
+# faces of 224 pixels have 0.6.
 BLURRED_RATIO = (FINE_SIGMA / COARSE_SIGMA) ** 2
 SHARP_RATIO = 0.5
 # Noise is everywhere in a face and edges are not: this many times the energy
-# of its plainest quarter is taken off.
+# at the quartile of the plainest pixels is subtracted.
 NOISE_FACTOR = 2.5
 
-# What talking and frowning leave where it is: corners of the eyes, and the
+# Landmarks that talking and frowning do not move: corners of the eyes, and the
 # bridge of the nose.
 _STEADY = (33, 133, 263, 362, 168, 6)
-# Mean jump of these points between frames, over the face's height, that halves
-# the score. Steady meshes have 0.002, those beside a face 0.05.
+# Mean jump of these points between frames, over the height of the face, that
+# halves the score. Steady meshes have 0.002, those beside a face 0.05.
 HALF_JITTER = 0.02
 
 _RIGHT_SIDE, _LEFT_SIDE, _TOP, _CHIN = 234, 454, 10, 152
 
 
 def sharpness(frame: np.ndarray, mesh: np.ndarray) -> float:
-  """Says how sharp a face is at the scale of its crop.
+  """Returns the sharpness of a face at the scale of its crop, in [0, 1].
 
-  The energy of a fine Laplacian over that of a coarse one, both where they are
-  strongest: contrast and light cancel, and the width of edges is left.
+  It is the energy of a fine Laplacian over that of a coarse one, both where
+  they are strongest: contrast and light cancel, and the width of edges remains.
 
   Args:
     frame: uint8 (H, W, 3), RGB.
-    mesh: (N, 2 or 3), the face's landmarks in source pixels.
+    mesh: (N, 2 or 3), landmarks of the face in source pixels.
   """
   import cv2
 
@@ -86,17 +87,18 @@ def _edge_energy(grey: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def _face_ellipse() -> np.ndarray:
-  """Returns bool (S, S): within the face, away from what lies behind it."""
-  at = np.arange(FRAME_SIZE) + 0.5 - FRAME_SIZE / 2
+  """Returns bool (224, 224), True in the face, away from the background."""
+  offset = np.arange(FRAME_SIZE) + 0.5 - FRAME_SIZE / 2
   half = FRAME_SIZE / 2 / boxes.CROP_RATIO
-  return np.hypot(at[None] / (0.78 * half), at[:, None] / (0.98 * half)) < 1
+  x, y = offset[None] / (0.78 * half), offset[:, None] / (0.98 * half)
+  return np.hypot(x, y) < 1
 
 
 def frontality(mesh: np.ndarray) -> float:
   """Returns the cosine of the angle between a face and the camera.
 
   Args:
-    mesh: (478, 3), x, y and depth in one unit, depth smaller when nearer.
+    mesh: (478, 3), x, y and depth in one unit; depth is smaller when nearer.
   """
   mesh = np.asarray(mesh, np.float64)
   across = mesh[_LEFT_SIDE] - mesh[_RIGHT_SIDE]
@@ -107,17 +109,17 @@ def frontality(mesh: np.ndarray) -> float:
 
 
 def steadiness(landmarks: np.ndarray) -> float:
-  """Says how steady a mesh lies on a head.
+  """Returns the steadiness of a mesh on a head.
 
-  How far each of some points that no muscle moves is from the middle between
-  its places in the frames before and after, once the common motion of all is
-  taken off.
+  It is measured by points that no muscle moves: the distance of each from the
+  midpoint of its positions in the frames before and after, less the common
+  motion of all.
 
   Args:
     landmarks: float32 (T, 478, 2) in source pixels; NaN without a mesh.
 
   Returns:
-    In (0, 1]; 1 where no three frames in a row have a mesh.
+    A number in (0, 1]; 1 where no three frames in a row have a mesh.
   """
   points = landmarks[:, list(_STEADY)].astype(np.float64)
   height = np.ptp(landmarks[..., 1], axis=1)[1:-1]
@@ -137,14 +139,15 @@ def terms(
   landmarks: np.ndarray,
   steps: int = 1,
 ) -> np.ndarray:
-  """Returns the terms of a track, float32 (4,), in the module's order.
+  """Returns the terms of a track, float32 (4,), in the order of the module.
 
   Args:
-    face_heights: (N,), of the mesh or of what stands for it, source pixels.
-    sharpnesses: (M,), of some frames; none is 0.
-    frontalities: (K,), of the frames with a mesh; none is 0.
+    face_heights: (N,), heights of the mesh in source pixels, estimated where
+      there is none.
+    sharpnesses: (M,), of some frames; the term is 0 where M is 0.
+    frontalities: (K,), of the frames with a mesh; the term is 0 where K is 0.
     landmarks: float32 (T, 478, 2), NaN in frames without a mesh.
-    steps: of how many frames only the first was looked at.
+    steps: distance in frames between meshes that were not interpolated.
   """
   has_mesh = np.isfinite(landmarks[:, 0, 0])
   full_height = FRAME_SIZE / boxes.CROP_RATIO
@@ -160,10 +163,10 @@ def terms(
 
 
 def combine(quality_terms: np.ndarray) -> float:
-  """Returns the geometric mean of the terms, each counted as 0.01 or more.
+  """Returns the geometric mean of the terms, each at least 0.01.
 
-  A term near 0 pulls the whole down, as in a product, but the scale stays that
-  of one term, and a track is still told from a worse one.
+  A term near 0 lowers the whole, as in a product, but the scale remains that of
+  one term. The floor keeps tracks with a term of 0 comparable.
   """
   floored = np.maximum(np.asarray(quality_terms, np.float64), 0.01)
   return float(np.prod(floored) ** (1 / len(floored)))

@@ -1,4 +1,4 @@
-"""Where one shot, or one face, gives way to another between two frames."""
+"""Tests whether one shot, or one face, gives way to another between frames."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import numpy as np
 
 
 class CutTest:
-  """Says whether a frame begins a new shot, from small thumbnails."""
+  """Tests whether each frame of a video begins a new shot.
 
-  # Mean difference in grey levels, and how many times the usual one, between
-  # two frames that do not belong together.
+  Called with the frames, uint8 (H, W, 3), in order.
+  """
+
+  # At a cut, small thumbnails differ by more than so many grey levels in the
+  # mean, and by more than so many times the usual difference.
   MIN_DIFFERENCE = 16.0
   MIN_RATIO = 4.0
 
@@ -20,7 +23,7 @@ class CutTest:
   def __call__(self, frame: np.ndarray) -> bool:
     import cv2
 
-    # To average all pixels of a large frame would cost more than a detector.
+    # Averaging all pixels of a large frame would cost more than a detector.
     small = cv2.resize(frame, (160, 160), interpolation=cv2.INTER_NEAREST)
     small = cv2.resize(small, (32, 32), interpolation=cv2.INTER_AREA)
     small = small.astype(np.float32)
@@ -28,25 +31,25 @@ class CutTest:
     if previous is None:
       return False
     difference = float(np.abs(small - previous).mean())
-    cut = difference > max(self.MIN_DIFFERENCE, self.MIN_RATIO * self._usual)
-    # A cut says nothing about how much moves within a shot.
-    if not cut:
+    is_cut = difference > max(self.MIN_DIFFERENCE, self.MIN_RATIO * self._usual)
+    # A cut says nothing about the motion within a shot.
+    if not is_cut:
       self._usual += 0.2 * (difference - self._usual)
-    return cut
+    return is_cut
 
 
-# Grey levels by which all but COVERED of a face differ when it is another's.
-# Within 12 frames of one face it is at most 7 on the sample videos, between
-# two people 18 and more.
+# Two thumbnails show different faces if more than 1 - COVERED of their pixels
+# differ by more than OTHER_FACE grey levels. Within 12 frames of one face this
+# difference is at most 7 on the sample videos, between two people 18 and more.
 OTHER_FACE = 12.0
 COVERED = 0.7
 
 
 class Look:
-  """A thumbnail of a face, to tell whether a mesh is still on the same one.
+  """Thumbnail of a face, which tells whether a mesh is still on that face.
 
-  A mesh goes on from one face to another that takes its place: in a cut
-  between two shots of one room, in a dissolve, or where people cross.
+  A mesh moves on to another face that takes its place: in a cut between two
+  shots of one room, in a dissolve, or where people cross.
 
   Args:
     frame: uint8 (H, W, 3), RGB.
@@ -58,15 +61,15 @@ class Look:
     self._thumbnail = _thumbnail(frame, box)
 
   def is_other_face(self, frame: np.ndarray, later: Look) -> bool:
-    """Says whether a mesh shows another face than a few frames before.
+    """Returns whether a mesh shows another face than a few frames before.
 
-    A face that moves looks the same within its mesh; one that is covered for
-    the most part, which shifts the mesh, looks the same at its old place. Only
-    where neither holds is it another face.
+    A face that moves looks the same within its mesh. A face that is mostly
+    covered, which shifts the mesh, looks the same at its old place. If neither
+    holds, it is another face.
 
     Args:
-      frame: the one that `later` was made of.
-      later: the face in question.
+      frame: the frame that `later` was made of.
+      later: the look at the face in question.
     """
     return self._differs(later._thumbnail) and self._differs(
       _thumbnail(frame, self._box)
@@ -79,7 +82,7 @@ class Look:
 
 
 def _thumbnail(frame: np.ndarray, box: np.ndarray) -> np.ndarray:
-  """Returns float32 (16, 16, 3), the box stretched to that."""
+  """Returns float32 (16, 16, 3), the part of the frame in a box (4,)."""
   import cv2
 
   x0, y0, x1, y1 = (float(v) for v in box)

@@ -1,8 +1,8 @@
-"""Detect, track, one smoothed square crop per track.
+"""Tracks the faces of a video, with one smoothed square crop per frame.
 
 Detectors run on every few frames and wherever a face was lost or a shot
-begins; between them a face is followed by its mesh, looked for around its last
-place. Nothing is kept from one video to the next.
+begins; between them a face is tracked by its mesh, which the mesh model finds
+around the face's last place. Nothing is kept from one video to the next.
 
 Axes: T frames of a track, H W source pixels. Boxes are x0, y0, x1, y1 in
 source pixels, where pixel (i, j) covers [j, j+1) x [i, i+1).
@@ -18,30 +18,31 @@ from collections.abc import Iterable
 import numpy as np
 
 from data_prep.faces import boxes, quality, shots
-from data_prep.faces.face_finder import FaceFinder
+from data_prep.faces.face_finder import Detection, FaceFinder
 
 NUM_LANDMARKS = 478
 
-# Detectors run on every such frame of a shot.
+# Detectors run on every 8th frame of a shot.
 DETECT_STEPS = 8
-# The mesh model runs on every such frame of a shot, and on its last; between
-# them landmarks are interpolated, where a video has MIN_RATE frames a second.
+# In videos of at least MIN_RATE frames per second the mesh model runs on every
+# second frame of a shot and on its last; between them landmarks are
+# interpolated. In slower videos it runs on every frame.
 MESH_STEPS = 2
 MIN_RATE = 20.0
-# A face that is missed for at most so many frames is bridged.
+# A gap of at most this many frames without the face is bridged.
 MAX_GAP = 12
 MIN_FACE_PIXELS = 24
-# A face is compared with that of its last meshes, a few frames apart, over
-# about the length of a dissolve.
+# A face is compared with the thumbnails (looks) of its last meshes, LOOK_STEPS
+# frames apart, over about the length of a dissolve.
 LOOKS = 3
 LOOK_STEPS = 4
-# Sharpness is measured at every such frame of a track, and at its first.
+# Sharpness is measured in every 10th frame of a track, and in its first.
 SHARPNESS_STEPS = 10
-# Faces followed at a time: each costs a run of the mesh model per frame, and a
+# Faces tracked at a time: each costs a run of the mesh model per frame, and a
 # crowd shows nobody well.
 MAX_FACES = 8
-# Share of a track's frames with a mesh, and of its detections that are
-# believed, below which it is dropped.
+# A track is dropped where fewer of its frames have a mesh, or where fewer of
+# its detections are believed.
 MIN_MESH_RATIO = 0.5
 MIN_BELIEVED_RATIO = 0.5
 # Standard deviations in frames of the Gaussians that smooth a track's box. A
@@ -60,8 +61,8 @@ class Track:
     boxes: float32 (T, 4), the smoothed square crop; may reach past the frame.
     landmarks: float32 (T, 478, 2), x and y in source pixels; NaN in frames
       where the mesh was not found.
-    quality: in [0, 1], the one number that `quality.combine` makes of them.
-    quality_terms: float32 (4,), each in [0, 1], as `records.QUALITY_TERMS`; see
+    quality: in [0, 1], see `quality.combine`.
+    quality_terms: float32 (4,), each in [0, 1], as `schema.QUALITY_TERMS`; see
       the module `quality`.
   """
 
@@ -77,7 +78,7 @@ class Track:
 
   @property
   def side(self) -> float:
-    """The median side of its crops, in source pixels."""
+    """Median side of the crops in source pixels."""
     return float(np.median(self.boxes[:, 2] - self.boxes[:, 0]))
 
 
@@ -88,61 +89,65 @@ def find_tracks(
   min_frames: int = 15,
   min_face_pixels: int = MIN_FACE_PIXELS,
 ) -> list[Track]:
-  """Follows every face through a video, in one pass that keeps no frame.
+  """Tracks every face of a video, in one pass that keeps no frame.
 
-  A cut ends all tracks, and so does a face that is not seen for more than
-  `MAX_GAP` frames; when it comes back it is a new track. One that turns away
-  or is covered is followed by the detectors as long as they see it, without
-  landmarks in these frames. Another face in its place, after a dissolve or a
-  cut within one room or as people cross, is another track. At most `MAX_FACES`
-  are followed at a time. Tracks that are short, small, mostly without a mesh or
-  not believed by the detectors are dropped.
+  A cut ends all tracks. A track also ends where its face is not seen for more
+  than `MAX_GAP` frames; a face that returns starts a new track. A face that
+  turns away or is covered is tracked by the detectors as long as they see it,
+  without landmarks in these frames. Another face in its place, after a dissolve
+  or a cut within one room or as people cross, is another track. At most
+  `MAX_FACES` are tracked at a time. Tracks that are short, small, mostly
+  without a mesh or not believed by the detectors are dropped.
 
   Args:
     frames: uint8 (H, W, 3) RGB frames in order, all of one size.
     finder: the models.
-    frame_rate: of the video, in frames per second; 0 where it is not known.
+    frame_rate: frames per second of the video; 0 where it is unknown.
     min_frames: shortest track that is kept.
     min_face_pixels: smallest median height of a face that is kept.
-  """
-  active: list[_Sightings] = []
-  kept: list[_Sightings] = []
 
-  def end(tracks: list[_Sightings]) -> None:
+  Returns:
+    The tracks by first frame, then left to right.
+  """
+  active: list[_OpenTrack] = []
+  kept: list[_OpenTrack] = []
+
+  def end(tracks: list[_OpenTrack]) -> None:
     # At once, so that a long video's false detections do not pile up.
     kept.extend(t for t in tracks if t.is_face(min_frames, min_face_pixels))
 
   steps = MESH_STEPS if frame_rate >= MIN_RATE else 1
-  cuts = shots.CutTest()
+  is_cut = shots.CutTest()
   shot_start = 0
-  looked = -1  # the last frame that was looked at
+  # Number of the last frame in which faces were looked for: others are skipped.
+  last_visited = -1
   previous: np.ndarray | None = None
   i = -1
   for i, frame in enumerate(frames):
-    if cuts(frame):
-      if looked < i - 1:
-        _follow(active, previous, i - 1, looked, finder)
+    if is_cut(frame):
+      if last_visited < i - 1:
+        _follow(active, previous, i - 1, last_visited, finder)
       end(active)
-      active, shot_start, looked = [], i, i - 1
-    # Where people cross, every frame tells who is who.
+      active, shot_start, last_visited = [], i, i - 1
+    # Where people cross, faces are told apart only by every frame.
     if (i - shot_start) % steps and not _are_close(active):
       previous = frame
       continue
-    _follow(active, frame, i, looked, finder)
-    if looked < i - 1:
-      # Whoever is gone may have been there until then.
-      gone = [track for track in active if track.last_frame == looked]
-      _follow(gone, previous, i - 1, looked, finder)
-    # What never had a mesh is most likely no face, and can wait.
-    known = [track for track in active if track.num_meshes]
-    lost = any(track.last_frame < i for track in known)
-    if (i - shot_start) % DETECT_STEPS == 0 or lost or not known:
-      active += _detect(active, frame, i, looked, steps, finder)
+    _follow(active, frame, i, last_visited, finder)
+    if last_visited < i - 1:
+      # A face absent now may have been visible in the frame before.
+      absent = [track for track in active if track.last_frame == last_visited]
+      _follow(absent, previous, i - 1, last_visited, finder)
+    # A track without any mesh is most likely no face, and can wait.
+    with_mesh = [track for track in active if track.num_meshes]
+    is_lost = any(track.last_frame < i for track in with_mesh)
+    if (i - shot_start) % DETECT_STEPS == 0 or is_lost or not with_mesh:
+      active += _detect(active, frame, i, last_visited, steps, finder)
     end([track for track in active if i - track.last_frame > MAX_GAP])
     active = [track for track in active if i - track.last_frame <= MAX_GAP]
-    looked, previous = i, frame
-  if looked < i:
-    _follow(active, previous, i, looked, finder)
+    last_visited, previous = i, frame
+  if last_visited < i:
+    _follow(active, previous, i, last_visited, finder)
   end(active)
   kept.sort(key=lambda track: (track.first_frame, track.observed[0].box[0]))
   return [track.finish(track_id) for track_id, track in enumerate(kept)]
@@ -153,9 +158,14 @@ def find_tracks(
 
 @dataclasses.dataclass
 class _Sighting:
-  """A face in one frame: its mesh, or only the detector's box.
+  """A face in one frame: its mesh, or only the box of the detector.
 
-  Frontality is known where there is a mesh, sharpness where it was measured.
+  Attributes:
+    frame: number of the frame.
+    box: (4,), bounds of the mesh, else the box of the detector.
+    landmarks: float32 (478, 2) in source pixels; None without a mesh.
+    frontality: see `quality.frontality`; None without a mesh.
+    sharpness: see `quality.sharpness`; None where it was not measured.
   """
 
   frame: int
@@ -165,24 +175,24 @@ class _Sighting:
   sharpness: float | None = None
 
 
-class _Sightings:
-  """What is known of one face so far.
+class _OpenTrack:
+  """One face so far: a track that is not finished.
 
   Args:
-    steps: frames from one that is looked at to the next.
+    steps: distance in frames between runs of the mesh model.
   """
 
   def __init__(self, steps: int) -> None:
     self._steps = steps
     self.observed: list[_Sighting] = []
-    # One per frame in which the detectors ran.
+    # For each frame in which the detectors ran.
     self.believed: list[bool] = []
-    # (detector's box, mesh bounds) where both are known of one frame.
+    # Box of the detector and bounds of the mesh, of frames that have both.
     self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
     self.num_meshes = 0
-    # Of every LOOK_STEPS-th frame, and the last one's number.
-    self._looked_at = 0
-    self.looks: collections.deque[shots.Look] = collections.deque(maxlen=LOOKS)
+    # Thumbnails, LOOK_STEPS frames apart, and the frame of the last one.
+    self._looks: collections.deque[shots.Look] = collections.deque(maxlen=LOOKS)
+    self._look_frame = 0
 
   @property
   def first_frame(self) -> int:
@@ -196,23 +206,31 @@ class _Sightings:
   def box(self) -> np.ndarray:
     return self.observed[-1].box
 
-  def add(
+  def add_mesh(
     self, frame: np.ndarray, i: int, mesh: np.ndarray, goes_on: bool
   ) -> bool:
-    """Notes the mesh (478, 3) in frame i; returns whether it is of this face.
+    """Adds the mesh in frame i, unless it is that of another face.
 
-    If not, something has come before the face, or taken its place for good.
-    `goes_on` says that the face was seen when it was last looked for.
+    Args:
+      frame: uint8 (H, W, 3), RGB.
+      i: number of the frame.
+      mesh: (478, 3).
+      goes_on: whether the face was seen when it was last looked for.
+
+    Returns:
+      True if the mesh was added; False if something covers the face or has
+      taken its place for good.
     """
     box = boxes.bounds(mesh[:, :2])
     look = shots.Look(frame, box)
-    is_other = (before.is_other_face(frame, look) for before in self.looks)
-    # After a gap one that fits is enough: the last may show what hid the face.
-    if self.looks and (any(is_other) if goes_on else all(is_other)):
+    is_other = (before.is_other_face(frame, look) for before in self._looks)
+    # After a gap one look that fits is enough: the last may show what hid the
+    # face.
+    if self._looks and (any(is_other) if goes_on else all(is_other)):
       return False
-    if not self.looks or i - self._looked_at >= LOOK_STEPS:
-      self.looks.append(look)
-      self._looked_at = i
+    if not self._looks or i - self._look_frame >= LOOK_STEPS:
+      self._looks.append(look)
+      self._look_frame = i
     sighting = _Sighting(i, box, mesh[:, :2].copy())
     sighting.frontality = quality.frontality(mesh)
     if i % SHARPNESS_STEPS == 0 or not self.num_meshes:
@@ -221,12 +239,30 @@ class _Sightings:
     self.observed.append(sighting)
     return True
 
+  def add_detection(
+    self,
+    frame: np.ndarray,
+    i: int,
+    box: np.ndarray,
+    mesh: np.ndarray | None,
+    goes_on: bool,
+  ) -> bool:
+    """Adds a detection: its mesh as `add_mesh`, without one its box."""
+    if mesh is None:
+      self.observed.append(_Sighting(i, box))
+      return True
+    is_added = self.add_mesh(frame, i, mesh, goes_on)
+    if is_added:
+      self.pairs.append((box, boxes.bounds(mesh[:, :2])))
+    return is_added
+
   def mesh_ratio(self) -> float:
-    """Share of the frames looked at, bridged ones included, with a mesh."""
-    num_looked_at = (self.last_frame - self.first_frame) // self._steps + 1
-    return min(self.num_meshes / num_looked_at, 1.0)
+    """Returns the share of visited frames, gaps included, with a mesh."""
+    num_visited = (self.last_frame - self.first_frame) // self._steps + 1
+    return min(self.num_meshes / num_visited, 1.0)
 
   def is_face(self, min_frames: int, min_face_pixels: int) -> bool:
+    """Returns whether the track is kept."""
     heights = [s.box[3] - s.box[1] for s in self.observed]
     return (
       self.last_frame - self.first_frame + 1 >= min_frames
@@ -236,12 +272,12 @@ class _Sightings:
     )
 
   def finish(self, track_id: int) -> Track:
-    """Bridges the gaps and smooths the box."""
+    """Returns the track with its gaps bridged and its box smoothed."""
     num_frames = self.last_frame - self.first_frame + 1
-    at = np.array([s.frame - self.first_frame for s in self.observed])
+    rows = np.array([s.frame - self.first_frame for s in self.observed])
     squares = np.array([self._square_of(s) for s in self.observed])
-    every = np.arange(num_frames)
-    x, y, side = (np.interp(every, at, values) for values in squares.T)
+    all_rows = np.arange(num_frames)
+    x, y, side = (np.interp(all_rows, rows, values) for values in squares.T)
     x, y = (boxes.smooth(values, CENTRE_SIGMA) for values in (x, y))
     half = boxes.CROP_RATIO / 2 * boxes.smooth(side, SIDE_SIGMA)
     crops = np.stack([x - half, y - half, x + half, y + half], axis=1)
@@ -249,8 +285,8 @@ class _Sightings:
     landmarks = self._landmarks(num_frames)
     terms = quality.terms(
       face_heights=2 * half / boxes.CROP_RATIO,
-      sharpnesses=self._known("sharpness"),
-      frontalities=self._known("frontality"),
+      sharpnesses=self._values("sharpness"),
+      frontalities=self._values("frontality"),
       landmarks=landmarks,
       steps=self._steps,
     )
@@ -264,7 +300,7 @@ class _Sightings:
     )
 
   def _landmarks(self, num_frames: int) -> np.ndarray:
-    """Returns float32 (T, 478, 2), interpolated over what was passed over."""
+    """Returns float32 (T, 478, 2), interpolated in skipped frames."""
     landmarks = np.full((num_frames, NUM_LANDMARKS, 2), np.nan, np.float32)
     before: _Sighting | None = None
     for sighting in self.observed:
@@ -283,13 +319,17 @@ class _Sightings:
       before = sighting
     return landmarks
 
-  def _known(self, name: str) -> np.ndarray:
-    """Returns the values of an attribute of the sightings that have it."""
+  def _values(self, name: str) -> np.ndarray:
+    """Returns an attribute of the sightings where it is not None."""
     values = [getattr(sighting, name) for sighting in self.observed]
     return np.array([value for value in values if value is not None])
 
   def _square_of(self, sighting: _Sighting) -> tuple[float, float, float]:
-    """Centre and side; a detector's box is brought to the mesh's measure."""
+    """Returns centre x, centre y and side of the face's mesh.
+
+    Without a mesh they are estimated from the box of the detector, by the
+    median relation of the two in other frames of the track.
+    """
     x, y, side = boxes.square(sighting.box)
     if sighting.landmarks is not None:
       return x, y, side
@@ -304,13 +344,13 @@ class _Sightings:
           mesh_side / box_side,
         )
       )
-    # The mean of the sample videos, where no frame of this track has both.
+    # Where no frame of this track has both: the mean of the sample videos.
     dx, dy, ratio = np.median(shifts, axis=0) if shifts else (0.0, -0.05, 1.1)
     return x + dx * side, y + dy * side, ratio * side
 
 
-def _are_close(active: list[_Sightings]) -> bool:
-  """Says whether two faces are within a face's size of each other."""
+def _are_close(active: list[_OpenTrack]) -> bool:
+  """Returns whether two faces are within a face's size of each other."""
   near = [boxes.square_around(track.box, 2.0) for track in active]
   return any(
     boxes.overlap(a, b) > 0 for a, b in itertools.combinations(near, 2)
@@ -318,16 +358,16 @@ def _are_close(active: list[_Sightings]) -> bool:
 
 
 def _follow(
-  active: list[_Sightings],
+  active: list[_OpenTrack],
   frame: np.ndarray,
   i: int,
-  looked: int,
+  last_visited: int,
   finder: FaceFinder,
 ) -> None:
-  """Adds the mesh of frame i to the tracks that were seen when last looked."""
+  """Adds the mesh in frame i to the tracks seen in the last visited frame."""
   taken: list[np.ndarray] = []
   for track in active:
-    if track.last_frame < looked:
+    if track.last_frame < last_visited:
       continue
     mesh = finder.mesh_3d(frame, track.box)
     if mesh is None:
@@ -336,65 +376,73 @@ def _follow(
     # Two tracks on one face: the older one keeps it.
     if any(boxes.overlap(box, other) > 0.5 for other in taken):
       continue
-    if track.add(frame, i, mesh, goes_on=True):
+    if track.add_mesh(frame, i, mesh, goes_on=True):
       taken.append(box)
 
 
 def _detect(
-  active: list[_Sightings],
+  active: list[_OpenTrack],
   frame: np.ndarray,
   i: int,
-  looked: int,
+  last_visited: int,
   steps: int,
   finder: FaceFinder,
-) -> list[_Sightings]:
-  """Gives detections to the tracks they fit; the others start new tracks."""
+) -> list[_OpenTrack]:
+  """Runs the detectors; extends the tracks that fit and returns new ones."""
   detections = finder.detect(frame)
+  track_of = _match(active, detections)
+  for track in active:
+    if track.last_frame == i and track not in track_of.values():
+      track.believed.append(False)
+
+  started: list[_OpenTrack] = []
+  for number, detection in enumerate(detections):
+    track = track_of.get(number)
+    has_room = len(active) + len(started) < MAX_FACES
+    if track is not None:
+      track.believed.append(detection.believed)
+      if track.last_frame == i:
+        if track.observed[-1].landmarks is not None:
+          track.pairs.append((detection.box, track.box))
+        continue
+    elif not has_room:
+      continue
+    mesh = finder.mesh_3d(frame, detection.box)
+    box = detection.box if mesh is None else boxes.bounds(mesh[:, :2])
+    visible = [t.box for t in active + started if t.last_frame == i]
+    if any(boxes.overlap(box, other) > 0.4 for other in visible):
+      continue
+    if track is not None and track.add_detection(
+      frame, i, detection.box, mesh, goes_on=track.last_frame >= last_visited
+    ):
+      continue
+    # No track fits, or another face has taken the place of the track's.
+    if has_room:
+      track = _OpenTrack(steps)
+      track.believed.append(detection.believed)
+      track.add_detection(frame, i, detection.box, mesh, goes_on=False)
+      started.append(track)
+  return started
+
+
+def _match(
+  active: list[_OpenTrack], detections: list[Detection]
+) -> dict[int, _OpenTrack]:
+  """Returns the track of each detection that fits one, by its number.
+
+  Pairs that overlap most are matched first; each track and each detection is
+  matched once.
+  """
   pairs = [
     (boxes.overlap(track.box, detection.box), t, d)
     for t, track in enumerate(active)
     for d, detection in enumerate(detections)
   ]
   pairs.sort(key=lambda pair: (-pair[0], pair[1], pair[2]))
-  track_of: dict[int, int] = {}
+  track_of: dict[int, _OpenTrack] = {}
   for overlap, t, d in pairs:
-    if overlap > 0.2 and d not in track_of and t not in track_of.values():
-      track_of[d] = t
-  for t, track in enumerate(active):
-    if track.last_frame == i and t not in track_of.values():
-      track.believed.append(False)
-
-  new = []
-  for d, detection in enumerate(detections):
-    box = detection.box
-    track = active[track_of[d]] if d in track_of else _Sightings(steps)
-    track.believed.append(detection.believed)
-    seen = [t.box for t in active + new if t.last_frame == i and t is not track]
-    if track.observed and track.last_frame == i:
-      if track.observed[-1].landmarks is not None:
-        track.pairs.append((box, track.box))
-      continue
-    if d not in track_of and len(active) + len(new) >= MAX_FACES:
-      continue
-    mesh = finder.mesh_3d(frame, box)
-    bounds = box if mesh is None else boxes.bounds(mesh[:, :2])
-    if any(boxes.overlap(bounds, other) > 0.4 for other in seen):
-      continue
-    if mesh is None:
-      track.observed.append(_Sighting(i, bounds))
-    elif not track.add(
-      frame,
-      i,
-      mesh,
-      goes_on=bool(track.observed) and track.last_frame >= looked,
+    if (
+      overlap > 0.2 and d not in track_of and active[t] not in track_of.values()
     ):
-      if len(active) + len(new) >= MAX_FACES:
-        continue
-      track = _Sightings(steps)
-      track.believed.append(detection.believed)
-      track.add(frame, i, mesh, goes_on=False)
-    if mesh is not None:
-      track.pairs.append((box, bounds))
-    if track not in active:
-      new.append(track)
-  return new
+      track_of[d] = active[t]
+  return track_of

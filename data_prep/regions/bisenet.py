@@ -1,9 +1,10 @@
-"""BiSeNet trained on CelebAMask-HQ, as an ONNX file.
+"""Parser of BiSeNet trained on CelebAMask-HQ, an ONNX file.
 
-The picture is what the training pictures were: 512x512, RGB, upright between
-the eyes, and as large round them as CelebA-HQ's (Karras et al., "Progressive
-Growing of GANs", ICLR 2018, appendix C), with ImageNet's mean and standard
-deviation. The 19 classes are in the order of github.com/yakhyo/face-parsing.
+Its input is aligned as the pictures it was trained on, those of CelebA-HQ
+(Karras et al., "Progressive Growing of GANs", ICLR 2018, appendix C): 512x512,
+RGB, with the eyes level and the same margin around the face, normalised with
+ImageNet's mean and standard deviation. The 19 classes are in the order of
+github.com/yakhyo/face-parsing.
 
 Axes: S = 224 crop pixels.
 """
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_prep.faces.mediapipe_tasks import ModelError
 from data_prep.regions import lapa
 from marlin_jax.records.schema import FRAME_SIZE
 
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
 INPUT_SIZE = 512
 MEAN = np.float32([0.485, 0.456, 0.406])
 STD = np.float32([0.229, 0.224, 0.225])
-# Each class's region. Brows and eyes are told apart by their side below: what
-# the data set calls left is not said anywhere.
+# Each class and its region. `_sided` tells left brows and eyes from right ones
+# by their side: the data set does not document what it calls left.
 CLASSES = (
   ("background", "background"),
   ("skin", "skin"),
@@ -51,8 +53,9 @@ CLASSES = (
 )
 GLASSES = 6
 _REGION_OF = np.array([lapa.CODE[region] for _, region in CLASSES], np.uint8)
-# Without a mesh: side over that of the crop, and how far its middle is above
-# the crop's, of that side. Aligned pictures of the sample videos are so.
+# Without a mesh: side of the input over that of the crop, and the distance of
+# its centre above that of the crop, as a share of that side. Measured on
+# aligned pictures of the sample videos.
 UNALIGNED_RATIO = 1.18
 UNALIGNED_RISE = 0.12
 
@@ -63,7 +66,7 @@ def open_model(model: Path) -> Iterator[Parser]:
   try:
     import onnxruntime
   except ImportError as e:
-    raise RuntimeError(
+    raise ModelError(
       "the parser bisenet needs onnxruntime: pip install 'marlin-jax[parsers]'"
     ) from e
   options = onnxruntime.SessionOptions()
@@ -73,18 +76,20 @@ def open_model(model: Path) -> Iterator[Parser]:
     session = onnxruntime.InferenceSession(
       str(model), options, providers=["CPUExecutionProvider"]
     )
-  except Exception as e:  # onnxruntime's own kinds, which it does not export
-    raise RuntimeError(f"onnxruntime does not open {model}: {e}") from e
+  except Exception as e:  # onnxruntime does not export its error classes
+    raise ModelError(f"onnxruntime does not open {model}: {e}") from e
   yield BiSeNetParser(session)
 
 
 class BiSeNetParser:
   """Parses with an ONNX session of 19 classes.
 
-  Without a mesh the whole crop is looked at; a face in profile may be parsed.
+  Without a mesh the whole crop is parsed, so that a face in profile may be
+  parsed too.
 
   Args:
-    session: takes float32 (1, 3, 512, 512), gives (1, 19, 512, 512) first.
+    session: takes float32 (1, 3, 512, 512); its first output is
+      (1, 19, 512, 512).
   """
 
   def __init__(self, session: Any) -> None:
@@ -95,10 +100,10 @@ class BiSeNetParser:
   def parse(
     self, frame: np.ndarray, box: np.ndarray, landmarks: np.ndarray | None
   ) -> np.ndarray | None:
-    """See `Parser.parse`; None where the model sees no skin.
+    """See `Parser.parse`; returns None where the model finds no skin.
 
     Raises:
-      RuntimeError: the model has other classes.
+      ModelError: the model has other classes.
     """
     import cv2
 
@@ -118,7 +123,7 @@ class BiSeNetParser:
     (logits,) = self._session.run([self._output], {self._input: batch})
     expected = (1, len(CLASSES), INPUT_SIZE, INPUT_SIZE)
     if logits.shape != expected:
-      raise RuntimeError(
+      raise ModelError(
         f"the model gives {logits.shape}, expected {expected}: CelebAMask-HQ's "
         "classes"
       )
@@ -141,7 +146,7 @@ def alignment(box: np.ndarray, landmarks: np.ndarray | None) -> np.ndarray:
 
   Args:
     box: (4,), the crop.
-    landmarks: (478, 2) in source pixels, or None: upright then.
+    landmarks: (478, 2) in source pixels; None for an upright square.
   """
   if landmarks is None:
     box = lapa.grown(np.asarray(box, np.float64), UNALIGNED_RATIO)
@@ -171,7 +176,7 @@ def alignment(box: np.ndarray, landmarks: np.ndarray | None) -> np.ndarray:
 
 
 def _between_centres(matrix: np.ndarray) -> np.ndarray:
-  """Returns a matrix (2, 3) for coordinates half a pixel less on both sides."""
+  """Shifts the coordinates of a matrix (2, 3), both sides, by half a pixel."""
   out = matrix.copy()
   out[:, 2] += matrix[:, :2] @ [0.5, 0.5] - 0.5
   return out
@@ -180,7 +185,7 @@ def _between_centres(matrix: np.ndarray) -> np.ndarray:
 def _to_crop(
   values: np.ndarray, matrix: np.ndarray, box: np.ndarray
 ) -> np.ndarray:
-  """Brings uint8 (512, 512) codes to (S, S) of the crop at a box (4,)."""
+  """Warps uint8 (512, 512) codes to (S, S) of the crop at a box (4,)."""
   import cv2
 
   step = (box[2] - box[0]) / FRAME_SIZE
@@ -195,7 +200,10 @@ def _to_crop(
 
 
 def _sided(labels: np.ndarray) -> np.ndarray:
-  """Tells the person's left brow and eye from the right, by their half."""
+  """Renames brows and eyes in the right half of the picture to left ones.
+
+  Changes labels, uint8 (512, 512), in place. Left is the person's own.
+  """
   left_half = labels[:, INPUT_SIZE // 2 :]
   for name in ("brow", "eye"):
     is_part = left_half == lapa.CODE[f"right_{name}"]
@@ -206,9 +214,9 @@ def _sided(labels: np.ndarray) -> np.ndarray:
 def _draw_eyes_behind_glasses(
   labels: np.ndarray, classes: np.ndarray, points: np.ndarray
 ) -> None:
-  """Draws the mesh's eyes where the model sees glasses, in place.
+  """Draws the eyes of the mesh where the model finds glasses, in place.
 
-  LaPa labels what is behind glasses; CelebAMask-HQ the glasses.
+  LaPa labels the eyes behind glasses, CelebAMask-HQ the glasses.
   """
   with_eyes = labels.copy()
   for name, ring in (
@@ -216,5 +224,5 @@ def _draw_eyes_behind_glasses(
     ("left_eye", lapa.LEFT_EYE),
   ):
     lapa.fill(with_eyes, points[list(ring)], lapa.CODE[name])
-  behind = classes == GLASSES
-  labels[behind] = with_eyes[behind]
+  is_glasses = classes == GLASSES
+  labels[is_glasses] = with_eyes[is_glasses]

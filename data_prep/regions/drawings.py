@@ -1,11 +1,11 @@
-"""Masks drawn by hand: polygons over one frame's crop, in a small JSON file.
+"""Reads hand-drawn masks: polygons over the crop of a frame, in a JSON file.
 
   {"video": "a.mp4", "frame": 12, "box": [x0, y0, x1, y1],
    "polygons": [{"region": "hair", "points": [[x, y], ...]}, ...]}
 
-The frame is the 0-based number in the video, the box its crop in source pixels,
-and points are in the crop's 224x224 pixels. A later polygon covers an earlier
-one; "background" cuts a hole.
+`frame` is the number of the frame in the video, from 0; `box` is its crop in
+source pixels; `points` are in the 224x224 pixels of the crop. A later polygon
+covers an earlier one; "background" cuts a hole.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from marlin_jax.records.schema import FRAME_SIZE
 
 
 class DrawingError(UserError):
-  """A file is no drawing; the message says which and why."""
+  """A file is no drawing; the message names it and says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-  """A mask drawn by hand.
+  """A hand-drawn mask.
 
   Attributes:
-    name: the file's, without suffix.
+    name: name of the file without suffix.
     video: file name of the video.
     frame: number of the frame, from 0.
     box: float32 (4,), the crop in source pixels.
@@ -48,7 +48,7 @@ def read_folder(folder: Path) -> list[Drawing]:
   """Reads all drawings of a folder, by name.
 
   Raises:
-    DrawingError: there is none, or one of them is not what it should be.
+    DrawingError: there is none, or one of them is malformed.
   """
   files = sorted(folder.glob("*.json"))
   if not files:
@@ -60,7 +60,7 @@ def read(file: Path) -> Drawing:
   """Reads one drawing.
 
   Raises:
-    DrawingError: it is not what it should be.
+    DrawingError: it is malformed.
   """
   try:
     data = json.loads(file.read_text())

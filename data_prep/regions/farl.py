@@ -1,10 +1,10 @@
-"""The paper's parser: FaRL fine-tuned on LaPa, as a TorchScript file.
+"""The parser of the paper: FaRL fine-tuned on LaPa, a TorchScript file.
 
-The face is aligned by five points and warped so that the picture's border, far
-from the face, is squeezed by a tanh (Lin et al., "Face Parsing with RoI
-Tanh-Warping", CVPR 2019), as github.com/FacePerceiver/facer does.
+The face is aligned by five points and warped so that a tanh compresses the
+border of the picture, far from the face (Lin et al., "Face Parsing with RoI
+Tanh-Warping", CVPR 2019), as in github.com/FacePerceiver/facer.
 
-A TorchScript file is a program: use one whose origin is known.
+A TorchScript file is a program: use one from a known source.
 
 Axes: S = 224 crop pixels, P = 448 pixels of the model.
 """
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_prep.faces.mediapipe_tasks import ModelError
 from data_prep.regions import lapa
 from marlin_jax.records.schema import FRAME_SIZE, REGIONS
 
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
 INPUT_SIZE = 448
 # Share of the picture, from each border, in which the warp is not linear.
 WARP_FACTOR = 0.8
-# How far the inverse goes into the border.
+# Largest tanh that is inverted: at 1 the inverse is infinite.
 MAX_TANH = 0.999
-# Where the eyes, the tip of the nose and the corners of the mouth are put, of
-# 512; the eye on the left of the picture first.
+# Aligned places of the eyes, the tip of the nose and the corners of the mouth
+# in 512 pixels; the eye on the left of the picture first.
 TARGET_POINTS = np.array(
   [[196, 226], [316, 226], [256, 286], [220, 360.4], [292, 360.4]]
 )
@@ -43,18 +44,18 @@ def open_model(model: Path) -> Iterator[Parser]:
   try:
     import torch
   except ImportError as e:
-    raise RuntimeError(
+    raise ModelError(
       "the parser farl needs PyTorch: pip install 'marlin-jax[torch]'"
     ) from e
   # There is a worker for every core already.
   torch.set_num_threads(1)
   try:
     with warnings.catch_warnings():
-      # Deprecated, but the weights are published in no other way.
+      # TorchScript is deprecated, but the weights are published only in it.
       warnings.simplefilter("ignore", DeprecationWarning)
       network = torch.jit.load(str(model), map_location="cpu").eval()
   except (RuntimeError, ValueError) as e:
-    raise RuntimeError(f"PyTorch does not open {model}: {e}") from e
+    raise ModelError(f"PyTorch does not open {model}: {e}") from e
   yield FarlParser(network)
 
 
@@ -62,8 +63,8 @@ class FarlParser:
   """Parses with a TorchScript network of LaPa's 11 classes.
 
   Args:
-    network: takes float32 (1, 3, P, P) in [0, 1], gives logits (1, 11, P, P)
-      and something else.
+    network: takes float32 (1, 3, P, P) in [0, 1]; returns a tuple whose first
+      element is the logits (1, 11, P, P).
   """
 
   def __init__(self, network: Any) -> None:
@@ -72,10 +73,10 @@ class FarlParser:
   def parse(
     self, frame: np.ndarray, box: np.ndarray, landmarks: np.ndarray | None
   ) -> np.ndarray | None:
-    """See `Parser.parse`; None where there are no landmarks or no skin.
+    """See `Parser.parse`; returns None without landmarks or skin.
 
     Raises:
-      RuntimeError: the model has other classes.
+      ModelError: the model has other classes.
     """
     import torch
 
@@ -87,13 +88,14 @@ class FarlParser:
     with torch.inference_mode():
       logits = self._network(torch.from_numpy(batch))[0][0].numpy()
     if len(logits) != len(REGIONS):
-      raise RuntimeError(
+      raise ModelError(
         f"the model has {len(logits)} classes, expected LaPa's {len(REGIONS)}"
       )
     step = (box[2] - box[0]) / FRAME_SIZE
     source = _pixel_centres(FRAME_SIZE) * step + np.asarray(box[:2])
-    at = to_model(source, matrix) * (logits.shape[-1] / INPUT_SIZE)
-    labels = np.stack([_sampled(one, at) for one in logits]).argmax(axis=0)
+    points = to_model(source, matrix) * (logits.shape[-1] / INPUT_SIZE)
+    resampled = np.stack([_sampled(plane, points) for plane in logits])
+    labels = resampled.argmax(axis=0)
     labels = labels.astype(np.uint8)
     if not (labels == lapa.CODE["skin"]).any():
       return None
@@ -103,9 +105,9 @@ class FarlParser:
 
 
 def alignment(landmarks: np.ndarray) -> np.ndarray:
-  """Returns the similarity (2, 3) from source pixels to the unwarped picture.
+  """Returns the similarity (2, 3) from source pixels to aligned pixels.
 
-  Least squares over five points (Umeyama without reflection).
+  It is the least-squares fit of five points (Umeyama without reflection).
 
   Args:
     landmarks: (478, 2) in source pixels.
@@ -132,42 +134,45 @@ def alignment(landmarks: np.ndarray) -> np.ndarray:
 
 
 def to_model(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-  """Brings points (..., 2) in source pixels to the model's picture."""
+  """Maps points (..., 2) from source pixels to pixels of the model."""
   aligned = points @ matrix[:, :2].T + matrix[:, 2]
-  at = aligned / INPUT_SIZE * 2 - 1
+  unit = aligned / INPUT_SIZE * 2 - 1
   linear = 1 - WARP_FACTOR
-  over = np.abs(at) - linear
+  over = np.abs(unit) - linear
   squeezed = linear + WARP_FACTOR * np.tanh(over / WARP_FACTOR)
-  at = np.where(over > 0, np.sign(at) * squeezed, at)
-  return (at + 1) / 2 * INPUT_SIZE
+  unit = np.where(over > 0, np.sign(unit) * squeezed, unit)
+  return (unit + 1) / 2 * INPUT_SIZE
 
 
 def unwarped(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-  """The inverse of `to_model`; at the very border it ends in MAX_TANH."""
-  at = points / INPUT_SIZE * 2 - 1
+  """Maps points (..., 2) from pixels of the model to source pixels.
+
+  The inverse of `to_model`; at the border it is cut off at MAX_TANH.
+  """
+  unit = points / INPUT_SIZE * 2 - 1
   linear = 1 - WARP_FACTOR
-  over = np.clip((np.abs(at) - linear) / WARP_FACTOR, 0, MAX_TANH)
+  over = np.clip((np.abs(unit) - linear) / WARP_FACTOR, 0, MAX_TANH)
   stretched = linear + WARP_FACTOR * np.arctanh(over)
-  at = np.where(np.abs(at) > linear, np.sign(at) * stretched, at)
-  aligned = (at + 1) / 2 * INPUT_SIZE
+  unit = np.where(np.abs(unit) > linear, np.sign(unit) * stretched, unit)
+  aligned = (unit + 1) / 2 * INPUT_SIZE
   return (aligned - matrix[:, 2]) @ np.linalg.inv(matrix[:, :2]).T
 
 
 def _pixel_centres(size: int) -> np.ndarray:
   """Returns float64 (size, size, 2), x and y."""
-  at = np.arange(size) + 0.5
-  return np.stack(np.meshgrid(at, at), axis=-1)
+  centres = np.arange(size) + 0.5
+  return np.stack(np.meshgrid(centres, centres), axis=-1)
 
 
-def _sampled(image: np.ndarray, at: np.ndarray) -> np.ndarray:
-  """Samples an image (H, W[, C]) at points (h, w, 2), zero outside."""
+def _sampled(image: np.ndarray, points: np.ndarray) -> np.ndarray:
+  """Samples an image (H, W[, C]) at points (h, w, 2), 0 outside of it."""
   import cv2
 
-  at = (at - 0.5).astype(np.float32)
+  points = (points - 0.5).astype(np.float32)
   return cv2.remap(
     image,
-    at[..., 0],
-    at[..., 1],
+    points[..., 0],
+    points[..., 1],
     cv2.INTER_LINEAR,
     borderMode=cv2.BORDER_CONSTANT,
   )

@@ -1,6 +1,6 @@
-"""LaPa label maps: what all parsers share.
+"""LaPa label maps: functions that all parsers share.
 
-Codes, the mesh's polygons, and pictures sampled from boxes.
+Codes, polygons of the mesh, and pictures sampled from boxes.
 
 Axes: S = 224 crop pixels; N landmarks. Points are x, y; pixel (i, j) covers
 [j, j+1) x [i, i+1).
@@ -13,7 +13,7 @@ import numpy as np
 from marlin_jax.records.schema import FRAME_SIZE, REGIONS
 
 CODE = {name: code for code, name in enumerate(REGIONS)}
-# Grey levels of 255 up to which a bar is black.
+# Largest grey level, of 255, of a black bar.
 BLACK = 10
 
 # Indices into the mesh, as rings. Right and left are the person's own, as in
@@ -27,7 +27,7 @@ LEFT_EYE = (
 )  # fmt: skip
 RIGHT_BROW = (70, 63, 105, 66, 107, 55, 65, 52, 53, 46)
 LEFT_BROW = (300, 293, 334, 296, 336, 285, 295, 282, 283, 276)
-# From between the eyes down the sides, round the wings, below the nostrils.
+# From between the eyes down the sides, around the wings, below the nostrils.
 _NOSE = (
   168, 193, 188, 217, 209, 129, 64, 98, 97, 2, 326, 327, 294, 358, 429, 437,
   412, 417,
@@ -45,14 +45,14 @@ OVAL = (
   54, 103, 67, 109,
 )  # fmt: skip
 _FOREHEAD_TOP, _CHIN = 10, 152
-# The mesh's chin lies above that of the picture: by this share of the face's
-# height in the masks drawn by hand, more under a beard or a wide open mouth.
+# The chin of the mesh is above that of the picture: by this share of the height
+# of the face in the hand-drawn masks, more under a beard or a wide open mouth.
 CHIN_DROP = 0.05
 NOSE_TIP = 4
 # The person's right one first.
 MOUTH_CORNERS = (61, 291)
 
-# In the order they are drawn: a later one covers an earlier one.
+# In drawing order: a later one covers an earlier one.
 POLYGONS = (
   ("nose", _NOSE),
   ("upper_lip", _UPPER_LIP),
@@ -66,7 +66,7 @@ POLYGONS = (
 
 
 def grown(box: np.ndarray, ratio: float) -> np.ndarray:
-  """Returns the box (4,) scaled about its centre."""
+  """Returns a box (4,) scaled about its centre."""
   centre, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2
   return np.concatenate([centre - ratio * half, centre + ratio * half])
 
@@ -74,7 +74,17 @@ def grown(box: np.ndarray, ratio: float) -> np.ndarray:
 def warped(
   image: np.ndarray, box: np.ndarray, box_size: int, border: int
 ) -> np.ndarray:
-  """Samples a box of an image (H, W[, C]) as (box_size, box_size[, C])."""
+  """Samples a square box of an image.
+
+  Args:
+    image: (H, W[, C]).
+    box: (4,), in pixels of the image.
+    box_size: side of the result in pixels.
+    border: OpenCV's border mode for pixels beyond the image.
+
+  Returns:
+    (box_size, box_size[, C]).
+  """
   import cv2
 
   step = float(box[2] - box[0]) / box_size
@@ -89,10 +99,10 @@ def warped(
 
 
 def fill(image: np.ndarray, ring: np.ndarray, value: int) -> None:
-  """Fills the polygon with points (N, 2) of an image (H, W), in place."""
+  """Fills the polygon with points (N, 2) in an image (H, W), in place."""
   import cv2
 
-  # Sixteenths of a pixel; the centre of pixel 0 is at 0.5.
+  # Fixed-point numbers in 1/16 pixel; the centre of pixel 0 is at 0.5.
   cv2.fillPoly(
     image, [np.round((ring - 0.5) * 16).astype(np.int32)], value, shift=4
   )
@@ -101,14 +111,14 @@ def fill(image: np.ndarray, ring: np.ndarray, value: int) -> None:
 def picture_area(frame: np.ndarray) -> np.ndarray:
   """Returns the box (4,) of a frame (H, W, 3) without its black bars.
 
-  Bars are rows and columns from the border inwards in which all is black.
+  Bars are rows and columns at the border in which all pixels are black.
   """
   import cv2
 
   edges = frame[0, ::8], frame[-1, ::8], frame[::8, 0], frame[::8, -1]
-  if all(edge.max() > BLACK for edge in edges):  # most videos: in a moment
+  if all(edge.max() > BLACK for edge in edges):  # the fast path of most videos
     return np.array([0, 0, frame.shape[1], frame.shape[0]], np.float64)
-  # One pixel in eight tells.
+  # One pixel in eight is enough.
   tall = cv2.resize(
     frame, None, fx=1 / 8, fy=1, interpolation=cv2.INTER_NEAREST
   )
@@ -121,34 +131,37 @@ def picture_area(frame: np.ndarray) -> np.ndarray:
 
 
 def inside(area: np.ndarray, box: np.ndarray, box_size: int) -> np.ndarray:
-  """Says which pixels of a sampled box have their centre in an area.
+  """Returns which pixels of a sampled box have their centre in an area.
 
   Args:
     area: (4,), in source pixels.
-    box: (4,), what was sampled.
+    box: (4,), the box that was sampled.
     box_size: side of the sampled picture.
 
   Returns:
     bool (box_size, box_size).
   """
-  at = (np.arange(box_size) + 0.5) * ((box[2] - box[0]) / box_size)
-  x, y = at + box[0], at + box[1]
+  centres = (np.arange(box_size) + 0.5) * ((box[2] - box[0]) / box_size)
+  x, y = centres + box[0], centres + box[1]
   within_rows = (y >= area[1]) & (y < area[3])
   return within_rows[:, None] & ((x >= area[0]) & (x < area[2]))
 
 
 def in_crop(landmarks: np.ndarray, box: np.ndarray) -> np.ndarray:
-  """Returns points (N, 2) in pixels of the crop at a box (4,)."""
+  """Returns landmarks (N, 2) in pixels of the crop at a box (4,)."""
   return (landmarks - box[:2]) * (FRAME_SIZE / (box[2] - box[0]))
 
 
 def moved(image: np.ndarray, points: np.ndarray, to: np.ndarray) -> np.ndarray:
-  """Shifts a picture (S, S[, C]) as a face moved; its border is repeated.
+  """Shifts a picture by the mean motion of a face; the border is repeated.
 
   Args:
-    image: in crop pixels, of when the mesh was at `points`.
-    points: (478, 2).
-    to: (478, 2), where it is wanted.
+    image: (S, S[, C]) in crop pixels.
+    points: (478, 2), the mesh in this picture.
+    to: (478, 2), the mesh in the result.
+
+  Returns:
+    (S, S[, C]).
   """
   import cv2
 
@@ -164,7 +177,7 @@ def moved(image: np.ndarray, points: np.ndarray, to: np.ndarray) -> np.ndarray:
 
 
 def outline(points: np.ndarray) -> np.ndarray:
-  """Returns the face's outline (36, 2): the mesh's, its jaw lowered.
+  """Returns the outline (36, 2) of a face: the mesh's, with its jaw lowered.
 
   Args:
     points: (478, 2), the mesh.
@@ -172,7 +185,7 @@ def outline(points: np.ndarray) -> np.ndarray:
   ring = points[list(OVAL)].astype(np.float64)
   axis = (points[_FOREHEAD_TOP] - points[_CHIN]).astype(np.float64)
   up = (ring - points[_CHIN]) @ axis / max(float(axis @ axis), 1.0)
-  # The most at the chin, nothing above the mouth.
+  # Largest at the chin, 0 above the mouth.
   drop = CHIN_DROP * np.clip(1 - up / 0.4, 0, 1)
   return ring - drop[:, None] * axis
 
@@ -182,7 +195,7 @@ def draw_features(labels: np.ndarray, points: np.ndarray) -> None:
 
   Args:
     labels: uint8 (S, S).
-    points: (478, 2), the mesh in its pixels.
+    points: (478, 2), the mesh in crop pixels.
   """
   for name, ring in POLYGONS:
     fill(labels, points[list(ring)], CODE[name])
@@ -191,10 +204,15 @@ def draw_features(labels: np.ndarray, points: np.ndarray) -> None:
 def face_coordinates(
   points: np.ndarray, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns two float32 (size, size): height and place across the face.
+  """Returns coordinates along and across the face, two float32 (size, size).
 
-  Height is 0 at the chin and 1 at the top of the mesh, along the line between
-  them; across is 0 on that line and 1 where the mesh is widest on that side.
+  The first is 0 at the chin and 1 at the top of the mesh, along the line
+  between them. The second is 0 on that line and 1 where the mesh is widest on
+  that side.
+
+  Args:
+    points: (478, 2), the mesh in pixels of the picture.
+    size: side of the picture.
   """
   chin, top = points[_CHIN], points[_FOREHEAD_TOP]
   axis = top - chin

@@ -1,9 +1,9 @@
 """The default parser: polygons of the mesh, hair from a person mask.
 
-Eyes, brows, nose, lips and the face's outline are polygons of the face mesh.
-Hair, and the forehead above the mesh, come from a person mask and from the
-colours of this very picture. What covers a part of the face is not seen: the
-labels say what lies behind.
+Eyes, brows, nose, lips and the outline of the face are polygons of the face
+mesh. Hair, and the forehead above the mesh, come from a person mask and from
+colour models of each picture. Objects before the face are not detected: labels
+are those of the face behind them.
 
 Axes: S = 224 crop pixels.
 """
@@ -33,7 +33,7 @@ def open_model(model: Path) -> Iterator[Parser]:
 
 
 def open_segmenter(model: Path) -> contextlib.AbstractContextManager[Any]:
-  """Opens a segmenter that says of each class how sure it is."""
+  """Opens a segmenter that returns the confidence of each class."""
   return mediapipe_tasks.open_task(
     "ImageSegmenter",
     model,
@@ -57,17 +57,17 @@ class MediaPipeParser:
   def parse(
     self, frame: np.ndarray, box: np.ndarray, landmarks: np.ndarray | None
   ) -> np.ndarray | None:
-    """See `Parser.parse`; None exactly when there are no landmarks."""
+    """See `Parser.parse`; returns None exactly when there are no landmarks."""
     if landmarks is None or not np.isfinite(landmarks).all():
       return None
-    seen = self.look(frame, box, landmarks)
-    return self.label(seen, lapa.in_crop(landmarks, box))
+    maps = self.look(frame, box, landmarks)
+    return self.label(maps, lapa.in_crop(landmarks, box))
 
-  def label(self, seen: np.ndarray, points: np.ndarray) -> np.ndarray:
+  def label(self, maps: np.ndarray, points: np.ndarray) -> np.ndarray:
     """See `SteadyParser.label`."""
     import cv2
 
-    hair, forehead, fringe, inside = (part > 127 for part in cv2.split(seen))
+    hair, forehead, fringe, inside = (part > 127 for part in cv2.split(maps))
     labels = np.zeros((FRAME_SIZE, FRAME_SIZE), np.uint8)
     labels[forehead] = lapa.CODE["skin"]
     labels[hair] = lapa.CODE["hair"]
@@ -83,8 +83,8 @@ class MediaPipeParser:
     """See `SteadyParser.look`.
 
     Returns:
-      uint8 (S, S, 4), of 255 how sure it is of hair, of forehead, of a fringe,
-      and that the picture reaches so far.
+      uint8 (S, S, 4), confidence times 255 of hair, of forehead, of a fringe,
+      and that the pixel is inside the picture.
     """
     import cv2
 
@@ -94,8 +94,8 @@ class MediaPipeParser:
     result = self._segmenter.segment(mediapipe_tasks.as_image(context))
     person = result.confidence_masks[-1].numpy_view().squeeze()
 
-    # The head alone, at the same scale: it holds the hair's colours, of which
-    # the crop may show little.
+    # The head alone, at the same scale: it shows the colours of the hair, of
+    # which the crop may show little.
     half = round(HEAD_RATIO / CONTEXT_RATIO * CONTEXT_SIZE / 2)
     low, high = CONTEXT_SIZE // 2 - half, CONTEXT_SIZE // 2 + half
     points = (landmarks - context_box[:2]) * scale - low
@@ -119,29 +119,29 @@ class MediaPipeParser:
 def head_and_shoulders(
   frame: np.ndarray, box: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns uint8 (256, 256, 3) round a crop, and its box (4,).
+  """Returns uint8 (256, 256, 3) around a crop, and its box (4,).
 
-  That context makes the person mask good.
+  The person mask needs this context.
   """
   import cv2
 
   context_box = lapa.grown(box, CONTEXT_RATIO / boxes.CROP_RATIO)
-  # Black, not the repeated border: the person mask then goes on past it.
+  # Black: with a repeated border the person mask would continue past it.
   context = lapa.warped(frame, context_box, CONTEXT_SIZE, cv2.BORDER_CONSTANT)
   return context, context_box
 
 
 # --- Hair ---------------------------------------------------------------------
 
-# Sides of the pictures that the person mask and the hair are made from, over
-# the height of the face.
+# Sides of the pictures for the person mask and for the hair, over the height of
+# the face.
 CONTEXT_RATIO = 3.0
 HEAD_RATIO = 1.8
 CONTEXT_SIZE = 256
-# Mean lightness of the cheeks, of 255, below which colours say nothing.
+# Mean lightness of the cheeks, of 255, below which colours are not used.
 DARK = 45.0
-# Squared distance, in standard deviations, beyond which a colour is not that
-# of the cheeks.
+# Squared distance, in standard deviations, beyond which a colour differs from
+# that of the cheeks.
 NOT_SKIN = 9.0
 
 
@@ -151,21 +151,22 @@ def _hair_forehead_fringe(
   person: np.ndarray,
   inside: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Splits what is of the person round the face into hair, forehead and rest.
+  """Splits the person around the face into hair, forehead and the rest.
 
   Each pixel gets log odds of hair over skin from two colour models of this
-  picture and from its place on the head. In the dark the place alone decides.
+  picture and from its position on the head. In the dark only the position
+  counts.
 
   Args:
     head: uint8 (H, H, 3), RGB, the head and some of its surroundings.
     points: (478, 2), the mesh in this picture.
     person: float32 (H, H), probability of a person.
-    inside: bool (H, H), false where the picture reaches past the frame.
+    inside: bool (H, H), False where the picture reaches past the frame.
 
   Returns:
-    Three bool (H, H): hair round the oval; forehead, skin above the oval;
+    Three bool (H, H): hair around the oval; forehead, skin above the oval;
     fringe, hair inside the oval. The first two reach a little into the oval,
-    so that nothing is left between.
+    so that no gap is left between them and it.
   """
   import cv2
 
@@ -177,9 +178,10 @@ def _hair_forehead_fringe(
   oval = oval.astype(bool)
   body = (person > 0.5) & inside
 
-  # Log odds: hair above the forehead, less and less down to the chin, where it
-  # is the neck in the jaw's shadow. Beside the face, above the ears, there is
-  # little else: grey hair in bright light has the colour of skin.
+  # Log odds: high above the forehead, falling down to the chin, where dark
+  # pixels are the neck in the shadow of the jaw. Beside the face, above the
+  # ears, there is little but hair, and colours mislead: grey hair in bright
+  # light has the colour of skin.
   prior = np.interp(
     up, [0.1, 0.2, 0.4, 0.8, 1.0, 1.15], [-5.0, -3.5, -1.5, 0.0, 0.5, 2.0]
   ) - 2.0 * np.clip(across - 1.5, 0, 1)
@@ -212,7 +214,8 @@ def _hair_colour(
 ) -> np.ndarray:
   """Returns float32 (H, H), log odds in [-4, 4] of hair by colour alone.
 
-  Skin is what the cheeks show; hair what the upper head shows beside it.
+  The model of skin is fitted to the cheeks, that of hair to pixels of the upper
+  head that do not fit the model of skin.
   """
   import cv2
 
@@ -223,7 +226,7 @@ def _hair_colour(
     if name != "nose":
       lapa.fill(features, points[list(ring)], 1)
   features = cv2.dilate(features, np.ones((5, 5), np.uint8)).astype(bool)
-  # Not lower, where a beard may be, nor higher, where a fringe may be.
+  # Neither lower, where a beard may be, nor higher, where a fringe may be.
   cheeks = body & oval & ~features & (up > 0.38) & (up < 0.75) & (across < 0.8)
   if cheeks.sum() < 50 or lab[cheeks, 0].mean() < DARK:
     return np.zeros_like(up)
@@ -231,7 +234,7 @@ def _hair_colour(
   top = body & ~oval & (up > 0.65) & (across < 1.3)
   seeds = top & (from_skin > NOT_SKIN)
   if seeds.sum() < 30:
-    # Nothing on the head looks other than skin.
+    # No part of the head differs from skin.
     return np.full_like(up, -4.0)
   from_hair = _distance(lab, lab[seeds])
   return np.clip(0.5 * (from_skin - from_hair), -4.0, 4.0)
@@ -242,16 +245,16 @@ def _distance(lab: np.ndarray, sample: np.ndarray) -> np.ndarray:
 
   Args:
     lab: the picture.
-    sample: (N, 3), colours of the class.
+    sample: (N, 3), colours that the distribution is fitted to.
   """
   import cv2
 
   mean = np.median(sample, axis=0)
-  # Noise of the camera and of the codec.
+  # The diagonal is noise of the camera and of the codec.
   covariance = np.cov(sample, rowvar=False) + 16.0 * np.eye(3)
   root = np.linalg.cholesky(np.linalg.inv(covariance)).T
   away = cv2.transform(lab, np.column_stack([root, -root @ mean]))
-  # The sum over colours: numpy takes ten times as long over a short last axis.
+  # Sum over colours; numpy takes ten times as long over a short last axis.
   return cv2.transform(np.square(away, out=away), np.ones((1, 3)))
 
 
@@ -265,7 +268,7 @@ def _opened(mask: np.ndarray) -> np.ndarray:
 
 
 def _joined(mask: np.ndarray, to: np.ndarray) -> np.ndarray:
-  """Returns the connected parts of a bool mask that touch another."""
+  """Returns the connected parts of a bool mask that touch the mask `to`."""
   import cv2
 
   _, parts = cv2.connectedComponents((mask | to).astype(np.uint8))

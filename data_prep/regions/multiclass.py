@@ -1,9 +1,9 @@
-"""Hair and skin of MediaPipe's selfie_multiclass, the rest from the mesh.
+"""Parser with hair and skin of MediaPipe's selfie_multiclass, rest of the mesh.
 
-The segmenter tells background, hair, body skin, face skin, clothes and others
-(hats, glasses, what is held) apart. Its face skin counts within the mesh's
-outline, and above it as forehead: LaPa has no ears and no neck. What it sees
-as others before the face is background.
+The segmenter has the classes background, hair, body skin, face skin, clothes
+and others (hats, glasses, held objects). Its face skin counts within the
+outline of the mesh, and above it as forehead: LaPa has no ears and no neck. Its
+class others before the face is background.
 
 Axes: S = 224 crop pixels.
 """
@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_prep.faces import mediapipe_tasks
+from data_prep.faces.mediapipe_tasks import ModelError
 from data_prep.regions import lapa, mediapipe
 from marlin_jax.records.schema import FRAME_SIZE
 
 if TYPE_CHECKING:
   from data_prep.regions.parsers import Parser
 
-# The model's classes, by position.
+# Classes of the model in its order.
 CLASSES = ("background", "hair", "body_skin", "face_skin", "clothes", "others")
 
 
@@ -48,10 +49,10 @@ class MulticlassParser:
   def parse(
     self, frame: np.ndarray, box: np.ndarray, landmarks: np.ndarray | None
   ) -> np.ndarray | None:
-    """See `Parser.parse`; None exactly when there are no landmarks.
+    """See `Parser.parse`; returns None exactly when there are no landmarks.
 
     Raises:
-      RuntimeError: the model has other classes.
+      ModelError: the model has other classes.
     """
     if landmarks is None or not np.isfinite(landmarks).all():
       return None
@@ -59,7 +60,7 @@ class MulticlassParser:
     result = self._segmenter.segment(mediapipe_tasks.as_image(context))
     masks = [mask.numpy_view().squeeze() for mask in result.confidence_masks]
     if len(masks) != len(CLASSES):
-      raise RuntimeError(
+      raise ModelError(
         f"the model has {len(masks)} classes, expected {len(CLASSES)}: "
         f"{', '.join(CLASSES)}"
       )
@@ -76,8 +77,8 @@ def compose(
   """Returns the label map, uint8 (S, S).
 
   Args:
-    confidences: float32 (6, K, K), of CLASSES, over a square of the frame.
-    context_box: (4,), that square.
+    confidences: float32 (6, K, K), one per class, of a square of the frame.
+    context_box: (4,), that square in source pixels.
     frame: uint8 (H, W, 3), RGB.
     box: (4,), the crop.
     landmarks: float32 (478, 2) in source pixels.
@@ -96,11 +97,11 @@ def compose(
   up, across = lapa.face_coordinates(points, FRAME_SIZE)
   oval = np.zeros((FRAME_SIZE, FRAME_SIZE), np.uint8)
   lapa.fill(oval, lapa.outline(points), 1)
-  # The forehead is as wide as the face, and ends where the hair begins.
+  # The forehead is as wide as the face, and ends at the hair.
   face = (oval > 0) | ((up > 0.75) & (across < 1.05))
 
   labels = np.zeros((FRAME_SIZE, FRAME_SIZE), np.uint8)
-  # A beard may be taken for body skin, but nothing else may before the face.
+  # Body skin within the outline is a beard that the model mistakes.
   skin = (segments == 3) | ((segments == 2) & (oval > 0))
   labels[face & skin] = lapa.CODE["skin"]
   features = labels.copy()

@@ -1,10 +1,11 @@
-"""Face parsers: one small protocol, one file for each that there is.
+"""Face parsers: one protocol, and a module for each parser.
 
 mediapipe   the default: polygons of the mesh, hair from a person mask; all
             models come with packages
 multiclass  MediaPipe's selfie_multiclass segments hair and skin; polygons of
             the mesh for the rest
-farl        the paper's parser: FaRL fine-tuned on LaPa (TorchScript, PyTorch)
+farl        the parser of the paper: FaRL fine-tuned on LaPa (TorchScript,
+            PyTorch)
 bisenet     BiSeNet trained on CelebAMask-HQ (ONNX, onnxruntime)
 """
 
@@ -23,8 +24,8 @@ import numpy as np
 from data_prep import assets
 from marlin_jax.records.folders import sha256_of
 
-# Each parser's model among the assets; None where nobody has published a hash
-# of it, so that it is never downloaded: a TorchScript file is a program.
+# Model of each parser, by its name among the assets. None: no hash of the model
+# is published, so that it is never downloaded; a TorchScript file is a program.
 PARSERS: dict[str, str | None] = {
   "mediapipe": "selfie_segmenter.tflite",
   "multiclass": "selfie_multiclass_256x256.tflite",
@@ -39,7 +40,7 @@ FARL_URL = (
 
 
 class Parser(Protocol):
-  """What a face parser does. It keeps no state between calls."""
+  """A face parser. It keeps no state between calls."""
 
   def parse(
     self, frame: np.ndarray, box: np.ndarray, landmarks: np.ndarray | None
@@ -53,7 +54,7 @@ class Parser(Protocol):
         was not found.
 
     Returns:
-      uint8 (224, 224) of LaPa codes in crop coordinates, or None when no face
+      uint8 (224, 224), LaPa codes in crop coordinates, or None when no face
       was parsed.
     """
     ...
@@ -61,10 +62,12 @@ class Parser(Protocol):
 
 @runtime_checkable
 class SteadyParser(Parser, Protocol):
-  """A parser that tells what it sees in the pixels from what the mesh says.
+  """A parser that analyses pixels apart from the mesh.
+
+  Pixels change slowly, so that they are analysed only in some frames.
 
   Attributes:
-    LOOK_STEPS: frames from one look at the pixels to the next.
+    LOOK_STEPS: distance in frames between two analyses of the pixels.
   """
 
   LOOK_STEPS: int
@@ -72,29 +75,38 @@ class SteadyParser(Parser, Protocol):
   def look(
     self, frame: np.ndarray, box: np.ndarray, landmarks: np.ndarray
   ) -> np.ndarray:
-    """Returns what the pixels show, uint8 (224, 224, C), in the crop.
+    """Analyses the pixels of one frame.
 
     Args:
-      frame, box, landmarks: as for `parse`; the mesh was found.
+      frame: as for `parse`.
+      box: as for `parse`.
+      landmarks: as for `parse`, finite.
+
+    Returns:
+      uint8 (224, 224, C), maps in crop coordinates.
     """
     ...
 
-  def label(self, seen: np.ndarray, points: np.ndarray) -> np.ndarray:
+  def label(self, maps: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Labels one face.
 
     Args:
-      seen: what `look` gave, of this frame or blended of frames around it.
+      maps: result of `look`, of this frame or blended of frames around it.
       points: float32 (478, 2), the mesh in crop pixels.
 
     Returns:
-      uint8 (224, 224) of LaPa codes.
+      uint8 (224, 224), LaPa codes.
     """
     ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ParserChoice:
-  """Which parser, and the file of its model where it is given by hand.
+  """A parser and, optionally, the file of its model.
+
+  Attributes:
+    name: a key of `PARSERS`.
+    path: file of the model; None for that of the assets.
 
   Raises:
     ValueError: there is no such parser.
@@ -110,10 +122,10 @@ class ParserChoice:
       )
 
   def model_file(self) -> Path:
-    """Returns the file of the model, downloading it where needed.
+    """Returns the file of the model; downloads it if needed.
 
     Raises:
-      assets.AssetError: it could not be had; says where to get it.
+      assets.AssetError: there is no file; the message says where to get it.
     """
     if self.path is not None:
       if not self.path.is_file():
@@ -133,10 +145,10 @@ class ParserChoice:
     )
 
   def model_hash(self) -> dict[str, str]:
-    """Returns {file name: SHA-256} of the model: a part of the recipe.
+    """Returns {file name: SHA-256} of the model, a part of the recipe.
 
     Raises:
-      assets.AssetError: the file could not be had.
+      assets.AssetError: there is no file.
     """
     asset_name = PARSERS[self.name]
     if self.path is None and asset_name is not None:
@@ -149,6 +161,7 @@ DEFAULT = ParserChoice()
 
 
 def _where_to_get(name: str) -> str:
+  """Returns a sentence on where to get the model of a parser."""
   asset_name = PARSERS[name]
   if asset_name is None:
     return (
@@ -166,8 +179,9 @@ def open_parser(choice: ParserChoice = DEFAULT) -> Iterator[Parser]:
   """Opens a parser, and closes it at the end.
 
   Raises:
-    assets.AssetError: the model file could not be had.
-    RuntimeError: a library is missing, or the model does not open.
+    assets.AssetError: there is no model file.
+    mediapipe_tasks.ModelError: a library is missing, or the model does not
+      open.
   """
   module = importlib.import_module(f"data_prep.regions.{choice.name}")
   with module.open_model(choice.model_file()) as parser:

@@ -1,9 +1,8 @@
-"""The label maps of a face through a segment, frame by frame.
+"""Labels the face of a segment frame by frame.
 
-What a parser looks for in the pixels changes slowly next to a face's muscles.
-Where it can tell one from the other (`parsers.SteadyParser`), the pixels are
-looked at in every few frames, and what was seen there is moved along with the
-face and blended in between.
+The pixels that a parser analyses change slowly compared with the muscles of a
+face. A `parsers.SteadyParser` analyses them in every few frames only; in
+between, its maps are moved along with the face and blended.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from data_prep.regions import lapa, parsers
 
 
 class Labeller:
-  """Takes frames in order, and gives a label map for each.
+  """Collects frames in order and makes a label map of each.
 
   Args:
-    parser: what labels the faces.
-    num_frames: how many frames will come.
+    parser: parser that labels the faces.
+    num_frames: number of frames that will be added.
   """
 
   def __init__(self, parser: parsers.Parser, num_frames: int) -> None:
@@ -26,15 +25,15 @@ class Labeller:
     self._num_frames = num_frames
     self.label_maps: list[np.ndarray | None] = []
     self._steady = isinstance(parser, parsers.SteadyParser)
-    # Frames that wait for the next look: number, and mesh in the crop.
+    # Frames that wait for the next look: number and mesh in crop pixels.
     self._waiting: list[tuple[int, np.ndarray]] = []
-    # The last look, with its frame's number and mesh.
+    # The last look: number and mesh of its frame, and its maps.
     self._last: tuple[int, np.ndarray, np.ndarray] | None = None
 
   def add(
     self, frame: np.ndarray, box: np.ndarray, landmarks: np.ndarray
   ) -> None:
-    """Takes the next frame; arguments as for `Parser.parse`."""
+    """Adds the next frame; arguments as for `Parser.parse`."""
     i = len(self.label_maps)
     if not self._steady:
       self.label_maps.append(self._parser.parse(frame, box, landmarks))
@@ -47,19 +46,20 @@ class Labeller:
     if not is_due and i < self._num_frames - 1:
       self._waiting.append((i, points))
       return
-    seen = self._parser.look(frame, box, landmarks)
-    self._label_waiting((i, points, seen))
-    self.label_maps[i] = self._parser.label(seen, points)
-    self._last = i, points, seen
+    maps = self._parser.look(frame, box, landmarks)
+    self._label_waiting((i, points, maps))
+    self.label_maps[i] = self._parser.label(maps, points)
+    self._last = i, points, maps
 
   def finish(self) -> list[np.ndarray | None]:
-    """Returns uint8 (224, 224) per frame, None where no face was parsed."""
+    """Returns a label map, uint8 (224, 224), or None, for each frame."""
     self._label_waiting(self._last)
     return self.label_maps
 
   def _label_waiting(
     self, after: tuple[int, np.ndarray, np.ndarray] | None
   ) -> None:
+    """Labels the waiting frames, between the last look and the one after."""
     for i, points in self._waiting:
       self._blend(i, points, after)
     self._waiting.clear()
@@ -67,15 +67,15 @@ class Labeller:
   def _blend(
     self, i: int, points: np.ndarray, after: tuple[int, np.ndarray, np.ndarray]
   ) -> None:
-    """Labels a frame between two looks, the nearer one counting more."""
+    """Labels a frame between two looks; the nearer look counts more."""
     import cv2
 
     looks = [self._last, after] if after is not self._last else [after]
-    moved = [lapa.moved(seen, was, points) for _, was, seen in looks]
-    seen = moved[0]
+    moved = [lapa.moved(maps, mesh, points) for _, mesh, maps in looks]
+    maps = moved[0]
     if len(moved) == 2:
       first, second = looks[0][0], looks[1][0]
       share = (i - first) / (second - first)
-      seen = cv2.addWeighted(moved[0], 1 - share, moved[1], share, 0)
-      seen = seen.reshape(moved[0].shape)  # OpenCV drops a single channel
-    self.label_maps[i] = self._parser.label(seen, points)
+      maps = cv2.addWeighted(moved[0], 1 - share, moved[1], share, 0)
+      maps = maps.reshape(moved[0].shape)  # OpenCV drops a single channel
+    self.label_maps[i] = self._parser.label(maps, points)

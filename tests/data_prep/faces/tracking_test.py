@@ -1,10 +1,12 @@
 """Faces are found, followed through shots and cropped without jitter."""
 
 import ctypes
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from mediapipe.tasks.python import vision
 
 from data_prep.faces import boxes, face_finder, mediapipe_tasks, tracking
 from tests.support import scenes
@@ -223,10 +225,18 @@ def test_crop_refuses_a_box_without_area(box):
     boxes.crop_frame(np.zeros((8, 8, 3), np.uint8), np.float32(box))
 
 
-def test_missing_system_library_says_what_to_install():
-  with pytest.raises(OSError, match="libEGL_not_there") as error:
-    ctypes.CDLL("libEGL_not_there.so.1")
-  message = str(mediapipe_tasks.missing_library_error(error.value))
+def test_missing_system_library_says_what_to_install(monkeypatch):
+  monkeypatch.setattr(
+    vision.FaceDetector,
+    "create_from_options",
+    lambda _: ctypes.CDLL("libEGL_not_there.so.1"),
+  )
+  with (
+    pytest.raises(mediapipe_tasks.ModelError) as error,
+    mediapipe_tasks.open_task("FaceDetector", Path("any.tflite")),
+  ):
+    pass
+  message = str(error.value)
   assert "libEGL_not_there.so.1" in message
   assert "libegl1 libgles2" in message
 

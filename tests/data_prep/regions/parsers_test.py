@@ -14,6 +14,7 @@ import pytest
 
 from data_prep import assets
 from data_prep.faces import boxes, face_finder
+from data_prep.faces.mediapipe_tasks import ModelError
 from data_prep.regions import bisenet, farl, lapa, multiclass, parsers
 from data_prep.regions.parsers import ParserChoice
 from marlin_jax.records.schema import REGIONS
@@ -190,7 +191,7 @@ def test_bisenet_of_other_classes_is_refused(tmp_path, mesh, box):
   choice = ParserChoice("bisenet", tmp_path / "m.onnx")
   with (
     parsers.open_parser(choice) as parser,
-    pytest.raises(RuntimeError, match=r"\(1, 11, 512, 512\), expected \(1, 19"),
+    pytest.raises(ModelError, match=r"\(1, 11, 512, 512\), expected \(1, 19"),
   ):
     parser.parse(frame, box, mesh)
 
@@ -266,7 +267,7 @@ def test_farl_of_other_classes_is_refused(tmp_path, mesh, box):
   frame = np.zeros((SIZE, SIZE, 3), np.uint8)
   with (
     parsers.open_parser(ParserChoice("farl", tmp_path / "m.pt")) as parser,
-    pytest.raises(RuntimeError, match="has 19 classes, expected LaPa's 11"),
+    pytest.raises(ModelError, match="has 19 classes, expected LaPa's 11"),
   ):
     parser.parse(frame, box, mesh)
 
@@ -337,7 +338,7 @@ def test_multiclass_of_other_classes_is_refused(face_models, mesh, box):
   frame = np.zeros((SIZE, SIZE, 3), np.uint8)
   with (
     parsers.open_parser(ParserChoice("multiclass", other)) as parser,
-    pytest.raises(RuntimeError, match="expected 6: background, hair"),
+    pytest.raises(ModelError, match="expected 6: background, hair"),
   ):
     parser.parse(frame, box, mesh)
 
@@ -392,7 +393,7 @@ def test_recipe_has_the_hash_of_a_file_given_by_hand(tmp_path):
 def test_file_that_is_no_model_is_an_error_that_names_it(name, tmp_path):
   (tmp_path / "text.pt").write_text("no model")
   with (
-    pytest.raises(RuntimeError, match=r"does not open .*text\.pt"),
+    pytest.raises(ModelError, match=r"does not open .*text\.pt"),
     parsers.open_parser(ParserChoice(name, tmp_path / "text.pt")),
   ):
     pass
