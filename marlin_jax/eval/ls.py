@@ -94,7 +94,7 @@ flags.DEFINE_string(
   "output",
   None,
   "The MP4 to write; for --mode=score a folder for scores.json, scores.csv, "
-  "scores.txt and, with matplotlib, offsets.png.",
+  "scores.txt and offsets.png.",
 )
 flags.DEFINE_list(
   "videos", [], "Videos with sound to be scored: files or folders, with commas."

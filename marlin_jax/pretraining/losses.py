@@ -79,30 +79,3 @@ def gradient_penalty(
   # The root's gradient is infinite at 0.
   norm = jnp.sqrt(jnp.sum(jnp.square(slopes), axis=-1) + 1e-12)
   return jnp.mean(jnp.square(norm - 1))
-
-
-# Below this likelihood the logarithm goes on as its tangent.
-_LEAST_LIKELIHOOD = 1e-3
-
-
-def sync_loss(cosine: jax.Array, in_sync: jax.Array) -> jax.Array:
-  """Binary cross-entropy with a cosine similarity taken for a probability.
-
-  As in github.com/Rudrabha/Wav2Lip, color_syncnet_train.py (cosine_loss), but
-  where the probability given to the truth is below 0.001: there the logarithm
-  goes on as its tangent, so that the gradient is bounded by 1000 and a cosine
-  that is 0 or negative is still pulled the right way. (PyTorch cuts the
-  logarithm off at -100, divides by as little as 1e-12 in the gradient and
-  refuses negative ones.)
-
-  Args:
-    cosine: (B,) in [-1, 1].
-    in_sync: bool (B,).
-  """
-  likelihood = jnp.where(in_sync, cosine, 1 - cosine).astype(jnp.float32)
-  least = _LEAST_LIKELIHOOD
-  # Of the larger of the two: where the other branch is taken, its gradient
-  # must be finite, too.
-  log = jnp.log(jnp.maximum(likelihood, least))
-  tangent = jnp.log(least) + (likelihood - least) / least
-  return -jnp.mean(jnp.where(likelihood > least, log, tangent))

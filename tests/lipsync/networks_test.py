@@ -11,7 +11,12 @@ import pytest
 import torch
 from flax import nnx
 
-from marlin_jax.lipsync.networks import convolutions, published, sync_expert
+from marlin_jax.lipsync.networks import (
+  convolutions,
+  inputs,
+  published,
+  sync_expert,
+)
 from marlin_jax.lipsync.networks.marlin_generator import LipsyncGenerator
 from marlin_jax.lipsync.networks.quality_discriminator import (
   QualityDiscriminator,
@@ -459,9 +464,7 @@ def test_bfloat16_is_of_the_convolutions_alone():
       rngs=nnx.Rngs(0),
       dtype=jnp.bfloat16,
     )
-    between = convolutions.run(
-      network.sound_layers, convolutions.sound_pictures(mels[0])
-    )
+    between = convolutions.run(network.sound_layers, inputs.mel_images(mels[0]))
     return between, network(video, video, mels), nnx.state(network)
 
   video = jax.ShapeDtypeStruct((1, 16, 8, 8, 3), jnp.float32)

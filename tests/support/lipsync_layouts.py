@@ -14,7 +14,7 @@ import optax
 
 from marlin_jax.devices import sharding
 from marlin_jax.lipsync.networks import build
-from marlin_jax.lipsync.networks.functional import split
+from marlin_jax.lipsync.networks.functional import split_network
 from marlin_jax.lipsync.training import expert_step, generator_step
 from marlin_jax.weights.weights import Architecture
 
@@ -50,7 +50,9 @@ def run(step, state, num_devices):
 def main():
   # Small steps: Adam makes a whole one even of a gradient that is rounding.
   optimizer = optax.sgd(1e-3)
-  judge, judge_arrays = split(build.make_expert(build.expert_meta(5, 1 / 32)))
+  judge, judge_arrays = split_network(
+    build.make_expert(build.expert_meta(5, 1 / 32))
+  )
   learner = expert_step.ExpertTrainer(judge, optimizer)
   architecture = Architecture(
     16, 1, 2, 32, num_frames=5, tubelet_size=1, image_size=SIZE, patch_size=8
@@ -58,7 +60,7 @@ def main():
   network = build.make_generator(
     build.generator_meta("marlin", 1 / 32, architecture)
   )
-  structure, arrays = split(network, frozen=("encoder",))
+  structure, arrays = split_network(network, frozen=("encoder",))
   trainer = generator_step.GeneratorTrainer(
     structure, SIZE, judge, None, 0.0, optimizer, optimizer
   )

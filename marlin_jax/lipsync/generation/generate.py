@@ -43,10 +43,7 @@ from marlin_jax.inference.face_windows import FaceVideoError
 from marlin_jax.lipsync import mel_windows
 from marlin_jax.lipsync.generation import blending, frame_stream, video_writer
 from marlin_jax.lipsync.generation.frame_stream import SourceVideo
-from marlin_jax.lipsync.networks import build
-from marlin_jax.lipsync.networks.convolutions import resized
-from marlin_jax.lipsync.training.expert_step import as_floats
-from marlin_jax.lipsync.training.generator_step import hide_mouth
+from marlin_jax.lipsync.networks import build, inputs
 from marlin_jax.records.cli import UserError
 from marlin_jax.records.mel_spectrogram import MAX_VALUE, mel_spectrogram
 from marlin_jax.records.schema import FRAME_SIZE, SAMPLE_RATE
@@ -436,8 +433,8 @@ def _compiled(
   def draw(state, crops, mels):
     network = nnx.merge(graphdef, state)
     size = network.image_size
-    reference = resized(as_floats(crops), size, size)
-    drawn = network(hide_mouth(reference), reference, mels)
+    reference = inputs.resize(inputs.as_floats(crops), size, size)
+    drawn = network(inputs.hide_mouth(reference), reference, mels)
     return jnp.rint(255 * jnp.clip(drawn, 0, 1)).astype(jnp.uint8)
 
   return lambda crops, mels: draw(state, crops, mels)

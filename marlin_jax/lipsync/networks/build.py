@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from marlin_jax.lipsync.networks import published
-from marlin_jax.lipsync.networks.functional import Arrays, split
+from marlin_jax.lipsync.networks.functional import Variables, split_network
 from marlin_jax.lipsync.networks.marlin_generator import LipsyncGenerator
 from marlin_jax.lipsync.networks.sync_expert import SyncExpert
 from marlin_jax.lipsync.networks.wav2lip import Wav2Lip
@@ -187,12 +187,12 @@ def _read(path: Path, network: str, part: str, mode: str, make):
     part
   ]
   # Shapes alone: to draw what is then replaced takes 10 s.
-  structure, like = split(nnx.eval_shape(lambda: make(meta)))
-  return structure.evaluate(_fitted(like, found, where))
+  graph, like = split_network(nnx.eval_shape(lambda: make(meta)))
+  return graph.eval_network(_fitted(like, found, where))
 
 
-def _fitted(like: Arrays, found: dict, where: Path) -> Arrays:
-  """Arrays as they are on disk, where every name is text, in their places."""
+def _fitted(like: Variables, found: dict, where: Path) -> Variables:
+  """Restores variables from disk, where every name is text."""
   theirs = _flat(found)
   ours = _flat(dataclasses.asdict(like))
   wrong = [
@@ -208,10 +208,10 @@ def _fitted(like: Arrays, found: dict, where: Path) -> Arrays:
   leaves = jax.tree_util.tree_map_with_path(
     lambda path, _: theirs[_name(path)], dataclasses.asdict(like)
   )
-  return Arrays(**leaves)
+  return Variables(**leaves)
 
 
-def sha256(arrays: Arrays) -> str:
+def sha256(arrays: Variables) -> str:
   """Hash of all of a network's arrays and their names."""
   digest = hashlib.sha256()
   for name, leaf in sorted(_flat(dataclasses.asdict(arrays)).items()):

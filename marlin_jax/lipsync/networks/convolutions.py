@@ -163,24 +163,6 @@ def batch_norm(features: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
   )
 
 
-def sound_pictures(mel: jax.Array) -> jax.Array:
-  """Mel as the networks see it: (N, M, 80) -> (N, 80, M, 1), bands as rows."""
-  return mel.swapaxes(-1, -2)[..., None]
-
-
-def lower_half(pictures: jax.Array) -> jax.Array:
-  """(..., S, S, 3) -> (..., S - S // 2, S, 3)."""
-  return pictures[..., pictures.shape[-3] // 2 :, :, :]
-
-
-def resized(pictures: jax.Array, height: int, width: int) -> jax.Array:
-  """Bilinear, antialiased, of (..., H, W, C); what fits stays as it is."""
-  shape = (*pictures.shape[:-3], height, width, pictures.shape[-1])
-  if pictures.shape == shape:
-    return pictures
-  return jax.image.resize(pictures, shape, "bilinear")
-
-
 def _each_axis(size: Sizes, num_axes: int) -> tuple[int, ...]:
   return (size,) * num_axes if isinstance(size, int) else size
 

@@ -1,9 +1,9 @@
-"""Networks as pure functions of their arrays, batch normalisation included.
+"""Networks as pure functions of their variables, batch normalization included.
 
-Batch normalisation takes mean and variance of the batch while a network learns,
-and keeps a running average of them, which it takes afterwards. Under jit the
-batch is the global one, however it is spread over devices: the statistics, and
-with them the result, do not depend on how many there are.
+In training mode batch normalization uses the mean and variance of the batch and
+updates running averages of them; in evaluation mode it uses the running
+averages. Under jit the batch is the global batch, so the statistics, and the
+results, do not depend on the number of devices.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Pytree = Any
 
 
 @flax.struct.dataclass
-class Arrays:
-  """What a network is made of beside its structure; nested dicts by path.
+class Variables:
+  """Variables of a network, as nested dicts of arrays.
 
   Attributes:
-    params: what learns.
-    stats: running averages of batch normalisation.
-    fixed: what stays as it is: frozen parts, position tables.
+    params: trained parameters.
+    stats: running averages of batch normalization.
+    fixed: arrays that do not change: frozen parts, position tables.
   """
 
   params: Pytree
@@ -34,57 +34,60 @@ class Arrays:
 
 
 @dataclasses.dataclass(frozen=True)
-class Structure:
-  """A network without its arrays.
+class Graph:
+  """Structure of a network, without its variables.
 
   Attributes:
-    learning: with batch normalisation by the batch.
-    evaluating: with batch normalisation by the running averages.
+    training: graph in training mode.
+    evaluation: graph in evaluation mode.
   """
 
-  learning: nnx.GraphDef
-  evaluating: nnx.GraphDef
+  training: nnx.GraphDef
+  evaluation: nnx.GraphDef
 
-  def learn(
-    self, params: Pytree, arrays: Arrays, use: Callable[[nnx.Module], Any]
+  def train_apply(
+    self,
+    params: Pytree,
+    variables: Variables,
+    fn: Callable[[nnx.Module], Any],
   ) -> tuple[Any, Pytree]:
-    """Uses the network as it does while it learns.
+    """Applies a function to the network in training mode.
 
     Args:
-      params: in the place of the arrays' own, to be differentiated.
-      arrays: the rest.
-      use: gets the network.
+      params: replace `variables.params`, so that they can be differentiated.
+      variables: give `stats` and `fixed`.
+      fn: takes the network.
 
     Returns:
-      What `use` returns, and the new `stats`.
+      The result of `fn`, and the updated `stats`.
     """
-    network = nnx.merge(self.learning, params, arrays.stats, arrays.fixed)
-    result = use(network)
+    network = nnx.merge(self.training, params, variables.stats, variables.fixed)
+    result = fn(network)
     return result, nnx.to_pure_dict(nnx.state(network, nnx.BatchStat))
 
-  def evaluate(self, arrays: Arrays) -> nnx.Module:
-    """The network as it is after learning."""
-    return nnx.merge(self.evaluating, arrays.params, arrays.stats, arrays.fixed)
+  def eval_network(self, variables: Variables) -> nnx.Module:
+    """Returns the network in evaluation mode."""
+    return nnx.merge(
+      self.evaluation, variables.params, variables.stats, variables.fixed
+    )
 
 
-def split(
+def split_network(
   network: nnx.Module, *, frozen: Sequence[str] = ()
-) -> tuple[Structure, Arrays]:
-  """Takes a network apart; it is left in evaluation mode.
+) -> tuple[Graph, Variables]:
+  """Splits a network into its structure and its variables.
 
   Args:
-    network: any.
-    frozen: attributes of it that shall not learn.
+    network: any module; left in evaluation mode.
+    frozen: attributes of `network` whose parameters are not trained.
   """
 
-  def learns(path, value) -> bool:
+  def is_trained(path, value) -> bool:
     return isinstance(value, nnx.Param) and path[0] not in frozen
 
   network.train()
-  learning = nnx.graphdef(network)
+  training = nnx.graphdef(network)
   network.eval()
-  evaluating = nnx.graphdef(network)
-  state = nnx.state(network)
-  params, stats, fixed = nnx.split_state(state, learns, nnx.BatchStat, ...)
-  arrays = Arrays(*(nnx.to_pure_dict(part) for part in (params, stats, fixed)))
-  return Structure(learning, evaluating), arrays
+  evaluation = nnx.graphdef(network)
+  states = nnx.split_state(nnx.state(network), is_trained, nnx.BatchStat, ...)
+  return Graph(training, evaluation), Variables(*map(nnx.to_pure_dict, states))

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from marlin_jax.data.clip_geometry import Tubelets
-from marlin_jax.lipsync.networks import convolutions, wav2lip
+from marlin_jax.lipsync.networks import convolutions, inputs, wav2lip
 from marlin_jax.lipsync.networks.convolutions import (
   Convolution,
   TransposedConvolution,
@@ -118,7 +118,7 @@ class LipsyncGenerator(nnx.Module):
     """
     faces = self._face_maps(masked, reference)  # (N, 14, 14, D / 2)
     sound = mels.reshape(-1, *mels.shape[2:])
-    sound = convolutions.sound_pictures(sound)
+    sound = inputs.mel_images(sound)
     sound = self.sound_out(convolutions.run(self.sound_layers, sound))
     sound = jnp.broadcast_to(sound, faces.shape)
     pictures = jnp.concatenate([masked, reference], axis=-1)
@@ -147,7 +147,7 @@ class LipsyncGenerator(nnx.Module):
 
 
 def _with_pictures(x, pictures):
-  pictures = convolutions.resized(pictures, x.shape[1], x.shape[2])
+  pictures = inputs.resize(pictures, x.shape[1], x.shape[2])
   return jnp.concatenate([x, pictures.astype(x.dtype)], axis=-1)
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from marlin_jax.lipsync.networks import convolutions
+from marlin_jax.lipsync.networks import convolutions, inputs
 
 # Side of the pictures that the layers reduce to one pixel.
 _SIZE = 96
@@ -76,6 +76,6 @@ class QualityDiscriminator(nnx.Module):
     """
     pictures = video.reshape(-1, *video.shape[2:])
     if pictures.shape[1] < _SIZE:
-      pictures = convolutions.resized(pictures, _SIZE, _SIZE)
-    x = convolutions.run(self.layers, convolutions.lower_half(pictures))
+      pictures = inputs.resize(pictures, _SIZE, _SIZE)
+    x = convolutions.run(self.layers, inputs.lower_half(pictures))
     return self.logit(x).astype(jnp.float32).mean((1, 2, 3))

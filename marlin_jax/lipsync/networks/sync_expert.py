@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from marlin_jax.lipsync.networks import convolutions
+from marlin_jax.lipsync.networks import convolutions, inputs
 
 # Of the lower half that the face layers reduce to one pixel.
 HEIGHT, WIDTH = 48, 96
@@ -102,14 +102,14 @@ class SyncExpert(nnx.Module):
       float32 (B, D), of length 1, no component below 0.
     """
     b, t, *_ = video.shape
-    lips = convolutions.resized(convolutions.lower_half(video), HEIGHT, WIDTH)
+    lips = inputs.resize(inputs.lower_half(video), HEIGHT, WIDTH)
     # The frames side by side as channels, each frame's colours together.
     lips = lips.transpose(0, 2, 3, 1, 4).reshape(b, HEIGHT, WIDTH, 3 * t)
     return _unit(convolutions.run(self.face_layers, lips))
 
   def sound(self, mel: jax.Array) -> jax.Array:
     """Sound as vectors: float32 (B, M, 80) -> (B, D), as of `faces`."""
-    pictures = convolutions.sound_pictures(mel)
+    pictures = inputs.mel_images(mel)
     return _unit(convolutions.run(self.sound_layers, pictures))
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from marlin_jax.lipsync.networks import convolutions
+from marlin_jax.lipsync.networks import convolutions, inputs
 from marlin_jax.lipsync.networks.convolutions import (
   Convolution,
   TransposedConvolution,
@@ -127,7 +127,7 @@ class Wav2Lip(nnx.Module):
       x = convolutions.run(stage, x)
       kept.append(x)
     x = mels.reshape(-1, *mels.shape[2:])
-    x = convolutions.run(self.sound_layers, convolutions.sound_pictures(x))
+    x = convolutions.run(self.sound_layers, inputs.mel_images(x))
     for stage in self.decoder_stages:
       x = jnp.concatenate([convolutions.run(stage, x), kept.pop()], axis=-1)
     return self.output(x).reshape(shape)

@@ -75,8 +75,8 @@ def score(
 
   Args:
     videos: files, folders or manifests of data_prep.
-    output: folder of scores.json, scores.csv, scores.txt and, with matplotlib,
-      offsets.png; made where it is missing, its files are replaced.
+    output: folder of scores.json, scores.csv, scores.txt and offsets.png;
+      created if missing; existing files are replaced.
     judge: SyncNet, for LSE, or an expert.
     reals: real videos to compare the faces with; none, and no Frechet distance.
     features: what faces are compared by; mean colours where None, which is no

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import json
 import statistics
@@ -11,6 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from PIL import Image
+
+from marlin_jax.lipsync import offset_chart
 from marlin_jax.lipsync.scoring import offsets
 from marlin_jax.records import cli
 from marlin_jax.records.folders import write_bytes
@@ -79,7 +82,7 @@ def results(
 
 
 def write(folder: Path, found: dict[str, Any]) -> None:
-  """Writes scores.json, .csv and .txt, and offsets.png with matplotlib."""
+  """Writes scores.json, .csv and .txt, and offsets.png."""
   folder.mkdir(parents=True, exist_ok=True)
   write_bytes(
     folder / "scores.json", (json.dumps(found, indent=1) + "\n").encode()
@@ -94,8 +97,7 @@ def write(folder: Path, found: dict[str, Any]) -> None:
   writer.writerows(rows)
   write_bytes(folder / "scores.csv", text.getvalue().encode())
   write_bytes(folder / "scores.txt", (table(found) + "\n").encode())
-  if importlib.util.find_spec("matplotlib") is not None:
-    _plot(folder / "offsets.png", found)
+  _plot(folder / "offsets.png", found)
 
 
 def table(found: dict[str, Any]) -> str:
@@ -143,21 +145,19 @@ def _title(metric: str) -> str:
 
 
 def _plot(path: Path, found: dict[str, Any]) -> None:
-  """Draws the mean distance over offsets, of all and of each video."""
-  import matplotlib
-
-  matplotlib.use("agg")
-  from matplotlib import pyplot
-
-  figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-  for video in found["videos"][:_MAX_CURVES]:
-    axes.plot(found["offsets"], video["curve"], color="0.8", linewidth=1)
-  axes.plot(found["offsets"], found["curve"], color="black", label="all videos")
-  axes.axvline(0, color="0.5", linewidth=1, linestyle=":")
-  axes.set(
-    xlabel="offset in frames (above 0: the sound is too early)",
-    ylabel=f"mean distance by {found['judge']}",
+  """Draws the mean distance over offsets, of all videos and of each."""
+  curves = {"all videos": found["curve"]}
+  curves |= {
+    video["video"]: video["curve"] for video in found["videos"][:_MAX_CURVES]
+  }
+  chart = offset_chart.draw(
+    # Ascending.
+    np.array(found["offsets"])[::-1],
+    {name: np.array(curve)[::-1] for name, curve in curves.items()},
+    f"Mean distance by {found['judge']}",
+    x_label="offset in frames (above 0: the sound is too early)",
+    mark_lowest=True,
   )
-  axes.legend()
-  figure.savefig(path, dpi=120)
-  pyplot.close(figure)
+  content = io.BytesIO()
+  Image.fromarray(chart).save(content, "png")
+  write_bytes(path, content.getvalue())

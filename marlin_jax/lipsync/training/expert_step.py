@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from marlin_jax.lipsync.networks.functional import Arrays, Structure
-from marlin_jax.pretraining import losses
+from marlin_jax.lipsync.networks.functional import Graph, Variables
+from marlin_jax.lipsync.networks.inputs import as_floats
+from marlin_jax.lipsync.training.losses import sync_loss
 
 Pytree = Any
 
@@ -35,11 +36,11 @@ class ExpertState:
 
   step: jax.Array
   num_skipped: jax.Array
-  expert: Arrays
+  expert: Variables
   opt_state: Pytree
 
   @property
-  def trained(self) -> Arrays:
+  def trained(self) -> Variables:
     """The network that the run is about."""
     return self.expert
 
@@ -53,10 +54,10 @@ class ExpertTrainer:
     optimizer: updates it.
   """
 
-  expert: Structure
+  expert: Graph
   optimizer: optax.GradientTransformation
 
-  def init(self, arrays: Arrays) -> ExpertState:
+  def init(self, arrays: Variables) -> ExpertState:
     """The state before the first step."""
     return ExpertState(
       step=jnp.zeros((), jnp.int32),
@@ -69,11 +70,6 @@ class ExpertTrainer:
 def cosines(faces: jax.Array, sound: jax.Array) -> jax.Array:
   """Cosine similarity of unit vectors: (..., D) and (..., D) -> (...)."""
   return (faces * sound).sum(-1)
-
-
-def as_floats(video: jax.Array) -> jax.Array:
-  """uint8 pictures to float32 in [0, 1]."""
-  return video.astype(jnp.float32) / 255
 
 
 def expert_step(
@@ -100,8 +96,8 @@ def expert_step(
         net.faces(as_floats(batch["video"])), net.sound(batch["mel"])
       )
 
-    cosine, stats = trainer.expert.learn(params, state.expert, similarity)
-    return losses.sync_loss(cosine, in_sync), (cosine, stats)
+    cosine, stats = trainer.expert.train_apply(params, state.expert, similarity)
+    return sync_loss(cosine, in_sync), (cosine, stats)
 
   (value, (cosine, stats)), grads = jax.value_and_grad(loss, has_aux=True)(
     state.expert.params
@@ -146,7 +142,7 @@ def finite_or_old(new, old, metrics: dict[str, jax.Array]):
   return kept, metrics | {"num_skipped": num_skipped.astype(jnp.float32)}
 
 
-def offset_cosines(expert: Structure, arrays: Arrays, batch: dict) -> jax.Array:
+def offset_cosines(expert: Graph, arrays: Variables, batch: dict) -> jax.Array:
   """How well the sound fits at each offset, without learning.
 
   Args:
@@ -157,7 +153,7 @@ def offset_cosines(expert: Structure, arrays: Arrays, batch: dict) -> jax.Array:
   Returns:
     float32 (B, O) in [-1, 1].
   """
-  net = expert.evaluate(arrays)
+  net = expert.eval_network(arrays)
   mel = batch["mel"]
   sound = net.sound(mel.reshape(-1, *mel.shape[2:])).reshape(*mel.shape[:2], -1)
   return cosines(net.faces(as_floats(batch["video"]))[:, None], sound)

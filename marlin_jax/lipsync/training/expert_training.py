@@ -17,10 +17,9 @@ from ml_collections import ConfigDict
 from marlin_jax.data import loader
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.devices import sharding
-from marlin_jax.lipsync import configuration
+from marlin_jax.lipsync import configuration, offset_chart
 from marlin_jax.lipsync.networks import build
-from marlin_jax.lipsync.networks.functional import split
-from marlin_jax.lipsync.training import pictures
+from marlin_jax.lipsync.networks.functional import split_network
 from marlin_jax.lipsync.training.clips import TakeOffsets, TakePairs
 from marlin_jax.lipsync.training.expert_step import (
   ExpertState,
@@ -28,7 +27,7 @@ from marlin_jax.lipsync.training.expert_step import (
   expert_step,
   offset_cosines,
 )
-from marlin_jax.pretraining import losses
+from marlin_jax.lipsync.training.losses import sync_loss
 
 
 class ExpertCourse:
@@ -59,7 +58,7 @@ class ExpertCourse:
     network = build.expert_meta(config.expert.num_frames, config.expert.width)
     self.meta = network | configuration.identity(config, self.part)
     expert = build.make_expert(network, seed=config.seed, dtype=config.dtype)
-    structure, arrays = split(expert)
+    structure, arrays = split_network(expert)
     self._trainer = ExpertTrainer(structure, optax.adam(config.expert.lr))
     self.state = self._trainer.init(arrays)
     self.summary = f"sync expert, windows of {config.expert.num_frames} frames"
@@ -158,7 +157,7 @@ class ExpertEvaluator:
     curves = {"mean": np.nanmean(self._curves, axis=0)}
     curves |= {str(i): c for i, c in enumerate(self._curves[:num_clips])}
     title = f"Cosine of lips and sound, {len(self._curves)} clips"
-    return pictures.offset_chart(self.offsets, curves, title)
+    return offset_chart.draw(self.offsets, curves, title)
 
 
 def offset_scores(cosines: np.ndarray) -> dict[str, float]:
@@ -183,7 +182,7 @@ def offset_scores(cosines: np.ndarray) -> dict[str, float]:
   pairs = (in_sync[:, None] > shifted)[np.isfinite(shifted)]
   shifted = shifted[np.isfinite(shifted)]
   per_side = [
-    float(losses.sync_loss(values, np.full(values.shape, truth)))
+    float(sync_loss(values, np.full(values.shape, truth)))
     for values, truth in ((in_sync, True), (shifted, False))
   ]
   mean = np.nanmean(cosines, axis=0)

@@ -25,14 +25,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from marlin_jax.lipsync.networks import convolutions
-from marlin_jax.lipsync.networks.functional import Arrays, Structure
-from marlin_jax.lipsync.training.expert_step import (
-  as_floats,
-  cosines,
-  finite_or_old,
-)
-from marlin_jax.pretraining import losses
+from marlin_jax.lipsync.networks import inputs
+from marlin_jax.lipsync.networks.functional import Graph, Variables
+from marlin_jax.lipsync.training.expert_step import cosines, finite_or_old
+from marlin_jax.lipsync.training.losses import sync_loss
 
 Pytree = Any
 
@@ -55,13 +51,13 @@ class GeneratorState:
   step: jax.Array
   num_skipped: jax.Array
   sync_weight: jax.Array
-  generator: Arrays
+  generator: Variables
   opt_state: Pytree
-  discriminator: Arrays | None
+  discriminator: Variables | None
   disc_opt_state: Pytree | None
 
   @property
-  def trained(self) -> Arrays:
+  def trained(self) -> Variables:
     """The network that the run is about."""
     return self.generator
 
@@ -82,15 +78,15 @@ class GeneratorTrainer:
     disc_optimizer: updates the discriminator.
   """
 
-  generator: Structure
+  generator: Graph
   image_size: int
-  expert: Structure
-  discriminator: Structure | None
+  expert: Graph
+  discriminator: Graph | None
   adv_weight: float
   optimizer: optax.GradientTransformation
   disc_optimizer: optax.GradientTransformation
 
-  def init(self, arrays: Arrays, disc: Arrays | None) -> GeneratorState:
+  def init(self, arrays: Variables, disc: Variables | None) -> GeneratorState:
     """The state before the first step."""
     return GeneratorState(
       step=jnp.zeros((), jnp.int32),
@@ -110,21 +106,16 @@ class GeneratorTrainer:
     """
     size = self.image_size
     target, reference = (
-      convolutions.resized(as_floats(batch[key]), size, size)
+      inputs.resize(inputs.as_floats(batch[key]), size, size)
       for key in ("video", "reference")
     )
-    return hide_mouth(target), reference, target
+    return inputs.hide_mouth(target), reference, target
 
-  def sync_loss(self, judge: Arrays, video: jax.Array, mel: jax.Array):
+  def sync_loss(self, judge: Variables, video: jax.Array, mel: jax.Array):
     """The expert's loss for drawn pictures and the sound they shall fit."""
-    expert = self.expert.evaluate(judge)
+    expert = self.expert.eval_network(judge)
     cosine = cosines(expert.faces(video), expert.sound(mel))
-    return losses.sync_loss(cosine, jnp.ones(cosine.shape, bool))
-
-
-def hide_mouth(video: jax.Array) -> jax.Array:
-  """Pictures (..., S, S, 3) with a black lower half."""
-  return video.at[..., video.shape[-3] // 2 :, :, :].set(0)
+    return sync_loss(cosine, jnp.ones(cosine.shape, bool))
 
 
 def next_sync_weight(
@@ -143,7 +134,10 @@ def next_sync_weight(
 
 
 def generator_step(
-  trainer: GeneratorTrainer, state: GeneratorState, judge: Arrays, batch: dict
+  trainer: GeneratorTrainer,
+  state: GeneratorState,
+  judge: Variables,
+  batch: dict,
 ) -> tuple[GeneratorState, dict[str, jax.Array]]:
   """Takes one step, for both players or, if anything is not finite, for none.
 
@@ -162,7 +156,7 @@ def generator_step(
   masked, reference, target = trainer.pictures(batch)
 
   def loss(params):
-    drawn, stats = trainer.generator.learn(
+    drawn, stats = trainer.generator.train_apply(
       params,
       state.generator,
       lambda net: net(masked, reference, batch["mels"]),
@@ -174,7 +168,7 @@ def generator_step(
     total = (1 - state.sync_weight - trainer.adv_weight) * parts["loss_l1"]
     total += state.sync_weight * parts["loss_sync"]
     if trainer.discriminator:
-      disc = trainer.discriminator.evaluate(state.discriminator)
+      disc = trainer.discriminator.eval_network(state.discriminator)
       parts["loss_adv"] = _cross_entropy(disc(drawn), real=True)
       total += trainer.adv_weight * parts["loss_adv"]
     return total, (drawn, stats, parts | {"loss": total})
@@ -207,7 +201,7 @@ def _update_discriminator(trainer, state, drawn, target):
       real = _cross_entropy(net(target), real=True)
       return real, _cross_entropy(net(drawn), real=False)
 
-    (real, fake), stats = trainer.discriminator.learn(
+    (real, fake), stats = trainer.discriminator.train_apply(
       params, state.discriminator, judge
     )
     return real + fake, (
@@ -235,7 +229,10 @@ def _cross_entropy(logits: jax.Array, *, real: bool) -> jax.Array:
 
 
 def draw(
-  trainer: GeneratorTrainer, state: GeneratorState, judge: Arrays, batch: dict
+  trainer: GeneratorTrainer,
+  state: GeneratorState,
+  judge: Variables,
+  batch: dict,
 ) -> dict[str, jax.Array]:
   """Draws a batch without learning, and measures the result.
 
@@ -249,7 +246,7 @@ def draw(
     half, and psnr_reference, that of showing the reference there instead.
   """
   masked, reference, target = trainer.pictures(batch)
-  net = trainer.generator.evaluate(state.generator)
+  net = trainer.generator.eval_network(state.generator)
   drawn = net(masked, reference, batch["mels"])
   return {
     "masked": masked,

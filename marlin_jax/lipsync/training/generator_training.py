@@ -17,7 +17,7 @@ from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.devices import sharding
 from marlin_jax.lipsync import configuration
 from marlin_jax.lipsync.networks import build
-from marlin_jax.lipsync.networks.functional import Arrays, split
+from marlin_jax.lipsync.networks.functional import Variables, split_network
 from marlin_jax.lipsync.networks.quality_discriminator import (
   QualityDiscriminator,
 )
@@ -68,7 +68,7 @@ class GeneratorCourse:
     self.settings = settings = config.generator
     judge = build.read_expert(expert, dtype=config.dtype)
     self.take = TakeTargets(judge.num_frames)
-    judge_structure, judge_arrays = split(judge)
+    judge_structure, judge_arrays = split_network(judge)
     generator, network, encoder_hash = _generator(config, checkpoint)
     if settings.kind == "marlin" and generator.num_frames != judge.num_frames:
       raise ConfigError(
@@ -142,10 +142,10 @@ def _trainer(config: ConfigDict, generator, judge):
   """The step's static half, and its first state."""
   settings = config.generator
   frozen = () if settings.train_encoder else ("encoder",)
-  structure, arrays = split(generator, frozen=frozen)
+  structure, arrays = split_network(generator, frozen=frozen)
   discriminator = disc_arrays = None
   if settings.adv_weight:
-    discriminator, disc_arrays = split(
+    discriminator, disc_arrays = split_network(
       QualityDiscriminator(
         width=settings.width,
         dtype=config.dtype,
@@ -171,7 +171,7 @@ class GeneratorEvaluator:
   def __init__(
     self,
     trainer: GeneratorTrainer,
-    judge: Arrays,
+    judge: Variables,
     take: TakeTargets,
     dataset: Dataset,
     settings: ConfigDict,

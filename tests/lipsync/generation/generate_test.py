@@ -31,7 +31,7 @@ from marlin_jax.lipsync.generation.generate import (
   load_generator,
 )
 from marlin_jax.lipsync.networks import build
-from marlin_jax.lipsync.networks.functional import split
+from marlin_jax.lipsync.networks.functional import split_network
 from marlin_jax.weights.weights import Architecture
 from tests.data_prep.video.decode_sound_test import CLICK_SECS, clicks, write
 from tests.support.videos import moving_noise, write_video
@@ -310,7 +310,7 @@ def write_run(workdir: Path) -> Path:
   )
   meta = build.generator_meta("marlin", 0.05, encoder)
   # Shapes alone, for drawing takes long; then numbers of about their sizes.
-  _, arrays = split(nnx.eval_shape(lambda: build.make_generator(meta)))
+  _, arrays = split_network(nnx.eval_shape(lambda: build.make_generator(meta)))
   np_rng = np.random.default_rng(0)
   arrays = jax.tree.map(
     lambda x: np_rng.uniform(0, 0.2, x.shape).astype(x.dtype), arrays

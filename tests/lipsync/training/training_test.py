@@ -16,16 +16,21 @@ import torch
 from PIL import Image
 
 from configs import eval_ls
-from marlin_jax.lipsync import configuration, mel_windows
+from marlin_jax.lipsync import configuration, mel_windows, offset_chart
 from marlin_jax.lipsync.networks import build
-from marlin_jax.lipsync.networks.functional import split
+from marlin_jax.lipsync.networks.functional import split_network
 from marlin_jax.lipsync.training import (
   course,
   expert_training,
   generator_step,
+  losses,
   pictures,
 )
+<<<<<<< HEAD
 from marlin_jax.pretraining import losses
+=======
+from marlin_jax.pretraining.configuration import ConfigError
+>>>>>>> 07ce10d (Lip-sync: the sync loss, the networks' inputs and the offset chart get modules below training, generation and scoring)
 from marlin_jax.records import mel_spectrogram
 from marlin_jax.training.checkpoint import ResumeError
 from marlin_jax.training.configuration import ConfigError
@@ -279,14 +284,16 @@ def mouth_of(talk):
 
 def generator_by_heart(talk):
   """Trainer, expert and state of a generator that has learned a clip."""
-  judge, judge_arrays = split(build.make_expert(build.expert_meta(5, 1 / 32)))
+  judge, judge_arrays = split_network(
+    build.make_expert(build.expert_meta(5, 1 / 32))
+  )
   architecture = Architecture(
     32, 1, 2, 64, num_frames=5, tubelet_size=1, image_size=SIZE
   )
   network = build.make_generator(
     build.generator_meta("marlin", 1 / 8, architecture)
   )
-  structure, arrays = split(network, frozen=("encoder",))
+  structure, arrays = split_network(network, frozen=("encoder",))
   rate = optax.cosine_decay_schedule(5e-3, NUM_GENERATOR_STEPS)
   adam = optax.adam(rate)
   trainer = generator_step.GeneratorTrainer(
@@ -407,7 +414,7 @@ def test_a_strip_shows_low_bands_at_the_bottom():
 def test_the_chart_marks_the_best_offset():
   offsets = np.arange(-5, 6)
   curves = {"mean": np.exp(-((offsets - 2.0) ** 2))}
-  chart = pictures.offset_chart(offsets, curves, "").astype(int)
+  chart = offset_chart.draw(offsets, curves, "").astype(int)
   red = (chart[..., 0] - chart[..., 1:].max(axis=-1)) > 80
   mark = np.argwhere(red)[:, 1].mean()
   assert mark == pytest.approx(56 + 7 / 10 * (480 - 56 - 16), abs=2)
