@@ -213,7 +213,7 @@ def _score(config: ConfigDict) -> None:
   given = flags.FLAGS
   try:
     if given.syncnet:
-      judge = SyncNetJudge(published.read_syncnet(given.syncnet))
+      judge = SyncNetJudge(published.read(published.SYNCNET, given.syncnet))
     else:
       judge = ExpertJudge(
         build.read_expert(given.expert, dtype=config.dtype), given.expert

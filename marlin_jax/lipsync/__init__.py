@@ -1,1 +1,1 @@
-"""Lip synchronisation: what the binary eval/ls.py is made of."""
+"""Lip synchronisation: networks, training, generation and scoring."""

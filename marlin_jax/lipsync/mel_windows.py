@@ -1,14 +1,14 @@
-"""Which part of a spectrogram belongs to which frames.
+"""Windows of a mel spectrogram that belong to video frames.
 
-As in github.com/Rudrabha/Wav2Lip, color_syncnet_train.py and wav2lip_train.py:
-25 frames and 80 mel rows a second; the window of the frames from f on begins at
-row int(80 f / 25), and that of the single frame f, in the middle of which it
-is heard, with the frame before.
+As github.com/Rudrabha/Wav2Lip, color_syncnet_train.py and wav2lip_train.py: 25
+frames and 80 mel rows per second. The window of the frames from f on begins at
+row int(80 f / 25). The window of the single frame f begins with the frame
+before it, which puts f near its middle.
 
-Wav2Lip leaves out frames whose windows reach past the sound. Here the sound's
-first or last row is repeated, so that every frame has its windows.
+Wav2Lip drops frames whose windows reach past the sound. Here the first or last
+row is repeated instead, so every frame has a window.
 
-Axes: N frames, M rows of a window, R rows of the sound, 80 mel bands.
+Axes: N frames, M rows of a window, R rows of the spectrogram, 80 mel bands.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from marlin_jax.records.mel_spectrogram import MEL_RATE
 from marlin_jax.records.schema import NUM_MELS
 
 FPS = 25
-# Rows of the sound around a single frame: those of five frames.
+# Rows of the window of a single frame; they last as long as five frames.
 FRAME_ROWS = 16
 _FRAMES_BEFORE = 1
 
-# Times are float32 in records: a row counts as begun so shortly before it.
+# Records hold times as float32: a row counts as begun this many rows early.
 _TOLERANCE = 0.02
 
 
 def num_rows(num_frames: int) -> int:
-  """Rows of the window of some frames: 16 of 5, 52 of 16."""
+  """Returns the mel rows of a window: 16 for 5 frames, 52 for 16."""
   return math.ceil(num_frames / FPS * MEL_RATE)
 
 
@@ -40,20 +40,21 @@ def windows(
   num_frames: int,
   start_secs: float = 0.0,
 ) -> np.ndarray:
-  """Cuts out the sound of windows of frames.
+  """Cuts out the windows that begin at the given frames.
 
   Args:
-    mel: float32 (R, 80), of a video or of a record, not empty.
-    frames: int (N,), first frames of the windows; may be outside.
-    num_frames: frames of a window.
-    start_secs: time of frame 0 where the sound is a part of a longer one, cut
-      by rows as data_prep does; the windows are then those of the whole.
+    mel: float32 (R, 80), of a video or of a record; not empty.
+    frames: int (N,), first frames of the windows; may be out of range.
+    num_frames: frames per window.
+    start_secs: time of frame 0 in the whole video, if `mel` is a part of a
+      longer spectrogram, cut at rows as data_prep does. The windows are then
+      equal to those of the whole spectrogram.
 
   Returns:
     float32 (N, M, 80).
 
   Raises:
-    ValueError: there is no sound.
+    ValueError: `mel` is empty or has another shape.
   """
   return _cut(mel, frames, num_rows(num_frames), start_secs)
 
@@ -61,21 +62,21 @@ def windows(
 def frame_windows(
   mel: np.ndarray, frames: np.ndarray, start_secs: float = 0.0
 ) -> np.ndarray:
-  """Cuts out the sound around single frames.
+  """Cuts out the windows around single frames.
 
   Args:
-    mel: as for `windows`.
+    mel: see `windows`.
     frames: int (N,).
-    start_secs: as for `windows`.
+    start_secs: see `windows`.
 
   Returns:
     float32 (N, 16, 80).
 
   Raises:
-    ValueError: there is no sound.
+    ValueError: `mel` is empty or has another shape.
   """
-  before = np.asarray(frames) - _FRAMES_BEFORE
-  return _cut(mel, before, FRAME_ROWS, start_secs)
+  first_frames = np.asarray(frames) - _FRAMES_BEFORE
+  return _cut(mel, first_frames, FRAME_ROWS, start_secs)
 
 
 def _cut(
@@ -86,9 +87,9 @@ def _cut(
       f"mel has shape {mel.shape}, expected (R, {NUM_MELS}) with at least one "
       "row"
     )
-  # In float64: the frames' times on the clock of the whole.
+  # Times in the whole video, in float64.
   secs = start_secs + np.asarray(frames, float) / FPS
-  first = np.floor(MEL_RATE * secs + _TOLERANCE).astype(int)
-  first -= max(round(MEL_RATE * start_secs), 0)
-  rows = first[:, None] + np.arange(length)
+  first_rows = np.floor(MEL_RATE * secs + _TOLERANCE).astype(int)
+  first_rows -= max(round(MEL_RATE * start_secs), 0)
+  rows = first_rows[:, None] + np.arange(length)
   return mel[np.clip(rows, 0, len(mel) - 1)]

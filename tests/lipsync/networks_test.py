@@ -17,7 +17,7 @@ from marlin_jax.lipsync.networks import (
   published,
   sync_expert,
 )
-from marlin_jax.lipsync.networks.marlin_generator import LipsyncGenerator
+from marlin_jax.lipsync.networks.marlin_generator import MarlinGenerator
 from marlin_jax.lipsync.networks.quality_discriminator import (
   QualityDiscriminator,
 )
@@ -98,11 +98,12 @@ def watched(modules, run):
 @nnx.jit
 def run_each(parts, inputs):
   return [
-    convolutions.run(part, x) for part, x in zip(parts, inputs, strict=True)
+    convolutions.apply_layers(part, x)
+    for part, x in zip(parts, inputs, strict=True)
   ]
 
 
-def through_file(theirs, name, read, folder, prefix=""):
+def through_file(theirs, name, network, folder, prefix=""):
   """Saves as Wav2Lip's training does, and reads."""
   state = {prefix + key: value for key, value in theirs.state_dict().items()}
   path = folder / name
@@ -115,7 +116,7 @@ def through_file(theirs, name, read, folder, prefix=""):
     },
     path,
   )
-  return read(path)
+  return published.read(network, path)
 
 
 @pytest.fixture(scope="module")
@@ -126,15 +127,15 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expert(folder):
   theirs = torch_lipsync.with_random_weights(torch_lipsync.Expert())
-  read = published.read_expert
-  return theirs, through_file(theirs, "lipsync_expert.pth", read, folder)
+  network = published.EXPERT
+  return theirs, through_file(theirs, "lipsync_expert.pth", network, folder)
 
 
 @pytest.fixture(scope="module")
 def wav2lip(folder):
   theirs = torch_lipsync.with_random_weights(torch_lipsync.Wav2Lip())
-  read = published.read_wav2lip
-  return theirs, through_file(theirs, "wav2lip.pth", read, folder, "module.")
+  network = published.WAV2LIP
+  return theirs, through_file(theirs, "wav2lip.pth", network, folder, "module.")
 
 
 # --- the published networks ---------------------------------------------------
@@ -198,8 +199,8 @@ def test_each_stage_of_wav2lip_agrees_with_the_published_one(wav2lip):
 def test_the_quality_discriminator_agrees_with_the_published_one(folder):
   theirs = torch_lipsync.QualityDiscriminator()
   theirs = torch_lipsync.with_random_weights(theirs)
-  read = published.read_quality_discriminator
-  ours = through_file(theirs, "visual_quality_disc.pth", read, folder)
+  network = published.QUALITY_DISCRIMINATOR
+  ours = through_file(theirs, "visual_quality_disc.pth", network, folder)
   video = drawn(1, 3, 96, 96, 3)
   lips = turned(video)[0, :, 48:].transpose(0, 3, 1, 2)
   with torch.no_grad():
@@ -221,7 +222,7 @@ def test_the_scorers_network_agrees_with_the_published_one(folder):
     path,
     _use_new_zipfile_serialization=False,
   )
-  ours = published.read_syncnet(path)
+  ours = published.read(published.SYNCNET, path)
   frames, mfcc = drawn(1, 5, 224, 224, 3) * 255, drawn(2, 20, 13) * 20 - 10
   with torch.no_grad():
     faces = theirs.forward_lip(to_torch(frames.transpose(0, 4, 1, 2, 3)))
@@ -237,7 +238,7 @@ def test_the_tables_lead_back_to_the_same_bits(wav2lip):
   theirs, ours = wav2lip
   arrays = {
     name: np.asarray(value[...])
-    for name, value in published.named(ours).items()
+    for name, value in published.named_variables(ours).items()
   }
   back = name_tables.write(published.WAV2LIP.rules(ours), arrays)
   state = theirs.state_dict()
@@ -250,7 +251,7 @@ def test_a_file_of_another_network_is_named(expert, folder):
   with pytest.raises(
     WeightsError, match="is Wav2Lip's expert .*, expected Wav2"
   ):
-    published.read_wav2lip(folder / "lipsync_expert.pth")
+    published.read(published.WAV2LIP, folder / "lipsync_expert.pth")
 
 
 def test_what_does_not_fit_is_named(expert, tmp_path):
@@ -260,16 +261,16 @@ def test_what_does_not_fit_is_named(expert, tmp_path):
   name = "face_encoder.0.conv_block.0.weight"
   torch.save({"state_dict": state | {name: torch.zeros(32, 48, 7, 7)}}, path)
   with pytest.raises(WeightsError) as e:
-    published.read_expert(path)
+    published.read(published.EXPERT, path)
   assert f"{name}: shape (32, 48, 7, 7), expected (32, 15, 7, 7)" in str(
     e.value
   )
   del state[name]
   torch.save({"state_dict": state}, path)
   with pytest.raises(WeightsError, match=f"{name}: missing"):
-    published.read_expert(path)
+    published.read(published.EXPERT, path)
   with pytest.raises(WeightsError, match="there is no such file"):
-    published.read_expert(tmp_path / "none.pth")
+    published.read(published.EXPERT, tmp_path / "none.pth")
 
 
 # --- windows of 16 frames -----------------------------------------------------
@@ -314,7 +315,7 @@ def test_an_expert_for_another_window_is_refused():
 def test_the_generator_fits_the_published_encoders(width, depth, num_heads):
   architecture = Architecture(width, depth, num_heads, 4 * width)
   network = nnx.eval_shape(
-    lambda: LipsyncGenerator(
+    lambda: MarlinGenerator(
       architecture.make_autoencoder(scan=True), rngs=nnx.Rngs(0)
     )
   )
@@ -324,7 +325,7 @@ def test_the_generator_fits_the_published_encoders(width, depth, num_heads):
   assert first[-1].convolution.out_features == width // 2 - 6
   video = jax.ShapeDtypeStruct((1, 16, 224, 224, 3), jnp.float32)
   mels = jax.ShapeDtypeStruct((1, 16, 16, 80), jnp.float32)
-  found = nnx.eval_shape(LipsyncGenerator.__call__, network, video, video, mels)
+  found = nnx.eval_shape(MarlinGenerator.__call__, network, video, video, mels)
   assert found.shape == video.shape
 
 
@@ -334,7 +335,7 @@ TINY = Architecture(32, 1, 2, 32, image_size=8, patch_size=4)
 
 def generator(**how):
   return with_random_weights(
-    lambda: LipsyncGenerator(
+    lambda: MarlinGenerator(
       TINY.make_autoencoder(),
       tubelets=TINY.tubelets,
       sound_width=1 / 16,
@@ -349,7 +350,7 @@ def tiny():
   return generator()
 
 
-generate = nnx.jit(LipsyncGenerator.__call__)
+generate = nnx.jit(MarlinGenerator.__call__)
 
 
 def test_the_generators_pictures_are_in_range(tiny):
@@ -380,7 +381,7 @@ def test_the_two_frames_of_a_tubelet_have_their_own_features(tiny):
 
 def test_a_tokens_halves_are_its_place_in_its_two_frames(tiny):
   video = drawn(1, 16, 8, 8, 3)
-  maps = nnx.jit(LipsyncGenerator._face_maps)(tiny, video, video)
+  maps = nnx.jit(MarlinGenerator._face_maps)(tiny, video, video)
   tokens = nnx.jit(lambda net, x: net.norm(net.tokens(x)))(
     tiny.encoder, TINY.tubelets.patchify(video)
   )
@@ -390,7 +391,7 @@ def test_a_tokens_halves_are_its_place_in_its_two_frames(tiny):
 
 
 def test_the_encoder_sees_the_targets_upper_and_the_references_lower_half(tiny):
-  see = nnx.jit(LipsyncGenerator._face_maps)
+  see = nnx.jit(MarlinGenerator._face_maps)
   masked, reference = drawn(1, 16, 8, 8, 3), drawn(1, 16, 8, 8, 3, seed=2)
   before = np.asarray(see(tiny, masked, reference))
   assert before.shape == (16, 2, 2, 16)
@@ -405,7 +406,7 @@ def largest_slopes(network, value):
   slopes = nnx.jit(nnx.grad(value))(network)
   return {
     name: float(np.abs(slope[...]).max())
-    for name, slope in published.named(slopes).items()
+    for name, slope in published.named_variables(slopes).items()
   }
 
 
@@ -429,7 +430,7 @@ def test_no_gradient_reaches_a_frozen_encoder():
 
 def test_tubelets_of_another_encoder_are_refused():
   with pytest.raises(ValueError, match="has 32 tokens of 96 pixels, expected"):
-    LipsyncGenerator(TINY.make_autoencoder(), rngs=nnx.Rngs(0))
+    MarlinGenerator(TINY.make_autoencoder(), rngs=nnx.Rngs(0))
 
 
 # --- training mode, sizes -----------------------------------------------------
@@ -458,13 +459,15 @@ def test_the_quality_discriminator_takes_any_size(size):
 
 def test_bfloat16_is_of_the_convolutions_alone():
   def run(video, mels):
-    network = LipsyncGenerator(
+    network = MarlinGenerator(
       TINY.make_autoencoder(),
       tubelets=TINY.tubelets,
       rngs=nnx.Rngs(0),
       dtype=jnp.bfloat16,
     )
-    between = convolutions.run(network.sound_layers, inputs.mel_images(mels[0]))
+    between = convolutions.apply_layers(
+      network.sound_layers, inputs.mel_images(mels[0])
+    )
     return between, network(video, video, mels), nnx.state(network)
 
   video = jax.ShapeDtypeStruct((1, 16, 8, 8, 3), jnp.float32)

@@ -1,0 +1,1 @@
+"""Networks of lip synchronisation, and their published weights."""

@@ -1,14 +1,14 @@
-"""The networks of lip synchronisation: made, described, and read again.
+"""Builds the lip-sync networks and reads them from checkpoints.
 
-A run's checkpoint says itself what its network is: its `meta`, flat and fit for
-JSON, holds what `expert_meta` or `generator_meta` say.
+A checkpoint describes its network: its metadata contain the result of
+`expert_meta` or `generator_meta`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from flax import nnx
 
 from marlin_jax.lipsync.networks import published
 from marlin_jax.lipsync.networks.functional import Variables, split_network
-from marlin_jax.lipsync.networks.marlin_generator import LipsyncGenerator
+from marlin_jax.lipsync.networks.marlin_generator import MarlinGenerator
 from marlin_jax.lipsync.networks.sync_expert import SyncExpert
 from marlin_jax.lipsync.networks.wav2lip import Wav2Lip
 from marlin_jax.models import softmax_attention
@@ -26,16 +26,17 @@ from marlin_jax.weights import run_checkpoint
 from marlin_jax.weights.weights import Architecture, Weights, WeightsError
 
 Meta = Mapping[str, Any]
-Generator = LipsyncGenerator | Wav2Lip
+Generator = MarlinGenerator | Wav2Lip
 
+# Values of 'network' in the metadata of checkpoints.
 EXPERT, GENERATOR = "sync_expert", "lipsync_generator"
 
 
-# --- Made ---------------------------------------------------------------------
+# --- Construction -------------------------------------------------------------
 
 
 def expert_meta(num_frames: int, width: float) -> dict[str, Any]:
-  """What must be known of an expert beside its arrays."""
+  """Returns the metadata that describe an expert; fit for JSON."""
   return {
     "network": EXPERT,
     "expert.num_frames": num_frames,
@@ -44,7 +45,7 @@ def expert_meta(num_frames: int, width: float) -> dict[str, Any]:
 
 
 def make_expert(meta: Meta, *, seed: int = 0, dtype="float32") -> SyncExpert:
-  """Draws an expert."""
+  """Returns an expert with random weights."""
   return SyncExpert(
     meta["expert.num_frames"],
     width=meta["expert.width"],
@@ -56,13 +57,13 @@ def make_expert(meta: Meta, *, seed: int = 0, dtype="float32") -> SyncExpert:
 def generator_meta(
   kind: str, width: float, encoder: Architecture | None
 ) -> dict[str, Any]:
-  """What must be known of a generator beside its arrays.
+  """Returns the metadata that describe a generator; fit for JSON.
 
   Args:
     kind: 'marlin' or 'wav2lip'.
-    width: factor of Wav2Lip's numbers of channels; for MARLIN's of the sound
-      encoder's.
-    encoder: the architecture of MARLIN's; None for wav2lip.
+    width: multiplies the published numbers of channels; for 'marlin' those of
+      the sound encoder.
+    encoder: architecture of the encoder; None for 'wav2lip'.
   """
   return {
     "network": GENERATOR,
@@ -82,20 +83,20 @@ def make_generator(
   attention: str = "auto",
   remat: str = "none",
 ) -> Generator:
-  """Draws a generator.
+  """Returns a generator; only the encoder can have trained weights.
 
   Args:
-    meta: holds what `generator_meta` says.
-    weights: of MARLIN's encoder, for plain pixels; None: drawn at random.
-    seed: of what is drawn.
-    freeze_encoder: nothing is learned below the face tokens.
+    meta: contains the result of `generator_meta`.
+    weights: of the encoder, for unnormalised pixels; None: random.
+    seed: of the random weights.
+    freeze_encoder: whether gradients are stopped at the face tokens.
     dtype: of convolutions and matmuls.
     attention, remat: of the encoder; see models.mae.
   """
   rngs, width = nnx.Rngs(seed), meta["generator.width"]
   if meta["generator.kind"] == "wav2lip":
     return Wav2Lip(width=width, dtype=dtype, rngs=rngs)
-  how = {
+  encoder_args = {
     "dtype": dtype,
     "attention": softmax_attention.choose(
       attention, jax.default_backend(), dtype
@@ -104,11 +105,11 @@ def make_generator(
   }
   architecture = Architecture(**meta["encoder"])
   encoder = (
-    weights.autoencoder(**how)
+    weights.autoencoder(**encoder_args)
     if weights
-    else architecture.make_autoencoder(**how)
+    else architecture.make_autoencoder(**encoder_args)
   )
-  return LipsyncGenerator(
+  return MarlinGenerator(
     encoder,
     tubelets=architecture.tubelets,
     freeze_encoder=freeze_encoder,
@@ -118,27 +119,27 @@ def make_generator(
   )
 
 
-# --- Read ---------------------------------------------------------------------
+# --- Reading ------------------------------------------------------------------
 
 
 def read_expert(path: str | Path, *, dtype="float32") -> SyncExpert:
   """Reads an expert.
 
   Args:
-    path: the workdir of `--mode=train_expert` or one checkpoint in it,
-      WORKDIR/checkpoints/STEP; or Wav2Lip's lipsync_expert.pth.
-    dtype: of the convolutions; of a published file's always float32.
+    path: the workdir of `--mode=train_expert`, one checkpoint in it
+      (WORKDIR/checkpoints/STEP), or Wav2Lip's lipsync_expert.pth.
+    dtype: of the convolutions; published files are always float32.
 
   Returns:
     The network in evaluation mode.
 
   Raises:
-    WeightsError: there is none, or it is damaged.
+    WeightsError: there is no expert at `path`, or it is damaged.
   """
   path = Path(path).expanduser()
   if path.is_file():
-    return published.read_expert(path)
-  return _read(
+    return published.read(published.EXPERT, path)
+  return _read_checkpoint(
     path,
     EXPERT,
     "expert",
@@ -153,21 +154,21 @@ def read_generator(
   """Reads a generator.
 
   Args:
-    path: the workdir of `--mode=train` or one checkpoint in it; or Wav2Lip's
+    path: the workdir of `--mode=train`, one checkpoint in it, or Wav2Lip's
       wav2lip.pth or wav2lip_gan.pth.
-    dtype: of convolutions and matmuls; of a published file's always float32.
-    attention: of MARLIN's encoder; see models.softmax_attention.
+    dtype: of convolutions and matmuls; published files are always float32.
+    attention: of the encoder; see models.softmax_attention.
 
   Returns:
     The network in evaluation mode.
 
   Raises:
-    WeightsError: there is none, or it is damaged.
+    WeightsError: there is no generator at `path`, or it is damaged.
   """
   path = Path(path).expanduser()
   if path.is_file():
-    return published.read_wav2lip(path)
-  return _read(
+    return published.read(published.WAV2LIP, path)
+  return _read_checkpoint(
     path,
     GENERATOR,
     "generator",
@@ -176,51 +177,71 @@ def read_generator(
   )
 
 
-def _read(path: Path, network: str, part: str, mode: str, make):
-  where, meta = run_checkpoint.read_meta(path)
+def _read_checkpoint(
+  path: Path,
+  network: str,
+  field: str,
+  mode: str,
+  make: Callable[[Meta], nnx.Module],
+) -> nnx.Module:
+  """Reads the network of a training run.
+
+  Args:
+    path: the workdir or one checkpoint in it.
+    network: expected value of 'network' in the metadata.
+    field: of the training state, holds the variables.
+    mode: of eval.ls, which writes such checkpoints; for the error message.
+    make: builds the network from the metadata.
+  """
+  checkpoint, meta = run_checkpoint.read_meta(path)
   if meta.get("network") != network:
     raise WeightsError(
-      f"{where} holds no {part} of lip synchronisation; give the workdir of "
+      f"{checkpoint} holds no lip-sync {field}; give the workdir of "
       f"marlin_jax.eval.ls {mode}"
     )
-  found = run_checkpoint.read_state(where, lambda tree: {part: tree[part]})[
-    part
-  ]
-  # Shapes alone: to draw what is then replaced takes 10 s.
-  graph, like = split_network(nnx.eval_shape(lambda: make(meta)))
-  return graph.eval_network(_fitted(like, found, where))
-
-
-def _fitted(like: Variables, found: dict, where: Path) -> Variables:
-  """Restores variables from disk, where every name is text."""
-  theirs = _flat(found)
-  ours = _flat(dataclasses.asdict(like))
-  wrong = [
-    name
-    for name in sorted(theirs.keys() | ours.keys())
-    if np.shape(theirs.get(name)) != np.shape(ours.get(name))
-  ]
-  if wrong:
-    raise WeightsError(
-      f"{where} does not fit its own description, in {', '.join(wrong[:5])}: "
-      "was it written by another version of marlin_jax?"
-    )
-  leaves = jax.tree_util.tree_map_with_path(
-    lambda path, _: theirs[_name(path)], dataclasses.asdict(like)
+  state = run_checkpoint.read_state(
+    checkpoint, lambda tree: {field: tree[field]}
   )
-  return Variables(**leaves)
+  # Shapes only: random weights, replaced at once, would take 10 s.
+  graph, template = split_network(nnx.eval_shape(lambda: make(meta)))
+  return graph.eval_network(_restore(template, state[field], checkpoint))
 
 
-def sha256(arrays: Variables) -> str:
-  """Hash of all of a network's arrays and their names."""
+def _restore(template: Variables, stored: dict, checkpoint: Path) -> Variables:
+  """Fills a template with stored arrays, in which every key is text.
+
+  Raises:
+    WeightsError: names or shapes differ.
+  """
+  arrays = _flatten(stored)
+  expected = _flatten(dataclasses.asdict(template))
+  mismatched = [
+    name
+    for name in sorted(arrays.keys() | expected.keys())
+    if np.shape(arrays.get(name)) != np.shape(expected.get(name))
+  ]
+  if mismatched:
+    raise WeightsError(
+      f"{checkpoint} does not match its own description, in "
+      f"{', '.join(mismatched[:5])}: was it written by another version of "
+      "marlin_jax?"
+    )
+  collections = jax.tree_util.tree_map_with_path(
+    lambda path, _: arrays[_name(path)], dataclasses.asdict(template)
+  )
+  return Variables(**collections)
+
+
+def sha256(variables: Variables) -> str:
+  """Returns a hash of the names and values of all arrays."""
   digest = hashlib.sha256()
-  for name, leaf in sorted(_flat(dataclasses.asdict(arrays)).items()):
+  for name, leaf in sorted(_flatten(dataclasses.asdict(variables)).items()):
     digest.update(name.encode())
     digest.update(np.asarray(leaf).tobytes())
   return digest.hexdigest()
 
 
-def _flat(tree: dict) -> dict[str, Any]:
+def _flatten(tree: dict) -> dict[str, Any]:
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {_name(path): leaf for path, leaf in leaves}
 

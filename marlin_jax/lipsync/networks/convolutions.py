@@ -1,12 +1,11 @@
-"""The one layer of the lip-synchronisation networks, and rows of it.
+"""Convolution blocks of the lip-sync networks.
 
-Convolution, batch normalisation, activation. Batch normalisation takes its
-statistics from the batch in training mode and running ones otherwise: nnx's
-`network.train()` and `network.eval()`, or `nnx.view(network,
-use_running_average=...)`, choose. A new network is in training mode. Under one
-jit the batch is the whole batch, however many devices share it.
+A block is convolution, batch normalisation, activation. `network.train()` and
+`network.eval()`, or `nnx.view(network, use_running_average=...)`, select the
+batch's statistics or the running averages; a new network is in training mode.
+Under jit the batch is the global batch, on any number of devices.
 
-Axes: N pictures, spatial axes, C channels, last.
+Axes: N images, spatial axes, C channels last.
 """
 
 from __future__ import annotations
@@ -17,21 +16,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# PyTorch's 0.1. It keeps the variance over n - 1 where nnx keeps it over n: of
-# no account with thousands of values in a batch.
+# PyTorch's momentum of 0.1. PyTorch's running variance divides by n - 1, nnx's
+# by n; the difference is negligible with thousands of values per batch.
 _MOMENTUM = 0.9
 
 Sizes = int | tuple[int, ...]
 
 
 class Convolution(nnx.Module):
-  """Convolution, norm, activation; github.com/Rudrabha/Wav2Lip models/conv.py.
+  """Convolution, batch norm, activation.
+
+  As github.com/Rudrabha/Wav2Lip, models/conv.py.
 
   Attributes:
-    convolution: of any number of spatial axes.
-    norm: None where there is none.
-    residual: the input is added before the activation.
-    activation: of single values.
+    convolution: over any number of spatial axes.
+    norm: batch norm, or None.
+    residual: whether the input is added before the activation.
+    activation: applied elementwise.
   """
 
   def __init__(
@@ -50,7 +51,7 @@ class Convolution(nnx.Module):
     dtype: jnp.dtype = jnp.float32,
   ):
     kernel, strides, padding = (
-      _each_axis(x, num_axes) for x in (kernel, strides, padding)
+      _per_axis(size, num_axes) for size in (kernel, strides, padding)
     )
     self.convolution = nnx.Conv(
       features_in,
@@ -58,7 +59,7 @@ class Convolution(nnx.Module):
       kernel,
       strides,
       padding=[(p, p) for p in padding],
-      kernel_init=_drawn_as_pytorch("fan_in"),
+      kernel_init=_pytorch_init("fan_in"),
       dtype=dtype,
       rngs=rngs,
     )
@@ -77,10 +78,10 @@ class Convolution(nnx.Module):
 
 
 class TransposedConvolution(nnx.Module):
-  """Transposed convolution of two axes, batch norm, ReLU; as PyTorch pads.
+  """Transposed 2D convolution, batch norm, ReLU, with PyTorch's padding.
 
-  A picture of n pixels becomes one of
-  `(n - 1) * strides - 2 * padding + kernel + output_padding`.
+  The output has `(n - 1) * strides - 2 * padding + kernel + output_padding`
+  pixels per axis for an input of n.
   """
 
   def __init__(
@@ -102,8 +103,8 @@ class TransposedConvolution(nnx.Module):
       (kernel, kernel),
       strides,
       padding=[(before, before + output_padding)] * 2,
-      # What PyTorch takes for the fan-in of a transposed convolution.
-      kernel_init=_drawn_as_pytorch("fan_out"),
+      # PyTorch computes the fan-in of a transposed convolution this way.
+      kernel_init=_pytorch_init("fan_out"),
       dtype=dtype,
       rngs=rngs,
     )
@@ -114,45 +115,46 @@ class TransposedConvolution(nnx.Module):
     return jax.nn.relu(self.norm(self.convolution(x))).astype(self.dtype)
 
 
-def rows(
-  features_in: int, table: Iterable[tuple], width: float, **how
+def conv_stack(
+  features_in: int, table: Iterable[tuple], width: float, **conv_args
 ) -> nnx.List:
-  """Convolutions one after another, out of a table.
+  """Returns a stack of convolutions described by a table.
 
   Args:
     features_in: channels of the input.
-    table: rows of channels, kernel, strides, padding and how many residual 3x3
-      convolutions follow.
-    width: what the table's channels are multiplied by.
-    **how: of Convolution.
+    table: rows of channels, kernel, strides, padding and the number of residual
+      3x3 convolutions that follow.
+    width: multiplies the table's channels.
+    **conv_args: keyword arguments of Convolution.
   """
-  found = []
+  layers = []
   for channels, kernel, strides, padding, num_residual in table:
-    channels = scaled(channels, width)
-    found.append(
-      Convolution(features_in, channels, kernel, strides, padding, **how)
+    channels = scaled_channels(channels, width)
+    layers.append(
+      Convolution(features_in, channels, kernel, strides, padding, **conv_args)
     )
-    found += [
-      Convolution(channels, channels, 3, 1, 1, residual=True, **how)
+    layers += [
+      Convolution(channels, channels, 3, 1, 1, residual=True, **conv_args)
       for _ in range(num_residual)
     ]
     features_in = channels
-  return nnx.List(found)
+  return nnx.List(layers)
 
 
-def run(layers: Iterable[nnx.Module], x: jax.Array) -> jax.Array:
-  """Calls one layer after the other."""
+def apply_layers(layers: Iterable[nnx.Module], x: jax.Array) -> jax.Array:
+  """Applies layers one after another."""
   for layer in layers:
     x = layer(x)
   return x
 
 
-def scaled(channels: int, width: float) -> int:
-  """Channels of a network that is `width` times as wide, at least 1."""
+def scaled_channels(channels: int, width: float) -> int:
+  """Returns the channels of a network `width` times as wide, at least 1."""
   return max(round(channels * width), 1)
 
 
 def batch_norm(features: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
+  """Returns a batch norm that computes in float32."""
   # The two-pass variance: the fast one loses digits where the mean is large.
   return nnx.BatchNorm(
     features,
@@ -163,9 +165,10 @@ def batch_norm(features: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
   )
 
 
-def _each_axis(size: Sizes, num_axes: int) -> tuple[int, ...]:
+def _per_axis(size: Sizes, num_axes: int) -> tuple[int, ...]:
   return (size,) * num_axes if isinstance(size, int) else size
 
 
-def _drawn_as_pytorch(fan: str):
+def _pytorch_init(fan: str):
+  """Returns PyTorch's default initializer of kernels."""
   return nnx.initializers.variance_scaling(1 / 3, fan, "uniform")

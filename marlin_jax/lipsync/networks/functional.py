@@ -1,6 +1,6 @@
-"""Networks as pure functions of their variables, batch normalization included.
+"""Networks as pure functions of their variables, batch normalisation included.
 
-In training mode batch normalization uses the mean and variance of the batch and
+In training mode batch normalisation uses the mean and variance of the batch and
 updates running averages of them; in evaluation mode it uses the running
 averages. Under jit the batch is the global batch, so the statistics, and the
 results, do not depend on the number of devices.
@@ -24,7 +24,7 @@ class Variables:
 
   Attributes:
     params: trained parameters.
-    stats: running averages of batch normalization.
+    stats: running averages of batch normalisation.
     fixed: arrays that do not change: frozen parts, position tables.
   """
 

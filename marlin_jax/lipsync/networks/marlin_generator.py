@@ -1,19 +1,19 @@
-"""MARLIN as the face encoder of a lip-synchronisation generator.
+"""Lip-sync generator with MARLIN as the face encoder.
 
-Put together from what the authors tell in their threads #1, #5, #16 and #19
+Reconstructed from the authors' answers in their issues #1, #5, #16 and #19
 (github.com/ControlNet/MARLIN); their code was never released. Known: windows of
 16 frames of 224 x 224; face tokens (B, 1568, D) become maps (16 B, 14, 14,
 D / 2); Wav2Lip's sound encoder gives D / 2 channels, the same at all 14 x 14
-places; a decoder of transposed convolutions, whose first stage is known layer
-by layer; Wav2Lip's skip connections give way to the input pictures, resized to
-each stage. Not known, and how it is here:
-  - What of the 6 input channels the encoder sees, for it takes 3. Here the
-    target's upper half above the reference's lower half: a whole face, as in
-    pretraining, where a black half is nothing it has seen. The seam lies
+positions; a decoder of transposed convolutions, whose first stage is known
+layer by layer; the input images, resized to each stage, replace Wav2Lip's skip
+connections. Unknown, and chosen here:
+  - Which of the 6 input channels the encoder sees, since it takes 3. Here it
+    sees the upper half of the target above the lower half of the reference: a
+    whole face, as in pretraining, which has no black halves. The seam lies
     between patches.
-  - The later stages: as the first, with half the channels each.
+  - The later stages. Here each is like the first, with half the channels.
 
-Axes: B clips, T frames, N = B T, S picture side, D the encoder's width.
+Axes: B clips, T frames, N = B T, S side of the images, D width of the encoder.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from marlin_jax.lipsync.networks.convolutions import (
 )
 from marlin_jax.models.mae import Encoder
 
-# Channels of the two input pictures.
-_PICTURES = 6
-# What narrow encoders, in tests, would go below.
-_LEAST_CHANNELS = 16
+# Channels of the two input images.
+_IMAGE_CHANNELS = 6
+# Lower bound for the narrow encoders of tests.
+_MIN_CHANNELS = 16
 
 
-class LipsyncGenerator(nnx.Module):
-  """Half a face, a whole one and a sound become a face, 16 frames at a time.
+class MarlinGenerator(nnx.Module):
+  """Generator that draws 16 frames from masked faces, references and sound.
 
   Attributes:
     num_frames: T.
     image_size: S.
-    encoder: MARLIN's, for plain pixels.
-    freeze_encoder: no gradient reaches it.
+    encoder: MARLIN's, for unnormalised pixels.
+    freeze_encoder: whether gradients are stopped before the encoder.
   """
 
   def __init__(
@@ -56,19 +56,19 @@ class LipsyncGenerator(nnx.Module):
     sound_width: float = 1.0,
     dtype: jnp.dtype = jnp.float32,
   ):
-    """Draws the weights of everything but the encoder.
+    """Initialises all weights except the encoder's.
 
     Args:
-      encoder: of weights for plain pixels, see Weights.with_plain_input.
+      encoder: takes unnormalised pixels, see Weights.with_plain_input.
       rngs: `params`.
-      tubelets: the encoder's; by default 16 frames of 224 x 224.
+      tubelets: the encoder's; 16 frames of 224 x 224 by default.
       freeze_encoder: stops gradients at the face tokens.
-      sound_width: channels of the sound encoder, as a multiple of Wav2Lip's.
+      sound_width: multiplies the channels of Wav2Lip's sound encoder.
       dtype: of the convolutions; the encoder has its own.
 
     Raises:
-      ValueError: these are not the tubelets of that encoder, or they cannot
-        become pictures.
+      ValueError: the tubelets are not the encoder's, or cannot be decoded to
+        images.
     """
     self.tubelets = tubelets or Tubelets()
     _check(encoder, self.tubelets)
@@ -77,59 +77,73 @@ class LipsyncGenerator(nnx.Module):
     self.encoder = encoder
     self.freeze_encoder = freeze_encoder
     width = encoder.norm.num_features
-    how = {"rngs": rngs, "dtype": dtype}
-    self.sound_layers = convolutions.rows(1, wav2lip.SOUND, sound_width, **how)
+    layer_args = {"rngs": rngs, "dtype": dtype}
+    self.sound_layers = convolutions.conv_stack(
+      1, wav2lip.SOUND, sound_width, **layer_args
+    )
     self.sound_out = nnx.Linear(
-      convolutions.scaled(512, sound_width),
+      convolutions.scaled_channels(512, sound_width),
       width // self.tubelets.tubelet_size,
-      dtype=dtype,
-      rngs=rngs,
+      **layer_args,
     )
     stages = []
-    features = 2 * (width // self.tubelets.tubelet_size) + _PICTURES
-    # One doubling for each halving that a patch stands for: 4 for 16 pixels.
+    features = 2 * (width // self.tubelets.tubelet_size) + _IMAGE_CHANNELS
+    # Each stage doubles the resolution: 4 stages for patches of 16 pixels.
     for i in range(1, self.tubelets.patch_size.bit_length()):
-      fewer = max(width >> i, _LEAST_CHANNELS) - _PICTURES
+      features_out = max(width >> i, _MIN_CHANNELS) - _IMAGE_CHANNELS
       stages.append(
         nnx.List(
           [
-            Convolution(features, features, 1, residual=True, **how),
-            Convolution(features, features, 3, 1, 1, residual=True, **how),
-            TransposedConvolution(features, fewer, 4, 2, 1, **how),
+            Convolution(features, features, 1, residual=True, **layer_args),
+            Convolution(
+              features, features, 3, 1, 1, residual=True, **layer_args
+            ),
+            TransposedConvolution(
+              features, features_out, 4, 2, 1, **layer_args
+            ),
           ]
         )
       )
-      features = fewer + _PICTURES
+      features = features_out + _IMAGE_CHANNELS
     self.decoder_stages = nnx.List(stages)
-    self.output = wav2lip.Output(features, 1.0, **how)
+    self.output = wav2lip.Output(features, 1.0, **layer_args)
 
   def __call__(
     self, masked: jax.Array, reference: jax.Array, mels: jax.Array
   ) -> jax.Array:
-    """Draws the faces that say what is heard.
+    """Draws faces that fit the sound.
 
     Args:
       masked: float32 (B, T, S, S, 3), RGB in [0, 1], the lower half 0.
-      reference: the same of another time, whole.
-      mels: float32 (B, T, 16, 80), of each frame.
+      reference: float32 (B, T, S, S, 3), RGB in [0, 1], whole faces of the same
+        person, at another time in training.
+      mels: float32 (B, T, 16, 80), the window of each frame.
 
     Returns:
       float32 (B, T, S, S, 3) in [0, 1].
     """
     faces = self._face_maps(masked, reference)  # (N, 14, 14, D / 2)
-    sound = mels.reshape(-1, *mels.shape[2:])
-    sound = inputs.mel_images(sound)
-    sound = self.sound_out(convolutions.run(self.sound_layers, sound))
-    sound = jnp.broadcast_to(sound, faces.shape)
-    pictures = jnp.concatenate([masked, reference], axis=-1)
-    pictures = pictures.reshape(-1, *pictures.shape[2:])
+    mel = inputs.mel_images(mels.reshape(-1, *mels.shape[2:]))
+    sound = convolutions.apply_layers(self.sound_layers, mel)
+    sound = jnp.broadcast_to(self.sound_out(sound), faces.shape)
+    images = jnp.concatenate([masked, reference], axis=-1)
+    images = images.reshape(-1, *images.shape[2:])
     x = jnp.concatenate([faces, sound], axis=-1)
     for stage in self.decoder_stages:
-      x = convolutions.run(stage, _with_pictures(x, pictures))
-    return self.output(_with_pictures(x, pictures)).reshape(masked.shape)
+      x = convolutions.apply_layers(stage, _append_images(x, images))
+    return self.output(_append_images(x, images)).reshape(masked.shape)
 
-  def _face_maps(self, masked, reference):
-    """A token's channels, cut in two, are of its tubelet's two frames."""
+  def _face_maps(self, masked: jax.Array, reference: jax.Array) -> jax.Array:
+    """Encodes faces as feature maps, one per frame.
+
+    The channels of a token are divided among the frames of its tubelet.
+
+    Args:
+      masked, reference: see `__call__`.
+
+    Returns:
+      (N, 14, 14, D / 2) for MARLIN's tubelets of 2 frames and 16 x 16 pixels.
+    """
     half = self.image_size // 2
     video = jnp.concatenate(
       [masked[:, :, :half], reference[:, :, half:]], axis=2
@@ -146,26 +160,28 @@ class LipsyncGenerator(nnx.Module):
     return maps.reshape(-1, h, w, maps.shape[-1])
 
 
-def _with_pictures(x, pictures):
-  pictures = inputs.resize(pictures, x.shape[1], x.shape[2])
-  return jnp.concatenate([x, pictures.astype(x.dtype)], axis=-1)
+def _append_images(x: jax.Array, images: jax.Array) -> jax.Array:
+  """Appends images as channels, resized to the feature map."""
+  images = inputs.resize(images, x.shape[1], x.shape[2])
+  return jnp.concatenate([x, images.astype(x.dtype)], axis=-1)
 
 
 def _check(encoder: Encoder, tubelets: Tubelets) -> None:
-  found = (encoder.positions[...].shape[0], encoder.patch_embedding.in_features)
-  if found != (tubelets.num_tokens, tubelets.pixels):
+  num_tokens = encoder.positions[...].shape[0]
+  num_pixels = encoder.patch_embedding.in_features
+  if (num_tokens, num_pixels) != (tubelets.num_tokens, tubelets.pixels):
     raise ValueError(
-      f"the encoder has {found[0]} tokens of {found[1]} pixels, expected "
+      f"the encoder has {num_tokens} tokens of {num_pixels} pixels, expected "
       f"{tubelets.num_tokens} of {tubelets.pixels} for {tubelets}"
     )
   if tubelets.patch_size & (tubelets.patch_size - 1):
     raise ValueError(
-      f"patches of {tubelets.patch_size} pixels: the decoder doubles from 1, "
-      "expected a power of 2"
+      f"the decoder doubles its resolution per stage: patches of "
+      f"{tubelets.patch_size} pixels are not a power of 2"
     )
   width = encoder.norm.num_features
   if width % tubelets.tubelet_size:
     raise ValueError(
-      f"tokens of width {width} cannot be shared among the "
+      f"a width of {width} does not divide among the "
       f"{tubelets.tubelet_size} frames of a tubelet"
     )

@@ -1,20 +1,20 @@
-"""Published weights of lip synchronisation, by path.
+"""Published weights of lip-sync networks.
 
-Wav2Lip's (github.com/Rudrabha/Wav2Lip, its README's table): lipsync_expert.pth,
-wav2lip.pth, wav2lip_gan.pth and visual_quality_disc.pth, each a dict whose
-'state_dict' has the arrays, their names with 'module.' before them or not. And
-the scorer's (github.com/joonson/syncnet_python): syncnet_v2.model, the arrays
-themselves.
+Wav2Lip's (github.com/Rudrabha/Wav2Lip, table in its README) are
+lipsync_expert.pth, wav2lip.pth, wav2lip_gan.pth and visual_quality_disc.pth.
+Each is a dict whose 'state_dict' holds the arrays, their names with or without
+the prefix 'module.'. SyncNet's (github.com/joonson/syncnet_python) are in
+syncnet_v2.model, a state dict.
 
-Wav2Lip's pictures are BGR, for OpenCV reads them; this project's are RGB. The
-tables turn the channels of the first layer, and of the generator's last, so
-that the networks here take and give RGB. The scorer's network stays BGR.
+Wav2Lip's images are BGR, as OpenCV reads them; this project's are RGB. The
+tables reverse the channels of the first layers, and of the generator's last, so
+that the networks here take and return RGB. SyncNet stays BGR.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -36,80 +36,85 @@ from marlin_jax.weights.weights import WeightsError
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-  """A network whose weights are published.
+  """A network with published weights.
 
   Attributes:
-    what: for messages.
-    mark: an array that no other of them has.
-    make: draws one.
-    rules: of such a network the table; see tables.
+    description: network and file names, for messages.
+    marker: name of an array that none of the other networks has.
+    make: returns the network with random weights.
+    rules: returns the name table of a network; see weights.name_tables.
   """
 
-  what: str
-  mark: str
+  description: str
+  marker: str
   make: Callable[[], nnx.Module]
   rules: Callable[[nnx.Module], list[Rule]]
 
 
-def read_expert(path: str | Path) -> SyncExpert:
-  """Wav2Lip's expert for 5 frames, lipsync_expert.pth.
+def read(published: Published, path: str | Path) -> nnx.Module:
+  """Reads published weights.
 
-  This and the other readers return networks in evaluation mode.
+  Args:
+    published: the expected network: EXPERT, WAV2LIP, QUALITY_DISCRIMINATOR or
+      SYNCNET.
+    path: its file.
+
+  Returns:
+    The network in evaluation mode.
 
   Raises:
-    WeightsError: the file cannot be read as weights, or is of another network;
-      the message says what was found and expected.
+    WeightsError: there is no such file, it cannot be read as weights, or it
+      holds another network.
   """
-  return _read(EXPERT, path)
+  path = Path(path).expanduser()
+  if not path.is_file():
+    raise WeightsError(
+      f"no {published.description} at {path}: there is no such file"
+    )
+  state_dict = _load(path)
+  for other in PUBLISHED:
+    if other is not published and other.marker in state_dict:
+      raise WeightsError(
+        f"{path} is {other.description}, expected {published.description}"
+      )
+  network = nnx.eval_shape(published.make)
+  rules = published.rules(network)
+  arrays = name_tables.read(rules, state_dict, str(path))
+  return _fill(network, rules, arrays, path)
 
 
-def read_wav2lip(path: str | Path) -> Wav2Lip:
-  """Wav2Lip's generator, wav2lip.pth or wav2lip_gan.pth; see read_expert."""
-  return _read(WAV2LIP, path)
-
-
-def read_quality_discriminator(path: str | Path) -> QualityDiscriminator:
-  """Wav2Lip's discriminator, visual_quality_disc.pth; see read_expert."""
-  return _read(QUALITY_DISCRIMINATOR, path)
-
-
-def read_syncnet(path: str | Path) -> SyncNet:
-  """The scorer's network, syncnet_v2.model; see read_expert."""
-  return _read(SYNCNET, path)
-
-
-def named(network: nnx.Module) -> dict[str, nnx.Variable]:
-  """A network's arrays by their place in it: 'face_layers.0.norm.scale'."""
+def named_variables(network: nnx.Module) -> dict[str, nnx.Variable]:
+  """Returns variables by path, such as 'face_layers.0.norm.scale'."""
   return {
     ".".join(map(str, path)): variable
     for path, variable in nnx.to_flat_state(nnx.state(network))
   }
 
 
-# --- tables -------------------------------------------------------------------
+# --- Name tables --------------------------------------------------------------
 
 
 def _expert_rules(network: SyncExpert) -> list[Rule]:
-  found = [
+  rules = [
     *_sequence("face_encoder", "face_layers", network.face_layers),
     *_sequence("audio_encoder", "sound_layers", network.sound_layers),
   ]
-  return _with_input_turned(found, "face_layers.0.convolution.kernel")
+  return _with_rgb_input(rules, "face_layers.0.convolution.kernel")
 
 
 def _wav2lip_rules(network: Wav2Lip) -> list[Rule]:
-  found = _sequence("audio_encoder", "sound_layers", network.sound_layers)
+  rules = _sequence("audio_encoder", "sound_layers", network.sound_layers)
   for theirs, ours in (
     ("face_encoder_blocks", "face_stages"),
     ("face_decoder_blocks", "decoder_stages"),
   ):
     for i, stage in enumerate(getattr(network, ours)):
-      found += _sequence(f"{theirs}.{i}", f"{ours}.{i}", stage)
-  found += _layer("output_block.0.conv_block", "output.hidden")
-  found = _with_input_turned(found, "face_stages.0.0.convolution.kernel")
+      rules += _sequence(f"{theirs}.{i}", f"{ours}.{i}", stage)
+  rules += _layer("output_block.0.conv_block", "output.hidden")
+  rules = _with_rgb_input(rules, "face_stages.0.0.convolution.kernel")
   kernel, bias = _convolution("output_block.1", "output.colours")
   return [
-    *found,
+    *rules,
     dataclasses.replace(
       kernel,
       read=lambda x: kernel.read(x[::-1]),
@@ -122,37 +127,37 @@ def _wav2lip_rules(network: Wav2Lip) -> list[Rule]:
 
 
 def _discriminator_rules(network: QualityDiscriminator) -> list[Rule]:
-  places = [(i, j) for i, rows in enumerate(STAGES) for j in range(len(rows))]
-  found = []
+  places = [(i, j) for i, stage in enumerate(STAGES) for j in range(len(stage))]
+  rules = []
   for number, (i, j) in enumerate(places):
-    found += _convolution(
+    rules += _convolution(
       f"face_encoder_blocks.{i}.{j}.conv_block.0",
       f"layers.{number}.convolution",
     )
-  found += _convolution("binary_pred.0", "logit")
-  return _with_input_turned(found, "layers.0.convolution.kernel")
+  rules += _convolution("binary_pred.0", "logit")
+  return _with_rgb_input(rules, "layers.0.convolution.kernel")
 
 
 def _syncnet_rules(network: SyncNet) -> list[Rule]:
-  # Convolution, norm and ReLU have a number each, and so has a pooling.
-  sound = (0, 4, 8, 11, 14, 18)
-  face = (0, 4, 8, 11, 14, 18)
-  found = []
-  for theirs, ours, numbers in (
-    ("netcnnaud", "sound_layers", sound),
-    ("netcnnlip", "face_layers", face),
+  # Convolution, norm, ReLU and pooling each have a number in nn.Sequential.
+  numbers = (0, 4, 8, 11, 14, 18)
+  rules = []
+  for theirs, ours in (
+    ("netcnnaud", "sound_layers"),
+    ("netcnnlip", "face_layers"),
   ):
     for i, number in enumerate(numbers):
-      found += _convolution(
-        f"{theirs}.{number}", f"{ours}.{i}.convolution"
-      ) + _batch_norm(f"{theirs}.{number + 1}", f"{ours}.{i}.norm")
+      rules += [
+        *_convolution(f"{theirs}.{number}", f"{ours}.{i}.convolution"),
+        *_batch_norm(f"{theirs}.{number + 1}", f"{ours}.{i}.norm"),
+      ]
   for theirs, ours in (("netfcaud", "sound_out"), ("netfclip", "face_out")):
-    found += [
+    rules += [
       *name_tables.linear(f"{theirs}.0", f"{ours}.hidden"),
       *_batch_norm(f"{theirs}.1", f"{ours}.norm"),
       *name_tables.linear(f"{theirs}.3", f"{ours}.linear"),
     ]
-  return found
+  return rules
 
 
 EXPERT = Published(
@@ -174,7 +179,7 @@ QUALITY_DISCRIMINATOR = Published(
   _discriminator_rules,
 )
 SYNCNET = Published(
-  "the scorer's SyncNet (syncnet_v2.model)",
+  "SyncNet (syncnet_v2.model)",
   "netcnnlip.0.weight",
   lambda: SyncNet(rngs=nnx.Rngs(0)),
   _syncnet_rules,
@@ -182,18 +187,18 @@ SYNCNET = Published(
 PUBLISHED = (EXPERT, WAV2LIP, QUALITY_DISCRIMINATOR, SYNCNET)
 
 
-# --- rules --------------------------------------------------------------------
+# --- Rules of layers ----------------------------------------------------------
 
 
-def _sequence(theirs: str, ours: str, layers) -> list[Rule]:
-  found = []
+def _sequence(theirs: str, ours: str, layers: Iterable) -> list[Rule]:
+  rules = []
   for i, layer in enumerate(layers):
-    found += _layer(
+    rules += _layer(
       f"{theirs}.{i}.conv_block",
       f"{ours}.{i}",
       transposed=isinstance(layer, TransposedConvolution),
     )
-  return found
+  return rules
 
 
 def _layer(theirs: str, ours: str, *, transposed: bool = False) -> list[Rule]:
@@ -206,23 +211,24 @@ def _layer(theirs: str, ours: str, *, transposed: bool = False) -> list[Rule]:
 def _convolution(
   theirs: str, ours: str, *, transposed: bool = False
 ) -> list[Rule]:
-  """PyTorch keeps kernels as (out, in, places), nnx as (places, in, out).
+  """Returns rules of a convolution.
 
-  Transposed ones PyTorch keeps as (in, out, places), seen from the other side:
-  as those of the convolution whose gradient they are.
+  PyTorch stores kernels as (out, in, *spatial), nnx as (*spatial, in, out).
+  PyTorch stores those of transposed convolutions as (in, out, *spatial) and
+  flipped, like the convolution whose gradient they compute.
   """
 
   def read(x):
-    places = tuple(range(2, x.ndim))
+    spatial = tuple(range(2, x.ndim))
     if transposed:
-      return (np.flip(x, places).transpose(*places, 0, 1),)
-    return (x.transpose(*places, 1, 0),)
+      return (np.flip(x, spatial).transpose(*spatial, 0, 1),)
+    return (x.transpose(*spatial, 1, 0),)
 
   def write(x):
-    places = tuple(range(x.ndim - 2))
+    spatial = tuple(range(x.ndim - 2))
     if transposed:
-      return np.flip(x, places).transpose(-2, -1, *places)
-    return x.transpose(-1, -2, *places)
+      return np.flip(x, spatial).transpose(-2, -1, *spatial)
+    return x.transpose(-1, -2, *spatial)
 
   return [
     Rule(f"{theirs}.weight", (f"{ours}.kernel",), read, write),
@@ -238,37 +244,27 @@ def _batch_norm(theirs: str, ours: str) -> list[Rule]:
   ]
 
 
-def _with_input_turned(rules: list[Rule], ours: str) -> list[Rule]:
-  """The same, with each three input channels of one kernel reversed."""
+def _with_rgb_input(rules: list[Rule], ours: str) -> list[Rule]:
+  """Replaces the rule of a first layer: each 3 input channels are reversed."""
 
-  def turned(x):  # (out, in, places)
-    colours = x.reshape(len(x), -1, 3, *x.shape[2:])[:, :, ::-1]
-    return colours.reshape(x.shape)
+  def reverse(x):  # (out, in, *spatial)
+    groups = x.reshape(len(x), -1, 3, *x.shape[2:])
+    return groups[:, :, ::-1].reshape(x.shape)
 
-  def turn(rule):
+  def with_reversed_input(rule):
     return dataclasses.replace(
       rule,
-      read=lambda x: rule.read(turned(x)),
-      write=lambda x: turned(rule.write(x)),
+      read=lambda x: rule.read(reverse(x)),
+      write=lambda x: reverse(rule.write(x)),
     )
 
-  return [turn(rule) if rule.ours == (ours,) else rule for rule in rules]
+  return [
+    with_reversed_input(rule) if rule.ours == (ours,) else rule
+    for rule in rules
+  ]
 
 
-# --- reading ------------------------------------------------------------------
-
-
-def _read(published: Published, path: str | Path) -> nnx.Module:
-  path = Path(path).expanduser()
-  if not path.is_file():
-    raise WeightsError(f"no {published.what} at {path}: there is no such file")
-  theirs = _load(path)
-  _check_kind(published, theirs, path)
-  network = nnx.eval_shape(published.make)
-  rules = published.rules(network)
-  return _filled(
-    network, rules, name_tables.read(rules, theirs, str(path)), path
-  )
+# --- Reading ------------------------------------------------------------------
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
@@ -279,45 +275,44 @@ def _load(path: Path) -> dict[str, np.ndarray]:
     content = {
       str(key).removeprefix("module."): value
       for key, value in content.items()
-      # PyTorch counts batches; nothing uses it here.
+      # Counted by PyTorch's batch norm; unused here.
       if not str(key).endswith("num_batches_tracked")
     }
   return torch_files.to_numpy(content, path)
 
 
-def _check_kind(published, theirs, path) -> None:
-  """Says it in one line where a file is of another of these networks.
+def _fill(
+  network: nnx.Module,
+  rules: list[Rule],
+  arrays: Mapping[str, np.ndarray],
+  path: Path,
+) -> nnx.Module:
+  """Returns the network with the given arrays, in evaluation mode.
 
   Raises:
-    WeightsError: so it is.
+    WeightsError: shapes differ; the message has PyTorch's names and shapes.
   """
-  for other in PUBLISHED:
-    if other is not published and other.mark in theirs:
-      raise WeightsError(f"{path} is {other.what}, expected {published.what}")
+  variables = named_variables(network)
+  rule_of = {rule.ours[0]: rule for rule in rules}
 
+  def pytorch_shape(name, shape):
+    return rule_of[name].write(np.empty(shape, np.bool_)).shape
 
-def _filled(network, rules, arrays, path) -> nnx.Module:
-  variables = named(network)
-  theirs = {rule.ours[0]: rule for rule in rules}
-  wrong = [
-    f"  {theirs[name].theirs}: shape {_written(theirs[name], array)}, expected "
-    f"{_written(theirs[name], np.empty(variables[name].shape, np.bool_))}"
+  mismatched = [
+    f"  {rule_of[name].theirs}: shape {pytorch_shape(name, array.shape)}, "
+    f"expected {pytorch_shape(name, variables[name].shape)}"
     for name, array in arrays.items()
     if array.shape != variables[name].shape
   ]
-  if wrong:
+  if mismatched:
     raise WeightsError(
-      f"{path}: {len(wrong)} array(s) do not fit\n" + "\n".join(wrong)
+      f"{path}: {len(mismatched)} array(s) do not fit\n" + "\n".join(mismatched)
     )
   graphdef, state = nnx.split(network)
-  flat = [
-    (place, variable.replace(jnp.asarray(arrays[".".join(map(str, place))])))
-    for place, variable in nnx.to_flat_state(state)
+  flat_state = [
+    (keys, variable.replace(jnp.asarray(arrays[".".join(map(str, keys))])))
+    for keys, variable in nnx.to_flat_state(state)
   ]
-  filled = nnx.merge(graphdef, nnx.from_flat_state(flat))
+  filled = nnx.merge(graphdef, nnx.from_flat_state(flat_state))
   filled.eval()
   return filled
-
-
-def _written(rule: Rule, array: np.ndarray) -> tuple[int, ...]:
-  return rule.write(array).shape

@@ -1,9 +1,9 @@
-"""The discriminator of visual quality, which judges the mouth's half.
+"""Visual quality discriminator of Wav2Lip, which judges the lower half.
 
-Wav2Lip's (Prajwal et al. 2020, section 3.4; layers of
-github.com/Rudrabha/Wav2Lip, models/wav2lip.py, Wav2Lip_disc_qual).
+Prajwal et al. 2020, section 3.4; layers of github.com/Rudrabha/Wav2Lip,
+models/wav2lip.py, Wav2Lip_disc_qual.
 
-Axes: B clips, T frames, S picture side.
+Axes: B clips, T frames, S side of the images.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from flax import nnx
 
 from marlin_jax.lipsync.networks import convolutions, inputs
 
-# Side of the pictures that the layers reduce to one pixel.
+# Image side that the layers reduce to one pixel.
 _SIZE = 96
-# Rows of convolutions.rows, in the blocks of the published network.
+# Blocks of the published network; rows as in convolutions.conv_stack.
 STAGES = (
   ((32, 7, 1, 3, 0),),
   ((64, 5, (1, 2), 2, 0), (64, 5, 1, 2, 0)),
@@ -29,12 +29,12 @@ STAGES = (
 
 
 class QualityDiscriminator(nnx.Module):
-  """Frames one by one; no batch norm, a leaky ReLU.
+  """Convolutional discriminator of single frames, without batch norm.
 
-  Logits, where the published network ends in a sigmoid: the loss is finite for
-  any of them. Pictures larger than Wav2Lip's 96 keep their detail: of the
-  several places that are then judged the mean counts. Smaller ones are enlarged
-  to 96.
+  Returns logits, where the published network ends in a sigmoid, so that the
+  loss is finite everywhere. Images larger than Wav2Lip's 96 pixels keep their
+  resolution: the logits of all positions are averaged. Smaller images are
+  enlarged to 96.
   """
 
   def __init__(
@@ -44,15 +44,15 @@ class QualityDiscriminator(nnx.Module):
     width: float = 1.0,
     dtype: jnp.dtype = jnp.float32,
   ):
-    """Draws the weights.
+    """Initialises the weights.
 
     Args:
       rngs: `params`.
-      width: channels as a multiple of the published.
+      width: multiplies the published numbers of channels.
       dtype: of the convolutions.
     """
     table = [row for stage in STAGES for row in stage]
-    self.layers = convolutions.rows(
+    self.layers = convolutions.conv_stack(
       3,
       table,
       width,
@@ -62,11 +62,15 @@ class QualityDiscriminator(nnx.Module):
       dtype=dtype,
     )
     self.logit = nnx.Conv(
-      convolutions.scaled(512, width), 1, (1, 1), dtype=dtype, rngs=rngs
+      convolutions.scaled_channels(512, width),
+      1,
+      (1, 1),
+      dtype=dtype,
+      rngs=rngs,
     )
 
   def __call__(self, video: jax.Array) -> jax.Array:
-    """How real the lower halves look.
+    """Judges the lower halves of frames.
 
     Args:
       video: float32 (B, T, S, S, 3), RGB in [0, 1], whole faces.
@@ -74,8 +78,8 @@ class QualityDiscriminator(nnx.Module):
     Returns:
       float32 (B T,), logits of being real.
     """
-    pictures = video.reshape(-1, *video.shape[2:])
-    if pictures.shape[1] < _SIZE:
-      pictures = inputs.resize(pictures, _SIZE, _SIZE)
-    x = convolutions.run(self.layers, inputs.lower_half(pictures))
+    images = video.reshape(-1, *video.shape[2:])
+    if images.shape[1] < _SIZE:
+      images = inputs.resize(images, _SIZE, _SIZE)
+    x = convolutions.apply_layers(self.layers, inputs.lower_half(images))
     return self.logit(x).astype(jnp.float32).mean((1, 2, 3))

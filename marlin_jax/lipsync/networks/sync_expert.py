@@ -1,10 +1,11 @@
-"""The expert that judges whether lips and sound are in sync.
+"""Expert that judges whether lips and sound are in sync.
 
 Wav2Lip's SyncNet_color (Prajwal et al. 2020, section 3.1; layers of
-github.com/Rudrabha/Wav2Lip, models/syncnet.py): lips and sound of a window each
-become one unit vector, whose product is the probability of being in sync.
+github.com/Rudrabha/Wav2Lip, models/syncnet.py). It embeds the lips and the
+sound of a window as unit vectors; their dot product is the probability of being
+in sync.
 
-Axes: B clips, T frames, S picture side, M mel columns, D size of the vectors.
+Axes: B clips, T frames, S side of the images, M mel rows, D embedding size.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from flax import nnx
 
 from marlin_jax.lipsync.networks import convolutions, inputs
 
-# Of the lower half that the face layers reduce to one pixel.
+# Size of the lower half that the face layers reduce to one pixel.
 HEIGHT, WIDTH = 48, 96
-# Frames of a window -> mel columns: 80 a second at 25 frames a second.
-MEL_COLUMNS = {5: 16, 16: 52}
-# By what the sound layers shrink time where the published ones, for 16 columns,
-# do not: 52 columns would not come down to 3 before the last convolution.
+# Frames of a window -> mel rows: 80 per second at 25 frames per second.
+MEL_ROWS = {5: 16, 16: 52}
+# Stride over time added to the published sound layers. The 52 rows of 16 frames
+# would otherwise not be reduced to 3 before the last convolution.
 _TIME_STRIDES = {5: 1, 16: 3}
 
-# Rows of convolutions.rows.
+# Rows as in convolutions.conv_stack.
 _FACE = (
   (32, 7, 1, 3, 0),
   (64, 5, (1, 2), 1, 2),
@@ -36,7 +37,7 @@ _FACE = (
 )
 
 
-def _sound(time_stride: int):
+def _sound_table(time_stride: int):
   return (
     (32, 3, 1, 1, 2),
     (64, 3, (3, time_stride), 1, 2),
@@ -48,16 +49,17 @@ def _sound(time_stride: int):
 
 
 class SyncExpert(nnx.Module):
-  """Windows of 5 frames (Wav2Lip's) or 16 (MARLIN's clips).
+  """Embeds windows of 5 frames (Wav2Lip's) or 16 (MARLIN's clips).
 
-  How the authors changed the network for 16 frames is not known (their thread
-  #16: retrained with 16); here the first face layer takes 48 channels instead
-  of 15, and the sound layers shrink time once more. Any picture size is first
-  reduced to Wav2Lip's, which the layers ask for; the authors' may see 224.
+  How the authors adapted the network to 16 frames is unknown (their issue #16:
+  retrained with 16). Here the first face layer takes 48 channels instead of 15,
+  and the sound layers have one more stride over time. Images of any size are
+  first resized to Wav2Lip's, which the layers require; the authors' network may
+  see 224 pixels.
 
   Attributes:
     num_frames: T.
-    mel_columns: M.
+    num_mel_rows: M.
   """
 
   def __init__(
@@ -68,54 +70,63 @@ class SyncExpert(nnx.Module):
     width: float = 1.0,
     dtype: jnp.dtype = jnp.float32,
   ):
-    """Draws the weights.
+    """Initialises the weights.
 
     Args:
-      num_frames: a key of MEL_COLUMNS.
+      num_frames: 5 or 16.
       rngs: `params`.
-      width: channels as a multiple of the published; D is 512 times it.
+      width: multiplies the published numbers of channels; D is 512 times it.
       dtype: of the convolutions.
 
     Raises:
-      ValueError: there is no such window.
+      ValueError: `num_frames` is neither 5 nor 16.
     """
-    if num_frames not in MEL_COLUMNS:
+    if num_frames not in MEL_ROWS:
       raise ValueError(
         f"no expert for windows of {num_frames} frames, expected one of "
-        f"{', '.join(map(str, MEL_COLUMNS))}"
+        f"{', '.join(map(str, MEL_ROWS))}"
       )
     self.num_frames = num_frames
-    self.mel_columns = MEL_COLUMNS[num_frames]
-    how = {"width": width, "rngs": rngs, "dtype": dtype}
-    self.face_layers = convolutions.rows(3 * num_frames, _FACE, **how)
-    self.sound_layers = convolutions.rows(
-      1, _sound(_TIME_STRIDES[num_frames]), **how
+    self.num_mel_rows = MEL_ROWS[num_frames]
+    layer_args = {"width": width, "rngs": rngs, "dtype": dtype}
+    self.face_layers = convolutions.conv_stack(
+      3 * num_frames, _FACE, **layer_args
+    )
+    self.sound_layers = convolutions.conv_stack(
+      1, _sound_table(_TIME_STRIDES[num_frames]), **layer_args
     )
 
   def faces(self, video: jax.Array) -> jax.Array:
-    """Lips as vectors.
+    """Embeds the lips of windows.
 
     Args:
       video: float32 (B, T, S, S, 3), RGB in [0, 1], whole faces.
 
     Returns:
-      float32 (B, D), of length 1, no component below 0.
+      float32 (B, D), unit vectors without negative components.
     """
     b, t, *_ = video.shape
     lips = inputs.resize(inputs.lower_half(video), HEIGHT, WIDTH)
-    # The frames side by side as channels, each frame's colours together.
+    # Frames become channels, each frame's RGB together.
     lips = lips.transpose(0, 2, 3, 1, 4).reshape(b, HEIGHT, WIDTH, 3 * t)
-    return _unit(convolutions.run(self.face_layers, lips))
+    return _unit(convolutions.apply_layers(self.face_layers, lips))
 
   def sound(self, mel: jax.Array) -> jax.Array:
-    """Sound as vectors: float32 (B, M, 80) -> (B, D), as of `faces`."""
-    pictures = inputs.mel_images(mel)
-    return _unit(convolutions.run(self.sound_layers, pictures))
+    """Embeds the sound of windows.
+
+    Args:
+      mel: float32 (B, M, 80).
+
+    Returns:
+      float32 (B, D), unit vectors without negative components.
+    """
+    x = convolutions.apply_layers(self.sound_layers, inputs.mel_images(mel))
+    return _unit(x)
 
 
 def _unit(x: jax.Array) -> jax.Array:
-  """(B, 1, 1, D) -> float32 (B, D) of length 1, or 0 where all of it is."""
+  """Normalises (B, 1, 1, D) to float32 (B, D) of length 1; zeros stay zeros."""
   x = x.reshape(len(x), -1).astype(jnp.float32)
-  # Not of the length: its slope at 0 is not finite.
+  # Not by the length, whose gradient is infinite at 0.
   square = jnp.sum(x * x, axis=-1, keepdims=True)
   return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))

@@ -1,8 +1,8 @@
-"""SyncNet: the judge of published lip-synchronisation scores.
+"""SyncNet, the network behind published lip-sync scores.
 
-Chung and Zisserman 2016, in the version whose weights everyone scores with;
-layers of github.com/joonson/syncnet_python, SyncNetModel.py. It is used with
-given weights only: call `.eval()`.
+Chung and Zisserman 2016, in the version whose weights are used for LSE-D and
+LSE-C; layers of github.com/joonson/syncnet_python, SyncNetModel.py. It is used
+with published weights only, in evaluation mode.
 
 Axes: N windows of 5 frames.
 """
@@ -15,10 +15,11 @@ from flax import nnx
 from marlin_jax.lipsync.networks.convolutions import Convolution, batch_norm
 
 NUM_FRAMES, IMAGE_SIZE = 5, 224
-MFCC_ROWS, NUM_MFCC = 20, 13  # 0.2 seconds of coefficients every 10 ms
+# 0.2 seconds of coefficients, one row every 10 ms.
+MFCC_ROWS, NUM_MFCC = 20, 13
 
-# Channels, kernel, strides, padding; then the pooling's window, strides and
-# padding, or nothing. Axes: frames, height, width.
+# Channels, kernel, strides, padding; then window, strides and padding of the
+# pooling, or None. Axes: frames, height, width.
 _FACE = (
   ((96, (5, 7, 7), (1, 2, 2), 0), ((1, 3, 3), (1, 2, 2), (0, 0, 0))),
   ((256, (1, 5, 5), (1, 2, 2), (0, 1, 1)), ((1, 3, 3), (1, 2, 2), (0, 1, 1))),
@@ -39,7 +40,7 @@ _SOUND = (
 
 
 class SyncNet(nnx.Module):
-  """Lips and sound of 0.2 seconds as vectors whose distance tells the sync."""
+  """Embeds lips and sound of 0.2 seconds; a small distance means in sync."""
 
   def __init__(self, *, rngs: nnx.Rngs):
     self.face_layers = _layers(3, _FACE, 3, rngs)
@@ -48,24 +49,31 @@ class SyncNet(nnx.Module):
     self.sound_out = Out(rngs)
 
   def faces(self, frames: jax.Array) -> jax.Array:
-    """Lips as vectors.
+    """Embeds the lips of windows.
 
     Args:
       frames: float32 (N, 5, 224, 224, 3), whole faces, BGR in [0, 255].
 
     Returns:
-      float32 (N, 1024), of any length.
+      float32 (N, 1024), not normalised.
     """
-    return self.face_out(_run(self.face_layers, _FACE, frames))
+    return self.face_out(_apply_pooled(self.face_layers, _FACE, frames))
 
   def sound(self, mfcc: jax.Array) -> jax.Array:
-    """Sound as vectors: float32 (N, 20, 13), time first -> (N, 1024)."""
-    pictures = mfcc.swapaxes(1, 2)[..., None]
-    return self.sound_out(_run(self.sound_layers, _SOUND, pictures))
+    """Embeds the sound of windows.
+
+    Args:
+      mfcc: float32 (N, 20, 13), time first.
+
+    Returns:
+      float32 (N, 1024), not normalised.
+    """
+    images = mfcc.swapaxes(1, 2)[..., None]
+    return self.sound_out(_apply_pooled(self.sound_layers, _SOUND, images))
 
 
 class Out(nnx.Module):
-  """Two linear layers with a batch norm between them."""
+  """Head of two linear layers with batch norm and ReLU between them."""
 
   def __init__(self, rngs: nnx.Rngs):
     self.hidden = nnx.Linear(512, 512, rngs=rngs)
@@ -78,18 +86,19 @@ class Out(nnx.Module):
 
 
 def _layers(features_in, table, num_axes, rngs):
-  found = []
+  layers = []
   for (features_out, *sizes), _ in table:
-    found.append(
+    layers.append(
       Convolution(
         features_in, features_out, *sizes, num_axes=num_axes, rngs=rngs
       )
     )
     features_in = features_out
-  return nnx.List(found)
+  return nnx.List(layers)
 
 
-def _run(layers, table, x):
+def _apply_pooled(layers, table, x):
+  """Applies layers, each followed by the pooling in its row of the table."""
   for layer, (_, pooling) in zip(layers, table, strict=True):
     x = layer(x)
     if pooling:

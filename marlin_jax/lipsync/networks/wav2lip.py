@@ -1,9 +1,9 @@
-"""Wav2Lip: the convolutional generator that MARLIN's is compared with.
+"""Wav2Lip's convolutional generator, the baseline of MARLIN's.
 
 Prajwal et al. 2020, section 3.3; layers of github.com/Rudrabha/Wav2Lip,
 models/wav2lip.py.
 
-Axes: B clips, T frames, N = B T, S picture side.
+Axes: B clips, T frames, N = B T, S side of the images, C channels.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from marlin_jax.lipsync.networks.convolutions import (
   TransposedConvolution,
 )
 
-# Rows of convolutions.rows, a block of them after which a picture is kept for
-# the decoder. Sides of the pictures: 96, 48, 24, 12, 6, 3, 1.
+# Rows as in convolutions.conv_stack. The output of each block is a skip
+# connection to the decoder; sides of these: 96, 48, 24, 12, 6, 3, 1.
 _FACE = (
   ((16, 7, 1, 3, 0),),
   ((32, 3, 2, 1, 2),),
@@ -49,10 +49,10 @@ _DECODER = (
 
 
 class Wav2Lip(nnx.Module):
-  """Frames one by one: half a face, a whole one and a sound become a face.
+  """Generator that draws each frame from a masked face, a reference and sound.
 
   Attributes:
-    num_frames: T of the windows it is trained on; any number can be given.
+    num_frames: T of the windows used in training; `__call__` takes any T.
     image_size: S.
   """
 
@@ -66,75 +66,82 @@ class Wav2Lip(nnx.Module):
     width: float = 1.0,
     dtype: jnp.dtype = jnp.float32,
   ):
-    """Draws the weights.
+    """Initialises the weights.
 
     Args:
       rngs: `params`.
-      width: channels as a multiple of the published.
+      width: multiplies the published numbers of channels.
       dtype: of the convolutions.
     """
-    how = {"rngs": rngs, "dtype": dtype}
-    face_stages, kept, features = [], [], 6
+    layer_args = {"rngs": rngs, "dtype": dtype}
+    # 6 channels: the masked face and the reference.
+    face_stages, skip_channels, features = [], [], 6
     for table in _FACE:
-      face_stages.append(convolutions.rows(features, table, width, **how))
-      features = convolutions.scaled(table[-1][0], width)
-      kept.append(features)
+      face_stages.append(
+        convolutions.conv_stack(features, table, width, **layer_args)
+      )
+      features = convolutions.scaled_channels(table[-1][0], width)
+      skip_channels.append(features)
     self.face_stages = nnx.List(face_stages)
-    self.sound_layers = convolutions.rows(1, SOUND, width, **how)
-    features = convolutions.scaled(512, width)
+    self.sound_layers = convolutions.conv_stack(1, SOUND, width, **layer_args)
+    features = convolutions.scaled_channels(512, width)
     decoder_stages = [
-      nnx.List([Convolution(features, features, 1, **how)]),
+      nnx.List([Convolution(features, features, 1, **layer_args)]),
     ]
     for channels, *sizes, num_residual in _DECODER:
-      features += kept.pop()
-      channels = convolutions.scaled(channels, width)
-      stage = [TransposedConvolution(features, channels, 3, *sizes, **how)]
+      features += skip_channels.pop()
+      channels = convolutions.scaled_channels(channels, width)
+      stage = [
+        TransposedConvolution(features, channels, 3, *sizes, **layer_args)
+      ]
       stage += [
-        Convolution(channels, channels, 3, 1, 1, residual=True, **how)
+        Convolution(channels, channels, 3, 1, 1, residual=True, **layer_args)
         for _ in range(num_residual)
       ]
       decoder_stages.append(nnx.List(stage))
       features = channels
     self.decoder_stages = nnx.List(decoder_stages)
-    self.output = Output(features + kept.pop(), width, **how)
+    self.output = Output(features + skip_channels.pop(), width, **layer_args)
 
   def __call__(
     self, masked: jax.Array, reference: jax.Array, mels: jax.Array
   ) -> jax.Array:
-    """Draws the faces that say what is heard.
+    """Draws faces that fit the sound.
 
     Args:
       masked: float32 (B, T, 96, 96, 3), RGB in [0, 1], the lower half 0.
-      reference: the same of another time, whole.
-      mels: float32 (B, T, 16, 80), of each frame.
+      reference: float32 (B, T, 96, 96, 3), RGB in [0, 1], whole faces of the
+        same person, at another time in training.
+      mels: float32 (B, T, 16, 80), the window of each frame.
 
     Returns:
       float32 (B, T, 96, 96, 3) in [0, 1].
 
     Raises:
-      ValueError: the pictures have another size.
+      ValueError: the images have another size.
     """
     shape = masked.shape
     if shape[2:] != (self.image_size, self.image_size, 3):
       raise ValueError(
-        f"Wav2Lip's pictures are {self.image_size} x {self.image_size} x 3, "
+        f"Wav2Lip's images are {self.image_size} x {self.image_size} x 3, "
         f"found {' x '.join(map(str, shape[2:]))}"
       )
     x = jnp.concatenate([masked, reference], axis=-1)
     x = x.reshape(-1, *x.shape[2:])
-    kept = []
+    skips = []
     for stage in self.face_stages:
-      x = convolutions.run(stage, x)
-      kept.append(x)
-    x = mels.reshape(-1, *mels.shape[2:])
-    x = convolutions.run(self.sound_layers, inputs.mel_images(x))
+      x = convolutions.apply_layers(stage, x)
+      skips.append(x)
+    mel = inputs.mel_images(mels.reshape(-1, *mels.shape[2:]))
+    x = convolutions.apply_layers(self.sound_layers, mel)
     for stage in self.decoder_stages:
-      x = jnp.concatenate([convolutions.run(stage, x), kept.pop()], axis=-1)
+      x = convolutions.apply_layers(stage, x)
+      x = jnp.concatenate([x, skips.pop()], axis=-1)
     return self.output(x).reshape(shape)
 
 
 class Output(nnx.Module):
-  """Features to colours: (N, S, S, C) -> float32 (N, S, S, 3) in [0, 1]."""
+  """Output head: (N, S, S, C) -> float32 (N, S, S, 3), RGB in [0, 1]."""
 
   def __init__(
     self,
@@ -144,7 +151,7 @@ class Output(nnx.Module):
     rngs: nnx.Rngs,
     dtype: jnp.dtype = jnp.float32,
   ):
-    hidden = convolutions.scaled(32, width)
+    hidden = convolutions.scaled_channels(32, width)
     self.hidden = Convolution(features, hidden, 3, 1, 1, rngs=rngs, dtype=dtype)
     self.colours = nnx.Conv(hidden, 3, (1, 1), dtype=dtype, rngs=rngs)
 

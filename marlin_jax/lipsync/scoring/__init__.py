@@ -1,0 +1,1 @@
+"""Scores of talking videos: LSE-D, LSE-C and Frechet distances."""
