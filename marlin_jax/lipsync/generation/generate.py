@@ -302,7 +302,7 @@ def _write(
   ):
     parts = iter(track)
     for picture in pictures:
-      writer.add_picture(picture)
+      writer.add_frame(picture)
       while writer.sound_secs < writer.secs:
         part = next(parts, None)
         if part is None:

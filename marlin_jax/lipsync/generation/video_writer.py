@@ -1,11 +1,12 @@
-"""Writes an MP4 with sound that says of itself that a machine made it.
+"""Writes an MP4 with sound whose metadata mark it as AI-generated.
 
-The mark is in two places, so that both players and picture agencies find it:
-the metadata keys `comment`, `description` and `digital_source_type`, and an XMP
+The mark is in two places, for video players and for picture agencies: the
+metadata keys `comment`, `description` and `digital_source_type`, and an XMP
 packet with IPTC's property `DigitalSourceType` (IPTC Photo Metadata Standard),
 which an MPEG-4 file holds in a box of type `uuid` (XMP Specification, part 3).
-Neither is a signature: whoever copies the pictures alone
-loses them.
+Neither is a signature, and copying only the frames loses both.
+
+Axes: H W pixels, S samples, C channels.
 """
 
 from __future__ import annotations
@@ -56,36 +57,37 @@ _XMP = f"""\
 <?xpacket end="w"?>"""
 
 CRF = 18
-# What AAC knows (ISO/IEC 14496-3, table 1.18), up to what players take.
+# Sample rates of AAC (ISO/IEC 14496-3, table 1.18) that players support.
 AAC_RATES = (
   *(8000, 11_025, 12_000, 16_000, 22_050),
   *(24_000, 32_000, 44_100, 48_000),
 )
-_BT709 = 1  # of ITU-T H.273, for primaries, transfer and matrix alike
+# In ITU-T H.273: for colour primaries, transfer function and matrix.
+_BT709 = 1
 _LIMITED_RANGE = 1
 
 
 class VideoWriterError(UserError):
-  """The video cannot be written; the message says where and why."""
+  """Raised if a video cannot be written; the message has path and reason."""
 
 
 class VideoWriter:
-  """Writes pictures and sound in step; a context manager.
+  """Context manager that writes frames and sound to an MP4.
 
-  What it writes has another name until it is whole: leaving by an exception
-  leaves nothing behind, and what was there before stays.
+  The file gets its name when it is complete. After an exception nothing is left
+  behind, and a file that existed before is unchanged.
 
   Args:
-    path: ends in .mp4; replaced where it exists.
-    size: width and height of the pictures. An odd one is made even by
-      repeating the last column or row, which 4:2:0 needs.
+    path: ends in .mp4; replaced if it exists.
+    size: width and height of the frames. 4:2:0 needs even sizes: the last
+      column or row of odd ones is repeated.
     fps: frames per second.
-    rate: samples per second of the sound. One that AAC does not know is
-      brought to 48 kHz.
+    rate: samples per second of the sound; resampled to 48 kHz if AAC does not
+      support it.
     num_channels: of the sound, 1 or 2.
 
   Raises:
-    VideoWriterError: it cannot be written there, or an encoder is missing.
+    VideoWriterError: `path` cannot be written, or an encoder is missing.
   """
 
   def __init__(
@@ -113,7 +115,7 @@ class VideoWriter:
         str(self._partial),
         "w",
         format="mp4",
-        # The second flag keeps keys that the format does not list.
+        # use_metadata_tags keeps keys that MP4 does not define.
         options={"movflags": "faststart+use_metadata_tags"},
       )
     except OSError as e:
@@ -126,20 +128,20 @@ class VideoWriter:
     self._add_streams(size)
 
   def _add_streams(self, size: tuple[int, int]) -> None:
-    pictures = self._container.add_stream("libx264", rate=self._fps)
-    pictures.width, pictures.height = (side + side % 2 for side in size)
-    pictures.pix_fmt = "yuv420p"
-    pictures.options = {"crf": str(CRF)}
-    # Without a word of it, players guess by the size.
-    context = pictures.codec_context
+    video = self._container.add_stream("libx264", rate=self._fps)
+    video.width, video.height = (side + side % 2 for side in size)
+    video.pix_fmt = "yuv420p"
+    video.options = {"crf": str(CRF)}
+    # Players guess the colour space by the size if it is not given.
+    context = video.codec_context
     context.color_primaries = context.color_trc = context.colorspace = _BT709
     context.color_range = _LIMITED_RANGE
     rate = self._rate if self._rate in AAC_RATES else AAC_RATES[-1]
     sound = self._container.add_stream("aac", rate=rate, layout=self._layout)
-    # A frame of 1024 samples has at most 6144 bits a channel, 6 a sample.
-    channels = 1 if self._layout == "mono" else 2
-    sound.bit_rate = min(4 * rate, 96_000) * channels
-    self._pictures, self._sound = pictures, sound
+    # AAC allows 6144 bits per channel and frame of 1024 samples: 6 per sample.
+    num_channels = 1 if self._layout == "mono" else 2
+    sound.bit_rate = min(4 * rate, 96_000) * num_channels
+    self._video, self._sound = video, sound
 
   def __enter__(self) -> Self:
     return self
@@ -151,27 +153,27 @@ class VideoWriter:
         return
       finally:
         self._partial.unlink(missing_ok=True)
-    # What went wrong first is what is told.
+    # An error of closing must not replace the exception that led here.
     with contextlib.suppress(OSError):
       self._container.close()
     self._partial.unlink(missing_ok=True)
 
   @property
   def secs(self) -> float:
-    """Length of the pictures so far."""
+    """Duration of the frames added so far."""
     return self._num_frames / self._fps
 
   @property
   def sound_secs(self) -> float:
-    """Length of the sound so far."""
+    """Duration of the sound added so far."""
     return self._num_samples / self._rate
 
-  def add_picture(self, pixels: np.ndarray) -> None:
+  def add_frame(self, pixels: np.ndarray) -> None:
     """Adds the next frame, uint8 (H, W, 3), RGB."""
     import av
     from av.video.reformatter import Interpolation
 
-    height, width = self._pictures.height, self._pictures.width
+    height, width = self._video.height, self._video.width
     padding = height - pixels.shape[0], width - pixels.shape[1]
     if any(padding):
       pixels = np.pad(
@@ -181,13 +183,13 @@ class VideoWriter:
     frame = frame.reformat(
       format="yuv420p",
       dst_colorspace="ITU709",
-      # By default colours are cut off, not rounded.
+      # The default truncates colours instead of rounding them.
       interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND,
     )
     frame.pts = self._num_frames
     frame.time_base = Fraction(1, self._fps)
     self._num_frames += 1
-    self._encode(self._pictures, frame)
+    self._encode(self._video, frame)
 
   def add_sound(self, samples: np.ndarray) -> None:
     """Adds the next samples, int16 (S, C)."""
@@ -208,7 +210,7 @@ class VideoWriter:
     stream: av.VideoStream | av.AudioStream,
     frame: av.VideoFrame | av.AudioFrame | None,
   ) -> None:
-    """Writes what a frame completes; None: all that is left."""
+    """Encodes a frame and writes finished packets; None flushes the encoder."""
     import av
 
     try:
@@ -218,7 +220,7 @@ class VideoWriter:
       raise VideoWriterError(f"cannot write {self._path}: {e.strerror}") from e
 
   def _finish(self) -> None:
-    self._encode(self._pictures, None)
+    self._encode(self._video, None)
     self._encode(self._sound, None)
     packet = _XMP.encode()
     try:

@@ -194,7 +194,7 @@ def test_written_sound_is_on_time(tmp_path, rate, num_channels, written_rate):
   wave = np.repeat(clicks(rate)[:, None], num_channels, axis=1)
   with video_writer.VideoWriter(path, (64, 48), 25, rate, num_channels) as w:
     for pixels in moving_noise(50):
-      w.add_picture(pixels)
+      w.add_frame(pixels)
     for part in np.array_split(wave, 7):
       w.add_sound(part)
   with av.open(str(path)) as container:
@@ -214,7 +214,7 @@ def test_odd_size_is_made_even_and_colours_stay(tmp_path):
   colour = np.array([200, 40, 90])
   with video_writer.VideoWriter(path, (65, 47), 25, 8000, 1) as writer:
     for _ in range(5):
-      writer.add_picture(np.full((47, 65, 3), colour, np.uint8))
+      writer.add_frame(np.full((47, 65, 3), colour, np.uint8))
     writer.add_sound(np.zeros((1600, 1), np.int16))
   frames = decoded(path)
   assert frames.shape == (5, 48, 66, 3)
@@ -227,7 +227,7 @@ def test_failure_leaves_what_was_there(tmp_path):
 
   def write_half() -> None:
     with video_writer.VideoWriter(path, (64, 48), 25, 8000, 1) as writer:
-      writer.add_picture(moving_noise(1)[0])
+      writer.add_frame(moving_noise(1)[0])
       raise RuntimeError("the generator has failed")
 
   with pytest.raises(RuntimeError, match="generator"):

@@ -26,11 +26,6 @@ from marlin_jax.lipsync.training import (
   losses,
   pictures,
 )
-<<<<<<< HEAD
-from marlin_jax.pretraining import losses
-=======
-from marlin_jax.pretraining.configuration import ConfigError
->>>>>>> 07ce10d (Lip-sync: the sync loss, the networks' inputs and the offset chart get modules below training, generation and scoring)
 from marlin_jax.records import mel_spectrogram
 from marlin_jax.training.checkpoint import ResumeError
 from marlin_jax.training.configuration import ConfigError
