@@ -142,6 +142,14 @@ def check_batch(mesh: Mesh, batch_size: int, key: str = "batch_size") -> None:
     )
 
 
+def describe(mesh: Mesh) -> str:
+  """Returns number and kind of the devices, and the number of processes."""
+  kinds = ", ".join(sorted({d.device_kind for d in mesh.devices.flat}))
+  num_processes = len({d.process_index for d in mesh.devices.flat})
+  suffix = f" in {num_processes} processes" if num_processes > 1 else ""
+  return f"{mesh.size} x {kinds}{suffix}"
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Leading axis over data and fsdp."""
   return NamedSharding(mesh, BATCH)

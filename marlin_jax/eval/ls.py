@@ -169,22 +169,23 @@ def main(argv: Sequence[str]) -> None:
 
 def _train(config: ConfigDict, mode: str) -> None:
   # Imported here: they take seconds, which --help and bad flags need not wait.
-  from marlin_jax.lipsync.training import course
+  from marlin_jax.lipsync.training.expert_training import train_expert
+  from marlin_jax.lipsync.training.generator_training import train_generator
   from marlin_jax.training import loop
 
   given, workdir = flags.FLAGS, config_flags.workdir()
   if mode == "train_expert":
-    train = functools.partial(course.train_expert, config, given.data, workdir)
+    train = functools.partial(train_expert, config, given.data, workdir)
   else:
     train = functools.partial(
-      course.train_generator,
+      train_generator,
       config,
       given.data,
       workdir,
       given.expert,
       given.checkpoint,
     )
-  loop.carry_out(train)
+  loop.run_training(train)
 
 
 def _generate(config: ConfigDict) -> None:

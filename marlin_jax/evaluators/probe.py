@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from marlin_jax.data import loader, prepared_dataset
 from marlin_jax.data.clip_geometry import Clip
-from marlin_jax.devices import sharding
+from marlin_jax.devices import distributed, sharding
 from marlin_jax.downstream import (
   clip_batches,
   feature_cache,
@@ -44,7 +44,13 @@ from marlin_jax.downstream.tasks import Task, TaskError
 from marlin_jax.eval import modes
 from marlin_jax.inference import clip_features
 from marlin_jax.models import partition
-from marlin_jax.pretraining.train_step import Trainer, TrainState
+from marlin_jax.pretraining.course import PretrainingCourse
+from marlin_jax.pretraining.train_step import TrainState
+from marlin_jax.training import remote_files
+from marlin_jax.training.configuration import flat
+from marlin_jax.training.loop import Result
+from marlin_jax.training.workdir import Workdir
+from marlin_jax.weights import run_checkpoint
 from marlin_jax.weights.weights import Architecture
 
 _TEMPERATURE = 0.07  # DINO's
@@ -268,25 +274,42 @@ def _scores(task: Task, targets, probabilities) -> dict[str, float]:
 
 
 class TrainingProbe:
-  """A probe of the encoder of a run, where its weights lie."""
+  """Probes the encoder of a run in place, on any mesh."""
 
   def __init__(
     self,
-    trainer: Trainer,
-    architecture: Architecture,
-    data: Data,
+    course: PretrainingCourse,
     config: ConfigDict,
-    mesh: Mesh,
+    path: str,
+    workdir: Workdir,
+    alive: Callable[[str], None],
   ):
-    """Compiles nothing yet.
+    """Reads the labels of the data set and prints what is probed.
 
     Args:
-      trainer: of the run.
-      architecture: likewise; see formats.run.architecture_of.
-      data: from `open_data`.
-      config: of the run.
-      mesh: likewise.
+      course: network and devices.
+      config: configuration of the run.
+      path: labelled data set.
+      workdir: where to cache the labels, unless it is in a bucket.
+      alive: tells the watchdog that the probe is at work.
+
+    Raises:
+      DatasetError, TaskError: as `open_data`.
+      StartError: processes see different data sets.
     """
+    trainer, mesh = course.trainer, course.mesh
+    architecture = run_checkpoint.architecture_of(flat(config))
+    cache = None
+    if not remote_files.is_remote(workdir.path):
+      cache = workdir.files.path / "probe"
+    with distributed.leader_first():
+      data = open_data(config.probe, architecture, path, cache)
+    distributed.check_same(
+      {f"the data set in {path}": data.train.split.dataset.fingerprint}
+    )
+    if jax.process_index() == 0:
+      print("\n".join([str(data), *(f"WARNING: {w}" for w in data.warnings)]))
+    self._config, self._alive = config.probe, alive
     self._probe = Probe(
       data, config.probe, mesh, num_threads=config.data.num_threads
     )
@@ -296,16 +319,19 @@ class TrainingProbe:
       out_shardings=sharding.replicated(mesh),
     )
 
-  def metrics(
-    self, state: TrainState, report: Callable[[int], object]
-  ) -> dict[str, float]:
-    """Probe.metrics of the average of the weights, where one is kept."""
+  def __call__(self, state: TrainState) -> Result:
+    """Probes the averaged weights if the run keeps an average."""
 
     def encode(video: np.ndarray) -> jax.Array:
       x = jax.make_array_from_process_local_data(self._split, video)
       return self._features(state.best_params, state.fixed, x)
 
-    return self._probe.metrics(encode, report)
+    scores = self._probe.metrics(encode, lambda _: self._alive("the probe"))
+    return Result(
+      {f"eval/{name}": value for name, value in scores.items()},
+      f"AUC for {self._config.label} on {self._config.eval_split}: linear "
+      f"probe {scores['probe/auc']:.4f}, neighbours {scores['knn/auc']:.4f}",
+    )
 
 
 def _features(trainer, architecture, params, fixed, video):

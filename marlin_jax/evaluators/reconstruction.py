@@ -1,20 +1,20 @@
-"""Reconstruction of a fixed set of clips: numbers, a picture, an animation."""
+"""Reconstruction of a fixed set of clips: losses, a picture, an animation."""
 
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from PIL import Image
+from ml_collections import ConfigDict
 
 from marlin_jax.data import loader
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.devices import sharding
 from marlin_jax.inference import pictures
-from marlin_jax.pretraining.train_step import Trainer, TrainState, reconstruct
+from marlin_jax.pretraining.course import PretrainingCourse
+from marlin_jax.pretraining.train_step import TrainState, reconstruct
+from marlin_jax.training.loop import Picture, Result
 
 _SCALARS = (
   "loss_rec",
@@ -22,94 +22,95 @@ _SCALARS = (
   "loss_batch_colour",
   "loss_own_colour",
 )
+_FPS = 30  # of most videos
 
 
 class Reconstruction:
-  """Hides the same tokens of the same clips every time it is called."""
+  """Reconstructs the same clips with the same tokens hidden at every call."""
 
   def __init__(
     self,
-    trainer: Trainer,
+    course: PretrainingCourse,
     dataset: Dataset,
-    take_clip: loader.TakeClip,
-    split: NamedSharding,
-    *,
-    batch_size: int,
-    num_batches: int,
-    seed: int,
+    config: ConfigDict,
     bad: loader.BadRecords | None = None,
   ):
-    """Says which clips, and how they are spread; nothing is read yet."""
-    self._task = trainer.task
-    everywhere = sharding.replicated(split.mesh)
+    """Chooses the clips; reads nothing.
+
+    Args:
+      course: network and devices.
+      dataset: evaluation split.
+      config: configuration of the run.
+      bad: list of unreadable records; see `loader.eval_batches`.
+    """
+    trainer = course.trainer
+    self._task, self._config = trainer.task, config
+    self._split_name = dataset.split
+    self._split = sharding.batch_sharding(course.mesh)
+    everywhere = sharding.replicated(course.mesh)
     self._reconstruct = jax.jit(
       functools.partial(reconstruct, trainer),
       out_shardings={
-        "video": split,
-        "visible": split,
+        "video": self._split,
+        "visible": self._split,
         **dict.fromkeys(_SCALARS, everywhere),
       },
     )
+    batch_size = config.batch_size // trainer.num_micro
     self._batches = functools.partial(
       loader.eval_batches,
       dataset,
-      take_clip,
+      course.take_clip,
       batch_size=batch_size,
-      rows=loader.own_rows(split, batch_size),
+      rows=loader.own_rows(self._split, batch_size),
       bad=bad,
     )
-    self._num_batches = num_batches
-    self._split = split
-    self._key = jax.random.key(seed)
+    self._key = jax.random.key(config.seed)
 
   def _results(self, state: TrainState, num_batches: int):
     batches = self._batches(num_batches=num_batches)
     for i, batch in enumerate(loader.to_devices(batches, self._split)):
-      yield (
-        batch,
-        self._reconstruct(state, batch, jax.random.fold_in(self._key, i)),
-      )
+      rng = jax.random.fold_in(self._key, i)
+      yield batch, self._reconstruct(state, batch, rng)
 
-  def metrics(self, state: TrainState) -> dict[str, float]:
-    """Means over all clips of what train_step.reconstruct measures."""
+  def losses(self, state: TrainState) -> Result:
+    """Evaluates the losses of `train_step.reconstruct`, means over clips."""
     rows = [
       [float(result[name]) for name in _SCALARS]
-      for _, result in self._results(state, self._num_batches)
+      for _, result in self._results(state, self._config.eval_batches)
     ]
-    return dict(zip(_SCALARS, np.mean(rows, axis=0).tolist(), strict=True))
+    means = np.mean(rows, axis=0).tolist()
+    loss = dict(zip(_SCALARS, means, strict=True))
+    name = self._split_name
+    return Result(
+      {f"eval/{name}/{key}": value for key, value in loss.items()},
+      f"pixel loss {loss['loss_pixels']:.4f} on {name}; flat patches of the "
+      f"batch's mean colour {loss['loss_batch_colour']:.4f}, of their own "
+      f"{loss['loss_own_colour']:.4f}",
+    )
 
-  def views(self, state: TrainState, num_clips: int) -> pictures.Views:
-    """Pictures of the first clips; see summaries.panels."""
+  def picture(self, state: TrainState) -> Result:
+    """Draws the first clips: original, visible tokens, reconstruction.
+
+    With several processes each draws its own clips.
+    """
     batch, result = next(self._results(state, 1))
-    # With several processes each shows clips of its own.
-    video, visible, made = (
-      sharding.local_rows(x)[:num_clips]
+    video, visible, reconstructed = (
+      sharding.local_rows(x)[: self._config.picture_clips]
       for x in (batch["video"], result["visible"], result["video"])
     )
-    return pictures.panels(
+    views = pictures.panels(
       video,
       visible,
-      made,
+      reconstructed,
       self._task.tubelets.grid,
       norm_pix=self._task.norm_pix,
     )
-
-
-def save(views: pictures.Views, directory: Path, name: str, fps: float):
-  """Writes NAME.png and NAME.gif.
-
-  Args:
-    views: from `Reconstruction.views`.
-    directory: created where it is missing.
-    name: of the files.
-    fps: of the animation.
-
-  Returns:
-    The picture, uint8 (rows, columns, 3), and the two paths.
-  """
-  directory.mkdir(parents=True, exist_ok=True)
-  paths = directory / f"{name}.png", directory / f"{name}.gif"
-  picture = pictures.picture(views)
-  Image.fromarray(picture).save(paths[0])
-  pictures.save_animation(views, paths[1], fps=fps)
-  return picture, paths
+    fps = _FPS / self._config.data.stride
+    return Result(
+      picture=Picture(
+        "reconstruction",
+        pictures.picture(views),
+        functools.partial(pictures.save_animation, views, fps=fps),
+      )
+    )

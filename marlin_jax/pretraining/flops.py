@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from marlin_jax.data.clip_geometry import Tubelets
+from marlin_jax.devices import chips
 from marlin_jax.pretraining.masking import Masking, num_decoded
 
 
@@ -67,6 +69,22 @@ def features(config: ConfigDict) -> float:
   )
   embed = parts.embed * parts.num_tokens / parts.encoder.tokens
   return embed + everything.forward
+
+
+def peak_clips_per_sec(config: ConfigDict, mesh: Mesh) -> float | None:
+  """Returns clips per second at a model FLOPs utilisation of 1.
+
+  Args:
+    config: a valid configuration.
+    mesh: devices that train.
+
+  Returns:
+    None if the peak of the chip is unknown; see devices.chips.
+  """
+  chip = chips.find(mesh.devices.flat[0].device_kind)
+  if chip is None:
+    return None
+  return chip.peak_flops(config.dtype) * mesh.size / train_step(config)
 
 
 @dataclasses.dataclass(frozen=True)

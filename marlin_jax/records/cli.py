@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 _RESUMABLE = "What is done is kept: the same command goes on from there."
 
@@ -53,6 +54,32 @@ def run_command(work: Callable[[], None], interrupted: str = _RESUMABLE) -> int:
     print(f"error: {e}", file=sys.stderr)
     return 1
   return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """Line of a start-up text.
+
+  Attributes:
+    label: at most 8 characters.
+    value: text beside the label.
+    notes: further lines below the value.
+  """
+
+  label: str
+  value: str
+  notes: list[str] = dataclasses.field(default_factory=list)
+
+
+def format_rows(rows: Iterable[Row]) -> str:
+  """Returns a start-up text: a column of labels, a column of values."""
+  return "\n".join(
+    f"{label:<9}{text}"
+    for row in rows
+    for label, text in zip(
+      [row.label] + [""] * len(row.notes), [row.value, *row.notes], strict=True
+    )
+  )
 
 
 def at_least(least: int) -> Callable[[str], int]:

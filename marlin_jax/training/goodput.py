@@ -38,9 +38,6 @@ from typing import Any
 
 import jax
 
-from marlin_jax.devices import chips
-from marlin_jax.pretraining import flops
-
 # In the order of the summary.
 KINDS = (
   "step",
@@ -282,25 +279,6 @@ def process_age_secs() -> float:
   ticks = int(stat.rpartition(")")[2].split()[19])
   started = ticks / os.sysconf("SC_CLK_TCK")
   return max(time.clock_gettime(time.CLOCK_BOOTTIME) - started, since_import)
-
-
-def peak_clips_per_sec(
-  config, device_kind: str, num_devices: int
-) -> float | None:
-  """Clips per second if the devices did nothing but matrix products.
-
-  Args:
-    config: see configs/pretrain_b.py.
-    device_kind: jax.Device.device_kind.
-    num_devices: that train.
-
-  Returns:
-    None where the chip's peak is not known.
-  """
-  chip = chips.find(device_kind)
-  if chip is None:
-    return None
-  return chip.peak_flops(config.dtype) * num_devices / flops.train_step(config)
 
 
 def _name(kind: str) -> str:

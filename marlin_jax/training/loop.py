@@ -1,48 +1,146 @@
-"""What a training does around its steps, whatever it trains.
+"""Training loop that pretraining and lip synchronisation share.
 
-It opens its folder, goes on where it stopped, tells how far it is, notes steps
-that were not applied, saves, and ends when it is asked to. What differs stays
-with train.py and lipsync/training.py: networks, data, evaluation.
+`train` is the whole loop: batch, step, guard, log, checkpoint, evaluate, end. A
+`Course` says what is trained, a list of `Evaluation`s what is measured.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
+import math
+import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
-from etils import epath
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from PIL import Image
+from tqdm import tqdm
 
 from marlin_jax.data import loader
 from marlin_jax.data.prepared_dataset import Dataset
-from marlin_jax.devices import distributed
-from marlin_jax.records import folders
+from marlin_jax.devices import distributed, sharding
+from marlin_jax.records import cli
 from marlin_jax.records.cli import UserError
-from marlin_jax.training import (
-  checkpoint,
-  goodput,
-  metrics,
-  nonfinite,
-  remote_files,
-  watchdog,
-)
+from marlin_jax.training import goodput, metrics, nonfinite
 from marlin_jax.training.configuration import flat
+from marlin_jax.training.profiler import Profiler
+from marlin_jax.training.watchdog import Watchdog
+from marlin_jax.training.workdir import Workdir
+
+# State of a training: a pytree with `step` and `num_skipped`, int32 scalars.
+State = Any
+Scalars = dict[str, jax.Array]
 
 
-def carry_out(train: Callable[[], tuple[Any, int | None]]) -> None:
-  """Trains; if it does not come to its end, exits as train.py tells.
+class Course(Protocol):
+  """Network, data and training step of a run.
+
+  Attributes:
+    dataset: training split.
+    take_clip: turns records into clips; see `loader.train_batches`.
+    fields: keys of a batch that the training step gets.
+    batch_size: clips per step over all devices.
+    num_steps: steps of the whole run.
+    mesh: devices.
+    shapes: state, as arrays or shapes.
+    shardings: where each array of the state lives.
+    identity: flat dict that survives JSON; a resumed run must agree in it.
+    learning_rate: maps the number of updates to the learning rate, which is
+      logged as train/lr; None: not logged.
+    peak_clips_per_sec: rate at a model FLOPs utilisation of 1; None: unknown.
+  """
+
+  dataset: Dataset
+  take_clip: loader.TakeClip
+  fields: tuple[str, ...]
+  batch_size: int
+  num_steps: int
+  mesh: Mesh
+  shapes: State
+  shardings: Any
+  identity: dict[str, Any]
+  learning_rate: Callable[[float], Any] | None
+  peak_clips_per_sec: float | None
+
+  def describe(self) -> list[cli.Row]:
+    """Returns the start-up text."""
+
+  def first_state(self) -> State:
+    """Returns the state before the first step, on the devices."""
+
+  def make_step(self) -> Callable[[State, dict], tuple[State, Scalars]]:
+    """Returns the training step; it may give the old state's memory away.
+
+    The scalars include `num_skipped`, the updates not applied so far.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+  """Picture made by an evaluator.
+
+  Attributes:
+    name: name in TensorBoard.
+    image: uint8 (rows, columns, 3), saved as PNG.
+    save_animation: writes a GIF of the same to a path; None: there is none.
+  """
+
+  name: str
+  image: np.ndarray
+  save_animation: Callable[[Path], None] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """Result of an evaluator.
+
+  Attributes:
+    scalars: metrics by full name, such as 'eval/val/loss_rec'.
+    sentence: the main numbers in words; '': nothing is printed.
+    picture: None without one.
+    events: objects for metrics.jsonl by name.
+    state: state as changed by the evaluation; None: unchanged.
+  """
+
+  scalars: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  sentence: str = ""
+  picture: Picture | None = None
+  events: Mapping[str, dict] = dataclasses.field(default_factory=dict)
+  state: State | None = None
+
+
+class Evaluation(NamedTuple):
+  """Evaluator with its schedule.
+
+  Attributes:
+    every: steps between two evaluations; the last step has one too, unless a
+      signal ends the run.
+    evaluator: maps a state to its result, in all processes together.
+    before_save: evaluate before the checkpoint of the step, at multiples of
+      `every` even when a signal ends the run. For evaluators that change the
+      state.
+  """
+
+  every: int
+  evaluator: Callable[[State], Result]
+  before_save: bool = False
+
+
+def run_training(run: Callable[[], tuple[Any, int | None]]) -> None:
+  """Runs a training and exits with the exit codes of marlin_jax.train.
 
   Args:
-    train: returns the last state, and the signal that ended it early or None.
+    run: returns the last state and the signal that ended the run early, or
+      None.
   """
   with distributed.leaving_on_errors():
     try:
-      _, signum = train()
+      _, signum = run()
     except UserError as e:
       distributed.leave(f"error: {e}", code=e.exit_code)
   if signum is not None:
@@ -50,10 +148,10 @@ def carry_out(train: Callable[[], tuple[Any, int | None]]) -> None:
 
 
 def start_processes(config: ConfigDict) -> None:
-  """Joins the other processes, where there are any, before devices are used.
+  """Joins the other processes, if any; call before devices are used.
 
   Raises:
-    StartError: they did not come together, or have another configuration.
+    StartError: a process is missing or has another configuration.
   """
   distributed.initialise(config.distributed)
   distributed.check_same(
@@ -65,274 +163,251 @@ def start_processes(config: ConfigDict) -> None:
   )
 
 
-class Workdir:
-  """The folder of a run, for this run alone.
+def train(
+  course: Course,
+  make_evaluations: Callable[
+    [Workdir, Callable[[str], None]], Sequence[Evaluation]
+  ],
+  config: ConfigDict,
+  path: str,
+) -> tuple[State, int | None]:
+  """Trains until the last step or a signal.
 
-  Attributes:
-    path: where it is, also in a bucket.
-    config, dataset: of the run.
-    held: closed when the run is over.
-    checkpoints: those in it.
-    start_step: the last that is saved; 0: none.
-    files: where to write what is small; there after `begin`.
+  Run again with the same workdir, it resumes from the last checkpoint with the
+  same bits as an uninterrupted run.
+
+  Args:
+    course: what to train.
+    make_evaluations: called with the workdir and with a function that tells the
+      watchdog what an evaluation that takes minutes is doing.
+    config: configuration; see configs/pretrain_b.py.
+    path: workdir; created, or resumed from.
+
+  Returns:
+    The last state, and the signal that ended the run early or None.
+
+  Raises:
+    UserError: the run cannot start, resume, save or go on.
   """
+  is_leader = jax.process_index() == 0
+  if is_leader:
+    print(cli.format_rows(course.describe()), flush=True)
+  num_values = sum(math.prod(x.shape) for x in jax.tree.leaves(course.shapes))
+  with Workdir(path, config, course.dataset, num_values) as workdir:
+    # --- State ----------------------------------------------------------------
+    start_step, checkpoints = workdir.start_step, workdir.checkpoints
+    if start_step:
+      state = workdir.restore(course.shapes, course.shardings, course.identity)
+    else:
+      state = course.first_state()
+    workdir.begin()
 
-  files: remote_files.RunFiles
-
-  def __init__(
-    self,
-    path: str,
-    config: ConfigDict,
-    dataset: Dataset,
-    num_params: int,
-    held: contextlib.ExitStack,
-  ):
-    """Makes or opens it; sets damaged checkpoints aside.
-
-    Args:
-      path: local or gs://.
-      config: of the run.
-      dataset: what it trains on.
-      num_params: float32 numbers in a checkpoint.
-      held: gives the folder free when it is closed.
-
-    Raises:
-      OutputFolderError: another run has it, or there is no room.
-      StartError: the processes see different data sets or checkpoints.
-    """
-    self.path = epath.Path(path)
-    self.config, self.dataset, self.held = config, dataset, held
-    self._is_leader = jax.process_index() == 0
-    with distributed.leader_first():
-      if self._is_leader:
-        if remote_files.is_remote(self.path):
-          self.path.mkdir(parents=True, exist_ok=True)
-        else:
-          lock = folders.Lock(Path(self.path), "lock")
-          held.callback(lock.close)
-          remote_files.check_room(Path(self.path), 4 * num_params)
-        for note in checkpoint.set_damaged_aside(self.path / "checkpoints"):
-          print(f"warning: {note}", flush=True)
-    self.checkpoints = checkpoint.Checkpoints(
-      str(self.path / "checkpoints"), keep=config.keep_checkpoints
+    # --- Evaluators, batches, compiled step -----------------------------------
+    watchdog = Watchdog(**config.watchdog)
+    evaluations = make_evaluations(workdir, watchdog.alive)
+    before_save = [e for e in evaluations if e.before_save]
+    after_save = [e for e in evaluations if not e.before_save]
+    timer = goodput.Timer(
+      clips_per_step=course.batch_size,
+      peak_clips_per_sec=course.peak_clips_per_sec,
+      carried=workdir.earlier_secs(),
     )
-    self.start_step = self.checkpoints.last_saved or 0
-    distributed.check_same(
-      {
-        f"the data set in {dataset.path}": dataset.fingerprint,
-        f"the last step saved in {self.path}": self.start_step,
-      }
-    )
+    batches = _batches(course, config, workdir)
+    with timer.on("compile"):
+      take_step = course.make_step()
 
-  def restore(self, shapes: Any, shardings: Any, identity: dict[str, Any]):
-    """The state of `start_step`, as `Checkpoints.restore`."""
-    return self.checkpoints.restore(
-      self.start_step,
-      shapes,
-      shardings,
-      identity,
-      allow=self.config.allow_change.split(","),
-    )
-
-  def begin(self) -> None:
-    """Writes the configuration: from here on the folder tells of this run."""
-    if self._is_leader:
-      if self.start_step:
-        print(f"resumed from step {self.start_step} in {self.path}", flush=True)
-      text = self.config.to_json(indent=2) + "\n"
-      (self.path / "config.json").write_text(text)
-    self.files = remote_files.RunFiles(
-      self.path, apart=self._is_leader and remote_files.is_remote(self.path)
-    )
-
-  def seconds_before(self) -> dict[str, float] | None:
-    """What goodput.Timer is to carry on from, on the first process."""
-    if not self._is_leader:
-      return None
-    return goodput.carried_over(
-      self.files.path / "metrics.jsonl", self.start_step
-    )
-
-  def bad_records(self) -> loader.BadRecords:
-    """Where this process notes records that cannot be read."""
-    me = jax.process_index()
-    return loader.BadRecords(
-      self.path / f"quarantine{f'.process_{me}' if me else ''}.jsonl",
-      limit=self.config.data.max_bad_records,
-    )
-
-
-class Loop:
-  """The steps of a run; a context manager around them.
-
-    with loop:
-      for step in loop.steps():
-        state, scalars = ...
-        loop.follow(scalars, ids)
-        if loop.logs: loop.report(loop.train_scalars(scalars))
-        if loop.saves: loop.save(state)
-        if loop.due(config.eval_steps): ...
-        if loop.saves: loop.publish()
-    signum = loop.end(state)
-
-  Attributes:
-    step: that which is running.
-    writer: of metrics and pictures.
-  """
-
-  def __init__(
-    self,
-    workdir: Workdir,
-    mesh: Mesh,
-    timer: goodput.Timer,
-    *,
-    num_steps: int,
-    num_skipped: int,
-    identity: dict[str, Any],
-  ):
-    """Opens what it writes.
-
-    Args:
-      workdir: has begun. The watchdog ends with what it holds, after all is
-        saved.
-      mesh: the devices.
-      timer: of the run.
-      num_steps: of the whole run.
-      num_skipped: steps that were not applied before.
-      identity: what a run that is resumed must agree in.
-    """
-    config = workdir.config
-    self.step = workdir.start_step
-    self._timer = timer
-    self.writer = metrics.MetricWriter(
-      workdir.files.path, start_step=workdir.start_step
-    )
-    self._workdir, self._identity = workdir, identity
-    self._num_steps = num_steps
-    self._progress = metrics.Progress(num_steps, start=workdir.start_step)
-    self._stop = metrics.StopSignal()
-    self._stop_together = distributed.StopTogether(mesh)
-    self._signum: int | None = None
-    self._skips = nonfinite.SkippedSteps(
-      workdir.dataset,
+    # --- Output ---------------------------------------------------------------
+    writer = metrics.MetricWriter(workdir.files.path, start_step=start_step)
+    progress = metrics.Progress(course.num_steps, start=start_step)
+    skipped = nonfinite.SkippedSteps(
+      course.dataset,
       max_in_row=config.max_skipped_steps,
-      num_before=num_skipped,
+      num_before=int(state.num_skipped),
     )
-    self._guard = watchdog.Watchdog(**config.watchdog)
-    workdir.held.callback(self._guard.close)
+    profiler = Profiler(
+      workdir.files.path / "profile",
+      str(workdir.path / "profile"),
+      timer,
+      progress.say,
+      **config.get("profile", {}),
+    )
 
-  def __enter__(self) -> None:
-    self._stop.__enter__()
+    def tell_skipped():
+      if skip := skipped.check():
+        writer.event("skipped", **skip._asdict())
+        progress.say(str(skip))
 
-  def __exit__(self, *error) -> None:
-    self._stop.__exit__(*error)
+    def evaluate(step, evaluator):
+      with timer.on("eval"):
+        result = evaluator(state)
+        _write(result, step, workdir, writer, progress)
+      return result
 
-  def steps(self) -> Iterator[int]:
-    """Yields the numbers of those to be taken."""
-    self._timer.enter("step")
-    while self.step < self._num_steps and not self._stopping:
-      self.step += 1
-      self.alive(f"step {self.step}")
-      yield self.step
+    # --- Loop -----------------------------------------------------------------
+    signum = None
+    stop_together = distributed.StopTogether(course.mesh)
+    with watchdog:
+      timer.enter("step")
+      with StopSignal() as stop, profiler:
+        for step in range(start_step + 1, course.num_steps + 1):
+          watchdog.alive(f"step {step}")
+          with timer.on("data"):
+            batch = next(batches)
+          with profiler.step(step):
+            inputs = {field: batch[field] for field in course.fields}
+            state, scalars = take_step(state, inputs)
+            timer.step_started(scalars)  # waits for the step before it
 
-  def alive(self, doing: str) -> None:
-    """Tells the watchdog that the run does something, and what."""
-    self._guard.alive(doing)
+          # Guard: a step's metrics are looked at when the next one runs.
+          progress.step()
+          tell_skipped()
+          skipped.follow(step, scalars, batch["_id"])
+          if saved := checkpoints.poll():
+            progress.say(f"step {saved} is saved")
+          # Read once: a signal later in this round ends the next one.
+          signum = stop_together(stop.received)
+          is_last = step == course.num_steps or signum is not None
+          saves = is_last or step % config.checkpoint_steps == 0
 
-  def say(self, line: str) -> None:
-    """Prints a line that stays."""
-    self._progress.say(line)
+          # On a small machine the second log may be an hour away: log the first
+          # step too.
+          is_first = step == start_step + 1
+          if is_last or is_first or step % config.log_steps == 0:
+            tell_skipped()
+            row = {f"train/{k}": float(v) for k, v in scalars.items()}
+            if course.learning_rate:
+              num_updates = step - 1 - row["train/num_skipped"]
+              row["train/lr"] = float(course.learning_rate(num_updates))
+            row |= timer.read()
+            writer.write(step, row)
+            progress.report(step, row)
 
-  def follow(self, scalars: dict[str, jax.Array], ids: jax.Array) -> None:
-    """Notes that a step has been started; looks at what has happened meanwhile.
+          for every, evaluator, _ in before_save:
+            is_multiple = step % every == 0
+            if is_multiple or (is_last and signum is None):
+              result = evaluate(step, evaluator)
+              # Only at multiples: a longer run does not evaluate at this run's
+              # last step, and must have the same bits.
+              if is_multiple and result.state is not None:
+                state = result.state
 
-    Args:
-      scalars: its metrics.
-      ids: int (B,), the records of its clips, spread over the devices.
+          if saves:
+            with timer.on("checkpoint"):
+              checkpoints.save(step, state, course.identity)
 
-    Raises:
-      NotFiniteError: too many steps in a row were not applied.
-      SaveError: a checkpoint could not be saved.
-    """
-    self._progress.step()
-    self._tell_skipped()
-    self._skips.follow(self.step, scalars, ids)
-    if saved := self._workdir.checkpoints.poll():
-      self.say(f"step {saved} is saved")
-    # Read once: a signal in the middle of this round ends the next.
-    self._signum = self._stop_together(self._stop.received)
+          # After a signal time may be short: save, and do not evaluate.
+          for every, evaluator, _ in after_save:
+            if signum is None and (is_last or step % every == 0):
+              evaluate(step, evaluator)
 
-  @property
-  def _stopping(self) -> bool:
-    return self._signum is not None
+          if saves:
+            # The time that a run resumed from this checkpoint has spent.
+            writer.write(step, timer.totals())
+            with timer.on("checkpoint"):
+              workdir.files.publish()
+          if signum is not None:
+            break
 
-  def _is_turn(self, every: int) -> bool:
-    is_last = self.step == self._num_steps or self._stopping
-    return self.step % every == 0 or is_last
+      # --- End ----------------------------------------------------------------
+      timer.enter("checkpoint")
+      progress.close()
+      checkpoints.close()
+      last_step = int(state.step)
+      writer.write(last_step, timer.totals())
+      writer.close()
+      workdir.files.close()
+      if is_leader:
+        print(_summary(workdir.path, last_step, course.num_steps))
+        print(timer.summary(), flush=True)
+    return state, signum if last_step < course.num_steps else None
 
-  @property
-  def logs(self) -> bool:
-    """Whether the metrics of this step are wanted."""
-    # The first too: on a small machine the tenth may be an hour away.
-    is_first = self.step == self._workdir.start_step + 1
-    return self._is_turn(self._workdir.config.log_steps) or is_first
 
-  @property
-  def saves(self) -> bool:
-    """Whether this step gets a checkpoint."""
-    return self._is_turn(self._workdir.config.checkpoint_steps)
+def _batches(course: Course, config: ConfigDict, workdir: Workdir):
+  """Yields the batches of the steps to come, on the devices."""
+  split = sharding.batch_sharding(course.mesh)
+  return loader.to_devices(
+    loader.train_batches(
+      course.dataset,
+      course.take_clip,
+      batch_size=course.batch_size,
+      seed=config.seed,
+      start_step=workdir.start_step,
+      num_threads=config.data.num_threads,
+      clips_per_record=config.data.get("clips_per_record", 1),
+      rows=loader.own_rows(split, course.batch_size),
+      bad=workdir.bad_records,
+    ),
+    split,
+  )
 
-  def due(self, every: int) -> bool:
-    """Whether it is time for what is done every so many steps, and at last.
 
-    Not for a run that a signal ends: nobody may be left to wait for it.
-    """
-    return self._is_turn(every) and not self._stopping
+def _write(
+  result: Result,
+  step: int,
+  workdir: Workdir,
+  writer: metrics.MetricWriter,
+  progress: metrics.Progress,
+) -> None:
+  """Writes and prints the result of an evaluation."""
+  if result.scalars:
+    writer.write(step, result.scalars)
+  for name, details in result.events.items():
+    writer.event(name, step, **details)
+  if result.sentence:
+    progress.say(f"step {step}: {result.sentence}")
+  if result.picture and jax.process_index() == 0:
+    folder = workdir.files.path / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"step_{step:07d}.png"]
+    Image.fromarray(result.picture.image).save(folder / names[0])
+    if result.picture.save_animation:
+      names.append(f"step_{step:07d}.gif")
+      result.picture.save_animation(folder / names[1])
+    writer.write_picture(step, result.picture.name, result.picture.image)
+    paths = [str(workdir.path / "pictures" / name) for name in names]
+    progress.say(f"step {step}: {' and '.join(paths)}")
 
-  def train_scalars(self, scalars: dict[str, jax.Array]) -> dict[str, float]:
-    """The metrics of this step, which `follow` has got, when it is done."""
-    self._tell_skipped()
-    return {f"train/{k}": float(v) for k, v in scalars.items()}
 
-  def report(self, scalars: dict[str, float]) -> None:
-    """Writes and shows metrics, and where the time goes."""
-    scalars = scalars | self._timer.read()
-    self.writer.write(self.step, scalars)
-    self._progress.report(self.step, scalars)
+def _summary(workdir: Any, step: int, num_steps: int) -> str:
+  """Returns a text that says what a run has left and where."""
+  lines = [
+    f"step {step} of {num_steps} is saved in {workdir / 'checkpoints'}",
+    f"  metrics: {workdir / 'metrics.jsonl'}",
+  ]
+  for path in sorted((workdir / "pictures").glob("step_*.*"))[-2:]:
+    kind = "animation" if path.suffix == ".gif" else "picture"
+    lines.append(f"  {kind}: {path}")
+  if step < num_steps:
+    lines.append("the same command goes on from there")
+  return "\n".join(lines)
 
-  def save(self, state: Any) -> None:
-    """Saves a checkpoint; SaveError as `Checkpoints.save`."""
-    with self._timer.on("checkpoint"):
-      self._workdir.checkpoints.save(self.step, state, self._identity)
 
-  def publish(self) -> None:
-    """After all that is done at the step of a checkpoint."""
-    # What a run that is resumed from here has spent.
-    self.writer.write(self.step, self._timer.totals())
-    with self._timer.on("checkpoint"):
-      self._workdir.files.publish()
+class StopSignal:
+  """Notes SIGINT and SIGTERM, so that the loop can save before it ends.
 
-  def end(self, state: Any) -> int | None:
-    """Closes all that was opened.
+  A second SIGINT (Ctrl-C) raises KeyboardInterrupt.
 
-    Args:
-      state: the last.
+  Attributes:
+    received: the signal's number, or None.
+  """
 
-    Returns:
-      The signal that has ended the run early, or None.
+  def __init__(self):
+    self.received: int | None = None
 
-    Raises:
-      SaveError: as `Checkpoints.close`.
-    """
-    self._timer.enter("checkpoint")
-    self._progress.close()
-    self._workdir.checkpoints.close()
-    self.writer.write(int(state.step), self._timer.totals())
-    self.writer.close()
-    self._workdir.files.close()
-    return self._signum if int(state.step) < self._num_steps else None
+  def __enter__(self) -> StopSignal:
+    self._previous = {
+      signum: signal.signal(signum, self._note)
+      for signum in (signal.SIGINT, signal.SIGTERM)
+    }
+    return self
 
-  def _tell_skipped(self) -> None:
-    if found := self._skips.check():
-      self.writer.event("skipped", **found._asdict())
-      self.say(str(found))
+  def _note(self, signum, frame):
+    if self.received is not None and signum == signal.SIGINT:
+      raise KeyboardInterrupt
+    self.received = signum
+    name = signal.Signals(signum).name
+    tqdm.write(f"{name}: finishing this step, then saving", file=sys.stderr)
+
+  def __exit__(self, *_):
+    for signum, handler in self._previous.items():
+      signal.signal(signum, handler)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -92,34 +91,6 @@ def _step_of(line: str) -> float:
     return json.loads(line)["step"]
   except (ValueError, KeyError):
     return float("inf")  # the half-written last line of a killed run
-
-
-class StopSignal:
-  """Notes SIGINT and SIGTERM, so that the loop can save before it ends.
-
-  A second Ctrl-C ends at once.
-  """
-
-  def __init__(self):
-    self.received: int | None = None
-
-  def __enter__(self) -> StopSignal:
-    self._previous = {
-      signum: signal.signal(signum, self._note)
-      for signum in (signal.SIGINT, signal.SIGTERM)
-    }
-    return self
-
-  def _note(self, signum, frame):
-    if self.received is not None and signum == signal.SIGINT:
-      raise KeyboardInterrupt
-    self.received = signum
-    name = signal.Signals(signum).name
-    tqdm.write(f"{name}: finishing this step, then saving", file=sys.stderr)
-
-  def __exit__(self, *_):
-    for signum, handler in self._previous.items():
-      signal.signal(signum, handler)
 
 
 class Progress:

@@ -1,4 +1,4 @@
-"""Device profiles of a few steps, while a run goes on."""
+"""Device profiles of a few steps of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -16,39 +15,41 @@ from marlin_jax.training import goodput
 
 
 class Profiler:
-  """Captures a few steps, at a step known before and whenever SIGUSR1 comes.
+  """Context manager that profiles a few steps, at a given step and on SIGUSR1.
 
-  Of several processes only the first captures: a profile shows the devices of
-  one process, and the others' do the same.
-
-  Use it as a context around the loop.
+  Process 0 alone profiles: a profile shows the devices of one process, and
+  those of the others do the same.
   """
 
   def __init__(
     self,
     folder: Path,
     shown: str,
-    settings: Any,
     timer: goodput.Timer,
     say: Callable[[str], None],
+    *,
+    start_step: int = 0,
+    num_steps: int = 3,
   ):
-    """Sets it up.
+    """Sets what to profile.
 
     Args:
       folder: where to write; each profile gets a folder in it.
-      shown: how people find that folder; it may be copied to a bucket.
-      settings: config.profile, see configs/pretrain_b.py.
-      timer: is told the time that starting and writing takes.
+      shown: the same folder in messages; it may be copied to a bucket.
+      timer: gets the time that starting and writing takes.
       say: prints a line.
+      start_step: first step to profile; 0: on SIGUSR1 only.
+      num_steps: steps in a profile.
     """
     self._folder = folder
     self._shown = shown
-    self._settings = settings
     self._timer = timer
     self._say = say
+    self._start_step = start_step
+    self._num_steps = num_steps
     self._captures = jax.process_index() == 0
     self._requested = False
-    self._first: int | None = None  # step of the capture that is running
+    self._first: int | None = None  # first step of the profile being taken
     self._last = 0
 
   def __enter__(self) -> Profiler:
@@ -58,7 +59,7 @@ class Profiler:
   def _request(self, signum, frame):
     self._requested = self._captures
     answer = (
-      f"profiling the next {self._settings.num_steps} steps"
+      f"profiling the next {self._num_steps} steps"
       if self._captures
       else "only process 0 profiles; send it there"
     )
@@ -69,26 +70,28 @@ class Profiler:
       if not any(error):
         self._timer.wait()
       self._stop()
-    # One that comes too late must not end a run that is still saving.
+    # A late SIGUSR1 must not end a run that is still saving.
     ours = self._previous if callable(self._previous) else signal.SIG_IGN
     signal.signal(signal.SIGUSR1, ours)
 
   @contextlib.contextmanager
   def step(self, step: int) -> Iterator[None]:
-    """Around a training step, from its start until the one before it is done.
+    """Surrounds the dispatch of a training step.
+
+    On entering, the step before is dispatched; on leaving, it is done.
 
     Args:
-      step: its number.
+      step: number of the step.
     """
-    due = self._captures and step == self._settings.start_step
+    due = self._captures and step == self._start_step
     if self._first is None and (due or self._requested):
       self._start(step)
-    # XProf cuts its time line into steps by these.
+    # XProf divides its time line into steps by these annotations.
     with jax.profiler.StepTraceAnnotation("train", step_num=step):
       yield
     self._last = step
     running = self._first is not None
-    if running and step + 1 - self._first == self._settings.num_steps:
+    if running and step + 1 - self._first == self._num_steps:
       self._timer.wait()
       self._stop()
 
@@ -96,12 +99,12 @@ class Profiler:
     self._requested = False
     self._path = self._folder / f"step_{step:07d}"
     options = jax.profiler.ProfileOptions()
-    # Python's calls would slow the steps down, and may be more than fits.
+    # Tracing Python calls slows the steps down and may exceed the buffer.
     options.python_tracer_level = 0
-    self._timer.wait()  # or part of the step before would be in it
+    self._timer.wait()  # keeps the step before out of the profile
     with self._timer.on("profile"):
       try:
-        # Better now than after the steps if it cannot be made.
+        # Created now, to fail before the steps rather than after them.
         self._path.mkdir(parents=True, exist_ok=True)
         jax.profiler.start_trace(self._path, profiler_options=options)
       except (RuntimeError, OSError) as e:

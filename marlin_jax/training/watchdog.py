@@ -1,4 +1,4 @@
-"""Ends a run that hangs: in a read, or waiting for another process."""
+"""Ends a run that hangs, in a read or waiting for another process."""
 
 from __future__ import annotations
 
@@ -12,76 +12,80 @@ from marlin_jax.devices.distributed import TRY_AGAIN
 
 
 class Watchdog:
-  """Expects signs of life; without, it tells where all threads are.
+  """Context manager that expects signs of life from the main thread.
 
-  After `dump_secs` without one it prints the stacks of all threads, after
-  `exit_secs` it prints them again and ends the process with TRY_AGAIN: a
-  scheduler can then start the run again, which goes on from its last
+  After `dump_secs` without one it prints the stacks of all threads. After
+  `exit_secs` it prints them again and ends the process with the exit code
+  TRY_AGAIN: a scheduler can then restart the run, which resumes from its last
   checkpoint.
   """
 
   def __init__(self, dump_secs: float, exit_secs: float):
-    """Starts to watch; 0 stands for never."""
+    """Sets the limits in seconds; 0 means never."""
     self._doing = "starting"
-    self._last = time.monotonic()
+    self._last = 0.0
     self._changed = threading.Condition()
     self._closed = False
-    # (seconds, whether the process ends then), in order.
+    # (seconds, process ends), in ascending order.
     self._limits = sorted(
       (secs, ends)
       for secs, ends in ((dump_secs, False), (exit_secs, True))
       if secs
     )
     self._thread = threading.Thread(target=self._watch, daemon=True)
+
+  def __enter__(self) -> Watchdog:
+    self.alive(self._doing)
     if self._limits:
       self._thread.start()
+    return self
 
-  def alive(self, doing: str) -> None:
-    """A sign of life.
-
-    Args:
-      doing: what comes now, for the message: 'step 7'.
-    """
-    with self._changed:
-      self._doing, self._last = doing, time.monotonic()
-      self._changed.notify()
-
-  def close(self) -> None:
-    """Stops watching."""
+  def __exit__(self, *_) -> None:
     with self._changed:
       self._closed = True
       self._changed.notify()
     if self._thread.is_alive():
       self._thread.join()
 
+  def alive(self, doing: str) -> None:
+    """Gives a sign of life.
+
+    Args:
+      doing: what starts now, for the message, such as 'step 7'.
+    """
+    with self._changed:
+      self._doing, self._last = doing, time.monotonic()
+      self._changed.notify()
+
   def _watch(self) -> None:
     with self._changed:
-      since, ahead = self._last, self._limits
+      since, limits = self._last, self._limits
       while not self._closed:
         if self._last != since:
-          since, ahead = self._last, self._limits
+          since, limits = self._last, self._limits
         waited = time.monotonic() - since
-        if ahead and waited >= ahead[0][0]:
-          self._report(waited, ends=ahead[0][1])
-          ahead = ahead[1:]
+        if limits and waited >= limits[0][0]:
+          self._report(waited, ends=limits[0][1])
+          limits = limits[1:]
         else:
-          self._changed.wait(ahead[0][0] - waited if ahead else None)
+          self._changed.wait(limits[0][0] - waited if limits else None)
 
   def _report(self, waited: float, *, ends: bool) -> None:
     advice = (
       f"The process ends with exit code {TRY_AGAIN}; the same command goes on "
       "from the last checkpoint."
       if ends
-      else "config.watchdog says how long to wait."
+      else "config.watchdog sets how long to wait."
     )
     print(
-      f"\n{self._doing} has not come to an end for {waited:.0f} s. Where all "
-      f"threads are, the main thread last:",
+      f"\n{self._doing} has not come to an end for {waited:.0f} s. Stacks of "
+      "all threads, the main thread last:",
       file=sys.stderr,
       flush=True,
     )
     faulthandler.dump_traceback(sys.stderr, all_threads=True)
     print(advice, file=sys.stderr, flush=True)
     if ends:
-      # No kinder way: the main thread is inside a call that does not return.
+      # The main thread is inside a call that does not return: nothing milder
+      # ends the process.
       os._exit(TRY_AGAIN)

@@ -255,9 +255,8 @@ def test_a_process_that_hangs_shows_where_and_ends():
 
 
 def test_a_watchdog_that_is_told_never_to_bark_does_not():
-  guard = watchdog.Watchdog(dump_secs=0, exit_secs=0)
-  guard.alive("step 1")
-  guard.close()
+  with watchdog.Watchdog(dump_secs=0, exit_secs=0) as guard:
+    guard.alive("step 1")
 
 
 def test_a_run_that_waits_for_a_dead_process_ends_to_be_started_again(

@@ -1,6 +1,9 @@
 """FLOPs counted from sizes, against the paper's networks and against XLA."""
 
+import types
+
 import jax
+import numpy as np
 import pytest
 
 from configs import pretrain_b, pretrain_h, pretrain_l, pretrain_s
@@ -35,6 +38,13 @@ def xlas_count(config, compiled=False):
   if compiled:
     step = step.compile()
   return step.cost_analysis()["flops"] / config.batch_size, trainer.num_micro
+
+
+def mesh_of(device_kind, num_devices):
+  """As much of a mesh of such devices as the peak depends on."""
+  device = types.SimpleNamespace(device_kind=device_kind)
+  devices = np.array([device] * num_devices)
+  return types.SimpleNamespace(devices=devices, size=num_devices)
 
 
 @pytest.mark.parametrize(
@@ -130,3 +140,21 @@ def test_chips_are_found_by_what_jax_calls_them(kind, name):
 
 def test_what_is_not_in_the_table_is_no_chip():
   assert chips.find("cpu") is None
+
+
+def test_the_peak_is_that_of_all_chips_in_the_dtype_in_use():
+  config = pretrain_b.get_config()
+  config.dtype = "bfloat16"
+  one = flops.peak_clips_per_sec(config, mesh_of("NVIDIA H200", 1))
+  # 989 TFLOP/s; 219.5 GFLOP per clip, as above.
+  assert one == pytest.approx(989e12 / 219.5e9, rel=1e-3)
+  eight = flops.peak_clips_per_sec(config, mesh_of("NVIDIA H200", 8))
+  assert eight == 8 * one
+  config.dtype = "float32"
+  float32 = flops.peak_clips_per_sec(config, mesh_of("NVIDIA H200", 1))
+  assert float32 < 0.6 * one
+
+
+def test_a_device_whose_peak_is_unknown_has_no_utilisation():
+  config = pretrain_b.get_config()
+  assert flops.peak_clips_per_sec(config, mesh_of("cpu", 1)) is None

@@ -1,4 +1,4 @@
-"""Shows a few signs of life and then hangs; e_numerics_test.py."""
+"""Shows a few signs of life and then hangs; see faults/numerics_test.py."""
 
 import threading
 
@@ -10,7 +10,7 @@ def read_from_a_disk_that_does_not_answer():
 
 
 if __name__ == "__main__":
-  watchdog = Watchdog(dump_secs=0.2, exit_secs=0.4)
-  for step in range(1, 4):
-    watchdog.alive(f"step {step}")
-  read_from_a_disk_that_does_not_answer()
+  with Watchdog(dump_secs=0.2, exit_secs=0.4) as watchdog:
+    for step in range(1, 4):
+      watchdog.alive(f"step {step}")
+    read_from_a_disk_that_does_not_answer()

@@ -1,8 +1,6 @@
 """What a run tells."""
 
 import json
-import os
-import signal
 
 import numpy as np
 import pytest
@@ -51,14 +49,3 @@ def test_the_progress_line_tells_the_utilisation_where_it_is_known(
     f"step 4/10: loss_rec 0.5000, 12.3 clips/s{mfu}, data wait 1.2%, "
     "ETA 06:00\n"
   )
-
-
-def test_the_first_signal_is_noted_and_a_second_ctrl_c_interrupts():
-  before = signal.getsignal(signal.SIGINT)
-  with metrics.StopSignal() as stop:
-    assert stop.received is None
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.received == signal.SIGTERM
-    with pytest.raises(KeyboardInterrupt):
-      os.kill(os.getpid(), signal.SIGINT)
-  assert signal.getsignal(signal.SIGINT) is before

@@ -79,16 +79,13 @@ def test_taking_a_profile_is_no_step_time(profiled):
   assert re.search(r"^time 0:0.*profile \d", output, re.MULTILINE)
 
 
-class Settings:
-  start_step = 1
-  num_steps = 2
-
-
 def run_three_steps(path):
   """What is said by a profiler that may not be able to write."""
   said = []
   timer = goodput.Timer(clips_per_step=1)
-  with profiler.Profiler(path, str(path), Settings, timer, said.append) as it:
+  with profiler.Profiler(
+    path, str(path), timer, said.append, start_step=1, num_steps=2
+  ) as it:
     for step in (1, 2, 3):
       with it.step(step):
         timer.step_started(jax.numpy.ones(()))
@@ -118,7 +115,7 @@ def test_a_request_after_the_last_step_does_not_end_the_process(tmp_path):
   before = signal.getsignal(signal.SIGUSR1)
   try:
     timer = goodput.Timer(clips_per_step=1)
-    with profiler.Profiler(tmp_path, "", Settings, timer, print):
+    with profiler.Profiler(tmp_path, "", timer, print):
       pass
     os.kill(os.getpid(), signal.SIGUSR1)
   finally:

@@ -1,4 +1,4 @@
-"""What there is to training the sync expert, beside the loop of training.py.
+"""Training of the sync expert.
 
 Axes: B clips, O offsets.
 """
@@ -6,20 +6,18 @@ Axes: B clips, O offsets.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from marlin_jax.data import loader
-from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.devices import sharding
-from marlin_jax.lipsync import configuration, offset_chart
+from marlin_jax.lipsync import offset_chart
 from marlin_jax.lipsync.networks import build
 from marlin_jax.lipsync.networks.functional import split_network
+from marlin_jax.lipsync.training import course
 from marlin_jax.lipsync.training.clips import TakeOffsets, TakePairs
 from marlin_jax.lipsync.training.expert_step import (
   ExpertState,
@@ -28,136 +26,122 @@ from marlin_jax.lipsync.training.expert_step import (
   offset_cosines,
 )
 from marlin_jax.lipsync.training.losses import sync_loss
+from marlin_jax.training.loop import Evaluation, Picture, Result
 
 
-class ExpertCourse:
-  """A run of `--mode=train_expert`.
+def train_expert(config: ConfigDict, data: str, workdir: str):
+  """Trains the sync expert; see `course.train`.
 
-  Attributes:
-    part: its section of the configuration.
-    settings: that section, config.expert.
-    take: record -> clips.
-    fields: of a batch, what a step gets.
-    meta: what a resumed run must agree in, and what says what the network is.
-    state: the first state, on the host.
-    summary: the network in a line.
+  Returns:
+    The last ExpertState, and the signal that ended the run early or None.
   """
+  return course.train(config, data, workdir, ExpertCourse)
 
-  part = "expert"
+
+class ExpertCourse(course.LipsyncCourse):
+  """Course of --mode=train_expert."""
+
+  section = "expert"
   fields = ("video", "mel", "offset")
 
-  def __init__(self, config: ConfigDict, mesh: Mesh):
-    """Builds the network.
-
-    Args:
-      config: a valid one, see configs/eval_ls.py.
-      mesh: the devices.
-    """
-    self.settings = config.expert
-    self.take = TakePairs(config.expert.num_frames)
-    network = build.expert_meta(config.expert.num_frames, config.expert.width)
-    self.meta = network | configuration.identity(config, self.part)
+  def __init__(self, config, mesh, dataset, eval_dataset):
+    """Builds the network; arguments as for LipsyncCourse."""
+    super().__init__(config, mesh, dataset, eval_dataset)
+    settings = self.settings
+    self.take_clip = TakePairs(settings.num_frames)
+    self.summary = f"sync expert, windows of {settings.num_frames} frames"
+    network = build.expert_meta(settings.num_frames, settings.width)
     expert = build.make_expert(network, seed=config.seed, dtype=config.dtype)
     structure, arrays = split_network(expert)
-    self._trainer = ExpertTrainer(structure, optax.adam(config.expert.lr))
-    self.state = self._trainer.init(arrays)
-    self.summary = f"sync expert, windows of {config.expert.num_frames} frames"
-    everywhere = sharding.replicated(mesh)
-    self.step = jax.jit(
-      functools.partial(expert_step, self._trainer),
-      donate_argnums=0,
-      out_shardings=(everywhere, everywhere),
-    )
-    self._mesh = mesh
+    self.trainer = ExpertTrainer(structure, optax.adam(settings.lr))
+    self.set_state(self.trainer.init(arrays), network)
 
-  def evaluator(
-    self, dataset: Dataset, bad: loader.BadRecords
-  ) -> ExpertEvaluator:
-    """What measures it on the evaluation split."""
-    return ExpertEvaluator(
-      self._trainer, dataset, self.settings, self._mesh, bad
+  def make_step(self):
+    """Returns the step, which compiles when it is first called."""
+    return jax.jit(
+      functools.partial(expert_step, self.trainer),
+      donate_argnums=0,
+      out_shardings=(self.everywhere, self.everywhere),
     )
+
+  def evaluations(self, workdir, alive) -> list[Evaluation]:
+    """Returns the evaluations, for `loop.train`."""
+    evaluator = ExpertEvaluator(self, workdir.bad_records)
+    return [
+      # The order of saving and evaluating is that of GeneratorCourse.
+      Evaluation(self.settings.eval_steps, evaluator.scores, before_save=True),
+      Evaluation(self.config.picture_steps, evaluator.picture),
+    ]
 
 
 class ExpertEvaluator:
-  """How well sound fits at each offset, for the same clips every time."""
+  """Measures at each offset how well sound fits, on the same clips always."""
 
   def __init__(
-    self,
-    trainer: ExpertTrainer,
-    dataset: Dataset,
-    settings: ConfigDict,
-    mesh: Mesh,
-    bad: loader.BadRecords | None = None,
+    self, expert: ExpertCourse, bad: loader.BadRecords | None = None
   ):
-    """Says which clips; nothing is read yet.
+    """Chooses the clips; reads nothing.
 
     Args:
-      trainer: holds the network's structure.
-      dataset: the evaluation split.
-      settings: config.expert.
-      mesh: the devices.
-      bad: where to tell of records that cannot be used.
+      expert: network, evaluation split and devices.
+      bad: list of unusable records; see `loader.eval_batches`.
     """
-    everywhere = sharding.replicated(mesh)
+    structure, settings = expert.trainer.expert, expert.settings
 
     def measure(arrays, batch):
-      return offset_cosines(trainer.expert, arrays, batch), batch["inside"]
+      return offset_cosines(structure, arrays, batch), batch["inside"]
 
-    self._measure = jax.jit(measure, out_shardings=everywhere)
-    self._split = sharding.batch_sharding(mesh)
+    self._measure = jax.jit(measure, out_shardings=expert.everywhere)
+    self._split = sharding.batch_sharding(expert.mesh)
+    self._split_name = expert.eval_dataset.split
     self._batches = functools.partial(
       loader.eval_batches,
-      dataset,
+      expert.eval_dataset,
       TakeOffsets(settings.num_frames, settings.max_offset),
       batch_size=settings.batch_size,
       num_batches=settings.eval_batches,
       rows=loader.own_rows(self._split, settings.batch_size),
       bad=bad,
     )
-    self.offsets = np.arange(-settings.max_offset, settings.max_offset + 1)
+    self._num_curves = expert.config.picture_clips
+    self._offsets = np.arange(-settings.max_offset, settings.max_offset + 1)
     self._curves: np.ndarray | None = None
 
-  def evaluate(
-    self, state: ExpertState
-  ) -> tuple[ExpertState, dict[str, float]]:
-    """Measures; the state is returned as it is.
-
-    Returns:
-      The state and the scalars of `offset_scores`.
-    """
-    found = []
+  def scores(self, state: ExpertState) -> Result:
+    """Evaluates `offset_scores`; the mean curve is an event."""
+    curves = []
     for batch in loader.to_devices(self._batches(), self._split):
       cosines, inside = self._measure(state.expert, batch)
-      found.append(np.where(inside, cosines, np.nan))
-    self._curves = np.concatenate(found)
-    return state, offset_scores(self._curves)
-
-  def tell(self, scalars: dict[str, float]) -> str:
-    """The numbers in a line."""
-    return (
-      f"loss {scalars['loss_sync']:.4f}, accuracy {scalars['accuracy']:.1%}; "
-      f"in sync {scalars['cosine_in_sync']:.3f}, shifted "
-      f"{scalars['cosine_shifted']:.3f}; best offset "
-      f"{scalars['best_offset']:+.0f}, right for "
-      f"{scalars['offset_accuracy']:.1%} of the clips"
+      curves.append(np.where(inside, cosines, np.nan))
+    self._curves = np.concatenate(curves)
+    scores = offset_scores(self._curves)
+    return Result(
+      {f"eval/{self._split_name}/{k}": v for k, v in scores.items()},
+      f"{self._split_name}: loss {scores['loss_sync']:.4f}, accuracy "
+      f"{scores['accuracy']:.1%}; cosine in sync "
+      f"{scores['cosine_in_sync']:.3f}, shifted "
+      f"{scores['cosine_shifted']:.3f}; best offset "
+      f"{scores['best_offset']:+.0f}, right for "
+      f"{scores['offset_accuracy']:.1%} of the clips",
+      events={
+        "offsets": {
+          "offsets": self._offsets.tolist(),
+          "cosines": np.nanmean(self._curves, axis=0).tolist(),
+        }
+      },
     )
 
-  def details(self) -> dict[str, Any]:
-    """The curve of the last evaluation, for metrics.jsonl."""
-    return {
-      "offsets": self.offsets.tolist(),
-      "cosines": np.nanmean(self._curves, axis=0).tolist(),
-    }
-
-  def picture(self, state: ExpertState, num_clips: int) -> np.ndarray:
-    """The curve as a chart, with those of some clips behind it."""
+  def picture(self, state: ExpertState) -> Result:
+    """Draws the mean curve of the last evaluation, and some clips' curves."""
     if self._curves is None:
-      self.evaluate(state)
+      self.scores(state)
     curves = {"mean": np.nanmean(self._curves, axis=0)}
-    curves |= {str(i): c for i, c in enumerate(self._curves[:num_clips])}
+    curves |= {
+      str(i): c for i, c in enumerate(self._curves[: self._num_curves])
+    }
     title = f"Cosine of lips and sound, {len(self._curves)} clips"
-    return offset_chart.draw(self.offsets, curves, title)
+    chart = offset_chart.draw(self._offsets, curves, title)
+    return Result(picture=Picture("lipsync", chart))
 
 
 def offset_scores(cosines: np.ndarray) -> dict[str, float]:

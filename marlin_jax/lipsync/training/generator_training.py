@@ -1,27 +1,28 @@
-"""What there is to training the generator, beside the loop of training.py."""
+"""Training of the generator.
+
+Resumed, a run has the same bits as one that was not interrupted: the evaluation
+that sets the sync weight comes before the checkpoint of its step, even when a
+signal ends the run.
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from marlin_jax.data import loader
-from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.devices import sharding
-from marlin_jax.lipsync import configuration
 from marlin_jax.lipsync.networks import build
-from marlin_jax.lipsync.networks.functional import Variables, split_network
+from marlin_jax.lipsync.networks.functional import split_network
 from marlin_jax.lipsync.networks.quality_discriminator import (
   QualityDiscriminator,
 )
-from marlin_jax.lipsync.training import pictures
+from marlin_jax.lipsync.training import course, pictures
 from marlin_jax.lipsync.training.clips import TakeTargets
 from marlin_jax.lipsync.training.generator_step import (
   GeneratorState,
@@ -31,6 +32,7 @@ from marlin_jax.lipsync.training.generator_step import (
   next_sync_weight,
 )
 from marlin_jax.training.configuration import ConfigError
+from marlin_jax.training.loop import Evaluation, Picture, Result
 from marlin_jax.weights import formats
 from marlin_jax.weights.weights import encoder_sha256
 
@@ -44,82 +46,107 @@ _SCALARS = (
 _PICTURES = ("masked", "reference", "drawn", "target")
 
 
-class GeneratorCourse:
-  """A run of `--mode=train`; the attributes are those of ExpertCourse."""
+def train_generator(
+  config: ConfigDict,
+  data: str,
+  workdir: str,
+  expert: str,
+  encoder: str | None,
+):
+  """Trains the generator; see `course.train`.
 
-  part = "generator"
+  Args:
+    config, data, workdir: as for `course.train`.
+    expert: the sync expert; see `networks.build.read_expert`.
+    encoder: MARLIN's encoder: weights in any format, a published model's name
+      or 'random'; None for config.generator.kind=wav2lip.
+
+  Returns:
+    The last GeneratorState, and the signal that ended the run early or None.
+
+  Raises:
+    WeightsError: expert or encoder cannot be read.
+    UserError: as `course.train`.
+  """
+  make_course = functools.partial(
+    GeneratorCourse, expert=expert, encoder=encoder
+  )
+  return course.train(config, data, workdir, make_course)
+
+
+class GeneratorCourse(course.LipsyncCourse):
+  """Course of --mode=train."""
+
+  section = "generator"
   fields = ("video", "reference", "mel", "mels")
 
   def __init__(
-    self, config: ConfigDict, mesh: Mesh, expert: str, checkpoint: str | None
+    self,
+    config,
+    mesh,
+    dataset,
+    eval_dataset,
+    *,
+    expert: str,
+    encoder: str | None,
   ):
-    """Builds and reads the networks.
+    """Reads the expert and the encoder and builds the generator.
 
     Args:
-      config: a valid one, see configs/eval_ls.py.
-      mesh: the devices.
-      expert: what networks.read_expert reads.
-      checkpoint: MARLIN's encoder, as for the other tasks; None for wav2lip.
+      config, mesh, dataset, eval_dataset: as for LipsyncCourse.
+      expert, encoder: as for `train_generator`.
 
     Raises:
-      ConfigError: the networks' windows differ.
-      WeightsError: one cannot be read.
+      ConfigError: expert and encoder have windows of different lengths.
+      WeightsError: expert or encoder cannot be read.
     """
-    self.settings = settings = config.generator
+    super().__init__(config, mesh, dataset, eval_dataset)
+    settings = self.settings
     judge = build.read_expert(expert, dtype=config.dtype)
-    self.take = TakeTargets(judge.num_frames)
+    self.take_clip = TakeTargets(judge.num_frames)
     judge_structure, judge_arrays = split_network(judge)
-    generator, network, encoder_hash = _generator(config, checkpoint)
+    generator, network, encoder_hash = _generator(config, encoder)
     if settings.kind == "marlin" and generator.num_frames != judge.num_frames:
       raise ConfigError(
         f"the expert in {expert} judges {judge.num_frames} frames, and the "
-        f"encoder in {checkpoint} sees {generator.num_frames}: train an expert "
+        f"encoder in {encoder} sees {generator.num_frames}: train an expert "
         f"with --config.expert.num_frames={generator.num_frames}"
       )
-    self.meta = network | configuration.identity(config, self.part)
-    self.meta |= {
-      "expert_sha256": build.sha256(judge_arrays),
-      "encoder_sha256": encoder_hash,
-    }
-    self._trainer, self.state = _trainer(config, generator, judge_structure)
     self.summary = (
       f"{settings.kind} generator, windows of {judge.num_frames} frames of "
       f"{generator.image_size} pixels"
     )
-    everywhere = sharding.replicated(mesh)
-    self._judge = jax.device_put(judge_arrays, everywhere)
-    self._step = jax.jit(
-      functools.partial(generator_step, self._trainer),
+    self.trainer, state = _trainer(config, generator, judge_structure)
+    sources = {
+      "expert_sha256": build.sha256(judge_arrays),
+      "encoder_sha256": encoder_hash,
+    }
+    self.set_state(state, network, sources)
+    self.judge = jax.device_put(judge_arrays, self.everywhere)
+
+  def make_step(self):
+    """Returns the step, which compiles when it is first called."""
+    step = jax.jit(
+      functools.partial(generator_step, self.trainer),
       donate_argnums=0,
-      out_shardings=(everywhere, everywhere),
+      out_shardings=(self.everywhere, self.everywhere),
     )
-    self._mesh = mesh
+    return lambda state, batch: step(state, self.judge, batch)
 
-  def step(self, state: GeneratorState, batch: dict):
-    """One step; see generator_step. The old state is given up."""
-    return self._step(state, self._judge, batch)
-
-  def evaluator(
-    self, dataset: Dataset, bad: loader.BadRecords
-  ) -> GeneratorEvaluator:
-    """What measures it on the evaluation split."""
-    return GeneratorEvaluator(
-      self._trainer,
-      self._judge,
-      self.take,
-      dataset,
-      self.settings,
-      self._mesh,
-      bad,
-    )
+  def evaluations(self, workdir, alive) -> list[Evaluation]:
+    """Returns the evaluations, for `loop.train`."""
+    evaluator = GeneratorEvaluator(self, workdir.bad_records)
+    return [
+      Evaluation(self.settings.eval_steps, evaluator.scores, before_save=True),
+      Evaluation(self.config.picture_steps, evaluator.picture),
+    ]
 
 
 def _generator(config: ConfigDict, checkpoint: str | None):
   """The network, what describes it, and the hash of its encoder."""
   settings, weights, encoder_hash = config.generator, None, None
   if settings.kind == "marlin":
-    encoder = formats.open_encoder(checkpoint, config.random)
-    weights = encoder.encoder_only()
+    weights = formats.open_encoder(checkpoint, config.random).encoder_only()
     # The pictures are plain, whatever the encoder was trained on.
     weights = weights.with_plain_input()
     encoder_hash = encoder_sha256(weights)
@@ -166,45 +193,34 @@ def _trainer(config: ConfigDict, generator, judge):
 
 
 class GeneratorEvaluator:
-  """Draws the same clips every time, and decides on the sync weight."""
+  """Generates the same clips at every call and sets the sync weight."""
 
   def __init__(
-    self,
-    trainer: GeneratorTrainer,
-    judge: Variables,
-    take: TakeTargets,
-    dataset: Dataset,
-    settings: ConfigDict,
-    mesh: Mesh,
-    bad: loader.BadRecords | None = None,
+    self, generator: GeneratorCourse, bad: loader.BadRecords | None = None
   ):
-    """Says which clips; nothing is read yet.
+    """Chooses the clips; reads nothing.
 
     Args:
-      trainer: the networks' structures.
-      judge: the expert's arrays.
-      take: record -> clips.
-      dataset: the evaluation split.
-      settings: config.generator.
-      mesh: the devices.
-      bad: where to tell of records that cannot be used.
+      generator: networks, evaluation split and devices.
+      bad: list of unusable records; see `loader.eval_batches`.
     """
-    everywhere = sharding.replicated(mesh)
-    self._split = sharding.batch_sharding(mesh)
+    self._settings, self._judge = generator.settings, generator.judge
+    self._num_pictures = generator.config.picture_clips
+    self._split = sharding.batch_sharding(generator.mesh)
+    self._split_name = generator.eval_dataset.split
     self._draw = jax.jit(
-      functools.partial(draw, trainer),
+      functools.partial(draw, generator.trainer),
       out_shardings={
-        **dict.fromkeys(_SCALARS, everywhere),
+        **dict.fromkeys(_SCALARS, generator.everywhere),
         **dict.fromkeys(_PICTURES, self._split),
       },
     )
-    self._judge, self._settings = judge, settings
     self._batches = functools.partial(
       loader.eval_batches,
-      dataset,
-      take,
-      batch_size=settings.batch_size,
-      rows=loader.own_rows(self._split, settings.batch_size),
+      generator.eval_dataset,
+      generator.take_clip,
+      batch_size=generator.batch_size,
+      rows=loader.own_rows(self._split, generator.batch_size),
       bad=bad,
     )
 
@@ -213,50 +229,38 @@ class GeneratorEvaluator:
     for batch in loader.to_devices(batches, self._split):
       yield batch, self._draw(state, self._judge, batch)
 
-  def evaluate(
-    self, state: GeneratorState
-  ) -> tuple[GeneratorState, dict[str, float]]:
-    """Measures, and sets the sync weight by what was found.
+  def scores(self, state: GeneratorState) -> Result:
+    """Evaluates the scalars of `generator_step.draw`, means over all clips.
 
-    Returns:
-      The state, and means over all clips of what generator_step.draw measures.
+    The result's state has the sync weight that follows from them.
     """
     rows = [
       [float(result[name]) for name in _SCALARS]
       for _, result in self._results(state, self._settings.eval_batches)
     ]
     means = np.mean(rows, axis=0).tolist()
-    scalars = dict(zip(_SCALARS, means, strict=True))
+    scores = dict(zip(_SCALARS, means, strict=True))
     weight = next_sync_weight(
       float(state.sync_weight),
-      scalars["loss_sync"],
+      scores["loss_sync"],
       threshold=self._settings.sync_threshold,
       weight=self._settings.sync_weight,
     )
-    old = state.sync_weight
-    new = jax.device_put(np.float32(weight), old.sharding)
-    return state.replace(sync_weight=new), scalars | {"sync_weight": weight}
-
-  def tell(self, scalars: dict[str, float]) -> str:
-    """The numbers in a line."""
-    return (
-      f"L1 {scalars['loss_l1']:.4f}; sync loss {scalars['loss_sync']:.4f} "
-      f"(true pictures {scalars['loss_sync_target']:.4f}), its weight "
-      f"{scalars['sync_weight']:g}; PSNR of the lower half "
-      f"{scalars['psnr_mouth']:.2f} dB (the reference's "
-      f"{scalars['psnr_reference']:.2f} dB)"
+    scores["sync_weight"] = weight
+    on_devices = jax.device_put(np.float32(weight), state.sync_weight.sharding)
+    return Result(
+      {f"eval/{self._split_name}/{k}": v for k, v in scores.items()},
+      f"{self._split_name}: L1 {scores['loss_l1']:.4f}; sync loss "
+      f"{scores['loss_sync']:.4f} (true pictures "
+      f"{scores['loss_sync_target']:.4f}), its weight {weight:g}; PSNR of the "
+      f"lower half {scores['psnr_mouth']:.2f} dB (reference "
+      f"{scores['psnr_reference']:.2f} dB)",
+      state=state.replace(sync_weight=on_devices),
     )
 
-  def details(self) -> dict[str, Any]:
-    """Nothing beside the scalars."""
-    return {}
-
-  def picture(self, state: GeneratorState, num_clips: int) -> np.ndarray:
-    """Input, reference, generated and target of the first clips."""
+  def picture(self, state: GeneratorState) -> Result:
+    """Draws input, reference, generated and target of the first clips."""
     batch, result = next(self._results(state, 1))
-    views = [
-      sharding.local_rows(result[name])[:num_clips] for name in _PICTURES
-    ]
-    return pictures.strip(
-      *views, sharding.local_rows(batch["mels"])[:num_clips]
-    )
+    arrays = [*(result[name] for name in _PICTURES), batch["mels"]]
+    clips = [sharding.local_rows(x)[: self._num_pictures] for x in arrays]
+    return Result(picture=Picture("lipsync", pictures.strip(*clips)))

@@ -20,9 +20,9 @@ from marlin_jax.lipsync import configuration, mel_windows, offset_chart
 from marlin_jax.lipsync.networks import build
 from marlin_jax.lipsync.networks.functional import split_network
 from marlin_jax.lipsync.training import (
-  course,
   expert_training,
   generator_step,
+  generator_training,
   losses,
   pictures,
 )
@@ -108,7 +108,7 @@ def expert(talking_people, tmp_path_factory):
   """A trained one."""
   workdir = tmp_path_factory.mktemp("expert")
   config = tiny(expert__num_steps=NUM_EXPERT_STEPS, checkpoint_steps=100)
-  course.train_expert(config, talking_people, workdir)
+  expert_training.train_expert(config, talking_people, workdir)
   return workdir
 
 
@@ -232,7 +232,9 @@ def generator(talking_person, expert, tmp_path_factory):
   """One of two steps."""
   workdir = tmp_path_factory.mktemp("generator")
   config = tiny(data__val="train", generator__num_steps=2)
-  course.train_generator(config, talking_person, workdir, expert, "random")
+  generator_training.train_generator(
+    config, talking_person, workdir, expert, "random"
+  )
   return workdir
 
 
@@ -356,7 +358,7 @@ def test_a_resumed_generator_has_the_same_bits_and_the_same_schedule(
       generator__sync_weight=0.03,
       checkpoint_steps=2,
     )
-    course.train_generator(
+    generator_training.train_generator(
       config, talking_person, tmp_path / name, expert, "random"
     )
 
@@ -378,7 +380,9 @@ def test_another_expert_is_refused_on_resume(talking_person, expert, generator):
   config = tiny(data__val="train", generator__num_steps=3)
   other = expert / "checkpoints" / "100"
   with pytest.raises(ResumeError, match="expert_sha256"):
-    course.train_generator(config, talking_person, generator, other, "random")
+    generator_training.train_generator(
+      config, talking_person, generator, other, "random"
+    )
 
 
 # --- Devices ------------------------------------------------------------------

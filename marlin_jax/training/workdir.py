@@ -1,0 +1,136 @@
+"""Working directory of a training run: lock, checkpoints, configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from marlin_jax.data import loader
+from marlin_jax.data.prepared_dataset import Dataset
+from marlin_jax.devices import distributed
+from marlin_jax.records import folders
+from marlin_jax.training import checkpoint, goodput, remote_files
+from marlin_jax.training.checkpoint import ResumeError
+
+
+class Workdir:
+  """The workdir of a run; a context manager that holds its lock.
+
+  Attributes:
+    path: location; may be in a bucket.
+    checkpoints: the checkpoints in it.
+    start_step: step of the last checkpoint; 0 without one.
+    files: where to write small files; available after `begin`.
+  """
+
+  checkpoints: checkpoint.Checkpoints
+  start_step: int
+  files: remote_files.RunFiles
+
+  def __init__(
+    self, path: str, config: ConfigDict, dataset: Dataset, num_params: int
+  ):
+    """Does not touch the directory; entering the context does.
+
+    Args:
+      path: a local path or gs://BUCKET/FOLDER.
+      config: configuration of the run.
+      dataset: training data.
+      num_params: float32 values in a checkpoint, for the check of free space.
+    """
+    self.path = epath.Path(path)
+    self._config, self._dataset = config, dataset
+    self._num_params = num_params
+    self._is_leader = jax.process_index() == 0
+
+  def __enter__(self) -> Workdir:
+    """Creates or opens the directory and moves damaged checkpoints aside.
+
+    Raises:
+      OutputFolderError: another run holds the lock, or the disk is too full for
+        a checkpoint.
+      ResumeError: the directory holds converted weights, or no checkpoint is
+        intact.
+      StartError: processes see different data sets or checkpoints.
+    """
+    with contextlib.ExitStack() as stack:
+      with distributed.leader_first():
+        if self._is_leader:
+          if remote_files.is_remote(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+          else:
+            lock = folders.Lock(Path(self.path), "lock")
+            stack.callback(lock.close)
+            remote_files.check_room(Path(self.path), 4 * self._num_params)
+          for note in checkpoint.set_damaged_aside(self.path / "checkpoints"):
+            print(f"warning: {note}", flush=True)
+      self.checkpoints = checkpoint.Checkpoints(
+        str(self.path / "checkpoints"), keep=self._config.keep_checkpoints
+      )
+      self.start_step = self.checkpoints.last_saved or 0
+      distributed.check_same(
+        {
+          f"the data set in {self._dataset.path}": self._dataset.fingerprint,
+          f"the last step saved in {self.path}": self.start_step,
+        }
+      )
+      if self.checkpoints.last_saved == 0:
+        raise ResumeError(
+          f"{self.path} holds converted weights, not a run: choose another "
+          f"--workdir; pretraining starts from the weights with "
+          f"--config.init_from={self.path}"
+        )
+      self._closing = stack.pop_all()
+    return self
+
+  def __exit__(self, *error) -> None:
+    self._closing.close()
+
+  def restore(self, shapes: Any, shardings: Any, identity: dict[str, Any]):
+    """Returns the state of `start_step`; see `Checkpoints.restore`."""
+    return self.checkpoints.restore(
+      self.start_step,
+      shapes,
+      shardings,
+      identity,
+      allow=self._config.allow_change.split(","),
+    )
+
+  def begin(self) -> None:
+    """Writes the configuration: from now on the workdir is this run's."""
+    if self._is_leader:
+      if self.start_step:
+        print(f"resumed from step {self.start_step} in {self.path}", flush=True)
+      text = self._config.to_json(indent=2) + "\n"
+      (self.path / "config.json").write_text(text)
+    self.files = remote_files.RunFiles(
+      self.path, apart=self._is_leader and remote_files.is_remote(self.path)
+    )
+
+  def earlier_secs(self) -> dict[str, float] | None:
+    """Returns the time that earlier processes spent, for `goodput.Timer`.
+
+    None on all processes but process 0, which alone reports times.
+    """
+    if not self._is_leader:
+      return None
+    return goodput.carried_over(
+      self.files.path / "metrics.jsonl", self.start_step
+    )
+
+  @functools.cached_property
+  def bad_records(self) -> loader.BadRecords:
+    """This process's list of unreadable records; one for training and all
+    evaluators, as it rewrites the whole file.
+    """
+    index = jax.process_index()
+    return loader.BadRecords(
+      self.path / f"quarantine{f'.process_{index}' if index else ''}.jsonl",
+      limit=self._config.data.max_bad_records,
+    )
