@@ -1,9 +1,9 @@
-"""Describes a prepared data set on one HTML page that can be sent around.
+"""Describes a prepared data set on one self-contained HTML page.
 
   python -m data_prep.report DATASET_DIR --output report.html
 
-Counts are exact; charts come from all records of a small data set, and from a
-sample of a large one, which the page then says.
+Counts are exact. Charts come from all records of a small data set and from a
+sample of a large one; the page says which.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_prep import storage
-from data_prep.inspection import html_page
+from data_prep.inspection import (
+  dataset_statistics,
+  html_page,
+  region_pictures,
+)
 from data_prep.inspection.html_page import Html, file_name, section, table, tag
 from data_prep.sources import listing
 from marlin_jax.records import cli, schema
@@ -29,25 +33,25 @@ if TYPE_CHECKING:
   from data_prep.inspection.dataset_statistics import Statistics, Track
   from data_prep.sources.listing import Label
 
-# Crops on the page, some 15 kB each.
+# Number of crops on the page; each takes about 15 kB.
 NUM_CROPS = 24
 NUM_WORST = 12
-# Rows of a table; what is left is counted in its last one.
+# Rows of a table; the last one counts all others.
 MAX_ROWS = 30
 MAX_EXAMPLES = 3
-# A crop of fewer pixels was enlarged.
-_ENLARGED = float(schema.FRAME_SIZE)
+# A crop with a shorter side in the source was enlarged.
+_FULL_SIZE = float(schema.FRAME_SIZE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Returns the exit code: 0, 1 for an error, 130 when interrupted."""
+  """Returns the exit code: 0, 1 after an error, 130 when interrupted."""
   args = _parser().parse_args(argv)
 
   def work() -> None:
     text = make(args.dataset_dir, args.max_records)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(text, encoding="utf-8")
-    print(f"{args.output}: {len(text) / 1e6:.1f} MB, for any browser")
+    print(f"{args.output}: {len(text) / 1e6:.1f} MB; open it in a browser")
 
   return cli.run_command(work, interrupted="No page was written.")
 
@@ -56,15 +60,13 @@ def make(dataset_dir: Path, max_records: int) -> str:
   """Returns the page.
 
   Args:
-    dataset_dir: a folder that data_prep.prepare wrote.
-    max_records: at least so many records are read, if there are so many.
+    dataset_dir: a folder written by data_prep.prepare.
+    max_records: least number of records to read, if there are so many.
 
   Raises:
     DatasetError: there is no such data set, or it is damaged.
   """
   from tqdm import tqdm
-
-  from data_prep.inspection import dataset_statistics
 
   with tqdm(desc="reading", unit=" records") as bar:
 
@@ -72,25 +74,25 @@ def make(dataset_dir: Path, max_records: int) -> str:
       bar.total = total
       bar.update(num - bar.n)
 
-    found = dataset_statistics.read(dataset_dir, max_records, progress)
+    statistics = dataset_statistics.read(dataset_dir, max_records, progress)
   return html_page.page(
     f"Data set {dataset_dir.resolve().name}",
-    _introduction(found),
-    _counts(found),
-    _charts(found),
-    _regions(found),
-    *([_labels(found)] if found.labels else []),
-    _refused(found),
+    _introduction(statistics),
+    _counts(statistics),
+    _charts(statistics),
+    _regions(statistics),
+    *([_labels(statistics)] if statistics.labels else []),
+    _left_out(statistics),
     _crops(
-      "What the records show",
-      "One frame of each of these tracks, evenly chosen, beside the same frame "
-      "with its regions in colour.",
-      _evenly(found.tracks, NUM_CROPS),
+      "Examples",
+      "One frame from each of these evenly chosen tracks, beside the same "
+      "frame with its regions in colour.",
+      _evenly(statistics.tracks, NUM_CROPS),
     ),
     _crops(
-      "The worst tracks",
-      "Those of the lowest quality, the worst first.",
-      sorted(found.tracks, key=lambda track: track.quality)[:NUM_WORST],
+      "Tracks of the lowest quality",
+      "The worst track comes first.",
+      sorted(statistics.tracks, key=lambda track: track.quality)[:NUM_WORST],
     ),
   )
 
@@ -98,59 +100,59 @@ def make(dataset_dir: Path, max_records: int) -> str:
 # --- Numbers ------------------------------------------------------------------
 
 
-def _introduction(found: Statistics) -> Html:
-  total = sum(count["num_records"] for count in found.counts.values())
-  if found.is_complete:
+def _introduction(statistics: Statistics) -> Html:
+  total = sum(count["num_records"] for count in statistics.counts.values())
+  if statistics.is_complete:
     return tag("p", f"All {counted(total, 'record')} were read for this page.")
   return tag(
     "p",
-    f"Counts are exact. Times, charts, regions and labels come from a sample: "
-    f"{found.num_records:,} of {total:,} records, the whole videos they belong "
-    "to, chosen by a hash of their names.",
+    "Counts are exact. Times, charts, regions and labels come from a sample of "
+    f"whole videos, chosen by a hash of their names: "
+    f"{statistics.num_records:,} of {total:,} records.",
   )
 
 
-def _counts(found: Statistics) -> Html:
+def _counts(statistics: Statistics) -> Html:
   rows = []
-  for split, count in found.counts.items():
+  for split, count in statistics.counts.items():
     rows.append(
       (
         split,
         *(f"{number:,}" for number in count.values()),
-        _duration(found.secs(split)),
+        _duration(statistics.secs(split)),
       )
     )
   statuses = [
-    (status, f"{number:,}", html_page.share_bar(number / found.num_videos))
-    for status, number in found.statuses.most_common()
+    (status, f"{number:,}", html_page.share_bar(number / statistics.num_videos))
+    for status, number in statistics.statuses.most_common()
   ]
-  about = "" if found.is_complete else ", about"
+  about = "" if statistics.is_complete else ", about"
   header = ("split", "videos", "tracks", "records", "frames", f"time{about}")
   return section(
-    "How much there is",
+    "Size",
     table(header, rows),
-    tag("h3", "What became of the videos"),
+    tag("h3", "Videos by outcome"),
     table(("outcome", "videos", "share"), statuses),
   )
 
 
 def _duration(secs: float) -> str:
   if np.isnan(secs):
-    return "not known"
+    return "unknown"
   for unit, length in (("h", 3600), ("min", 60)):
     if secs >= length:
       return f"{secs / length:,.1f} {unit}"
   return f"{secs:.1f} s"
 
 
-def _charts(found: Statistics) -> Html:
-  tracks = found.tracks
+def _charts(statistics: Statistics) -> Html:
+  tracks = statistics.tracks
   histogram = html_page.histogram
   secs = np.array([track.secs for track in tracks])
   sides = np.array([track.side for track in tracks])
   charts = [
     histogram("Length of a track", secs, " s"),
-    histogram("Crop side in the source", sides, " px", None, _ENLARGED),
+    histogram("Crop side in the source", sides, " px", None, _FULL_SIZE),
     histogram(
       "Quality of a track", [t.quality for t in tracks], limits=(0.0, 1.0)
     ),
@@ -160,15 +162,15 @@ def _charts(found: Statistics) -> Html:
     known = values[~np.isnan(values)]
     if len(known):
       charts.append(histogram(f"Quality: {name}", known, limits=(0.0, 1.0)))
-  enlarged = np.mean(sides < _ENLARGED)
+  enlarged = np.mean(sides < _FULL_SIZE)
   rates = Counter(f"{track.fps:.4g}" for track in tracks)
   return section(
     "Tracks",
     tag(
       "p",
-      f"{counted(len(tracks), 'track')}. Of their crops, "
-      f"{html_page.percent(enlarged)} had fewer than {_ENLARGED:.0f} pixels a "
-      "side in the source (left of the dashed line) and were enlarged.",
+      f"{counted(len(tracks), 'track')}. {html_page.percent(enlarged)} of the "
+      f"crops are smaller than {_FULL_SIZE:.0f}x{_FULL_SIZE:.0f} pixels in the "
+      "source (left of the dashed line); prepare enlarged them.",
     ),
     tag("div", *charts, class_="charts"),
     tag("h3", "Frames per second of the source"),
@@ -176,13 +178,11 @@ def _charts(found: Statistics) -> Html:
   )
 
 
-def _regions(found: Statistics) -> Html:
-  from data_prep import contact_sheet
-
+def _regions(statistics: Statistics) -> Html:
   rows = []
   for code, name in enumerate(schema.REGIONS):
-    present = found.present[code] / found.num_frames
-    colour = contact_sheet.COLOURS[code]
+    present = statistics.present[code] / statistics.num_frames
+    colour = region_pictures.COLOURS[code]
     name = tag(
       "span",
       html_page.swatch(colour),
@@ -193,29 +193,28 @@ def _regions(found: Statistics) -> Html:
       (
         name,
         html_page.share_bar(present),
-        html_page.share_bar(found.area[code]),
+        html_page.share_bar(statistics.area[code]),
       )
     )
   header = ("region", "frames that show it", "mean share of the crop")
   return section("Face regions", table(header, rows))
 
 
-def _labels(found: Statistics) -> Html:
-  of_video = {track.video_id: track.labels for track in found.tracks}
-  parts = [
-    tag("p", f"Of {counted(len(of_video), 'video')}, one value a video.")
-  ]
-  for name, label in found.labels.items():
-    values = np.array([labels[name] for labels in of_video.values()])
+def _labels(statistics: Statistics) -> Html:
+  labels_of = {track.video_id: track.labels for track in statistics.tracks}
+  num_videos = counted(len(labels_of), "video")
+  parts = [tag("p", f"Labels of {num_videos}, one value per video.")]
+  for name, label in statistics.labels.items():
+    values = np.array([labels[name] for labels in labels_of.values()])
     parts += [tag("h3", f"{name} ({label.kind})"), _label(label, values)]
   return section("Labels", *parts)
 
 
 def _label(label: Label, values: np.ndarray) -> Html:
-  """Shows float (N, K), the values of one label."""
+  """Returns a table or charts of one label's values, float (N, K)."""
   if label.kind == listing.CLASS:
     counts = Counter(
-      "not known" if np.isnan(value) else label.names[int(value)]
+      "unknown" if np.isnan(value) else label.names[int(value)]
       for value in values[:, 0]
     )
     return table(("class", "videos", "share"), _share_rows(counts))
@@ -227,12 +226,12 @@ def _label(label: Label, values: np.ndarray) -> Html:
       share = html_page.share_bar(yes / len(known)) if len(known) else "-"
       unknown = len(column) - len(known)
       rows.append((name, f"{yes:,}", f"{len(known) - yes:,}", unknown, share))
-    header = ("attribute", "yes", "no", "not known", "yes of those known")
+    header = ("attribute", "yes", "no", "unknown", "share of yes")
     return table(header, rows)
   charts = []
   for name, column in zip(label.names, values.T, strict=True):
     known = column[~np.isnan(column)]
-    title = f"{name}: {len(column) - len(known)} not known"
+    title = f"{name}: {len(column) - len(known)} unknown"
     if len(known):
       charts.append(html_page.histogram(title, known))
     else:
@@ -241,7 +240,7 @@ def _label(label: Label, values: np.ndarray) -> Html:
 
 
 def _share_rows(counts: Counter[str]) -> list[tuple]:
-  """Rows of name, number and share, the commonest first."""
+  """Returns rows of name, number and share, the most common first."""
   total = max(counts.total(), 1)
   rows = counts.most_common(MAX_ROWS)
   rest = total - sum(number for _, number in rows)
@@ -253,41 +252,41 @@ def _share_rows(counts: Counter[str]) -> list[tuple]:
   ]
 
 
-# --- What was left out --------------------------------------------------------
+# --- Left-out videos ----------------------------------------------------------
 
 
-def _refused(found: Statistics) -> Html:
-  title = "What was left out, and why"
-  if not found.refused:
-    return section(title, tag("p", "Nothing: every video gave a track."))
+def _left_out(statistics: Statistics) -> Html:
+  title = "Left-out videos"
+  if not statistics.left_out:
+    return section(title, tag("p", "None: every video has a face track."))
   groups: dict[str, list[tuple[str, str]]] = {}
-  for video_id, reason in found.refused:
+  for video_id, reason in statistics.left_out:
     groups.setdefault(re.sub(r"\d+", "0", reason), []).append(
       (video_id, reason)
     )
-  commonest = sorted(groups.values(), key=len, reverse=True)
+  by_size = sorted(groups.values(), key=len, reverse=True)
   rows = []
-  for videos in commonest[:MAX_ROWS]:
+  for videos in by_size[:MAX_ROWS]:
     examples = [tag("li", file_name(name)) for name, _ in videos[:MAX_EXAMPLES]]
     rows.append(
       (
         tag("div", videos[0][1], tag("ul", *examples, class_="quiet")),
         f"{len(videos):,}",
-        html_page.share_bar(len(videos) / found.num_videos),
+        html_page.share_bar(len(videos) / statistics.num_videos),
       )
     )
-  rest = commonest[MAX_ROWS:]
+  rest = by_size[MAX_ROWS:]
   if rest:
     number = sum(map(len, rest))
-    share = html_page.share_bar(number / found.num_videos)
+    share = html_page.share_bar(number / statistics.num_videos)
     rows.append((f"{len(rest)} other reasons", f"{number:,}", share))
-  header = ("reason, and some of the videos", "videos", "share of all")
+  header = ("reason and example videos", "videos", "share of all")
   return section(
     title,
     tag(
       "p",
-      "Reasons that differ in numbers only are counted together, by the first "
-      "of them; quarantine.jsonl names every video.",
+      "Reasons that differ only in numbers are counted together, under the "
+      "first of them. quarantine.jsonl lists every video.",
     ),
     table(header, rows),
   )
@@ -313,21 +312,10 @@ def _evenly(tracks: list[Track], num: int) -> list[Track]:
 
 
 def _crop(track: Track) -> Html:
-  """Draws the middle frame of a track."""
-  from data_prep import contact_sheet
-  from data_prep.inspection import dataset_statistics
-
-  place = track.places[len(track.places) // 2]
-  record = dataset_statistics.read_record(place)
-  middle = len(record) // 2
-  try:
-    frame = schema.decode_frames(record, [middle])[0]
-    labels = schema.decode_parsing(record)[middle]
-  except ValueError as e:
-    raise dataset_statistics.DatasetError(
-      f"{place.shard} record {place.number}: {e}"
-    ) from e
-  pair = np.concatenate([frame, contact_sheet.overlay(frame, labels)], axis=1)
+  """Returns the middle frame of a track, plain and with its regions."""
+  frame = dataset_statistics.read_frame(track.places[len(track.places) // 2])
+  tinted = region_pictures.overlay(frame.pixels, frame.labels)
+  pair = np.concatenate([frame.pixels, tinted], axis=1)
   terms = ", ".join(
     f"{name} {value:.2f}"
     for name, value in zip(
@@ -344,12 +332,10 @@ def _crop(track: Track) -> Html:
 
 
 def _legend() -> Html:
-  from data_prep import contact_sheet
-
   items = [
     tag("span", html_page.swatch(colour), name.replace("_", " "))
     for name, colour in zip(
-      schema.REGIONS[1:], contact_sheet.COLOURS[1:], strict=True
+      schema.REGIONS[1:], region_pictures.COLOURS[1:], strict=True
     )
   ]
   return tag("div", *items, class_="legend")
@@ -362,14 +348,14 @@ def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="python -m data_prep.report",
     description="Describes a prepared data set on one HTML page: counts, "
-    "lengths, sizes, quality, regions, labels, what was left out, and crops.",
+    "lengths, sizes, quality, regions, labels, left-out videos and crops.",
     formatter_class=cli.HelpFormatter,
     allow_abbrev=False,
   )
   parser.add_argument(
     "dataset_dir",
     type=storage.disk_path,
-    help="folder on a disk that data_prep.prepare wrote",
+    help="folder on a disk, written by data_prep.prepare",
   )
   parser.add_argument(
     "--output", type=Path, required=True, help="page to write (.html)"
@@ -378,7 +364,7 @@ def _parser() -> argparse.ArgumentParser:
     "--max_records",
     type=cli.at_least(1),
     default=2000,
-    help="records to read, or a few more: whole videos are",
+    help="records to read; whole videos are read, so it may be a few more",
   )
   return parser
 

@@ -1,8 +1,8 @@
-"""Numbers of a prepared data set, from its ledger and a sample of its records.
+"""Statistics of a prepared data set, from its ledger and a sample of records.
 
-Counts come from the ledger and are exact. The rest comes from whole videos,
-chosen by a hash of their names until enough records are read: of small data
-sets that is all of them. No picture is decoded.
+Counts come from the ledger and are exact. All other numbers come from whole
+videos, chosen by a hash of their names until enough records are read; in a
+small data set these are all videos. Statistics decode no picture.
 """
 
 from __future__ import annotations
@@ -19,22 +19,21 @@ import numpy as np
 from data_prep.output import dataset_folder, ledger, shards
 from data_prep.sources.listing import Label
 from data_prep.sources.manifest import stable_hash
-from data_prep.video import video_to_records
 from marlin_jax.records import folders, schema
 from marlin_jax.records.cli import UserError
 from marlin_jax.records.schema import Record
 
-# Label maps differ little from one frame to the next.
+# Of a record, every so many label maps are counted: neighbours differ little.
 _AREA_STEPS = 8
 
 
 class DatasetError(UserError):
-  """The folder holds no data set that can be described."""
+  """The folder holds no complete, readable data set."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Where a record lies: path of its shard and number in it."""
+  """Position of a record: path of its shard and its number in the shard."""
 
   shard: Path
   number: int
@@ -45,11 +44,11 @@ class Track:
   """One face track.
 
   Attributes:
-    video_id, track_id, split: which.
+    video_id, track_id, split: identify the track.
     fps, quality, quality_terms, labels: as in its records.
-    num_frames: of all its segments.
+    num_frames: number of frames of all its segments.
     side: median side of its crop in source pixels.
-    places: of its records.
+    places: its records.
   """
 
   video_id: str
@@ -70,24 +69,24 @@ class Track:
 
 @dataclasses.dataclass
 class Statistics:
-  """What the report shows.
+  """Numbers shown in the report.
 
   Attributes:
-    labels: what the tracks' labels mean.
+    labels: meaning of the tracks' labels.
     counts: per split, as in metadata.json.
-    statuses: how many videos were kept, without a face, and quarantined.
-    refused: (video_id, reason) of those that were not kept.
-    num_records: read for the following, of all that there are.
-    tracks: of the sampled videos.
-    num_frames: of the sampled records.
-    present: int64 (11,), in how many of these frames a region is there.
-    area: float64 (11,), mean share of the crop that a region covers.
+    statuses: number of videos that were kept, without a face, and quarantined.
+    left_out: (video_id, reason) of videos that were not kept.
+    num_records: number of records in the sample.
+    tracks: tracks of the sampled videos.
+    num_frames: number of frames in the sample.
+    present: int64 (11,), number of sampled frames that show each region.
+    area: float64 (11,), mean share of the crop that each region covers.
   """
 
   labels: dict[str, Label]
   counts: dict[str, dict[str, int]]
   statuses: Counter[str]
-  refused: list[tuple[str, str]]
+  left_out: list[tuple[str, str]]
   num_records: int = 0
   tracks: list[Track] = dataclasses.field(default_factory=list)
   num_frames: int = 0
@@ -104,12 +103,12 @@ class Statistics:
 
   @property
   def is_complete(self) -> bool:
-    """Whether every record was read."""
+    """True if the sample is the whole data set."""
     total = sum(count["num_records"] for count in self.counts.values())
     return self.num_records == total
 
   def secs(self, split: str) -> float:
-    """Returns how long all tracks of a split are; nan where none was read."""
+    """Returns the seconds of all tracks of a split; NaN without a sample."""
     tracks = [track for track in self.tracks if track.split == split]
     num_read = sum(track.num_frames for track in tracks)
     if not num_read:
@@ -127,13 +126,14 @@ def read(
 
   Args:
     dataset_dir: a folder that data_prep.prepare wrote.
-    max_records: no further video is begun once so many were read.
-    progress: called with the number of records read and to be read.
+    max_records: size of the sample; whole videos are read, so that it may
+      hold some more records.
+    progress: called with the number of records read and to read.
 
   Raises:
-    DatasetError: the folder holds no such data set, or a damaged one.
+    DatasetError: the folder holds no such data set, or it is damaged.
   """
-  settings, metadata, entries = _described(dataset_dir)
+  settings, metadata, entries = _read_descriptions(dataset_dir)
   statistics = Statistics(
     labels={
       name: Label(label["kind"], tuple(label["names"]))
@@ -144,10 +144,8 @@ def read(
       for split in sorted({entry.split for entry in entries})
     },
     statuses=Counter(entry.status for entry in entries),
-    refused=[
-      (entry.video_id, entry.reason)
-      for entry in entries
-      if entry.status != video_to_records.KEPT
+    left_out=[
+      (entry.video_id, entry.reason) for entry in entries if not entry.is_kept
     ],
   )
   first = _first_records(dataset_dir, settings, entries)
@@ -168,23 +166,60 @@ def read(
   return statistics
 
 
-def read_record(place: Place) -> Record:
-  """Reads one record again.
+def num_records(shard: Path) -> int:
+  """Returns the number of records in a shard.
 
   Raises:
-    DatasetError: it is damaged.
+    DatasetError: the shard is damaged.
+  """
+  num = shards.num_records(shard)
+  if num is None:
+    raise _damaged(shard, "it is no whole ArrayRecord file")
+  return num
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DecodedFrame:
+  """One frame of a record.
+
+  Attributes:
+    record: the record.
+    index: number of the frame in the record.
+    pixels: uint8 (224, 224, 3), RGB.
+    labels: uint8 (224, 224), LaPa codes.
+  """
+
+  record: Record
+  index: int
+  pixels: np.ndarray
+  labels: np.ndarray
+
+
+def read_frame(place: Place, share: float = 0.5) -> DecodedFrame:
+  """Reads one frame of a record.
+
+  Args:
+    place: the record.
+    share: position of the frame in the record, in [0, 1).
+
+  Raises:
+    DatasetError: the record, the frame or its label map is damaged.
   """
   try:
     (data,) = shards.read_records(place.shard, place.number, 1)
-    return schema.decode(data)
-  except (RuntimeError, ValueError) as e:
+    record = schema.decode(data)
+    index = int(share * len(record))
+    pixels = schema.decode_frames(record, [index])[0]
+    labels = schema.decode_parsing(record)[index]
+  except (RuntimeError, ValueError, IndexError) as e:
     raise _damaged(place.shard, f"record {place.number}: {e}") from e
+  return DecodedFrame(record, index, pixels, labels)
 
 
-# --- The small files ----------------------------------------------------------
+# --- Settings, metadata and ledger --------------------------------------------
 
 
-def _described(
+def _read_descriptions(
   dataset_dir: Path,
 ) -> tuple[dict[str, Any], dict[str, Any], list[ledger.Entry]]:
   """Returns settings, metadata and ledger."""
@@ -192,7 +227,7 @@ def _described(
   metadata = ledger.read_json(dataset_dir / folders.METADATA)
   if not settings or not metadata:
     raise DatasetError(
-      f"{dataset_dir} is no finished data set of data_prep.prepare: "
+      f"{dataset_dir} is no complete data set of data_prep.prepare: "
       "settings.json or metadata.json is missing or damaged"
     )
   if metadata["schema_version"] != schema.SCHEMA_VERSION:
@@ -213,15 +248,15 @@ def _described(
 
 def _damaged(path: Path, why: str) -> DatasetError:
   return DatasetError(
-    f"{path} cannot be read ({why}); python -m data_prep.verify "
-    f"{path.parent} tells all that is wrong"
+    f"{path} cannot be read ({why}); for all problems run python -m "
+    f"data_prep.verify {path.parent}"
   )
 
 
 def _first_records(
   dataset_dir: Path, settings: dict[str, Any], entries: list[ledger.Entry]
 ) -> dict[str, Place]:
-  """Returns where each video's first record lies: they are sorted by name."""
+  """Returns the place of each video's first record; a shard sorts by name."""
   places, counts = {}, Counter()
   for entry in sorted(entries, key=lambda entry: entry.video_id):
     name = dataset_folder.shard_of(settings, entry.split, entry.video_id)
@@ -233,18 +268,18 @@ def _first_records(
 def _chosen(
   entries: list[ledger.Entry], max_records: int
 ) -> list[ledger.Entry]:
-  """Returns kept videos, `max_records` records or a few more of them.
+  """Returns kept videos that hold `max_records` records or a few more.
 
-  One of each split first, then by a hash: which ones does not depend on what
-  they hold, nor on the order of the ledger.
+  One video of each split comes first, then the order of a hash: the choice
+  depends neither on content nor on the order of the ledger.
   """
   kept = sorted(
     (entry for entry in entries if entry.num_records),
     key=lambda entry: stable_hash(f"report:{entry.video_id}"),
   )
-  of_split = {entry.split: entry for entry in reversed(kept)}
-  first = list(of_split.values())
-  others = [e for e in kept if of_split[e.split] is not e]
+  by_split = {entry.split: entry for entry in reversed(kept)}
+  first = list(by_split.values())
+  others = [e for e in kept if by_split[e.split] is not e]
   chosen, num = [], 0
   for entry in (*first, *others):
     if num >= max_records:
@@ -275,9 +310,9 @@ def _records(
 
 
 def _track(parts: list[tuple[Place, Record]], split: str) -> Track:
-  places, found = zip(*parts, strict=True)
-  record = found[0]
-  boxes = np.concatenate([record.boxes for record in found])
+  places, records = zip(*parts, strict=True)
+  record = records[0]
+  boxes = np.concatenate([record.boxes for record in records])
   return Track(
     video_id=record.video_id,
     track_id=record.track_id,
@@ -293,7 +328,7 @@ def _track(parts: list[tuple[Place, Record]], split: str) -> Track:
 
 
 class _Mean:
-  """A running mean of vectors."""
+  """Running mean of vectors."""
 
   def __init__(self, size: int) -> None:
     self._sum, self._num = np.zeros(size), 0

@@ -15,7 +15,6 @@ from data_prep.inspection import record_checks
 from data_prep.inspection.record_checks import Expected, FoundShard, Problems
 from data_prep.output import dataset_folder, ledger, shards
 from data_prep.sources.listing import Label
-from data_prep.video import video_to_records
 from marlin_jax.records import folders, quality_index, schema
 from marlin_jax.records.cli import counted
 
@@ -114,7 +113,7 @@ def check_ledger(
         f"subject {entry.subject_id!r} is in {entry.split!r}, but in "
         f"{other.split!r} in {other.video_id!r}",
       )
-    if (entry.status == video_to_records.KEPT) != bool(entry.num_records):
+    if entry.is_kept != bool(entry.num_records):
       what = f"status {entry.status!r} with {entry.num_records} records"
       problems.add("counts", where, what)
   path = dataset_dir / folders.QUARANTINE

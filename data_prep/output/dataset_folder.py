@@ -84,13 +84,13 @@ def refused(entries: Iterable[Entry]) -> list[dict[str, str]]:
   return [
     {key: getattr(entry, key) for key in ("video_id", "reason", "sha256")}
     for entry in entries
-    if entry.status != video_to_records.KEPT
+    if not entry.is_kept
   ]
 
 
 def counts(entries: Iterable[Entry]) -> dict[str, int]:
   """Returns what metadata.json says of a split."""
-  kept = [entry for entry in entries if entry.status == video_to_records.KEPT]
+  kept = [entry for entry in entries if entry.is_kept]
   return {
     "num_videos": len(kept),
     "num_tracks": sum(entry.num_tracks for entry in kept),
@@ -334,7 +334,7 @@ class DatasetFolder:
         self._written[shard] = {
           video_id: entry
           for video_id, entry in self._written.get(shard, {}).items()
-          if entry.status != video_to_records.KEPT
+          if not entry.is_kept
         }
       written = self._written.setdefault(shard, {})
       for video_id, source in videos.items():

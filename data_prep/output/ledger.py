@@ -1,4 +1,4 @@
-"""What became of each video, and the small files that say so."""
+"""The ledger: the outcome of each video, and the small JSON files."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from marlin_jax.records import folders
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """What became of one video: a line of videos.jsonl.
+  """Outcome of one video: a line of videos.jsonl.
 
   Attributes:
     video_id, split, subject_id: as in `manifest.Source`.
-    labels: likewise; None where a number is not known.
-    num_bytes, sha256: of the video file, or of a folder's pictures; 0 and ''
-      where it was not readable.
-    status, reason, num_..., quality: as in `process.Outcome`.
-    limits: where quarantined, the limits that held then. Under others the
-      video is tried again.
+    labels: as in `manifest.Source`, with None for an unknown number.
+    num_bytes, sha256: size and hash of the video file, or of a folder's
+      pictures; 0 and '' if unreadable.
+    status, reason, num_..., quality: as in `video_to_records.Outcome`.
+    limits: limits under which the video was quarantined, else None. Under
+      other limits it is tried again.
   """
 
   video_id: str
@@ -45,6 +45,11 @@ class Entry:
   quality: list[list[float]]
   limits: dict[str, float] | None
 
+  @property
+  def is_kept(self) -> bool:
+    """True if the data set holds records of the video."""
+    return self.status == video_to_records.KEPT
+
   @classmethod
   def of(
     cls,
@@ -52,8 +57,9 @@ class Entry:
     settings: video_to_records.Settings,
     outcome: video_to_records.Outcome,
   ) -> Entry:
+    """Returns the ledger line of a processed video; hashes the file."""
     num_bytes, digest = 0, ""
-    # Where it cannot be read, the outcome's reason says so.
+    # If the file cannot be read, the outcome's reason says so.
     with contextlib.suppress(OSError):
       digest = folders.sha256_of(source.path)
       num_bytes, _ = _size_and_change(source.path)
@@ -73,7 +79,7 @@ class Entry:
 
 
 def _size_and_change(path: Path) -> tuple[int, float]:
-  """Returns size in bytes and time of the last change, of a folder's files."""
+  """Returns size in bytes and last change of a file, or a folder's files."""
   is_folder, size, change = storage.status(path)
   if not is_folder:
     return size, change
@@ -84,7 +90,7 @@ def _size_and_change(path: Path) -> tuple[int, float]:
 
 
 def _labels_of(source: Source) -> dict[str, list[float | None]]:
-  """JSON has no NaN."""
+  """Returns the labels with None for NaN, which JSON lacks."""
   return {
     name: [None if math.isnan(value) else value for value in values]
     for name, values in source.labels.items()
@@ -92,9 +98,14 @@ def _labels_of(source: Source) -> dict[str, list[float | None]]:
 
 
 def is_of(entry: Entry, source: Source, since: float) -> bool:
-  """Says whether a ledger line is about this very file.
+  """Returns True if a ledger line describes the source's present file.
 
-  As with make, the file is read only where it is younger than the ledger.
+  As in make, the file is read only if it is younger than the ledger.
+
+  Args:
+    entry: the ledger line.
+    source: the video.
+    since: time at which the ledger was written, in seconds since 1970.
   """
   if (entry.split, entry.subject_id) != (source.split, source.subject_id):
     return False
@@ -110,12 +121,12 @@ def is_of(entry: Entry, source: Source, since: float) -> bool:
 
 
 def modified(path: Path) -> float:
-  """Returns the time of the last change, 0.0 where there is no such file."""
+  """Returns the time of the last change, 0.0 if there is no such file."""
   return storage.modified(path) if path.exists() else 0.0
 
 
 def read_json(path: Path) -> Any:
-  """Returns the content, None where the file is missing or not whole."""
+  """Returns the content, None if the file is missing or incomplete."""
   try:
     return json.loads(path.read_bytes())
   except (FileNotFoundError, ValueError):
@@ -123,6 +134,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+  """Writes a JSON file atomically; an equal file is left alone."""
   write_if_new(path, (json.dumps(value, indent=indent) + "\n").encode())
 
 
@@ -132,11 +144,12 @@ def as_lines(values: Iterable[Any]) -> str:
 
 
 def write_lines(path: Path, values: Iterable[Any]) -> None:
+  """Writes a .jsonl file atomically; an equal file is left alone."""
   write_if_new(path, as_lines(values).encode())
 
 
 def write_if_new(path: Path, data: bytes) -> None:
-  """Writes under another name and renames; leaves an equal file alone."""
+  """Writes a file atomically; an equal file is left alone."""
   if path.exists() and path.read_bytes() == data:
     return
   folders.write_bytes(path, data)

@@ -105,7 +105,7 @@ def test_sizes_rates_and_qualities_are_charts_with_their_numbers(dataset):
     ("size", "sharpness", "pose", "landmarks"), (0.5, 0.8, 0.9, 1), strict=True
   ):
     assert f"Quality: {name}: {value:.3g}, all of 4" in labels
-  assert "25% had fewer than 224 pixels a side" in found.text
+  assert "25% of the crops are smaller than 224x224" in found.text
   assert found.row("25")[:2] == ["4", "100%"]
 
 
@@ -125,12 +125,12 @@ def test_region_statistics_are_those_of_the_label_maps(dataset):
 
 def test_labels_are_counted_by_their_kind(dataset):
   found = page(dataset)
-  assert "Of 3 videos, one value a video." in found.text
-  # Yes, no, not known, share of yes.
+  assert "3 videos, one value per video" in found.text
+  # Yes, no, unknown, share of yes.
   assert found.row("smiling")[:4] == ["1", "2", "0", "33%"]
   assert found.row("eyeglasses")[:4] == ["0", "0", "3", "-"]
   assert found.row("happy")[:2] == ["2", "67%"]
-  assert "sentiment: 0 not known" in found.text
+  assert "sentiment: 0 unknown" in found.text
 
 
 def test_reasons_that_differ_in_numbers_are_counted_together(dataset):
@@ -169,7 +169,7 @@ def test_crops_are_shown_once_a_track_and_the_worst_first(dataset):
   found = page(dataset)
   pictures = [a for name, a in found.tags if name == "img"]
   assert len(pictures) == 2 * 4
-  worst = found.row("The worst tracks")
+  worst = found.row("Tracks of the lowest quality")
   assert next(line for line in worst if line.endswith(".mp4")) == "b.mp4"
 
 
@@ -196,7 +196,7 @@ def test_sampled_records_are_those_of_their_videos(dataset):
   assert len(found.tracks) == 4
   for track in found.tracks:
     for place in track.places:
-      record = dataset_statistics.read_record(place)
+      record = dataset_statistics.read_frame(place).record
       assert record.video_id == track.video_id
       assert record.track_id == track.track_id
 
@@ -204,7 +204,7 @@ def test_sampled_records_are_those_of_their_videos(dataset):
 def test_nothing_left_out_and_no_labels_are_fine(tmp_path):
   path = made_dataset.make(tmp_path / "d", {"a.mp4": [a_record("a.mp4")]})
   found = page(path)
-  assert "Nothing: every video gave a track." in found.text
+  assert "None: every video has a face track." in found.text
   assert "Labels" not in found.text
 
 
@@ -229,7 +229,7 @@ def test_sample_data_set_has_its_page(sample_dataset, tmp_path):
 def test_folder_without_a_data_set_is_an_error(tmp_path, capsys):
   output = tmp_path / "a.html"
   assert report.main([str(tmp_path), "--output", str(output)]) == 1
-  assert "no finished data set" in capsys.readouterr().err
+  assert str(tmp_path) in capsys.readouterr().err
   assert not output.exists()
 
 

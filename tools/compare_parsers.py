@@ -1,14 +1,14 @@
-"""Shows what several parsers, or hand-drawn masks, say of the same faces.
+"""Compares face parsers with each other, or with hand-drawn masks.
 
-  python -m data_prep.compare_parsers VIDEOS --parsers=mediapipe,bisenet \
+  python -m tools.compare_parsers VIDEOS --parsers=mediapipe,bisenet \
     --output=sheet.png
-  python -m data_prep.compare_parsers VIDEOS --parsers=mediapipe \
+  python -m tools.compare_parsers VIDEOS --parsers=mediapipe \
     --masks=tests/data/masks --output=sheet.png
 
-Every row of the picture is a face: the crop, then each one's regions. Printed,
-and written beside the picture as .json: intersection over union per region,
-over all pixels of all faces, with the masks where there are some, else with
-the first parser.
+A row of the picture shows a face: the crop, then the regions from each parser.
+The tool prints the intersection over union per region, over all pixels of all
+faces, and writes it beside the picture as .json. The reference is the masks if
+given, else the first parser.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data_prep.inspection import region_pictures
 from marlin_jax.records import cli
+from marlin_jax.records.cli import UserError
 from marlin_jax.records.schema import FRAME_SIZE, REGIONS
 
 if TYPE_CHECKING:
@@ -37,14 +39,14 @@ NAME_HEIGHT = 20
 
 @dataclasses.dataclass(frozen=True)
 class Face:
-  """One face to compare on.
+  """A face on which parsers are compared.
 
   Attributes:
-    name: for the picture.
+    name: caption in the picture.
     frame: uint8 (H, W, 3), RGB.
-    box: float32 (4,), the crop.
-    landmarks: float32 (478, 2), or None.
-    mask: uint8 (224, 224), drawn by hand, or None.
+    box: float32 (4,), the crop in pixels of the frame.
+    landmarks: float32 (478, 2), or None without a mesh.
+    mask: uint8 (224, 224), LaPa codes drawn by hand, or None.
   """
 
   name: str
@@ -55,17 +57,17 @@ class Face:
 
 
 def iou_per_region(
-  found: np.ndarray, expected: np.ndarray
+  predicted: np.ndarray, expected: np.ndarray
 ) -> dict[str, float | None]:
-  """Returns intersection over union, None where neither has the region.
+  """Returns intersection over union; None if neither has the region.
 
   Args:
-    found: uint8 (N, 224, 224), LaPa codes.
-    expected: likewise.
+    predicted: uint8 (N, 224, 224), LaPa codes.
+    expected: uint8 (N, 224, 224), LaPa codes.
   """
   scores: dict[str, float | None] = {}
   for code, name in enumerate(REGIONS):
-    a, b = found == code, expected == code
+    a, b = predicted == code, expected == code
     union = int((a | b).sum())
     scores[name] = int((a & b).sum()) / union if union else None
   return scores
@@ -74,22 +76,22 @@ def iou_per_region(
 def drawn_faces(
   sources: Sequence[Source], folder: Path, finder: FaceFinder
 ) -> Iterator[Face]:
-  """Yields the faces that were drawn, of the videos that are there.
+  """Yields the faces with hand-drawn masks whose videos are in `sources`.
 
   Raises:
-    DrawingError: there is no drawing, or a bad one, or one of a frame that the
-      video does not have.
+    DrawingError: there is no drawing, a drawing is malformed, or its video has
+      no such frame.
     decode.DecodeError: a video cannot be read.
   """
   from data_prep.regions import drawings
 
   by_name = {source.path.name: source for source in sources}
-  wanted = drawings.read_folder(folder)
-  for video in sorted({drawing.video for drawing in wanted}):
+  all_drawings = drawings.read_folder(folder)
+  for video in sorted({drawing.video for drawing in all_drawings}):
     if video not in by_name:
-      print(f"note: {video}, of which there are drawings, is not there")
+      print(f"note: {video} has drawings but is not in the input")
       continue
-    of_video = [drawing for drawing in wanted if drawing.video == video]
+    of_video = [drawing for drawing in all_drawings if drawing.video == video]
     frames = _frames(by_name[video], {drawing.frame for drawing in of_video})
     for drawing in of_video:
       if drawing.frame not in frames:
@@ -104,7 +106,7 @@ def drawn_faces(
 def tracked_faces(
   sources: Sequence[Source], num_faces: int, finder: FaceFinder
 ) -> Iterator[Face]:
-  """Yields faces evenly spaced over the tracks of all videos.
+  """Yields faces at equal distances over the tracks of all videos.
 
   Raises:
     decode.DecodeError: a video cannot be read.
@@ -112,7 +114,7 @@ def tracked_faces(
   from data_prep.faces import tracking
   from data_prep.video import decode
 
-  of_source = []
+  rows_of_source = []
   for source in sources:
     with _opened(source) as video:
       frames = (frame for frame, _ in video)
@@ -120,14 +122,14 @@ def tracked_faces(
         tracks = tracking.find_tracks(frames, finder, min_frames=1)
       except decode.DecodeError as e:
         raise decode.DecodeError(f"{source.path}: {e}") from e
-    of_source.append(
+    rows_of_source.append(
       [(track, row) for track in tracks for row in range(len(track))]
     )
-  total = sum(map(len, of_source))
+  total = sum(map(len, rows_of_source))
   places = (np.arange(num_faces) + 0.5) * total / num_faces
   chosen = set(np.unique(places.astype(int)).tolist()) if total else set()
   start = 0
-  for source, rows in zip(sources, of_source, strict=True):
+  for source, rows in zip(sources, rows_of_source, strict=True):
     own = [rows[i] for i in range(len(rows)) if start + i in chosen]
     start += len(rows)
     numbers = {track.first_frame + row for track, row in own}
@@ -144,7 +146,7 @@ def tracked_faces(
 
 
 def label_maps(faces: Sequence[Face], choice: ParserChoice) -> np.ndarray:
-  """Returns uint8 (N, 224, 224); all background where no face was parsed."""
+  """Returns uint8 (N, 224, 224), LaPa codes; all 0 if no face was parsed."""
   from data_prep.regions import parsers
 
   maps = np.zeros((len(faces), FRAME_SIZE, FRAME_SIZE), np.uint8)
@@ -159,22 +161,21 @@ def label_maps(faces: Sequence[Face], choice: ParserChoice) -> np.ndarray:
 def sheet(
   faces: Sequence[Face], columns: Sequence[tuple[str, np.ndarray]]
 ) -> np.ndarray:
-  """Draws a row per face: the crop, and each column's regions over it.
+  """Draws a row per face: the crop, and the crop with each column's regions.
 
   Args:
-    faces: N of them.
-    columns: name and uint8 (N, 224, 224) label maps.
+    faces: N faces.
+    columns: name and label maps, uint8 (N, 224, 224), of each column.
 
   Returns:
     uint8 (H, W, 3), RGB.
   """
   from PIL import Image, ImageDraw
 
-  from data_prep import contact_sheet
   from data_prep.faces import boxes
 
   width = (1 + len(columns)) * FRAME_SIZE
-  legend = contact_sheet.legend(width)
+  legend = region_pictures.legend(width)
   row_height = FRAME_SIZE + NAME_HEIGHT
   height = len(legend) + NAME_HEIGHT + len(faces) * row_height
   image = Image.new("RGB", (width, height), "white")
@@ -188,7 +189,7 @@ def sheet(
     crop = boxes.crop_frame(face.frame, face.box)
     image.paste(Image.fromarray(crop), (0, y))
     for j, (_, maps) in enumerate(columns):
-      picture = contact_sheet.overlay(crop, maps[i])
+      picture = region_pictures.overlay(crop, maps[i])
       image.paste(Image.fromarray(picture), ((1 + j) * FRAME_SIZE, y))
     draw.text((4, y + FRAME_SIZE + 2), face.name, fill="black")
     y += row_height
@@ -196,13 +197,13 @@ def sheet(
 
 
 def table(reference: str, scores: dict[str, dict[str, float | None]]) -> str:
-  """Returns the scores as text, a line per region."""
+  """Returns the scores as text, one line per region."""
   lines = [
     f"IoU with {reference}",
     f"{'region':12}" + "".join(f"{name:>12}" for name in scores),
   ]
   for region in REGIONS:
-    values = [of_region[region] for of_region in scores.values()]
+    values = [by_region[region] for by_region in scores.values()]
     cells = ["-" if value is None else f"{value:.3f}" for value in values]
     lines.append(f"{region:12}" + "".join(f"{cell:>12}" for cell in cells))
   return "\n".join(lines)
@@ -218,7 +219,7 @@ def _opened(source: Source):
 
 
 def _frames(source: Source, numbers: set[int]) -> dict[int, np.ndarray]:
-  """Returns frames of a video by number; those it does not have are missing."""
+  """Returns frames of a video by number; leaves out numbers past its end."""
   frames = {}
   with _opened(source) as video:
     for i, (frame, _) in enumerate(video):
@@ -230,7 +231,7 @@ def _frames(source: Source, numbers: set[int]) -> dict[int, np.ndarray]:
 
 
 def _face_box(box: np.ndarray) -> np.ndarray:
-  """Returns where the face is in a crop."""
+  """Returns the box of the face in a crop."""
   from data_prep.faces import boxes
   from data_prep.regions import lapa
 
@@ -241,21 +242,19 @@ def _face_box(box: np.ndarray) -> np.ndarray:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Returns the exit code: 0, 1 for an error, 130 when interrupted."""
+  """Returns the exit code: 0, 1 after an error, 130 when interrupted."""
   args = _parser().parse_args(argv)
   return cli.run_command(
-    lambda: _run(args), interrupted="No pictures were written."
+    lambda: _run(args), interrupted="No picture was written."
   )
 
 
 def _run(args: argparse.Namespace) -> None:
-  from PIL import Image
-
   from data_prep.faces import face_finder
   from data_prep.regions.parsers import ParserChoice
   from data_prep.sources import manifest
 
-  # --- The faces --------------------------------------------------------------
+  # --- Faces ------------------------------------------------------------------
   sources = manifest.read_sources(args.input)
   with contextlib.closing(face_finder.FaceFinder()) as finder:
     if args.masks is not None:
@@ -263,9 +262,9 @@ def _run(args: argparse.Namespace) -> None:
     else:
       faces = list(tracked_faces(sources, args.num_faces, finder))
   if not faces:
-    raise RuntimeError(f"no face to compare on in {args.input}")
+    raise UserError(f"no face found in {args.input}")
 
-  # --- Their label maps -------------------------------------------------------
+  # --- Label maps -------------------------------------------------------------
   files = dict(args.parser_path)
   columns = [
     (name, label_maps(faces, ParserChoice(name, files.get(name))))
@@ -274,25 +273,24 @@ def _run(args: argparse.Namespace) -> None:
   if args.masks is not None:
     columns.insert(0, ("drawn", np.stack([face.mask for face in faces])))
 
-  # --- What they agree on -----------------------------------------------------
+  # --- Scores and pictures ----------------------------------------------------
   reference, expected = columns[0]
   scores = {name: iou_per_region(m, expected) for name, m in columns[1:]}
   if scores:
     print(table(reference, scores))
-  args.output.parent.mkdir(parents=True, exist_ok=True)
-  Image.fromarray(sheet(faces, columns)).save(args.output)
+  region_pictures.save(sheet(faces, columns), args.output)
   report = {"reference": reference, "num_faces": len(faces), "iou": scores}
-  written = args.output.with_suffix(".json")
-  written.write_text(json.dumps(report, indent=2) + "\n")
+  report_path = args.output.with_suffix(".json")
+  report_path.write_text(json.dumps(report, indent=2) + "\n")
   num_faces = cli.counted(len(faces), "face")
-  print(f"{num_faces}; pictures: {args.output}, numbers: {written}")
+  print(f"{num_faces}; pictures: {args.output}, scores: {report_path}")
 
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
-    prog="python -m data_prep.compare_parsers",
-    description="Shows what several face parsers, or masks drawn by hand, say "
-    "of the same faces, with their intersection over union per region.",
+    prog="python -m tools.compare_parsers",
+    description="Compares the regions that face parsers, or hand-drawn masks, "
+    "give for the same faces; prints the intersection over union per region.",
     formatter_class=cli.HelpFormatter,
     allow_abbrev=False,
   )
@@ -302,8 +300,8 @@ def _parser() -> argparse.ArgumentParser:
     "--parsers",
     type=_names,
     default="mediapipe",
-    help="which, with commas between them: mediapipe, multiclass, farl, "
-    "bisenet",
+    help="parsers to compare, separated by commas: mediapipe, multiclass, "
+    "farl, bisenet",
   )
   add(
     "--parser_path",
@@ -311,20 +309,20 @@ def _parser() -> argparse.ArgumentParser:
     action="append",
     default=[],
     metavar="NAME=FILE",
-    help="the model file of a parser; may be given for each",
+    help="model file of a parser; repeat for several parsers",
   )
   add(
     "--masks",
     type=Path,
-    help="folder of masks drawn by hand (see data_prep/regions/drawings.py): "
-    "compare with these, on their frames",
+    help="folder of hand-drawn masks (see data_prep/regions/drawings.py): "
+    "compare with these masks, on their frames",
   )
   add("--output", type=Path, required=True, help="picture to write (.png)")
   add(
     "--num_faces",
     type=cli.at_least(1),
     default=12,
-    help="faces to compare on, without masks",
+    help="number of faces, without --masks",
   )
   return parser
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import compare_parsers
 from data_prep.faces import face_finder
 from data_prep.regions import bisenet, drawings, parsers
 from data_prep.sources import manifest
@@ -14,6 +13,7 @@ from marlin_jax.records.schema import REGIONS
 from tests.support.colour_models import write_onnx
 from tests.support.processes import ROOT
 from tests.support.videos import VIDEOS
+from tools import compare_parsers
 
 MASKS = ROOT / "tests" / "data" / "masks"
 # Below what was measured on all eleven, and on those of the sample video alone
