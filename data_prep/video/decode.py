@@ -1,14 +1,14 @@
-"""Decodes videos, in a child process that can be killed at any moment.
+"""Decodes videos in a child process that can be killed at any moment.
 
-The child, `decoder_process.py`, is the only file that touches a container. The
-parent only ever sees raw pixels and samples coming through a pipe:
+The child, `decoder_process.py`, is the only module that opens a container. The
+parent reads only raw pixels and samples from a pipe:
 
   with open_video(path, Limits()) as video:
     for frame, secs in video:      # uint8 (H, W, 3) RGB, float seconds
       ...
   video.fps                        # average rate of what was decoded
   read_sound(path, Limits())       # int16 (S,), 16 kHz, mono
-  with open_sound(path) as sound:  # rate and channels as they are
+  with open_sound(path) as sound:  # its own rate and channels
     for samples in sound:          # int16 (S, C)
       ...
 """
@@ -52,23 +52,23 @@ MAX_ROW_PADDING = 256
 
 
 class DecodeError(UserError):
-  """The video is refused; the message is the reason for the quarantine."""
+  """A video is refused; the message is the reason for the quarantine."""
 
 
 class DecoderSetupError(UserError):
-  """The decoder does not run on this machine, whatever the video."""
+  """The decoder does not run on this machine, for any video."""
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-  """What is known before the first frame is read.
+  """Header of a video.
 
   Attributes:
     width: pixels, after rotation.
     height: pixels, after rotation.
-    rate: frames per second as the container says, 0.0 where it does not.
-    announced_frames: how many frames the container claims to hold, 0 where it
-      does not say; often wrong, fit for a progress bar only.
+    rate: frames per second by the container, 0.0 where it does not say.
+    announced_frames: number of frames by the container, 0 where it does not
+      say; often wrong, fit for a progress bar only.
   """
 
   width: int
@@ -85,8 +85,9 @@ def open_video(
   """Starts the decoder and reads the video's header.
 
   Args:
-    path: a file; never taken for an address or a pattern. With a frame rate, a
-      folder whose pictures are the frames, by the numbers in their names.
+    path: a file; never read as an address or a pattern. With a frame rate, a
+      folder whose pictures are the frames, ordered by the numbers in their
+      names.
     limits: what the video may cost.
     frame_rate: frames per second of a folder of pictures; 0 for a video.
 
@@ -118,13 +119,13 @@ def read_sound(
     limits: what the video may cost.
 
   Returns:
-    int16 (S,), 16 kHz, all channels mixed into one. Sample 0 is at the time
-    that frames are counted from; where the track begins later or has gaps, it
-    is silent. Empty where there is no sound track.
+    int16 (S,), 16 kHz, all channels mixed into one. Sample 0 is at time 0 of
+    the frames; where the track begins later or has gaps, samples are 0. Empty
+    where there is no sound track.
 
   Raises:
     DecodeError: the file is no video that can be opened, its sound is damaged
-      or longer than MAX_SOUND_SECS, or a limit is passed.
+      or longer than MAX_SOUND_SECS, or over a limit.
     DecoderSetupError: PyAV does not load.
   """
   import numpy as np
@@ -145,7 +146,7 @@ def read_sound(
 def open_sound(
   path: str | os.PathLike, limits: Limits = DEFAULT_LIMITS
 ) -> Sound:
-  """Starts to decode the first sound track of a file, of sound or video.
+  """Starts to decode the first sound track of an audio or video file.
 
   Args:
     path: the file.
@@ -162,21 +163,26 @@ def open_sound(
 
 
 class _Decoder:
-  """The child process, and what comes through its pipe."""
+  """The child process and its pipe.
+
+  Args:
+    path: the file.
+    limits: what it may cost.
+    output: what the child sends, as the argument of `decoder_process.main`.
+  """
 
   def __init__(
-    self, path: str | os.PathLike, limits: Limits, wanted: str
+    self, path: str | os.PathLike, limits: Limits, output: str
   ) -> None:
-    """Starts it; `wanted` is as for `decoder.main`."""
     self._limits = limits
     self._secs_left = limits.secs
-    # -P keeps this file's folder off the child's import path.
+    # -P keeps the folder of this file off the import path of the child.
     self._process = subprocess.Popen(
       [
         *(sys.executable, "-P", decoder_process.__file__),
         str(os.getpid()),
         json.dumps(dataclasses.asdict(limits)),
-        wanted,
+        output,
         os.path.abspath(path),
       ],
       stdin=subprocess.DEVNULL,
@@ -188,30 +194,41 @@ class _Decoder:
     )
     self.pid = self._process.pid
     self._pipe = self._process.stdout.fileno()
-    # A frame of 1280x720 is 2.8 MB; by default a pipe takes 64 kB at a time.
-    # Linux alone can enlarge it, and not where a user's pipes are used up.
+    # A frame of 1280x720 is 2.8 MB; by default a pipe holds 64 kB. Only Linux
+    # can enlarge it, and not beyond the quota of the user.
     with contextlib.suppress(OSError, AttributeError):
       fcntl.fcntl(self._pipe, fcntl.F_SETPIPE_SZ, 1 << 20)
     self._poll = select.poll()
     self._poll.register(self._pipe, select.POLLIN)
 
   def read_header(self) -> tuple[bytes, int]:
-    """Returns kind and length of the next message; raises what X and N say."""
+    """Returns kind and length of the next message.
+
+    Raises:
+      DecodeError: for a message X.
+      DecoderSetupError: for a message N.
+    """
     kind, length = MESSAGE.unpack(self.read(MESSAGE.size))
     if kind in (b"X", b"N"):
       reason = self.read(min(length, 1000)).decode(errors="replace")
       raise (DecodeError if kind == b"X" else DecoderSetupError)(reason)
-    # The largest message besides a frame, whose own length is checked, is I.
+    # The length of a frame is checked where it is read.
     if kind == b"I" and length > 1000:
       raise DecodeError("decoder sent no header")
     return kind, length
 
   def read(self, length: int) -> bytes:
+    """Reads so many bytes of the pipe."""
     data = bytearray(length)
     self.read_into(memoryview(data))
     return bytes(data)
 
   def read_into(self, view: memoryview) -> None:
+    """Fills a buffer from the pipe.
+
+    Raises:
+      DecodeError: the decoder ended, or passed its deadline.
+    """
     while len(view):
       before = time.monotonic()
       ready = self._poll.poll(max(self._secs_left, 0.0) * 1000)
@@ -226,7 +243,7 @@ class _Decoder:
       view = view[num_read:]
 
   def _death(self) -> str:
-    """Says how a decoder ended that closed its pipe without a last word."""
+    """Returns how the decoder ended that closed its pipe without a message."""
     try:
       code = self._process.wait(timeout=5)
     except subprocess.TimeoutExpired:
@@ -235,13 +252,13 @@ class _Decoder:
       return f"decoder ended with exit code {code}"
     name = signal.Signals(-code).name
     if -code == signal.SIGXCPU:
-      return "decoder used up its processor time"
+      return "decoder used up its CPU time"
     if -code == signal.SIGKILL:
       return f"decoder was killed by {name} (out of memory?)"
     return f"decoder died of {name}"
 
   def close(self) -> None:
-    """Ends the decoder and everything it may have started."""
+    """Kills the decoder and all processes it may have started."""
     with contextlib.suppress(ProcessLookupError):
       os.killpg(self.pid, signal.SIGKILL)
     self._process.wait()
@@ -259,11 +276,11 @@ class Sound(_Decoder):
 
   Attributes:
     rate: samples per second, as in the file.
-    num_channels: C, 1 or 2; more are mixed into two.
+    num_channels: C, 1 or 2; more channels are mixed into two.
   """
 
   def __init__(self, path: str | os.PathLike, limits: Limits) -> None:
-    super().__init__(path, limits, "sound_as_it_is")
+    super().__init__(path, limits, "original_sound")
     try:
       kind, length = self.read_header()
       if kind == b"E":
@@ -278,9 +295,9 @@ class Sound(_Decoder):
       raise
 
   def __iter__(self) -> Iterator[np.ndarray]:
-    """Yields int16 (S, C), a part of the samples, one part after the other.
+    """Yields int16 (S, C), consecutive parts of the samples.
 
-    Time 0 is that of `read_sound`.
+    Sample 0 of the first part is at the time of that of `read_sound`.
 
     Raises:
       DecodeError: as for `read_sound`.
@@ -333,6 +350,7 @@ class Video(_Decoder):
 
   @property
   def num_frames(self) -> int:
+    """Number of frames decoded so far."""
     return len(self._secs)
 
   @property
@@ -348,10 +366,11 @@ class Video(_Decoder):
 
   @property
   def fps(self) -> float:
-    """Average frames per second of what was decoded so far.
+    """Average rate of the frames decoded so far, in frames per second.
 
-    The container's rate, unless the frames' times differ from it by more than
-    5% (a variable rate, a wrong or missing header); 0.0 where neither says.
+    The rate of the container, unless the times of the frames differ from it by
+    more than 5% (a variable rate, a wrong or missing header); 0.0 where neither
+    is known.
     """
     rate = self.info.rate
     duration = max(self._secs, default=0.0) - min(self._secs, default=0.0)
@@ -363,11 +382,11 @@ class Video(_Decoder):
   def __iter__(self) -> Iterator[tuple[np.ndarray, float]]:
     """Yields uint8 (H, W, 3) RGB frames and their times in seconds.
 
-    Times count from the start of the file, so that they fit its sound; where
-    the file has none they follow from the rate.
+    Times count from the start of the file, as those of its sound; where the
+    file has no times they follow from the rate.
 
     Raises:
-      DecodeError: the decoder reported damage, died, or passed a limit.
+      DecodeError: the decoder reported damage, died, or exceeded a limit.
     """
     while True:
       kind, length = self.read_header()
@@ -378,7 +397,7 @@ class Video(_Decoder):
   def _read_frame(self, kind: bytes, length: int) -> tuple[np.ndarray, float]:
     import numpy as np
 
-    # The child is not trusted: it may have been taken over by the video.
+    # The child is not trusted: a crafted video may control it.
     width, height = self._stored_size
     if kind != b"F" or length < FRAME.size:
       raise DecodeError("decoder sent no frame where one was expected")

@@ -1,18 +1,19 @@
-"""The decoder: a program that writes one video's raw pixels or sound to a pipe.
+"""Program that writes the raw pixels or sound of one video to a pipe.
 
-`data_prep.video.decode` starts it and reads. A video is hostile until proven
-otherwise, and the libraries that read it are large C programs; here they run
-with limits on memory, processor time and file writing. It imports nothing of
-this package, so that it starts from its file alone.
+`data_prep.video.decode` starts it and reads the pipe. A video may be hostile,
+and the libraries that read it are large C programs; here they run with limits
+on memory, CPU time and file writing. The program imports nothing of this
+package, so that it starts from its file alone.
 
-Messages are a kind (one byte) and a length, then so many bytes:
-  I  JSON: width, height (as stored), rotation, rate, ... once, first
-  F  time in seconds, bytes per row, rows of RGB          once per frame
-  T  JSON: rate, num_channels                             once, before sound
-     that is wanted as it is
-  S  16-bit little-endian samples, channels in turn       many
-  E  nothing: the video has ended                         last
-  X  why the video is refused, N  why no video could be   last
+A message is a kind (one byte), a length, and so many bytes:
+  I  JSON: width, height (as stored), rotation, rate, announced_frames; once,
+     first
+  F  time in seconds, bytes per row, rows of RGB; once per frame
+  T  JSON: rate, num_channels; once, before original sound
+  S  16-bit little-endian samples, channels interleaved; many
+  E  nothing: the video has ended; last
+  X  why the video is refused; last
+  N  why no video can be decoded on this machine; last
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from fractions import Fraction
 from pathlib import Path
 
 # Demuxers of self-contained video files. Playlists (hls, concat, image2, ...)
-# are left out: they make the reader open further files.
+# are left out: they make the demuxer open further files.
 FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,m4v,mjpeg,h264,hevc"
-# Those of files of sound alone.
+# Demuxers of audio files.
 SOUND_FORMATS = "wav,mp3,flac,aac,aiff,caf,au,w64"
 # Suffixes of pictures, and their demuxers.
 PICTURES = {".jpg": "jpeg_pipe", ".jpeg": "jpeg_pipe", ".png": "png_pipe"}
@@ -48,23 +49,24 @@ MAX_SOUND_SECS = 7200
 MESSAGE = struct.Struct("<cI")
 FRAME = struct.Struct("<dI")
 # Decoding is cheaper than finding faces: two threads keep a worker busy, and a
-# fixed number makes memory use the same on every machine.
+# fixed number makes the use of memory equal on all machines.
 _NUM_THREADS = 2
 _PR_SET_PDEATHSIG = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What one video may cost.
+  """Limits on what one video may cost.
 
   Attributes:
-    frame_pixels: width x height of one frame; the default admits 4096x2304.
-    frames: frames per video; the default is an hour at 30 a second. Face
-      meshes of a whole video are held in memory, 4 kB a frame.
+    frame_pixels: width x height of one frame; the default allows 4096x2304.
+    frames: frames per video; the default is an hour at 30 frames per second.
+      Memory holds the face meshes of a whole video, 4 kB per frame.
     video_pixels: pixels of all frames together; the default is an hour of
-      1920x1080 at 30 a second, which a few MB of black may hold.
-    secs: time in seconds that may be spent waiting for the decoder in one
-      pass; the time the caller takes for a frame does not count.
+      1920x1080 at 30 frames per second, which a black video of a few MB may
+      have.
+    secs: seconds spent waiting for the decoder in one pass; the time the caller
+      takes for a frame does not count.
     memory_bytes: address space of the decoder process.
   """
 
@@ -79,16 +81,18 @@ DEFAULT_LIMITS = Limits()
 
 
 def most_frames(width: int, height: int, limits: Limits) -> int:
+  """Returns the largest number of frames of this size within the limits."""
   return min(limits.frames, limits.video_pixels // (width * height))
 
 
 def too_many_frames(width: int, height: int, limits: Limits) -> str:
+  """Returns the reason for refusing a video of too many frames."""
   most = most_frames(width, height, limits)
   return f"more frames of {width}x{height} than the limit of {most}"
 
 
 class _Refused(Exception):
-  """The message is the reason."""
+  """A video is refused; the message is the reason."""
 
 
 def _open(path: Path):
@@ -101,7 +105,7 @@ def _open(path: Path):
     "format_whitelist": f"{FORMATS},{SOUND_FORMATS}",
   }
   try:
-    # Titles in Latin-1 and the like are no reason to refuse a video.
+    # Metadata in another encoding is no reason to refuse a video.
     return av.open(f"file:{path}", options=options, metadata_errors="replace")
   except av.FFmpegError as e:
     raise _Refused(f"cannot open: {e.strerror}") from e
@@ -124,7 +128,7 @@ def _decode(path: Path, limits: Limits, pipe: int) -> None:
     if stream.codec_context is None:
       raise _Refused("no decoder is known for its video stream")
     _check_size(stream, limits)
-    # By default libav conceals damage and passes the picture off as good.
+    # By default libav conceals damage and returns the frame as a good one.
     stream.codec_context.options = {"err_detect": "explode"}
     stream.codec_context.thread_count = _NUM_THREADS
     stream.thread_type = "AUTO"
@@ -155,11 +159,16 @@ def _decode(path: Path, limits: Limits, pipe: int) -> None:
   _send(pipe, b"E")
 
 
-def _decode_sound(path: Path, pipe: int, as_it_is: bool) -> None:
+def _decode_sound(path: Path, pipe: int, is_original: bool) -> None:
   """Writes the first sound track to the pipe, nothing where there is none.
 
+  Args:
+    path: the file.
+    pipe: file descriptor.
+    is_original: see `_samples`.
+
   Raises:
-    _Refused: it cannot be decoded to its end.
+    _Refused: the sound cannot be decoded to its end.
   """
   import av
 
@@ -168,9 +177,9 @@ def _decode_sound(path: Path, pipe: int, as_it_is: bool) -> None:
       num_sent = 0
       rate = SAMPLE_RATE
       try:
-        for samples in _samples(container, as_it_is):
+        for samples in _samples(container, is_original):
           num_channels = samples.layout.nb_channels
-          if as_it_is and not num_sent:
+          if is_original and not num_sent:
             rate = samples.sample_rate
             info = {"rate": rate, "num_channels": num_channels}
             _send(pipe, b"T", json.dumps(info).encode())
@@ -191,13 +200,13 @@ def _decode_sound(path: Path, pipe: int, as_it_is: bool) -> None:
   _send(pipe, b"E")
 
 
-def _samples(container, as_it_is: bool) -> Iterator:
+def _samples(container, is_original: bool) -> Iterator:
   """Yields audio frames of 16-bit samples from time 0 on.
 
   Args:
     container: has a sound track.
-    as_it_is: keep its rate, and two channels where it has two or more; else
-      16 kHz, mono.
+    is_original: keep its rate, and two channels where it has two or more; else
+      convert to 16 kHz, mono.
   """
   import av
 
@@ -210,15 +219,15 @@ def _samples(container, as_it_is: bool) -> Iterator:
   for frame in _frames(container, stream):
     if resampler is None:
       layout = "mono"
-      if as_it_is and frame.layout.nb_channels > 1:
+      if is_original and frame.layout.nb_channels > 1:
         layout = "stereo"
-      # Silence where the track begins late or has a gap; what comes before the
-      # first picture is cut off.
+      # async and first_pts insert silence where the track begins late or has a
+      # gap, and cut off samples before the first frame.
       resampler = av.AudioResampler(
         "s16",
         layout,
-        frame.sample_rate if as_it_is else SAMPLE_RATE,
-        # Of any size: without one, frames that fit already pass untouched,
+        frame.sample_rate if is_original else SAMPLE_RATE,
+        # Any size: without one, audio frames of this format pass unchanged,
         # whatever their times.
         frame_size=4096,
         options={"async": "1", "first_pts": "0"},
@@ -233,18 +242,22 @@ def _samples(container, as_it_is: bool) -> Iterator:
 def _decode_pictures(
   folder: Path, frame_rate: float, limits: Limits, pipe: int
 ) -> None:
-  """As `_decode`, for a folder whose pictures are the frames."""
+  """Writes a video, a folder whose pictures are the frames, to the pipe.
+
+  Raises:
+    _Refused: a picture is damaged, or a limit is exceeded.
+  """
   import av
 
   av.logging.set_level(None)
-  # No link: it may lead anywhere.
+  # No symbolic links: they may lead anywhere.
   files = [
     Path(entry.path)
     for entry in os.scandir(folder)
     if entry.is_file(follow_symlinks=False)
     and Path(entry.name).suffix.lower() in PICTURES
   ]
-  # Numbers as numbers: 0.10.jpg comes after 0.9.jpg.
+  # By the numbers in the names: 0.10.jpg comes after 0.9.jpg.
   files.sort(
     key=lambda file: ([int(n) for n in re.findall("[0-9]+", file.name)], file)
   )
@@ -286,7 +299,7 @@ def _decode_pictures(
 
 
 def _check_size(stream, limits: Limits) -> None:
-  """Refuses what is too large, before anything is decoded."""
+  """Refuses a video that is too large, before any frame is decoded."""
   _check_pixels(stream.width, stream.height, limits)
   num_frames = _announced_frames(stream)
   if num_frames > most_frames(stream.width, stream.height, limits):
@@ -297,9 +310,10 @@ def _check_size(stream, limits: Limits) -> None:
 
 
 def _announced_frames(stream) -> int:
+  """Returns the number of frames by the container, 0 where it is unknown."""
   if stream.frames or not stream.average_rate:
     return stream.frames
-  # Matroska knows the duration of the file only, in microseconds.
+  # Matroska has only the duration of the file, in microseconds.
   duration = (stream.container.duration or 0) / 1_000_000
   if stream.duration:
     duration = stream.duration * stream.time_base
@@ -307,6 +321,7 @@ def _announced_frames(stream) -> int:
 
 
 def _check_pixels(width: int, height: int, limits: Limits) -> None:
+  """Refuses frames of an unknown size, or with too many pixels."""
   if not width * height:
     raise _Refused("cannot open: the size of its frames is unknown")
   if width * height > limits.frame_pixels:
@@ -317,6 +332,7 @@ def _check_pixels(width: int, height: int, limits: Limits) -> None:
 
 
 def _frames(container, stream) -> Iterator:
+  """Yields the decoded frames of a stream; refuses damaged ones."""
   for packet in container.demux(stream):
     # The container ends, or has a gap, within this packet.
     if packet.is_corrupt:
@@ -329,7 +345,7 @@ def _frames(container, stream) -> Iterator:
 
 def _send_info(pipe: int, frame, stream) -> None:
   rate = stream.average_rate or stream.guessed_rate or 0
-  # A matrix that says nothing, as of zeros, gives the smallest int.
+  # For a display matrix of zeros PyAV returns the smallest int.
   rotation = frame.rotation if abs(frame.rotation) <= 360 else 0
   info = {
     "width": frame.width,
@@ -350,7 +366,10 @@ def _send_frame(pipe: int, frame, start_time: int | None) -> None:
 
 @functools.cache
 def _converter():
-  """To RGB; kept, as a new one for each frame costs as much as decoding."""
+  """Returns a converter to RGB.
+
+  It is cached: a new converter per frame costs as much as decoding.
+  """
   from av.video.reformatter import VideoReformatter
 
   return VideoReformatter()
@@ -363,6 +382,7 @@ def _send_pixels(pipe: int, frame, secs: float) -> None:
 
 
 def _send(pipe: int, kind: bytes, *parts) -> None:
+  """Writes a message."""
   length = sum(len(part) for part in parts)
   for part in (MESSAGE.pack(kind, length), *parts):
     view = memoryview(part)
@@ -371,16 +391,16 @@ def _send(pipe: int, kind: bytes, *parts) -> None:
 
 
 def _confine(limits: Limits, parent_pid: int) -> None:
-  """Gives up what a decoder does not need."""
+  """Sets the limits of this process, and ends it with its parent."""
   if sys.platform == "linux":
-    # Dies with its parent, even where that one was killed.
+    # The kernel kills this process when its parent ends, even by SIGKILL.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
       sys.exit(1)
   cpu_secs = math.ceil(limits.secs) * _NUM_THREADS + 10
   for kind, soft, hard in (
     (resource.RLIMIT_AS, limits.memory_bytes, limits.memory_bytes),
-    # Soft below hard: SIGXCPU, which names the cause, comes before SIGKILL.
+    # The soft limit is lower: SIGXCPU, which names the cause, precedes SIGKILL.
     (resource.RLIMIT_CPU, cpu_secs, cpu_secs + 5),
     (resource.RLIMIT_FSIZE, 0, 0),
     (resource.RLIMIT_CORE, 0, 0),
@@ -398,38 +418,40 @@ def main() -> None:
     description="Decodes one video into a pipe. Started by "
     "data_prep.video.decode; not a program for the command line.",
   )
-  parser.add_argument("parent_pid", type=int, help="process that reads")
+  parser.add_argument(
+    "parent_pid", type=int, help="process that reads the pipe"
+  )
   parser.add_argument("limits", help="the fields of Limits as JSON")
   parser.add_argument(
-    "wanted",
-    help="video, sound (16 kHz, mono), sound_as_it_is, or the frame rate of a "
-    "folder of pictures",
+    "output",
+    help="video, sound (16 kHz, mono), original_sound (its own rate and one or "
+    "two channels), or the frame rate of a folder of pictures",
   )
   parser.add_argument("path", help="the video", type=Path)
   args = parser.parse_args()
   limits = Limits(**json.loads(args.limits))
-  # What a library prints must not get between the frames.
+  # Text that a library prints must not come between the frames.
   pipe = os.dup(sys.stdout.fileno())
   os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
   try:
     _confine(limits, args.parent_pid)
-    if args.wanted == "video":
+    if args.output == "video":
       _decode(args.path, limits, pipe)
-    elif args.wanted in ("sound", "sound_as_it_is"):
-      _decode_sound(args.path, pipe, args.wanted == "sound_as_it_is")
+    elif args.output in ("sound", "original_sound"):
+      _decode_sound(args.path, pipe, args.output == "original_sound")
     else:
-      _decode_pictures(args.path, float(args.wanted), limits, pipe)
+      _decode_pictures(args.path, float(args.output), limits, pipe)
   except _Refused as e:
     _send(pipe, b"X", str(e).encode())
   except BrokenPipeError:
-    sys.exit(1)  # the reader has seen enough
+    sys.exit(1)  # the parent has closed the pipe
   except MemoryError:
     reason = f"decoder ran out of memory, {limits.memory_bytes >> 20} MiB"
     _send(pipe, b"X", reason.encode())
   except ImportError as e:
     reason = f"PyAV does not load ({e}): pip install av, or allow more memory"
     _send(pipe, b"N", reason.encode())
-  except Exception as e:  # its traceback would go nowhere
+  except Exception as e:  # standard error is discarded: no traceback
     _send(pipe, b"X", f"decoder failed: {type(e).__name__}: {e}".encode())
 
 

@@ -1,4 +1,4 @@
-"""Many videos in, their windows out: lists folders, reads in processes."""
+"""Lists folders of videos and reads their windows in worker processes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from marlin_jax.records.folders import sha256_of
 if TYPE_CHECKING:
   from data_prep.engines.progress import VideoBar
 
-# A worker process is replaced after so many videos, as in data_prep.prepare.
+# A worker process is replaced after this many videos, as in data_prep.prepare.
 _VIDEOS_PER_WORKER = 50
-# Longer than a decoder may keep its reader waiting; beyond that a worker that
-# says nothing hangs.
+# A worker that sends nothing for so long hangs. A decoder may keep its reader
+# waiting for less: `data_prep.video.decode.Limits.secs`.
 _STALL_SECS = 600.0
+# Seconds between two reports of progress.
 _REPORT_SECS = 0.25
 
 
@@ -40,13 +41,13 @@ class ReaderError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What became of one of many videos.
+  """Result of reading one video.
 
   Attributes:
-    reason: why it has no windows, '' where it was read to its end. Windows that
-      came before a reason are void.
+    reason: why it has no windows, '' where it was read to its end. Windows
+      yielded before an outcome with a reason are void.
     sha256: hash of the file, '' where it cannot be read.
-    num_bytes: its size.
+    num_bytes: size of the file.
   """
 
   reason: str
@@ -58,9 +59,9 @@ class Video(NamedTuple):
   """A video file.
 
   Attributes:
-    name: its path below the input it was found in, with forward slashes.
-    path: where it lies.
-    num_bytes: its size.
+    name: path relative to its input, with forward slashes.
+    path: path of the file.
+    num_bytes: size of the file.
   """
 
   name: str
@@ -76,32 +77,33 @@ def list_videos(inputs: Iterable[str | os.PathLike]) -> list[Video]:
       `data_prep.sources.manifest.read_sources`.
 
   Raises:
-    InputError: nothing found, something that must not be read, or two videos
-      of one name.
+    InputError: there is no video, a file must not be read, or two videos have
+      one name.
   """
   from data_prep import assets
   from data_prep.sources import manifest
 
-  found: dict[str, Video] = {}
-  for source in inputs:
+  videos: dict[str, Video] = {}
+  for input_path in inputs:
     try:
-      sources = manifest.read_sources(source)
+      sources = manifest.read_sources(input_path)
     except (manifest.ManifestError, assets.AssetError) as e:
       raise InputError(str(e)) from e
-    for name, path in ((s.video_id, s.path) for s in sources):
+    for source in sources:
+      name, path = source.video_id, source.path
       video = Video(name, path, path.stat().st_size)
-      other = found.setdefault(name, video)
+      other = videos.setdefault(name, video)
       if not other.path.samefile(path):
         raise InputError(
-          f"{other.path} and {path} are both {name!r} below the inputs, so "
-          "their results would have one name; give the folder above them, or "
-          "take two runs with an output each"
+          f"{other.path} and {path} are both {name!r} relative to their "
+          "inputs, so that their results would have one name; give the folder "
+          "above them, or start two runs with an output each"
         )
-  return [found[name] for name in sorted(found)]
+  return [videos[name] for name in sorted(videos)]
 
 
 def progress_bar(videos: Sequence[Video]) -> VideoBar:
-  """Returns a bar that shows how far these videos are."""
+  """Returns a progress bar of these videos, weighted by their sizes."""
   from data_prep.engines import progress
 
   return progress.VideoBar([max(video.num_bytes, 1) for video in videos])
@@ -112,17 +114,17 @@ def read_many(
 ) -> Iterator[tuple[int, Window | float | Outcome]]:
   """Reads videos in worker processes, some at a time.
 
-  No video can end the reading of the others: a worker that dies of one, or
-  hangs, is replaced. Workers wait while their windows are not taken.
+  No video can end the reading of the others: a worker that dies or hangs is
+  replaced. Workers wait while their windows are not taken.
 
   Args:
-    paths: the videos; started in this order.
-    settings: which windows.
-    num_workers: processes.
+    paths: the videos, started in this order.
+    settings: see `WindowSettings`.
+    num_workers: number of processes.
 
   Yields:
-    Numbers of videos, each with one of: the share of it that has been read; its
-    next window; its outcome, the last.
+    The number of a video, with the share of it that has been read, its next
+    window, or, last, its outcome.
 
   Raises:
     ReaderError: no video can be read on this machine.
@@ -151,7 +153,7 @@ def read_many(
 
 @contextlib.contextmanager
 def _open_work(settings: WindowSettings) -> Iterator[Callable]:
-  """Opens the models in a worker; yields what reads a video."""
+  """Opens the models in a worker; yields the function that reads a video."""
   import cv2
 
   from data_prep.video import decode, video_to_records
@@ -174,7 +176,7 @@ def _open_work(settings: WindowSettings) -> Iterator[Callable]:
     except FaceVideoError as e:
       return _outcome(path, e.reason)
     except (decode.DecoderSetupError, BrokenPipeError, EOFError):
-      raise  # for every other video, too
+      raise  # these affect all videos
     except Exception as e:  # one bad video must not end a run of thousands
       return _outcome(path, f"unexpected error: {type(e).__name__}: {e}")
     return _outcome(path, "")

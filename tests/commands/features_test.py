@@ -387,7 +387,7 @@ def test_inputs_and_outputs_of_no_use_are_refused(
   shutil.copytree(videos / "a", tmp_path / "a")
   args = ("--checkpoint", checkpoint, "--output", tmp_path / "out")
   assert run(tmp_path / "a", noise_video(tmp_path / "1.mp4", 2), *args) == 1
-  assert "are both '1.mp4' below the inputs" in capsys.readouterr().err
+  assert "are both '1.mp4' relative" in capsys.readouterr().err
   assert run(tmp_path / "none", *args) == 1
   assert "no such file or folder" in capsys.readouterr().err
   args = ("--checkpoint", checkpoint, "--output", tmp_path)

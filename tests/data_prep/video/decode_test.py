@@ -300,7 +300,7 @@ def test_time_that_the_reader_takes_does_not_count(mp4):
   ("number", "reason"),
   [
     (signal.SIGSEGV, "decoder died of SIGSEGV"),
-    (signal.SIGXCPU, "decoder used up its processor time"),
+    (signal.SIGXCPU, "decoder used up its CPU time"),
     (signal.SIGKILL, r"decoder was killed by SIGKILL \(out of memory\?\)"),
   ],
 )
