@@ -46,7 +46,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
 
   from marlin_jax.data import prepared_dataset, sample
   from marlin_jax.devices import distributed, sharding
-  from marlin_jax.evaluators import probe
+  from marlin_jax.downstream import quick_probe
   from marlin_jax.pretraining.course import PretrainingCourse
   from marlin_jax.training import loop, remote_files
 
@@ -72,7 +72,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   )
   probe_path = config.probe.path or data_path
   if config.probe.steps:
-    probe.task_of(config.probe, probe_path)  # fails before a workdir is created
+    # Fails before a workdir is created.
+    quick_probe.open_task(config.probe, probe_path)
 
   # --- Devices, model ---------------------------------------------------------
   mesh = sharding.make_mesh(**config.mesh)
@@ -98,8 +99,8 @@ def _evaluations(config, course, dataset, probe_path, workdir, alive):
   )
   evaluations = [Evaluation(config.eval_steps, reconstructed.losses)]
   if config.probe.steps:
-    trained = probe.TrainingProbe(course, config, probe_path, workdir, alive)
-    evaluations.append(Evaluation(config.probe.steps, trained))
+    prober = probe.Probe(course, config, probe_path, workdir, alive)
+    evaluations.append(Evaluation(config.probe.steps, prober))
   evaluations.append(Evaluation(config.picture_steps, reconstructed.picture))
   return evaluations
 

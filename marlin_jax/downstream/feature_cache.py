@@ -187,3 +187,23 @@ def batch_features(
     num_left -= len(parts[-1])
     report(len(parts[-1]))
   return np.concatenate(parts)
+
+
+def pooled(
+  values: np.ndarray, owners: np.ndarray, num: int, reduction: str
+) -> np.ndarray:
+  """Reduces the rows of each owner to one; see `stream.reduced`.
+
+  Args:
+    values: (W, D).
+    owners: int (W,), in [0, num), ascending; each occurs.
+    num: number of owners.
+    reduction: 'mean', 'std' or 'mean_std'.
+
+  Returns:
+    (num, D), or (num, 2D) for 'mean_std'.
+  """
+  ends = np.cumsum(np.bincount(owners, minlength=num))
+  return np.stack(
+    [stream.reduced(rows, reduction) for rows in np.split(values, ends[:-1])]
+  )

@@ -21,6 +21,7 @@ import numpy as np
 from etils import epath
 
 from marlin_jax.downstream import scores
+from marlin_jax.downstream.labelled import Split
 from marlin_jax.records import folders
 from marlin_jax.records.cli import UserError
 
@@ -240,3 +241,36 @@ def make_task(
 def _between(cuts: tuple[float, ...]) -> tuple[str, ...]:
   middle = (f"{a:g}..{b:g}" for a, b in zip(cuts, cuts[1:], strict=False))
   return (f"<{cuts[0]:g}", *middle, f">={cuts[-1]:g}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """Videos of a split that a task is about.
+
+  Attributes:
+    split: all videos of the split.
+    rows: int (V,), numbers of the videos in the split.
+    targets: targets of the videos; see `Task.targets`.
+  """
+
+  split: Split
+  rows: np.ndarray
+  targets: np.ndarray
+
+
+def part_of(task: Task, split: Split) -> Part:
+  """Returns the videos of a split that a task is about.
+
+  Raises:
+    TaskError: the label is unknown for all videos.
+  """
+  values = split.labels.get(task.label)
+  if values is None:
+    values = np.full((len(split), 1), np.nan)
+  rows = np.flatnonzero(task.chosen(values))
+  if not len(rows):
+    raise TaskError(
+      f"task '{task.name}': label '{task.label}' is unknown for all "
+      f"{len(split)} videos of split '{split.name}'"
+    )
+  return Part(split, rows, task.targets(values[rows]))

@@ -97,7 +97,7 @@ def evaluate(
     warnings = labelled.shared(by_role.values())
     parts = {
       task.name: {
-        role: modes.part_of(task, split) for role, split in by_role.items()
+        role: tasks.part_of(task, split) for role, split in by_role.items()
       }
       for task in wanted
     }
@@ -218,7 +218,7 @@ def _run(cell, parts, ready, config, folder, settings) -> dict[str, Any]:
     [train.split.people[i] for i in train.rows],
     cell.seed,
   )
-  train = modes.Part(train.split, train.rows[kept], train.targets[kept])
+  train = tasks.Part(train.split, train.rows[kept], train.targets[kept])
   learned = ready.run(
     cell.mode,
     modes.Job(
@@ -285,7 +285,7 @@ def _measured(task, part, found, cuts, config) -> dict[str, Any]:
   )
 
 
-def _predictions(part: modes.Part, probabilities) -> measures.Predictions:
+def _predictions(part: tasks.Part, probabilities) -> measures.Predictions:
   return measures.Predictions(
     [part.split.video_ids[i] for i in part.rows],
     [part.split.people[i] for i in part.rows],

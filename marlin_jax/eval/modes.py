@@ -31,46 +31,12 @@ from marlin_jax.downstream import (
   protocols,
 )
 from marlin_jax.downstream.labelled import Split
-from marlin_jax.downstream.tasks import Task, TaskError
-from marlin_jax.inference import stream
+from marlin_jax.downstream.tasks import Part, Task
 from marlin_jax.training.checkpoint import Checkpoints
 from marlin_jax.weights.weights import Weights
 
 # They have the same result whatever the seed.
 DETERMINISTIC = {"default": ("linear", "knn"), "paper": ("knn",)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-  """Videos of a split that a task is about.
-
-  Attributes:
-    split: of all.
-    rows: int (V,), their numbers in it.
-    targets: of them; see Task.targets.
-  """
-
-  split: Split
-  rows: np.ndarray
-  targets: np.ndarray
-
-
-def part_of(task: Task, split: Split) -> Part:
-  """All videos of a split that a task is about.
-
-  Raises:
-    TaskError: there is none.
-  """
-  values = split.labels.get(task.label)
-  if values is None:
-    values = np.full((len(split), 1), np.nan)
-  rows = np.flatnonzero(task.chosen(values))
-  if not len(rows):
-    raise TaskError(
-      f"task '{task.name}': label '{task.label}' is unknown for all "
-      f"{len(split)} videos of split '{split.name}'"
-    )
-  return Part(split, rows, task.targets(values[rows]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +120,7 @@ class Modes:
         batch_size=self._batch_size,
         num_threads=self._config.data.num_threads,
       )
-      self._pooled[split.name] = pooled(
+      self._pooled[split.name] = feature_cache.pooled(
         found, split.video_of(windows), len(split), self._config.pool
       )
     return self._pooled[split.name]
@@ -323,24 +289,7 @@ class Modes:
       np.concatenate(found)[: len(windows)]
     )
     own = np.array([number[int(owners[i])] for i in chosen])
-    return pooled(probabilities, own, len(part.rows), "mean")
-
-
-def pooled(
-  values: np.ndarray, owners: np.ndarray, num: int, reduction: str
-) -> np.ndarray:
-  """One row for each owner; see stream.reduced.
-
-  Args:
-    values: (W, D).
-    owners: int (W,), in [0, num), ascending; each occurs.
-    num: how many owners.
-    reduction: 'mean', 'std' or 'mean_std'.
-  """
-  ends = np.cumsum(np.bincount(owners, minlength=num))
-  return np.stack(
-    [stream.reduced(rows, reduction) for rows in np.split(values, ends[:-1])]
-  )
+    return feature_cache.pooled(probabilities, own, len(part.rows), "mean")
 
 
 def _told(fitted: fit.Fitted) -> dict[str, Any]:

@@ -222,7 +222,7 @@ def test_devices_and_parts_share_a_batch_to_the_same_losses(
     **{"data.path": sample_dataset, "clips_per_device": 1, "num_steps": 6},
   )
   assert result.returncode == 0, result.stderr
-  assert "2 parts" in result.stdout
+  assert "2 microbatches" in result.stdout
   assert "2 x cpu" in result.stdout
   for step, row in metrics_of(tmp_path).items():
     np.testing.assert_allclose(

@@ -14,7 +14,6 @@ from marlin_jax.downstream import (
   learner,
   tasks,
 )
-from marlin_jax.eval import modes
 from marlin_jax.inference import marlin
 from marlin_jax.pretraining.train_step import IMAGENET_MEAN
 from marlin_jax.weights import formats
@@ -313,6 +312,6 @@ def test_attention_heads_see_tokens(face_data, tmp_path):
 def test_pooling_is_over_the_windows_of_each_video():
   values = np.arange(12, dtype=np.float32).reshape(6, 2)
   owners = np.array([0, 0, 0, 1, 2, 2])
-  both = modes.pooled(values, owners, 3, "mean_std")
+  both = feature_cache.pooled(values, owners, 3, "mean_std")
   np.testing.assert_allclose(both[0], [2, 3, np.sqrt(8 / 3), np.sqrt(8 / 3)])
   np.testing.assert_allclose(both[1], [6, 7, 0, 0])

@@ -7,9 +7,8 @@ from configs import pretrain_b
 from data_prep.sources.listing import CLASS, Label
 from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.devices import sharding
-from marlin_jax.downstream import feature_cache
+from marlin_jax.downstream import feature_cache, quick_probe
 from marlin_jax.downstream.tasks import TaskError
-from marlin_jax.evaluators import probe
 from marlin_jax.weights import formats
 from marlin_jax.weights.weights import Architecture
 from tests.commands.train_test import refused, rows_of, run
@@ -56,10 +55,12 @@ def test_a_run_on_eight_devices_tells_what_its_checkpoint_is_worth_on_one(
   # The average of the weights, as every reader of a run takes it.
   weights = formats.read(tmp_path)
   mesh = sharding.make_mesh()
-  data = probe.open_data(settings(), weights.architecture, str(face_data))
+  data = quick_probe.open_data(
+    settings(), weights.architecture.clip, str(face_data)
+  )
   encode = feature_cache.FrozenEncoder(weights, mesh, "float32", "auto")
   seen = []
-  alone = probe.Probe(data, settings(), mesh, num_threads=2).metrics(
+  alone = quick_probe.Probe(data, settings(), mesh, num_threads=2).scores(
     encode, seen.append
   )
   assert sum(seen) == 40 + 32
@@ -84,11 +85,11 @@ def test_videos_are_bounded_with_every_classs_share_and_windows_spread(
     {"train": make(24, draw), "val": renamed(make(4, draw), "v")},
     {"mood": Label(CLASS, ("dark", "bright"))},
   )
-  data = probe.open_data(
+  data = quick_probe.open_data(
     settings(
       **{"probe.label": "mood", "probe.num_videos": 8, "probe.num_windows": 3}
     ),
-    TINY,
+    TINY.clip,
     str(path),
   )
   assert (data.train.targets == 1).sum() == 2
@@ -117,7 +118,9 @@ def test_people_in_both_splits_are_told_loudly(face_data, tmp_path, capsys):
     {"train": videos, "val": renamed(videos, "")},
     {"mood": LABELS["mood"]},
   )
-  data = probe.open_data(settings(**{"probe.label": "mood"}), TINY, str(path))
+  data = quick_probe.open_data(
+    settings(**{"probe.label": "mood"}), TINY.clip, str(path)
+  )
   assert any("share 1 people" in line for line in data.warnings)
 
 
@@ -137,7 +140,7 @@ def test_what_cannot_be_probed_is_told_before_a_record_is_read(
 ):
   changes = {f"probe.{key}": value for key, value in changes.items()}
   with pytest.raises(error, match=words):
-    probe.task_of(settings(**changes), str(face_data))
+    quick_probe.open_task(settings(**changes), str(face_data))
 
 
 def test_a_run_with_nothing_to_probe_ends_before_it_makes_a_workdir(

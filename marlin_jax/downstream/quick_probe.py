@@ -1,0 +1,261 @@
+"""Linear probe and nearest neighbours on a bounded set of labelled videos.
+
+Small and fast beside the evaluations of eval/: a fixed set of videos, one
+penalty, no intervals. The encoder is any function from clips to features; in
+training it is the network being trained, on any mesh and with any number of
+processes. With weights from a file:
+
+  weights = formats.read(path)
+  data = quick_probe.open_data(config.probe, weights.architecture.clip, DATASET)
+  encode = feature_cache.FrozenEncoder(weights, mesh, "float32", "auto")
+  quick_probe.Probe(data, config.probe, mesh, num_threads=4).scores(encode)
+
+Axes: B clips, V videos, W windows, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from marlin_jax.data import loader, prepared_dataset
+from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.devices import sharding
+from marlin_jax.downstream import (
+  clip_batches,
+  feature_cache,
+  knn,
+  labelled,
+  logistic,
+  low_data,
+  scores,
+  tasks,
+)
+from marlin_jax.downstream.labelled import Split, Window
+from marlin_jax.downstream.tasks import Task, TaskError
+
+_TEMPERATURE = 0.07  # of the neighbours' weights, as in DINO
+_MAX_ITERATIONS = 200
+# Scores that need no threshold; balanced accuracy only for classes.
+_BINARY_SCORES = ("auc", "average_precision", "accuracy")
+_CLASS_SCORES = (*_BINARY_SCORES, "balanced_accuracy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+  """Videos of a split and the windows that represent them.
+
+  Attributes:
+    split: the split.
+    targets: targets of the V videos; see `Task.targets`.
+    windows: W windows, those of a video side by side.
+    owners: int (W,), in [0, V), ascending: the video of each window.
+  """
+
+  split: Split
+  targets: np.ndarray
+  windows: list[Window]
+  owners: np.ndarray
+
+  def __str__(self) -> str:
+    return (
+      f"{len(self.targets)} of {len(self.split)} videos of "
+      f"'{self.split.name}' in {len(self.windows)} windows"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Task and videos of a probe.
+
+  Attributes:
+    task: the label.
+    train, test: videos to fit on, and videos to score.
+    clip: geometry of the windows.
+    warnings: a line for each problem with the splits, such as shared people.
+  """
+
+  task: Task
+  train: Examples
+  test: Examples
+  clip: Clip
+  warnings: list[str]
+
+
+def open_task(config: ConfigDict, path: str) -> Task:
+  """Returns the task of `config.label`; reads no record.
+
+  Args:
+    config: section `probe` of a training configuration.
+    path: labelled data set.
+
+  Raises:
+    DatasetError: there is no data set, or it lacks a split.
+    TaskError: the data set has no such label, or the label is a value.
+  """
+  prepared_dataset.open_dataset(path, config.split)
+  labels = tasks.known_labels(path)
+  if labels.get(config.label, {"kind": "value"})["kind"] == "value":
+    kinds = ", ".join(f"{k} ({v['kind']})" for k, v in sorted(labels.items()))
+    raise TaskError(
+      f"config.probe.label={config.label!r}: expected a label of kind binary "
+      f"or class, and {path} has "
+      + (kinds or "none at all: prepare it with labels")
+    )
+  prepared_dataset.open_dataset(path, config.eval_split)
+  return tasks.make_task(config.label, labels, {}, path)
+
+
+def open_data(
+  config: ConfigDict, clip: Clip, path: str, cache: Path | None = None
+) -> Data:
+  """Chooses the videos; reads all records of both splits for their labels.
+
+  Args:
+    config, path: as for `open_task`.
+    clip: clips that the encoder takes.
+    cache: as for `labelled.open_split`.
+
+  Raises:
+    DatasetError: as `open_task`.
+    TaskError: as `open_task`, and if the label is unknown for all videos.
+  """
+  task = open_task(config, path)
+  train, test = (
+    labelled.open_split(path, split, cache)
+    for split in (config.split, config.eval_split)
+  )
+  train_examples, test_examples = (
+    _examples(task, split, clip, config.num_videos, config.num_windows)
+    for split in (train, test)
+  )
+  warnings = labelled.shared((train, test))
+  return Data(task, train_examples, test_examples, clip, warnings)
+
+
+def _examples(task, split, clip, num_videos, num_windows) -> Examples:
+  """Chooses videos, stratified by target, and windows spread over each."""
+  part = tasks.part_of(task, split)
+  order = low_data.nested_order(
+    low_data.strata_of(part.targets),
+    [split.people[row] for row in part.rows],
+    seed=0,
+  )
+  chosen = np.sort(np.concatenate(order)[:num_videos])
+  track_of = {track.video: i for i, track in enumerate(split.tracks)}
+  windows, owners = [], []
+  for i, video in enumerate(part.rows[chosen]):
+    track = track_of[int(video)]
+    starts = clip.window_starts(split.tracks[track].num_frames)
+    num = min(num_windows, len(starts))
+    # The middles of `num` equal parts.
+    places = (2 * np.arange(num) + 1) * len(starts) // (2 * num)
+    windows += [Window(track, int(starts[place])) for place in places]
+    owners += [i] * num
+  return Examples(split, part.targets[chosen], windows, np.array(owners))
+
+
+class Probe:
+  """Fits and scores on the same videos at every call."""
+
+  def __init__(
+    self, data: Data, config: ConfigDict, mesh: Mesh, *, num_threads: int
+  ):
+    """Reads nothing.
+
+    Args:
+      data: from `open_data`.
+      config: section `probe` of a training configuration.
+      mesh: devices, over which clips are spread.
+      num_threads: reader threads.
+    """
+    self._data, self._config = data, config
+    self._num_threads = num_threads
+    shards = sharding.num_shards(mesh)
+    self._batch_size = -(-config.batch_size // shards) * shards
+    self._rows = loader.own_rows(
+      sharding.batch_sharding(mesh), self._batch_size
+    )
+
+  def scores(
+    self,
+    encode: Callable[[np.ndarray], jax.Array],
+    report: Callable[[int], object] = lambda num: None,
+  ) -> dict[str, float]:
+    """Fits linear probe and neighbours on one split, scores them on the other.
+
+    Called by all processes together; each fits for itself, on the same
+    features.
+
+    Args:
+      encode: maps this process's clips of a batch, uint8 (b, T, S, S, 3), to
+        the features of the whole batch, float32 (B, D).
+      report: called with the number of windows encoded since the last call.
+
+    Returns:
+      `probe/NAME` and `knn/NAME`: `loss`, the cross-entropy, and scores of
+      `scores.binary_scores` or `scores.class_scores`; NaN where undefined.
+
+    Raises:
+      DatasetError: a record is damaged.
+    """
+    task, train, test = self._data.task, self._data.train, self._data.test
+    x, test_x = (
+      self._features(encode, examples, report) for examples in (train, test)
+    )
+    linear = logistic.fit(
+      task,
+      x,
+      train.targets,
+      (self._config.penalty,),
+      lambda probe: 0.0,  # a single penalty: nothing to choose
+      _MAX_ITERATIONS,
+    )
+    neighbours = knn.predict(
+      test_x,
+      x,
+      *task.encode(train.targets),
+      k=self._config.k,
+      temperature=_TEMPERATURE,
+    )
+    probabilities = {
+      "probe": task.probabilities(linear.logits(test_x)),
+      "knn": neighbours,
+    }
+    return {
+      f"{method}/{name}": value
+      for method, predicted in probabilities.items()
+      for name, value in _scores(task, test.targets, predicted).items()
+    }
+
+  def _features(self, encode, examples: Examples, report) -> np.ndarray:
+    """Returns float32 (V, D), means over the windows of each video."""
+    batches = clip_batches.window_batches(
+      clip_batches.ClipReader(examples.split, self._data.clip),
+      examples.windows,
+      self._batch_size,
+      self._num_threads,
+      rows=self._rows,
+    )
+    features = feature_cache.batch_features(
+      encode, batches, len(examples.windows), report
+    )
+    num_videos = len(examples.targets)
+    return feature_cache.pooled(features, examples.owners, num_videos, "mean")
+
+
+def _scores(task: Task, targets, probabilities) -> dict[str, float]:
+  if task.is_class:
+    values = scores.class_scores(targets, probabilities)
+    names = _CLASS_SCORES
+  else:
+    values = scores.binary_scores(targets, probabilities)
+    names = _BINARY_SCORES
+  loss = task.cross_entropy(targets, probabilities)
+  return {"loss": loss} | {name: float(values[name]) for name in names}
