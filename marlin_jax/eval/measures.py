@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from marlin_jax.downstream import scores
+from marlin_jax.downstream import intervals, scores
 from marlin_jax.downstream.tasks import Task
 
 
@@ -109,14 +109,14 @@ def _metrics(task, found, cuts, num_resamples):
   with tqdm(
     desc="intervals", total=num_resamples, unit="draw", delay=2.0, leave=False
   ) as bar:
-    intervals = scores.bootstrap(
+    ends = intervals.bootstrap(
       numbers, found.people, num_resamples=num_resamples, report=bar.update
     )
   return {
     name: {
       "value": defined(value),
-      "low": defined(intervals[name][0]),
-      "high": defined(intervals[name][1]),
+      "low": defined(ends[name][0]),
+      "high": defined(ends[name][1]),
     }
     for name, value in values.items()
   }

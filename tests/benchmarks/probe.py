@@ -26,7 +26,12 @@ from flax import nnx
 from tqdm import tqdm
 
 from marlin_jax.devices import sharding
-from marlin_jax.downstream import clip_batches, feature_cache, labelled, scores
+from marlin_jax.downstream import (
+  clip_batches,
+  feature_cache,
+  intervals,
+  labelled,
+)
 from marlin_jax.eval import measures as measure_lib
 from marlin_jax.models.mae import Encoder
 from marlin_jax.records.schema import GRID_SIZE, PATCH_SIZE
@@ -214,13 +219,13 @@ def measure(
     }
 
   blocks = windows.block[question.test]
-  every = np.ones((1, len(blocks)))
-  intervals = scores.bootstrap(numbers, blocks, num_resamples=NUM_RESAMPLES)
+  every = np.ones((len(blocks), 1))
+  ends = intervals.bootstrap(numbers, blocks, num_resamples=NUM_RESAMPLES)
   found = {
     name: {
       "value": measure_lib.defined(value[0]),
-      "low": measure_lib.defined(intervals[name][0]),
-      "high": measure_lib.defined(intervals[name][1]),
+      "low": measure_lib.defined(ends[name][0]),
+      "high": measure_lib.defined(ends[name][1]),
     }
     for name, value in numbers(every).items()
   }

@@ -202,7 +202,7 @@ def score(
     question: what was asked.
     windows: all.
     said: one of `answers`.
-    weights: (R, V).
+    weights: (V, R).
 
   Returns:
     float64 (R,). Of classes the balanced accuracy. Of yes and no an AUC within
@@ -216,14 +216,14 @@ def score(
     return scores.class_scores(targets, said, weights)["balanced_accuracy"]
   if question.targets is None:
     first, second = pairs_of(windows, test).T
-    both = weights[:, first] * weights[:, second]
-    return _ratio(both @ (said > 0), both.sum(-1))
-  right, total = np.zeros(len(weights)), np.zeros(len(weights))
+    both = weights[first] * weights[second]
+    return _ratio((said > 0) @ both, both.sum(0))
+  right, total = np.zeros((2, weights.shape[1]))
   place = windows.place[test]
   for where in np.unique(place):
     own = place == where
-    yes, w = question.targets[test][own], weights[:, own]
-    num_pairs = (w @ yes) * (w @ (1 - yes))
+    yes, w = question.targets[test][own], weights[own]
+    num_pairs = (yes @ w) * ((1 - yes) @ w)
     auc = scores.roc_auc(yes, said[own], w)
     right += np.where(num_pairs > 0, auc, 0.0) * num_pairs
     total += num_pairs

@@ -109,7 +109,7 @@ def ask(windows: Windows, targets: np.ndarray | None) -> Question:
 
 
 def score_of(question, windows, said) -> float:
-  weights = np.ones((1, len(windows.video)))
+  weights = np.ones((len(windows.video), 1))
   return float(probe_questions.score(question, windows, said, weights)[0])
 
 
@@ -141,7 +141,7 @@ def test_windows_drawn_twice_count_twice():
   windows = some_windows(np.arange(4.0))
   question = ask(windows, np.array([0, 1, 0, 1.0]))
   said = np.array([0, 1, 1, 0.0])  # right, then wrong
-  weights = np.array([[1, 1, 1, 1], [2, 2, 1, 1], [0, 2, 1, 1.0]])
+  weights = np.array([[1, 1, 1, 1], [2, 2, 1, 1], [0, 2, 1, 1.0]]).T
   found = probe_questions.score(question, windows, said, weights)
   np.testing.assert_allclose(found, [1 / 2, 4 / 5, 0])
 

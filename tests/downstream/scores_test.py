@@ -169,18 +169,18 @@ def test_whole_weights_are_repetitions():
   targets = (np_rng.random((30, 2)) < 0.5).astype(float)
   classes = np_rng.integers(0, 3, 30).astype(float)
   p, q = np_rng.random((30, 2)).round(1), np_rng.dirichlet(np.ones(3), 30)
-  times = np_rng.integers(0, 3, (4, 30))
+  times = np_rng.integers(0, 3, (30, 4))
   weights = times.astype(float)
   several = scores.binary_scores(targets, p, 0.3, weights)
   of_classes = scores.class_scores(classes, q, weights)
-  for row, repeats in enumerate(times):
+  for column, repeats in enumerate(times.T):
     chosen = np.repeat(np.arange(30), repeats)
     for found, expected in (
       (several, scores.binary_scores(targets[chosen], p[chosen], 0.3)),
       (of_classes, scores.class_scores(classes[chosen], q[chosen])),
     ):
       for name, value in expected.items():
-        assert found[name][row] == pytest.approx(float(value)), name
+        assert found[name][column] == pytest.approx(float(value)), name
 
 
 def test_the_threshold_has_the_highest_balanced_accuracy():
@@ -199,42 +199,3 @@ def test_predictions_that_are_no_numbers_are_refused():
     scores.roc_auc(np.array([0.0, 1.0]), np.array([0.5, np.nan]))
   with pytest.raises(ValueError, match="expected the same"):
     scores.roc_auc(np.zeros(2), np.zeros(3))
-
-
-# --- Intervals ----------------------------------------------------------------
-
-
-def measure(values):
-  return lambda weights: {"mean": weights @ values / weights.sum(-1)}
-
-
-def test_an_interval_covers_the_truth_about_as_often_as_it_says():
-  np_rng = np.random.default_rng(0)
-  covered = 0
-  for seed in range(200):
-    values = np_rng.normal(size=60)
-    low, high = scores.bootstrap(
-      measure(values), [str(i) for i in range(60)], num_resamples=200, seed=seed
-    )["mean"]
-    covered += low < 0 < high
-  assert 0.88 < covered / 200 < 0.99
-
-
-def test_people_and_not_videos_are_drawn():
-  np_rng = np.random.default_rng(0)
-  # Ten videos of each person, which are all the same.
-  values = np.repeat(np_rng.normal(size=20), 10)
-  people = np.repeat(np.arange(20), 10).astype(str)
-  videos = np.arange(200).astype(str)
-  by_person = scores.bootstrap(measure(values), people, num_resamples=500)
-  by_video = scores.bootstrap(measure(values), videos, num_resamples=500)
-  width = {
-    k: v["mean"][1] - v["mean"][0]
-    for k, v in (("person", by_person), ("video", by_video))
-  }
-  assert 2.5 < width["person"] / width["video"] < 4  # sqrt(10)
-
-
-def test_one_person_gives_no_interval():
-  found = scores.bootstrap(measure(np.ones(5)), ["a"] * 5, num_resamples=10)
-  assert np.isnan(found["mean"]).all()

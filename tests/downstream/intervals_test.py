@@ -1,0 +1,41 @@
+"""Bootstrap intervals cover what they say."""
+
+import numpy as np
+
+from marlin_jax.downstream import intervals
+
+
+def measure(values):
+  return lambda weights: {"mean": values @ weights / weights.sum(0)}
+
+
+def test_an_interval_covers_the_truth_about_as_often_as_it_says():
+  np_rng = np.random.default_rng(0)
+  covered = 0
+  for seed in range(200):
+    values = np_rng.normal(size=60)
+    low, high = intervals.bootstrap(
+      measure(values), [str(i) for i in range(60)], num_resamples=200, seed=seed
+    )["mean"]
+    covered += low < 0 < high
+  assert 0.88 < covered / 200 < 0.99
+
+
+def test_people_and_not_videos_are_drawn():
+  np_rng = np.random.default_rng(0)
+  # Ten videos of each person, which are all the same.
+  values = np.repeat(np_rng.normal(size=20), 10)
+  people = np.repeat(np.arange(20), 10).astype(str)
+  videos = np.arange(200).astype(str)
+  by_person = intervals.bootstrap(measure(values), people, num_resamples=500)
+  by_video = intervals.bootstrap(measure(values), videos, num_resamples=500)
+  width = {
+    k: v["mean"][1] - v["mean"][0]
+    for k, v in (("person", by_person), ("video", by_video))
+  }
+  assert 2.5 < width["person"] / width["video"] < 4  # sqrt(10)
+
+
+def test_one_person_gives_no_interval():
+  found = intervals.bootstrap(measure(np.ones(5)), ["a"] * 5, num_resamples=10)
+  assert np.isnan(found["mean"]).all()
