@@ -1,6 +1,7 @@
-"""Accelerators and what their makers say of them.
+"""Data sheets of accelerators, and the memory of a device.
 
-Peaks are dense, without sparsity. Decimal units unless a name says GiB.
+Peak rates are dense, without sparsity. Units are decimal unless a name says
+GiB.
 """
 
 from __future__ import annotations
@@ -18,22 +19,21 @@ _USABLE = {"cpu": 0.5, "gpu": 0.8, "tpu": 0.9}
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One accelerator, as jax counts devices.
+  """Data sheet of one accelerator; jax counts each as one device.
 
   Attributes:
-    name: for people.
-    device_kinds: what jax.Device.device_kind says; several where libraries
-      differ.
+    name: display name.
+    device_kinds: values of jax.Device.device_kind; library versions differ.
     hbm_bytes: memory that programs may use, a little less than what is sold.
-    hbm_bandwidth: bytes/s.
-    bfloat16: peak FLOP/s of matrix products.
-    float32: likewise, as jax multiplies float32 unless told otherwise: on TPU
-      in one pass of bfloat16, on GPU as TF32.
-    link_bandwidth: bytes/s that leave a chip over all its links to others of
-      its slice (ICI) or machine (NVLink).
-    network_bandwidth: bytes/s per chip to other slices or machines; None: not
+    hbm_bandwidth: memory bandwidth in bytes/s.
+    bfloat16: peak FLOP/s of bfloat16 matrix products.
+    float32: peak FLOP/s of float32 matrix products at jax's default precision:
+      one pass of bfloat16 on TPU, TF32 on GPU.
+    link_bandwidth: bytes/s that leave a chip over all its links to other chips
+      of its slice (ICI) or machine (NVLink).
+    network_bandwidth: bytes/s per chip to other slices or machines; None if not
       published.
-    per_host: chips that one machine feeds with data.
+    per_host: chips per host.
   """
 
   name: str
@@ -47,17 +47,18 @@ class Chip:
   per_host: int
 
   def peak_flops(self, dtype: str) -> float:
-    """FLOP/s of matrix products in config.dtype."""
+    """Returns the peak FLOP/s of matrix products in `config.dtype`."""
     return {"bfloat16": self.bfloat16, "float32": self.float32}[dtype]
 
 
 # TPU: https://docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, read in
 # November 2026. Their "ICI bandwidth per chip" counts both directions; older
-# revisions give one in Gbps (v4 2400, v5e 1600, v5p 4800, v6e 3200). Memory is
-# what the compiler of libtpu 0.0.42 lets a program have.
+# revisions give one direction in Gbit/s (v4 2400, v5e 1600, v5p 4800, v6e
+# 3200). Memory is the limit that the compiler of libtpu 0.0.42 sets a program.
 # GPU: NVIDIA's data sheets of A100, H100 and H200 (SXM) and of DGX A100, H100
-# and H200, whose network is one 200, 400 and 400 Gbit/s port per GPU; NVLink
-# counts both directions (600, 900 and 900 GB/s). Memory is what is sold.
+# and H200, which have one port of 200, 400 and 400 Gbit/s per GPU; NVLink
+# figures there count both directions (600, 900 and 900 GB/s). Memory is the
+# nominal size.
 CHIPS = (
   Chip(
     name="TPU v4",  # 275 TFLOP/s, 32 GiB, 1200 GB/s

@@ -1,6 +1,6 @@
-"""Several processes that train as one: start, agree, stop and leave together.
+"""Several processes that train as one: start, agree, stop and exit together.
 
-With a single process all of this does nothing.
+With a single process the functions do nothing.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from marlin_jax.devices.rendezvous import StartError, meet
 
-# A process that waits in vain for the others to end gives up after this.
+# Longest wait for the other processes to exit.
 _SHUTDOWN_SECS = 60
-# jax's own timeout ends the process with a stack trace: ours comes first.
+# jax's own timeout aborts the process with a stack trace, so it comes later
+# than the timeout here.
 _GRACE_SECS = 30
-# Exit code of what may go well when it is tried again, unlike a refusal's 1:
-# the launchers in tools/ do so.
+# Exit code of failures that may not recur; the launchers in tools/ start the
+# run again. A refusal exits with 1.
 TRY_AGAIN = os.EX_TEMPFAIL
-# What says that a cluster has started several of us.
+# Environment variables by which a cluster says that it started several
+# processes.
 CLUSTER_VARIABLES = (
   "SLURM_STEP_NUM_TASKS",
   "SLURM_STEP_NODELIST",
@@ -46,39 +48,44 @@ CLUSTER_VARIABLES = (
 
 
 def initialise(settings: Any) -> None:
-  """Joins the other processes, where there are any.
+  """Joins the other processes of the run, if there are any.
 
-  To be called before jax touches a device.
+  Call it before jax uses a device.
 
   Args:
     settings: config.distributed, see configs/pretrain_b.py.
 
   Raises:
-    StartError: they did not come together; says who is missing, as far as
-      known, where they were expected and what to check.
+    StartError: not all processes started; names the missing ones if they are
+      known, the coordinator's address and what to check.
   """
-  address, num, me = who(settings)
+  address, num_processes, process_id = process_numbers(settings)
   if not address:
     return
-  # Its SIGTERM handler would swallow the signal until the training loop, which
-  # has its own, is reached.
+  # The service's SIGTERM handler would swallow the signal until the training
+  # loop installs its own.
   jax.config.update("jax_enable_preemption_service", False)
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   if address == "auto":
     _initialise_by_cluster(settings.timeout_secs)
     return
-  meet(address, num, me, settings.timeout_secs)
+  meet(address, num_processes, process_id, settings.timeout_secs)
   jax.distributed.initialize(
     address,
-    num,
-    me,
+    num_processes,
+    process_id,
     initialization_timeout=settings.timeout_secs + _GRACE_SECS,
     shutdown_timeout_seconds=_SHUTDOWN_SECS,
   )
 
 
-def who(settings) -> tuple[str, int, int]:
-  """Coordinator ('': none, or 'auto'), number of processes, own number."""
+def process_numbers(settings: Any) -> tuple[str, int, int]:
+  """Resolves config.distributed and the environment.
+
+  Returns:
+    Coordinator (host:port, 'auto', or '' for a run of one process), number of
+    processes, number of this process. With 'auto' jax finds the numbers.
+  """
   address = settings.coordinator
   if address == "none":
     return "", 1, 0
@@ -104,7 +111,7 @@ def who(settings) -> tuple[str, int, int]:
     or "JAX_COORDINATOR_ADDRESS" in env
     or "MEGASCALE_COORDINATOR_ADDRESS" in env
     or "," in env.get("TPU_WORKER_HOSTNAMES", "")
-    # Set by srun alone: not in a shell that merely holds an allocation.
+    # Only srun sets it; a shell that holds an allocation does not have it.
     or int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1
     or int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
   )
@@ -112,20 +119,24 @@ def who(settings) -> tuple[str, int, int]:
 
 
 def _initialise_by_cluster(timeout_secs: int) -> None:
-  """Lets jax find the others as the cluster describes them."""
-  told = [f"{k}={v}" for k in CLUSTER_VARIABLES if (v := os.environ.get(k))]
-  known = ", ".join(told) or "nothing in the environment"
+  """Lets jax find the processes as the cluster describes them."""
+  variables = [
+    f"{k}={v}" for k in CLUSTER_VARIABLES if (v := os.environ.get(k))
+  ]
+  described = ", ".join(variables) or "nothing in the environment"
 
   def give_up():
-    # Only a thread can: the process is inside jax, which does not return. What
-    # it has found out it keeps to itself.
-    from jax._src import distributed as inside
+    # A thread does it, because the main thread is inside jax, which does not
+    # return. jax has no public access to the address that it found.
+    from jax._src import distributed as jax_internals
 
-    address = inside.global_state.coordinator_address or "no known address"
+    address = (
+      jax_internals.global_state.coordinator_address or "no known address"
+    )
     leave(
-      f"error: the processes that the cluster describes ({known}) did not come "
-      f"together within {timeout_secs} s, with the coordinator, process 0, at "
-      f"{address}: not all have started, or they do not reach it. Look at the "
+      f"error: the processes that the cluster describes ({described}) did not "
+      f"connect within {timeout_secs} s to the coordinator, process 0, at "
+      f"{address}: not all have started, or they cannot reach it. Look at the "
       "output of the others. To name them yourself set config.distributed."
       "coordinator=host:port, num_processes and process_id; config.distributed."
       "timeout_secs says how long to wait",
@@ -143,7 +154,7 @@ def _initialise_by_cluster(timeout_secs: int) -> None:
     )
   except (ValueError, RuntimeError) as e:
     raise StartError(
-      f"no cluster was recognised that says who belongs together ({known}): "
+      f"jax recognised no cluster that describes the processes ({described}): "
       f"{e} Set config.distributed.coordinator=host:port, num_processes and "
       "process_id, or config.distributed.coordinator=none to train alone."
     ) from e
@@ -155,35 +166,34 @@ def _initialise_by_cluster(timeout_secs: int) -> None:
 
 
 @contextlib.contextmanager
-def leader_first() -> Iterator[None]:
-  """Process 0 runs what is inside, and only then the others do."""
-  is_leader = jax.process_index() == 0
-  if not is_leader:
-    multihost_utils.sync_global_devices("leader_first")
+def process_0_first() -> Iterator[None]:
+  """Context manager whose body the other processes run after process 0."""
+  is_process_0 = jax.process_index() == 0
+  if not is_process_0:
+    multihost_utils.sync_global_devices("process_0_first")
   yield
-  if is_leader:
-    multihost_utils.sync_global_devices("leader_first")
+  if is_process_0:
+    multihost_utils.sync_global_devices("process_0_first")
 
 
 def smallest(value: int) -> int:
-  """The smallest of the processes' values, on each of them."""
+  """Returns the smallest of the processes' values, on every process."""
   if jax.process_count() == 1:
     return value
-  # As bytes: jax would cut an int64 to 32 bits.
+  # As bytes, because jax would truncate an int64 to 32 bits.
   own = np.frombuffer(np.int64(value).tobytes(), np.uint8)
-  everyones = np.ascontiguousarray(multihost_utils.process_allgather(own))
-  return int(everyones.view(np.int64).min())
+  gathered = np.ascontiguousarray(multihost_utils.process_allgather(own))
+  return int(gathered.view(np.int64).min())
 
 
 def check_same(facts: dict[str, Any]) -> None:
-  """Makes sure that all processes are about to do the same.
+  """Checks that all processes have the same values.
 
   Args:
-    facts: what they must agree in; survives JSON.
+    facts: values by name, ready for JSON.
 
   Raises:
-    StartError: on every process; where they differ from process 0, names the
-      facts.
+    StartError: on every process; lists the values that differ from process 0.
   """
   if jax.process_count() == 1:
     return
@@ -191,14 +201,15 @@ def check_same(facts: dict[str, Any]) -> None:
   longest = -smallest(-len(text))
   padded = np.zeros(longest, np.uint8)
   padded[: len(text)] = np.frombuffer(text, np.uint8)
-  everyones = multihost_utils.process_allgather(padded)
-  theirs = [json.loads(bytes(row).rstrip(b"\0")) for row in everyones]
+  gathered = multihost_utils.process_allgather(padded)
+  by_process = [json.loads(bytes(row).rstrip(b"\0")) for row in gathered]
+  expected = by_process[0]
   lines = [
-    f"  process {i}: {key} is {other.get(key)!r}, process 0: "
-    f"{theirs[0].get(key)!r}"
-    for i, other in enumerate(theirs)
-    for key in sorted(theirs[0].keys() | other.keys())
-    if other.get(key) != theirs[0].get(key)
+    f"  process {i}: {key} is {values.get(key)!r}, process 0: "
+    f"{expected.get(key)!r}"
+    for i, values in enumerate(by_process)
+    for key in sorted(expected.keys() | values.keys())
+    if values.get(key) != expected.get(key)
   ]
   if lines:
     raise StartError(
@@ -207,11 +218,12 @@ def check_same(facts: dict[str, Any]) -> None:
 
 
 class StopTogether:
-  """Turns a signal that any process received into one stop step for all.
+  """Makes all processes stop at the same step after any of them gets a signal.
 
-  Every round each process puts its signal into an array of a few bytes, whose
-  maximum the devices take behind the step that they are busy with. It is read
-  a round later, when it is known: nobody waits for it.
+  In every round each process puts its signal into a small array, and the
+  devices compute the maximum after the step that they are running. The
+  processes read the result one round later, when it is ready, so that no
+  process waits for it.
   """
 
   def __init__(self, mesh: Mesh):
@@ -219,30 +231,30 @@ class StopTogether:
     self._largest = jax.jit(
       jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec())
     )
-    self._asked = None
+    self._pending = None
 
   def __call__(self, received: int | None) -> int | None:
-    """To be called by all processes, once in each round.
+    """Exchanges signals; all processes call it once in each round.
 
     Args:
-      received: the signal that this process has received.
+      received: signal that this process received, or None.
 
     Returns:
-      The signal to stop for, in the same round everywhere, or None.
+      The signal to stop for, in the same round on every process, or None.
     """
     if jax.process_count() == 1:
       return received
-    answer = self._asked
+    previous = self._pending
     num_local = len(self._sharding.addressable_devices)
-    self._asked = self._largest(
+    self._pending = self._largest(
       jax.make_array_from_process_local_data(
         self._sharding, np.full(num_local, received or 0, np.int32)
       )
     )
-    return (answer is not None and int(answer)) or None
+    return (previous is not None and int(previous)) or None
 
 
-# --- leaving ------------------------------------------------------------------
+# --- exiting ------------------------------------------------------------------
 
 
 def leave(
@@ -253,8 +265,8 @@ def leave(
   Args:
     message: printed to stderr.
     code: exit code.
-    at_once: skip all that Python does at its end, which would wait for the
-      other processes, who wait for this one. Default: where there are others.
+    at_once: skip Python's shutdown, which would wait for the other processes
+      while they wait for this one. Default: True if there are other processes.
   """
   if at_once is None:
     at_once = jax.distributed.is_initialized()
@@ -267,13 +279,14 @@ def leave(
 
 @contextlib.contextmanager
 def leaving_on_errors() -> Iterator[None]:
-  """An unforeseen exception inside, as when another process has gone, ends this
-  one; see `leave`. TRY_AGAIN is its exit code.
+  """Context manager that exits with TRY_AGAIN on an unforeseen exception.
+
+  The loss of another process raises one, for example; see `leave`.
   """
   try:
     yield
   except Exception:
-    whose = ""
+    prefix = ""
     if jax.distributed.is_initialized():
-      whose = f"process {jax.process_index()} of {jax.process_count()}:\n"
-    leave(whose + traceback.format_exc(), code=TRY_AGAIN)
+      prefix = f"process {jax.process_index()} of {jax.process_count()}:\n"
+    leave(prefix + traceback.format_exc(), code=TRY_AGAIN)

@@ -1,8 +1,9 @@
-"""Waits until every process of a run has come, and names those that have not.
+"""Waits until every process of a run has started, or names the missing ones.
 
-jax itself, when one is missing, ends the others with a stack trace that names
-nobody. So before jax connects them, each tells process 0 that it is there, over
-the very address and port that jax uses next: where this works, that will.
+jax.distributed.initialize (jax 0.10.2) does not: when a process is missing, it
+aborts the others with SIGABRT and "DEADLINE_EXCEEDED", and it accepts a process
+that was started with another num_processes. So before jax connects them, each
+process reports to process 0 over the address and port that jax uses next.
 """
 
 from __future__ import annotations
@@ -17,33 +18,36 @@ from marlin_jax.records.cli import UserError
 _HELLO = re.compile(rb"marlin_jax (\d+) of (\d+)\n")
 _ALL_HERE = b"all here\n"
 _PROBLEM = b"problem: "
-# A line of the protocol is no longer.
+# Longest line of the protocol, in bytes.
 _MAX_LINE = 2000
-# For one that is connected to say who it is.
+# Time for a connected process to send its number.
 _HELLO_SECS = 2
 _RETRY_SECS = 0.2
 
 
 class StartError(UserError):
-  """The processes could not be brought together."""
+  """Processes of a run that could not start together."""
 
 
-def meet(address: str, num: int, me: int, timeout_secs: float) -> None:
+def meet(
+  address: str, num_processes: int, process_id: int, timeout_secs: float
+) -> None:
   """Returns when all processes have called it.
 
   Args:
     address: host:port of process 0.
-    num: processes.
-    me: number of this one, from 0.
+    num_processes: processes of the run.
+    process_id: number of this process, from 0.
     timeout_secs: how long to wait.
 
   Raises:
-    StartError: not all came in time, or they disagree about each other.
+    StartError: not all processes came in time, or they disagree about their
+      numbers. Names the missing processes.
   """
-  if me == 0:
-    _wait_for_all(address, num, timeout_secs)
+  if process_id == 0:
+    _wait_for_all(address, num_processes, timeout_secs)
   else:
-    _report(address, num, me, timeout_secs)
+    _report(address, num_processes, process_id, timeout_secs)
 
 
 def _advice(address: str) -> str:
@@ -59,46 +63,49 @@ def _advice(address: str) -> str:
 # --- process 0 ----------------------------------------------------------------
 
 
-def _wait_for_all(address: str, num: int, timeout_secs: float) -> None:
+def _wait_for_all(
+  address: str, num_processes: int, timeout_secs: float
+) -> None:
   deadline = time.monotonic() + timeout_secs
-  here: dict[int, socket.socket] = {}
+  present: dict[int, socket.socket] = {}
   problem = None
   with contextlib.ExitStack() as stack:
     server = stack.enter_context(_listen(address))
-    while len(here) < num - 1 and not problem:
+    while len(present) < num_processes - 1 and not problem:
       server.settimeout(max(deadline - time.monotonic(), 0.001))
       try:
         peer = stack.enter_context(server.accept()[0])
       except TimeoutError:
-        missing = [str(i) for i in range(1, num) if i not in here]
+        missing = [str(i) for i in range(1, num_processes) if i not in present]
         problem = (
-          f"after {timeout_secs:g} s {1 + len(here)} of {num} processes have "
-          f"come to the coordinator at {address}; missing: "
+          f"after {timeout_secs:g} s {1 + len(present)} of {num_processes} "
+          f"processes have reached the coordinator at {address}; missing: "
           f"{', '.join(missing)}. {_advice(address)}"
         )
         break
       hello = _HELLO.fullmatch(_read(peer))
       if not hello:
-        peer.close()  # a stranger
+        peer.close()  # not a process of a run
         continue
-      one, says = map(int, hello.groups())
-      if says != num or not 0 < one < num:
+      number, total = map(int, hello.groups())
+      if total != num_processes or not 0 < number < num_processes:
         problem = (
-          f"a process came as number {one} of {says}, process 0 expects {num} "
-          "processes, numbers 0 and up; start all with the same num_processes"
+          f"a process came as number {number} of {total}, process 0 expects "
+          f"{num_processes} processes, numbers 0 and up; start all with the "
+          "same num_processes"
         )
-      elif one in here and _is_there(here[one]):
+      elif number in present and _is_open(present[number]):
         problem = (
-          f"two processes came as number {one} of {num}; give each a "
-          "process_id of its own"
+          f"two processes came as number {number} of {num_processes}; give "
+          "each a process_id of its own"
         )
       else:
-        here[one] = peer
-        # One that has gone, crashed or killed, may come back.
-        here = {i: other for i, other in here.items() if _is_there(other)}
+        present[number] = peer
+        # A process that crashed or was killed may come back.
+        present = {i: p for i, p in present.items() if _is_open(p)}
         continue
       _send(peer, _PROBLEM + problem.encode() + b"\n")
-    for peer in here.values():
+    for peer in present.values():
       _send(peer, _PROBLEM + problem.encode() + b"\n" if problem else _ALL_HERE)
   if problem:
     raise StartError(problem)
@@ -129,8 +136,8 @@ def _read(peer: socket.socket) -> bytes:
     return b""
 
 
-def _is_there(peer: socket.socket) -> bool:
-  """Whether the other end, which has nothing more to say, is still open."""
+def _is_open(peer: socket.socket) -> bool:
+  """Returns True while the peer, which sends nothing more, is connected."""
   peer.setblocking(False)
   try:
     return peer.recv(1, socket.MSG_PEEK) != b""
@@ -141,23 +148,25 @@ def _is_there(peer: socket.socket) -> bool:
 
 
 def _send(peer: socket.socket, line: bytes) -> None:
-  with contextlib.suppress(OSError):  # it has just gone: it need not know
+  with contextlib.suppress(OSError):  # the peer has just gone
     peer.settimeout(_HELLO_SECS)
     peer.sendall(line)
 
 
-# --- the others ---------------------------------------------------------------
+# --- other processes ----------------------------------------------------------
 
 
-def _report(address: str, num: int, me: int, timeout_secs: float) -> None:
+def _report(
+  address: str, num_processes: int, process_id: int, timeout_secs: float
+) -> None:
   deadline = time.monotonic() + timeout_secs
   host, _, port = address.rpartition(":")
   last = "no answer"
   while (left := deadline - time.monotonic()) > 0:
     try:
       with socket.create_connection((host.strip("[]"), port), left) as server:
-        server.sendall(f"marlin_jax {me} of {num}\n".encode())
-        # A little longer: process 0 knows best who is missing.
+        server.sendall(f"marlin_jax {process_id} of {num_processes}\n".encode())
+        # A little longer than process 0, which names the missing processes.
         server.settimeout(left + 2 * _HELLO_SECS)
         answer = server.makefile("rb").readline(_MAX_LINE)
     except OSError as e:
@@ -169,10 +178,12 @@ def _report(address: str, num: int, me: int, timeout_secs: float) -> None:
         text = answer.removeprefix(_PROBLEM).decode(errors="replace")
         raise StartError(text.strip())
       last = (
-        f"something else answers there: {answer!r}" if answer else "it left"
+        f"another program answers there: {answer!r}"
+        if answer
+        else "it closed the connection"
       )
     time.sleep(_RETRY_SECS)
   raise StartError(
-    f"process {me} of {num} waited {timeout_secs:g} s for process 0, the "
-    f"coordinator at {address}: {last}. {_advice(address)}"
+    f"process {process_id} of {num_processes} waited {timeout_secs:g} s for "
+    f"process 0, the coordinator at {address}: {last}. {_advice(address)}"
   )

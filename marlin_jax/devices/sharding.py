@@ -1,13 +1,13 @@
-"""The device mesh, and where arrays live on it.
+"""Device mesh, and the sharding of arrays over it.
 
-Every device has a place along three axes:
-  data: each has clips of its own and a copy of the weights;
-  fsdp: each has clips of its own and keeps a part of every large weight; the
-    parts are put together block by block, when they are used (ZeRO-3);
-  tensor: all have the same clips; each computes some of the attention heads
-    and hidden units of every block (Megatron-LM).
-The fastest links should join tensor, the slowest data: the axes are laid over
-the devices in that order.
+The mesh has three axes:
+  data: every device has its own clips and a copy of the weights;
+  fsdp: every device has its own clips and keeps a shard of each large weight;
+    weights are gathered block by block when they are used (ZeRO-3);
+  tensor: the devices share their clips; each computes some of the attention
+    heads and hidden units of every block (Megatron-LM).
+Neighbouring devices, which have the fastest links, differ along tensor; the
+most distant ones differ along data.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ from marlin_jax.records.cli import UserError
 Pytree = Any
 
 AXES = ("data", "fsdp", "tensor")
-# Clips are spread over these.
+# Mesh axes that split the batch.
 BATCH = P(("data", "fsdp"))
 
-# (pattern that ends a parameter's path, where each of its axes lives). The
-# first that matches holds, for the parameter and for its optimiser moments.
-# Joined blocks (models.blocks) have one more axis, in front, which stays whole.
-# In a block tensor cuts what comes out of the first layer of a pair and what
-# goes into the second, so that one sum over devices ends each pair. fsdp cuts
-# the other axis: cutting the axis that tensor cuts, or the largest, makes the
-# compiler move whole activations between devices.
+# (pattern at the end of a parameter's path, mesh axis of each of its axes). The
+# first pattern that matches holds for the parameter and its optimiser moments.
+# Stacked blocks (models.stacking) have one more axis, the first, which is not
+# split. Within a block, tensor splits the outputs of the first layer of a pair
+# and the inputs of the second, so that each pair ends with one sum over
+# devices. fsdp splits the other axis: if it split the axis that tensor splits,
+# or the largest axis, the compiler would move whole activations between
+# devices.
 RULES = (
   (r"attention/(query|key|value)/kernel", P("fsdp", "tensor")),
   (r"attention/(query|value)/bias", P("tensor")),
@@ -49,7 +50,7 @@ RULES = (
   (r"mlp_out/kernel", P("tensor", "fsdp")),
   (r"(patch_embedding|enc_to_dec|head|hidden)/kernel", P("fsdp", None)),
   # Norms, other biases, the mask token, position tables, the discriminator's
-  # last layer, counters: a thousandth of the whole.
+  # last layer, counters: together about 0.1 % of the parameters.
   (r".*", P()),
 )
 
@@ -64,13 +65,13 @@ def make_mesh(
   tensor: int = 1,
   devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-  """A mesh of all devices.
+  """Returns a mesh of all devices.
 
   Args:
-    data: devices along the axis; -1 takes all that the others leave.
-    fsdp: likewise, at least 1.
-    tensor: likewise, at least 1.
-    devices: the devices to use; all of the process group by default.
+    data: devices along data; -1 for all that fsdp and tensor leave.
+    fsdp: devices along fsdp, at least 1.
+    tensor: devices along tensor, at least 1.
+    devices: devices to use; by default those of all processes.
 
   Raises:
     MeshError: the sizes do not fit the number of devices or of slices.
@@ -83,30 +84,33 @@ def make_mesh(
 def arrange(
   data: int, fsdp: int, tensor: int, devices: Sequence[Any]
 ) -> np.ndarray:
-  """Devices in their places, (data, fsdp, tensor); see `make_mesh`.
+  """Returns the devices as an array (data, fsdp, tensor); see `make_mesh`.
 
-  Devices of several TPU slices, which only the data centre's network joins,
-  differ along data alone.
+  TPU slices are connected by the data centre's network, so devices of different
+  slices differ along data alone.
+
+  Raises:
+    MeshError: the sizes do not fit the number of devices or of slices.
   """
-  asked = f"config.mesh.data={data}, fsdp={fsdp}, tensor={tensor}"
+  mesh = f"config.mesh.data={data}, fsdp={fsdp}, tensor={tensor}"
   kinds = ", ".join(sorted({d.device_kind for d in devices}))
-  there = f"there are {len(devices)} devices ({kinds})"
+  present = f"there are {len(devices)} devices ({kinds})"
   if data == -1:
     if len(devices) % (fsdp * tensor):
       raise MeshError(
-        f"{asked}, but {there}, which {fsdp} x {tensor} does not divide; "
+        f"{mesh}, but {present}, which {fsdp} x {tensor} does not divide; "
         "lower fsdp or tensor"
       )
     data = len(devices) // (fsdp * tensor)
   if data * fsdp * tensor != len(devices):
     raise MeshError(
-      f"{asked}: a mesh of {data * fsdp * tensor}, but {there}; use "
+      f"{mesh}: a mesh of {data * fsdp * tensor}, but {present}; use "
       "config.mesh.data=-1 for all that fsdp and tensor leave"
     )
   num_slices = len({getattr(d, "slice_index", 0) for d in devices})
   if data % num_slices:
     raise MeshError(
-      f"{asked}: {data} along data is no multiple of the {num_slices} slices "
+      f"{mesh}: {data} along data is no multiple of the {num_slices} slices "
       "that the devices belong to; fsdp and tensor must fit into one slice"
     )
   if num_slices > 1:
@@ -117,7 +121,7 @@ def arrange(
 
 
 def num_shards(mesh: Mesh) -> int:
-  """Parts that a batch is spread in: the devices along data and fsdp."""
+  """Returns the number of parts of a batch: devices along data and fsdp."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -151,31 +155,32 @@ def describe(mesh: Mesh) -> str:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Leading axis over data and fsdp."""
+  """Returns a sharding that splits the first axis over data and fsdp."""
   return NamedSharding(mesh, BATCH)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """A whole copy on every device."""
+  """Returns a sharding with a whole copy on every device."""
   return NamedSharding(mesh, P())
 
 
 def local_rows(x: jax.Array) -> np.ndarray:
-  """What of an array, spread along its first axis, this process holds.
+  """Returns the rows of an array that this process's devices hold.
 
-  Several devices may hold the same rows.
+  Args:
+    x: array that is split along its first axis only. Several devices may hold
+      the same rows.
   """
   shards = {s.index[0].start or 0: s.data for s in x.addressable_shards}
   return np.concatenate([shards[start] for start in sorted(shards)])
 
 
 class Layout(NamedTuple):
-  """Where each array of a state lives.
+  """Sharding of each array of a state.
 
   Attributes:
-    shardings: a tree like the state, of NamedShardings.
-    notes: for each axis that could not be cut as RULES say, a line that tells
-      which and why; it is kept whole instead.
+    shardings: pytree like the state, of NamedShardings.
+    notes: a line for each axis that is not split as RULES say, with the reason.
   """
 
   shardings: Pytree
@@ -185,13 +190,15 @@ class Layout(NamedTuple):
 def lay_out(
   mesh: Mesh | AbstractMesh, shapes: Pytree, num_heads: Mapping[str, int]
 ) -> Layout:
-  """Finds a place for every array before any is made.
+  """Resolves RULES on shapes, before any array is allocated.
+
+  An axis that does not divide over its mesh axis is not split.
 
   Args:
     mesh: from `make_mesh`.
     shapes: the state, arrays or ShapeDtypeStructs.
-    num_heads: attention heads, which stay whole, by the part of the path that
-      they are for: {"encoder": 12, "decoder": 6}.
+    num_heads: attention heads of each network, by its name in parameter paths:
+      {"encoder": 12, "decoder": 6}. A head is never split.
   """
   notes = []
 
@@ -199,16 +206,16 @@ def lay_out(
     name = _name(path)
     spec = []
     for axis, mesh_axis in enumerate(_rule(name)):
-      pieces, what = leaf.shape[axis], f"along axis {axis}"
+      size, unit = leaf.shape[axis], f"along axis {axis}"
       if mesh_axis == "tensor" and "attention/" in name:
-        pieces = next(n for part, n in num_heads.items() if f"{part}/" in name)
-        what = "heads"
-      if mesh_axis and pieces % mesh.shape[mesh_axis]:
-        # None for the moments again.
+        size = next(n for part, n in num_heads.items() if f"{part}/" in name)
+        unit = "heads"
+      if mesh_axis and size % mesh.shape[mesh_axis]:
+        # Optimiser moments need no notes of their own.
         if name.split("/")[0] in ("params", "disc_params"):
-          of_all = re.sub(r"blocks/\d+/", "blocks/", name)
+          all_blocks = re.sub(r"blocks/\d+/", "blocks/", name)
           notes.append(
-            f"{of_all}: {pieces} {what} do not divide over "
+            f"{all_blocks}: {size} {unit} do not divide over "
             f"mesh.{mesh_axis}={mesh.shape[mesh_axis]}, kept whole"
           )
         mesh_axis = None
@@ -220,7 +227,7 @@ def lay_out(
 
 
 def bytes_per_device(shapes: Pytree, shardings: Pytree) -> int:
-  """Bytes that one device holds of a tree of arrays or shapes."""
+  """Returns the bytes of a pytree of arrays or shapes on one device."""
   sizes = jax.tree.map(
     lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize,
     shapes,
@@ -230,12 +237,14 @@ def bytes_per_device(shapes: Pytree, shardings: Pytree) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Placement:
-  """Where tokens and weights live while a network runs; models.partition.
+class MeshPlacement:
+  """Sharding of tokens and weights while a network runs.
+
+  Implements models.partition.Placement.
 
   Attributes:
     mesh: from `make_mesh`.
-    dtype: of the matmuls; weights travel in it.
+    dtype: dtype of matmuls; weights are gathered in it.
   """
 
   mesh: Mesh
@@ -246,15 +255,15 @@ class Placement:
     return self.mesh.shape["tensor"]
 
   def tokens(self, x: jax.Array) -> jax.Array:
-    """(B, N, D): clips spread over data and fsdp, whole along tensor."""
+    """Splits (B, N, D) along B; replicates it over tensor."""
     return jax.lax.with_sharding_constraint(x, batch_sharding(self.mesh))
 
   def own_heads(self, attend):
-    """Has each device run a function of (B, N, H, K) on its clips and heads."""
+    """Wraps a function of (B, N, H, K) to run on a device's clips and heads."""
 
     def run(*arrays):
       num_heads = arrays[0].shape[2]
-      # As lay_out does: what does not divide is whole everywhere.
+      # As in lay_out, heads that do not divide are replicated.
       heads = None if num_heads % self.num_tensor else "tensor"
       spec = P(*BATCH, None, heads)
       return jax.shard_map(
@@ -264,13 +273,13 @@ class Placement:
     return run
 
   def weights(self, params: Pytree) -> Pytree:
-    """Puts the parts that fsdp has cut together again.
+    """Gathers the shards of weights over fsdp.
 
-    Blocks stay as they are: each asks for its own as it runs,
+    Leaves blocks as they are: each block gathers its own weights when it runs,
     so that no device ever holds all of them.
 
     Args:
-      params: of a network or of a single block, nested dicts by name.
+      params: parameters of a network or a block, nested dicts by name.
     """
 
     def whole(path, x):
@@ -282,7 +291,7 @@ class Placement:
       size = self.mesh.shape["fsdp"]
       if size == 1 or x.shape[axis] % size:
         return x
-      # Cast before the journey, not after.
+      # Cast first: fewer bytes travel.
       return _gather(x.astype(self.dtype), self.mesh, rule)
 
     return jax.tree_util.tree_map_with_path(whole, params)
@@ -301,7 +310,7 @@ def _rule(name: str) -> P:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(x, mesh, rule):
-  """Whole along the axis that fsdp cuts; what tensor does stays."""
+  """Gathers along the axis that fsdp splits; leaves tensor's axis as it is."""
   return _constrain(x, mesh, rule, fsdp=None)
 
 
@@ -310,8 +319,8 @@ def _gather_forward(x, mesh, rule):
 
 
 def _gather_backward(mesh, rule, _, grad):
-  # The gradient is wanted in parts only. With the transpose of the above every
-  # device would get all of it.
+  # Each device needs its shard of the gradient only. The transpose of
+  # _gather would give every device the whole gradient.
   return (_constrain(grad, mesh, rule, fsdp="fsdp"),)
 
 
@@ -319,7 +328,7 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 def _constrain(x, mesh, rule, fsdp):
-  # Tensor may have left whole what does not divide.
+  # UNCONSTRAINED: tensor does not split an axis that does not divide.
   places = {"fsdp": fsdp, "tensor": P.UNCONSTRAINED, None: None}
   spec = P(*(places[axis] for axis in rule))
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

@@ -1,20 +1,20 @@
-"""What XLA is told beside the program: to be set before jax starts."""
+"""XLA flags; set before jax starts."""
 
 from __future__ import annotations
 
 import os
 
 _EXTRA = "--xla_backend_extra_options"
-# Of the CPU backend alone; others pass over it. Compilations take no such
-# option one by one.
+# Only the CPU backend reads it. It cannot be set per compilation.
 _ONE_PASS = "xla_cpu_use_multi_output_fusion"
 
 
 def set_for_training() -> None:
-  """Lets one pass over an array give several results, as Adam's two moments.
+  """Enables fusions with several outputs, such as Adam's two moments, on CPU.
 
-  Without it XLA's CPU backend reads the gradients once for each. What XLA_FLAGS
-  has already stays, extra options too.
+  Without them XLA's CPU backend reads the gradients once per output. Flags that
+  XLA_FLAGS holds already stay as they are; if they include extra backend
+  options, nothing is added.
   """
   flags = os.environ.get("XLA_FLAGS", "")
   if _EXTRA not in flags:

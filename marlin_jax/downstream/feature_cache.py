@@ -65,7 +65,7 @@ class FrozenEncoder:
     self._features = clip_features.jitted_features(
       graphdef,
       self.architecture,
-      placement=sharding.Placement(mesh, dtype) if mesh.size > 1 else None,
+      placement=sharding.MeshPlacement(mesh, dtype) if mesh.size > 1 else None,
       out_shardings=sharding.replicated(mesh),
     )
 

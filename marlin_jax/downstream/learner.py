@@ -155,7 +155,7 @@ class Learner:
   def _network(self, trained, kept):
     placement = None
     if self.mesh.size > 1:
-      placement = sharding.Placement(self.mesh, self.dtype)
+      placement = sharding.MeshPlacement(self.mesh, self.dtype)
 
     def call(*args):
       with partition.use(placement):

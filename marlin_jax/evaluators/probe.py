@@ -53,7 +53,7 @@ class Probe:
     cache = None
     if not remote_files.is_remote(workdir.path):
       cache = workdir.files.path / "probe"
-    with distributed.leader_first():
+    with distributed.process_0_first():
       data = quick_probe.open_data(config.probe, architecture.clip, path, cache)
     distributed.check_same(
       {f"the data set in {path}": data.train.split.dataset.fingerprint}

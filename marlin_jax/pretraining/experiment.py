@@ -129,7 +129,7 @@ def build(
     num_micro=memory.num_parts(
       config.batch_size, sharding.num_shards(mesh) if mesh else 1, fit
     ),
-    placement=sharding.Placement(mesh, config.dtype)
+    placement=sharding.MeshPlacement(mesh, config.dtype)
     if mesh and mesh.size > 1
     else None,
   )

@@ -60,7 +60,7 @@ class Workdir:
       StartError: processes see different data sets or checkpoints.
     """
     with contextlib.ExitStack() as stack:
-      with distributed.leader_first():
+      with distributed.process_0_first():
         if self._is_leader:
           if remote_files.is_remote(self.path):
             self.path.mkdir(parents=True, exist_ok=True)

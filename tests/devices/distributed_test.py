@@ -336,7 +336,7 @@ def test_who_belongs_together(monkeypatch, environment, coordinator, expected):
     monkeypatch.setenv(name, value)
   settings = pretrain_b.get_config().distributed
   settings.coordinator = coordinator
-  found = distributed.who(settings)
+  found = distributed.process_numbers(settings)
   assert found[0] == expected[0]
   if found[0] not in ("", "auto"):
     assert found == expected
