@@ -60,7 +60,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   if data_path == "sample":
     if jax.process_index() == 0:
       print(sample.NOTICE, flush=True)
-    with distributed.leader_first():
+    with distributed.process_0_first():
       data_path = sample.prepare_sample()
   dataset = prepared_dataset.open_dataset(
     data_path, config.data.split, config.data.min_quality
