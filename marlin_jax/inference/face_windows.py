@@ -411,12 +411,12 @@ def fit_square(frame: np.ndarray, size: int) -> np.ndarray:
   if height == width == size:
     return frame
   scale = size / max(height, width)
-  new = max(round(width * scale), 1), max(round(height * scale), 1)
-  how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-  scaled = cv2.resize(frame, new, interpolation=how)
-  x, y = (size - new[0]) // 2, (size - new[1]) // 2
+  new_size = max(round(width * scale), 1), max(round(height * scale), 1)
+  interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+  scaled = cv2.resize(frame, new_size, interpolation=interpolation)
+  x, y = (size - new_size[0]) // 2, (size - new_size[1]) // 2
   out = np.zeros((size, size, 3), np.uint8)
-  out[y : y + new[1], x : x + new[0]] = scaled
+  out[y : y + new_size[1], x : x + new_size[0]] = scaled
   return out
 
 

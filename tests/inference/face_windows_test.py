@@ -33,7 +33,7 @@ SHARED = {
 
 
 def write_greys(path, num_frames, **options):
-  """Frame i is grey of level i; nothing is lost in encoding."""
+  """Writes a lossless video whose frame i has grey level i."""
   frames = [
     np.full((SIZE, SIZE, 3), i % 256, np.uint8) for i in range(num_frames)
   ]
@@ -89,7 +89,7 @@ def test_windows_of_a_file_are_those_of_the_rule(tmp_path, total, hop):
     (17, [[*range(16)]]),
     (32, [[*range(16)]]),
     (33, [[*range(0, 32, 2)]]),
-    # The last full window is dropped, and so is the end.
+    # The last full window is dropped, and so is the rest.
     (64, [[*range(0, 32, 2)]]),
     (65, [[*range(0, 32, 2)], [*range(32, 64, 2)]]),
   ],
@@ -130,9 +130,14 @@ def test_times_of_a_variable_rate_are_the_containers(tmp_path):
   path = write_greys(tmp_path / "v.mkv", 36, secs=secs)
   first, last = read_windows(path, small())
   assert (first.first_frame, last.first_frame) == (0, 4)
-  found = [first.start_secs, first.end_secs, last.start_secs, last.end_secs]
+  secs_of_windows = [
+    first.start_secs,
+    first.end_secs,
+    last.start_secs,
+    last.end_secs,
+  ]
   expected = [secs[0], secs[31], secs[4], secs[35]]
-  np.testing.assert_allclose(found, expected, atol=2e-3)
+  np.testing.assert_allclose(secs_of_windows, expected, atol=2e-3)
 
 
 def test_rotation_flag_turns_the_picture(tmp_path):
@@ -238,10 +243,10 @@ def test_the_face_that_is_there_longest_is_taken(tmp_path, carphone, models):
   both[:, 72:216, 352:] = faces
   for picture, face in zip(both, faces, strict=True):
     picture[:, :352] = cv2.resize(face, (352, 288))
-  # The larger one is told by its colour.
+  # The larger face is recognised by its colour.
   both[:, :, :352, 1] //= 2
   faded = both.copy()
-  # Slowly, or it would count as a cut.
+  # Slowly: otherwise it would be a cut.
   light = np.clip((np.arange(24) - 4) / 12, 0, 1)[:, None, None, None]
   faded[:, :, :352] = light * faded[:, :, :352]
 
@@ -309,15 +314,15 @@ def test_damage_comes_out_with_path_and_reason(tmp_path, read):
 
 def test_reading_ahead_gives_the_same_windows(tmp_path):
   path = write_greys(tmp_path / "v.mkv", 100)
-  found, expected = (
+  result, expected = (
     [(w.first_frame, greys(w)) for w in read(path, small(hop=8))]
     for read in (read_ahead, read_windows)
   )
-  assert found == expected
+  assert result == expected
 
 
 def children() -> set[str]:
-  """Returns the process ids of this process' children."""
+  """Returns the ids of the child processes of this process."""
   lists = Path("/proc/self/task").glob("*/children")
   return {pid for file in lists for pid in file.read_text().split()}
 
@@ -338,7 +343,7 @@ def test_a_reader_that_stops_leaves_no_thread_and_no_decoder(
 
 
 def test_a_search_for_faces_is_interrupted_at_once(tmp_path, face_models):
-  path = write_greys(tmp_path / "v.mkv", 1000)  # some 10 s
+  path = write_greys(tmp_path / "v.mkv", 1000)  # about 10 s of search
   before = threading.active_count()
   windows = read_ahead(path, small(crop_face=True))
   main = threading.main_thread().ident

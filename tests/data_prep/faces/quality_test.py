@@ -1,4 +1,4 @@
-"""Each term of a track's quality orders real faces and worse copies rightly."""
+"""Each term of the quality ranks real faces above degraded copies."""
 
 import cv2
 import numpy as np
@@ -28,8 +28,8 @@ def frames(request, sample_videos) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def track(frames, finder) -> tracking.Track:
-  (found,) = tracking.find_tracks(frames, finder)
-  return found
+  (track,) = tracking.find_tracks(frames, finder)
+  return track
 
 
 def terms(frames, finder) -> np.ndarray:
@@ -78,7 +78,7 @@ def test_sharpness_falls_with_blur_and_with_enlarging(track, frames, finder):
   assert sharpness[0] > 0.4
   assert sharpness[1] < 0.6 * sharpness[0]
   assert sharpness[2] < 0.1
-  # A video that was enlarged has the size, but not the detail.
+  # An enlarged video has the size, but not the detail.
   factor = 100 / height(track)
   enlarged = [scenes.scaled(scenes.scaled(f, factor / 4), 4) for f in frames]
   native = [scenes.scaled(f, factor) for f in frames]
@@ -132,7 +132,7 @@ def test_pose_falls_as_a_face_turns_away(track, frames, finder):
     ]
     return float(np.mean(both))
 
-  # The mesh found on such a picture tells less than the whole turn.
+  # The mesh of such a picture shows less than the whole turn.
   front, half_way, far = pose(0), pose(30), pose(50)
   assert front > 0.95
   assert far < half_way - 0.03

@@ -1,4 +1,4 @@
-"""Faces are found, followed through shots and cropped without jitter."""
+"""Faces are found, tracked through shots and cropped without jitter."""
 
 import ctypes
 from pathlib import Path
@@ -29,8 +29,8 @@ def test_talking_man_is_one_track_through_the_whole_video(
   assert track.boxes.dtype == np.float32
   assert track.landmarks.shape == (len(track), 478, 2)
   assert track.landmarks.dtype == np.float32
-  found = np.isfinite(track.landmarks).all(axis=(1, 2))
-  assert found.mean() >= 0.95
+  has_mesh = np.isfinite(track.landmarks).all(axis=(1, 2))
+  assert has_mesh.mean() >= 0.95
   assert 0 < track.quality <= 1
 
 
@@ -115,7 +115,7 @@ def test_cut_to_another_scale_gives_one_track_per_shot(carphone_frames, finder):
 
 def test_face_missed_for_a_few_frames_is_bridged(carphone_frames, finder):
   frames = [frame.copy() for frame in carphone_frames[:24]]
-  for frame in frames[10:14]:  # something passes before the face
+  for frame in frames[10:14]:  # an object passes in front of the face
     frame[30:110, 40:140] = frames[9][:20, :20].mean()
   (track,) = tracking.find_tracks(frames, finder)
   assert len(track) == 24
@@ -136,8 +136,8 @@ def test_face_that_leaves_ends_its_track(carphone_frames, finder):
 def test_video_without_a_lasting_human_face_gives_no_track(
   name, sample_videos, finder
 ):
-  # Both are hard: a man crosses the street for 14 frames, one less than a
-  # track needs, then a cyclist in profile; and a rabbit has a face of sorts.
+  # Hard cases: a man crosses the street for 14 frames, one less than a track
+  # needs, then a cyclist appears in profile; and the face of a cartoon rabbit.
   assert tracking.find_tracks(scenes.read(sample_videos / name), finder) == []
 
 

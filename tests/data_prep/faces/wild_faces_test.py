@@ -1,4 +1,4 @@
-"""What becomes of real faces in scenes as a crawl has them."""
+"""Real faces in scenes as in videos from the web."""
 
 import cv2
 import numpy as np
@@ -28,7 +28,7 @@ def man() -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def close_up() -> list[np.ndarray]:
-  """Another man's face alone, 224x224, forth and back."""
+  """Another man's face alone, 224x224, played forwards and backwards."""
   frames = scenes.read(shared_video("cropped04.mp4"))
   return (frames + frames[-2:0:-1]) * 4
 
@@ -77,7 +77,7 @@ def test_who_passes_before_another_does_not_take_over_his_track(
   (passing, staying) = by_length[-2:]
   assert len(staying) == 60
   assert np.ptp(centres(staying)[:, 0]) < 20
-  # The one who passes moves with the scene, never stands still.
+  # The person who passes moves with the scene and never stands still.
   steps = np.diff(centres(passing)[:, 0])
   assert len(passing) >= 30
   np.testing.assert_allclose(steps[10:-10], 13, atol=3)
@@ -95,8 +95,8 @@ def test_shots_and_counter_shots_are_a_track_each(car, man, finder):
 
 
 def test_cut_that_changes_only_the_face_splits_the_track(man, close_up, finder):
-  # One room, and the second person where the first was: little of the picture
-  # changes.
+  # One room, with the second person in the place of the first: little of the
+  # picture changes.
   frames = []
   for i in range(40):
     frame = scenes.room(360, 640)
@@ -132,14 +132,14 @@ def test_face_that_leaves_by_the_side_comes_back_as_a_new_track(
   frames = []
   for i in range(100):
     frame = scenes.room(300, 400)
-    # 0 at both ends, 20 while it is gone.
+    # 0 at both ends, 20 while the face is absent.
     away = min(max(35 - abs(i - 50), 0), 20)
     scenes.paste(frame, close_up[i], 120 + 19 * away, 40)
     frames.append(frame)
   first, second = tracking.find_tracks(frames, finder)
   assert first.first_frame == 0
   assert second.first_frame + len(second) == 100
-  # While it is cut by the edge the crop reaches past the frame, and stays on
+  # While the edge cuts the face, the crop reaches past the frame and stays on
   # the face.
   for track in (first, second):
     seen = np.isfinite(track.landmarks[:, 4]).all(axis=-1)
@@ -156,7 +156,7 @@ def test_gap_longer_than_the_limit_ends_a_track_and_a_shorter_one_does_not(
     for i in range(32 + num_frames):
       frame = scenes.room(HEIGHT, WIDTH)
       scenes.paste(frame, car[i], 200, 80)
-      if 16 <= i < 16 + num_frames:  # a passing back
+      if 16 <= i < 16 + num_frames:  # a person passes, seen from behind
         frame[100:195, 235:345] = (90, 100, 110)
       frames.append(frame)
     return tracking.find_tracks(frames, finder)
@@ -178,16 +178,16 @@ def test_face_that_turns_to_profile_and_back_is_one_track(man, finder):
   frames = [scenes.turned(man[5], mesh, angle) for angle in angles]
   (track,) = tracking.find_tracks(frames, finder)
   assert len(track) == len(frames)
-  found = np.isfinite(track.landmarks[:, 0, 0])
-  # No mesh is made up where only half a face is seen.
-  assert not found[22:26].any()
-  assert found[:12].all()
-  assert found[-12:].all()
+  has_mesh = np.isfinite(track.landmarks[:, 0, 0])
+  # No mesh is invented where only half a face is visible.
+  assert not has_mesh[22:26].any()
+  assert has_mesh[:12].all()
+  assert has_mesh[-12:].all()
   assert np.abs(np.diff(track.boxes, axis=0)).max() < 0.05 * sides(track).max()
   assert track.quality_terms[3] < 0.8
 
 
-# Parts of the face's square that something covers.
+# Parts of the face's square that are covered.
 COVERS = {
   "a hand over the mouth": (0.2, 0.6, 0.8, 0.95),
   "below the eyes": (0.0, 0.55, 1.0, 1.0),
@@ -252,7 +252,7 @@ def test_face_below_the_limit_is_dropped(car, finder):
 
 # --- Black bars ---------------------------------------------------------------
 
-# Height and width of the whole, then where the picture lies in it.
+# Height and width of the frame, then the place of the picture in it.
 BARS = {
   "letterbox": (500, 352, 0, 106),
   "pillarbox": (288, 900, 274, 0),

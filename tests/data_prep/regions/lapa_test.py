@@ -11,7 +11,7 @@ from tests.support import scenes
 from tests.support.videos import shared_video
 
 CODE = {name: code for code, name in enumerate(REGIONS)}
-# Frames of each video that are parsed.
+# Number of frames of each video that are parsed.
 PARSED = (0, 8, 15)
 
 
@@ -128,7 +128,7 @@ def test_chin_is_skin_and_what_lies_below_is_background(clip, models):
 
 def test_black_padding_is_background(clip, models):
   frames, track = clip
-  # As if the camera had shown only what is right of the face's middle.
+  # As if the frame ended at the middle of the face: only its right is shown.
   x = int((track.boxes[0, 0] + track.boxes[0, 2]) / 2)
   shift = np.float32([x, 0])
   labels = models[1].parse(
@@ -144,7 +144,7 @@ def test_black_padding_is_background(clip, models):
 
 @pytest.mark.parametrize("bars", [(0, 60), (60, 0)])
 def test_black_bars_in_the_video_are_background(bars, clip, models):
-  # The head is cut by the bar, and the person mask would go on in it.
+  # The bar cuts the head, and the person mask would continue in it.
   frames, track = clip
   box, side = track.boxes[0], track.boxes[0, 2] - track.boxes[0, 0]
   x = max(int(box[0] + 0.2 * side), 0)

@@ -68,13 +68,13 @@ def expected_labels(mesh, box) -> np.ndarray:
   return painted(points, codes, len(REGIONS), (224, 224))[1]
 
 
-def assert_agree(found, expected, but=()):
-  assert found.shape == (224, 224)
-  assert found.dtype == np.uint8
+def assert_agree(labels, expected, but=()):
+  assert labels.shape == (224, 224)
+  assert labels.dtype == np.uint8
   for name in REGIONS:
     if name in but:
       continue
-    a, b = found == lapa.CODE[name], expected == lapa.CODE[name]
+    a, b = labels == lapa.CODE[name], expected == lapa.CODE[name]
     iou = (a & b).sum() / (a | b).sum()
     # Parts a few pixels high lose a row at their edge, on both sides.
     assert iou > (0.9 if b.sum() > 1000 else 0.6), f"{name}: {iou:.2f}"
@@ -88,7 +88,7 @@ def assert_agree(found, expected, but=()):
 
 # --- BiSeNet ------------------------------------------------------------------
 
-# The data set's own names, both ways round.
+# Names of the data set, each with its number.
 CELEB = {name: i for i, (name, _) in enumerate(bisenet.CLASSES)}
 CELEB_PARTS = {
   "background": CELEB["background"],
@@ -113,7 +113,7 @@ MIRRORED_PARTS = CELEB_PARTS | {
 
 @pytest.fixture(scope="module")
 def onnx_file(tmp_path_factory):
-  """A model of BiSeNet's shapes that tells classes by their colours."""
+  """A model with the shapes of BiSeNet that classifies pixels by colour."""
   path = tmp_path_factory.mktemp("onnx") / "colours.onnx"
   write_onnx(path, len(bisenet.CLASSES))
   return path
@@ -125,8 +125,8 @@ def test_bisenet_finds_every_region_whatever_left_means(
 ):
   frame, _ = painted(mesh, parts, len(bisenet.CLASSES))
   with parsers.open_parser(ParserChoice("bisenet", onnx_file)) as parser:
-    found = parser.parse(frame, box, mesh)
-  assert_agree(found, expected_labels(mesh, box))
+    labels = parser.parse(frame, box, mesh)
+  assert_agree(labels, expected_labels(mesh, box))
 
 
 def test_bisenet_drops_what_lapa_does_not_have(onnx_file, mesh, box):
@@ -135,9 +135,9 @@ def test_bisenet_drops_what_lapa_does_not_have(onnx_file, mesh, box):
     for name in others:
       parts = CELEB_PARTS | {"hair": CELEB[name]}
       frame, _ = painted(mesh, parts, len(bisenet.CLASSES))
-      found = parser.parse(frame, box, mesh)
-      assert not (found == HAIR).any()
-      assert (found == SKIN).any()
+      labels = parser.parse(frame, box, mesh)
+      assert not (labels == HAIR).any()
+      assert (labels == SKIN).any()
 
 
 def test_bisenet_behind_glasses_takes_the_eyes_of_the_mesh(
@@ -149,9 +149,9 @@ def test_bisenet_behind_glasses_takes_the_eyes_of_the_mesh(
   }
   frame, _ = painted(mesh, parts, len(bisenet.CLASSES))
   with parsers.open_parser(ParserChoice("bisenet", onnx_file)) as parser:
-    found = parser.parse(frame, box, mesh)
-    assert_agree(found, expected_labels(mesh, box))
-    # Glasses of which no eyes are known are skin.
+    labels = parser.parse(frame, box, mesh)
+    assert_agree(labels, expected_labels(mesh, box))
+    # Without a mesh, glasses are skin.
     without = parser.parse(frame, box, None)
   for ring in (lapa.RIGHT_EYE, lapa.LEFT_EYE):
     column, row = lapa.in_crop(mesh, box)[list(ring)].mean(axis=0)
@@ -165,8 +165,8 @@ def test_bisenet_parses_without_a_mesh_and_gives_none_without_a_face(
   nothing = np.full_like(mesh, np.nan)
   with parsers.open_parser(ParserChoice("bisenet", onnx_file)) as parser:
     for landmarks in (None, nothing):
-      found = parser.parse(frame, box, landmarks)
-      assert_agree(found, expected_labels(mesh, box))
+      labels = parser.parse(frame, box, landmarks)
+      assert_agree(labels, expected_labels(mesh, box))
     assert parser.parse(np.zeros_like(frame), box, mesh) is None
 
 
@@ -175,14 +175,14 @@ def test_bisenet_past_the_frame_is_background(onnx_file, mesh, box):
   x = int(mesh[:, 0].mean())
   shift = np.float32([x, 0])
   with parsers.open_parser(ParserChoice("bisenet", onnx_file)) as parser:
-    found = parser.parse(
+    labels = parser.parse(
       np.ascontiguousarray(frame[:, x:]),
       box - np.tile(shift, 2),
       mesh - shift,
     )
   edge = round(float((x - box[0]) * 224 / (box[2] - box[0])))
-  assert not found[:, : edge - 1].any()
-  assert (found[:, edge + 1] == SKIN).any()
+  assert not labels[:, : edge - 1].any()
+  assert (labels[:, edge + 1] == SKIN).any()
 
 
 def test_bisenet_of_other_classes_is_refused(tmp_path, mesh, box):
@@ -201,7 +201,7 @@ def test_bisenet_of_other_classes_is_refused(tmp_path, mesh, box):
 
 @pytest.fixture(scope="module")
 def script_file(tmp_path_factory):
-  """A TorchScript of FaRL's shapes that tells classes by their colours."""
+  """A TorchScript with the shapes of FaRL that classifies pixels by colour."""
   path = tmp_path_factory.mktemp("script") / "colours.pt"
   write_script(path, len(REGIONS))
   return path
@@ -213,8 +213,8 @@ LAPA_PARTS = {name: lapa.CODE[name] for name in REGIONS}
 def test_farl_finds_every_region_through_the_warp(script_file, mesh, box):
   frame, _ = painted(mesh, LAPA_PARTS, len(REGIONS))
   with parsers.open_parser(ParserChoice("farl", script_file)) as parser:
-    found = parser.parse(frame, box, mesh)
-    assert_agree(found, expected_labels(mesh, box))
+    labels = parser.parse(frame, box, mesh)
+    assert_agree(labels, expected_labels(mesh, box))
     assert parser.parse(np.zeros_like(frame), box, mesh) is None
     assert parser.parse(frame, box, None) is None
     assert parser.parse(frame, box, np.full_like(mesh, np.nan)) is None
@@ -229,13 +229,13 @@ def test_farl_puts_the_five_points_where_the_model_learned_them(mesh):
     ]
   )
   aligned = eyes @ matrix[:, :2].T + matrix[:, 2]
-  # The published targets of a picture of 512, here at 448.
+  # The published targets, of 512 pixels, scaled to 448.
   np.testing.assert_allclose(
     aligned, np.array([[196, 226], [316, 226]]) * 447 / 512, atol=20
   )
-  # Upright: the tilt of the head is gone.
+  # Upright: the tilt of the head is removed.
   assert abs(aligned[0, 1] - aligned[1, 1]) < 6
-  # A similarity: no stretching, no mirror.
+  # A similarity: no stretching, no reflection.
   scale = np.sqrt(np.linalg.det(matrix[:, :2]))
   np.testing.assert_allclose(
     matrix[:, :2] @ matrix[:, :2].T, scale**2 * np.eye(2), atol=1e-9
@@ -276,7 +276,7 @@ def test_farl_of_other_classes_is_refused(tmp_path, mesh, box):
 
 
 def confidences(mesh, context_box, **parts: int) -> np.ndarray:
-  """Returns float32 (6, 256, 256): hair round a face of face skin."""
+  """Returns float32 (6, 256, 256): hair around a face of face skin."""
   points = (mesh - context_box[:2]) * (256 / (context_box[2] - context_box[0]))
   labels = np.zeros((256, 256), np.uint8)
   oval = points[list(lapa.OVAL)]
@@ -303,37 +303,37 @@ def compose(confidence, context_box, box, mesh, frame=None):
 def test_multiclass_gives_hair_and_skin_and_the_features_of_the_mesh(
   mesh, box, context_box
 ):
-  found = compose(confidences(mesh, context_box), context_box, box, mesh)
-  assert_agree(found, expected_labels(mesh, box))
+  labels = compose(confidences(mesh, context_box), context_box, box, mesh)
+  assert_agree(labels, expected_labels(mesh, box))
 
 
 def test_multiclass_has_no_neck_and_no_ears(mesh, box, context_box):
-  for part in (2, 3):  # body skin and face skin round the face
-    found = compose(
+  for part in (2, 3):  # body skin and face skin around the face
+    labels = compose(
       confidences(mesh, context_box, hair=part), context_box, box, mesh
     )
     points = lapa.in_crop(mesh, box)
     up, across = lapa.face_coordinates(points, 224)
-    assert (found == SKIN).any()
-    assert not found[up < -0.05].any()
-    assert not found[(across > 1.1) & (up < 0.7)].any()
-  assert not (found == HAIR).any()
+    assert (labels == SKIN).any()
+    assert not labels[up < -0.05].any()
+    assert not labels[(across > 1.1) & (up < 0.7)].any()
+  assert not (labels == HAIR).any()
 
 
 def test_multiclass_labels_nothing_on_what_hides_the_mouth(
   mesh, box, context_box
 ):
-  found = compose(
+  labels = compose(
     confidences(mesh, context_box, mouth=5), context_box, box, mesh
   )
   points = lapa.in_crop(mesh, box)
   column, row = np.round(points[[61, 291]].mean(axis=0)).astype(int)
-  assert found[row, column] == 0
-  assert (found == lapa.CODE["right_eye"]).any()
+  assert labels[row, column] == 0
+  assert (labels == lapa.CODE["right_eye"]).any()
 
 
 def test_multiclass_of_other_classes_is_refused(face_models, mesh, box):
-  # The person segmenter in its place.
+  # The person segmenter in place of the multiclass one.
   other = assets.fetch("selfie_segmenter.tflite")
   frame = np.zeros((SIZE, SIZE, 3), np.uint8)
   with (
@@ -430,5 +430,5 @@ def test_prepare_with_an_onnx_parser_writes_its_labels_and_its_hash(
   shards = sorted((tmp_path / "out").glob("*.array_record-*"))
   source = grain.sources.ArrayRecordDataSource([str(s) for s in shards])
   record = schema.decode(source[0])
-  # The rule of colours sees some class on every picture.
+  # The colour rule assigns some class in every picture.
   assert schema.decode_parsing(record).any()

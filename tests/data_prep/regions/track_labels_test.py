@@ -1,4 +1,4 @@
-"""Label maps of a segment: as looked at in every frame, in less time."""
+"""Label maps of a segment equal those of an analysis of every frame."""
 
 import av
 import numpy as np
@@ -14,7 +14,7 @@ BOX = np.float32([0, 0, FRAME_SIZE, FRAME_SIZE])
 
 
 class BrightPixels:
-  """A parser that sees bright pixels; its mesh says which region they are."""
+  """A parser of bright pixels; the mesh decides their region."""
 
   LOOK_STEPS = 4
 
@@ -30,12 +30,12 @@ class BrightPixels:
     self.num_looks += 1
     return 255 * (frame[..., :1] > 128).astype(np.uint8)
 
-  def label(self, seen, points):
-    return np.where(seen[..., 0] > 127, 10, 0).astype(np.uint8)
+  def label(self, maps, points):
+    return np.where(maps[..., 0] > 127, 10, 0).astype(np.uint8)
 
 
 class EveryFrame:
-  """The same, for a parser that cannot tell pixels from mesh."""
+  """The same, for a parser without separate analysis of the pixels."""
 
   def __init__(self) -> None:
     self._inner = BrightPixels()
@@ -77,8 +77,8 @@ def test_frames_without_a_mesh_have_no_labels_and_the_others_all():
   frames, meshes = moving_square(12)
   meshes[[0, 1, 4, 5, 11]] = np.nan
   expected = run(EveryFrame(), frames, meshes)
-  found = run(BrightPixels(), frames, meshes)
-  for i, labels in enumerate(found):
+  label_maps = run(BrightPixels(), frames, meshes)
+  for i, labels in enumerate(label_maps):
     assert (labels is None) == (i in (0, 1, 4, 5, 11))
     if labels is not None:
       np.testing.assert_array_equal(labels, expected[i])

@@ -1,4 +1,4 @@
-"""Sound is decoded to one clock with the pictures, whatever its format."""
+"""Sound of any format is decoded to the clock of the frames."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -61,7 +61,7 @@ def write(
 
 
 def starts(sound: np.ndarray) -> list[float]:
-  """Returns when tones begin, in seconds."""
+  """Returns the times at which tones begin, in seconds."""
   loud = np.flatnonzero(np.abs(sound.astype(int)) > 1500)
   first = loud[np.insert(np.diff(loud) > 1600, 0, True)]
   return [float(at) / 16_000 for at in first]
@@ -135,7 +135,7 @@ def test_shared_footage_has_sound_as_long_as_the_picture():
   assert sound.std() > 500
 
 
-# --- As it is -----------------------------------------------------------------
+# --- Its own rate and channels ------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Hostile and odd videos: read rightly, or refused with a reason."""
+"""Hostile and odd videos are read correctly or refused with a reason."""
 
 import contextlib
 import dataclasses
@@ -59,10 +59,10 @@ def test_frames_are_rgb_in_order_with_their_times(tmp_path):
   path = write_video(tmp_path / "v.mp4", frames, crf="0", rate=25)
   with open_video(path) as video:
     assert (video.info.width, video.info.height) == (64, 48)
-    found = list(video)
+    decoded = list(video)
     assert video.fps == 25
     assert video.num_frames == 4
-  for i, (frame, secs) in enumerate(found):
+  for i, (frame, secs) in enumerate(decoded):
     assert frame.dtype == np.uint8
     assert frame.flags.c_contiguous
     np.testing.assert_allclose(frame, frames[i], atol=4)
@@ -128,8 +128,8 @@ def test_rotation_flag_is_applied(tmp_path, degrees):
 def test_odd_sizes_keep_every_pixel_in_place(tmp_path):
   frame = np.zeros((77, 101, 3), np.uint8)
   frame[:, 50:] = 255
-  (found,) = read(write_video(tmp_path / "v.mp4", [frame], crf="0"))
-  np.testing.assert_allclose(found, frame, atol=4)
+  (decoded,) = read(write_video(tmp_path / "v.mp4", [frame], crf="0"))
+  np.testing.assert_allclose(decoded, frame, atol=4)
 
 
 def test_name_is_never_taken_for_a_pattern_or_address(tmp_path, monkeypatch):
@@ -242,7 +242,7 @@ def test_huge_frames_are_refused_before_decoding(tmp_path):
     tmp_path / "v.mp4", [black] * 2, pix_fmt="yuv420p", preset="ultrafast"
   )
   assert path.stat().st_size < 100_000
-  # The second limit makes sure that it is not the decoder that gives up.
+  # The second limit ensures that the parent refuses, not the decoder.
   for limits in (Limits(), Limits(memory_bytes=200 << 20)):
     with pytest.raises(DecodeError, match="4096x4096 are over the limit"):
       open_video(path, limits)
@@ -348,9 +348,9 @@ def test_limits_reach_the_decoder_process(long_mp4):
   with open_video(long_mp4, limits) as video:
     rows = Path(f"/proc/{video.pid}/limits").read_text().splitlines()
     session = os.getsid(video.pid)
-  found = {row[:26].strip(): row[26:].split()[0] for row in rows}
-  assert found["Max address space"] == str(777 << 20)
-  assert found["Max cpu time"] == "32"
-  assert found["Max file size"] == "0"
+  limits_set = {row[:26].strip(): row[26:].split()[0] for row in rows}
+  assert limits_set["Max address space"] == str(777 << 20)
+  assert limits_set["Max cpu time"] == "32"
+  assert limits_set["Max file size"] == "0"
   assert session == video.pid
   assert dataclasses.asdict(limits)["secs"] == 11

@@ -1,4 +1,4 @@
-"""Frames at one rate: none mixed, none late, times on the new clock."""
+"""Frames resampled to one rate: none mixed, none late, times consistent."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from data_prep.video.frame_rate import resampled
 
 
 def shown(times: list[float], rate: float) -> list[tuple[int, float]]:
-  """Returns numbers of the frames that come out, and when."""
+  """Returns the numbers of the resampled frames and their times."""
   frames = [(np.full(1, i), secs) for i, secs in enumerate(times)]
   return [(int(frame[0]), secs) for frame, secs in resampled(frames, rate)]
 
@@ -16,26 +16,26 @@ def shown(times: list[float], rate: float) -> list[tuple[int, float]]:
 @pytest.mark.parametrize("digits", [3, 9])
 def test_frames_at_that_rate_pass_as_they_are(digits):
   times = [round(1.5 + i / 25, digits) for i in range(200)]
-  found = shown(times, 25.0)
-  assert [i for i, _ in found] == list(range(200))
-  np.testing.assert_allclose([s for _, s in found], times, atol=1e-3)
+  result = shown(times, 25.0)
+  assert [i for i, _ in result] == list(range(200))
+  np.testing.assert_allclose([s for _, s in result], times, atol=1e-3)
 
 
 def test_thirty_to_twenty_five_leaves_out_every_sixth():
-  found = shown([i / 30 for i in range(60)], 25.0)
-  numbers = [i for i, _ in found]
+  result = shown([i / 30 for i in range(60)], 25.0)
+  numbers = [i for i, _ in result]
   assert len(numbers) == 50
   assert len(set(numbers)) == 50
-  for i, secs in found:
-    # Shown at that time: not later than it comes, not after the next has come.
+  for i, secs in result:
+    # The frame shown at that time: it has begun, and the next has not.
     assert i / 30 - 0.01 <= secs < (i + 1) / 30
 
 
 def test_fifteen_to_twenty_five_repeats_and_keeps_the_duration():
-  found = shown([i / 15 for i in range(30)], 25.0)
-  assert len(found) == 50
-  assert {i for i, _ in found} == set(range(30))
-  assert np.diff([s for _, s in found]) == pytest.approx(1 / 25)
+  result = shown([i / 15 for i in range(30)], 25.0)
+  assert len(result) == 50
+  assert {i for i, _ in result} == set(range(30))
+  assert np.diff([s for _, s in result]) == pytest.approx(1 / 25)
 
 
 def test_a_variable_rate_keeps_its_pictures_on_time():

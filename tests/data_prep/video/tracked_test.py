@@ -35,10 +35,10 @@ def test_the_second_pass_gives_the_frames_of_the_first(
   assert video.fps == (fps or 25)
   assert video.size == expected[0][0].shape[1::-1]
   for stop in (None, 7):
-    found = list(video.frames(stop))
-    assert len(found) == (stop or video.num_frames)
+    result = list(video.frames(stop))
+    assert len(result) == (stop or video.num_frames)
     for (frame, secs), (first, first_secs) in zip(
-      found, expected, strict=False
+      result, expected, strict=False
     ):
       assert secs == first_secs
       np.testing.assert_array_equal(frame, first)
@@ -75,10 +75,10 @@ def test_crops_are_those_of_the_boxes_and_none_without(tmp_path):
   assert shares == [(i / 10, i) for i in range(1, 6)]
   where = np.full((4, 4), np.nan, np.float32)
   where[1] = [3, 2, 33, 32]
-  found = list(video.crops(where))
+  result = list(video.crops(where))
   assert shares[5:] == [(0.5 + i / 8, i) for i in range(1, 5)]
-  assert [crop is not None for _, _, crop in found] == [0, 1, 0, 0]
-  frame, _, crop = found[1]
+  assert [crop is not None for _, _, crop in result] == [0, 1, 0, 0]
+  frame, _, crop = result[1]
   np.testing.assert_array_equal(crop, boxes.crop_frame(frame, where[1]))
 
 

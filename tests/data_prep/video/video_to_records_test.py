@@ -1,4 +1,4 @@
-"""How tracks become records, whatever engine runs it."""
+"""Tracks become records, independently of the engine."""
 
 import math
 
@@ -71,7 +71,7 @@ def test_record_tells_where_its_crops_come_from(carphone, models, tmp_path):
     assert 0 < record.quality <= 1
     frames = schema.decode_frames(record, range(len(record)))
     assert frames.std() > 20
-    # The source, cut at the box, is what the crop shows.
+    # The crop shows the source at the box.
     x0, y0, x1, y1 = record.boxes[0]
     assert x1 - x0 == pytest.approx(y1 - y0, abs=1e-3)
     assert 40 < x1 - x0 < 144
@@ -121,19 +121,21 @@ def test_face_that_leaves_and_returns_keeps_both_tracks(
     face = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
   noise = moving_noise(30, 176, 144)
   path = write_video(tmp_path / "w.mp4", face + noise + face, crf="10")
-  outcome, found = run(path, models)
+  outcome, records = run(path, models)
   assert outcome.num_decoded_frames == 70
-  assert [r.track_id for r in found] == [0, 1]
-  assert [len(r) for r in found] == [20, 20]
-  assert found[1].start_secs == pytest.approx(50 / 30, abs=0.01)
+  assert [r.track_id for r in records] == [0, 1]
+  assert [len(r) for r in records] == [20, 20]
+  assert records[1].start_secs == pytest.approx(50 / 30, abs=0.01)
 
 
 def test_video_without_a_face_is_told_apart_from_a_bad_one(models, tmp_path):
-  outcome, found = run(write_video(tmp_path / "v.mp4", moving_noise(9)), models)
+  outcome, records = run(
+    write_video(tmp_path / "v.mp4", moving_noise(9)), models
+  )
   assert outcome == video_to_records.Outcome(
     video_to_records.NO_FACE, "no face found", num_decoded_frames=9
   )
-  assert found == []
+  assert records == []
   (tmp_path / "v.mp4").write_bytes(b"")
   outcome, _ = run(tmp_path / "v.mp4", models)
   assert outcome.status == video_to_records.QUARANTINED
@@ -157,9 +159,9 @@ def test_labels_are_in_every_record(carphone, models, tmp_path):
   path = carphone(tmp_path / "v.mp4", 64)
   labels = {"mood": (2.0,), "face": (1.0, math.nan)}
   source = Source("id.mp4", path, "", "train", labels)
-  _, found = run(path, models, source=source, segment_frames=62)
-  assert len(found) == 2
-  for record in found:
+  _, records = run(path, models, source=source, segment_frames=62)
+  assert len(records) == 2
+  for record in records:
     np.testing.assert_equal(
       record.labels,
       {"mood": np.float32([2]), "face": np.float32([1, np.nan])},
@@ -211,11 +213,11 @@ def test_damaged_and_missing_pictures_are_refused(models, tmp_path):
 
 def test_sound_is_cut_at_the_times_of_the_frames(models, tmp_path):
   path = shared_video("video01.mp4")
-  outcome, found = run(path, models, has_sound=True)
+  outcome, records = run(path, models, has_sound=True)
   assert outcome.status == video_to_records.KEPT
   whole = decode.read_sound(path)
   mel = mel_spectrogram.mel_spectrogram(whole)
-  for record in found:
+  for record in records:
     secs = len(record) / record.fps
     samples = np.frombuffer(record.audio, "<i2")
     assert len(samples) == pytest.approx(16_000 * secs, abs=2)
@@ -236,10 +238,10 @@ def test_a_video_without_sound_has_empty_sound(carphone, models, tmp_path):
 
 def test_a_video_is_brought_to_another_rate_with_its_sound(models):
   path = shared_video("video01.mp4")
-  _, found = run(path, models, has_sound=True, fps=25.0)
-  assert sum(map(len, found)) == 250  # 10 s
+  _, records = run(path, models, has_sound=True, fps=25.0)
+  assert sum(map(len, records)) == 250  # 10 s
   whole = decode.read_sound(path)
-  for record in found:
+  for record in records:
     assert record.fps == 25
     samples = np.frombuffer(record.audio, "<i2")
     assert len(samples) == pytest.approx(640 * len(record), abs=1)

@@ -1,4 +1,4 @@
-"""Talking videos: faces and sound on one clock, whatever the file is like."""
+"""Talking videos: faces and sound on one clock, for files of any format."""
 
 import cv2
 import numpy as np
@@ -14,7 +14,7 @@ from marlin_jax.records import schema
 from tests.support import talking_mouths
 from tests.support.videos import moving_noise, write_video
 
-CLAP = 30  # the frame
+CLAP = 30  # number of the frame
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def models(face_models):
 
 @pytest.fixture(scope="module")
 def clap(tmp_path_factory):
-  """A face beside which a light goes on as a click is heard: an mp4."""
+  """An mp4 of a face, beside which a light turns on at a click."""
   frames = list(talking_mouths.talk(0, 50).frames)
   for frame in frames[CLAP:]:
     frame[10:60, 5:40] = 255
@@ -36,7 +36,7 @@ def clap(tmp_path_factory):
 
 
 def first_flash(frames) -> int:
-  """The first frame in which the light is on."""
+  """Returns the first frame in which the light is on."""
   light = np.array([f[:80, :60].mean() for f in frames])
   return int(np.argmax(np.diff(light))) + 1
 
@@ -64,7 +64,7 @@ def test_a_clap_stays_one_in_a_prepared_record(clap, models):
   assert first_flash(schema.decode_frames(record, range(50))) == CLAP
   samples = np.frombuffer(record.audio, "<i2")
   np.testing.assert_array_equal(np.flatnonzero(samples), [CLAP * 640])
-  # A click is loudest in the row about its own sample.
+  # A click is loudest in the row around its own sample.
   heard = mel_windows.windows(record.mel, np.array([CLAP]), 5)[0]
   loudness = record.mel.mean(axis=1)
   np.testing.assert_array_equal(heard[0], record.mel[int(np.argmax(loudness))])
@@ -143,7 +143,7 @@ def test_frames_without_a_face_are_told_and_black(tmp_path, models):
   video = talking_video.read(path, models=models)
   first, second = talking_video.stretches(video.has_face)
   assert (first.start, second.stop) == (0, 90)
-  # The face's last frames may count as none, no more.
+  # At most the last frames of the face may count as frames without one.
   assert 28 <= first.stop <= 30
   assert 60 <= second.start <= 62
   np.testing.assert_array_equal(video.frames[~video.has_face], 0)
