@@ -96,7 +96,7 @@ def read_clips(
     progress: called with the share of the video that has been read.
 
   Raises:
-    FaceVideoError, RuntimeError: as for `face_windows.read_windows`.
+    UserError: as for `face_windows.read_windows`.
     ValueError: regions were asked for at an image size other than 224 pixels.
   """
   settings = dataclasses.replace(

@@ -172,7 +172,7 @@ class Marlin:
         FaceVideoError.
       ValueError: no such reduction or rule, or windows that would leave out
         frames between them.
-      RuntimeError: this machine lacks a face model or a library.
+      UserError: this machine lacks a face model or a library.
     """
     stream.check_reduction(reduction)
     settings = window_settings(

@@ -92,7 +92,7 @@ def score(
     ScoreError: no video can be scored.
     video_folder.InputError: an input names no videos.
     frame_features.FeatureError: the feature network does not work.
-    RuntimeError: this machine lacks a model file or a library.
+    UserError: this machine lacks a model file or a library.
   """
   found = video_folder.list_videos(videos)
   others = video_folder.list_videos(reals) if (reals := list(reals)) else []
