@@ -8,8 +8,9 @@ authors released no code for it. Not yet run here.
     --checkpoint=runs/b --data=DATA --workdir=runs/dfd \
     --config.modes=finetune
 
-'deepfake' is trained on all manipulations, and scored on all together and on
-each against the real videos. The other tasks know one manipulation only.
+The task 'deepfake' is trained on all manipulations, and scored on all of them
+together and on each one against the real videos. Each of the other tasks uses a
+single manipulation: Deepfakes, Face2Face, FaceSwap, NeuralTextures.
 """
 
 from configs import eval_far
@@ -19,13 +20,13 @@ METHODS = ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures")
 
 def get_config():
   config = eval_far.get_config()
-  config.tasks = "deepfake"  # or Deepfakes,Face2Face,FaceSwap,NeuralTextures
+  config.tasks = "deepfake"
 
   real = {"label": "manipulation", "negative": "original"}
   config.derive.deepfake = real
   for method in METHODS:
     config.derive[method] = real | {"only": method}
 
-  # Two mixed faces look like a manipulated one.
+  # No mixup: two mixed faces look like a manipulated one.
   config.finetune.mixup = 0.0
   return config

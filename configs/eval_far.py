@@ -7,9 +7,9 @@ AUC 0.9561 for appearance, 95.48 and 0.9406 for action. Not yet run here.
   python -m marlin_jax.eval.far --config=configs/eval_far.py \
     --checkpoint=runs/b --data=DATA --workdir=runs/far
 
-Add --config.protocol=paper for the numbers to be compared with the paper's, and
---config.modes=finetune for those of the whole encoder. A task of one's own is
---config.tasks=LABEL on any data set prepared with labels.
+Add --config.protocol=paper for numbers that compare with the paper's, and
+--config.modes=finetune to fine-tune the whole encoder. --config.tasks=LABEL
+evaluates a task of your own, on any data set prepared with labels.
 """
 
 from ml_collections import ConfigDict
@@ -17,108 +17,181 @@ from ml_collections import ConfigDict
 
 def get_config():
   config = ConfigDict()
-  # Labels of the data set, each with a head of its own; or keys of `derive`.
+  # Comma-separated labels of the data set, or names in `derive`. Each task gets
+  # its own head.
   config.tasks = "appearance,action"
-  # linear, attentive: the encoder is frozen; finetune: it is not; knn.
+  # Comma-separated: linear, attentive, knn (frozen encoder), finetune.
   config.modes = "linear"
-  config.protocol = "default"  # or 'paper'; see marlin_jax/downstream/protocols
-  # The feature of a video from those of its windows: mean, std, mean_std.
+  # 'default' or 'paper'; see marlin_jax/downstream/protocols.py.
+  config.protocol = "default"
+  # How the features of a video's windows become one vector: mean, std or
+  # mean_std.
   config.pool = "mean"
-  # Of the draws of a part of the data, and of heads that start at random.
+  # Repetitions with other subsets of the training data and other initial heads.
   config.num_seeds = 3
 
   config.data = ConfigDict()
+  # Split to train on.
   config.data.train = "train"
-  config.data.val = "val"  # all choices are made on it
+  # Split on which penalties, rounds and thresholds are chosen.
+  config.data.val = "val"
+  # Split to score.
   config.data.test = "test"
-  # Of the people in the training split; several: --config.data.ratio=0.01,0.1,1
+  # Share of the people in the training split; comma-separated for several:
+  # --config.data.ratio=0.01,0.1,1.
   config.data.ratio = "1"
-  config.data.all_tracks = False  # False: of each video the longest face track
+  # Use all face tracks of a video; False: the longest one.
+  config.data.all_tracks = False
+  # Reader threads.
   config.data.num_threads = 4
 
-  # Tasks made of other labels: see configs/eval_fer.py and eval_dfd.py.
+  # Tasks made from other labels; see configs/eval_fer.py and eval_dfd.py.
   config.derive = ConfigDict()
 
   # --- protocol=default -------------------------------------------------------
+
   # Logistic regression on standardised features, solved to the optimum.
   config.linear = ConfigDict()
-  config.linear.penalties = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # chosen on val
+  # L2 penalties to choose from on the validation split.
+  config.linear.penalties = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+  # Most iterations of the solver.
   config.linear.max_iterations = 500
 
-  config.knn = ConfigDict()  # DINO's
+  # Nearest neighbours, as DINO.
+  config.knn = ConfigDict()
+  # Number of neighbours.
   config.knn.k = 20
+  # Temperature of the softmax over cosines that weights the neighbours.
   config.knn.temperature = 0.07
 
-  # One query on the tokens of the frozen encoder; V-JEPA's optimiser.
+  # One learned query on the tokens of the frozen encoder; V-JEPA's optimiser.
   config.attentive = ConfigDict()
+  # Videos per step.
   config.attentive.batch_size = 32
+  # Length of the training in epochs.
   config.attentive.epochs = 20.0
-  config.attentive.min_steps = 500  # for the smallest parts of the data
-  config.attentive.num_rounds = 10  # after each val is scored; the best counts
-  config.attentive.base_lr = 1e-3  # at batch 256, scaled with the batch
+  # Least number of steps, for small shares of the data.
+  config.attentive.min_steps = 500
+  # Times that the validation split is scored; the best round counts.
+  config.attentive.num_rounds = 10
+  # Peak learning rate at batch 256; it is scaled with the batch size.
+  config.attentive.base_lr = 1e-3
+  # Final learning rate at batch 256, scaled likewise.
   config.attentive.min_lr = 1e-6
+  # Share of the steps spent on warm-up.
   config.attentive.warmup_ratio = 0.05
+  # Decoupled weight decay.
   config.attentive.weight_decay = 0.01
+  # Decay of the first moment.
   config.attentive.b1 = 0.9
+  # Decay of the second moment.
   config.attentive.b2 = 0.999
+  # Added to the root of the second moment.
   config.attentive.eps = 1e-8
-  config.attentive.flip = True  # half of the clips mirrored
+  # Mirror half of the clips.
+  config.attentive.flip = True
 
-  # VideoMAE's recipe for small data sets, in fewer epochs.
+  # The whole encoder: VideoMAE's recipe for small data sets, in fewer epochs.
   config.finetune = ConfigDict()
+  # Videos per step.
   config.finetune.batch_size = 32
+  # Length of the training in epochs.
   config.finetune.epochs = 30.0
+  # Least number of steps, for small shares of the data.
   config.finetune.min_steps = 500
+  # Times that the validation split is scored; the best round counts.
   config.finetune.num_rounds = 10
+  # Peak learning rate at batch 256; it is scaled with the batch size.
   config.finetune.base_lr = 1e-3
+  # Final learning rate at batch 256, scaled likewise.
   config.finetune.min_lr = 1e-6
+  # Share of the steps spent on warm-up.
   config.finetune.warmup_ratio = 0.1
+  # Decoupled weight decay.
   config.finetune.weight_decay = 0.05
+  # Decay of the first moment.
   config.finetune.b1 = 0.9
+  # Decay of the second moment.
   config.finetune.b2 = 0.999
+  # Added to the root of the second moment.
   config.finetune.eps = 1e-8
-  config.finetune.layer_decay = 0.75  # of the rate, from each layer to the last
+  # Factor of the learning rate from each layer to the one before it.
+  config.finetune.layer_decay = 0.75
+  # Largest probability of dropping a block (stochastic depth).
   config.finetune.drop_path = 0.1
+  # Alpha of mixup; 0: no mixup.
   config.finetune.mixup = 0.8
+  # Mirror half of the clips.
   config.finetune.flip = True
 
-  # --- protocol=paper: linear, attentive and finetune alike -------------------
+  # --- protocol=paper ---------------------------------------------------------
+
+  # Recipe of linear, attentive and finetune alike.
   config.paper = ConfigDict()
+  # Videos per step.
   config.paper.batch_size = 32
+  # Most epochs.
   config.paper.max_epochs = 2000
+  # Initial learning rate.
   config.paper.lr = 1e-4
+  # Decay of the first moment.
   config.paper.b1 = 0.5
+  # Decay of the second moment.
   config.paper.b2 = 0.9
+  # Added to the root of the second moment.
   config.paper.eps = 1e-8
-  # When the training loss has not fallen for so many epochs.
+  # Epochs without a lower training loss before the learning rate falls.
   config.paper.patience = 7
+  # Factor by which the learning rate falls.
   config.paper.factor = 0.5
+  # The training ends at this learning rate.
   config.paper.stop_lr = 1e-6
 
-  # Draws of the bootstrap over people that gives the 95% intervals.
-  config.num_resamples = 1000
-  config.plots = True  # PNG, where matplotlib is installed
+  # --- Scores -----------------------------------------------------------------
 
-  # What --checkpoint=random stands for: the floor of every probe. ViT-B/16.
+  # Bootstrap resamples of the people, for the 95% intervals.
+  config.num_resamples = 1000
+  # Draw curves as PNG, if matplotlib is installed.
+  config.plots = True
+
+  # --- Encoder ----------------------------------------------------------------
+
+  # The encoder of --checkpoint=random, the baseline of every probe: ViT-B/16.
   config.random = ConfigDict()
+  # Embedding width.
   config.random.width = 768
+  # Transformer blocks.
   config.random.depth = 12
+  # Attention heads.
   config.random.num_heads = 12
+  # Hidden units of each MLP.
   config.random.mlp_dim = 3072
+  # Frames per clip.
   config.random.num_frames = 16
+  # A clip shows every stride-th frame.
   config.random.stride = 2
+  # Frames per token.
   config.random.tubelet_size = 2
+  # Side of a patch in pixels.
   config.random.patch_size = 16
 
-  config.batch_size = 16  # clips at a time where nothing is trained
-  # Features are kept here; ''; in the workdir. Several runs may share it.
+  # Clips that are encoded at once where nothing is trained.
+  config.batch_size = 16
+  # Folder for features, which several runs may share; '': in the workdir.
   config.cache = ""
-  config.dtype = "float32"  # of matmuls; bfloat16 on TPU and GPU
-  config.attention = "auto"  # as in configs/pretrain_b.py
+  # Dtype of matmuls; bfloat16 on TPU and GPU.
+  config.dtype = "float32"
+  # As in configs/pretrain_b.py.
+  config.attention = "auto"
+  # As in configs/pretrain_b.py.
   config.remat = "none"
 
-  config.mesh = ConfigDict()  # as in configs/pretrain_b.py
+  # As in configs/pretrain_b.py.
+  config.mesh = ConfigDict()
+  # Devices that split the batch; -1: all remaining devices.
   config.mesh.data = -1
+  # Devices that split batch and weights.
   config.mesh.fsdp = 1
+  # Devices that split heads and hidden units.
   config.mesh.tensor = 1
   return config

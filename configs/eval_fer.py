@@ -1,14 +1,14 @@
 """Emotion and sentiment on CMU-MOSEI.
 
 Paper: MARLIN, CVPR 2023, section 4.2: accuracy 80.60 for emotion and 73.70 for
-sentiment, with B. The authors released no code for it; what their accuracy
-averages over is unknown. Not yet run here.
+sentiment, with B. The authors released no code for it, and do not say what
+their accuracy averages over. Not yet run here.
 
   python -m data_prep.prepare --dataset=mosei --input=MOSEI --output=DATA
   python -m marlin_jax.eval.fer --config=configs/eval_fer.py \
     --checkpoint=runs/b --data=DATA --workdir=runs/fer
 
-Most labels are 0: look at the balanced accuracy and the AUC, and compare the
+Most labels are 0, so look at the balanced accuracy and the AUC, and compare the
 accuracy with that of the row 'constant'.
 """
 
@@ -17,10 +17,10 @@ from configs import eval_far
 
 def get_config():
   config = eval_far.get_config()
-  # Evidence of each of six emotions, or none; sentiment7 has seven classes.
+  # 'emotion': presence of each of six emotions. 'sentiment7' has seven classes.
   config.tasks = "emotion,sentiment"
 
-  # The value from -3 to 3: negative or not, or rounded.
+  # Sentiment is a value from -3 to 3: negative or not, or rounded.
   config.derive.sentiment = {"label": "sentiment", "cuts": (0.0,)}
   config.derive.sentiment7 = {
     "label": "sentiment",

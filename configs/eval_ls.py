@@ -1,11 +1,12 @@
-"""Lip synchronisation: a face's mouth drawn anew, to fit another sound.
+"""Lip synchronisation: redraws the mouth of a face video to fit another sound.
 
-MARLIN (CVPR 2023, section 4.2) has it on LRS2 with Wav2Lip's recipe; the
-authors released no code for it. Numbers here are Wav2Lip's (Prajwal et al., ACM
-MM 2020, and github.com/Rudrabha/Wav2Lip: hparams.py, color_syncnet_train.py,
-wav2lip_train.py, hq_wav2lip_train.py), the windows of 16 frames of 224 pixels
-MARLIN's authors' (github.com/ControlNet/MARLIN, issues 1, 5, 16, 19). Not yet
-run whole here; docs/LIPSYNC.md says what was.
+MARLIN (CVPR 2023, section 4.2) trains it on LRS2 with Wav2Lip's recipe; the
+authors released no code for it. The numbers here are Wav2Lip's (Prajwal et al.,
+ACM MM 2020, and github.com/Rudrabha/Wav2Lip: hparams.py,
+color_syncnet_train.py, wav2lip_train.py, hq_wav2lip_train.py); windows of 16
+frames of 224 pixels are those of MARLIN's authors
+(github.com/ControlNet/MARLIN, issues 1, 5, 16, 19). Not yet run in full here;
+docs/LIPSYNC.md says what has been run.
 
   python -m data_prep.prepare --dataset=lrs2 --input=LRS2 --output=DATA \
     --sound --fps=25
@@ -14,8 +15,8 @@ run whole here; docs/LIPSYNC.md says what was.
   python -m marlin_jax.eval.ls --config=configs/eval_ls.py --mode=train \
     --data=DATA --checkpoint=runs/b --expert=runs/ls_expert --workdir=runs/ls
 
-Wav2Lip itself, as a control: --config.generator.kind=wav2lip with an expert of
---config.expert.num_frames=5. With the quality discriminator, as published:
+Wav2Lip itself, as a baseline: --config.generator.kind=wav2lip with an expert of
+--config.expert.num_frames=5. With its quality discriminator, as published: add
 --config.generator.adv_weight=0.07 --config.generator.sync_weight=0.03.
 """
 
@@ -24,87 +25,133 @@ from ml_collections import ConfigDict
 
 def get_config():
   config = ConfigDict()
+  # Seed of the initial weights and the order of the clips.
   config.seed = 0
 
   config.data = ConfigDict()
-  config.data.train = "train"  # names of splits
-  config.data.val = "val"  # of other people: an expert knows voices by heart
+  # Split to train on.
+  config.data.train = "train"
+  # Split for evaluation, of other people: an expert memorises voices.
+  config.data.val = "val"
+  # Reader threads per process.
   config.data.num_threads = 2
-  # Records that may be of no use (silent, too short, damaged): each is told of,
-  # and another taken instead.
+  # Unusable records (silent, too short, damaged) to tolerate: each is reported
+  # and replaced by another record. The run ends at the next one.
   config.data.max_bad_records = 0
 
-  # Tells whether pictures and sound belong together.
+  # The sync expert judges whether pictures and sound belong together.
   config.expert = ConfigDict()
-  config.expert.num_frames = 16  # or 5, as published
-  config.expert.width = 1.0  # factor of the numbers of channels
+  # Frames of a window: 16, or 5 as published.
+  config.expert.num_frames = 16
+  # Factor of the numbers of channels.
+  config.expert.width = 1.0
+  # Clips per step over all devices.
   config.expert.batch_size = 64
-  config.expert.lr = 1e-4  # Adam's
-  config.expert.num_steps = 200_000  # until the loss on `val` no longer falls
+  # Learning rate of Adam.
+  config.expert.lr = 1e-4
+  # Length of the run in steps. Stop when the loss on `val` no longer falls.
+  config.expert.num_steps = 200_000
+  # Steps from one evaluation to the next.
   config.expert.eval_steps = 2000
+  # Batches of an evaluation.
   config.expert.eval_batches = 4
-  # Frames by which the sound is shifted to and fro, to find the best offset.
+  # The evaluation shifts the sound by up to so many frames both ways and looks
+  # for the best offset.
   config.expert.max_offset = 5
 
-  # Draws the mouth; its windows are as long as the expert's.
+  # The generator draws the mouth; its windows are as long as the expert's.
   config.generator = ConfigDict()
-  config.generator.kind = "marlin"  # or wav2lip, which learns from scratch
-  config.generator.train_encoder = False  # True: MARLIN's encoder is fine-tuned
+  # marlin (MARLIN's encoder) or wav2lip (trained from scratch).
+  config.generator.kind = "marlin"
+  # Fine-tune MARLIN's encoder; False: it is frozen.
+  config.generator.train_encoder = False
+  # Factor of the numbers of channels.
   config.generator.width = 1.0
+  # Clips per step over all devices.
   config.generator.batch_size = 16
-  config.generator.lr = 1e-4  # Adam's, of the discriminator too
+  # Learning rate of Adam, also of the discriminator's.
+  config.generator.lr = 1e-4
+  # Decay of the first moment.
   config.generator.b1 = 0.5
+  # Decay of the second moment.
   config.generator.b2 = 0.999
+  # Length of the run in steps.
   config.generator.num_steps = 200_000
+  # Steps from one evaluation to the next.
   config.generator.eval_steps = 3000
+  # Batches of an evaluation.
   config.generator.eval_batches = 8
-  # Of the expert's loss on drawn pictures, from the evaluation on in which it
-  # is below the threshold; 0 until then.
+  # Weight of the expert's loss on generated pictures. It is 0 until an
+  # evaluation finds that loss below the threshold. The weight of L1 is what
+  # sync_weight and adv_weight leave of 1.
   config.generator.sync_weight = 0.01
+  # The threshold.
   config.generator.sync_threshold = 0.75
-  config.generator.adv_weight = 0.0  # 0: no discriminator
-  # What is left of 1 is the weight of L1.
+  # Weight of the adversarial loss; 0: no discriminator.
+  config.generator.adv_weight = 0.0
 
-  # What --checkpoint=random stands for: MARLIN's encoder, without what it has
-  # learned. ViT-B/16.
+  # The encoder of --checkpoint=random: MARLIN's, untrained. ViT-B/16.
   config.random = ConfigDict()
+  # Embedding width.
   config.random.width = 768
+  # Transformer blocks.
   config.random.depth = 12
+  # Attention heads.
   config.random.num_heads = 12
+  # Hidden units of each MLP.
   config.random.mlp_dim = 3072
+  # Frames per clip.
   config.random.num_frames = 16
+  # Side of a frame in pixels.
   config.random.image_size = 224
+  # Frames per token.
   config.random.tubelet_size = 2
+  # Side of a patch in pixels.
   config.random.patch_size = 16
 
-  config.dtype = "float32"  # of convolutions and matmuls; bfloat16 on TPU, GPU
-  config.attention = "auto"  # of the encoder; as in configs/pretrain_b.py
-  config.remat = "none"  # likewise
+  # Dtype of convolutions and matmuls; bfloat16 on TPU and GPU.
+  config.dtype = "float32"
+  # Attention of the encoder, as in configs/pretrain_b.py.
+  config.attention = "auto"
+  # Rematerialisation of the encoder, as in configs/pretrain_b.py.
+  config.remat = "none"
 
   config.mesh = ConfigDict()
-  config.mesh.data = -1  # devices that share the batch; -1: all
+  # Devices that split the batch; -1: all.
+  config.mesh.data = -1
 
-  # Several processes, each with devices of its own, that train together; see
-  # configs/pretrain_b.py.
+  # Several processes that train together; see configs/pretrain_b.py.
   config.distributed = ConfigDict()
+  # host:port of process 0, 'auto', 'none' or ''.
   config.distributed.coordinator = ""
+  # Number of processes; only with host:port.
   config.distributed.num_processes = 0
+  # Number of this process, from 0; only with host:port.
   config.distributed.process_id = 0
+  # How long to wait for the other processes to start.
   config.distributed.timeout_secs = 300
 
-  # Seconds without the end of a step, a save or an evaluation; 0: for ever.
+  # Time without the end of a step, a save or an evaluation; 0: no limit.
   config.watchdog = ConfigDict()
-  config.watchdog.dump_secs = 900.0  # then the stacks of all threads are shown
-  config.watchdog.exit_secs = 3600.0  # then the run ends, to be started again
+  # After it the stacks of all threads are printed.
+  config.watchdog.dump_secs = 900.0
+  # After it the run ends with the exit code for a restart.
+  config.watchdog.exit_secs = 3600.0
 
-  # Keys, with commas between, that may differ from the run that is resumed.
+  # Comma-separated keys that may differ from those of the run that is resumed.
   config.allow_change = ""
-  # Steps in a row without a finite loss and gradient; none of them is applied.
+  # The run ends after so many steps in a row with a loss or gradient that is
+  # not finite. Such steps are not applied.
   config.max_skipped_steps = 10
 
+  # Steps from one line of metrics to the next.
   config.log_steps = 50
+  # Steps from one picture to the next.
   config.picture_steps = 2000
+  # Clips in a picture.
   config.picture_clips = 2
+  # Steps from one checkpoint to the next.
   config.checkpoint_steps = 1000
+  # Most recent checkpoints to keep.
   config.keep_checkpoints = 3
   return config

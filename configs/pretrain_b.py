@@ -2,14 +2,15 @@
 
 Paper: MARLIN, CVPR 2023 (arXiv 2211.06627), section 4 and the authors' code.
 Data: YouTube Faces, 2,593 training videos; 2000 epochs are 162,063 steps.
-Hardware there: 2x A6000, 32 clips per step, float32. Not yet run whole here.
+Hardware of the authors: 2x A6000, 32 clips per step, float32. Not yet run in
+full with this code.
 
   python -m marlin_jax.train --config=configs/pretrain_b.py \
     --config.data.path=DATASET --workdir=runs/b
 
-Where the recipe differs from the authors': the learning rate moves every step
-instead of every epoch, and weights start at random unless init_from names a
-VideoMAE checkpoint, as theirs did.
+Differences from the authors' recipe: the learning rate changes every step, not
+every epoch; weights start at random unless init_from names a VideoMAE
+checkpoint, which the authors started from.
 """
 
 from ml_collections import ConfigDict
@@ -17,143 +18,220 @@ from ml_collections import ConfigDict
 
 def get_config():
   config = ConfigDict()
+  # Seed of the initial weights, the masks and the order of the clips.
   config.seed = 0
 
-  # Clips per step over all devices. It is kept on devices too small for it:
-  # gradients are then accumulated over parts of the batch.
+  # Clips per step over all devices. If they do not fit at once, gradients are
+  # accumulated over microbatches.
   config.batch_size = 32
-  config.clips_per_device = (
-    0  # at once; 0: as many as memory is thought to hold
-  )
-  # Exactly one of the two is above 0. An epoch is as many clips as there are
-  # source videos, whatever data.clips_per_record is.
+  # Clips per device in one microbatch; 0: as many as are estimated to fit.
+  config.clips_per_device = 0
+  # Length of the run in epochs; 0 if num_steps is set. An epoch is as many
+  # clips as there are source videos, whatever data.clips_per_record is.
   config.num_epochs = 2000.0
+  # Length of the run in steps; 0 if num_epochs is set.
   config.num_steps = 0
 
   config.data = ConfigDict()
-  # A directory written by data_prep.prepare; 'sample' is a tiny real data set
-  # that is prepared on first use.
+  # Folder written by data_prep.prepare, local or gs://. 'sample' is a tiny real
+  # data set, prepared on first use.
   config.data.path = "sample"
+  # Split to train on.
   config.data.split = "train"
-  config.data.eval_split = "train"  # better: 'val', where there is one
-  # Tracks of a lower quality are left out of training, but not of evaluation;
-  # docs/DATA.md says what it measures. 0: none.
+  # Split for the reconstruction loss and the pictures; set it to 'val' if the
+  # data set has such a split.
+  config.data.eval_split = "train"
+  # Tracks of a lower quality (docs/DATA.md) are not trained on; evaluation uses
+  # all tracks. 0: use all tracks.
   config.data.min_quality = 0.0
+  # Frames per clip.
   config.data.num_frames = 16
+  # A clip shows every stride-th frame.
   config.data.stride = 2
-  # Above 1: repeated sampling, so many clips of each record that is read. Less
-  # to read and decode for each; batch_size is a multiple of it.
+  # Clips drawn from each record that is read (repeated sampling). Above 1 there
+  # is less to read and to decode per clip; batch_size must be a multiple of it.
   config.data.clips_per_record = 1
+  # Reader threads per process.
   config.data.num_threads = 2
-  # Records that may be unreadable: each is told of, and another taken instead.
+  # Unreadable records to tolerate: each is reported and replaced by another
+  # record. The run ends at the next one.
   config.data.max_bad_records = 0
 
-  # Weights to start from: the workdir of a run, or whatever
-  # `python -m marlin_jax.convert` reads, e.g. VideoMAE's .pth. "": random.
+  # Initial weights: a workdir, or any checkpoint that marlin_jax.convert reads,
+  # such as VideoMAE's .pth. '': random.
   config.init_from = ""
-  # Keys, with commas between, that may differ from the run that is resumed.
+  # Comma-separated keys that may differ from those of the run that is resumed.
   config.allow_change = ""
 
+  # The autoencoder; patches are 16 x 16 pixels.
   config.model = ConfigDict()
+  # Frames per token.
   config.model.tubelet_size = 2
+  # Encoder: embedding width.
   config.model.width = 768
+  # Encoder: transformer blocks.
   config.model.depth = 12
+  # Encoder: attention heads.
   config.model.num_heads = 12
+  # Encoder: hidden units of each MLP.
   config.model.mlp_dim = 3072
+  # Decoder: embedding width.
   config.model.dec_width = 384
+  # Decoder: transformer blocks.
   config.model.dec_depth = 4
+  # Decoder: attention heads.
   config.model.dec_num_heads = 6
+  # Decoder: hidden units of each MLP.
   config.model.dec_mlp_dim = 1536
-  config.model.start_grey = False  # True helps short runs
+  # Start with a grey prediction instead of noise. True saves short runs the
+  # steps in which they learn the mean colour.
+  config.model.start_grey = False
 
   config.mask = ConfigDict()
-  config.mask.strategy = "fasking"  # fasking_opp, random, tube, frame
+  # fasking, fasking_opp (reversed order of regions), random, tube or frame.
+  config.mask.strategy = "fasking"
+  # Share of the tokens that are masked.
   config.mask.ratio = 0.9
-  # Share of the hidden tokens that a step does not reconstruct: less work for
-  # the decoder, which is most of it. VideoMAE V2 has 0.5, MARLIN 0.
+  # Share of the masked tokens that a step does not reconstruct, which saves
+  # decoder compute. VideoMAE V2 uses 0.5, MARLIN 0.
   config.mask.decoder_ratio = 0.0
 
-  # VideoMAE's conventions; MARLIN uses neither.
   config.target = ConfigDict()
+  # Reconstruct each token normalised by its own mean and deviation per colour,
+  # as VideoMAE does; MARLIN does not.
   config.target.norm_pix = False
+
   config.input = ConfigDict()
+  # Normalise the input with ImageNet's mean and deviation, as VideoMAE does;
+  # MARLIN does not.
   config.input.imagenet_norm = False
 
-  # VideoMAE's baseline is mask.strategy=tube with adv.weight=0.
+  # The discriminator. VideoMAE's baseline is mask.strategy=tube, adv.weight=0.
   config.adv = ConfigDict()
+  # Weight of the adversarial loss; 0: no discriminator.
   config.adv.weight = 0.01
-  config.adv.hidden = 1536  # 4 x dec_width
+  # Hidden units of the discriminator, 4 x dec_width.
+  config.adv.hidden = 1536
+  # Weight of the gradient penalty in the discriminator's loss.
   config.adv.gp_weight = 0.0
+  # Updates of the discriminator per step.
   config.adv.d_steps = 1
+  # Updates of the autoencoder per step.
   config.adv.g_steps = 1
-  # Limit of the adversarial gradient, in reconstruction gradients; 0: none.
-  # adv_pull in the metrics is what it would act on.
+  # Limit of the adversarial gradient, as a multiple of the reconstruction
+  # gradient; 0: no limit. The metric train/adv_pull is the ratio it limits.
   config.adv.max_pull = 0.0
 
+  # AdamW, with a linear warm-up and a cosine decay.
   config.optim = ConfigDict()
-  config.optim.base_lr = 1.5e-4  # at batch 256, scaled with the batch
-  config.optim.min_lr = 1e-5  # likewise
-  config.optim.warmup_ratio = 0.02  # 40 of 2000 epochs
+  # Peak learning rate at batch 256; it is scaled with the batch size.
+  config.optim.base_lr = 1.5e-4
+  # Final learning rate at batch 256, scaled likewise.
+  config.optim.min_lr = 1e-5
+  # Share of the steps spent on warm-up; 0.02 is 40 of 2000 epochs.
+  config.optim.warmup_ratio = 0.02
+  # Decay of the first moment.
   config.optim.b1 = 0.9
+  # Decay of the second moment.
   config.optim.b2 = 0.95
+  # Added to the root of the second moment.
   config.optim.eps = 1e-8
+  # Decoupled weight decay.
   config.optim.weight_decay = 0.0
-  config.optim.mu_dtype = "float32"  # of Adam's first moment; bfloat16: half
-  # Of an average of the weights, for evaluation and export; 0: none is kept.
+  # Dtype of the first moment; bfloat16 halves its memory.
+  config.optim.mu_dtype = "float32"
+  # Decay of the moving average of the weights, which evaluation and export use;
+  # 0: no average.
   config.ema_decay = 0.0
-  # Steps in a row without a finite loss and gradient; none of them is applied.
+  # The run ends after so many steps in a row with a loss or gradient that is
+  # not finite. Such steps are not applied.
   config.max_skipped_steps = 10
 
-  config.dtype = "float32"  # of matmuls; bfloat16 on TPU and GPU
-  # cudnn (GPU, bfloat16), flash (TPU), by_head (CPU), chunked (anywhere), plain
-  # (the most memory); auto: the first of these that fits.
+  # Dtype of matmuls; bfloat16 on TPU and GPU.
+  config.dtype = "float32"
+  # auto, cudnn (GPU, bfloat16), flash (TPU), by_head (CPU), chunked (any
+  # device) or plain (most memory). auto: the first that the device supports.
   config.attention = "auto"
-  config.scan = False  # loop over blocks: compiles faster, runs slower
-  config.remat = "none"  # dots, full: less memory, more arithmetic
+  # Loop over the blocks: compiles faster, runs slower.
+  config.scan = False
+  # Rematerialisation: none, dots or full; less memory, more compute.
+  config.remat = "none"
 
+  # The product of the three is the number of devices.
   config.mesh = ConfigDict()
-  config.mesh.data = -1  # devices that share the batch; -1: all others
-  config.mesh.fsdp = 1  # these share the batch too, and the weights
-  config.mesh.tensor = 1  # these share every clip's heads and hidden units
+  # Data parallelism: devices that split the batch. -1: all remaining devices.
+  config.mesh.data = -1
+  # Fully sharded data parallelism: devices that split batch and weights.
+  config.mesh.fsdp = 1
+  # Tensor parallelism: devices that split heads and hidden units.
+  config.mesh.tensor = 1
 
-  # Several processes, each with devices of its own, that train together.
+  # Several processes that train together, each with its own devices.
   config.distributed = ConfigDict()
   # host:port of process 0; 'auto': ask the cluster (TPU, Slurm, Kubernetes,
-  # Open MPI); 'none': alone; '': as JAX_COORDINATOR_ADDRESS or Slurm say.
+  # Open MPI); 'none': a single process; '': as JAX_COORDINATOR_ADDRESS or Slurm
+  # say.
   config.distributed.coordinator = ""
-  config.distributed.num_processes = 0  # with host:port only
+  # Number of processes; only with host:port.
+  config.distributed.num_processes = 0
+  # Number of this process, from 0; only with host:port.
   config.distributed.process_id = 0
-  config.distributed.timeout_secs = 300  # to wait for the others to start
+  # How long to wait for the other processes to start.
+  config.distributed.timeout_secs = 300
 
-  # Seconds without the end of a step, a save or an evaluation; 0: for ever.
+  # Time without the end of a step, a save or an evaluation; 0: no limit.
   config.watchdog = ConfigDict()
-  config.watchdog.dump_secs = 900.0  # then the stacks of all threads are shown
-  config.watchdog.exit_secs = 3600.0  # then the run ends, to be started again
+  # After it the stacks of all threads are printed.
+  config.watchdog.dump_secs = 900.0
+  # After it the run ends with the exit code for a restart.
+  config.watchdog.exit_secs = 3600.0
 
+  # Steps from one line of metrics to the next.
   config.log_steps = 10
+  # Steps from one evaluation of the reconstruction loss to the next.
   config.eval_steps = 1000
+  # Batches of an evaluation.
   config.eval_batches = 4
+  # Steps from one picture of reconstructions to the next.
   config.picture_steps = 1000
+  # Clips in a picture.
   config.picture_clips = 2
-  # What the encoder knows already: a linear probe and nearest neighbours on
-  # features of labelled videos, with the average of the weights where one is
-  # kept.
+
+  # A linear probe and nearest neighbours on the features of labelled videos,
+  # fitted during training. They use the moving average of the weights if there
+  # is one.
   config.probe = ConfigDict()
-  config.probe.steps = 0  # from one to the next; 0: none
-  config.probe.path = ""  # a data set with labels; "": that of data.path
-  config.probe.label = ""  # of its metadata.json; no value, but bits or classes
-  config.probe.split = "train"  # the probe learns from it
-  config.probe.eval_split = "val"  # and is scored on it
-  config.probe.num_videos = 512  # of each of the two, at most
-  config.probe.num_windows = 2  # of each video, at most
-  config.probe.batch_size = 16  # windows at a time, over all devices
-  config.probe.penalty = 1e-2  # of the probe: nothing is chosen on eval_split
-  config.probe.k = 20  # neighbours
+  # Steps from one probe to the next; 0: no probe.
+  config.probe.steps = 0
+  # Data set with labels; '': the one of data.path.
+  config.probe.path = ""
+  # Label to predict, of kind binary or class; the data set's metadata.json
+  # lists its labels.
+  config.probe.label = ""
+  # Split that the probe is fitted on.
+  config.probe.split = "train"
+  # Split that the probe is scored on.
+  config.probe.eval_split = "val"
+  # Most videos of each of the two splits.
+  config.probe.num_videos = 512
+  # Most windows of each video.
+  config.probe.num_windows = 2
+  # Windows that are encoded at once, over all devices.
+  config.probe.batch_size = 16
+  # L2 penalty of the linear probe. It is not tuned on eval_split.
+  config.probe.penalty = 1e-2
+  # Number of nearest neighbours.
+  config.probe.k = 20
+
+  # Steps from one checkpoint to the next.
   config.checkpoint_steps = 1000
+  # Most recent checkpoints to keep.
   config.keep_checkpoints = 3
 
-  # Of the devices, from a step on; `kill -USR1 PID` takes one at any time.
+  # A device profile; `kill -USR1 PID` takes one at any time.
   config.profile = ConfigDict()
-  config.profile.start_step = 0  # 0: none
+  # First step to profile; 0: none.
+  config.profile.start_step = 0
+  # Steps in a profile.
   config.profile.num_steps = 3
   return config

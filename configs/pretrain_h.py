@@ -1,4 +1,7 @@
-"""ViT-H/16 at VideoMAE's sizes; the paper stops at L. Else as pretrain_b.py."""
+"""ViT-H/16 at VideoMAE's sizes; otherwise as pretrain_b.py.
+
+The paper's largest model is L.
+"""
 
 from configs import pretrain_b
 

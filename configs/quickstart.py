@@ -1,9 +1,9 @@
-"""A small run that shows every part at work: minutes on two CPU cores.
+"""A small run that exercises every part, in minutes on two CPU cores.
 
   make quickstart
 
-It learns one video by heart. Sizes are chosen for speed; clips are shorter and
-half of each is hidden, not nine tenths as in the recipe (pretrain_b.py).
+The model memorises one video. Sizes are chosen for speed: clips are shorter,
+and half of each is masked instead of nine tenths as in pretrain_b.py.
 """
 
 from configs import pretrain_b
@@ -29,11 +29,13 @@ def get_config():
   config.model.dec_mlp_dim = 512
   config.model.start_grey = True
 
-  # The discriminator learns fast at this rate: a small one, with a small say.
+  # The discriminator learns fast at this learning rate, so it is small and has
+  # a small weight.
   config.adv.weight = 0.001
   config.adv.hidden = 64
 
-  config.optim.base_lr = 0.064  # 2e-3 at batch 8
+  # 2e-3 at batch 8.
+  config.optim.base_lr = 0.064
   config.optim.warmup_ratio = 0.05
 
   config.eval_steps = 100

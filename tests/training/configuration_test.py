@@ -1,5 +1,9 @@
 """The tables of rules are complete and list what the networks offer."""
 
+import inspect
+import itertools
+import re
+
 import pytest
 
 from configs import eval_far, eval_ls, pretrain_b
@@ -20,6 +24,17 @@ from marlin_jax.training.configuration import flat
 )
 def test_every_key_has_a_rule_and_every_rule_a_key(config, family):
   assert flat(config.get_config()).keys() == family.KEYS.keys()
+
+
+@pytest.mark.parametrize("config", [pretrain_b, eval_far, eval_ls])
+def test_every_key_is_explained_above_it(config):
+  source = inspect.getsource(config.get_config).splitlines()
+  num_keys = 0
+  for above, line in itertools.pairwise(source):
+    if re.match(r"  config\.\S+ = (?!ConfigDict)", line):
+      num_keys += 1
+      assert above.startswith("  # "), line
+  assert num_keys == len(flat(config.get_config()))
 
 
 def test_every_rematerialisation_is_one_of_the_networks():
