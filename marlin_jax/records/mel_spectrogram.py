@@ -1,10 +1,10 @@
-"""Log-mel spectrograms as Wav2Lip computes them.
+"""Log-mel spectrograms as in Wav2Lip.
 
-Numbers from github.com/Rudrabha/Wav2Lip, hparams.py and audio.py: 16 kHz, 80
-mel bands from 55 to 7600 Hz of a short-time Fourier transform of 800 samples
-every 200, after pre-emphasis; decibels below 20 dB, cut off at -100 dB and
-scaled to [-4, 4]. Filters and framing are those of the librosa 0.7 that it
-pins (Slaney's mel scale and norm, centred frames, reflected ends).
+The constants are those of github.com/Rudrabha/Wav2Lip, hparams.py and audio.py:
+16 kHz, pre-emphasis, a short-time Fourier transform of 800 samples every 200,
+80 mel bands from 55 to 7600 Hz, decibels relative to 20 dB, clipped at -100 dB
+and scaled to [-4, 4]. Filters and framing are those of librosa 0.7, the version
+it pins (Slaney's mel scale and norm, centred frames, reflected ends).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from marlin_jax.records.schema import NUM_MELS, SAMPLE_RATE
 
 FFT_SIZE = 800
 HOP = 200
-MEL_RATE = SAMPLE_RATE // HOP  # rows a second
+MEL_RATE = SAMPLE_RATE // HOP  # rows per second
 PRE_EMPHASIS = 0.97
 MEL_RANGE = (55.0, 7600.0)  # in Hz
 REFERENCE_DB, FLOOR_DB = 20.0, -100.0
@@ -25,17 +25,17 @@ MAX_VALUE = 4.0
 
 
 def mel_spectrogram(sound: np.ndarray) -> np.ndarray:
-  """Returns the log-mel spectrogram of a whole sound.
+  """Returns the log-mel spectrogram of a sound.
 
   Args:
     sound: int16 (S,), 16 kHz, mono.
 
   Returns:
-    float32 (S // 200 + 1, 80) in [-4, 4]; row i is about sample 200 i. Without
-    any sound (0, 80).
+    float32 (S // 200 + 1, 80) in [-4, 4]; row i is centred at sample 200 i.
+    (0, 80) for an empty sound.
 
   Raises:
-    ValueError: the sound is no int16 (S,).
+    ValueError: the sound is not int16 (S,).
   """
   if sound.dtype != np.int16 or sound.ndim != 1:
     raise ValueError(
@@ -44,7 +44,7 @@ def mel_spectrogram(sound: np.ndarray) -> np.ndarray:
   if not len(sound):
     return np.zeros((0, NUM_MELS), np.float32)
   rows = np.arange(len(sound) // HOP + 1)
-  # In blocks: an hour at once would take gigabytes.
+  # In blocks: an hour in one piece takes gigabytes.
   blocks = np.array_split(rows, max(len(rows) // 4096, 1))
   return np.concatenate([_rows(sound, b[0], b[-1]) for b in blocks])
 
@@ -53,11 +53,11 @@ def _rows(sound: np.ndarray, first: int, last: int) -> np.ndarray:
   """Returns the spectrogram's rows from `first` to `last`, float32 (N, 80)."""
   half = FFT_SIZE // 2
   start, stop = first * HOP - half, last * HOP + half
-  # One sample more: each is emphasised by the one before it.
+  # One sample more: pre-emphasis uses the previous sample.
   wave = sound[max(start - 1, 0) : stop] / 32768.0
   wave[1:] -= PRE_EMPHASIS * wave[:-1].copy()
   wave = wave[int(start > 0) :]
-  # np.pad repeats the reflection where the sound is shorter than half a frame.
+  # np.pad repeats the reflection if the sound is shorter than half a frame.
   mode = "reflect" if len(wave) > 1 else "edge"
   padding = max(-start, 0), max(stop - len(sound), 0)
   padded = np.pad(wave, padding, mode=mode)
@@ -71,13 +71,13 @@ def _rows(sound: np.ndarray, first: int, last: int) -> np.ndarray:
 
 @functools.cache
 def _window() -> np.ndarray:
-  """Hann's, periodic."""
+  """Returns the periodic Hann window, float64 (800,)."""
   return 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(FFT_SIZE) / FFT_SIZE)
 
 
 @functools.cache
 def _mel_filters() -> np.ndarray:
-  """float64 (80, 401): triangles of equal area on Slaney's mel scale."""
+  """Returns float64 (80, 401): triangles of equal area on the mel scale."""
   low, high = (_hz_to_mel(hz) for hz in MEL_RANGE)
   edges = _mel_to_hz(np.linspace(low, high, NUM_MELS + 2))
   bins = np.fft.rfftfreq(FFT_SIZE, 1 / SAMPLE_RATE)

@@ -1,8 +1,8 @@
-"""The quality of each record of a split, to be known without reading them.
+"""Index of the quality of each record of a split.
 
-NAME-SPLIT.quality.npy lies beside the split's shards: a row for each record, in
-the order of shards and of records in them. data_prep writes it, the trainer
-chooses by it.
+NAME-SPLIT.quality.npy lies beside the split's shards and holds a row per
+record, in the order of shards and of records in a shard. data_prep writes it;
+training selects records by it without reading them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from marlin_jax.records.schema import QUALITY_TERMS, Record
 
-# `video` is the number of the record's video among those of the split.
+# `video` is the number of the record's video in the split.
 DTYPE = np.dtype(
   [("video", "<i4"), *((name, "<f4") for name in ("quality", *QUALITY_TERMS))]
 )
@@ -23,14 +23,14 @@ DTYPE = np.dtype(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Selection:
-  """The records that are good enough.
+  """Records of a minimum quality.
 
   Attributes:
-    min_quality: the lowest quality among them is this or more.
-    numbers: int (K,), which they are in the split, in order.
-    num_videos: that they are of.
-    num_left_out: the other records.
-    num_videos_left_out: videos none of whose records is good enough.
+    min_quality: the minimum.
+    numbers: int (K,), their numbers in the split, in order.
+    num_videos: number of videos they belong to.
+    num_left_out: number of other records.
+    num_videos_left_out: number of videos without a selected record.
   """
 
   min_quality: float
@@ -41,25 +41,25 @@ class Selection:
 
 
 def name_for(shard: str) -> str:
-  """Returns the file's name, by that of any shard of its split."""
+  """Returns the name of the index, given any shard of its split."""
   return f"{shard.partition('.array_record-')[0]}.quality.npy"
 
 
 def row_of(record: Record) -> list[float]:
-  """Returns quality and terms, as numbers that JSON and float32 both keep.
+  """Returns quality and terms as numbers that survive JSON and float32.
 
-  The same whether the record was just made or has been read.
+  A new record and the same record read from disk give equal rows.
   """
   values = (record.quality, *record.quality_terms)
-  # The shortest digits that float32 is told by.
+  # The shortest digits that identify the float32.
   return [float(str(np.float32(value))) for value in values]
 
 
 def pack(videos: Iterable[Sequence[Sequence[float]]]) -> bytes:
-  """Returns the content of the file.
+  """Returns the bytes of the index.
 
   Args:
-    videos: for each the rows of its records, as from `row_of`.
+    videos: for each video the rows of its records, from `row_of`.
   """
   rows = (
     (number, *row) for number, video in enumerate(videos) for row in video
@@ -70,10 +70,13 @@ def pack(videos: Iterable[Sequence[Sequence[float]]]) -> bytes:
 
 
 def unpack(data: bytes) -> np.ndarray:
-  """Returns the rows, DTYPE (N,), of a file's content.
+  """Returns the rows of an index, DTYPE (N,).
+
+  Args:
+    data: bytes of the file.
 
   Raises:
-    ValueError: it is no such file.
+    ValueError: the bytes are not an index.
   """
   rows = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
   if rows.dtype != DTYPE or rows.ndim != 1:
@@ -84,11 +87,11 @@ def unpack(data: bytes) -> np.ndarray:
 
 
 def select(rows: np.ndarray, min_quality: float) -> Selection:
-  """Chooses the records of a quality, or of a higher one.
+  """Selects the records of a minimum quality.
 
   Args:
     rows: DTYPE (N,).
-    min_quality: compared as float32, in which qualities are stored.
+    min_quality: compared as float32, as qualities are stored.
   """
   is_good = rows["quality"] >= np.float32(min_quality)
   num_videos = len(np.unique(rows["video"][is_good]))

@@ -1,10 +1,10 @@
-"""The one record schema: bytes <-> numpy, shared with data_prep.
+"""The record schema, shared by data_prep and marlin_jax: bytes <-> numpy.
 
-A record is one segment of one face track: at most a few dozen consecutive
-224x224 face crops with what the trainer needs beside them. On disk it is a
-`tf.train.Example` inside an ArrayRecord shard of a TFDS data set directory, so
-that `tfds.builder_from_directory(...)` reads it too. Here it is parsed without
-TensorFlow or TFDS, and frames are decoded only where they are asked for.
+A record is one segment of one face track: up to a few dozen consecutive
+224x224 face crops, and their regions, boxes, quality, labels and sound. On disk
+it is a `tf.train.Example` in an ArrayRecord shard of a TFDS data set directory,
+so that `tfds.builder_from_directory(...)` reads it too. This module parses it
+without TensorFlow or TFDS and decodes only the frames asked for.
 
 Axes: T frames, H W pixels (224), h w patches (14).
 """
@@ -20,9 +20,10 @@ from google.protobuf import (
   descriptor_pb2,
   descriptor_pool,
   message_factory,
+  text_format,
 )
 
-# Raised whenever the meaning of a feature changes; kept in metadata.json.
+# Increased whenever the meaning of a feature changes; kept in metadata.json.
 SCHEMA_VERSION = 2
 
 FRAME_SIZE = 224
@@ -31,7 +32,7 @@ GRID_SIZE = FRAME_SIZE // PATCH_SIZE
 
 # LaPa's classes (Liu et al., "A New Dataset and Boundary-Attention Semantic
 # Segmentation for Face Parsing", AAAI 2020); the position is the label code.
-# Left and right are the person's own.
+# Left and right are those of the person shown.
 REGIONS = (
   "background",
   "skin",
@@ -62,28 +63,28 @@ _LABEL = "label_"
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """One track segment.
+  """A segment of a face track.
 
   Attributes:
     frames: T JPEG files, RGB 224x224, quality 95.
-    regions: uint16 (T, 14, 14); bit k is set where LaPa class k touches the
-      patch; all zero in a frame in which no face was parsed.
+    regions: uint16 (T, 14, 14); bit k is set if LaPa class k touches the patch;
+      all zero in a frame without a parsed face.
     parsing: zstd-compressed uint8 (T, 224, 224) of LaPa label codes.
-    boxes: float32 (T, 4), the crop as x0, y0, x1, y1 in source pixels; it may
-      reach past the frame, where the crop is black.
+    boxes: float32 (T, 4), the crop as x0, y0, x1, y1 in source pixels. It may
+      extend beyond the frame; the crop is black there.
     video_id: path of the source relative to its root, unique in the data set.
-    track_id: number of the face track within the video.
-    segment: number of this segment within the track.
-    subject_id: identity of the person where known, else ''.
+    track_id: number of the face track in the video.
+    segment: number of the segment in the track.
+    subject_id: identity of the person if known, else ''.
     fps: frames per second of the source.
     start_secs: time of the first frame in the source, in seconds.
     quality: score of the track in [0, 1]; higher is better.
-    quality_terms: float32 (4,), what it is made of, as QUALITY_TERMS.
-    labels: what is known of the video, by name: float32 (K,), NaN where it is
-      not known. `labels` in metadata.json says what the numbers mean.
+    quality_terms: float32 (4,), the score's terms, ordered as QUALITY_TERMS.
+    labels: labels of the video by name: float32 (K,), NaN if unknown.
+      metadata.json defines the meaning of the numbers.
     audio: sound of the segment, 16-bit little-endian PCM, 16 kHz, mono; empty
-      where the video has none, None in a data set without sound.
-    mel: float32 (N, 80), the sound's log-mel spectrogram, 80 rows a second;
+      if the video has no sound, None in a data set without sound.
+    mel: float32 (N, 80), log-mel spectrogram of the sound, 80 rows per second;
       (0, 80) without sound.
   """
 
@@ -110,19 +111,18 @@ class Record:
 
   @property
   def name(self) -> str:
-    """Unique within the data set, for logs and errors."""
+    """Unique name in the data set, for logs and errors."""
     return f"{self.video_id}#{self.track_id}.{self.segment}"
 
 
 def region_bits(label_maps: np.ndarray) -> np.ndarray:
-  """Says which regions touch each patch.
+  """Returns the regions that touch each patch, as bits.
 
   Args:
     label_maps: uint8 (T, H, W) of LaPa codes; H and W are multiples of 16.
 
   Returns:
-    uint16 (T, H/16, W/16); bit k is set where any pixel of the patch has
-    code k.
+    uint16 (T, H/16, W/16); bit k is set if any pixel of the patch has code k.
   """
   t, height, width = label_maps.shape
   grid = (t, height // PATCH_SIZE, PATCH_SIZE, width // PATCH_SIZE, PATCH_SIZE)
@@ -131,7 +131,7 @@ def region_bits(label_maps: np.ndarray) -> np.ndarray:
 
 
 def compress_parsing(label_maps: np.ndarray) -> bytes:
-  """Packs uint8 (T, 224, 224) label maps; `decode_parsing` is the inverse."""
+  """Compresses label maps, uint8 (T, 224, 224); see `decode_parsing`."""
   import zstandard
 
   return zstandard.ZstdCompressor(level=3).compress(
@@ -140,7 +140,11 @@ def compress_parsing(label_maps: np.ndarray) -> bytes:
 
 
 def decode_parsing(record: Record) -> np.ndarray:
-  """Returns the record's label maps, uint8 (T, 224, 224)."""
+  """Returns the record's label maps, uint8 (T, 224, 224).
+
+  Raises:
+    ValueError: the maps have another size.
+  """
   import zstandard
 
   shape = (len(record), FRAME_SIZE, FRAME_SIZE)
@@ -164,14 +168,14 @@ def decode_frames(
   Args:
     record: the record.
     indices: frame numbers in [0, T); a repeated number is decoded once.
-    out: where to, uint8 (len(indices), 224, 224, 3), in one piece of memory; a
-      new array where None.
+    out: contiguous uint8 (len(indices), 224, 224, 3) to write to; None for a
+      new array.
 
   Returns:
     uint8 (len(indices), 224, 224, 3), RGB.
 
   Raises:
-    ValueError: a frame is no JPEG of 224x224; names record and frame.
+    ValueError: a frame is not a JPEG of 224x224; names record and frame.
   """
   import simplejpeg
 
@@ -203,64 +207,61 @@ def decode_frames(
 # --- tf.train.Example ---------------------------------------------------------
 
 
+# tensorflow/core/example/*.proto, which is public and frozen, as a
+# FileDescriptorProto.
+_EXAMPLE_PROTO = """
+  name: "marlin_jax/example.proto" package: "tensorflow" syntax: "proto3"
+  message_type {
+    name: "BytesList"
+    field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES }
+  }
+  message_type {
+    name: "FloatList"
+    field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_FLOAT }
+  }
+  message_type {
+    name: "Int64List"
+    field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 }
+  }
+  message_type {
+    name: "Feature"
+    oneof_decl { name: "kind" }
+    field { name: "bytes_list" number: 1 oneof_index: 0 label: LABEL_OPTIONAL
+            type: TYPE_MESSAGE type_name: ".tensorflow.BytesList" }
+    field { name: "float_list" number: 2 oneof_index: 0 label: LABEL_OPTIONAL
+            type: TYPE_MESSAGE type_name: ".tensorflow.FloatList" }
+    field { name: "int64_list" number: 3 oneof_index: 0 label: LABEL_OPTIONAL
+            type: TYPE_MESSAGE type_name: ".tensorflow.Int64List" }
+  }
+  message_type {
+    name: "Features"
+    field { name: "feature" number: 1 label: LABEL_REPEATED
+            type: TYPE_MESSAGE type_name: ".tensorflow.Features.FeatureEntry" }
+    nested_type {
+      name: "FeatureEntry"
+      options { map_entry: true }
+      field { name: "key" number: 1 label: LABEL_OPTIONAL type: TYPE_STRING }
+      field { name: "value" number: 2 label: LABEL_OPTIONAL
+              type: TYPE_MESSAGE type_name: ".tensorflow.Feature" }
+    }
+  }
+  message_type {
+    name: "Example"
+    field { name: "features" number: 1 label: LABEL_OPTIONAL
+            type: TYPE_MESSAGE type_name: ".tensorflow.Features" }
+  }
+"""
+
+
 def _example_class():
-  """Builds `tf.train.Example` in a pool of its own.
+  """Returns `tf.train.Example` from a descriptor pool of its own.
 
-  The message is public and frozen (tensorflow/core/example/*.proto). A private
-  pool keeps it from clashing with TensorFlow or TFDS in the same process, and
-  protobuf's C parser reads it as fast as theirs.
+  A private pool keeps it from clashing with TensorFlow or TFDS in the same
+  process, and protobuf's C parser reads it as fast as theirs.
   """
-  field = descriptor_pb2.FieldDescriptorProto
-  file = descriptor_pb2.FileDescriptorProto(
-    name="marlin_jax/example.proto", package="tensorflow", syntax="proto3"
-  )
-
-  def add(message, name, number, kind, *, repeated=False, of=None, oneof=None):
-    message.field.add(
-      name=name,
-      number=number,
-      type=kind,
-      label=field.LABEL_REPEATED if repeated else field.LABEL_OPTIONAL,
-      type_name=of,
-      oneof_index=oneof,
-    )
-
-  kinds = (
-    ("BytesList", "bytes_list", field.TYPE_BYTES),
-    ("FloatList", "float_list", field.TYPE_FLOAT),
-    ("Int64List", "int64_list", field.TYPE_INT64),
-  )
-  for list_name, _, kind in kinds:
-    add(file.message_type.add(name=list_name), "value", 1, kind, repeated=True)
-  feature = file.message_type.add(name="Feature")
-  feature.oneof_decl.add(name="kind")
-  for number, (list_name, field_name, _) in enumerate(kinds, 1):
-    add(
-      feature,
-      field_name,
-      number,
-      field.TYPE_MESSAGE,
-      of=f".tensorflow.{list_name}",
-      oneof=0,
-    )
-  features = file.message_type.add(name="Features")
-  entry = features.nested_type.add(name="FeatureEntry")
-  entry.options.map_entry = True
-  add(entry, "key", 1, field.TYPE_STRING)
-  add(entry, "value", 2, field.TYPE_MESSAGE, of=".tensorflow.Feature")
-  add(
-    features,
-    "feature",
-    1,
-    field.TYPE_MESSAGE,
-    repeated=True,
-    of=".tensorflow.Features.FeatureEntry",
-  )
-  example = file.message_type.add(name="Example")
-  add(example, "features", 1, field.TYPE_MESSAGE, of=".tensorflow.Features")
-
   pool = descriptor_pool.DescriptorPool()
-  pool.Add(file)
+  file = descriptor_pb2.FileDescriptorProto()
+  pool.Add(text_format.Parse(_EXAMPLE_PROTO, file))
   return message_factory.GetMessageClass(
     pool.FindMessageTypeByName("tensorflow.Example")
   )
@@ -270,10 +271,10 @@ _Example = _example_class()
 
 
 def encode(record: Record) -> bytes:
-  """Serialises a record; the same record gives the same bytes.
+  """Serializes a record; equal records give equal bytes.
 
   Raises:
-    ValueError: shapes of the record's parts do not agree.
+    ValueError: the shapes of the record's parts do not agree.
   """
   t = len(record)
   expected = {
@@ -315,32 +316,31 @@ def decode(data: bytes) -> Record:
   """Parses a record; frames and label maps stay compressed.
 
   Raises:
-    ValueError: the bytes are no such record; says which feature is wrong.
+    ValueError: the bytes are not a record; names the wrong feature.
   """
   try:
     feature = _Example.FromString(data).features.feature
-  except Exception as e:  # protobuf's DecodeError is no public class of ours
+  except Exception as e:  # DecodeError is private to protobuf
     raise ValueError(f"not a tf.train.Example of {len(data)} bytes: {e}") from e
 
-  def one(name: str, kind: str):
-    found = feature.get(name)
-    values = getattr(found, kind).value if found else ()
+  def single(name: str, kind: str):
+    values = getattr(feature[name], kind).value if name in feature else ()
     if len(values) != 1:
       raise ValueError(
         f"record feature '{name}' holds {len(values)} values in {kind}, "
-        f"expected 1; features found: {sorted(feature)}"
+        f"expected 1; features present: {sorted(feature)}"
       )
     return values[0]
 
-  # Not a list: a frame is copied out of the message when it is asked for.
+  # Not a list: a frame is copied out of the message when it is read.
   frames = feature["frames"].bytes_list.value
 
   def array(name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    raw = one(name, "bytes_list")
-    found, expected = len(raw), math.prod(shape) * np.dtype(dtype).itemsize
-    if found != expected or not frames:
+    raw = single(name, "bytes_list")
+    expected = math.prod(shape) * np.dtype(dtype).itemsize
+    if len(raw) != expected or not frames:
       raise ValueError(
-        f"record feature '{name}' holds {found} bytes, expected {expected} "
+        f"record feature '{name}' holds {len(raw)} bytes, expected {expected} "
         f"({dtype} {shape} for {len(frames)} frames)"
       )
     return np.frombuffer(raw, dtype).reshape(shape)
@@ -351,21 +351,21 @@ def decode(data: bytes) -> Record:
   t = len(frames)
   audio, mel = None, np.zeros((0, NUM_MELS), np.float32)
   if "audio" in feature:
-    audio = one("audio", "bytes_list")
-    num_rows = len(one("mel", "bytes_list")) // (NUM_MELS * mel.itemsize)
+    audio = single("audio", "bytes_list")
+    num_rows = len(single("mel", "bytes_list")) // (NUM_MELS * mel.itemsize)
     mel = array("mel", "<f4", (num_rows, NUM_MELS))
   return Record(
     frames=frames,
     regions=array("regions", "<u2", (t, GRID_SIZE, GRID_SIZE)),
-    parsing=one("parsing", "bytes_list"),
+    parsing=single("parsing", "bytes_list"),
     boxes=array("boxes", "<f4", (t, 4)),
-    video_id=one("video_id", "bytes_list").decode(),
-    track_id=one("track_id", "int64_list"),
-    segment=one("segment", "int64_list"),
-    subject_id=one("subject_id", "bytes_list").decode(),
-    fps=one("fps", "float_list"),
-    start_secs=one("start_secs", "float_list"),
-    quality=one("quality", "float_list"),
+    video_id=single("video_id", "bytes_list").decode(),
+    track_id=single("track_id", "int64_list"),
+    segment=single("segment", "int64_list"),
+    subject_id=single("subject_id", "bytes_list").decode(),
+    fps=single("fps", "float_list"),
+    start_secs=single("start_secs", "float_list"),
+    quality=single("quality", "float_list"),
     quality_terms=floats("quality_terms"),
     labels={
       name.removeprefix(_LABEL): floats(name)

@@ -1,9 +1,8 @@
-"""The authors' published models: by name, from their address, cached."""
+"""Weights published by the MARLIN authors: downloaded by name and cached."""
 
 from __future__ import annotations
 
-import os
-import urllib.error
+import shutil
 import urllib.request
 from pathlib import Path
 
@@ -13,20 +12,21 @@ from marlin_jax.weights.weights import WeightsError
 NAMES = tuple(f"marlin_vit_{size}_ytf" for size in ("small", "base", "large"))
 _ADDRESS = "https://github.com/ControlNet/MARLIN/releases/download/model_v1/"
 _TIMEOUT_SECS = 20
+_BLOCK_BYTES = 1 << 20
 
 
 def resolve(source: str, *, full: bool = False) -> Path:
-  """The file behind a name, downloaded on first use; a path stays a path.
+  """Returns the file of a published model, downloaded on first use, or a path.
 
-  The file is kept in MARLIN_HOME (default ~/.cache/marlin_jax), below models/;
-  without a network, put it there by hand.
+  The file is kept in `$MARLIN_HOME/models` (by default in
+  ~/.cache/marlin_jax/models). Without a network, put it there by hand.
 
   Args:
-    source: one of NAMES, or a path.
-    full: the file with the decoder instead of the encoder alone.
+    source: one of NAMES, or a path, which is returned as it is.
+    full: use the file with the decoder instead of the encoder alone.
 
   Raises:
-    WeightsError: the file is not there and cannot be downloaded.
+    WeightsError: the file does not exist and cannot be downloaded.
   """
   if source not in NAMES:
     if Path(source).expanduser().exists():
@@ -46,7 +46,6 @@ def _download(address: str, path: Path) -> None:
   from tqdm import tqdm
 
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
   print(
     f"Downloading {address}\n(by the MARLIN authors, CC BY-NC 4.0: not for "
     "commercial use)",
@@ -55,28 +54,17 @@ def _download(address: str, path: Path) -> None:
   try:
     with (
       urllib.request.urlopen(address, timeout=_TIMEOUT_SECS) as response,
+      folders.atomic_path(path) as partial,
       partial.open("wb") as file,
-      tqdm(
-        total=int(response.headers.get("Content-Length", 0)) or None,
-        unit="B",
-        unit_scale=True,
-        desc=path.name,
-      ) as bar,
     ):
-      while block := response.read(1 << 20):
-        file.write(block)
-        bar.update(len(block))
-      expected = bar.total
-    if expected and partial.stat().st_size != expected:
-      raise OSError(
-        f"{partial.stat().st_size} bytes of {expected} came through"
-      )
-    partial.replace(path)
-  except (OSError, urllib.error.URLError) as e:
+      size = int(response.headers.get("Content-Length", 0)) or None
+      with tqdm.wrapattr(file, "write", size, desc=path.name) as progress:
+        shutil.copyfileobj(response, progress, _BLOCK_BYTES)
+      if size and file.tell() != size:
+        raise OSError(f"received {file.tell()} of {size} bytes")
+  except OSError as e:  # URLError is one
     raise WeightsError(
-      f"{path.name} could not be downloaded from {address}: {e}\nWhere there "
-      f"is no network, fetch that file elsewhere and put it at {path}, or "
-      "give its path instead of the name."
+      f"{path.name} could not be downloaded from {address}: {e}\nWithout a "
+      f"network, download that file elsewhere and put it at {path}, or give "
+      "its path instead of the name."
     ) from e
-  finally:
-    partial.unlink(missing_ok=True)
