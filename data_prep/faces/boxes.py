@@ -41,13 +41,13 @@ def crop_frame(frame: np.ndarray, box: np.ndarray) -> np.ndarray:
   size = block * FRAME_SIZE
   sx, sy = (x1 - x0) / size, (y1 - y0) / size
   if block == 1:
-    return _sampled(frame, (sx, x0), (sy, y0), size, cv2.INTER_CUBIC)
+    return sampled(frame, (sx, x0), (sy, y0), size, cv2.INTER_CUBIC)
   # OpenCV interpolates four channels in half the time of three.
   left, top = max(int(x0) - 1, 0), max(int(y0) - 1, 0)
   part = frame[top : max(int(y1) + 2, 0), left : max(int(x1) + 2, 0)]
   if not part.size:
     return np.zeros((FRAME_SIZE, FRAME_SIZE, 3), np.uint8)
-  out = _sampled(
+  out = sampled(
     cv2.cvtColor(part, cv2.COLOR_RGB2RGBA),
     (sx, x0 - left),
     (sy, y0 - top),
@@ -58,14 +58,15 @@ def crop_frame(frame: np.ndarray, box: np.ndarray) -> np.ndarray:
   return cv2.cvtColor(out, cv2.COLOR_RGBA2RGB)
 
 
-def _sampled(
+def sampled(
   image: np.ndarray,
   x: tuple[float, float],
   y: tuple[float, float],
   size: int,
   interpolation: int,
+  border: int = 0,
 ) -> np.ndarray:
-  """Samples (size, size, C) from an image (H, W, C).
+  """Samples (size, size[, C]) from an image (H, W[, C]).
 
   Args:
     image: the image.
@@ -73,6 +74,7 @@ def _sampled(
     y: step and start along its height.
     size: side of the result.
     interpolation: OpenCV's flag.
+    border: OpenCV's border mode for pixels beyond the image; 0 makes them 0.
   """
   import cv2
 
@@ -82,8 +84,7 @@ def _sampled(
     np.array([[sx, 0, x0 + sx / 2 - 0.5], [0, sy, y0 + sy / 2 - 0.5]]),
     (size, size),
     flags=cv2.WARP_INVERSE_MAP | interpolation,
-    borderMode=cv2.BORDER_CONSTANT,
-    borderValue=0,
+    borderMode=border,
   )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from data_prep.faces import boxes
+
 
 class CutTest:
   """Tests whether each frame of a video begins a new shot.
@@ -87,11 +89,6 @@ def _thumbnail(frame: np.ndarray, box: np.ndarray) -> np.ndarray:
 
   x0, y0, x1, y1 = (float(v) for v in box)
   sx, sy = (x1 - x0) / 64, (y1 - y0) / 64
-  face = cv2.warpAffine(
-    frame,
-    np.array([[sx, 0, x0 + sx / 2 - 0.5], [0, sy, y0 + sy / 2 - 0.5]]),
-    (64, 64),
-    flags=cv2.WARP_INVERSE_MAP | cv2.INTER_LINEAR,
-  )
+  face = boxes.sampled(frame, (sx, x0), (sy, y0), 64, cv2.INTER_LINEAR)
   face = cv2.resize(face, (16, 16), interpolation=cv2.INTER_AREA)
   return face.astype(np.float32)

@@ -107,7 +107,7 @@ class BiSeNetParser:
     """
     import cv2
 
-    if landmarks is not None and not np.isfinite(landmarks).all():
+    if not lapa.has_mesh(landmarks):
       landmarks = None
     matrix = alignment(box, landmarks)
     aligned = cv2.warpAffine(
@@ -136,8 +136,7 @@ class BiSeNetParser:
     )
     if landmarks is not None:
       _draw_eyes_behind_glasses(labels, classes, lapa.in_crop(landmarks, box))
-    area = lapa.picture_area(frame)
-    labels[~lapa.inside(area, box, FRAME_SIZE)] = lapa.CODE["background"]
+    lapa.clear_outside(labels, frame, box)
     return labels
 
 

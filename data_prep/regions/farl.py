@@ -80,7 +80,7 @@ class FarlParser:
     """
     import torch
 
-    if landmarks is None or not np.isfinite(landmarks).all():
+    if not lapa.has_mesh(landmarks):
       return None
     matrix = alignment(landmarks)
     warped = _sampled(frame, unwarped(_pixel_centres(INPUT_SIZE), matrix))
@@ -99,8 +99,7 @@ class FarlParser:
     labels = labels.astype(np.uint8)
     if not (labels == lapa.CODE["skin"]).any():
       return None
-    area = lapa.picture_area(frame)
-    labels[~lapa.inside(area, box, FRAME_SIZE)] = lapa.CODE["background"]
+    lapa.clear_outside(labels, frame, box)
     return labels
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from data_prep.faces import boxes
 from marlin_jax.records.schema import FRAME_SIZE, REGIONS
 
 CODE = {name: code for code, name in enumerate(REGIONS)}
@@ -88,14 +89,8 @@ def warped(
   import cv2
 
   step = float(box[2] - box[0]) / box_size
-  x, y = (float(v) + step / 2 - 0.5 for v in box[:2])
-  return cv2.warpAffine(
-    image,
-    np.array([[step, 0, x], [0, step, y]]),
-    (box_size, box_size),
-    flags=cv2.WARP_INVERSE_MAP | cv2.INTER_LINEAR,
-    borderMode=border,
-  )
+  x, y = ((step, float(start)) for start in box[:2])
+  return boxes.sampled(image, x, y, box_size, cv2.INTER_LINEAR, border)
 
 
 def fill(image: np.ndarray, ring: np.ndarray, value: int) -> None:
@@ -145,6 +140,25 @@ def inside(area: np.ndarray, box: np.ndarray, box_size: int) -> np.ndarray:
   x, y = centres + box[0], centres + box[1]
   within_rows = (y >= area[1]) & (y < area[3])
   return within_rows[:, None] & ((x >= area[0]) & (x < area[2]))
+
+
+def clear_outside(
+  labels: np.ndarray, frame: np.ndarray, box: np.ndarray
+) -> None:
+  """Labels pixels beyond the picture as background, in place.
+
+  Args:
+    labels: uint8 (S, S).
+    frame: uint8 (H, W, 3), with or without black bars.
+    box: (4,), the crop.
+  """
+  is_inside = inside(picture_area(frame), box, FRAME_SIZE)
+  labels[~is_inside] = CODE["background"]
+
+
+def has_mesh(landmarks: np.ndarray | None) -> bool:
+  """Returns whether landmarks (478, 2) were found: neither None nor NaN."""
+  return landmarks is not None and bool(np.isfinite(landmarks).all())
 
 
 def in_crop(landmarks: np.ndarray, box: np.ndarray) -> np.ndarray:

@@ -58,7 +58,7 @@ class MediaPipeParser:
     self, frame: np.ndarray, box: np.ndarray, landmarks: np.ndarray | None
   ) -> np.ndarray | None:
     """See `Parser.parse`; returns None exactly when there are no landmarks."""
-    if landmarks is None or not np.isfinite(landmarks).all():
+    if not lapa.has_mesh(landmarks):
       return None
     maps = self.look(frame, box, landmarks)
     return self.label(maps, lapa.in_crop(landmarks, box))

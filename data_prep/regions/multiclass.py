@@ -54,7 +54,7 @@ class MulticlassParser:
     Raises:
       ModelError: the model has other classes.
     """
-    if landmarks is None or not np.isfinite(landmarks).all():
+    if not lapa.has_mesh(landmarks):
       return None
     context, context_box = mediapipe.head_and_shoulders(frame, box)
     result = self._segmenter.segment(mediapipe_tasks.as_image(context))
@@ -109,6 +109,5 @@ def compose(
   visible = ~np.isin(segments, (0, 4, 5))
   labels[visible] = features[visible]
   labels[(segments == 1) & (labels < 2)] = lapa.CODE["hair"]
-  area = lapa.picture_area(frame)
-  labels[~lapa.inside(area, box, FRAME_SIZE)] = lapa.CODE["background"]
+  lapa.clear_outside(labels, frame, box)
   return labels

@@ -39,7 +39,7 @@ class Labeller:
       self.label_maps.append(self._parser.parse(frame, box, landmarks))
       return
     self.label_maps.append(None)
-    if not np.isfinite(landmarks).all():
+    if not lapa.has_mesh(landmarks):
       return
     points = lapa.in_crop(landmarks, box)
     is_due = self._last is None or i - self._last[0] >= self._parser.LOOK_STEPS

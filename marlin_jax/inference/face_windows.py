@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.records import schema
 from marlin_jax.records.cli import UserError
 
 if TYPE_CHECKING:
@@ -136,10 +137,10 @@ class WindowSettings:
         f"window_rule is {self.window_rule!r}, expected one of "
         f"{', '.join(WINDOW_RULES)}"
       )
-    if self.regions and self.image_size != 224:
+    if self.regions and self.image_size != schema.FRAME_SIZE:
       raise ValueError(
-        f"regions need pictures of 224 pixels, and image_size is "
-        f"{self.image_size}"
+        f"regions need pictures of {schema.FRAME_SIZE} pixels, and image_size "
+        f"is {self.image_size}"
       )
     if self.clip.num_frames < 1 or self.clip.stride < 1 or self.step < 1:
       raise ValueError(
@@ -207,14 +208,13 @@ def read_windows(
     progress: see `Progress`.
 
   Yields:
-    At least one window, by first frame.
+    Windows in order of their first frames, at least one.
 
   Raises:
     FaceVideoError: the video is damaged, or over a limit of
       `data_prep.video.decode.Limits`; possibly after some windows.
     NoFaceError: a face was to be cropped, and there is none.
-    UserError: this machine lacks a model file or a library; not the fault of
-      the video.
+    UserError: this machine lacks a model file or a library.
   """
   settings = settings or WindowSettings()
   needs_models = settings.crop_face or settings.regions
@@ -386,8 +386,6 @@ class _WindowReader:
     self, frame: np.ndarray, box: np.ndarray, landmarks: np.ndarray | None
   ) -> np.ndarray:
     """Returns region bits, uint16 (14, 14), 0 where no face was parsed."""
-    from marlin_jax.records import schema
-
     labels = self._models.parser.parse(frame, box, landmarks)
     if labels is None:
       # Not even background: the trainer's rule for frames without a face.
