@@ -1,8 +1,8 @@
-"""Saving and resuming a run.
+"""Checkpoints of a run: saving and restoring.
 
-A checkpoint counts once it is complete and has checksums, which are written
-last. Of the rest of what may lie in the directory, after a crash, a full disk
-or a bad copy, nothing is believed and nothing is lost.
+A checkpoint is valid once it is complete and has checksums, which are written
+last. Anything else in the directory, after a crash, a full disk or a bad copy,
+is not used and not deleted.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from marlin_jax.training import checksums, remote_files
 
 Pytree = Any
 
-# Beside the directory of checkpoints: what was found damaged in it.
+# Directory beside the checkpoints, for damaged ones.
 DAMAGED = "damaged"
 
 
 class ResumeError(UserError):
-  """The checkpoint does not fit the run that is to be resumed from it."""
+  """Checkpoint that does not fit the run that resumes from it."""
 
 
 class SaveError(UserError):
-  """A checkpoint could not be saved."""
+  """Checkpoint that could not be saved."""
 
   # The same command may succeed later: a bucket may answer again.
   exit_code = os.EX_TEMPFAIL
 
 
 def steps(directory: epath.PathLike) -> list[int]:
-  """Steps of what looks like a checkpoint, whole or not, the newest first."""
+  """Returns the steps of all checkpoints, intact or not, the newest first."""
   directory = epath.Path(directory)
   if not directory.exists():
     return []
@@ -48,21 +48,20 @@ def steps(directory: epath.PathLike) -> list[int]:
 
 
 def set_damaged_aside(directory: epath.PathLike) -> list[str]:
-  """Moves away what is newer than the last good checkpoint.
+  """Moves all checkpoints newer than the last intact one to `damaged/`.
 
-  What a killed run has left half written, under another name, goes.
+  Deletes what a killed run has left half written, which has another name.
 
-  To be called by one process before a `Checkpoints` is opened.
+  Call it in one process, before a `Checkpoints` is opened.
 
   Args:
-    directory: of the checkpoints; it need not exist.
+    directory: directory of the checkpoints; need not exist.
 
   Returns:
-    For each that was moved, a line that says what is wrong with it and where
-    it is now.
+    A line for each moved checkpoint: its problem and its new place.
 
   Raises:
-    ResumeError: there are checkpoints, and none of them is good.
+    ResumeError: there are checkpoints, and none of them is intact.
   """
   directory = epath.Path(directory)
   for unfinished in directory.glob("*.orbax-checkpoint-tmp"):
@@ -77,17 +76,15 @@ def set_damaged_aside(directory: epath.PathLike) -> list[str]:
     problems = _unusable(directory, problems)
   notes = []
   for step, problem in problems.items():
-    place = _free_name(directory.parent / DAMAGED / str(step))
-    place.parent.mkdir(parents=True, exist_ok=True)
-    (directory / str(step)).rename(place)
-    notes.append(
-      f"checkpoint {step} cannot be trusted, {problem}; moved to {place}"
-    )
+    target = _free_name(directory.parent / DAMAGED / str(step))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (directory / str(step)).rename(target)
+    notes.append(f"checkpoint {step} is damaged: {problem}; moved to {target}")
   return notes
 
 
 def _unusable(directory: epath.Path, problems: dict[int, str]):
-  """Of checkpoints none of which is proven good: those not to be used."""
+  """Returns the checkpoints not to use if no checksum proves one intact."""
   marks = ("commit_success.txt", "state/_METADATA", "meta/metadata")
   damaged = []
   for step, problem in problems.items():
@@ -95,43 +92,46 @@ def _unusable(directory: epath.Path, problems: dict[int, str]):
     if checksums.exist(path):
       damaged.append(f"  {step}: {problem}")
     elif all((path / mark).exists() for mark in marks):
-      # Of a time before there were checksums, or the very first, of a run that
-      # was killed before it could write them.
+      # Saved before checksums existed, or the first checkpoint of a run that
+      # was killed before it wrote them.
       return {s: p for s, p in problems.items() if s > step}
     elif not remote_files.is_remote(path) or (path / marks[0]).exists():
       damaged.append(f"  {step}: {problem}")
-    # Else it is a save that was not finished: buckets know no renaming.
+    # Else an unfinished save: buckets cannot rename.
   if damaged:
     raise ResumeError(
-      f"no checkpoint in {directory} is whole:\n"
+      f"no checkpoint in {directory} is intact:\n"
       + "\n".join(damaged)
-      + "\nCopy them again from where they came from, or start afresh in "
+      + "\nCopy the checkpoints again from their source, or start afresh in "
       "another --workdir."
     )
   return problems
 
 
 def _free_name(path: epath.Path) -> epath.Path:
-  taken, number = path, 1
-  while path.exists():
+  """Returns `path`, or the first of path.2, path.3, ... that does not exist."""
+  free, number = path, 1
+  while free.exists():
     number += 1
-    path = taken.with_name(f"{taken.name}.{number}")
-  return path
+    free = path.with_name(f"{path.name}.{number}")
+  return free
 
 
 class Checkpoints:
-  """The checkpoints of one run, in `directory`/<step>/.
+  """Checkpoints of one run, in `directory`/<step>/.
 
-  Each holds the train state (generator, discriminator, both optimisers, step)
-  and `meta`, a JSON dict that says what the run was about, so that nothing
-  changes silently on resume.
+  Each holds the training state and `meta`, a JSON dict of what a resumed run
+  must agree in, so that nothing changes silently on resume.
+
+  Attributes:
+    last_saved: step of the newest checkpoint, or None.
   """
 
   def __init__(self, directory: str, *, keep: int):
     """Opens or creates the directory; keeps the last `keep` checkpoints."""
     path = epath.Path(directory)
     if not remote_files.is_remote(path):
-      path = path.absolute()  # which would take gs:// for a folder here
+      path = path.absolute()  # not for gs://, which would become a local path
     self._manager = ocp.CheckpointManager(
       path,
       options=ocp.CheckpointManagerOptions(
@@ -144,13 +144,13 @@ class Checkpoints:
     self.last_saved: int | None = self._manager.latest_step()
 
   def save(self, step: int, state: Pytree, meta: dict[str, Any]) -> None:
-    """Starts saving in the background, when the save before this is done.
+    """Waits for the previous save and starts this one in the background.
 
-    On CPU it waits for the arrays to be written: there the background would
-    read the very memory that the next step reuses.
+    On CPU it also waits for the arrays to be written: a background save would
+    read the memory that the next step reuses.
 
     Raises:
-      SaveError: this save could not start, or the one before failed.
+      SaveError: this save could not start, or the previous one failed.
     """
     self.wait()
     args = ocp.args.Composite(
@@ -160,9 +160,8 @@ class Checkpoints:
       self._manager.save(step, args=args)
       if jax.default_backend() == "cpu":
         self._manager.wait_until_finished()
-    except (
-      Exception
-    ) as e:  # whatever a disk, a bucket or orbax can come up with
+    # Disks, buckets and orbax raise many kinds of errors.
+    except Exception as e:
       raise self._failed(step, e) from e
     self._saving = self._pool.submit(self._finish, step)
 
@@ -179,16 +178,16 @@ class Checkpoints:
     last = f"that of step {self.last_saved}" if self.last_saved else "none"
     return SaveError(
       f"the checkpoint of step {step} could not be saved in "
-      f"{self._manager.directory}: {error}\nThe last one that was is {last}. "
-      "Is the disk full, or a quota reached? The same command goes on from "
-      "there."
+      f"{self._manager.directory}: {error}\nThe last saved checkpoint is "
+      f"{last}. Is the disk full, or a quota reached? The same command goes on "
+      "from there."
     )
 
   def poll(self) -> int | None:
-    """The step of a save that has been completed since the last call.
+    """Returns the step of a save completed since the last call, or None.
 
     Raises:
-      SaveError: it has failed.
+      SaveError: the save failed.
     """
     if self._saving is None or not self._saving.done():
       return None
@@ -197,7 +196,7 @@ class Checkpoints:
     return self.last_saved
 
   def wait(self) -> int | None:
-    """Waits for the last save; otherwise as `poll`."""
+    """Waits for the last save and returns its step, or None; see `poll`."""
     if self._saving is not None:
       futures.wait([self._saving])
     return self.poll()
@@ -205,21 +204,21 @@ class Checkpoints:
   def restore(
     self, step: int, like: Pytree, shardings: Pytree, meta: dict, allow=()
   ) -> Pytree:
-    """Restores the train state of `step`.
+    """Restores the training state of a step.
 
     Args:
-      step: one of the saved steps.
-      like: a state of the right structure, arrays or shapes.
-      shardings: a tree like it, where each array shall live; how they were
-        spread over devices when they were saved does not matter.
-      meta: what this run is about; it must equal the checkpoint's.
-      allow: keys of `meta` that may differ all the same.
+      step: a saved step.
+      like: a state of the same structure, as arrays or shapes.
+      shardings: a tree like the state: where each array is to live. The
+        shardings at the time of the save do not matter.
+      meta: dict of this run; must equal the checkpoint's.
+      allow: keys of `meta` that may differ.
 
     Raises:
-      ResumeError: names what differs, old and new.
+      ResumeError: names what differs, old and new value.
     """
     args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    where = self._manager.directory / str(step)
+    path = self._manager.directory / str(step)
     saved = self._manager.restore(step, args=args)["meta"]
     keys = [
       key
@@ -228,7 +227,7 @@ class Checkpoints:
     ]
     if keys:
       raise ResumeError(
-        f"cannot resume from {where}, this run differs from the one saved "
+        f"cannot resume from {path}, this run differs from the one saved "
         "there:\n"
         + "\n".join(
           f"  {key}: was {saved.get(key)!r}, is {meta.get(key)!r}"
@@ -236,7 +235,7 @@ class Checkpoints:
         )
         + "\nSet them back, or start afresh in another --workdir, with "
         f"--config.init_from={self._manager.directory.parent} for its weights. "
-        "Where the change is meant: --config.allow_change="
+        "If the change is intended: --config.allow_change="
         + ",".join(keys).replace(" ", r"\ ")
       )
     abstract = jax.tree.map(
@@ -245,67 +244,75 @@ class Checkpoints:
       shardings,
     )
     handler = ocp.PyTreeCheckpointHandler()
-    tree = handler.metadata(where / "state").tree
+    tree = handler.metadata(path / "state").tree
     handler.close()
-    change = None
+    # The checkpoint may have been saved with the other value of config.scan.
+    convert = None
     if stacking.are_joined(tree) and not stacking.are_joined(like):
-      change, abstract = stacking.split, stacking.join(abstract, _joined)
+      convert, abstract = stacking.split, stacking.join(abstract, _joined)
     elif stacking.are_joined(like) and not stacking.are_joined(tree):
-      change, abstract = stacking.join, stacking.split(abstract, _block)
-    self._check_leaves(where, tree, abstract)
+      convert, abstract = stacking.join, stacking.split(abstract, _block)
+    _check_leaves(path, tree, abstract)
     state = self._manager.restore(
       step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
     )["state"]
-    if change is not None:  # config.scan was the other way
-      state = jax.jit(change, out_shardings=shardings)(state)
+    if convert is not None:
+      state = jax.jit(convert, out_shardings=shardings)(state)
     return state
 
-  def _check_leaves(self, where: epath.Path, tree: Pytree, like: Pytree):
-    saved, wanted = _leaves(tree), _leaves(like)
-    differ = [
-      f"  {name}: was {saved.get(name, 'not there')}, is "
-      f"{wanted.get(name, 'not there')}"
-      for name in sorted(saved.keys() | wanted.keys())
-      if saved.get(name) != wanted.get(name)
-    ]
-    if differ:
-      more = [f"  ... and {len(differ) - 20} more"] * (len(differ) > 20)
-      raise ResumeError(
-        f"{where} does not fit this model:\n"
-        + "\n".join(differ[:20] + more)
-        + "\nUse the configuration it was trained with, or start afresh in "
-        "another --workdir."
-      )
-
   def close(self) -> None:
-    """Waits for the last save; raises what went wrong with it."""
+    """Waits for the last save.
+
+    Raises:
+      SaveError: the save failed.
+    """
     self.wait()
     self._pool.shutdown()
     self._manager.close()
 
 
+def _check_leaves(path: epath.Path, tree: Pytree, like: Pytree) -> None:
+  """Raises ResumeError if paths, shapes or dtypes of two trees differ."""
+  saved, expected = _leaves(tree), _leaves(like)
+  differ = [
+    f"  {name}: was {saved.get(name, 'not there')}, is "
+    f"{expected.get(name, 'not there')}"
+    for name in sorted(saved.keys() | expected.keys())
+    if saved.get(name) != expected.get(name)
+  ]
+  if differ:
+    more = [f"  ... and {len(differ) - 20} more"] * (len(differ) > 20)
+    raise ResumeError(
+      f"{path} does not fit this model:\n"
+      + "\n".join(differ[:20] + more)
+      + "\nUse the configuration it was trained with, or start afresh in "
+      "another --workdir."
+    )
+
+
 def _joined(arrays: Sequence[jax.ShapeDtypeStruct]) -> jax.ShapeDtypeStruct:
-  """What arrays of all blocks become when they are joined."""
+  """Returns the struct of the stacked arrays of all blocks."""
   first = arrays[0]
-  place = first.sharding
+  mesh, spec = first.sharding.mesh, first.sharding.spec
   return jax.ShapeDtypeStruct(
     (len(arrays), *first.shape),
     first.dtype,
-    sharding=NamedSharding(place.mesh, PartitionSpec(None, *place.spec)),
+    sharding=NamedSharding(mesh, PartitionSpec(None, *spec)),
   )
 
 
 def _block(joined: jax.ShapeDtypeStruct, _: int) -> jax.ShapeDtypeStruct:
-  """What each block's part of an array of all is."""
-  place = joined.sharding
+  """Returns the struct of one block's part of a stacked array."""
+  mesh, spec = joined.sharding.mesh, joined.sharding.spec
   return jax.ShapeDtypeStruct(
     joined.shape[1:],
     joined.dtype,
-    sharding=NamedSharding(place.mesh, PartitionSpec(*place.spec[1:])),
+    sharding=NamedSharding(mesh, PartitionSpec(*spec[1:])),
   )
 
 
 def _leaves(tree: Pytree) -> dict[str, str]:
+  """Returns dtype and shape of each leaf by its path."""
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): (
       f"{leaf.dtype} {tuple(leaf.shape)}"

@@ -1,6 +1,7 @@
-"""Checksums of a finished folder, kept in it: orbax restores flipped bits.
+"""Checksums of a folder, in a file in the folder.
 
-Written last, they also tell that the folder is whole.
+Orbax restores flipped bits without noticing. The checksums are written last,
+so they also mark the folder as complete.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from etils import epath
 from marlin_jax.records import folders
 
 NAME = "checksums.json"
-# Reading from disks and buckets overlaps, and sha256 leaves other threads run.
+# Reads overlap, and sha256 releases the interpreter lock.
 _NUM_THREADS = 4
 _CHUNK_BYTES = 1 << 20
 
 
 def write(directory: epath.PathLike) -> None:
-  """Reads every file in a folder and notes its size and sha256 there."""
+  """Writes size and sha256 of every file in a folder."""
   directory = epath.Path(directory)
   files = dict(_measure(directory, _names(directory)))
   text = json.dumps({"sha256": files}, indent=1)
@@ -29,7 +30,7 @@ def write(directory: epath.PathLike) -> None:
 
 
 def exist(directory: epath.PathLike) -> bool:
-  """Whether a folder has checksums."""
+  """Returns True if a folder has checksums."""
   return (epath.Path(directory) / NAME).exists()
 
 
@@ -37,8 +38,8 @@ def problem(directory: epath.PathLike) -> str | None:
   """Reads every file in a folder and compares it with its checksum.
 
   Returns:
-    None where all is as it was written; else one line that names a file and
-    what is wrong with it.
+    None if all files are as written; else a line that names a file and its
+    problem.
   """
   directory = epath.Path(directory)
   if not exist(directory):
@@ -52,9 +53,9 @@ def problem(directory: epath.PathLike) -> str | None:
     path = directory / name
     if not path.exists():
       return f"{name} is missing"
-    found = path.stat().length
-    if found != size:
-      return f"{name} holds {found} bytes, not the {size} written"
+    actual_size = path.stat().length
+    if actual_size != size:
+      return f"{name} holds {actual_size} bytes, not the {size} written"
   for name, (_, digest) in _measure(directory, list(expected)):
     if digest != expected[name][1]:
       return f"{name} is not what was written: its sha256 differs"
@@ -62,6 +63,7 @@ def problem(directory: epath.PathLike) -> str | None:
 
 
 def _names(directory: epath.Path, prefix: str = "") -> list[str]:
+  """Returns all files in a folder, relative to it, but for the checksums."""
   names = []
   for path in sorted(directory.iterdir(), key=lambda path: path.name):
     name = prefix + path.name
@@ -75,6 +77,8 @@ def _names(directory: epath.Path, prefix: str = "") -> list[str]:
 def _measure(
   directory: epath.Path, names: list[str]
 ) -> Iterator[tuple[str, tuple[int, str]]]:
+  """Yields name, size and sha256 of each file."""
+
   def measure(name):
     digest, size = hashlib.sha256(), 0
     with (directory / name).open("rb") as file:

@@ -1,25 +1,25 @@
-"""Where a run's time goes, over its whole life.
+"""Goodput: where the time of a run goes, over all of its processes in turn.
 
 Every second since the process started belongs to exactly one kind:
 
-  start       imports, processes meeting, data opened, a checkpoint restored
-  compile     of the training step
-  step        the devices train, or the loop around them takes its time
-  data        a batch was not there and no step was running
+  start       imports, processes meeting, opening data, restoring a checkpoint
+  compile     compiling the training step
+  step        the devices train, or the loop around them runs
+  data        waiting for a batch while no step runs
   checkpoint  saving
-  eval        numbers and pictures, what they compile included
-  profile     a profile is started or written
-  lost        steps done, saved too late and done again; with their data waits,
-              checkpoints and evaluations
+  eval        evaluations and pictures, their compilation included
+  profile     starting or writing a profile
+  lost        steps done after the last checkpoint and done again, with their
+              data waits, checkpoints and evaluations
 
-A step may be running on the devices while the host waits for data or saves:
-until it is done that time counts as step.
+A step may run on the devices while the host waits for data or saves: until the
+step is done, that time counts as step.
 
 The sums are written with the metrics, `goodput/<kind>_secs`, and a resumed run
-goes on with them. Time between two processes is apart, `goodput/down_secs`:
-neither part of `goodput/total_secs` nor of `goodput/ratio`, which is
-step / total. It begins with the last sign of life in metrics.jsonl, so up to
-log_steps of a killed run are in it.
+continues them. Time between two processes, `goodput/down_secs`, is part neither
+of `goodput/total_secs` nor of `goodput/ratio`, which is step / total. It begins
+with the last line of metrics.jsonl, so it includes up to log_steps of a killed
+run.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import datetime
+import functools
 import json
 import math
 import os
@@ -49,14 +50,15 @@ KINDS = (
   "profile",
   "lost",
 )
-_REDONE = ("step", "data", "checkpoint", "eval", "profile")
-_IMPORTED = time.perf_counter()
+_REPEATED = ("step", "data", "checkpoint", "eval", "profile")
+_SUMMARY_NAMES = {"eval": "evaluation", "data": "data wait"}
+_IMPORT_TIME = time.perf_counter()
 
 
 class Timer:
-  """Gives every second to a kind.
+  """Assigns every second to a kind.
 
-  Until `enter` is called all time is `start`, but for what `on` encloses.
+  Time is of kind `start` until `enter` is called, except inside `on`.
   """
 
   def __init__(
@@ -69,41 +71,44 @@ class Timer:
     clock: Callable[[], float] = time.perf_counter,
     watch: Callable[[Any], futures.Future] | None = None,
   ):
-    """Starts.
+    """Starts the timer.
 
     Args:
-      clips_per_step: of the whole batch.
+      clips_per_step: clips of the whole batch.
       carried: seconds of earlier processes, from `carried_over`.
       peak_clips_per_sec: rate at a utilisation of 1; None: unknown.
-      age_secs: how long this process has been running; None: found out.
-      clock: gives seconds.
-      watch: result of a step -> a future of the time on that clock at which it
-        is ready; None: a thread that waits for it.
+      age_secs: age of this process; None: `process_age_secs`.
+      clock: returns seconds.
+      watch: maps the result of a step to a future of the time at which it is
+        ready; None: a thread waits for it. (The host may be busy and would
+        notice too late.)
     """
     self._clips_per_step = clips_per_step
     self._carried = carried or {}
     self._peak = peak_clips_per_sec
     self._clock = clock
-    self._watch = watch or _Watcher(clock)
+    if watch is None:
+      thread = futures.ThreadPoolExecutor(1, "marlin_jax_step")
+      watch = functools.partial(thread.submit, _ready_time, clock)
+    self._watch = watch
     self._own = dict.fromkeys(KINDS, 0.0)
     self._kind = "start"
-    # What came before belongs to a kind already.
-    self._until = clock() - (
-      process_age_secs() if age_secs is None else age_secs
-    )
-    self._running: collections.deque = collections.deque()
-    self._steps = 0
+    age_secs = process_age_secs() if age_secs is None else age_secs
+    # Time up to here has been assigned.
+    self._until = clock() - age_secs
+    self._running: collections.deque[futures.Future] = collections.deque()
+    self._num_steps = 0
     self._last_read = (0.0, 0.0)
 
   def enter(self, kind: str) -> None:
-    """From now on time is of this kind, where `on` does not say otherwise."""
-    self._give(self._kind, self._clock())
+    """Assigns the time from now on to a kind, except inside `on`."""
+    self._assign(self._kind, self._clock())
     self._kind = kind
 
   @contextlib.contextmanager
   def on(self, kind: str) -> Iterator[None]:
-    """Around what is of another kind, once no step is running; not nested."""
-    self._give(self._kind, self._clock())
+    """Assigns the time inside to a kind, once no step runs; does not nest."""
+    self._assign(self._kind, self._clock())
     try:
       yield
     finally:
@@ -111,54 +116,48 @@ class Timer:
       if self._running:
         last = self._running[-1]
         done = last.result() if last.done() else end
-        # It may have been done before all this began.
-        self._give("step", min(max(done, self._until), end))
-      self._give(kind, end)
+        # The step may have been done before `on` was entered.
+        self._assign("step", min(max(done, self._until), end))
+      self._assign(kind, end)
 
   def step_started(self, result: Any) -> None:
-    """Waits for the step before this one: at most one runs ahead.
+    """Notes a step and waits for the one before: at most one runs ahead.
 
     Args:
       result: arrays that are ready when the step is done.
     """
-    self._steps += 1
+    self._num_steps += 1
     self._running.append(self._watch(result))
     if len(self._running) > 1:
       self._running.popleft().result()
 
   def wait(self) -> None:
-    """Waits for the step that is running."""
+    """Waits for the running step."""
     if self._running:
       self._running[-1].result()
 
-  def own_secs(self, kind: str) -> float:
-    """Seconds of a kind in this process."""
-    return self._own[kind]
-
   def read(self) -> dict[str, float]:
-    """Rates since the last reading, and sums of the whole run.
+    """Returns rates since the last call and sums over the run, as metrics.
 
-    Call when all steps so far are done.
+    Call it when all steps are done.
     """
     totals = self.totals()
     step, data = self._own["step"], self._own["data"]
     waited = data - self._last_read[1]
     secs = step - self._last_read[0] + waited
     rates = {
-      "time/step_secs": secs / self._steps,
-      "time/clips_per_sec": self._clips_per_step * self._steps / secs,
+      "time/step_secs": secs / self._num_steps,
+      "time/clips_per_sec": self._clips_per_step * self._num_steps / secs,
       "time/data_wait_ratio": waited / secs,
     }
     if self._peak:
       rates["time/mfu"] = rates["time/clips_per_sec"] / self._peak
-    self._last_read, self._steps = (step, data), 0
+    self._last_read, self._num_steps = (step, data), 0
     return rates | totals
 
   def totals(self) -> dict[str, float]:
-    """Sums over all of the run's processes, as metrics."""
-    self._give(self._kind, self._clock())
-    secs = self._all()
-    total = math.fsum(secs.values())
+    """Returns sums over all processes of the run, as metrics."""
+    secs, total = self._sums()
     return {
       **{_name(kind): value for kind, value in secs.items()},
       _name("total"): total,
@@ -168,13 +167,10 @@ class Timer:
     }
 
   def summary(self) -> str:
-    """One line: the whole time and each kind's share of it."""
-    self._give(self._kind, self._clock())
-    secs = self._all()
-    total = math.fsum(secs.values())
-    names = {"eval": "evaluation", "data": "data wait"}
+    """Returns the total time and the share of each kind in one line."""
+    secs, total = self._sums()
     shares = ", ".join(
-      f"{names.get(kind, kind)} {value / total:.1%}"
+      f"{_SUMMARY_NAMES.get(kind, kind)} {value / total:.1%}"
       for kind, value in secs.items()
       if value
     )
@@ -182,33 +178,20 @@ class Timer:
     down = self._carried.get("down", 0.0)
     return line + (f"; down {_clock_face(down)} in between" if down else "")
 
-  def _all(self) -> dict[str, float]:
-    return {
-      kind: self._carried.get(kind, 0.0) + secs
-      for kind, secs in self._own.items()
-    }
+  def _sums(self) -> tuple[dict[str, float], float]:
+    """Returns the seconds of each kind over all processes, and their sum."""
+    self._assign(self._kind, self._clock())
+    secs = {k: self._carried.get(k, 0.0) + own for k, own in self._own.items()}
+    return secs, math.fsum(secs.values())
 
-  def _give(self, kind: str, now: float) -> None:
+  def _assign(self, kind: str, now: float) -> None:
     self._own[kind] += now - self._until
     self._until = now
 
 
-class _Watcher:
-  """Notes when results are ready, in a thread of its own.
-
-  The host, busy with something else, would notice too late.
-  """
-
-  def __init__(self, clock: Callable[[], float]):
-    self._clock = clock
-    self._thread = futures.ThreadPoolExecutor(1, "marlin_jax_step")
-
-  def __call__(self, result: Any) -> futures.Future:
-    return self._thread.submit(self._wait, result)
-
-  def _wait(self, result: Any) -> float:
-    jax.block_until_ready(result)
-    return self._clock()
+def _ready_time(clock: Callable[[], float], result: Any) -> float:
+  jax.block_until_ready(result)
+  return clock()
 
 
 def carried_over(
@@ -218,41 +201,41 @@ def carried_over(
   now: float | None = None,
   age_secs: float | None = None,
 ) -> dict[str, float]:
-  """What a run's earlier processes have spent.
+  """Returns the seconds that earlier processes of a run have spent.
 
-  Steps after start_step will be done again, so their time was lost. To be
-  called before MetricWriter removes them from the file.
+  The time of steps after `start_step`, which will be done again, is lost. Call
+  it before `MetricWriter` removes these steps from the file.
 
   Args:
     path: metrics.jsonl; may be missing, or of a version without these sums.
-    start_step: the step that is resumed from.
-    now: seconds since 1970; None: now.
-    age_secs: how long this process has been running; None: found out.
+    start_step: step of the checkpoint that the run resumes from.
+    now: Unix time; None: now.
+    age_secs: age of this process; None: `process_age_secs`.
 
   Returns:
     Seconds of each kind, and `down` between processes.
   """
   kept = last = dict.fromkeys((*KINDS, "down"), 0.0)
-  seen = None
+  last_time = None
   for row in _rows(path):
     last = {kind: float(row.get(_name(kind), 0.0)) for kind in last}
-    seen = row.get("time/unix_secs")
+    last_time = row.get("time/unix_secs")
     if row["step"] <= start_step:
       kept = last
   carried = dict(last)
-  for kind in _REDONE:
+  for kind in _REPEATED:
     carried[kind] = kept[kind]
     carried["lost"] += last[kind] - kept[kind]
-  if seen is not None:
+  if last_time is not None:
     now = time.time() if now is None else now
     age_secs = process_age_secs() if age_secs is None else age_secs
-    # Clocks of two machines may disagree.
-    carried["down"] += max(now - age_secs - seen, 0.0)
+    # Not below 0: clocks of two machines may disagree.
+    carried["down"] += max(now - age_secs - last_time, 0.0)
   return carried
 
 
 def _rows(path: Path) -> Iterator[dict]:
-  """The lines of metrics.jsonl that hold sums."""
+  """Yields the lines of metrics.jsonl that hold sums."""
   if not path.exists():
     return
   with path.open() as file:
@@ -266,11 +249,8 @@ def _rows(path: Path) -> Iterator[dict]:
 
 
 def process_age_secs() -> float:
-  """How long this process has been running.
-
-  Where the system does not tell (no /proc), since this file was imported.
-  """
-  since_import = time.perf_counter() - _IMPORTED
+  """Returns the age of this process; without /proc, that of this import."""
+  since_import = time.perf_counter() - _IMPORT_TIME
   try:
     stat = Path("/proc/self/stat").read_text()
   except OSError:

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, progress."""
+"""Metrics of a run: metrics.jsonl, TensorBoard and the progress line."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ from marlin_jax.records import folders
 
 
 class MetricWriter:
-  """Writes scalars and pictures of one run.
+  """Writes scalars and pictures of a run, in process 0.
 
-  metrics.jsonl has one object per logged step and is the source of truth;
-  TensorBoard shows the same beside it. Of several processes only the first
-  writes.
+  metrics.jsonl is the record of a run; TensorBoard's event files repeat it.
   """
 
   def __init__(self, workdir: str | Path, *, start_step: int):
-    """Opens the files; what an interrupted run wrote past start_step goes."""
+    """Opens the files and removes lines of steps after `start_step`."""
     self._writes = jax.process_index() == 0
     if not self._writes:
       return
@@ -41,9 +39,9 @@ class MetricWriter:
     )
 
   def write(self, step: int, scalars: dict[str, float]) -> None:
-    """Adds one object to metrics.jsonl, and the scalars to TensorBoard.
+    """Adds an object to metrics.jsonl, and the scalars to TensorBoard.
 
-    What is not finite is left out: JSON has no word for it.
+    Values that are not finite are left out: JSON cannot express them.
     """
     if not self._writes:
       return
@@ -53,40 +51,44 @@ class MetricWriter:
       self._board.add_scalar(name, value, step)
 
   def event(self, name: str, step: int, **details: Any) -> None:
-    """Adds an object with `event`, its name, to metrics.jsonl alone."""
+    """Adds an object with the key `event` to metrics.jsonl alone."""
     if self._writes:
       line = {"step": step, "event": name, **details}
       self._file.write(json.dumps(line) + "\n")
 
   def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
-    """Adds uint8 (H, W, 3) to TensorBoard."""
+    """Adds a picture, uint8 (H, W, 3), to TensorBoard."""
     if self._writes:
       self._board.add_image(name, picture, step, dataformats="HWC")
 
   def close(self) -> None:
+    """Closes the files."""
     if self._writes:
       self._file.close()
       self._board.close()
 
 
 def _summary_writer() -> type:
-  """tensorboardX's, without PyTorch.
+  """Imports tensorboardX.SummaryWriter without PyTorch.
 
-  It imports that wherever it is installed, only to name a type: 3 seconds at
-  each start.
+  tensorboardX/writer.py imports PyTorch if it is installed, only for a type
+  annotation, which takes 3 seconds at each start. The import fails, as if
+  PyTorch was not installed, while sys.modules holds None in its place; see "The
+  module cache" in the reference of Python's import system.
   """
-  hidden = "torch" not in sys.modules
-  if hidden:
-    sys.modules["torch"] = None  # which makes an import fail
+  is_hidden = "torch" not in sys.modules
+  if is_hidden:
+    sys.modules["torch"] = None
   try:
     from tensorboardX import SummaryWriter
   finally:
-    if hidden:
+    if is_hidden:
       del sys.modules["torch"]
   return SummaryWriter
 
 
 def _step_of(line: str) -> float:
+  """Returns the step of a line of metrics.jsonl."""
   try:
     return json.loads(line)["step"]
   except (ValueError, KeyError):
@@ -94,32 +96,33 @@ def _step_of(line: str) -> float:
 
 
 class Progress:
-  """The line that tells how far a run is.
+  """Progress of a run, printed by process 0.
 
-  A bar with ETA on a terminal; in a log file one plain line per report. Of
-  several processes only the first speaks.
+  A bar with the remaining time on a terminal; in a log file a line per report.
   """
 
   def __init__(self, total: int, *, start: int):
+    """Shows `start` of `total` steps."""
     self._total = total
-    self._speaks = jax.process_index() == 0
+    self._prints = jax.process_index() == 0
     self._bar = tqdm(
       total=total,
       initial=start,
       unit="step",
       dynamic_ncols=True,
-      # Steps are slow on small machines: show each.
+      # Shows every step: on small machines they are slow.
       mininterval=0.5,
-      disable=not (self._speaks and sys.stderr.isatty()),
+      disable=not (self._prints and sys.stderr.isatty()),
       bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
       "[{elapsed}<{remaining}{postfix}]",
     )
 
   def step(self) -> None:
+    """Advances by a step."""
     self._bar.update()
 
   def report(self, step: int, scalars: dict[str, float]) -> None:
-    """Shows the losses and rates of MetricWriter's scalars."""
+    """Shows the losses and rates among a step's metrics."""
     losses = [
       f"{name.removeprefix('train/')} {value:.4f}"
       for name, value in scalars.items()
@@ -131,7 +134,7 @@ class Progress:
     rates.append(f"data wait {scalars['time/data_wait_ratio']:.1%}")
     text = ", ".join(losses + rates)
     if not self._bar.disable:
-      # Room is short, and the end is cut off.
+      # A terminal cuts off the end of a long line.
       self._bar.set_postfix_str(text.replace("loss_", ""))
       return
     remaining = (self._total - step) * scalars["time/step_secs"]
@@ -141,10 +144,11 @@ class Progress:
     )
 
   def say(self, line: str) -> None:
-    """Prints a line that stays, above the bar where there is one."""
-    if self._speaks:
+    """Prints a line, above the bar if there is one."""
+    if self._prints:
       tqdm.write(line, file=sys.stdout)
       sys.stdout.flush()
 
   def close(self) -> None:
+    """Removes the bar."""
     self._bar.close()

@@ -1,4 +1,4 @@
-"""Steps that were not applied, because something in them was not finite."""
+"""Steps not applied because a loss or a gradient was not finite."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from marlin_jax.records.cli import UserError
 
 
 class NotFiniteError(UserError):
-  """A loss or a gradient is not finite, too often to go on."""
+  """Too many steps in a row without a finite loss and gradient."""
 
 
 class SkippedStep(NamedTuple):
-  """A step that changed nothing.
+  """Step that was not applied.
 
   Attributes:
-    step: its number.
-    not_finite: the metrics that were not, as text, by name.
-    clips: names of the records that its clips came from.
+    step: number of the step.
+    not_finite: the metrics that were not finite, as text, by name.
+    clips: names of the records of its clips.
   """
 
   step: int
@@ -38,55 +38,58 @@ class SkippedStep(NamedTuple):
 
 
 class SkippedSteps:
-  """Finds them a step later, when their metrics are known without waiting."""
+  """Finds skipped steps, one step late: the metrics are then ready."""
 
   def __init__(self, dataset: Dataset, *, max_in_row: int, num_before: int):
     """Starts to count.
 
     Args:
-      dataset: what the clips are of.
-      max_in_row: how many without one that is applied are bearable.
-      num_before: how many there were so far, in the whole run.
+      dataset: data set of the clips.
+      max_in_row: number of skipped steps in a row that ends the run.
+      num_before: skipped steps of the run so far.
     """
     self._dataset, self._max_in_row = dataset, max_in_row
     self._pending: tuple[int, dict, jax.Array] | None = None
     self._num, self._in_row = num_before, 0
 
   def check(self) -> SkippedStep | None:
-    """Looks at the step that was last given to `follow`.
+    """Checks the step last given to `follow`; waits until it is done.
 
-    To be called by all processes alike, when the step is done.
+    Called by all processes together.
+
+    Returns:
+      The step if it was skipped and was not checked before, else None.
 
     Raises:
-      NotFiniteError: it was one too many in a row.
+      NotFiniteError: `max_in_row` steps in a row were skipped.
     """
     if self._pending is None:
       return None
     (step, scalars, ids), self._pending = self._pending, None
-    before, self._num = self._num, int(scalars["num_skipped"])
-    if self._num == before:
+    num_before, self._num = self._num, int(scalars["num_skipped"])
+    if self._num == num_before:
       self._in_row = 0
       return None
     self._in_row += 1
     values = {name: float(value) for name, value in scalars.items()}
-    bad = {k: str(v) for k, v in values.items() if not math.isfinite(v)}
-    found = SkippedStep(step, bad, self._names(ids))
+    not_finite = {k: str(v) for k, v in values.items() if not math.isfinite(v)}
+    skipped = SkippedStep(step, not_finite, self._names(ids))
     if self._in_row >= self._max_in_row:
       raise NotFiniteError(
-        f"{found}\nThat was the last of {self._in_row} in a row, and "
-        f"config.max_skipped_steps is {self._max_in_row}. What is saved is "
+        f"{skipped}\nThis was the last of {self._in_row} in a row, and "
+        f"config.max_skipped_steps is {self._max_in_row}. All checkpoints are "
         "finite. A lower optim.base_lr or adv.weight, adv.max_pull=10 or dtype "
         "float32 may help, from the last checkpoint with config.allow_change."
       )
-    return found
+    return skipped
 
   def follow(self, step: int, scalars: dict[str, jax.Array], ids: jax.Array):
-    """Remembers a step that has been started.
+    """Notes a step that has been dispatched.
 
     Args:
-      step: its number.
-      scalars: its metrics.
-      ids: int (B,), the records of its clips, spread over the devices.
+      step: number of the step.
+      scalars: its metrics, with `num_skipped`.
+      ids: int (B,), numbers of the clips' records, sharded over the devices.
     """
     self._pending = step, scalars, ids
 

@@ -1,9 +1,9 @@
-"""The small files of a run, where the workdir may be in a bucket.
+"""Small files of a run whose workdir may be in a bucket.
 
-metrics.jsonl and TensorBoard's events are appended to, which a bucket cannot
-do. With a workdir on gs:// they are written to a local folder, together with
-pictures and config.json, and copied whole whenever a checkpoint is saved: no
-later line is needed by a run that is resumed. Checkpoints go to the bucket
+metrics.jsonl and TensorBoard's event files grow by appending, which a bucket
+does not support. With a workdir on gs:// they are written to a local folder, as
+are pictures and profiles, and copied whole whenever a checkpoint is saved: a
+resumed run needs no later line. Checkpoints and config.json go to the bucket
 directly.
 """
 
@@ -21,15 +21,15 @@ from marlin_jax.training.configuration import ConfigError
 
 
 def is_remote(path: str | epath.Path) -> bool:
-  """Whether a path names something in a bucket."""
+  """Returns True for a path in a bucket."""
   return "://" in str(path)
 
 
 def check_reachable(*paths: str) -> None:
-  """Finds out early that a path cannot be read or written at all.
+  """Checks that paths in buckets can be opened at all.
 
   Raises:
-    ConfigError: says what is missing and how to get it.
+    ConfigError: the scheme is not gs://, or gcsfs is not installed.
   """
   for path in filter(is_remote, paths):
     scheme = path.partition("://")[0]
@@ -45,10 +45,10 @@ def check_reachable(*paths: str) -> None:
 
 
 def check_room(path: Path, num_bytes: int) -> None:
-  """Finds out early that a checkpoint would not fit on the disk.
+  """Checks that a checkpoint of `num_bytes` fits on the disk.
 
   Raises:
-    OutputFolderError: says how much room there is.
+    OutputFolderError: there is less free space.
   """
   free = shutil.disk_usage(path).free
   if free < num_bytes:
@@ -59,18 +59,18 @@ def check_room(path: Path, num_bytes: int) -> None:
 
 
 class RunFiles:
-  """Local files that follow a workdir.
+  """Local folder for the small files of a run.
 
   Attributes:
-    path: where to write them; the workdir itself where that is local.
+    path: the folder; a local workdir itself.
   """
 
   def __init__(self, workdir: epath.Path, *, apart: bool):
     """Opens the folder.
 
     Args:
-      workdir: of the run; it exists.
-      apart: write elsewhere and copy; for a workdir that `is_remote`.
+      workdir: workdir of the run; exists.
+      apart: use a temporary folder and copy it, for a workdir in a bucket.
     """
     self._workdir = workdir
     self._copied: dict[Path, tuple[int, int]] = {}
@@ -80,27 +80,27 @@ class RunFiles:
       return
     self._folder = tempfile.TemporaryDirectory(prefix="marlin_jax_")
     self.path = Path(self._folder.name)
-    # All that a resumed run goes on with; the rest gets new names.
+    # The only file that a resumed run continues; others get new names.
     metrics = workdir / "metrics.jsonl"
     if metrics.exists():
       (self.path / metrics.name).write_bytes(metrics.read_bytes())
 
   def publish(self) -> None:
-    """Copies what is new or has changed since the last time."""
+    """Copies files that are new or have changed since the last call."""
     if self._folder is None:
       return
     for path in sorted(p for p in self.path.rglob("*") if p.is_file()):
       stat = path.stat()
-      now = stat.st_size, stat.st_mtime_ns
-      if self._copied.get(path) == now:
+      version = stat.st_size, stat.st_mtime_ns
+      if self._copied.get(path) == version:
         continue
       target = self._workdir / str(path.relative_to(self.path))
       target.parent.mkdir(parents=True, exist_ok=True)
       target.write_bytes(path.read_bytes())
-      self._copied[path] = now
+      self._copied[path] = version
 
   def close(self) -> None:
-    """Copies what is left and removes the local folder."""
+    """Publishes and removes the temporary folder."""
     self.publish()
     if self._folder is not None:
       self._folder.cleanup()

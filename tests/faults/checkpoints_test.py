@@ -176,7 +176,7 @@ def test_a_flipped_bit_sends_a_resumed_run_back_to_the_step_before(workdir):
   flip_a_bit(largest(workdir / "checkpoints" / "2"), np.random.default_rng(0))
   step, state, (note,) = restored(workdir)
   assert_is_step(step, state, 1)
-  assert "checkpoint 2 cannot be trusted" in note
+  assert "checkpoint 2 is damaged" in note
   assert "its sha256 differs" in note
   # Nothing is lost.
   assert f"moved to {workdir}/damaged/2" in note

@@ -69,9 +69,8 @@ class Loop:
 
   def spent(self):
     """Seconds up to now of each kind that has any."""
-    self.timer.totals()
-    kinds = {kind: self.timer.own_secs(kind) for kind in goodput.KINDS}
-    return {kind: secs for kind, secs in kinds.items() if secs}
+    secs = sums(self.timer.totals())
+    return {kind: value for kind, value in secs.items() if value}
 
 
 def sums(row):
