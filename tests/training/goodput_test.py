@@ -293,7 +293,9 @@ def test_a_process_began_before_its_first_line():
   code = (
     f"import time; first = {boot_secs}\n"
     "from marlin_jax.training import goodput\n"
-    f"print(first, {boot_secs} - goodput.process_age_secs())"
+    # In this order: a pause between the two makes the birth later, not earlier.
+    "age = goodput.process_age_secs()\n"
+    f"print(first, {boot_secs} - age)"
   )
   before = time.clock_gettime(time.CLOCK_BOOTTIME)
   output = subprocess.run(
