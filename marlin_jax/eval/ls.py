@@ -206,7 +206,7 @@ def _generate(config: ConfigDict) -> None:
 
 def _score(config: ConfigDict) -> None:
   from marlin_jax.lipsync.networks import build, published
-  from marlin_jax.lipsync.scoring import score_files
+  from marlin_jax.lipsync.scoring import report
   from marlin_jax.lipsync.scoring.frame_features import open_features
   from marlin_jax.lipsync.scoring.judges import ExpertJudge, SyncNetJudge
   from marlin_jax.lipsync.scoring.score import score
@@ -230,7 +230,7 @@ def _score(config: ConfigDict) -> None:
   except (UserError, RuntimeError) as e:
     sys.exit(f"error: {e}")
   print(
-    f"\n{score_files.table(results)}\n\n{given.output}/scores.json has more"
+    f"\n{report.table(results)}\n\n{given.output}/scores.json has more"
   )
 
 

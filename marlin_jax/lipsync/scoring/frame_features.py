@@ -1,7 +1,8 @@
-"""What pictures are compared by: features of faces, for Frechet distances.
+"""Features of face crops, for Frechet distances.
 
-Only Inception's features make an FID. Its weights are not ours to give; a
-file comes of pytorch-fid (pip install pytorch-fid onnx), on any machine:
+Only with Inception's features the distance is FID. This project does not
+distribute Inception's weights. Export them from pytorch-fid (pip install
+pytorch-fid onnx), on any machine:
 
   import torch
   from pytorch_fid.inception import InceptionV3
@@ -20,7 +21,7 @@ file comes of pytorch-fid (pip install pytorch-fid onnx), on any machine:
     input_names=["pictures"], dynamic_axes={"pictures": {0: "N"}},
   )
 
-Axes: F frames, N pictures, D numbers of a feature.
+Axes: F frames, N images, D feature size.
 """
 
 from __future__ import annotations
@@ -41,39 +42,40 @@ _BATCH_SIZE = 16
 
 
 class FeatureError(UserError):
-  """The feature network cannot be used; the message says what to do."""
+  """Raised if a feature network cannot be used; the message says what to do."""
 
 
 class FrameFeatures(Protocol):
-  """What scoring asks.
+  """Features that scoring compares faces by.
 
   Attributes:
-    metric_name: of the distance between two sets of such features.
+    metric_name: name of the distance between two sets of these features.
   """
 
   metric_name: str
 
   def __call__(self, frames: np.ndarray) -> np.ndarray:
-    """Features of a stretch.
+    """Returns the features of consecutive frames.
 
     Args:
-      frames: uint8 (F, 224, 224, 3), RGB face crops in a row.
+      frames: uint8 (F, 224, 224, 3), RGB face crops.
 
     Returns:
-      float32 (N, D), of each frame or of each window; (0, D) of too few.
+      float32 (N, D), one row per frame or per window; (0, D) if there are too
+      few frames.
     """
 
 
 def open_features(source: str) -> FrameFeatures:
-  """Opens a network by path.
+  """Opens a feature network.
 
   Args:
-    source: an .onnx file, for FID; anything else is taken for weights of MARLIN
-      in any format, or the name of a published model.
+    source: an .onnx file, for FID; otherwise MARLIN weights in any format, or
+      the name of a published model.
 
   Raises:
-    FeatureError: the file is no such network.
-    formats.weights.WeightsError: there are no such weights.
+    FeatureError: the file does not exist or is no such network.
+    WeightsError: the weights do not exist or cannot be read.
   """
   if source.endswith(".onnx"):
     return InceptionFeatures(source)
@@ -83,7 +85,7 @@ def open_features(source: str) -> FrameFeatures:
 
 
 class InceptionFeatures:
-  """Inception's pool of 2048 numbers, from an ONNX file: of an FID."""
+  """Inception's pooled features of size 2048, from an ONNX file: for FID."""
 
   metric_name = "fid"
 
@@ -91,11 +93,12 @@ class InceptionFeatures:
     """Opens the file.
 
     Args:
-      path: takes float32 (N, 3, 299, 299), RGB in [0, 1], of any N, and gives
-        (N, 2048); see above how to make one.
+      path: an ONNX network that maps float32 (N, 3, 299, 299), RGB in [0, 1],
+        to (N, 2048), for any N; see the module's docstring.
 
     Raises:
-      FeatureError: onnxruntime is missing, or this is no such file.
+      FeatureError: onnxruntime is missing, or the file does not exist or is no
+        such network.
     """
     try:
       import onnxruntime
@@ -105,74 +108,75 @@ class InceptionFeatures:
       ) from e
     if not os.path.isfile(path):
       raise FeatureError(
-        f"there is no feature network {path}; how to make one: the docstring "
-        "of marlin_jax/lipsync/scoring/frame_features.py"
+        f"there is no feature network {path}; the docstring of "
+        "marlin_jax/lipsync/scoring/frame_features.py tells how to export it"
       )
     try:
       self._session = onnxruntime.InferenceSession(
         os.fspath(path), providers=["CPUExecutionProvider"]
       )
-    except Exception as e:  # onnxruntime's own kinds, which it does not export
+    except Exception as e:  # onnxruntime does not export its error classes
       raise FeatureError(f"onnxruntime does not open {path}: {e}") from e
-    (taken, *others), (given, *_) = (
-      self._session.get_inputs(),
-      self._session.get_outputs(),
-    )
-    sides = taken.shape[1:]
-    if others or sides != [3, INCEPTION_SIZE, INCEPTION_SIZE]:
+    first_input, *other_inputs = self._session.get_inputs()
+    image_shape = [3, INCEPTION_SIZE, INCEPTION_SIZE]
+    if other_inputs or first_input.shape[1:] != image_shape:
       raise FeatureError(
-        f"{path} takes {taken.shape}, expected one input (N, 3, "
+        f"{path} takes {first_input.shape}, expected one input (N, 3, "
         f"{INCEPTION_SIZE}, {INCEPTION_SIZE})"
       )
-    self._path, self._taken, self._given = path, taken.name, given.name
+    self._path = path
+    self._input_name = first_input.name
+    self._output_name = self._session.get_outputs()[0].name
 
   def __call__(self, frames: np.ndarray) -> np.ndarray:
-    """See `FrameFeatures`: one of each frame."""
-    found = [np.zeros((0, INCEPTION_DIM), np.float32)]
+    """See `FrameFeatures`: returns one row per frame."""
+    batches = [np.zeros((0, INCEPTION_DIM), np.float32)]
     for first in range(0, len(frames), _BATCH_SIZE):
-      pictures = np.stack(
-        [_inception_picture(f) for f in frames[first : first + _BATCH_SIZE]]
+      images = np.stack(
+        [_inception_image(f) for f in frames[first : first + _BATCH_SIZE]]
       )
-      (features,) = self._session.run([self._given], {self._taken: pictures})
-      if features.shape != (len(pictures), INCEPTION_DIM):
+      (features,) = self._session.run(
+        [self._output_name], {self._input_name: images}
+      )
+      if features.shape != (len(images), INCEPTION_DIM):
         raise FeatureError(
-          f"{self._path} gives {features.shape} of {len(pictures)} pictures, "
-          f"expected ({len(pictures)}, {INCEPTION_DIM})"
+          f"{self._path} returns {features.shape} for {len(images)} images, "
+          f"expected ({len(images)}, {INCEPTION_DIM})"
         )
-      found.append(features)
-    return np.concatenate(found)
+      batches.append(features)
+    return np.concatenate(batches)
 
 
-def _inception_picture(frame: np.ndarray) -> np.ndarray:
-  """Returns float32 (3, 299, 299), enlarged as pytorch-fid does."""
+def _inception_image(frame: np.ndarray) -> np.ndarray:
+  """Returns float32 (3, 299, 299) in [0, 1], resized as pytorch-fid does."""
   import cv2
 
   size = INCEPTION_SIZE, INCEPTION_SIZE
-  large = cv2.resize(
+  resized = cv2.resize(
     frame.astype(np.float32) / 255, size, interpolation=cv2.INTER_LINEAR
   )
-  return np.ascontiguousarray(large.transpose(2, 0, 1))
+  return np.ascontiguousarray(resized.transpose(2, 0, 1))
 
 
 class PixelFeatures:
-  """Eight by eight mean colours: needs no network and is no FID.
+  """Mean colours of 8 x 8 blocks: needs no network, and is not FID.
 
-  It sees colours and the coarse look of a face, neither sharpness nor teeth.
+  It measures colours and the coarse look of a face, not sharpness or teeth.
   """
 
   metric_name = "frechet_pixels"
 
   def __call__(self, frames: np.ndarray) -> np.ndarray:
-    """See `FrameFeatures`: one of each frame, of 192 numbers in [0, 1]."""
+    """See `FrameFeatures`: returns one row of 192 in [0, 1] per frame."""
     side = frames.shape[1] // 8
     blocks = frames.reshape(len(frames), 8, side, 8, side, 3)
     return blocks.mean(axis=(2, 4), dtype=np.float32).reshape(-1, 192) / 255
 
 
 class MarlinFeatures:
-  """MARLIN's features of clips that lie side by side: no FID either.
+  """MARLIN's features of adjacent clips; not FID.
 
-  Frames that are left over at a stretch's end are not seen.
+  The frames after the last whole clip are ignored.
   """
 
   metric_name = "frechet_marlin"
@@ -182,12 +186,11 @@ class MarlinFeatures:
     self._num_frames = marlin.architecture.tubelets.num_frames
 
   def __call__(self, frames: np.ndarray) -> np.ndarray:
-    """See `FrameFeatures`: one of each clip."""
+    """See `FrameFeatures`: returns one row per clip."""
     t = self._num_frames
     clips = frames[: len(frames) // t * t].reshape(-1, t, *frames.shape[1:])
-    found = [
+    rows = [np.zeros((0, self._marlin.architecture.width), np.float32)]
+    rows += [
       np.asarray(self._marlin.extract_features(clip[None])) for clip in clips
     ]
-    if not found:
-      return np.zeros((0, self._marlin.architecture.width), np.float32)
-    return np.concatenate(found)
+    return np.concatenate(rows)

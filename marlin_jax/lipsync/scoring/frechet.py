@@ -1,8 +1,10 @@
-"""The Frechet distance between two sets of features.
+"""Frechet distance between two sets of features.
 
-That of two Gaussians with their means and covariances (Dowson and Landau 1982):
-|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). With Inception's features it is FID
-(Heusel et al., NeurIPS 2017).
+Of Gaussians with the means and covariances of the sets (Dowson and Landau
+1982): |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). With Inception's features it
+is FID (Heusel et al., NeurIPS 2017).
+
+Axes: N, M features of the two sets, D feature size.
 """
 
 from __future__ import annotations
@@ -11,22 +13,23 @@ import numpy as np
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-  """Compares two sets of features.
+  """Returns the Frechet distance between two sets of features.
 
-  Without scipy's square root of C1 C2, which is no symmetric matrix and loses
-  its digits where there are fewer features than dimensions: the trace is the
-  sum of the singular values of A^T B, A and B being square roots of the two
-  covariances, and the centred features are such roots already.
+  It does not use scipy's square root of C1 C2: that matrix is not symmetric,
+  and its root loses precision if there are fewer features than dimensions.
+  Instead, the trace of the root is the sum of the singular values of A^T B,
+  where A and B are square roots of the covariances; the centred features are
+  such roots already.
 
   Args:
     a: float (N, D), at least two rows.
     b: float (M, D), at least two rows.
 
   Returns:
-    0 or more; the same for (b, a).
+    The distance, at least 0; symmetric in a and b.
 
   Raises:
-    ValueError: the shapes do not fit, or a number is not finite.
+    ValueError: the shapes do not match, or a value is not finite.
   """
   for features in (a, b):
     if features.ndim != 2 or len(features) < 2 or a.shape[1:] != b.shape[1:]:
@@ -35,16 +38,16 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
         "(M, D) with two rows or more each"
       )
     if not np.isfinite(features).all():
-      raise ValueError("features hold numbers that are not finite")
+      raise ValueError("features contain values that are not finite")
   (mean_a, root_a), (mean_b, root_b) = _moments(a), _moments(b)
   cross = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
   total = (root_a**2).sum() + (root_b**2).sum() - 2 * cross
-  # Rounding can leave equal sets a little below nothing.
+  # For equal sets rounding can make the total slightly negative.
   return float(((mean_a - mean_b) ** 2).sum() + max(total, 0.0))
 
 
 def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns mean (D,) and R (min(N, D), D) with R^T R = covariance."""
+  """Returns the mean (D,) and R (min(N, D), D) with R^T R = covariance."""
   wide = features.astype(np.float64)
   mean = wide.mean(axis=0)
   root = (wide - mean) / np.sqrt(len(wide) - 1)

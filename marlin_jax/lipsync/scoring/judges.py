@@ -1,13 +1,15 @@
-"""Networks that tell how well lips and sound agree.
+"""Networks that embed lips and sound, for scoring how well they agree.
 
-  judge = SyncNetJudge(formats.lipsync.read_syncnet("syncnet_v2.model"))
-  faces, sounds = judge.embeddings(frames, sound)   # -> offsets.distances
+  syncnet = published.read(published.SYNCNET, "syncnet_v2.model")
+  judge = SyncNetJudge(syncnet)
+  faces, sounds = judge.embeddings(frames, sound)
+  distances = offsets.distances(faces, sounds)
 
-Only distances of SyncNet are LSE-D and LSE-C, as published; those of an expert
-of our own bear other names, for they are on another scale.
+Only SyncNet's distances are the published LSE-D and LSE-C. Those of an expert
+are on another scale and have other names.
 
-Axes: F frames of a stretch, S its samples, N windows, T frames of a window, D
-numbers of an embedding.
+Axes: F frames of a stretch (a run of frames with a face), S its samples, N
+windows, T frames of a window, D embedding size.
 """
 
 from __future__ import annotations
@@ -23,21 +25,20 @@ from flax import nnx
 
 from marlin_jax.inference import stream
 from marlin_jax.lipsync import mel_windows
-from marlin_jax.lipsync.networks import syncnet
+from marlin_jax.lipsync.networks import inputs, syncnet
 from marlin_jax.lipsync.networks.sync_expert import SyncExpert
 from marlin_jax.lipsync.scoring.mfcc import HOP, mfcc
+from marlin_jax.lipsync.scoring.talking_video import FRAME_SAMPLES
 from marlin_jax.records.mel_spectrogram import mel_spectrogram
-from marlin_jax.records.schema import SAMPLE_RATE
-
-_FRAME_SAMPLES = SAMPLE_RATE // mel_windows.FPS
 
 
 class Judge(Protocol):
-  """What scoring asks.
+  """Network that scoring compares lips and sound by.
 
   Attributes:
-    name: for people.
-    metric_names: of the least distance, and of how far it is below the median.
+    name: shown in results.
+    metric_names: keys of the lowest mean distance, and of the median minus the
+      lowest, in results.
     num_frames: T.
   """
 
@@ -48,105 +49,117 @@ class Judge(Protocol):
   def embeddings(
     self, frames: np.ndarray, sound: np.ndarray
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Embeds the windows of a stretch; see `num_windows`.
+    """Embeds all windows of a stretch; see `num_windows`.
 
     Args:
-      frames: uint8 (F, 224, 224, 3), RGB face crops, 25 a second.
+      frames: uint8 (F, 224, 224, 3), RGB face crops, 25 per second.
       sound: int16 (S,), 16 kHz; sample 0 is at the time of frame 0.
 
     Returns:
-      Faces and sounds, float32 (N, D) each.
+      Embeddings of faces and sounds, float32 (N, D) each.
     """
 
 
-def num_windows(num_frames: int, num_samples: int, of_window: int) -> int:
-  """Windows that a judge looks at: as far as both pictures and sound go.
+def num_windows(num_frames: int, num_samples: int, window_frames: int) -> int:
+  """Returns the number of windows for which there are both frames and sound.
 
-  SyncNet's authors stop one window early, and so do all who compare with them.
+  It is one less than fit, as in SyncNet's published code, so that scores are
+  comparable.
+
+  Args:
+    num_frames: F.
+    num_samples: S.
+    window_frames: T.
   """
-  both = min(num_frames, num_samples // _FRAME_SAMPLES)
-  return max(both - of_window, 0)
+  num_common = min(num_frames, num_samples // FRAME_SAMPLES)
+  return max(num_common - window_frames, 0)
 
 
 class SyncNetJudge:
-  """The published scorer's network; its distances are LSE-D and LSE-C."""
+  """SyncNet with published weights; its distances are LSE-D and LSE-C."""
 
   name = "SyncNet"
   metric_names = ("lse_d", "lse_c")
   num_frames = syncnet.NUM_FRAMES
 
   def __init__(self, network: syncnet.SyncNet, batch_size: int = 16):
-    """Takes the network, with the published weights in it.
+    """Initialises the judge.
 
     Args:
-      network: see formats.lipsync.read_syncnet.
-      batch_size: windows at a time.
+      network: has the published weights, see networks.published.
+      batch_size: windows per batch.
     """
     self._batch_size = batch_size
-    # As OpenCV, with which it was trained, reads pictures.
-    self._faces = _compiled(
+    # BGR: SyncNet was trained on images read by OpenCV.
+    self._embed_faces = _compiled(
       network,
       lambda net, video: net.faces(video[..., ::-1].astype(jnp.float32)),
     )
-    self._sound = _compiled(network, lambda net, rows: net.sound(rows))
+    self._embed_sound = _compiled(network, lambda net, rows: net.sound(rows))
 
   def embeddings(
     self, frames: np.ndarray, sound: np.ndarray
   ) -> tuple[np.ndarray, np.ndarray]:
     """See `Judge`."""
     num = num_windows(len(frames), len(sound), self.num_frames)
+    frame_rows = FRAME_SAMPLES // HOP  # MFCC rows per frame
+    mfcc_windows = _windows(num, syncnet.MFCC_ROWS, step=frame_rows)
     rows = mfcc(sound).astype(np.float32)
-    hops = _FRAME_SAMPLES // HOP  # of a frame
-    heard = np.arange(num)[:, None] * hops + np.arange(syncnet.MFCC_ROWS)
-    seen = _window_rows(num, self.num_frames)
     return (
-      _in_batches(self._faces, frames, seen, self._batch_size),
-      _in_batches(self._sound, rows, heard, self._batch_size),
+      _embed(
+        self._embed_faces,
+        frames,
+        _windows(num, self.num_frames),
+        self._batch_size,
+      ),
+      _embed(self._embed_sound, rows, mfcc_windows, self._batch_size),
     )
 
 
 class ExpertJudge:
-  """An expert trained here, or Wav2Lip's."""
+  """Sync expert, trained by `--mode=train_expert` or Wav2Lip's."""
 
   metric_names = ("expert_d", "expert_c")
 
   def __init__(
     self, network: SyncExpert, name: str = "expert", batch_size: int = 16
   ):
-    """Takes a trained network.
+    """Initialises the judge.
 
     Args:
       network: in evaluation mode.
-      name: for people.
-      batch_size: windows at a time.
+      name: shown in results.
+      batch_size: windows per batch.
     """
     self.name = name
     self.num_frames = network.num_frames
     self._batch_size = batch_size
-    self._faces = _compiled(
-      network, lambda net, video: net.faces(video.astype(jnp.float32) / 255)
+    self._embed_faces = _compiled(
+      network, lambda net, video: net.faces(inputs.as_floats(video))
     )
-    self._sound = _compiled(network, lambda net, mel: net.sound(mel))
+    self._embed_sound = _compiled(network, lambda net, mel: net.sound(mel))
 
   def embeddings(
     self, frames: np.ndarray, sound: np.ndarray
   ) -> tuple[np.ndarray, np.ndarray]:
     """See `Judge`."""
     num = num_windows(len(frames), len(sound), self.num_frames)
-    mel = mel_windows.windows(
-      mel_spectrogram(sound), np.arange(num), self.num_frames
-    )
-    seen = _window_rows(num, self.num_frames)
-    each = np.arange(num)
+    starts = np.arange(num)
+    mel = mel_windows.windows(mel_spectrogram(sound), starts, self.num_frames)
     return (
-      _in_batches(self._faces, frames, seen, self._batch_size),
-      _in_batches(self._sound, mel, each, self._batch_size),
+      _embed(
+        self._embed_faces,
+        frames,
+        _windows(num, self.num_frames),
+        self._batch_size,
+      ),
+      _embed(self._embed_sound, mel, starts, self._batch_size),
     )
 
 
-def _window_rows(num: int, num_frames: int) -> np.ndarray:
-  """int (N, T): the frames of the windows that begin at each frame."""
-  return np.arange(num)[:, None] + np.arange(num_frames)
+def _windows(num: int, length: int, step: int = 1) -> np.ndarray:
+  """Returns the rows of windows `step` rows apart, int (num, length)."""
+  return step * np.arange(num)[:, None] + np.arange(length)
 
 
 def _compiled(
@@ -161,12 +174,12 @@ def _compiled(
   return functools.partial(run, state)
 
 
-def _in_batches(
-  run: Callable[[np.ndarray], jax.Array],
+def _embed(
+  function: Callable[[np.ndarray], jax.Array],
   values: np.ndarray,
-  rows: np.ndarray,
+  windows: np.ndarray,
   batch_size: int,
 ) -> np.ndarray:
-  """Returns the embeddings of values[rows], computed in batches."""
-  clips = (values[row] for row in rows)
-  return np.stack(list(stream.encode(run, clips, batch_size)))
+  """Returns the embeddings of values[windows], float32 (N, D)."""
+  clips = (values[window] for window in windows)
+  return np.stack(list(stream.encode(function, clips, batch_size)))

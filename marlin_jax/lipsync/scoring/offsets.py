@@ -1,15 +1,14 @@
-"""How far lips and sound are apart: SyncNet's distances over offsets.
+"""Offset between lips and sound, from SyncNet's distances.
 
 As github.com/joonson/syncnet_python, SyncNetInstance.py, and Wav2Lip's
-evaluation/scores_LSE: each face is compared with the sounds around it; of the
-mean distance at each offset, LSE-D is the least, and LSE-C how far that is
-below the median.
+evaluation/scores_LSE: the embedding of each face is compared with those of the
+sounds around it. Of the mean distances per offset, LSE-D is the lowest, and
+LSE-C is the median minus the lowest.
 
-The sign is theirs: an offset is positive where the sound comes too early. Sound
-that is moved k frames later makes the offset k less.
+The sign is theirs: an offset is positive where the sound is too early. Moving
+the sound k frames later lowers the offset by k.
 
-Axes: N windows of a stretch, in order, one frame apart; K offsets each way,
-D numbers of an embedding.
+Axes: N windows, one frame apart; K offsets in each direction, D embedding size.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _EPS = 1e-6  # of PyTorch's pairwise_distance
 
 @dataclasses.dataclass(frozen=True)
 class Sync:
-  """What the distances of a video say.
+  """Agreement of lips and sound in a video.
 
   Attributes:
     offset: frames by which the sound is too early.
@@ -34,7 +33,7 @@ class Sync:
     confidence: LSE-C; higher is better.
     curve: float64 (2K + 1,), the mean distance at each offset, from K to -K;
       see `offset_axis`.
-    num_windows: what they are means of.
+    num_windows: windows that `curve` is the mean of.
   """
 
   offset: int
@@ -44,12 +43,32 @@ class Sync:
   num_windows: int
 
 
+@dataclasses.dataclass(frozen=True)
+class VideoScore:
+  """Score of a video.
+
+  Attributes:
+    name: path of the video below the input.
+    sync: agreement of its lips and sound.
+    num_frames: at 25 frames per second.
+    num_faceless: frames without a face.
+    num_unheard: frames after the end of the sound.
+  """
+
+  name: str
+  sync: Sync
+  num_frames: int
+  num_faceless: int
+  num_unheard: int
+
+
 def distances(
   faces: np.ndarray, sounds: np.ndarray, max_offset: int = MAX_OFFSET
 ) -> np.ndarray:
-  """Compares each face with the sounds around it.
+  """Returns the distances between each face and the sounds around it.
 
-  Sound before the first window and after the last is all zeros, as published.
+  As published, sound embeddings before the first and after the last window are
+  zeros.
 
   Args:
     faces: float (N, D).
@@ -57,18 +76,18 @@ def distances(
     max_offset: K.
 
   Returns:
-    float64 (N, 2K + 1), Euclidean; column j is of the sound j - K frames later.
+    float64 (N, 2K + 1), Euclidean; column j is for sound j - K frames later.
 
   Raises:
-    ValueError: the shapes do not agree.
+    ValueError: the shapes differ.
   """
   if faces.ndim != 2 or faces.shape != sounds.shape:
     raise ValueError(
       f"faces have shape {faces.shape} and sounds {sounds.shape}, expected "
       "(N, D) of both"
     )
-  ends = (max_offset, max_offset), (0, 0)
-  padded = np.pad(sounds.astype(np.float64), ends)
+  padding = (max_offset, max_offset), (0, 0)
+  padded = np.pad(sounds.astype(np.float64), padding)
   n = len(faces)
   return np.stack(
     [
@@ -80,33 +99,33 @@ def distances(
 
 
 def offset_axis(max_offset: int = MAX_OFFSET) -> np.ndarray:
-  """Returns int (2K + 1,), the offsets that the columns stand for: K to -K."""
+  """Returns the offset of each column of `distances`, int (2K + 1,)."""
   return np.arange(max_offset, -max_offset - 1, -1)
 
 
-def measure(of_stretches: Sequence[np.ndarray]) -> Sync:
-  """Sums up a video.
+def measure(stretches: Sequence[np.ndarray]) -> Sync:
+  """Measures the agreement of lips and sound in a video.
 
   Args:
-    of_stretches: `distances` of each of its stretches; usually one.
+    stretches: `distances` of each run of frames with a face.
 
   Raises:
-    ValueError: there is no window.
+    ValueError: there are no windows.
   """
-  found = np.concatenate(list(of_stretches))
-  if not len(found):
+  rows = np.concatenate(list(stretches))
+  if not len(rows):
     raise ValueError("no window to measure, expected at least one")
-  curve = found.mean(axis=0)
+  curve = rows.mean(axis=0)
   best = int(curve.argmin())
   return Sync(
     offset=int(offset_axis(len(curve) // 2)[best]),
     distance=float(curve[best]),
     confidence=float(_lower_median(curve) - curve[best]),
     curve=curve,
-    num_windows=len(found),
+    num_windows=len(rows),
   )
 
 
 def _lower_median(values: np.ndarray) -> float:
-  """PyTorch's median; of an odd number, as published, everyone's."""
+  """Returns PyTorch's median: of an even number of values the lower middle."""
   return np.sort(values)[(len(values) - 1) // 2]

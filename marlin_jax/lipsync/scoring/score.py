@@ -1,9 +1,10 @@
-"""Scores of talking videos: how well lips and sound agree, how real they look.
+"""Scores talking videos: how well lips and sound agree, how real they look.
 
-Of each video the offset, the least mean distance and the confidence of
-`offsets.measure`, over its stretches with a face, as far as its sound goes; of
-all of them the means, as Wav2Lip's evaluation/scores_LSE takes them. Beside
-real videos, the Frechet distance between the faces of the two sets.
+Each video gets the offset, the lowest mean distance and the confidence of
+`offsets.measure`, over its frames with a face, up to the end of its sound. The
+result is the mean over the videos, as in Wav2Lip's evaluation/scores_LSE. If
+real videos are given, the Frechet distance between the faces of both sets is
+computed too.
 
 A video is left out of the means, with a reason, if it has no sound track, is
 silent throughout, shows no face, is damaged, or is too short for one window.
@@ -11,7 +12,6 @@ silent throughout, shows no face, is damaged, or is too short for one window.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,14 @@ import numpy as np
 
 from marlin_jax.inference import video_folder
 from marlin_jax.inference.face_windows import FaceVideoError
-from marlin_jax.lipsync.scoring import (
-  judges,
-  offsets,
-  score_files,
-  talking_video,
-)
+from marlin_jax.lipsync.scoring import judges, offsets, report, talking_video
 from marlin_jax.lipsync.scoring.frame_features import (
   FrameFeatures,
   PixelFeatures,
 )
 from marlin_jax.lipsync.scoring.frechet import frechet_distance
 from marlin_jax.lipsync.scoring.judges import Judge
+from marlin_jax.lipsync.scoring.offsets import VideoScore
 from marlin_jax.lipsync.scoring.talking_video import FRAME_SAMPLES, TalkingVideo
 from marlin_jax.records import cli
 from marlin_jax.records.cli import UserError
@@ -39,26 +35,7 @@ from marlin_jax.records.mel_spectrogram import MAX_VALUE, mel_spectrogram
 
 
 class ScoreError(UserError):
-  """Nothing can be scored; the message says why."""
-
-
-@dataclasses.dataclass(frozen=True)
-class VideoScore:
-  """Of one video.
-
-  Attributes:
-    name: its path below the input.
-    sync: what the distances say.
-    num_frames: of the video, 25 a second.
-    num_faceless: of them without a face.
-    num_unheard: of them after the sound has ended.
-  """
-
-  name: str
-  sync: offsets.Sync
-  num_frames: int
-  num_faceless: int
-  num_unheard: int
+  """Raised if nothing can be scored; the message has the reasons."""
 
 
 def score(
@@ -71,54 +48,65 @@ def score(
   crop_face: bool = True,
   max_offset: int = offsets.MAX_OFFSET,
 ) -> dict[str, Any]:
-  """Scores videos and writes down what comes of it.
+  """Scores videos and writes the results.
 
   Args:
     videos: files, folders or manifests of data_prep.
     output: folder of scores.json, scores.csv, scores.txt and offsets.png;
       created if missing; existing files are replaced.
-    judge: SyncNet, for LSE, or an expert.
-    reals: real videos to compare the faces with; none, and no Frechet distance.
-    features: what faces are compared by; mean colours where None, which is no
-      FID.
-    crop_face: follow the face and cut it out; False for videos that show face
-      crops already, as LRS2 does. Numbers of other crops do not compare.
-    max_offset: frames that the sound is shifted by, each way.
+    judge: SyncNet, for LSE-D and LSE-C, or an expert.
+    reals: real videos, for the Frechet distance; not computed if empty.
+    features: features for the Frechet distance; None: mean colours, which is
+      not FID.
+    crop_face: track and crop the face; False for videos that are face crops
+      already, as in LRS2. Scores of different crops are not comparable.
+    max_offset: largest offset in frames, in each direction.
 
   Returns:
-    What scores.json holds; see `score_files.results`.
+    The content of scores.json, see `report.results`.
 
   Raises:
     ScoreError: no video can be scored.
-    video_folder.InputError: an input names no videos.
-    frame_features.FeatureError: the feature network does not work.
-    UserError: this machine lacks a model file or a library.
+    InputError: an input names no videos.
+    FeatureError: the feature network does not work.
+    UserError: a face model or a system library is missing.
   """
-  found = video_folder.list_videos(videos)
-  others = video_folder.list_videos(reals) if (reals := list(reals)) else []
-  if others and features is None:
+  listed = video_folder.list_videos(videos)
+  reals = list(reals)
+  listed_reals = video_folder.list_videos(reals) if reals else []
+  if listed_reals and features is None:
     features = PixelFeatures()
-  scored: list[VideoScore] = []
+  scores: list[VideoScore] = []
   left_out: dict[str, str] = {}
-  faces = [], []  # features: of the videos, of the real ones
-  with video_folder.progress_bar([*found, *others]) as bar:
-    for one, video in _read(found, crop_face, bar, 0, left_out):
-      if others:
-        faces[0].extend(_features(video, features))
+  generated_features: list[np.ndarray] = []
+  real_features: list[np.ndarray] = []
+  with video_folder.progress_bar([*listed, *listed_reals]) as bar:
+    for name, video in _read(listed, crop_face, bar, 0, left_out):
+      if listed_reals:
+        generated_features += _features(video, features)
       try:
-        scored.append(score_video(one.name, video, judge, max_offset))
+        scores.append(score_video(name, video, judge, max_offset))
       except ScoreError as e:
-        left_out[one.name] = str(e)
-    if not scored:
-      raise ScoreError(_nothing_scored(left_out))
-    for _, video in _read(others, crop_face, bar, len(found), left_out):
-      faces[1].extend(_features(video, features))
-  results = score_files.results(
-    scored, left_out, judge, max_offset=max_offset, crop_face=crop_face
+        left_out[name] = str(e)
+    if not scores:
+      raise ScoreError(
+        "\n".join(
+          [
+            f"none of {cli.counted(len(left_out), 'video')} can be scored:",
+            *cli.reasons(left_out),
+          ]
+        )
+      )
+    for _, video in _read(listed_reals, crop_face, bar, len(listed), left_out):
+      real_features += _features(video, features)
+  results = report.results(
+    scores, left_out, judge, max_offset=max_offset, crop_face=crop_face
   )
-  if others:
-    results["frechet"] = _compared(*faces, features.metric_name)
-  score_files.write(Path(output), results)
+  if listed_reals:
+    results["frechet"] = _frechet(
+      generated_features, real_features, features.metric_name
+    )
+  report.write(Path(output), results)
   return results
 
 
@@ -131,23 +119,23 @@ def score_video(
   """Scores one video.
 
   Raises:
-    ScoreError: it has no sound, is silent, or is too short.
+    ScoreError: the video has no sound, is silent, or is too short.
   """
   sound = video.sound
   if not len(sound):
     raise ScoreError("it has no sound track")
   if mel_spectrogram(sound).max() <= -MAX_VALUE:
     raise ScoreError("its sound is silent from beginning to end")
-  found = []
+  distances = []
   for stretch in talking_video.stretches(video.has_face):
     samples = slice(*(FRAME_SAMPLES * x for x in (stretch.start, stretch.stop)))
     frames, heard = video.frames[stretch], sound[samples]
     if judges.num_windows(len(frames), len(heard), judge.num_frames):
-      found.append(
+      distances.append(
         offsets.distances(*judge.embeddings(frames, heard), max_offset)
       )
   num_heard = len(sound) // FRAME_SAMPLES
-  if not found:
+  if not distances:
     raise ScoreError(
       f"no {judge.num_frames + 1} frames in a row have a face and sound, of "
       f"{len(video)} frames, {int(video.has_face.sum())} of them with a face "
@@ -155,7 +143,7 @@ def score_video(
     )
   return VideoScore(
     name=name,
-    sync=offsets.measure(found),
+    sync=offsets.measure(distances),
     num_frames=len(video),
     num_faceless=int((~video.has_face).sum()),
     num_unheard=max(len(video) - num_heard, 0),
@@ -163,27 +151,36 @@ def score_video(
 
 
 def _read(
-  found: Sequence[video_folder.Video],
+  videos: Sequence[video_folder.Video],
   crop_face: bool,
   bar: video_folder.VideoBar,
-  first: int,
+  first_number: int,
   left_out: dict[str, str],
-) -> Iterator[tuple[video_folder.Video, TalkingVideo]]:
-  """Yields those that can be read; notes the others, with the reason."""
-  if not found:
-    return  # no need to open any models
-  videos = talking_video.read_many(
-    [one.path for one in found],
+) -> Iterator[tuple[str, TalkingVideo]]:
+  """Yields name and content of videos; adds unreadable ones to `left_out`.
+
+  Args:
+    videos: to be read.
+    crop_face: see `score`.
+    bar: shows the progress.
+    first_number: number of the first video in `bar`; above 0 for real videos.
+    left_out: name -> reason.
+  """
+  if not videos:
+    return  # no need to open the face models
+  contents = talking_video.read_many(
+    [video.path for video in videos],
     crop_face=crop_face,
-    progress=lambda number, share: bar.advance(first + number, share),
+    progress=lambda i, share: bar.advance(first_number + i, share),
   )
-  for number, (one, video) in enumerate(zip(found, videos, strict=True), first):
-    if isinstance(video, FaceVideoError):
-      # A real video may have the same name.
-      left_out[f"{one.name}{' (real)' if first else ''}"] = video.reason
+  for i, (video, content) in enumerate(zip(videos, contents, strict=True)):
+    if isinstance(content, FaceVideoError):
+      # A generated video may have the same name.
+      suffix = " (real)" if first_number else ""
+      left_out[f"{video.name}{suffix}"] = content.reason
     else:
-      yield one, video
-    bar.finish(number)
+      yield video.name, content
+    bar.finish(first_number + i)
 
 
 def _features(
@@ -193,17 +190,22 @@ def _features(
     yield features(video.frames[stretch])
 
 
-def _compared(
-  made: Sequence[np.ndarray], real: Sequence[np.ndarray], metric_name: str
+def _frechet(
+  generated: Sequence[np.ndarray], real: Sequence[np.ndarray], metric_name: str
 ) -> dict[str, Any]:
-  if min(sum(map(len, made)), sum(map(len, real))) < 2:
+  """Returns the 'frechet' entry of scores.json.
+
+  Raises:
+    ScoreError: there are fewer than 2 features of a set.
+  """
+  num_generated, num_real = sum(map(len, generated)), sum(map(len, real))
+  if min(num_generated, num_real) < 2:
     raise ScoreError(
-      f"{metric_name} compares two sets of features, and there are "
-      f"{sum(map(len, made))} of the videos and {sum(map(len, real))} of the "
-      "real ones, expected at least 2 each; give more or longer videos, or "
-      "leave out the real ones"
+      f"{metric_name} compares two sets of features, expected at least 2 of "
+      f"each, found {num_generated} of the videos and {num_real} of the real "
+      "ones; give more or longer videos, or leave out the real ones"
     )
-  a, b = np.concatenate(made), np.concatenate(real)
+  a, b = np.concatenate(generated), np.concatenate(real)
   return {
     "metric": metric_name,
     "value": frechet_distance(a, b),
@@ -211,12 +213,3 @@ def _compared(
     "num_real_features": len(b),
     "size": a.shape[1],
   }
-
-
-def _nothing_scored(left_out: dict[str, str]) -> str:
-  return "\n".join(
-    [
-      f"none of {cli.counted(len(left_out), 'video')} can be scored:",
-      *cli.reasons(left_out),
-    ]
-  )

@@ -1,0 +1,180 @@
+"""Results of scoring: files, a table and a chart."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from marlin_jax.lipsync import offset_chart
+from marlin_jax.lipsync.scoring import offsets
+from marlin_jax.lipsync.scoring.judges import Judge
+from marlin_jax.lipsync.scoring.offsets import VideoScore
+from marlin_jax.records import cli
+from marlin_jax.records.folders import write_bytes
+
+# Rows of the table on screen; scores.csv has all of them.
+_MAX_ROWS = 40
+_MAX_CURVES = 12
+# Metric -> its name in papers.
+_TITLES = {"lse_d": "LSE-D", "lse_c": "LSE-C", "fid": "FID"}
+
+
+def results(
+  scores: Sequence[VideoScore],
+  left_out: Mapping[str, str],
+  judge: Judge,
+  *,
+  max_offset: int,
+  crop_face: bool,
+) -> dict[str, Any]:
+  """Returns the content of scores.json.
+
+  Args:
+    scores: at least one.
+    left_out: name of a video -> reason why it has no score.
+    judge: gives the names of the metrics.
+    max_offset: K.
+    crop_face: whether faces were cropped.
+
+  Returns:
+    A dict, fit for JSON: `judge`; `metrics`, the keys of the two metrics;
+    `max_offset`; `crop_face`; `mean`, both metrics averaged over the videos;
+    `share_in_sync`, the fraction of videos whose offset is at most 1 frame;
+    `offsets`, the axis of the curves; `curve`, the distance at each offset,
+    averaged over the videos; `videos`, a list with the metrics and the curve of
+    each; `left_out`.
+  """
+  distance, confidence = judge.metric_names
+  videos = [
+    {
+      "video": score.name,
+      "offset": score.sync.offset,
+      distance: score.sync.distance,
+      confidence: score.sync.confidence,
+      "num_windows": score.sync.num_windows,
+      "num_frames": score.num_frames,
+      "num_faceless": score.num_faceless,
+      "num_unheard": score.num_unheard,
+      "curve": score.sync.curve.tolist(),
+    }
+    for score in scores
+  ]
+  return {
+    "judge": judge.name,
+    "metrics": [distance, confidence],
+    "max_offset": max_offset,
+    "crop_face": crop_face,
+    "mean": {
+      name: statistics.fmean(video[name] for video in videos)
+      for name in judge.metric_names
+    },
+    "share_in_sync": statistics.fmean(
+      abs(video["offset"]) <= 1 for video in videos
+    ),
+    "offsets": offsets.offset_axis(max_offset).tolist(),
+    "curve": [
+      statistics.fmean(distances)
+      for distances in zip(*(video["curve"] for video in videos), strict=True)
+    ],
+    "videos": videos,
+    "left_out": dict(left_out),
+  }
+
+
+def write(folder: Path, results: Mapping[str, Any]) -> None:
+  """Writes scores.json, scores.csv, scores.txt and offsets.png.
+
+  Args:
+    folder: created if missing.
+    results: the content of scores.json.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  write_bytes(
+    folder / "scores.json", (json.dumps(results, indent=1) + "\n").encode()
+  )
+  rows = [
+    {key: value for key, value in video.items() if key != "curve"}
+    for video in results["videos"]
+  ]
+  text = io.StringIO()
+  writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+  writer.writeheader()
+  writer.writerows(rows)
+  write_bytes(folder / "scores.csv", text.getvalue().encode())
+  write_bytes(folder / "scores.txt", (table(results) + "\n").encode())
+  png = io.BytesIO()
+  Image.fromarray(_chart(results)).save(png, "png")
+  write_bytes(folder / "offsets.png", png.getvalue())
+
+
+def table(results: Mapping[str, Any]) -> str:
+  """Returns the results as text, at most 40 videos.
+
+  Args:
+    results: the content of scores.json.
+  """
+  metrics = results["metrics"]
+  rows = [["video", "offset", *map(_title, metrics), "windows"]]
+  rows += [
+    [
+      video["video"],
+      f"{video['offset']:+d}",
+      *(f"{video[name]:.3f}" for name in metrics),
+      str(video["num_windows"]),
+    ]
+    for video in results["videos"][:_MAX_ROWS]
+  ]
+  rows.append(
+    ["mean", "", *(f"{results['mean'][name]:.3f}" for name in metrics), ""]
+  )
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  padded = [map(str.ljust, row, widths) for row in rows]
+  lines = ["  ".join(row).rstrip() for row in padded]
+  num_videos = len(results["videos"])
+  if num_videos > _MAX_ROWS:
+    lines.insert(-1, f"and {num_videos - _MAX_ROWS} more, in scores.csv")
+  lines.append(
+    f"{results['share_in_sync']:.0%} of {cli.counted(num_videos, 'video')} are "
+    f"within a frame of sync, by {results['judge']}"
+  )
+  if frechet := results.get("frechet"):
+    num_features = frechet["num_features"], frechet["num_real_features"]
+    lines.append(
+      f"{_title(frechet['metric'])} {frechet['value']:.4g}, of "
+      f"{num_features[0]} and {num_features[1]} features "
+      f"of {frechet['size']} numbers"
+    )
+    if min(num_features) < frechet["size"]:
+      lines.append("  (fewer features than numbers: it comes out too high)")
+  if left_out := results["left_out"]:
+    lines.append(f"left out: {cli.counted(len(left_out), 'video')}")
+    lines += cli.reasons(left_out)
+  return "\n".join(lines)
+
+
+def _title(metric: str) -> str:
+  return _TITLES.get(metric, metric)
+
+
+def _chart(results: Mapping[str, Any]) -> np.ndarray:
+  """Draws the mean distance over offsets: of all videos, and of each of 12."""
+  curves = {"all videos": results["curve"]}
+  curves |= {
+    video["video"]: video["curve"] for video in results["videos"][:_MAX_CURVES]
+  }
+  return offset_chart.draw(
+    # Reversed: the chart's offsets are ascending.
+    np.array(results["offsets"])[::-1],
+    {name: np.array(curve)[::-1] for name, curve in curves.items()},
+    f"Mean distance by {results['judge']}",
+    x_label="offset in frames (above 0: the sound is too early)",
+    mark_lowest=True,
+  )
