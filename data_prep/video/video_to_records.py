@@ -202,6 +202,25 @@ def _version(path: Path) -> tuple[int, int] | None:
   return None
 
 
+def _both_passes(progress: Progress) -> Callable[[float, int], None]:
+  """Returns a function that reports progress, at most every `REPORT_SECS`.
+
+  It is called with the share of the first pass that is done, or 1 plus that of
+  the second, and with the number of frames in these passes. It holds no
+  reference to the video, whose frames are thus freed with it.
+  """
+  reported_at = time.monotonic()
+
+  def report(num_passes: float, num_frames: int) -> None:
+    nonlocal reported_at
+    now = time.monotonic()
+    if now - reported_at > REPORT_SECS:
+      reported_at = now
+      progress(num_passes / 2, num_frames / 2)
+
+  return report
+
+
 class _RecordCutter:
   """Cuts the records of one video.
 
@@ -222,8 +241,7 @@ class _RecordCutter:
     self._source = source
     self._settings = settings
     self._models = models
-    self._progress = progress
-    self._reported_at = time.monotonic()
+    self._report = _both_passes(progress)
     self.quality: list[list[float]] = []
 
   def records(self) -> Iterator[bytes]:
@@ -243,13 +261,6 @@ class _RecordCutter:
       yield from self._cut()
     if _version(source.path) != version:
       raise decode.DecodeError("the file was changed while it was read")
-
-  def _report(self, num_passes: float, num_frames: int) -> None:
-    """Reports progress in both passes; half a frame is done in each of them."""
-    now = time.monotonic()
-    if now - self._reported_at > REPORT_SECS:
-      self._reported_at = now
-      self._progress(num_passes / 2, num_frames / 2)
 
   def _cut(self) -> Iterator[bytes]:
     source, video = self._source, self.video

@@ -1,6 +1,8 @@
 """Tracks become records, independently of the engine."""
 
+import gc
 import math
+import weakref
 
 import av
 import numpy as np
@@ -103,6 +105,29 @@ def test_a_video_too_large_to_keep_gives_the_same_records(
   run(path, models, decoded_again.append)
   assert len(opened) == 3
   assert decoded_again == kept
+
+
+def test_frames_are_freed_with_the_video(
+  carphone, models, tmp_path, monkeypatch
+):
+  videos = weakref.WeakSet()
+
+  class Watched(video_to_records.TrackedVideo):
+    def __init__(self, *args, **kwargs):
+      super().__init__(*args, **kwargs)
+      videos.add(self)
+
+  monkeypatch.setattr(video_to_records, "TrackedVideo", Watched)
+
+  def emit(_):
+    assert len(videos) == 1
+
+  gc.disable()  # not only once garbage is collected: they may be a GiB
+  try:
+    run(carphone(tmp_path / "v.mp4", 16), models, emit)
+    assert not videos
+  finally:
+    gc.enable()
 
 
 def test_regions_are_the_bits_of_the_label_maps(carphone, models, tmp_path):
