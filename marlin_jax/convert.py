@@ -353,7 +353,7 @@ def _transformers_outputs(path: Path, weights, clip: np.ndarray):
 
 def _as_expected(clip: np.ndarray, architecture) -> np.ndarray:
   """uint8 clips as float32, normalised as the network expects."""
-  from marlin_jax.pretraining.train_step import IMAGENET_MEAN, IMAGENET_STD
+  from marlin_jax.data.clip_geometry import IMAGENET_MEAN, IMAGENET_STD
 
   video = clip.astype(np.float32) / 255
   if architecture.imagenet_input:

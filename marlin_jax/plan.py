@@ -91,7 +91,7 @@ def plan(config):
   # --- Devices ----------------------------------------------------------------
   devices = topology.find_devices(_TOPOLOGY.value, _NUM_SLICES.value)
   # Only now: what jax may use is settled when it is first asked.
-  from marlin_jax.planning import compiled_step
+  from marlin_jax.planning import compiled_step, search
 
   # --- The step ---------------------------------------------------------------
   step = compiled_step.compile_step(config, devices, busy)
@@ -100,13 +100,13 @@ def plan(config):
 
   # --- Others -----------------------------------------------------------------
   if _SEARCH.value and step.fits:
-    best = compiled_step.largest(step, busy)
+    best = search.largest(step, busy)
     if best:
       say(_largest_text(step, best))
       report["largest"] = _numbers(best)
   elif _SEARCH.value:
     report["remedies"] = []
-    for changes in compiled_step.remedies(step):
+    for changes in search.remedies(step):
       tried = compiled_step.compile_step(
         compiled_step.with_changes(config, changes), devices, busy
       )
@@ -167,11 +167,14 @@ def _text(step) -> str:
 
 
 def _parts_text(step) -> str:
-  text = f"{step.clips_at_once} at once in {step.num_micro} part(s)"
-  if step.config.clips_per_device and step.chosen_micro != step.num_micro:
+  text = f"{step.clips_at_once} at once in {step.num_microbatches} part(s)"
+  if (
+    step.config.clips_per_device
+    and step.default_microbatches != step.num_microbatches
+  ):
     text += (
       f", as clips_per_device says; left alone training would take "
-      f"{step.chosen_micro}"
+      f"{step.default_microbatches}"
     )
   return text
 
@@ -262,7 +265,7 @@ def _largest_text(step, best) -> str:
     f"--config.batch_size={best.config.batch_size} "
     f"--config.clips_per_device={best.clips_at_once}"
   )
-  if step.num_micro > 1 and best.clips_at_once > step.clips_at_once:
+  if step.num_microbatches > 1 and best.clips_at_once > step.clips_at_once:
     text += (
       "\n            more than training dares: fewer parts are faster; set "
       "clips_per_device"
@@ -288,7 +291,7 @@ def _rate(step) -> dict:
 
   config, devices = step.config, step.topology
   rate = {
-    "flops_per_clip": flops.train_step(config, step.num_micro),
+    "flops_per_clip": flops.train_step(config, step.num_microbatches),
     "flops_per_clip_repeated_by_remat": flops.repeated_by_remat(config),
     "flops_per_device": step.flops_per_device,
     "hbm_bytes_per_device": step.hbm_bytes,
@@ -325,8 +328,8 @@ def _numbers(step) -> dict:
     "device_kind": devices.devices[0].device_kind,
     "mesh": step.mesh,
     "num_params": step.num_params,
-    "num_parts": step.num_micro,
-    "num_parts_training_chooses": step.chosen_micro,
+    "num_parts": step.num_microbatches,
+    "num_parts_training_chooses": step.default_microbatches,
     "clips_at_once": step.clips_at_once,
     "fits": step.fits,
     "memory_bytes": devices.memory_bytes,

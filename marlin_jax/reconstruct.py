@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
 def _run(args: argparse.Namespace) -> None:
   from marlin_jax.inference import pictures, reconstruction
   from marlin_jax.inference.marlin import Marlin
+  from marlin_jax.pretraining.pretext_task import PretextTask
   from marlin_jax.records.schema import FRAME_SIZE, PATCH_SIZE
 
   # --- Network ----------------------------------------------------------------
@@ -57,7 +58,9 @@ def _run(args: argparse.Namespace) -> None:
     needs_regions = sizes == (FRAME_SIZE, PATCH_SIZE)
   else:
     mae = marlin.mae
-    task = reconstruction.task_of(architecture, args.strategy, args.ratio)
+    task = PretextTask.from_architecture(
+      architecture, args.strategy, args.ratio
+    )
     needs_regions = task.masking.needs_regions
 
   # --- Video ------------------------------------------------------------------

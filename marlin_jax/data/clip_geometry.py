@@ -12,6 +12,10 @@ import numpy as np
 
 from marlin_jax.records import schema
 
+# Per-channel statistics (RGB in [0, 1]) of the input of VideoMAE checkpoints.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
@@ -142,3 +146,19 @@ class Tubelets:
     x = tokens.reshape(-1, t, h, w, 3, pt, p, p)
     x = x.transpose(0, 1, 5, 2, 6, 3, 7, 4)
     return x.reshape(-1, t * pt, h * p, w * p, 3)
+
+
+def by_colour(tokens):
+  """Splits a token's pixels by colour: (..., P) -> (..., 3, P / 3)."""
+  return tokens.reshape(*tokens.shape[:-1], 3, -1)
+
+
+def imagenet_normalised(tokens):
+  """Normalises tokens (..., P) in [0, 1] as VideoMAE checkpoints expect.
+
+  Accepts float32 numpy and jax arrays, like `Tubelets.patchify`.
+  """
+  mean, std = (
+    np.asarray(x, np.float32)[:, None] for x in (IMAGENET_MEAN, IMAGENET_STD)
+  )
+  return ((by_colour(tokens) - mean) / std).reshape(tokens.shape)

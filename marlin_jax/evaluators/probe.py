@@ -18,10 +18,9 @@ from marlin_jax.pretraining.course import PretrainingCourse
 from marlin_jax.pretraining.train_step import TrainState
 from marlin_jax.records import cli
 from marlin_jax.training import remote_files
-from marlin_jax.training.configuration import flat
 from marlin_jax.training.loop import Result
 from marlin_jax.training.workdir import Workdir
-from marlin_jax.weights import run_checkpoint
+from marlin_jax.weights.architecture import Architecture
 
 
 class Probe:
@@ -49,7 +48,7 @@ class Probe:
       TaskError: see `quick_probe.open_data`.
       StartError: processes see different data sets.
     """
-    architecture = run_checkpoint.architecture_of(flat(config))
+    architecture = Architecture.from_config(config)
     cache = None
     if not remote_files.is_remote(workdir.path):
       cache = workdir.files.path / "probe"

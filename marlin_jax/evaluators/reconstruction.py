@@ -56,7 +56,7 @@ class Reconstruction:
         **dict.fromkeys(_SCALARS, everywhere),
       },
     )
-    batch_size = config.batch_size // trainer.num_micro
+    batch_size = config.batch_size // trainer.num_microbatches
     self._batches = functools.partial(
       loader.eval_batches,
       dataset,

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from marlin_jax.data.clip_geometry import imagenet_normalised
 from marlin_jax.models import partition
 from marlin_jax.models.mae import Encoder
-from marlin_jax.pretraining.train_step import imagenet_normalised
 from marlin_jax.weights.weights import Architecture
 
 

@@ -26,6 +26,7 @@ from marlin_jax.inference import (
 from marlin_jax.inference.clips import as_clips, read_clips, window_settings
 from marlin_jax.models import softmax_attention
 from marlin_jax.models.mae import MAE, Encoder
+from marlin_jax.pretraining.pretext_task import PretextTask
 from marlin_jax.weights import formats, published
 from marlin_jax.weights.weights import Architecture, Weights, WeightsError
 
@@ -222,7 +223,7 @@ class Marlin:
         clips or regions that do not fit.
     """
     mae = self.mae  # or an error, before a long video is read
-    task = reconstruction.task_of(self.architecture, strategy, ratio)
+    task = PretextTask.from_architecture(self.architecture, strategy, ratio)
     if isinstance(source, (str, os.PathLike)):
       clips = read_clips(
         source,

@@ -17,12 +17,10 @@ from flax import nnx
 
 from marlin_jax.inference import pictures
 from marlin_jax.inference.clips import Clips
-from marlin_jax.pretraining.masking import Masking
-from marlin_jax.pretraining.train_step import Task, fill_in
+from marlin_jax.pretraining.pretext_task import PretextTask, reconstruct_batch
 
 if TYPE_CHECKING:
   from marlin_jax.models.mae import MAE
-  from marlin_jax.weights.weights import Architecture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Reconstruction:
   reconstruction: np.ndarray
   loss_pixels: float
   loss_own_colour: float
-  task: Task
+  task: PretextTask
 
   def views(self) -> pictures.Views:
     """Original, what the encoder saw, and reconstruction, to be shown."""
@@ -74,29 +72,15 @@ class Reconstruction:
     )
 
 
-def task_of(architecture: Architecture, strategy: str, ratio: float) -> Task:
-  """What such a network does with clips that are hidden so.
-
-  Raises:
-    ValueError: there is no such strategy, or nothing would be visible.
-  """
-  return Task(
-    architecture.tubelets,
-    Masking(strategy, ratio, architecture.tubelets.grid),
-    norm_pix=architecture.norm_pix,
-    imagenet_input=architecture.imagenet_input,
-  )
-
-
 def reconstruct(
-  mae: MAE, clips: Clips, task: Task, seed: int
+  mae: MAE, clips: Clips, task: PretextTask, seed: int
 ) -> Reconstruction:
   """Hides tokens of each clip and fills them in, clip by clip.
 
   Args:
     mae: the network.
     clips: of its sizes; with regions where the masking needs them.
-    task: from `task_of`.
+    task: what is masked and predicted.
     seed: of the masks. A clip's depends on its place in the batch and the
       number of clips, as in train_step.reconstruct.
 
@@ -141,10 +125,10 @@ def reconstruct(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _fill_in(task, graphdef, params, batch):
-  return fill_in(task, nnx.merge(graphdef, params), batch)
+  return reconstruct_batch(task, nnx.merge(graphdef, params), batch)
 
 
-def _regions(clips: Clips, task: Task) -> np.ndarray:
+def _regions(clips: Clips, task: PretextTask) -> np.ndarray:
   expected = (len(clips.video), *task.tubelets.grid)
   if not task.masking.needs_regions:
     return np.zeros(expected, np.uint16)  # not looked at

@@ -7,11 +7,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from marlin_jax.models import vit
-from marlin_jax.models.affine import Affine
+from marlin_jax.models.prediction import Prediction
 
 
 class Discriminator(nnx.Module):
-  """An MLP that judges single tokens; (B, M, P) -> (B, M, 1)."""
+  """MLP that scores single tokens.
+
+  Axes: B clips, M tokens, P pixels per token.
+  """
 
   def __init__(
     self,
@@ -24,12 +27,18 @@ class Discriminator(nnx.Module):
     self.hidden = vit.dense(pixels, hidden, rngs, dtype)
     self.out = vit.dense(hidden, 1, rngs, dtype)
 
-  def __call__(self, tokens: jax.Array) -> jax.Array:
-    return self._verdict(self.hidden(tokens))
+  def __call__(self, tokens: jax.Array | Prediction) -> jax.Array:
+    """Scores tokens.
 
-  def judge(self, pred: Affine) -> jax.Array:
-    """As `__call__`, of predictions that need not be worked out for it."""
-    return self._verdict(pred.then(self.hidden).value)
+    Args:
+      tokens: pixels (B, M, P), or the autoencoder's prediction of them, whose
+        pixels are not computed.
 
-  def _verdict(self, hidden):
+    Returns:
+      (B, M, 1) in the network's dtype.
+    """
+    if isinstance(tokens, Prediction):
+      hidden = tokens.through(self.hidden)
+    else:
+      hidden = self.hidden(tokens)
     return self.out(jax.nn.leaky_relu(hidden, 0.01))

@@ -1,6 +1,7 @@
 """MARLIN's masked autoencoder: encoder on visible tokens, light decoder.
 
-Axes: B batch, N all tokens, V visible, M masked, D width, P pixels per token.
+Axes: B clips, N tokens of a clip, V visible, M masked, D width, P pixels per
+token.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from marlin_jax.models import vit
-from marlin_jax.models.affine import Affine
+from marlin_jax.models.prediction import Prediction
 
-# About the mean of a face crop's pixels.
+# About the mean value of a face crop's pixels, which are in [0, 1].
 _GREY = 0.45
 
 
 def gather_tokens(tokens: jax.Array, indices: jax.Array) -> jax.Array:
-  """Picks tokens: (B, N, D) and int (B, V) -> (B, V, D)."""
+  """Selects tokens: (B, N, D) and int (B, V) -> (B, V, D)."""
   return jnp.take_along_axis(tokens, indices[..., None], axis=1)
 
 
@@ -29,37 +30,23 @@ class Encoder(nnx.Module):
     *,
     num_tokens: int,
     pixels: int,
-    width: int,
-    depth: int,
-    num_heads: int,
-    mlp_dim: int,
+    size: vit.Size,
+    execution: vit.Execution,
     rngs: nnx.Rngs,
-    dtype: jnp.dtype = jnp.float32,
     norm_eps: float = vit.NORM_EPS,
-    **transformer,
   ):
-    self.patch_embedding = vit.dense(pixels, width, rngs, dtype)
-    self.positions = vit.Fixed(
-      jnp.asarray(vit.sincos_positions(num_tokens, width))
-    )
-    self.transformer = vit.Transformer(
-      width=width,
-      depth=depth,
-      num_heads=num_heads,
-      mlp_dim=mlp_dim,
-      dtype=dtype,
-      norm_eps=norm_eps,
-      rngs=rngs,
-      **transformer,
-    )
-    self.norm = vit.layer_norm(width, rngs, norm_eps)
+    dtype = execution.dtype
+    self.patch_embedding = vit.dense(pixels, size.width, rngs, dtype)
+    self.positions = vit.position_table(num_tokens, size.width)
+    self.transformer = vit.Transformer(size, execution, norm_eps, rngs)
+    self.norm = vit.layer_norm(size.width, rngs, norm_eps)
     self.dtype = dtype
 
   def __call__(self, patches: jax.Array, indices: jax.Array) -> jax.Array:
     """Encodes some tokens of each clip.
 
     Args:
-      patches: (B, V, P) pixels, in [0, 1].
+      patches: (B, V, P), pixels in [0, 1].
       indices: int (B, V), the position of each token in the clip.
 
     Returns:
@@ -73,18 +60,23 @@ class Encoder(nnx.Module):
     indices: jax.Array | None = None,
     keep: jax.Array | None = None,
   ) -> jax.Array:
-    """As `__call__`, before the final norm; without indices of all tokens.
+    """Encodes tokens without the final norm.
 
     Args:
-      patches, indices: as there.
+      patches: (B, V, P), pixels in [0, 1].
+      indices: int (B, V), the position of each token; None: the patches are
+        all N tokens in order.
       keep: float32 (depth, 2, B), from vit.drop_path.
+
+    Returns:
+      (B, V, D) in the network's dtype.
     """
     return self.transformer(self.embed(patches, indices), keep=keep)
 
   def embed(
     self, patches: jax.Array, indices: jax.Array | None = None
   ) -> jax.Array:
-    """The transformer's input: (B, V, P) -> (B, V, D), positions added."""
+    """Returns the transformer's input: (B, V, P) -> (B, V, D)."""
     positions = self.positions[...]
     if indices is not None:
       positions = positions[indices]
@@ -92,12 +84,19 @@ class Encoder(nnx.Module):
 
 
 class MAE(nnx.Module):
-  """The autoencoder (paper section 3.2).
+  """Masked autoencoder (paper section 3.2).
 
-  Attributes:
-    start_grey: the first prediction is plain grey instead of noise, so that a
-      short run need not spend its first steps on finding the mean colour; the
-      reference starts with a random head.
+  Args:
+    num_tokens: N.
+    pixels: P.
+    encoder: size of the encoder.
+    decoder: size of the decoder.
+    execution: dtype, attention, scan and remat of both.
+    rngs: draws the parameters.
+    start_grey: start with a head that predicts plain grey, so that a short run
+      does not spend its first steps on learning the mean colour. The reference
+      starts with a random head.
+    norm_eps: epsilon of every LayerNorm.
   """
 
   def __init__(
@@ -105,59 +104,34 @@ class MAE(nnx.Module):
     *,
     num_tokens: int,
     pixels: int,
-    width: int,
-    depth: int,
-    num_heads: int,
-    mlp_dim: int,
-    dec_width: int,
-    dec_depth: int,
-    dec_num_heads: int,
-    dec_mlp_dim: int,
-    start_grey: bool,
+    encoder: vit.Size,
+    decoder: vit.Size,
+    execution: vit.Execution,
     rngs: nnx.Rngs,
-    dtype: jnp.dtype = jnp.float32,
-    attention: str = "plain",
-    scan: bool = False,
-    remat: str = "none",
+    start_grey: bool = False,
     norm_eps: float = vit.NORM_EPS,
   ):
-    transformer = {
-      "attention": attention,
-      "scan": scan,
-      "remat": remat,
-      "norm_eps": norm_eps,
-    }
+    dtype = execution.dtype
     self.encoder = Encoder(
       num_tokens=num_tokens,
       pixels=pixels,
-      width=width,
-      depth=depth,
-      num_heads=num_heads,
-      mlp_dim=mlp_dim,
-      dtype=dtype,
+      size=encoder,
+      execution=execution,
       rngs=rngs,
-      **transformer,
+      norm_eps=norm_eps,
     )
-    self.enc_to_dec = vit.dense(width, dec_width, rngs, dtype, use_bias=False)
+    self.enc_to_dec = vit.dense(
+      encoder.width, decoder.width, rngs, dtype, use_bias=False
+    )
     self.mask_token = nnx.Param(
       nnx.initializers.truncated_normal(0.02)(
-        rngs.params(), (dec_width,), jnp.float32
+        rngs.params(), (decoder.width,), jnp.float32
       )
     )
-    self.dec_positions = vit.Fixed(
-      jnp.asarray(vit.sincos_positions(num_tokens, dec_width))
-    )
-    self.decoder = vit.Transformer(
-      width=dec_width,
-      depth=dec_depth,
-      num_heads=dec_num_heads,
-      mlp_dim=dec_mlp_dim,
-      dtype=dtype,
-      rngs=rngs,
-      **transformer,
-    )
-    self.dec_norm = vit.layer_norm(dec_width, rngs, norm_eps)
-    self.head = vit.dense(dec_width, pixels, rngs, dtype)
+    self.dec_positions = vit.position_table(num_tokens, decoder.width)
+    self.decoder = vit.Transformer(decoder, execution, norm_eps, rngs)
+    self.dec_norm = vit.layer_norm(decoder.width, rngs, norm_eps)
+    self.head = vit.dense(decoder.width, pixels, rngs, dtype)
     if start_grey:
       self.head.kernel[...] = jnp.zeros_like(self.head.kernel[...])
       self.head.bias[...] = jnp.full_like(self.head.bias[...], _GREY)
@@ -176,12 +150,12 @@ class MAE(nnx.Module):
     Returns:
       float32 (B, M, P).
     """
-    return self.predict(patches, visible, masked).value.astype(jnp.float32)
+    return self.predict(patches, visible, masked).pixels.astype(jnp.float32)
 
   def predict(
     self, patches: jax.Array, visible: jax.Array, masked: jax.Array
-  ) -> Affine:
-    """As `__call__`, with the head, a linear layer, not worked out."""
+  ) -> Prediction:
+    """As `__call__`, with pixels that are computed where they are read."""
     latent = self.enc_to_dec(self.encoder(patches, visible))
     positions = self.dec_positions[...]
     x = jnp.concatenate(
@@ -191,4 +165,4 @@ class MAE(nnx.Module):
     # Only masked tokens are predicted: the last block's queries, the norm and
     # the head run on them alone.
     x = self.decoder(x.astype(self.dtype), start=visible.shape[1])
-    return Affine.of(self.head, self.dec_norm(x))
+    return Prediction.from_head(self.head, self.dec_norm(x))

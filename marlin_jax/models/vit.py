@@ -9,6 +9,7 @@ Axes: B batch, N tokens, D width, H heads, K = D / H.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -24,23 +25,61 @@ from marlin_jax.models import partition, softmax_attention
 NORM_EPS = 1e-5
 _SQRT_HALF = 0.5**0.5
 
-# What the backward pass keeps of a block; everything else it computes again.
+# Arrays of a block kept for the backward pass, which recomputes the others.
 REMAT_POLICIES = {
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
-class Fixed(nnx.Variable):
-  """A saved value that training does not change: the position tables.
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """Size of a stack of transformer blocks.
 
-  An imported checkpoint brings its own table, which differs from the exact one
-  by up to 1e-4, so the table belongs to the checkpoint.
+  Attributes:
+    width: D, features per token.
+    depth: number of blocks.
+    num_heads: H, attention heads of a block.
+    mlp_dim: hidden units of a block's MLP.
+  """
+
+  width: int
+  depth: int
+  num_heads: int
+  mlp_dim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+  """How blocks are computed: speed, memory and rounding, not the function.
+
+  Attributes:
+    dtype: of the matmuls; parameters stay float32.
+    attention: one of softmax_attention.IMPLEMENTATIONS except 'auto'.
+    scan: compile one block and loop over it, which compiles faster and with
+      remat needs the least memory. Otherwise the loop is unrolled, which runs
+      faster.
+    remat: 'none', or a key of REMAT_POLICIES.
+  """
+
+  dtype: str | jnp.dtype = "float32"
+  attention: str = "plain"
+  scan: bool = False
+  remat: str = "none"
+
+
+class Fixed(nnx.Variable):
+  """Variable that is saved but not trained: a position table.
+
+  The table of an imported checkpoint differs from the exact one by up to 1e-4,
+  so tables are saved with the parameters.
   """
 
 
 def sincos_positions(num_tokens: int, width: int) -> np.ndarray:
-  """Sine-cosine position table (Vaswani et al. 2017), from float64.
+  """Returns the sine-cosine position table (Vaswani et al. 2017).
+
+  Computed in float64 and rounded.
 
   Returns:
     float32 (N, D); sine on even channels, cosine on odd ones.
@@ -51,10 +90,16 @@ def sincos_positions(num_tokens: int, width: int) -> np.ndarray:
   return table.astype(np.float32)
 
 
+def position_table(num_tokens: int, width: int) -> Fixed:
+  """Returns `sincos_positions` as a variable of a module."""
+  return Fixed(jnp.asarray(sincos_positions(num_tokens, width)))
+
+
 def layer_norm(
   width: int, rngs: nnx.Rngs, eps: float = NORM_EPS
 ) -> nnx.LayerNorm:
-  # The two-pass variance: the fast one loses digits where the mean is large.
+  """Returns a LayerNorm that computes in float32."""
+  # The two-pass variance: the fast one loses precision for a large mean.
   return nnx.LayerNorm(
     width,
     epsilon=eps,
@@ -68,8 +113,9 @@ class Dense(nnx.Linear):
   """nnx.Linear on the last axis, as one plain matrix product.
 
   With batch and tokens as two axes XLA's CPU backend takes twice as long for
-  the gradient of the weights. Elsewhere the two are the same program, but for a
-  copy on TPU where the number of tokens is no multiple of 8.
+  the gradient of the weights. On other backends both forms compile to the same
+  program, except for a copy on TPU if the number of tokens is not a multiple of
+  8.
   """
 
   def __call__(self, x):
@@ -86,10 +132,17 @@ def dense(
   use_bias: bool = True,
   fan_out: int | None = None,
 ) -> Dense:
-  """A linear layer with Xavier-uniform weights and a zero bias.
+  """Returns a linear layer with Xavier-uniform weights and a zero bias.
 
-  `fan_out` stands in where the reference draws several projections as one
-  matrix, whose larger fan gives a smaller range.
+  Args:
+    features_in: size of the input.
+    features_out: size of the output.
+    rngs: draws the weights.
+    dtype: of the matmul.
+    use_bias: add a bias.
+    fan_out: output size that the initialiser assumes, default `features_out`.
+      The reference draws query, key and value as one matrix, whose larger fan
+      gives a smaller range.
   """
   fan = (features_in + (fan_out or features_out)) / 2
   init = nnx.initializers.variance_scaling(
@@ -106,7 +159,7 @@ def dense(
 
 
 class Attention(nnx.Module):
-  """Multi-head self-attention; (B, N, D) -> (B, M, D) for the last M tokens."""
+  """Multi-head self-attention of the last M queries: (B, N, D) -> (B, M, D)."""
 
   def __init__(self, width, num_heads, dtype, implementation, rngs):
     self.num_heads = num_heads
@@ -120,11 +173,11 @@ class Attention(nnx.Module):
     self.out = dense(width, width, rngs, dtype)
 
   def project(self, x, start=0):
-    """Queries (B, M, H, K) of the last M tokens, keys and values of all."""
+    """Returns queries (B, M, H, K) of x[:, start:], keys and values of x."""
     layers = (self.query, self.key, self.value)
     if partition.num_tensor() > 1:
-      # There the gradient of x is summed over devices: once for all three
-      # instead of once for each.
+      # The gradient of x is summed over devices: one sum for all three
+      # projections instead of three.
       q, k, v = joined(layers, x)
       q = q[:, start:]
     else:
@@ -132,10 +185,10 @@ class Attention(nnx.Module):
     return [y.reshape(*y.shape[:2], self.num_heads, -1) for y in (q, k, v)]
 
   def weights(self, x):
-    """How much each token looks at each: float32 (B, H, N, N), rows sum to 1.
+    """Returns attention weights, float32 (B, H, N, N), whose rows sum to 1.
 
-    Whatever the implementation: most never hold them, and their own differ by
-    rounding.
+    Independent of the implementation: most never materialise the weights, and
+    theirs differ from these by rounding.
     """
     q, k, _ = self.project(x)
     return softmax_attention.weights(q, k)
@@ -147,7 +200,11 @@ class Attention(nnx.Module):
 
 
 def joined(layers: Sequence[Dense], x: jax.Array) -> list[jax.Array]:
-  """Several layers of the same size on one input, in one matrix product."""
+  """Applies layers of the same size to one input in a single matrix product.
+
+  Returns:
+    The output of each layer.
+  """
   dtype = layers[0].dtype
   kernel = jnp.stack([layer.kernel[...].astype(dtype) for layer in layers])
   flat = x.reshape(-1, x.shape[-1]).astype(dtype)
@@ -163,22 +220,28 @@ class Block(nnx.Module):
   """Pre-norm transformer block; (B, N, D) -> (B, M, D), the last M tokens."""
 
   def __init__(
-    self, width, mlp_dim, num_heads, dtype, attention, norm_eps, rngs
+    self, size: Size, execution: Execution, norm_eps: float, rngs: nnx.Rngs
   ):
+    width, dtype = size.width, execution.dtype
     self.norm1 = layer_norm(width, rngs, norm_eps)
-    self.attention = Attention(width, num_heads, dtype, attention, rngs)
+    self.attention = Attention(
+      width, size.num_heads, dtype, execution.attention, rngs
+    )
     self.norm2 = layer_norm(width, rngs, norm_eps)
-    self.mlp_in = dense(width, mlp_dim, rngs, dtype)
-    self.mlp_out = dense(mlp_dim, width, rngs, dtype)
+    self.mlp_in = dense(width, size.mlp_dim, rngs, dtype)
+    self.mlp_out = dense(size.mlp_dim, width, rngs, dtype)
 
   def __call__(self, x, start=0, keep=None):
     """Runs the block.
 
     Args:
-      x: tokens.
-      start: the first that is wanted.
-      keep: float32 (2, B), what the two branches of each clip are multiplied
-        with; see `drop_path`.
+      x: (B, N, D), tokens.
+      start: first token to compute; attention still sees all of them.
+      keep: float32 (2, B), factors of the two branches of each clip; see
+        `drop_path`.
+
+    Returns:
+      (B, N - start, D).
     """
     y = self.attention(self.norm1(x), start)
     x = x[:, start:] + (y if keep is None else _scaled(y, keep[0]))
@@ -193,101 +256,93 @@ def _scaled(y: jax.Array, factor: jax.Array) -> jax.Array:
 def drop_path(
   rng: jax.Array, rate: float, depth: int, num_clips: int
 ) -> jax.Array:
-  """Draws which branches of which clips are left out (Huang et al. 2016).
+  """Draws the branches to drop: stochastic depth (Huang et al. 2016).
 
   Args:
-    rng: a key.
-    rate: of the last block, below 1; that of the others rises to it from 0.
-    depth: blocks.
+    rng: a jax key.
+    rate: drop rate of the last block, below 1; it rises linearly from 0 at the
+      first block.
+    depth: number of blocks.
     num_clips: B.
 
   Returns:
-    float32 (depth, 2, B): 0, or what makes up for those that are 0.
+    float32 (depth, 2, B): 0 for a dropped branch, else 1 / (1 - drop rate), so
+    that the expectation is 1.
   """
-  kept = 1 - rate * jnp.arange(depth) / max(depth - 1, 1)
-  kept = kept[:, None, None]
-  drawn = jax.random.uniform(rng, (depth, 2, num_clips)) < kept
-  return drawn / kept
+  keep_rate = 1 - rate * jnp.arange(depth) / max(depth - 1, 1)
+  keep_rate = keep_rate[:, None, None]
+  kept = jax.random.uniform(rng, (depth, 2, num_clips)) < keep_rate
+  return kept / keep_rate
 
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-  """x Phi(x) for the normal distribution's Phi, not its tanh approximation.
+  """Exact GELU: x times the normal CDF of x.
 
-  As jax.nn.gelu to rounding. Of arrays as wide as the hidden layer, the largest
-  a block has beside attention, that one's gradient asks for four; this one's
-  for x.
+  Equal to jax.nn.gelu(x, approximate=False) to rounding, but its gradient keeps
+  only x for the backward pass, where jax.nn.gelu's keeps four arrays of that
+  size. The MLP's hidden layer is the largest array of a block beside attention.
   """
-  wide = x.astype(jnp.float32)
-  return (wide * (1 + jax.lax.erf(wide * _SQRT_HALF)) / 2).astype(x.dtype)
+  x32 = x.astype(jnp.float32)
+  return (x32 * (1 + jax.lax.erf(x32 * _SQRT_HALF)) / 2).astype(x.dtype)
 
 
-def _gelu_backward(x, slope):
-  wide = x.astype(jnp.float32)
-  # Of -x: the compiler would take erf(x) for the forward pass' own, and keep it
-  # from there to here.
-  cdf = (1 - jax.lax.erf(-wide * _SQRT_HALF)) / 2
-  density = jnp.exp(-jnp.square(wide) / 2) * (0.5 / math.pi) ** 0.5
-  return ((slope * (cdf + wide * density)).astype(x.dtype),)
+def _gelu_backward(x, grad):
+  x32 = x.astype(jnp.float32)
+  # erf(-x), since XLA would merge erf(x) with the forward pass's and keep it in
+  # memory until here.
+  cdf = (1 - jax.lax.erf(-x32 * _SQRT_HALF)) / 2
+  density = jnp.exp(-jnp.square(x32) / 2) * (0.5 / math.pi) ** 0.5
+  return ((grad * (cdf + x32 * density)).astype(x.dtype),)
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 class Transformer(nnx.Module):
-  """A stack of blocks without the final norm; (B, N, D) -> (B, M, D).
+  """Stack of blocks without the final norm; (B, N, D) -> (B, M, D).
 
   Attributes:
-    blocks: a list of Block; with `scan` one Block whose parameters are those of
-      all, joined as in models.blocks.
-    scan: compile one block and loop over it, which compiles faster and with
-      remat needs the least memory; otherwise the loop is unrolled, which runs
-      faster.
-    remat: 'none', or a key of REMAT_POLICIES.
+    blocks: a list of Block; with scan one Block whose parameters are stacked
+      over all blocks, see models.stacking.
+    scan, remat: see Execution.
   """
 
   def __init__(
-    self,
-    *,
-    width: int,
-    depth: int,
-    num_heads: int,
-    mlp_dim: int,
-    dtype: jnp.dtype,
-    attention: str,
-    scan: bool,
-    remat: str,
-    norm_eps: float,
-    rngs: nnx.Rngs,
+    self, size: Size, execution: Execution, norm_eps: float, rngs: nnx.Rngs
   ):
-    self.scan = scan
-    self.remat = remat
+    self.scan = execution.scan
+    self.remat = execution.remat
 
-    @nnx.split_rngs(splits=depth)
+    @nnx.split_rngs(splits=size.depth)
     @nnx.vmap
-    def draw(rngs):
-      return Block(width, mlp_dim, num_heads, dtype, attention, norm_eps, rngs)
+    def make_blocks(rngs):
+      return Block(size, execution, norm_eps, rngs)
 
-    self.blocks = draw(rngs)
-    if not scan:
-      # Drawn together all the same: a seed stands for the same network.
-      graphdef, params = nnx.split(self.blocks)
-      self.blocks = nnx.List(
-        nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], params))
-        for i in range(depth)
-      )
+    self.blocks = make_blocks(rngs)
+    if not self.scan:
+      # Drawn stacked in both cases, so that a seed gives the same network.
+      graphdef, stacked = nnx.split(self.blocks)
+
+      def block(i):
+        return nnx.merge(graphdef, jax.tree.map(lambda p: p[i], stacked))
+
+      self.blocks = nnx.List(block(i) for i in range(size.depth))
 
   def __call__(self, x, start=0, keep=None):
     """Runs the blocks.
 
     Args:
-      x: tokens.
-      start: the first that is wanted: the last block computes no other.
+      x: (B, N, D), tokens.
+      start: first token that the last block computes.
       keep: float32 (depth, 2, B), from `drop_path`; not together with `start`.
+
+    Returns:
+      (B, N - start, D).
     """
     if self.scan:
-      return self._loop(x, start, keep)
-    # Traced once, and not for every block.
+      return self._scan(x, start, keep)
+    # One jit for all blocks: the block is traced once.
     apply = jax.jit(self._apply(), static_argnums=(0, 1))
     for i, block in enumerate(self.blocks):
       is_last = i == len(self.blocks) - 1
@@ -301,7 +356,7 @@ class Transformer(nnx.Module):
       )
     return x
 
-  def _loop(self, x, start, keep):
+  def _scan(self, x, start, keep):
     graphdef, params = nnx.split(self.blocks)
     params = nnx.to_pure_dict(params)
     last = None
@@ -313,7 +368,7 @@ class Transformer(nnx.Module):
     return apply(start, x, last) if start else x
 
   def _apply(self):
-    """A function that runs one block, with or without keeping its inside."""
+    """Returns a function that runs one block, with remat where configured."""
 
     def apply(graphdef, start, x, params, keep=None):
       block = nnx.merge(graphdef, partition.weights(params))
@@ -321,8 +376,8 @@ class Transformer(nnx.Module):
 
     if self.remat == "none":
       return apply
-    # Under scan the loop itself already keeps XLA from merging the two
-    # computations of a block.
+    # Under scan the loop itself keeps XLA from merging the forward pass with
+    # its recomputation.
     return jax.checkpoint(
       apply,
       policy=REMAT_POLICIES[self.remat],

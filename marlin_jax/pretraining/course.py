@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.devices import chips, distributed, sharding
-from marlin_jax.pretraining import configuration, experiment, flops, warm_start
+from marlin_jax.pretraining import build, configuration, flops, warm_start
 from marlin_jax.pretraining.train_step import TrainState
 from marlin_jax.records import cli
 from marlin_jax.weights import formats
@@ -44,7 +44,7 @@ class PretrainingCourse:
       config.num_epochs * dataset.num_videos / config.batch_size
     )
     self.trainer, self._initialise, self.learning_rate, self.take_clip = (
-      experiment.build(
+      build.make_experiment(
         config,
         self.num_steps,
         mesh,
@@ -53,7 +53,7 @@ class PretrainingCourse:
       )
     )
     self.shapes = jax.eval_shape(self._initialise)
-    self._layout = experiment.lay_out(config, mesh, self.shapes)
+    self._layout = build.lay_out(config, mesh, self.shapes)
     self.shardings = self._layout.shardings
     self.identity = configuration.identity(
       config, dataset.fingerprint, self.num_steps
@@ -80,7 +80,7 @@ class PretrainingCourse:
     everywhere = sharding.replicated(self.mesh)
     rng = jax.jit(make_key, out_shardings=everywhere)()
     start = time.monotonic()
-    step = experiment.lower_step(
+    step = build.lower_step(
       self.trainer, self.shapes, self._layout, self.mesh, self.batch_size
     ).compile()
     if jax.process_index() == 0:
@@ -129,11 +129,12 @@ class PretrainingCourse:
     batch = f"{self.batch_size} clips"
     if config.data.clips_per_record > 1:
       batch += f", {config.data.clips_per_record} of each record"
-    if self.trainer.num_micro > 1:
+    num_microbatches = self.trainer.num_microbatches
+    if num_microbatches > 1:
       batch += (
-        f", in {self.trainer.num_micro} microbatches with accumulated gradients"
+        f", in {num_microbatches} microbatches with accumulated gradients"
       )
-    num_params = experiment.count(self.shapes.params)
+    num_params = build.count(self.shapes.params)
     return [
       data,
       cli.Row("model", f"{num_params / 1e6:.1f}M parameters, {config.dtype}"),

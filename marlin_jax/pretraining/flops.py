@@ -1,7 +1,9 @@
-"""Floating-point operations of the networks, counted from their sizes.
+"""Floating-point operations of a step, counted from the networks' sizes.
 
-Matrix products alone, a fused multiply-add as 2: what model FLOPs utilisation
-(MFU) is about. Everything else a step does is about a hundredth.
+Only matrix products count, a fused multiply-add as 2, as model FLOPs
+utilisation (MFU) defines it. Everything else that a step does is about 1 %.
+XLA's own count is no substitute: it includes what remat repeats and counts the
+body of a loop once.
 """
 
 from __future__ import annotations
@@ -11,64 +13,66 @@ import dataclasses
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from marlin_jax.data.clip_geometry import Tubelets
 from marlin_jax.devices import chips
-from marlin_jax.pretraining.masking import Masking, num_decoded
+from marlin_jax.models import vit
+from marlin_jax.pretraining.masking import num_decoded
+from marlin_jax.pretraining.pretext_task import PretextTask
+from marlin_jax.weights.architecture import Architecture
 
 
-def train_step(config: ConfigDict, num_micro: int = 1) -> float:
-  """FLOPs of one training step, per clip.
+def train_step(config: ConfigDict, num_microbatches: int = 1) -> float:
+  """Returns the FLOPs of one training step, per clip.
 
-  What remat computes again does not count, see `repeated_by_remat`; nor does
-  what a mesh computes twice.
+  What remat repeats does not count, see `repeated_by_remat`; nor does what
+  several devices compute redundantly.
 
   Args:
     config: a valid configuration, see configs/pretrain_b.py.
-    num_micro: parts in which a batch is worked through; with more than one
-      the discriminator's updates run the autoencoder forwards once more each.
+    num_microbatches: of a batch; with more than one each update of the
+      discriminator runs the autoencoder forward again.
   """
-  parts, adv = _Parts.of(config), config.adv
-  # Nothing upstream of the embedding has a gradient.
+  parts, adv = _ClipFlops.from_config(config), config.adv
+  # Forward, and two products backward; the input's gradient is not needed.
   mae = 3 * parts.forward - parts.embed
   if not adv.weight:
     return mae * adv.g_steps
-  # What predictions take in the discriminator's first layer: a product of two
-  # kernels for each part of the batch.
-  compose = parts.compose * num_micro / config.batch_size
-  # Target and prediction; of the first layer only the weights' gradient.
-  update = 2 * (parts.judge + parts.judge_features + compose)
-  update += 2 * 3 * parts.verdict
+  # The product of head and discriminator kernels, once per microbatch.
+  fuse = parts.fuse * num_microbatches / config.batch_size
+  # Discriminator update on target and prediction. The first layer needs only
+  # the gradient of its weights.
+  update = 2 * (parts.disc_hidden + parts.disc_hidden_fused + fuse)
+  update += 2 * 3 * parts.disc_out
   if adv.gp_weight:
-    # The slope at one point is forwards and back through the first layer; its
-    # gradient, a product for each factor of the slope.
-    update += 4 * parts.judge
-  if num_micro > 1:
+    # The slope at a point is a forward and a backward through the first layer;
+    # its gradient is a product for each factor of the slope.
+    update += 4 * parts.disc_hidden
+  if num_microbatches > 1:
     update += parts.forward - (0 if adv.gp_weight else parts.head)
-  # The autoencoder's loss: forwards, and back to features and head.
-  adversarial = 3 * parts.judge_features + 2 * (compose + parts.verdict)
+  # The adversarial term: forward, and backward to features and head.
+  adversarial = 3 * parts.disc_hidden_fused + 2 * (fuse + parts.disc_out)
   return adv.d_steps * update + adv.g_steps * (mae + adversarial)
 
 
 def repeated_by_remat(config: ConfigDict) -> float:
-  """FLOPs per clip and step that `config.remat` spends to save memory."""
-  blocks = (_Parts.of(config).encoder, _Parts.of(config).decoder)
+  """Returns the FLOPs per clip and step that `config.remat` adds."""
+  parts = _ClipFlops.from_config(config)
+  stacks = (parts.encoder, parts.decoder)
   per_backward = {
     "none": 0,
-    "dots": sum(b.attention for b in blocks),
-    # No gradient asks for what a block's last product gives.
-    "full": sum(b.forward - b.mlp / 2 for b in blocks),
+    "dots": sum(stack.attention for stack in stacks),
+    # The output of a block's last product is in no gradient.
+    "full": sum(stack.forward - stack.mlp / 2 for stack in stacks),
   }[config.remat]
   return config.adv.g_steps * per_backward
 
 
 def features(config: ConfigDict) -> float:
-  """FLOPs of one clip's features: the encoder on all tokens."""
-  parts = _Parts.of(config)
-  everything = dataclasses.replace(
-    parts.encoder, tokens=parts.num_tokens, wanted=parts.num_tokens
-  )
-  embed = parts.embed * parts.num_tokens / parts.encoder.tokens
-  return embed + everything.forward
+  """Returns the FLOPs of one clip's features: the encoder on all tokens."""
+  architecture = Architecture.from_config(config)
+  tubelets = architecture.tubelets
+  tokens = tubelets.num_tokens
+  embed = 2 * tokens * tubelets.pixels * architecture.width
+  return embed + _StackFlops(architecture.encoder, tokens, tokens).forward
 
 
 def peak_clips_per_sec(config: ConfigDict, mesh: Mesh) -> float | None:
@@ -88,98 +92,95 @@ def peak_clips_per_sec(config: ConfigDict, mesh: Mesh) -> float | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Blocks:
-  """A stack of transformer blocks on one clip's tokens.
+class _StackFlops:
+  """FLOPs of a stack of transformer blocks on one clip, forward.
 
   Attributes:
-    wanted: of the tokens, those that the last block computes.
+    size: of the stack.
+    tokens: tokens that go in.
+    tokens_out: tokens that the last block computes.
   """
 
+  size: vit.Size
   tokens: int
-  wanted: int
-  width: int
-  depth: int
-  mlp_dim: int
+  tokens_out: int
 
-  def _sum(self, of_block) -> float:
-    return (self.depth - 1) * of_block(self.tokens) + of_block(self.wanted)
+  def _over_blocks(self, block_flops) -> float:
+    """Sums block_flops(number of queries) over the blocks."""
+    full_blocks = self.size.depth - 1
+    return full_blocks * block_flops(self.tokens) + block_flops(self.tokens_out)
 
   @property
   def attention(self) -> float:
-    """Scores and weighted sums."""
-    return self._sum(lambda queries: 4 * queries * self.tokens * self.width)
+    """Scores and weighted sums of values."""
+    width = self.size.width
+    return self._over_blocks(lambda queries: 4 * queries * self.tokens * width)
 
   @property
   def mlp(self) -> float:
-    return self._sum(lambda queries: 4 * queries * self.width * self.mlp_dim)
+    width, mlp_dim = self.size.width, self.size.mlp_dim
+    return self._over_blocks(lambda queries: 4 * queries * width * mlp_dim)
 
   @property
   def forward(self) -> float:
-    projections = self._sum(
-      lambda queries: 4 * (queries + self.tokens) * self.width**2
+    # Query and output projections of the queries, key and value of all tokens.
+    projections = self._over_blocks(
+      lambda queries: 4 * (queries + self.tokens) * self.size.width**2
     )
     return projections + self.attention + self.mlp
 
 
 @dataclasses.dataclass(frozen=True)
-class _Parts:
-  """One clip forwards through each part.
+class _ClipFlops:
+  """FLOPs of each part of the networks on one clip, forward.
 
   Attributes:
-    num_tokens: of the clip.
     embed: patch embedding of the visible tokens.
     encoder: on the visible tokens.
     enc_to_dec: from the encoder's width to the decoder's.
     decoder: on the visible tokens and those to predict.
     head: pixels of the tokens to predict.
-    judge: the discriminator's first layer on as many pixels.
-    judge_features: the same on the features that the head reads.
-    compose: head and first layer in one, whatever the number of clips.
-    verdict: the discriminator's second layer.
+    disc_hidden: the discriminator's first layer on as many pixels.
+    disc_hidden_fused: the same fused with the head, on its input.
+    fuse: product of the kernels of head and first layer; independent of the
+      number of clips.
+    disc_out: the discriminator's second layer.
   """
 
-  num_tokens: int
   embed: float
-  encoder: _Blocks
+  encoder: _StackFlops
   enc_to_dec: float
-  decoder: _Blocks
+  decoder: _StackFlops
   head: float
-  judge: float
-  judge_features: float
-  compose: float
-  verdict: float
+  disc_hidden: float
+  disc_hidden_fused: float
+  fuse: float
+  disc_out: float
 
   @classmethod
-  def of(cls, config: ConfigDict) -> _Parts:
-    model = config.model
-    tubelets = Tubelets(config.data.num_frames, tubelet_size=model.tubelet_size)
-    masks = Masking(config.mask.strategy, config.mask.ratio, tubelets.grid)
-    num_tokens, visible = masks.num_tokens, masks.num_visible
-    masked = num_decoded(num_tokens - visible, config.mask.decoder_ratio)
-    pixels = tubelets.pixels
+  def from_config(cls, config: ConfigDict) -> _ClipFlops:
+    architecture = Architecture.from_config(config)
+    masking = PretextTask.from_config(config).masking
+    visible = masking.num_visible
+    masked = num_decoded(
+      masking.num_tokens - visible, config.mask.decoder_ratio
+    )
+    pixels, disc_hidden = architecture.tubelets.pixels, architecture.disc_hidden
+    width, dec_width = architecture.width, architecture.dec_width
     return cls(
-      num_tokens=num_tokens,
-      embed=2 * visible * pixels * model.width,
-      encoder=_Blocks(
-        visible, visible, model.width, model.depth, model.mlp_dim
-      ),
-      enc_to_dec=2 * visible * model.width * model.dec_width,
-      decoder=_Blocks(
-        visible + masked,
-        masked,
-        model.dec_width,
-        model.dec_depth,
-        model.dec_mlp_dim,
-      ),
-      head=2 * masked * model.dec_width * pixels,
-      judge=2 * masked * pixels * config.adv.hidden,
-      judge_features=2 * masked * model.dec_width * config.adv.hidden,
-      compose=2 * model.dec_width * pixels * config.adv.hidden,
-      verdict=2 * masked * config.adv.hidden,
+      embed=2 * visible * pixels * width,
+      encoder=_StackFlops(architecture.encoder, visible, visible),
+      enc_to_dec=2 * visible * width * dec_width,
+      decoder=_StackFlops(architecture.decoder, visible + masked, masked),
+      head=2 * masked * dec_width * pixels,
+      disc_hidden=2 * masked * pixels * disc_hidden,
+      disc_hidden_fused=2 * masked * dec_width * disc_hidden,
+      fuse=2 * dec_width * pixels * disc_hidden,
+      disc_out=2 * masked * disc_hidden,
     )
 
   @property
   def forward(self) -> float:
-    """The autoencoder."""
-    blocks = self.encoder.forward + self.decoder.forward
-    return self.embed + blocks + self.enc_to_dec + self.head
+    """The whole autoencoder."""
+    stacks = self.encoder.forward + self.decoder.forward
+    return self.embed + stacks + self.enc_to_dec + self.head

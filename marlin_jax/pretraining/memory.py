@@ -1,118 +1,135 @@
-"""How many clips a device can work on at once.
+"""Estimates how many clips a device can process at once.
 
-An estimate from the sizes of the network, on the safe side; see the test that
-compares it with what XLA allocates.
+The estimate follows from the sizes of the network and is on the safe side:
+between once and twice what XLA allocates, see the test. It decides before
+anything is compiled; `python -m marlin_jax.plan` gives exact numbers.
 """
 
 from __future__ import annotations
 
-from marlin_jax.models import softmax_attention
+import jax.numpy as jnp
 
-# For what the compiler adds of its own.
-_MARGIN = 1.15
-# Rows of a head's weights, for what fused attention pads and copies: with half
-# of them 16 clips of B on a TPU v5e take a little more than is foretold.
+from marlin_jax.models import softmax_attention, vit
+from marlin_jax.weights.architecture import Architecture
+
+_FLOAT32 = 4
+# float32 values per parameter: itself, two Adam moments, its gradient, and the
+# gradient's accumulator over microbatches.
+_VALUES_PER_PARAM = 5
+# Arrays as wide as the residual stream that one block keeps: inputs and outputs
+# of both norms, query, key, value, mixed values, projections, residual sums.
+_STREAM_ARRAYS = 12
+# Arrays as wide as a block's hidden layer: before and after GELU.
+_HIDDEN_ARRAYS = 2
+# With remat 'dots' the block keeps the output of each matmul.
+_STREAM_ARRAYS_DOTS = 6
+# Arrays of a clip's pixels: prediction, target and their difference with their
+# gradients, and the discriminator's hidden layers.
+_PIXEL_ARRAYS = 8
+# Arrays of attention weights that the backward pass holds for some heads at a
+# time: scores, weights and their gradient.
+_WEIGHT_ARRAYS = 3
+# Rows of attention weights that a fused kernel pads and copies. Half of it was
+# a little too low for 16 clips of B on a TPU v5e.
 _FUSED_ROWS = 1024
+# What the compiler allocates beyond the arrays counted here.
+_MARGIN = 1.15
 
 
-def clips_that_fit(
-  device_bytes: int,
-  *,
-  num_params: int,
-  num_gathered: int,
-  clip_bytes: int,
-  has_ema: bool,
-) -> int:
-  """Clips that fit beside the state; 0 where not even one is sure to.
+def state_bytes(num_params: int, num_gathered: int, *, has_ema: bool) -> int:
+  """Estimates the memory that a device needs without any clip.
 
   Args:
-    device_bytes: what training may use on one device.
-    num_params: of both networks, kept by one device; each takes five float32
-      values: itself, its two Adam moments, its gradient and the gradient's
-      accumulator.
-    num_gathered: parameters that a device puts together from what it and
-      others keep; each takes one more value.
-    clip_bytes: activations per clip.
-    has_ema: an average of the parameters is kept: one value more for each.
+    num_params: parameters of both networks that the device keeps.
+    num_gathered: parameters that the device gathers from the others in a step.
+    has_ema: an average of the parameters is kept, one more value for each.
+
+  Returns:
+    Bytes on one device.
   """
-  room = device_bytes - 4 * ((5 + has_ema) * num_params + num_gathered)
-  return max(room // clip_bytes, 0)
+  values_per_param = _VALUES_PER_PARAM + has_ema
+  return _FLOAT32 * (values_per_param * num_params + num_gathered)
 
 
 def clip_bytes(
-  *,
-  model,
-  num_tokens: int,
+  architecture: Architecture,
   num_visible: int,
-  pixels: int,
-  dtype: str,
-  attention: str,
-  remat: str,
+  execution: vit.Execution,
+  *,
   num_tensor: int = 1,
 ) -> int:
-  """Activations that one clip keeps alive between forward and backward.
+  """Estimates the activations that one clip keeps for the backward pass.
 
   Args:
-    model: sizes; config.model.
-    num_tokens: tokens of a clip.
-    num_visible: of these, seen by the encoder.
-    pixels: values per token.
-    dtype: of the matmuls.
-    attention: what softmax_attention.choose gave.
-    remat: config.remat.
+    architecture: of both networks.
+    num_visible: tokens of a clip that the encoder sees.
+    execution: how the transformers are computed.
     num_tensor: devices that share heads and hidden units.
-  """
-  size = 2 if dtype == "bfloat16" else 4
-
-  def stack(tokens, width, depth, mlp_dim, heads):
-    # Scores and weights, the hidden layer before and after GELU, and what is as
-    # wide as the stream. Softmax and norms are float32.
-    if heads % num_tensor == 0:
-      heads, mlp_dim = heads // num_tensor, -(-mlp_dim // num_tensor)
-    scores, passing = tokens**2 * heads * (4 + size), 0
-    if not softmax_attention.keeps_weights(attention, tokens):
-      # Of one block at a time: whole heads, or what fused ones take.
-      at_once = softmax_attention.heads_at_once(attention)
-      rows = at_once * tokens or heads * _FUSED_ROWS
-      scores, passing = 0, 3 * 4 * rows * tokens
-    block = scores + tokens * (size * 2 * mlp_dim + 4 * 12 * width)
-    kept = {
-      "none": block,
-      "dots": size * tokens * (mlp_dim + 6 * width),
-      "full": size * tokens * width,
-    }[remat]
-    # With remat two blocks are whole where one ends and the next begins.
-    return depth * kept + (2 * block if remat != "none" else 0) + passing
-
-  encoder = stack(
-    num_visible, model.width, model.depth, model.mlp_dim, model.num_heads
-  )
-  decoder = stack(
-    num_tokens,
-    model.dec_width,
-    model.dec_depth,
-    model.dec_mlp_dim,
-    model.dec_num_heads,
-  )
-  # Prediction, target, their difference, the discriminator's hidden layers.
-  ends = 8 * 4 * num_tokens * pixels
-  return int(_MARGIN * (encoder + decoder + ends))
-
-
-def num_parts(batch_size: int, num_devices: int, fit: int) -> int:
-  """Parts to cut a batch into so that at most `fit` clips meet on a device.
-
-  Args:
-    batch_size: clips over all devices, a multiple of num_devices.
-    num_devices: devices that share the batch.
-    fit: clips that one device can hold; below 1 counts as 1.
 
   Returns:
-    The least divisor of the batch per device that is enough.
+    Bytes per clip.
   """
-  per_device = batch_size // num_devices
+  tubelets = architecture.tubelets
+  encoder = _stack_bytes(
+    architecture.encoder, num_visible, execution, num_tensor
+  )
+  decoder = _stack_bytes(
+    architecture.decoder, tubelets.num_tokens, execution, num_tensor
+  )
+  pixels = _PIXEL_ARRAYS * _FLOAT32 * tubelets.num_tokens * tubelets.pixels
+  return int(_MARGIN * (encoder + decoder + pixels))
+
+
+def _stack_bytes(
+  size: vit.Size, num_tokens: int, execution: vit.Execution, num_tensor: int
+) -> int:
+  """Estimates the activations of one clip in a stack of blocks, in bytes."""
+  item = jnp.dtype(execution.dtype).itemsize
+  heads, mlp_dim = size.num_heads, size.mlp_dim
+  if heads % num_tensor == 0:
+    heads, mlp_dim = heads // num_tensor, -(-mlp_dim // num_tensor)
+
+  # Attention: float32 scores and weights in `dtype`, kept by every block, or
+  # those of some heads of one block at a time.
+  attention, attention_at_once = 0, 0
+  if softmax_attention.keeps_weights(execution.attention, num_tokens):
+    attention = num_tokens**2 * heads * (_FLOAT32 + item)
+  else:
+    heads_at_once = softmax_attention.heads_at_once(execution.attention)
+    rows = heads_at_once * num_tokens or heads * _FUSED_ROWS
+    attention_at_once = _WEIGHT_ARRAYS * _FLOAT32 * rows * num_tokens
+
+  hidden = _HIDDEN_ARRAYS * item * mlp_dim
+  stream = _STREAM_ARRAYS * _FLOAT32 * size.width
+  block = attention + num_tokens * (hidden + stream)
+  kept = {
+    "none": block,
+    "dots": num_tokens * item * (mlp_dim + _STREAM_ARRAYS_DOTS * size.width),
+    "full": num_tokens * item * size.width,
+  }[execution.remat]
+  # With remat, two blocks are recomputed where one ends and the next begins.
+  recomputed = 0 if execution.remat == "none" else 2 * block
+  return size.depth * kept + recomputed + attention_at_once
+
+
+def clips_that_fit(free_bytes: int, clip_bytes: int) -> int:
+  """Returns the clips that fit in memory; 0 if not even one is sure to."""
+  return max(free_bytes // clip_bytes, 0)
+
+
+def num_microbatches(clips_per_device: int, clips_at_once: int) -> int:
+  """Returns the number of microbatches of a device's part of the batch.
+
+  Args:
+    clips_per_device: clips of one batch on one device.
+    clips_at_once: clips that one device can hold; below 1 counts as 1.
+
+  Returns:
+    The least divisor of `clips_per_device` with microbatches small enough.
+  """
   return next(
     n
-    for n in range(1, per_device + 1)
-    if per_device % n == 0 and per_device // n <= max(fit, 1)
+    for n in range(1, clips_per_device + 1)
+    if clips_per_device % n == 0
+    and clips_per_device // n <= max(clips_at_once, 1)
   )

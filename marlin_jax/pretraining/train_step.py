@@ -1,20 +1,16 @@
-"""One training step: both players updated from one autoencoder forward.
+"""One pretraining step: autoencoder and discriminator from a single forward.
 
 The reference runs the autoencoder once for the discriminator's update and once
-more for its own (METHOD: two forwards, two backwards). Nothing changes its
-weights in between, so here it runs once: the discriminator learns from the
+more for its own (METHOD: two forwards, two backwards). Its parameters do not
+change in between, so here it runs once: the discriminator learns from the
 predictions with the gradient stopped, then the autoencoder's loss is taken with
-the updated discriminator and pulled back through that same forward. The result
-is the same to rounding at half the arithmetic.
-
-Nor need the discriminator see predicted pixels: they are a linear map of the
-decoder's features, and so is what its first layer makes of them, at a fraction
-of that layer's arithmetic (models/affine.py).
+the updated discriminator and differentiated through that same forward. The
+result is the same to rounding at half the arithmetic.
 
 Everything here is pure: no I/O, no config object.
 
-Axes: B batch, T frames, H W pixels, N tokens, V visible, M masked, P pixels per
-token.
+Axes: B batch, T frames, H W pixels, N tokens, V visible, M masked, D width, P
+pixels per token.
 """
 
 from __future__ import annotations
@@ -30,36 +26,31 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from marlin_jax.data.clip_geometry import Tubelets
 from marlin_jax.models import partition
-from marlin_jax.models.affine import Affine
 from marlin_jax.models.discriminator import Discriminator
-from marlin_jax.models.mae import MAE, gather_tokens
+from marlin_jax.models.mae import MAE
+from marlin_jax.models.prediction import Prediction
 from marlin_jax.models.vit import Fixed
-from marlin_jax.pretraining import losses, masking
-from marlin_jax.pretraining.masking import Masking
+from marlin_jax.pretraining import losses, pretext_task
+from marlin_jax.pretraining.pretext_task import PretextTask
 
 Pytree = Any
-
-# What VideoMAE checkpoints expect of their input (ImageNet, RGB in [0, 1]).
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @flax.struct.dataclass
 class TrainState:
-  """All that a step reads and writes; a plain pytree.
+  """Everything that a step reads and writes; a pytree.
 
   Attributes:
     step: int32, steps taken.
-    num_skipped: int32, how many of these changed nothing, because a loss or a
-      gradient was not finite.
+    num_skipped: int32, steps among them that changed nothing because a loss or
+      a gradient was not finite.
     params: the autoencoder's trained parameters, nested dicts by path.
-    ema: their exponential moving average; {} where none is kept.
-    fixed: its position tables.
-    opt_state: its optimiser state.
+    ema: exponential moving average of `params`; {} if none is kept.
+    fixed: the autoencoder's position tables.
+    opt_state: state of the autoencoder's optimiser.
     disc_params: the discriminator's parameters.
-    disc_opt_state: its optimiser state.
+    disc_opt_state: state of the discriminator's optimiser.
   """
 
   step: jax.Array
@@ -73,13 +64,13 @@ class TrainState:
 
   @property
   def best_params(self) -> Pytree:
-    """The parameters to evaluate: the average, where one is kept."""
+    """The parameters to evaluate: the average if one is kept."""
     return self.ema or self.params
 
 
 @dataclasses.dataclass(frozen=True)
 class Adversarial:
-  """Settings of the adversarial game.
+  """Settings of the adversarial loss.
 
   Attributes:
     weight: of the adversarial term in the autoencoder's loss; 0 turns the
@@ -88,10 +79,10 @@ class Adversarial:
     d_steps: discriminator updates per step, all on the same predictions.
     g_steps: autoencoder updates per step; each after the first runs the
       autoencoder again.
-    max_pull: limit of the adversarial term's gradient in a clip's decoded
-      features, as a multiple of the reconstruction's; where the discriminator
-      has grown out of bounds, the autoencoder goes on learning to reconstruct.
-      0: none, as in the reference.
+    max_pull: limit of the norm of the adversarial term's gradient in a clip's
+      decoder features, as a multiple of the reconstruction term's. With it the
+      autoencoder keeps learning to reconstruct against a discriminator whose
+      scores have grown out of bounds. 0: no limit, as in the reference.
   """
 
   weight: float
@@ -102,95 +93,25 @@ class Adversarial:
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-  """What is predicted from what.
-
-  Attributes:
-    tubelets: the token grid.
-    masking: which tokens are hidden.
-    norm_pix: predict each token normalised by its own mean and deviation per
-      colour (VideoMAE); MARLIN predicts plain pixels.
-    imagenet_input: feed pixels normalised as VideoMAE checkpoints expect.
-  """
-
-  tubelets: Tubelets
-  masking: Masking
-  norm_pix: bool = False
-  imagenet_input: bool = False
-
-  def split(self, video, regions, keys, decoder_ratio=0.0):
-    """Cuts a batch into what the encoder sees and what is to be predicted.
-
-    Args:
-      video: uint8 (B, T, H, W, 3).
-      regions: uint16 (B, T / tubelet_size, h, w).
-      keys: B jax keys.
-      decoder_ratio: share of the hidden tokens that are not predicted either.
-
-    Returns:
-      patches float32 (B, V, P), visible int (B, V), masked int (B, M) and
-      target float32 (B, M, P).
-    """
-    visible, masked = self.masking(regions, keys)
-    if decoder_ratio:
-      num_kept = masking.num_decoded(masked.shape[1], decoder_ratio)
-      grid = self.tubelets.grid
-      masked = masking.running_cells(masked, grid, _fold(keys, 1), num_kept)
-    tokens = self.tubelets.patchify(video)
-    # Gathered while still uint8, and only then converted.
-    target = gather_tokens(tokens, masked).astype(jnp.float32) / 255
-    if self.norm_pix:
-      mean, std = self.pixel_stats(target)
-      target = ((_by_colour(target) - mean) / std).reshape(target.shape)
-    patches = gather_tokens(tokens, visible).astype(jnp.float32) / 255
-    if self.imagenet_input:
-      patches = imagenet_normalised(patches)
-    return patches, visible, masked, target
-
-  def pixel_stats(self, tokens):
-    """Mean and deviation of each token, per colour.
-
-    Args:
-      tokens: float (..., P) in [0, 1].
-
-    Returns:
-      Two arrays (..., 3, 1); the deviation is unbiased, plus 1e-6 (VideoMAE's
-      run_mae_pretraining), so it is finite for a token of one colour.
-    """
-    colours = _by_colour(tokens)
-    mean = colours.mean(-1, keepdims=True)
-    return mean, jnp.sqrt(colours.var(-1, ddof=1, keepdims=True)) + 1e-6
-
-
-def imagenet_normalised(tokens: jax.Array) -> jax.Array:
-  """Tokens (..., P) in [0, 1] as VideoMAE checkpoints expect them."""
-  mean, std = (jnp.array(x)[:, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
-  return ((_by_colour(tokens) - mean) / std).reshape(tokens.shape)
-
-
-def _by_colour(tokens):
-  return tokens.reshape(*tokens.shape[:-1], 3, -1)
-
-
-@dataclasses.dataclass(frozen=True)
 class Trainer:
-  """The step's static half: network structure, optimisers, settings.
+  """The static half of a step: network structure, optimisers, settings.
 
   Attributes:
-    task: what is predicted from what.
-    adversarial: settings of the game.
+    task: what is masked and predicted.
+    adversarial: settings of the adversarial loss.
     mae: structure of the autoencoder.
     discriminator: structure of the discriminator.
     optimizer: updates the autoencoder.
     disc_optimizer: updates the discriminator.
     ema_decay: of the average of the autoencoder's parameters; 0: none is kept.
-    decoder_ratio: share of the hidden tokens that a step leaves to others.
-    num_micro: parts in which the batch is worked through, one after the other,
-      with gradients accumulated: where memory is too small for the whole.
+    decoder_ratio: share of the masked tokens that are not predicted.
+    num_microbatches: microbatches that a batch is split into, processed one
+      after the other with accumulated gradients, where memory is too small for
+      the whole batch.
     placement: where tokens and weights live on a mesh; None: on one device.
   """
 
-  task: Task
+  task: PretextTask
   adversarial: Adversarial
   mae: nnx.GraphDef
   discriminator: nnx.GraphDef
@@ -198,75 +119,108 @@ class Trainer:
   disc_optimizer: optax.GradientTransformation
   ema_decay: float = 0.0
   decoder_ratio: float = 0.0
-  num_micro: int = 1
+  num_microbatches: int = 1
   placement: partition.Placement | None = None
 
   def prepare(self, batch):
-    """A batch of raw clips -> autoencoder inputs, target, penalty keys."""
-    return _prepare(self.task, batch, self.decoder_ratio)
+    """Returns the autoencoder's inputs, its target, B gradient-penalty keys."""
+    mask_keys, penalty_keys = pretext_task.split_keys(batch["keys"])
+    inputs, target = self.task.inputs_and_target(
+      batch["video"], batch["regions"], mask_keys, self.decoder_ratio
+    )
+    return inputs, target, penalty_keys
 
-  def predict(self, params, fixed, patches, visible, masked) -> Affine:
-    """The autoencoder's predictions: (B, M, P), not worked out."""
+  def predict(self, params, fixed, patches, visible, masked) -> Prediction:
+    """Runs the autoencoder; see MAE.predict."""
     with partition.use(self.placement):
       params = partition.weights(params)
       return nnx.merge(self.mae, params, fixed).predict(
         patches, visible, masked
       )
 
-  def judging(self, disc_params):
-    """The discriminator: (B, M, P) -> (B, M, 1), scores of tokens."""
+  def make_discriminator(self, disc_params) -> Discriminator:
+    """Returns the discriminator with these parameters."""
     with partition.use(self.placement):
       disc_params = partition.weights(disc_params)
     return nnx.merge(self.discriminator, disc_params)
 
   # --- the two losses ---------------------------------------------------------
 
-  def disc_loss(self, disc_params, pred, target, keys):
-    """The discriminator's loss and metrics, for given predictions."""
-    discriminator = self.judging(disc_params)
-    d_fake, d_real = discriminator.judge(pred), discriminator(target)
+  def disc_loss(self, disc_params, prediction, target, keys):
+    """Returns the discriminator's loss, and metrics.
+
+    Args:
+      disc_params: the discriminator's parameters.
+      prediction: the autoencoder's Prediction, a constant here.
+      target: float32 (B, M, P).
+      keys: B jax keys of the gradient penalty.
+    """
+    discriminator = self.make_discriminator(disc_params)
+    d_fake, d_real = discriminator(prediction), discriminator(target)
     loss = losses.discriminator_loss(d_real, d_fake)
     metrics = {"d_real": d_real.mean(), "d_fake": d_fake.mean()}
     if self.adversarial.gp_weight:
-      penalty = losses.gradient_penalty(discriminator, pred.value, target, keys)
+      penalty = losses.gradient_penalty(
+        discriminator, prediction.pixels, target, keys
+      )
       metrics["gradient_penalty"] = penalty
       loss += self.adversarial.gp_weight * penalty
     return loss, metrics | {"loss_disc": loss}
 
-  def mae_slope(self, pred, target, disc_params):
-    """The gradient of the autoencoder's loss in its predictions; metrics.
+  def mae_grad(self, prediction, target, disc_params):
+    """Returns the gradient of the autoencoder's loss in its prediction.
+
+    The loss is loss_rec + weight * loss_adv. The gradients of the two terms are
+    computed separately, because their ratio is a metric and can be limited.
+
+    Args:
+      prediction: the autoencoder's Prediction.
+      target: float32 (B, M, P).
+      disc_params: the discriminator's parameters, constants here.
 
     Returns:
-      Gradients like pred, and scalars; among them `adv_pull`, the norm of the
-      adversarial term's gradient in the decoded features over the
-      reconstruction's, as a mean over clips: far above 1 the discriminator
-      alone says what is learned.
+      The gradient, a Prediction, and scalar metrics. Among them `adv_pull`, the
+      mean over clips of the norm of the adversarial gradient over that of the
+      reconstruction gradient, both in the decoder's features. Far above 1 the
+      discriminator alone determines what the autoencoder learns.
     """
-    loss_rec, slope = jax.value_and_grad(
-      lambda pred: losses.reconstruction_loss(pred.value, target)
-    )(pred)
-    metrics = {"loss_rec": loss_rec}
-    weight = self.adversarial.weight
-    if not weight:
-      return slope, metrics
+    weight, max_pull = self.adversarial.weight, self.adversarial.max_pull
 
-    scores, pull_back = jax.vjp(self.judging(disc_params).judge, pred)
-    loss_adv, slope_of_scores = jax.value_and_grad(
-      losses.generator_adversarial_loss
-    )(scores)
-    slope_of_scores *= weight
-    (slope_adv,) = pull_back(slope_of_scores)
-    pull = _clip_norms(slope_adv.x) / jnp.maximum(_clip_norms(slope.x), 1e-20)
-    if self.adversarial.max_pull:
-      slope_of_scores *= jnp.minimum(1, self.adversarial.max_pull / pull)
-      (slope_adv,) = pull_back(slope_of_scores)
-    slope = jax.tree.map(jnp.add, slope, slope_adv)
-    metrics |= {"loss_adv": loss_adv, "loss": loss_rec + weight * loss_adv}
-    return slope, metrics | {"adv_pull": pull.mean()}
+    def reconstruction(prediction):
+      return losses.reconstruction_loss(prediction.pixels, target)
+
+    loss_rec, grad_rec = jax.value_and_grad(reconstruction)(prediction)
+    metrics = {"loss_rec": loss_rec}
+    if not weight:
+      return grad_rec, metrics
+
+    discriminator = self.make_discriminator(disc_params)
+
+    def adversarial(prediction, clip_weights=weight):
+      scores = discriminator(prediction)
+      loss = losses.generator_adversarial_loss(scores)
+      return losses.generator_adversarial_loss(clip_weights * scores), loss
+
+    grad_adv, loss_adv = jax.grad(adversarial, has_aux=True)(prediction)
+    pull = _clip_norms(grad_adv.features) / jnp.maximum(
+      _clip_norms(grad_rec.features), 1e-20
+    )
+    if max_pull:
+      clip_weights = weight * jnp.minimum(1, max_pull / pull)
+      grad_adv, _ = jax.grad(adversarial, has_aux=True)(
+        prediction, clip_weights
+      )
+    metrics |= {
+      "loss_adv": loss_adv,
+      "loss": loss_rec + weight * loss_adv,
+      "adv_pull": pull.mean(),
+    }
+    return jax.tree.map(jnp.add, grad_rec, grad_adv), metrics
 
   # --- updates ----------------------------------------------------------------
 
   def update_disc(self, state, grads):
+    """Returns the state after one step of the discriminator's optimiser."""
     updates, opt_state = self.disc_optimizer.update(
       grads, state.disc_opt_state, state.disc_params
     )
@@ -276,6 +230,7 @@ class Trainer:
     )
 
   def update_mae(self, state, grads):
+    """Returns the state after one step of the autoencoder's optimiser."""
     updates, opt_state = self.optimizer.update(
       grads, state.opt_state, state.params
     )
@@ -284,6 +239,7 @@ class Trainer:
     )
 
   def update_ema(self, state):
+    """Returns the state with `params` taken into the average."""
     if not self.ema_decay:
       return state
     ema = jax.tree.map(
@@ -294,19 +250,19 @@ class Trainer:
     return state.replace(ema=ema)
 
 
-def _clip_norms(slope):
-  """(B, M, D) -> float32 (B, 1, 1)."""
-  slope = slope.astype(jnp.float32)
-  return jnp.sqrt(jnp.square(slope).sum((1, 2), keepdims=True))
+def _clip_norms(grad):
+  """Returns the norm of each clip: (B, M, D) -> float32 (B, 1, 1)."""
+  grad = grad.astype(jnp.float32)
+  return jnp.sqrt(jnp.square(grad).sum((1, 2), keepdims=True))
 
 
 def init_state(trainer: Trainer, params, fixed, disc_params) -> TrainState:
-  """The state before the first step."""
+  """Returns the state before the first step."""
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     num_skipped=jnp.zeros((), jnp.int32),
     params=params,
-    # A copy: each array of the state gives its memory to the next.
+    # A copy, since each array's memory is donated to the next state.
     ema=jax.tree.map(jnp.copy, params) if trainer.ema_decay else {},
     fixed=fixed,
     opt_state=trainer.optimizer.init(params),
@@ -316,7 +272,7 @@ def init_state(trainer: Trainer, params, fixed, disc_params) -> TrainState:
 
 
 def split_model(model: MAE | Discriminator):
-  """A module as (structure, trained parameters, fixed values)."""
+  """Splits a module into structure, trained parameters and fixed values."""
   graphdef, params, fixed = nnx.split(model, nnx.Param, Fixed)
   return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(fixed)
 
@@ -324,17 +280,17 @@ def split_model(model: MAE | Discriminator):
 def train_step(
   trainer: Trainer, state: TrainState, batch: dict, rng: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """Takes one step, for both players or for neither.
+  """Takes one step of both networks, or of neither.
 
-  Where a loss or the norm of a gradient is not finite, nothing but the counters
-  changes. That keeps the whole state finite: where a norm is, so is the square
-  of every gradient, which is the largest thing that Adam remembers.
+  If a loss or the norm of a gradient is not finite, only the counters change.
+  That keeps the whole state finite: if the norm of a gradient is finite, so is
+  the square of each of its elements, the largest value that Adam stores.
 
   Args:
     trainer: the static half.
     state: the state.
     batch: `video` uint8 (B, T, H, W, 3) and `regions` uint16 (B, T/2, h, w);
-      B is a multiple of `trainer.num_micro`.
+      B is a multiple of `trainer.num_microbatches`.
     rng: the run's key, the same at every step.
 
   Returns:
@@ -343,11 +299,13 @@ def train_step(
     others named above.
   """
   step_rng = jax.random.fold_in(rng, state.step)
-  # A key per clip: masks do not depend on the layout of devices or parts.
+  # A key per clip, so that masks do not depend on devices or microbatches.
   keys = jax.random.split(step_rng, batch["video"].shape[0])
   batch = {"video": batch["video"], "regions": batch["regions"], "keys": keys}
-  take = _step_at_once if trainer.num_micro == 1 else _step_in_parts
-  new, metrics = take(trainer, state, batch)
+  if trainer.num_microbatches == 1:
+    new, metrics = _step_whole_batch(trainer, state, batch)
+  else:
+    new, metrics = _step_microbatches(trainer, state, batch)
   finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
   new = jax.tree.map(
     lambda new, old: jnp.where(finite, new, old), trainer.update_ema(new), state
@@ -357,108 +315,97 @@ def train_step(
   return new, metrics | {"num_skipped": num_skipped.astype(jnp.float32)}
 
 
-def _prepare(task: Task, batch, decoder_ratio=0.0):
-  """A batch of raw clips -> autoencoder inputs, target, penalty keys."""
-  keys = jax.vmap(jax.random.split)(batch["keys"])
-  *inputs, target = task.split(
-    batch["video"], batch["regions"], keys[:, 0], decoder_ratio
-  )
-  return inputs, target, keys[:, 1]
-
-
-def _step_at_once(trainer: Trainer, state: TrainState, batch):
-  """The fused step: the first of the g_steps shares the only forward."""
+def _step_whole_batch(trainer: Trainer, state: TrainState, batch):
+  """Updates both networks; the first of the g_steps shares the only forward."""
   inputs, target, keys = trainer.prepare(batch)
   metrics = {}
 
   def forward(params):
     return trainer.predict(params, state.fixed, *inputs)
 
-  pred, pull_back = jax.vjp(forward, state.params)
+  prediction, backward = jax.vjp(forward, state.params)
   if trainer.adversarial.weight:
-    seen = jax.lax.stop_gradient(pred)
+    constant = jax.lax.stop_gradient(prediction)
     for i in range(trainer.adversarial.d_steps):
       grads, disc_metrics = jax.grad(trainer.disc_loss, has_aux=True)(
-        state.disc_params, seen, target, _fold(keys, i)
+        state.disc_params, constant, target, pretext_task.fold_in(keys, i)
       )
       state = trainer.update_disc(state, grads)
       metrics |= disc_metrics | {"grad_norm_disc": optax.tree.norm(grads)}
   for i in range(trainer.adversarial.g_steps):
     if i:
-      pred, pull_back = jax.vjp(forward, state.params)
-    slope, mae_metrics = trainer.mae_slope(pred, target, state.disc_params)
-    (grads,) = pull_back(slope)
+      prediction, backward = jax.vjp(forward, state.params)
+    grad, mae_metrics = trainer.mae_grad(prediction, target, state.disc_params)
+    (grads,) = backward(grad)
     state = trainer.update_mae(state, grads)
     metrics |= mae_metrics | {"grad_norm": optax.tree.norm(grads)}
   return state, metrics
 
 
-def _step_in_parts(trainer: Trainer, state: TrainState, batch):
-  """The same step with gradients accumulated over parts of the batch.
+def _step_microbatches(trainer: Trainer, state: TrainState, batch):
+  """Updates both networks with gradients accumulated over microbatches.
 
   The discriminator must see the whole batch before the autoencoder's loss can
-  be taken, and no forward survives that long in little memory: each update
-  runs its own, as the reference does.
+  be taken, and the forward passes of all microbatches do not fit in memory
+  until then: each update runs its own, as in the reference.
   """
-  parts = jax.tree.map(
-    # Part-minor, so that each device cuts up the clips it already has.
-    lambda x: x.reshape(-1, trainer.num_micro, *x.shape[1:]).swapaxes(0, 1),
+  microbatches = jax.tree.map(
+    # Microbatch-minor, so that each device splits the clips it already has.
+    lambda x: x.reshape(-1, trainer.num_microbatches, *x.shape[1:]).swapaxes(
+      0, 1
+    ),
     batch,
   )
   metrics = {}
 
-  def disc_grads(part, i):
-    inputs, target, keys = trainer.prepare(part)
-    pred = trainer.predict(state.params, state.fixed, *inputs)
+  def disc_grads(microbatch, i):
+    inputs, target, keys = trainer.prepare(microbatch)
+    prediction = trainer.predict(state.params, state.fixed, *inputs)
     return jax.grad(trainer.disc_loss, has_aux=True)(
-      state.disc_params, pred, target, _fold(keys, i)
+      state.disc_params, prediction, target, pretext_task.fold_in(keys, i)
     )
 
-  def mae_grads(part):
-    inputs, target, _ = trainer.prepare(part)
-    pred, pull_back = jax.vjp(
+  def mae_grads(microbatch):
+    inputs, target, _ = trainer.prepare(microbatch)
+    prediction, backward = jax.vjp(
       lambda params: trainer.predict(params, state.fixed, *inputs), state.params
     )
-    slope, mae_metrics = trainer.mae_slope(pred, target, state.disc_params)
-    return *pull_back(slope), mae_metrics
+    grad, mae_metrics = trainer.mae_grad(prediction, target, state.disc_params)
+    return *backward(grad), mae_metrics
 
   if trainer.adversarial.weight:
     for i in range(trainer.adversarial.d_steps):
       grads, disc_metrics = _mean_over(
-        parts, functools.partial(disc_grads, i=i)
+        microbatches, functools.partial(disc_grads, i=i)
       )
       state = trainer.update_disc(state, grads)
       metrics |= disc_metrics | {"grad_norm_disc": optax.tree.norm(grads)}
   for _ in range(trainer.adversarial.g_steps):
-    grads, mae_metrics = _mean_over(parts, mae_grads)
+    grads, mae_metrics = _mean_over(microbatches, mae_grads)
     state = trainer.update_mae(state, grads)
     metrics |= mae_metrics | {"grad_norm": optax.tree.norm(grads)}
   return state, metrics
 
 
-def _mean_over(parts, function: Callable[[Pytree], Pytree]) -> Pytree:
-  """The mean of `function` over parts stacked on the first axis."""
-  num_parts = jax.tree.leaves(parts)[0].shape[0]
-  first = jax.tree.map(lambda x: x[0], parts)
+def _mean_over(microbatches, function: Callable[[Pytree], Pytree]) -> Pytree:
+  """Returns the mean of `function` over microbatches stacked on axis 0."""
+  num_microbatches = jax.tree.leaves(microbatches)[0].shape[0]
+  first = jax.tree.map(lambda x: x[0], microbatches)
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first)
   )
 
-  def add(total, part):
-    return jax.tree.map(jnp.add, total, function(part)), None
+  def add(total, microbatch):
+    return jax.tree.map(jnp.add, total, function(microbatch)), None
 
-  total, _ = jax.lax.scan(add, zeros, parts)
-  return jax.tree.map(lambda x: x / num_parts, total)
-
-
-def _fold(keys, i):
-  return jax.vmap(lambda key: jax.random.fold_in(key, i))(keys)
+  total, _ = jax.lax.scan(add, zeros, microbatches)
+  return jax.tree.map(lambda x: x / num_microbatches, total)
 
 
 def reconstruct(
   trainer: Trainer, state: TrainState, batch: dict, rng: jax.Array
 ) -> dict[str, jax.Array]:
-  """Hides and reconstructs, without learning.
+  """Masks and reconstructs clips with the state's best parameters.
 
   Args:
     trainer: the static half.
@@ -467,57 +414,16 @@ def reconstruct(
     rng: key of the masks.
 
   Returns:
-    As `fill_in`.
+    See pretext_task.reconstruct_batch.
   """
+
+  def predict(*inputs):
+    prediction = trainer.predict(state.best_params, state.fixed, *inputs)
+    return prediction.pixels.astype(jnp.float32)
+
   keys = jax.random.split(rng, batch["video"].shape[0])
-  return fill_in(
+  return pretext_task.reconstruct_batch(
     trainer.task,
-    lambda *inputs: trainer.predict(
-      state.best_params, state.fixed, *inputs
-    ).value.astype(jnp.float32),
+    predict,
     {"video": batch["video"], "regions": batch["regions"], "keys": keys},
   )
-
-
-def fill_in(
-  task: Task, predict: Callable[..., jax.Array], batch: dict
-) -> dict[str, jax.Array]:
-  """Hides tokens of clips and has them predicted.
-
-  Args:
-    task: what is hidden, and in what form it is predicted.
-    predict: the autoencoder: patches (B, V, P), visible (B, V) and masked
-      (B, M) -> predictions float32 (B, M, P); see models.mae.MAE.
-    batch: as for `train_step`, and `keys`, B jax keys of the masks.
-
-  Returns:
-    `video` float32 (B, T, H, W, 3), the prediction where hidden and the
-    original where visible; as the network says it, so it may leave [0, 1]
-    where it is hidden, but with normalised targets undone, each token with its
-    true mean and deviation; `visible` bool (B, N); and the scalars `loss_rec`,
-    on the target as in training, and on plain pixels `loss_pixels` and, to
-    compare it with, `loss_batch_colour` and `loss_own_colour` (see
-    losses.flat_patch_losses).
-  """
-  (patches, visible, masked), target, _ = _prepare(task, batch)
-  pred = predict(patches, visible, masked)
-  loss_rec = losses.reconstruction_loss(pred, target)
-  tokens = task.tubelets.patchify(batch["video"]).astype(jnp.float32) / 255
-  pixels = gather_tokens(tokens, masked)
-  if task.norm_pix:
-    mean, std = task.pixel_stats(pixels)
-    pred = (pred.reshape(*pred.shape[:-1], 3, -1) * std + mean).reshape(
-      pred.shape
-    )
-  put = jax.vmap(lambda clip, index, new: clip.at[index].set(new))
-  seen = jnp.zeros(tokens.shape[:2], bool)
-  return {
-    "video": task.tubelets.unpatchify(put(tokens, masked, pred)),
-    "visible": put(seen, visible, jnp.ones(visible.shape, bool)),
-    "loss_rec": loss_rec,
-    "loss_pixels": losses.reconstruction_loss(pred, pixels),
-    **{
-      f"loss_{name}": loss
-      for name, loss in losses.flat_patch_losses(tokens, masked).items()
-    },
-  }

@@ -1,4 +1,4 @@
-"""Starting a run from weights that are there already: `config.init_from`."""
+"""Starts a run from existing weights: `config.init_from`."""
 
 from __future__ import annotations
 
@@ -10,97 +10,112 @@ from ml_collections import ConfigDict
 from marlin_jax.models import stacking
 from marlin_jax.models.vit import NORM_EPS
 from marlin_jax.pretraining.train_step import TrainState
-from marlin_jax.weights import run_checkpoint
-from marlin_jax.weights.weights import (
-  Weights,
-  WeightsError,
-  eps_notice,
+from marlin_jax.weights.architecture import (
+  CONFIG_KEYS,
+  DISCRIMINATOR,
+  Architecture,
   unflatten,
 )
+from marlin_jax.weights.weights import Weights, WeightsError, eps_notice
 
 
 def apply(
   weights: Weights, state: TrainState, config: ConfigDict
 ) -> tuple[TrainState, list[str]]:
-  """Puts weights into a fresh state; what they lack stays as it was drawn.
+  """Replaces the arrays of a new state that the weights hold.
 
-  The position tables come along: the weights were trained with theirs. An input
-  convention other than the configuration's is folded into the patch embedding.
+  Position tables are replaced too, since the weights were trained with theirs.
+  If the weights expect another input convention than the configuration says, it
+  is folded into the patch embedding.
 
   Args:
-    weights: of any format, see formats.detect.
-    state: before the first step.
-    config: of the run.
+    weights: of any format, see weights.formats.
+    state: the state before the first step.
+    config: configuration of the run.
 
   Returns:
-    The state, and notices of what was adapted or is not there.
+    The state, and notices of what was adapted or is missing.
 
   Raises:
-    WeightsError: the networks differ; lists each key of the configuration.
+    WeightsError: the sizes of the networks differ; lists the config keys.
   """
+  ours = Architecture.from_config(config)
   notices = eps_notice(weights.architecture, NORM_EPS, "a run")
-  wanted = config.input.imagenet_norm
-  if weights.architecture.imagenet_input != wanted:
-    kinds = {False: "plain pixels", True: "ImageNet-normalised pixels"}
+  weights, input_notices = _with_input_of(weights, ours)
+  notices += input_notices
+  theirs = weights.architecture
+  _check_sizes(weights, ours)
+
+  # Field of TrainState -> prefix of its arrays' names in the weights.
+  prefixes = {"params": "", "ema": "", "fixed": ""}
+  if not theirs.has_decoder:
+    notices.append("the weights hold no decoder: it starts from random values")
+  elif theirs.norm_pix != ours.norm_pix:
+    kind = "normalised" if theirs.norm_pix else "plain"
+    other = "normalised" if ours.norm_pix else "plain"
     notices.append(
-      f"the encoder expected {kinds[not wanted]}; folded into its patch "
-      f"embedding, it now takes {kinds[wanted]}"
+      f"the decoder of the weights predicts {kind} pixels and has to learn "
+      f"{other} ones"
     )
-    weights = (
-      weights.with_imagenet_input() if wanted else weights.with_plain_input()
-    )
-  architecture = weights.architecture
-  _compare(weights, config)
-  parts = {"params": state.params, "ema": state.ema, "fixed": state.fixed}
-  if not architecture.has_decoder:
-    notices.append("there is no decoder in it: ours starts at random")
-  elif architecture.norm_pix != config.target.norm_pix:
-    notices.append(
-      "its decoder predicts "
-      + ("normalised" if architecture.norm_pix else "plain")
-      + " pixels and has to learn the other kind"
-    )
-  if not config.adv.weight:
-    pass  # no one to judge
-  elif architecture.disc_hidden == config.adv.hidden:
-    parts["disc_params"] = state.disc_params
-  else:
-    notices.append(
-      "the discriminator starts at random: there is "
-      + (
-        f"one of hidden size {architecture.disc_hidden}"
-        if architecture.has_discriminator
-        else "none"
+  if config.adv.weight:
+    if theirs.disc_hidden == ours.disc_hidden:
+      prefixes["disc_params"] = DISCRIMINATOR
+    else:
+      held = (
+        f"a discriminator of hidden size {theirs.disc_hidden}"
+        if theirs.has_discriminator
+        else "no discriminator"
       )
-      + f" in it, ours has {config.adv.hidden}"
-    )
-  prefix = {"disc_params": "discriminator."}
+      notices.append(
+        "the discriminator starts from random values: the weights hold "
+        f"{held}, the run's has {ours.disc_hidden}"
+      )
   return state.replace(
     **{
-      part: _filled(tree, weights.arrays, prefix.get(part, ""))
-      for part, tree in parts.items()
+      field: _filled(getattr(state, field), weights.arrays, prefix)
+      for field, prefix in prefixes.items()
     }
   ), notices
 
 
-def _compare(weights: Weights, config: ConfigDict) -> None:
-  architecture = weights.architecture
-  differ = []
-  for name, key in run_checkpoint.KEYS.items():
-    section, _, leaf = key.partition(".")
-    theirs, ours = getattr(architecture, name), config[section][leaf]
-    network = section == "model" or name == "num_frames"
-    absent = name.startswith("dec_") and not architecture.has_decoder
-    if network and not absent and theirs != ours:
-      differ.append(f"  config.{key}={ours}, in the weights {theirs}")
-  if differ:
+def _with_input_of(
+  weights: Weights, ours: Architecture
+) -> tuple[Weights, list[str]]:
+  """Folds the weights' input convention into the patch embedding if needed."""
+  if weights.architecture.imagenet_input == ours.imagenet_input:
+    return weights, []
+  before, after = "plain pixels", "ImageNet-normalised pixels"
+  if ours.imagenet_input:
+    adapted = weights.with_imagenet_input()
+  else:
+    adapted = weights.with_plain_input()
+    before, after = after, before
+  return adapted, [
+    f"the encoder of the weights expects {before}; the normalisation is folded "
+    f"into its patch embedding, which now takes {after}"
+  ]
+
+
+def _check_sizes(weights: Weights, ours: Architecture) -> None:
+  """Raises WeightsError where sizes of the networks differ."""
+  theirs = weights.architecture
+  differences = [
+    f"  config.{key}={getattr(ours, name)}, in the weights "
+    f"{getattr(theirs, name)}"
+    for name, key in CONFIG_KEYS.items()
+    if (key.startswith("model.") or name == "num_frames")
+    and (theirs.has_decoder or not name.startswith("dec_"))
+    and getattr(theirs, name) != getattr(ours, name)
+  ]
+  if differences:
     raise WeightsError(
-      f"init_from: {weights.source} is another network:\n" + "\n".join(differ)
+      f"init_from: {weights.source} is another network:\n"
+      + "\n".join(differences)
     )
 
 
 def _filled(tree, arrays: dict[str, np.ndarray], prefix: str):
-  """The tree with every leaf replaced that has an array of its name."""
+  """Returns the tree with every leaf replaced for which there is an array."""
   given = unflatten(
     {
       name.removeprefix(prefix): array

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from marlin_jax.pretraining.train_step import IMAGENET_MEAN, IMAGENET_STD
+from marlin_jax.data.clip_geometry import IMAGENET_MEAN, IMAGENET_STD
 from marlin_jax.weights import name_tables, safetensors_folder, videomae
 from marlin_jax.weights.weights import Architecture, Weights, WeightsError
 

@@ -7,9 +7,8 @@ average of them, where the run kept one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,50 +18,16 @@ from etils import epath
 from marlin_jax.models.vit import NORM_EPS
 from marlin_jax.records.schema import FRAME_SIZE, PATCH_SIZE
 from marlin_jax.training import checksums
-from marlin_jax.weights import weights as weights_lib
-from marlin_jax.weights.weights import (
+from marlin_jax.weights.architecture import (
+  DISCRIMINATOR,
   Architecture,
-  Weights,
-  WeightsError,
-  eps_notice,
+  flatten,
+  unflatten,
 )
+from marlin_jax.weights.weights import Weights, WeightsError, eps_notice
 
 _PARTS = ("params", "fixed", "disc_params")
 _CONVERTED_STEP = 0
-
-# Field of Architecture -> key of a run's configuration.
-KEYS = {
-  "num_frames": "data.num_frames",
-  "stride": "data.stride",
-  "disc_hidden": "adv.hidden",
-  "norm_pix": "target.norm_pix",
-  "imagenet_input": "input.imagenet_norm",
-} | {
-  name: f"model.{name}"
-  for name in (
-    "tubelet_size",
-    "width",
-    "depth",
-    "num_heads",
-    "mlp_dim",
-    "dec_width",
-    "dec_depth",
-    "dec_num_heads",
-    "dec_mlp_dim",
-  )
-}
-
-
-def architecture_of(meta: Mapping[str, Any]) -> Architecture:
-  """The network that a run's configuration describes.
-
-  Args:
-    meta: flat, as from training.configuration.flat.
-
-  Raises:
-    KeyError: it does not say one of KEYS.
-  """
-  return Architecture(**{name: meta[key] for name, key in KEYS.items()})
 
 
 def is_run(path: Path) -> bool:
@@ -80,7 +45,7 @@ def read(path: Path) -> Weights:
   """
   where, meta = read_meta(path)
   try:
-    architecture = architecture_of(meta)
+    architecture = Architecture.from_settings(meta)
   except KeyError as e:
     raise WeightsError(
       f"{where} does not say what {e} is: was it written by marlin_jax.train?"
@@ -88,11 +53,11 @@ def read(path: Path) -> Weights:
   trees = read_state(where, _averaged)
   if "ema" in trees:
     trees["params"] = trees.pop("ema")
-  prefix = {"params": "", "fixed": "", "disc_params": "discriminator."}
+  prefix = {"params": "", "fixed": "", "disc_params": DISCRIMINATOR}
   arrays = {
     prefix[part] + name: array
     for part, tree in trees.items()
-    for name, array in weights_lib.flatten(tree).items()
+    for name, array in flatten(tree).items()
   }
   return Weights(architecture, arrays, str(where))
 
@@ -217,21 +182,20 @@ def write(weights: Weights, path: Path) -> list[str]:
       "checkpoint holds; --to=safetensors takes what there is, and "
       "config.init_from reads that too"
     )
-  prefix = "discriminator."
   fixed = ("encoder.positions", "dec_positions")
   flat = {part: {} for part in _PARTS}
   for name, array in weights.arrays.items():
-    if name.startswith(prefix):
-      flat["disc_params"][name.removeprefix(prefix)] = array
+    if name.startswith(DISCRIMINATOR):
+      flat["disc_params"][name.removeprefix(DISCRIMINATOR)] = array
     else:
       flat["fixed" if name in fixed else "params"][name] = array
-  state = {part: weights_lib.unflatten(arrays) for part, arrays in flat.items()}
-  meta = {key: getattr(architecture, name) for name, key in KEYS.items()}
+  state = {part: unflatten(arrays) for part, arrays in flat.items()}
   with ocp.CheckpointManager((path / "checkpoints").absolute()) as manager:
     manager.save(
       _CONVERTED_STEP,
       args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+        state=ocp.args.StandardSave(state),
+        meta=ocp.args.JsonSave(architecture.settings),
       ),
     )
   checksums.write(path / "checkpoints" / str(_CONVERTED_STEP))

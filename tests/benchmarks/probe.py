@@ -33,7 +33,6 @@ from marlin_jax.downstream import (
   labelled,
 )
 from marlin_jax.eval import measures as measure_lib
-from marlin_jax.models.mae import Encoder
 from marlin_jax.records.schema import GRID_SIZE, PATCH_SIZE
 from marlin_jax.weights import formats
 from marlin_jax.weights.weights import of_modules
@@ -154,19 +153,7 @@ def features_of(weights, split) -> np.ndarray:
 def random_weights(architecture, seed: int):
   """An encoder that has learned nothing."""
   bare = architecture.without_decoder()
-  encoder = Encoder(
-    num_tokens=bare.tubelets.num_tokens,
-    pixels=bare.tubelets.pixels,
-    width=bare.width,
-    depth=bare.depth,
-    num_heads=bare.num_heads,
-    mlp_dim=bare.mlp_dim,
-    norm_eps=bare.norm_eps,
-    rngs=nnx.Rngs(seed),
-    attention="plain",
-    scan=False,
-    remat="none",
-  )
+  encoder = bare.make_autoencoder(rngs=nnx.Rngs(seed))
   return of_modules(bare, nnx.to_pure_dict(nnx.state(encoder)))
 
 

@@ -34,13 +34,11 @@ def make(
     return _ours(size, video, flags)
   from flax import nnx
 
-  from marlin_jax.training.configuration import flat
-  from marlin_jax.weights.run_checkpoint import KEYS
-  from marlin_jax.weights.weights import Architecture, of_modules
+  from marlin_jax.weights.architecture import Architecture
+  from marlin_jax.weights.weights import of_modules
   from tests.benchmarks import torch_steps
 
-  config = flat(_config(size))
-  architecture = Architecture(**{k: config[v] for k, v in KEYS.items()})
+  architecture = Architecture.from_config(_config(size))
   weights = of_modules(
     architecture,
     nnx.to_pure_dict(nnx.state(architecture.make_autoencoder())),
@@ -69,7 +67,7 @@ def _ours(size, video, flags):
   import jax
 
   from marlin_jax.devices import sharding
-  from marlin_jax.pretraining import experiment
+  from marlin_jax.pretraining import build
   from marlin_jax.training.configuration import flat
 
   config = _config(size)
@@ -82,10 +80,10 @@ def _ours(size, video, flags):
     new = value == "True" if isinstance(old, bool) else type(old)(value)
     config.update_from_flattened_dict({key: new})
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  parts = experiment.build(config, num_steps=1000, mesh=mesh)
+  parts = build.make_experiment(config, num_steps=1000, mesh=mesh)
   shapes = jax.eval_shape(parts.initialise)
-  layout = experiment.lay_out(config, mesh, shapes)
-  step = experiment.lower_step(
+  layout = build.lay_out(config, mesh, shapes)
+  step = build.lower_step(
     parts.trainer, shapes, layout, mesh, len(video)
   ).compile()
   temporaries = step.memory_analysis().temp_size_in_bytes

@@ -12,7 +12,13 @@ import pytest
 
 from configs import pretrain_b
 from marlin_jax.devices import chips
-from marlin_jax.planning import compiled_step, hlo, roofline, topology
+from marlin_jax.planning import (
+  compiled_step,
+  hlo,
+  roofline,
+  search,
+  topology,
+)
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -190,9 +196,9 @@ def test_without_libtpu_the_error_says_how_to_get_it(monkeypatch):
 def test_the_largest_batch_that_fits_fills_the_memory():
   devices = here(GIB // 2)
   step = compiled_step.compile_step(small(clips_per_device=8), devices, quiet)
-  best = compiled_step.largest(step, quiet)
+  best = search.largest(step, quiet)
   assert best.fits
-  assert best.num_micro == 1
+  assert best.num_microbatches == 1
   assert best.clips_at_once > 2 * step.clips_at_once
   assert best.needed_bytes > 0.9 * devices.memory_bytes
 
@@ -203,7 +209,7 @@ def test_a_configuration_that_does_not_fit_is_told_what_would():
   step = compiled_step.compile_step(config, devices, quiet)
   assert not step.fits
   tried = []
-  for changes in compiled_step.remedies(step):
+  for changes in search.remedies(step):
     changed = compiled_step.with_changes(config, changes)
     tried.append(compiled_step.compile_step(changed, devices, quiet))
     if tried[-1].fits:

@@ -11,10 +11,10 @@ from flax import nnx
 from PIL import Image
 
 from marlin_jax import Marlin, reconstruct
-from marlin_jax.inference import reconstruction
 from marlin_jax.inference.attention_maps import SHARES
 from marlin_jax.inference.clips import read_clips
 from marlin_jax.pretraining import train_step
+from marlin_jax.pretraining.pretext_task import PretextTask, reconstruct_batch
 from marlin_jax.weights import safetensors_folder
 from marlin_jax.weights.weights import Architecture, WeightsError, of_modules
 from tests.support.videos import moving_noise, shared_video, write_video
@@ -103,7 +103,7 @@ def test_it_gives_the_numbers_of_the_training_evaluation(batch, norm_pix):
   )
   graph, params, fixed = train_step.split_model(marlin.mae)
   trainer = train_step.Trainer(
-    task=reconstruction.task_of(marlin.architecture, "fasking", 0.75),
+    task=PretextTask.from_architecture(marlin.architecture, "fasking", 0.75),
     adversarial=train_step.Adversarial(0.0, 0.0, 1, 1),
     mae=graph,
     discriminator=graph,  # not used
@@ -124,15 +124,17 @@ def test_it_gives_the_numbers_of_the_training_evaluation(batch, norm_pix):
 
 def test_a_perfect_normalised_prediction_gives_back_the_original(batch):
   architecture = make_weights(norm_pix=True).architecture
-  task = reconstruction.task_of(architecture, "random", 0.75)
+  task = PretextTask.from_architecture(architecture, "random", 0.75)
   keys = jax.random.split(jax.random.key(0), 3)
   mask_keys = jax.vmap(jax.random.split)(keys)[:, 0]
-  *_, target = jax.jit(task.split)(batch["video"], batch["regions"], mask_keys)
-  assert np.abs(target).max() > 1.5  # not pixels
-  fill_in = functools.partial(
-    train_step.fill_in, task, lambda patches, visible, masked: target
+  _, target = jax.jit(task.inputs_and_target)(
+    batch["video"], batch["regions"], mask_keys
   )
-  result = jax.jit(fill_in)(batch | {"keys": keys})
+  assert np.abs(target).max() > 1.5  # not pixels
+  reconstruct = functools.partial(
+    reconstruct_batch, task, lambda patches, visible, masked: target
+  )
+  result = jax.jit(reconstruct)(batch | {"keys": keys})
   np.testing.assert_allclose(
     result["video"], batch["video"] / np.float32(255), atol=1e-6
   )

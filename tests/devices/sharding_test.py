@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs import pretrain_b, pretrain_s
 from marlin_jax.devices import sharding
-from marlin_jax.pretraining import experiment
+from marlin_jax.pretraining import build
 from tests.support import layouts
 from tests.support.processes import on_eight_devices
 
@@ -44,7 +44,7 @@ def test_five_steps_have_the_same_losses_under_every_layout(results, case):
 
 def test_penalty_parts_scan_and_remat_work_on_all_axes_at_once(results):
   want, got = results["rich, one device"], results["rich, all axes"]
-  assert got["num_micro"] == want["num_micro"] == 2
+  assert got["num_microbatches"] == want["num_microbatches"] == 2
   assert "gradient_penalty" in want["losses"][0]
   assert_same_losses(got["losses"], want["losses"])
 
@@ -64,7 +64,7 @@ def test_devices_hold_what_was_planned(results, case):
 
 def learned(config):
   """Shapes of parameters and optimiser states."""
-  shapes = jax.eval_shape(experiment.build(config, 10).initialise)
+  shapes = jax.eval_shape(build.make_experiment(config, 10).initialise)
   return {
     name: getattr(shapes, name)
     for name in ("params", "opt_state", "disc_params", "disc_opt_state")
@@ -74,7 +74,7 @@ def learned(config):
 def planned(config, shapes, fsdp=1, tensor=1):
   """Bytes per device, and the notes."""
   mesh = AbstractMesh((1, fsdp, tensor), sharding.AXES)
-  layout = experiment.lay_out(config, mesh, shapes)
+  layout = build.lay_out(config, mesh, shapes)
   return sharding.bytes_per_device(shapes, layout.shardings), layout.notes
 
 
@@ -116,9 +116,9 @@ def test_what_does_not_divide_is_kept_whole_and_told():
 def test_every_matrix_has_a_rule_of_its_own(name):
   config = importlib.import_module(f"configs.{name}").get_config()
   config.model.depth = config.model.dec_depth = 1
-  shapes = jax.eval_shape(experiment.build(config, 10).initialise)
+  shapes = jax.eval_shape(build.make_experiment(config, 10).initialise)
   mesh = AbstractMesh((1, 2, 2), sharding.AXES)
-  layout = experiment.lay_out(config, mesh, shapes)
+  layout = build.lay_out(config, mesh, shapes)
   assert not layout.notes
   for part in ("params", "disc_params"):
     for path, s in jax.tree_util.tree_leaves_with_path(

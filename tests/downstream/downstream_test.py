@@ -387,18 +387,8 @@ def test_branches_are_dropped_more_often_the_deeper():
 
 
 def test_a_dropped_branch_leaves_the_tokens_as_they_are():
-  stack = vit.Transformer(
-    width=8,
-    depth=2,
-    num_heads=2,
-    mlp_dim=16,
-    dtype=jnp.float32,
-    attention="plain",
-    scan=False,
-    remat="none",
-    norm_eps=1e-5,
-    rngs=nnx.Rngs(0),
-  )
+  size = vit.Size(width=8, depth=2, num_heads=2, mlp_dim=16)
+  stack = vit.Transformer(size, vit.Execution(), 1e-5, nnx.Rngs(0))
   x = jax.random.normal(jax.random.key(0), (3, 4, 8))
   keep = jnp.ones((2, 2, 3)).at[:, :, 1].set(0)
   y = stack(x, keep=keep)

@@ -6,6 +6,7 @@ import pytest
 
 from configs import eval_far
 from data_prep.sources.listing import BINARY, Label
+from marlin_jax.data.clip_geometry import IMAGENET_MEAN
 from marlin_jax.devices import sharding
 from marlin_jax.downstream import (
   clip_batches,
@@ -15,7 +16,6 @@ from marlin_jax.downstream import (
   tasks,
 )
 from marlin_jax.inference import marlin
-from marlin_jax.pretraining.train_step import IMAGENET_MEAN
 from marlin_jax.weights import formats
 from marlin_jax.weights.weights import Architecture
 from tests.support import labelled_data

@@ -29,10 +29,10 @@ ROOT = Path(__file__).parents[2]
 ADAM = optax.adamw(1e-2)
 
 
-def with_adam(num_micro=1, ema_decay=0.0, **settings):
+def with_adam(num_microbatches=1, ema_decay=0.0, **settings):
   """A trainer with the optimiser of the recipe, and its first state."""
   # The masking that is the quickest to compile.
-  trainer, state = make("random", num_micro, **settings)
+  trainer, state = make("random", num_microbatches, **settings)
   trainer = dataclasses.replace(
     trainer, optimizer=ADAM, disc_optimizer=ADAM, ema_decay=ema_decay
   )
@@ -60,11 +60,11 @@ def spoiled(batch):
 # --- E1: NaN ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_micro", [1, 2])
+@pytest.mark.parametrize("num_microbatches", [1, 2])
 def test_a_batch_with_nan_changes_neither_player_nor_their_memory(
-  batch, num_micro
+  batch, num_microbatches
 ):
-  trainer, state = with_adam(num_micro, ema_decay=0.9)
+  trainer, state = with_adam(num_microbatches, ema_decay=0.9)
   step = step_of(trainer)
   rng = jax.random.key(0)
   before, _ = step(state, batch, rng)
@@ -184,9 +184,9 @@ def test_one_hidden_token_and_one_visible_token_are_enough(ratio):
 # --- E3: a discriminator out of bounds ----------------------------------------
 
 
-def against_a_giant(num_micro=1, **settings):
+def against_a_giant(num_microbatches=1, **settings):
   """Three steps against a discriminator of a million times the scores."""
-  trainer, state = with_adam(num_micro, **settings)
+  trainer, state = with_adam(num_microbatches, **settings)
   trainer = dataclasses.replace(trainer, disc_optimizer=optax.set_to_zero())
   state = train_step.init_state(
     trainer,
@@ -213,9 +213,9 @@ def test_a_runaway_discriminator_shows_in_the_metrics():
   assert rows[-1]["loss_rec"] > rows[0]["loss_rec"]
 
 
-@pytest.mark.parametrize("num_micro", [1, 2])
-def test_with_a_limit_reconstruction_is_learned_all_the_same(num_micro):
-  rows = against_a_giant(num_micro, max_pull=0.1)
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+def test_with_a_limit_reconstruction_is_learned_all_the_same(num_microbatches):
+  rows = against_a_giant(num_microbatches, max_pull=0.1)
   assert rows[0]["adv_pull"] > 1000
   assert rows[-1]["loss_rec"] < 0.8 * rows[0]["loss_rec"]
 

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from marlin_jax.inference import attention_maps
+from marlin_jax.models import vit
 from marlin_jax.models.mae import Encoder
 from marlin_jax.records.schema import REGIONS
 
@@ -20,13 +21,8 @@ def encoder():
   model = Encoder(
     num_tokens=TOKENS,
     pixels=PIXELS,
-    width=WIDTH,
-    depth=DEPTH,
-    num_heads=HEADS,
-    mlp_dim=32,
-    attention="plain",
-    scan=False,
-    remat="none",
+    size=vit.Size(WIDTH, DEPTH, HEADS, mlp_dim=32),
+    execution=vit.Execution(),
     rngs=nnx.Rngs(0),
   )
   # Freshly drawn ones look almost evenly, and have no biases.

@@ -14,20 +14,18 @@ from marlin_jax.pretraining.train_step import split_model
 SIZES = {
   "num_tokens": 12,
   "pixels": 24,
-  "width": 16,
-  "depth": 2,
-  "num_heads": 2,
-  "mlp_dim": 32,
-  "dec_width": 8,
-  "dec_depth": 2,
-  "dec_num_heads": 2,
-  "dec_mlp_dim": 16,
-  "start_grey": False,
+  "encoder": vit.Size(width=16, depth=2, num_heads=2, mlp_dim=32),
+  "decoder": vit.Size(width=8, depth=2, num_heads=2, mlp_dim=16),
 }
 
 
-def make(**options):
-  return mae.MAE(**SIZES | options, rngs=nnx.Rngs(0))
+def make(*, start_grey=False, **execution):
+  return mae.MAE(
+    **SIZES,
+    start_grey=start_grey,
+    execution=vit.Execution(**execution),
+    rngs=nnx.Rngs(0),
+  )
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 
 from configs import pretrain_b, pretrain_h, pretrain_l, pretrain_s
 from marlin_jax.devices import chips, sharding
-from marlin_jax.pretraining import experiment, flops
+from marlin_jax.pretraining import build, flops
 
 # A step small enough to compile in seconds, large enough that its matrix
 # products are nearly all of it; nothing in it is as large as anything else.
@@ -30,14 +30,16 @@ SMALL = {
 
 def xlas_count(config, compiled=False):
   """FLOPs of one clip in one step, as XLA counts them, and the parts."""
-  trainer, initialise, *_ = experiment.build(config, num_steps=10)
+  trainer, initialise, *_ = build.make_experiment(config, num_steps=10)
   shapes = jax.eval_shape(initialise)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  layout = experiment.lay_out(config, mesh, shapes)
-  step = experiment.lower_step(trainer, shapes, layout, mesh, config.batch_size)
+  layout = build.lay_out(config, mesh, shapes)
+  step = build.lower_step(trainer, shapes, layout, mesh, config.batch_size)
   if compiled:
     step = step.compile()
-  return step.cost_analysis()["flops"] / config.batch_size, trainer.num_micro
+  return step.cost_analysis()[
+    "flops"
+  ] / config.batch_size, trainer.num_microbatches
 
 
 def mesh_of(device_kind, num_devices):
@@ -78,8 +80,8 @@ def test_the_papers_networks(module, step, features):
 def test_a_step_has_the_flops_that_xla_counts(overrides):
   config = pretrain_b.get_config()
   config.update_from_flattened_dict(SMALL | overrides)
-  found, num_micro = xlas_count(config)
-  assert num_micro == 1
+  found, num_microbatches = xlas_count(config)
+  assert num_microbatches == 1
   expected = flops.train_step(config) + flops.repeated_by_remat(config)
   assert found == pytest.approx(expected, rel=0.03)
 
@@ -113,8 +115,8 @@ def test_the_compiled_step_has_the_same(overrides):
 def test_parts_cost_the_discriminator_a_forward_of_its_own():
   config = pretrain_b.get_config()
   config.update_from_flattened_dict(SMALL | {"clips_per_device": 2})
-  found, num_micro = xlas_count(config)
-  assert num_micro == 2
+  found, num_microbatches = xlas_count(config)
+  assert num_microbatches == 2
   # XLA counts what a loop repeats once: here, half of the batch.
   assert 2 * found == pytest.approx(flops.train_step(config, 2), rel=0.03)
   config.adv.weight = 0.0

@@ -5,7 +5,9 @@ import pytest
 
 from configs import pretrain_s
 from marlin_jax.devices import sharding
-from marlin_jax.pretraining import experiment, memory
+from marlin_jax.models import vit
+from marlin_jax.pretraining import build, memory
+from marlin_jax.weights.architecture import Architecture
 
 
 @pytest.mark.parametrize(
@@ -26,30 +28,26 @@ def test_the_estimate_is_on_the_safe_side_and_no_more_than_double(
   config.attention, config.remat = attention, remat
   config.batch_size = 2
   config.clips_per_device = 2
-  made = experiment.build(config, num_steps=10)
+  made = build.make_experiment(config, num_steps=10)
   trainer = made.trainer
   state = jax.eval_shape(made.initialise)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  layout = experiment.lay_out(config, mesh, state)
-  compiled = experiment.lower_step(
+  layout = build.lay_out(config, mesh, state)
+  compiled = build.lower_step(
     trainer, state, layout, mesh, config.batch_size
   ).compile()
-  gradients = 4 * experiment.count((state.params, state.disc_params))
+  gradients = 4 * build.count((state.params, state.disc_params))
   found = compiled.memory_analysis().temp_size_in_bytes - gradients
   estimate = 2 * memory.clip_bytes(
-    model=config.model,
-    num_tokens=trainer.task.masking.num_tokens,
-    num_visible=trainer.task.masking.num_visible,
-    pixels=trainer.task.tubelets.pixels,
-    dtype=config.dtype,
-    attention=attention,
-    remat=config.remat,
+    Architecture.from_config(config),
+    trainer.task.masking.num_visible,
+    vit.Execution(config.dtype, attention, config.scan, config.remat),
   )
   assert found <= estimate <= 2 * found, (found / 2e6, estimate / 2e6)
 
 
 @pytest.mark.parametrize(
-  ("batch_size", "num_devices", "fit", "num_parts"),
+  ("batch_size", "num_devices", "fit", "expected"),
   [
     (32, 1, 100, 1),
     (32, 1, 31, 2),
@@ -59,7 +57,7 @@ def test_the_estimate_is_on_the_safe_side_and_no_more_than_double(
     (30, 1, 4, 10),
   ],
 )
-def test_a_batch_is_cut_into_the_fewest_parts_that_fit(
-  batch_size, num_devices, fit, num_parts
+def test_a_batch_is_split_into_the_fewest_microbatches_that_fit(
+  batch_size, num_devices, fit, expected
 ):
-  assert memory.num_parts(batch_size, num_devices, fit) == num_parts
+  assert memory.num_microbatches(batch_size // num_devices, fit) == expected

@@ -18,6 +18,7 @@ from marlin_jax.inference.marlin import Marlin
 from marlin_jax.models import vit
 from marlin_jax.pretraining import train_step
 from marlin_jax.pretraining.masking import Masking
+from marlin_jax.pretraining.pretext_task import PretextTask
 from marlin_jax.weights import marlin_pytorch as marlin_format
 from marlin_jax.weights import name_tables, torch_files
 from marlin_jax.weights.weights import Architecture, Weights, of_modules
@@ -181,7 +182,7 @@ def test_five_alternating_steps_have_the_authors_losses_and_gradients(size):
   # Not Adam, which would make a full step of the rounding in a gradient that is
   # 0, as that of the discriminator's last bias.
   trainer = train_step.Trainer(
-    train_step.Task(TUBELETS, Masking("random", 0.9)),
+    PretextTask(TUBELETS, Masking("random", 0.9)),
     train_step.Adversarial(weight, gp_weight=0.0, d_steps=1, g_steps=1),
     mae_parts[0],
     disc_parts[0],

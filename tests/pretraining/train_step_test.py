@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from marlin_jax.data import clip_geometry
-from marlin_jax.models import discriminator, mae
-from marlin_jax.pretraining import losses, masking, train_step
+from marlin_jax.models import discriminator, mae, vit
+from marlin_jax.pretraining import losses, masking, pretext_task, train_step
 
 TUBELETS = clip_geometry.Tubelets(num_frames=4, image_size=64)
 BATCH_SIZE = 4
@@ -27,7 +27,7 @@ def remember() -> optax.GradientTransformation:
 
 def make(
   strategy="fasking",
-  num_micro=1,
+  num_microbatches=1,
   norm_pix=False,
   decoder_ratio=0.0,
   **adversarial,
@@ -36,15 +36,9 @@ def make(
   sizes = {"num_tokens": TUBELETS.num_tokens, "pixels": TUBELETS.pixels}
   graph, params, fixed = train_step.split_model(
     mae.MAE(
-      width=32,
-      depth=1,
-      num_heads=2,
-      mlp_dim=64,
-      dec_width=16,
-      dec_depth=1,
-      dec_num_heads=2,
-      dec_mlp_dim=32,
-      start_grey=False,
+      encoder=vit.Size(width=32, depth=1, num_heads=2, mlp_dim=64),
+      decoder=vit.Size(width=16, depth=1, num_heads=2, mlp_dim=32),
+      execution=vit.Execution(),
       rngs=nnx.Rngs(0),
       **sizes,
     )
@@ -59,7 +53,7 @@ def make(
   # discriminator's last bias, into a whole step of either sign.
   optimizer = optax.chain(remember(), optax.sgd(1e-2))
   trainer = train_step.Trainer(
-    task=train_step.Task(
+    task=pretext_task.PretextTask(
       TUBELETS, masking.Masking(strategy, 0.75, TUBELETS.grid), norm_pix
     ),
     adversarial=train_step.Adversarial(**settings | adversarial),
@@ -67,7 +61,7 @@ def make(
     discriminator=disc_graph,
     optimizer=optimizer,
     disc_optimizer=optimizer,
-    num_micro=num_micro,
+    num_microbatches=num_microbatches,
     decoder_ratio=decoder_ratio,
   )
   return trainer, train_step.init_state(trainer, params, fixed, disc_params)
@@ -100,7 +94,7 @@ def two_forward_step(trainer, state, batch, rng):
   """The reference's step: the autoencoder runs again for every update."""
   step_rng = jax.random.fold_in(rng, state.step)
   keys = jax.vmap(jax.random.split)(jax.random.split(step_rng, BATCH_SIZE))
-  patches, visible, masked, target = trainer.task.split(
+  (patches, visible, masked), target = trainer.task.inputs_and_target(
     batch["video"], batch["regions"], keys[:, 0], trainer.decoder_ratio
   )
 
@@ -189,8 +183,8 @@ def test_the_step_equals_the_two_forward_step(batch, settings):
   want, want_metrics = jax.jit(functools.partial(two_forward_step, trainer))(
     state, batch, rng
   )
-  for num_micro in (1, 2):
-    trainer, _ = make(num_micro=num_micro, **settings)
+  for num_microbatches in (1, 2):
+    trainer, _ = make(num_microbatches=num_microbatches, **settings)
     got, metrics = step_of(trainer)(state, batch, rng)
     for name, value in want_metrics.items():
       np.testing.assert_allclose(metrics[name], value, rtol=2e-6, atol=1e-7)
@@ -272,7 +266,9 @@ def test_reconstruct_keeps_visible_pixels_and_counts_the_rest(batch, norm_pix):
 def test_normalised_targets_have_no_mean_and_unit_deviation(batch):
   trainer, _ = make(norm_pix=True)
   keys = jax.random.split(jax.random.key(0), BATCH_SIZE)
-  *_, target = trainer.task.split(batch["video"], batch["regions"], keys)
+  _, target = trainer.task.inputs_and_target(
+    batch["video"], batch["regions"], keys
+  )
   colours = np.asarray(target).reshape(*target.shape[:2], 3, -1)
   np.testing.assert_allclose(colours.mean(-1), 0, atol=1e-4)
   np.testing.assert_allclose(colours.std(-1, ddof=1), 1, atol=1e-3)

@@ -16,7 +16,7 @@ from configs import pretrain_b
 from marlin_jax.devices import sharding
 from marlin_jax.models import stacking
 from marlin_jax.planning import hlo
-from marlin_jax.pretraining import experiment
+from marlin_jax.pretraining import build
 
 BATCH_SIZE = 8
 
@@ -63,9 +63,11 @@ class Case:
     config.clips_per_device = clips_at_once
     self.num_steps = num_steps
     self.mesh = sharding.make_mesh(*sizes, jax.devices()[: math.prod(sizes)])
-    self.trainer, self.initialise, *_ = experiment.build(config, 100, self.mesh)
+    self.trainer, self.initialise, *_ = build.make_experiment(
+      config, 100, self.mesh
+    )
     self.shapes = jax.eval_shape(self.initialise)
-    self.layout = experiment.lay_out(config, self.mesh, self.shapes)
+    self.layout = build.lay_out(config, self.mesh, self.shapes)
     everywhere = sharding.replicated(self.mesh)
     np_rng = np.random.default_rng(0)
     grid = self.trainer.task.tubelets.grid
@@ -78,7 +80,7 @@ class Case:
       sharding.batch_sharding(self.mesh),
     )
     self.rng = jax.device_put(jax.random.key(0), everywhere)
-    self.lowered = experiment.lower_step(
+    self.lowered = build.lower_step(
       self.trainer, self.shapes, self.layout, self.mesh, BATCH_SIZE
     )
 
@@ -98,11 +100,11 @@ class Case:
     }
     return {
       "losses": losses,
-      "num_micro": self.trainer.num_micro,
+      "num_microbatches": self.trainer.num_microbatches,
       "num_tokens": masks.num_tokens,
       "num_visible": masks.num_visible,
-      "param_bytes": 4 * experiment.count(self.shapes.params),
-      "disc_bytes": 4 * experiment.count(self.shapes.disc_params),
+      "param_bytes": 4 * build.count(self.shapes.params),
+      "disc_bytes": 4 * build.count(self.shapes.disc_params),
       "exchanged": hlo.total_bytes(
         hlo.collectives(step.as_text(), self.mesh.size)
       ),

@@ -37,7 +37,7 @@ def main(argv):
 
   from marlin_jax.devices import sharding
   from marlin_jax.planning import compiled_step, topology
-  from marlin_jax.pretraining import experiment
+  from marlin_jax.pretraining import build
 
   config = _CONFIG.value
   devices = topology.find_devices("here")
@@ -45,11 +45,11 @@ def main(argv):
     config, devices, lambda what: contextlib.nullcontext()
   )
   mesh = sharding.make_mesh(**config.mesh)
-  trainer, initialise, *_ = experiment.build(config, 1000, mesh)
+  trainer, initialise, *_ = build.make_experiment(config, 1000, mesh)
   shapes = jax.eval_shape(initialise)
-  layout = experiment.lay_out(config, mesh, shapes)
+  layout = build.lay_out(config, mesh, shapes)
   start = jax.jit(initialise, out_shardings=layout.shardings).lower().compile()
-  step = experiment.lower_step(
+  step = build.lower_step(
     trainer, shapes, layout, mesh, config.batch_size
   ).compile()
   rng = jax.device_put(jax.random.key(0), sharding.replicated(mesh))

@@ -14,7 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from marlin_jax.devices import distributed, sharding
-from marlin_jax.pretraining import experiment
+from marlin_jax.pretraining import build
 from marlin_jax.training import checkpoint
 
 
@@ -38,9 +38,9 @@ def main(workdir, step, target, fsdp, tensor, coordinator, num, me):
   config = ConfigDict(json.loads((Path(workdir) / "config.json").read_text()))
   config.scan = not config.scan
   mesh = sharding.make_mesh(-1, int(fsdp), int(tensor))
-  made = experiment.build(config, config.num_steps, mesh)
+  made = build.make_experiment(config, config.num_steps, mesh)
   shapes = jax.eval_shape(made.initialise)
-  layout = experiment.lay_out(config, mesh, shapes)
+  layout = build.lay_out(config, mesh, shapes)
   source = checkpoint.Checkpoints(f"{workdir}/checkpoints", keep=9)
   meta_file = Path(workdir) / "checkpoints" / str(step) / "meta" / "metadata"
   meta = json.loads(meta_file.read_text())

@@ -14,7 +14,7 @@ from marlin_jax.data import prepared_dataset
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.devices import sharding
 from marlin_jax.lipsync import configuration
-from marlin_jax.pretraining.experiment import count
+from marlin_jax.pretraining.build import count
 from marlin_jax.records import cli
 from marlin_jax.training import loop, remote_files
 

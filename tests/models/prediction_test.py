@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from marlin_jax.models import vit
-from marlin_jax.models.affine import Affine
+from marlin_jax.models.prediction import Prediction
 
 NUM_CLIPS, NUM_TOKENS, NARROW, WIDE, OUT = 2, 50, 8, 96, 24
 
@@ -27,7 +27,7 @@ def one_by_one(first, second, x):
 
 
 def as_one(first, second, x):
-  return Affine.of(first, x).then(second).value
+  return Prediction.from_head(first, x).through(second)
 
 
 def gradients(function, x, pair):

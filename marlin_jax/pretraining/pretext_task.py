@@ -1,0 +1,176 @@
+"""The pretext task: hide tokens of a clip and predict them.
+
+Pure functions on arrays. Axes: B batch, T frames, H W pixels, N tokens, V
+visible, M masked, P pixels per token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from marlin_jax.data.clip_geometry import (
+  Tubelets,
+  by_colour,
+  imagenet_normalised,
+)
+from marlin_jax.models.mae import gather_tokens
+from marlin_jax.pretraining import losses, masking
+from marlin_jax.pretraining.masking import Masking
+from marlin_jax.weights.architecture import Architecture
+
+
+@dataclasses.dataclass(frozen=True)
+class PretextTask:
+  """What the encoder sees and what the decoder predicts.
+
+  Attributes:
+    tubelets: the token grid.
+    masking: which tokens are hidden.
+    norm_pix: predict each token normalised by its own mean and standard
+      deviation per colour (VideoMAE); MARLIN predicts plain pixels.
+    imagenet_input: feed pixels normalised with ImageNet's statistics, as
+      VideoMAE checkpoints expect.
+  """
+
+  tubelets: Tubelets
+  masking: Masking
+  norm_pix: bool = False
+  imagenet_input: bool = False
+
+  @classmethod
+  def from_config(cls, config: ConfigDict) -> PretextTask:
+    """Returns the task of a training configuration.
+
+    Args:
+      config: a valid configuration, see configs/pretrain_b.py.
+    """
+    return cls.from_architecture(
+      Architecture.from_config(config), config.mask.strategy, config.mask.ratio
+    )
+
+  @classmethod
+  def from_architecture(
+    cls, architecture: Architecture, strategy: str, ratio: float
+  ) -> PretextTask:
+    """Returns the task of a network, with a choice of masks.
+
+    Args:
+      architecture: of the network.
+      strategy, ratio: see masking.Masking.
+
+    Raises:
+      ValueError: the strategy is unknown, or no token would be visible.
+    """
+    return cls(
+      architecture.tubelets,
+      Masking(strategy, ratio, architecture.tubelets.grid),
+      norm_pix=architecture.norm_pix,
+      imagenet_input=architecture.imagenet_input,
+    )
+
+  def inputs_and_target(self, video, regions, keys, decoder_ratio=0.0):
+    """Splits a batch into the autoencoder's inputs and target.
+
+    Args:
+      video: uint8 (B, T, H, W, 3).
+      regions: uint16 (B, T / tubelet_size, h, w), region bits per token.
+      keys: B jax keys, of the masks.
+      decoder_ratio: share of the masked tokens that are not predicted.
+
+    Returns:
+      ((patches, visible, masked), target): patches float32 (B, V, P), visible
+      int (B, V), masked int (B, M), target float32 (B, M, P).
+    """
+    visible, masked = self.masking(regions, keys)
+    if decoder_ratio:
+      masked = masking.running_cells(
+        masked,
+        self.tubelets.grid,
+        fold_in(keys, 1),
+        masking.num_decoded(masked.shape[1], decoder_ratio),
+      )
+    tokens = self.tubelets.patchify(video)
+    # Gathered as uint8 and converted afterwards: a quarter of the memory.
+    target = gather_tokens(tokens, masked).astype(jnp.float32) / 255
+    if self.norm_pix:
+      mean, std = self.pixel_stats(target)
+      target = ((by_colour(target) - mean) / std).reshape(target.shape)
+    patches = gather_tokens(tokens, visible).astype(jnp.float32) / 255
+    if self.imagenet_input:
+      patches = imagenet_normalised(patches)
+    return (patches, visible, masked), target
+
+  def pixel_stats(self, tokens):
+    """Returns mean and standard deviation of each token, per colour.
+
+    Args:
+      tokens: float (..., P) in [0, 1].
+
+    Returns:
+      Two arrays (..., 3, 1). The standard deviation is the unbiased one plus
+      1e-6 (VideoMAE's run_mae_pretraining), so that dividing by it is finite
+      for a token of one colour.
+    """
+    colours = by_colour(tokens)
+    mean = colours.mean(-1, keepdims=True)
+    return mean, jnp.sqrt(colours.var(-1, ddof=1, keepdims=True)) + 1e-6
+
+
+def fold_in(keys: jax.Array, i: int) -> jax.Array:
+  """Derives a new key from each of B keys."""
+  return jax.vmap(lambda key: jax.random.fold_in(key, i))(keys)
+
+
+def split_keys(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Splits each of B keys in two: for the masks, for the gradient penalty."""
+  pairs = jax.vmap(jax.random.split)(keys)
+  return pairs[:, 0], pairs[:, 1]
+
+
+def reconstruct_batch(
+  task: PretextTask, predict: Callable[..., jax.Array], batch: dict
+) -> dict[str, jax.Array]:
+  """Masks clips, predicts the masked tokens and puts the clips together.
+
+  Args:
+    task: what is masked, and the form of the prediction.
+    predict: the autoencoder: patches (B, V, P), visible (B, V) and masked
+      (B, M) -> predictions float32 (B, M, P); see models.mae.MAE.
+    batch: `video` and `regions` as for `PretextTask.inputs_and_target`, and
+      `keys`, B jax keys.
+
+  Returns:
+    `video`: float32 (B, T, H, W, 3), predicted where masked and original where
+      visible. Predictions are not clipped to [0, 1]; normalised targets are
+      undone with each token's true mean and standard deviation.
+    `visible`: bool (B, N).
+    `loss_rec`: scalar, the training loss on the target.
+    `loss_pixels`: scalar, the same loss on plain pixels; compare it with
+      `loss_batch_colour` and `loss_own_colour`, see losses.flat_patch_losses.
+  """
+  mask_keys, _ = split_keys(batch["keys"])
+  (patches, visible, masked), target = task.inputs_and_target(
+    batch["video"], batch["regions"], mask_keys
+  )
+  predicted = predict(patches, visible, masked)
+  loss_rec = losses.reconstruction_loss(predicted, target)
+  tokens = task.tubelets.patchify(batch["video"]).astype(jnp.float32) / 255
+  pixels = gather_tokens(tokens, masked)
+  if task.norm_pix:
+    mean, std = task.pixel_stats(pixels)
+    predicted = (by_colour(predicted) * std + mean).reshape(predicted.shape)
+  scatter = jax.vmap(lambda clip, index, new: clip.at[index].set(new))
+  is_visible = jnp.zeros(tokens.shape[:2], bool)
+  flat_losses = losses.flat_patch_losses(tokens, masked)
+  return {
+    "video": task.tubelets.unpatchify(scatter(tokens, masked, predicted)),
+    "visible": scatter(is_visible, visible, jnp.ones(visible.shape, bool)),
+    "loss_rec": loss_rec,
+    "loss_pixels": losses.reconstruction_loss(predicted, pixels),
+    **{f"loss_{name}": loss for name, loss in flat_losses.items()},
+  }
