@@ -16,8 +16,8 @@ import numpy as np
 
 from data_prep.inspection import dataset_statistics, region_pictures
 from data_prep.inspection.dataset_statistics import (
-  DatasetError,
   DecodedFrame,
+  InspectionError,
   Place,
 )
 from marlin_jax.records import cli
@@ -42,7 +42,7 @@ def contact_sheet(
     uint8 (H, W, 3), RGB.
 
   Raises:
-    DatasetError: no shard or no record exists, or one is damaged; names it.
+    InspectionError: no shard or no record exists, or one is damaged; names it.
   """
   cells = [cell(frame) for frame in _spread(dataset_dir, num_frames)]
   blank = np.full_like(cells[0], 255)
@@ -80,14 +80,16 @@ def _spread(dataset_dir: Path, num_frames: int) -> Iterator[DecodedFrame]:
   """Yields frames at equal distances over all records of a data set."""
   shards = sorted(dataset_dir.rglob("*.array_record*"))
   if not shards:
-    raise DatasetError(
+    raise InspectionError(
       f"no *.array_record* file in {dataset_dir}; expected a folder written "
       "by data_prep.prepare"
     )
   counts = [dataset_statistics.num_records(shard) for shard in shards]
   total = sum(counts)
   if total == 0:
-    raise DatasetError(f"the {len(shards)} shards in {dataset_dir} are empty")
+    raise InspectionError(
+      f"the {len(shards)} shards in {dataset_dir} are empty"
+    )
   ends = np.cumsum(counts)
   for position in (np.arange(num_frames) + 0.5) * total / num_frames:
     number = int(position)

@@ -64,7 +64,7 @@ def make(dataset_dir: Path, max_records: int) -> str:
     max_records: least number of records to read, if there are so many.
 
   Raises:
-    DatasetError: there is no such data set, or it is damaged.
+    InspectionError: there is no such data set, or it is damaged.
   """
   from tqdm import tqdm
 

@@ -27,7 +27,7 @@ from marlin_jax.records.schema import Record
 _AREA_STEPS = 8
 
 
-class DatasetError(UserError):
+class InspectionError(UserError):
   """The folder holds no complete, readable data set."""
 
 
@@ -131,7 +131,7 @@ def read(
     progress: called with the number of records read and to read.
 
   Raises:
-    DatasetError: the folder holds no such data set, or it is damaged.
+    InspectionError: the folder holds no such data set, or it is damaged.
   """
   settings, metadata, entries = _read_descriptions(dataset_dir)
   statistics = Statistics(
@@ -170,7 +170,7 @@ def num_records(shard: Path) -> int:
   """Returns the number of records in a shard.
 
   Raises:
-    DatasetError: the shard is damaged.
+    InspectionError: the shard is damaged.
   """
   num = shards.num_records(shard)
   if num is None:
@@ -203,7 +203,7 @@ def read_frame(place: Place, share: float = 0.5) -> DecodedFrame:
     share: position of the frame in the record, in [0, 1).
 
   Raises:
-    DatasetError: the record, the frame or its label map is damaged.
+    InspectionError: the record, the frame or its label map is damaged.
   """
   try:
     (data,) = shards.read_records(place.shard, place.number, 1)
@@ -226,12 +226,12 @@ def _read_descriptions(
   settings = ledger.read_json(dataset_dir / folders.SETTINGS)
   metadata = ledger.read_json(dataset_dir / folders.METADATA)
   if not settings or not metadata:
-    raise DatasetError(
+    raise InspectionError(
       f"{dataset_dir} is no complete data set of data_prep.prepare: "
       "settings.json or metadata.json is missing or damaged"
     )
   if metadata["schema_version"] != schema.SCHEMA_VERSION:
-    raise DatasetError(
+    raise InspectionError(
       f"{dataset_dir} is of schema_version {metadata['schema_version']}, this "
       f"program reads {schema.SCHEMA_VERSION}; prepare into a new folder"
     )
@@ -242,12 +242,12 @@ def _read_descriptions(
   except (OSError, ValueError, TypeError) as e:
     raise _damaged(path, str(e)) from e
   if not any(entry.num_records for entry in entries):
-    raise DatasetError(f"{dataset_dir} holds no record")
+    raise InspectionError(f"{dataset_dir} holds no record")
   return settings, metadata, entries
 
 
-def _damaged(path: Path, why: str) -> DatasetError:
-  return DatasetError(
+def _damaged(path: Path, why: str) -> InspectionError:
+  return InspectionError(
     f"{path} cannot be read ({why}); for all problems run python -m "
     f"data_prep.verify {path.parent}"
   )

@@ -1,4 +1,4 @@
-"""Clips: which frames of a track are seen, and how pixels become tokens.
+"""Frames of a clip, windows of a video, and tokens of a clip.
 
 Axes: B batch, T frames, H W pixels, C colours, N tokens (ordered t h w),
 P pixels per token (ordered c pt ph pw, as MARLIN; VideoMAE has pt ph pw c).
@@ -19,51 +19,53 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-  """How clips are taken: `num_frames` frames, every `stride`-th one."""
+  """Clip of `num_frames` frames, every `stride`-th frame of its source."""
 
   num_frames: int = schema.CLIP_FRAMES
   stride: int = schema.CLIP_STRIDE
 
   @property
   def span(self) -> int:
-    """Frames of the source from a clip's first to its last, inclusive."""
+    """Source frames from the clip's first frame to its last, inclusive."""
     return (self.num_frames - 1) * self.stride + 1
 
   @property
   def extent(self) -> int:
-    """Frames of the source that a window stands for: 32 by default."""
+    """Source frames that a window covers; 32 by default."""
     return self.num_frames * self.stride
 
   def indices(self, start: int | np.ndarray, total: int) -> np.ndarray:
-    """Frame numbers of the clip that begins at `start`.
+    """Returns the frame numbers of the clip that begins at `start`.
 
-    The one padding rule, used in training, evaluation and features: the stride
-    is kept, and past the end of the source its last frame is repeated.
+    Training, evaluation and features all pad by this rule: the stride is kept,
+    and past the end of the source its last frame is repeated.
 
     Args:
-      start: first frame, in [0, total); or those of several clips, (B, 1).
+      start: first frame, in [0, total); or the first frames of several clips,
+        (B, 1).
       total: frames in the source, at least 1.
 
     Returns:
       int (num_frames,), or (B, num_frames).
     """
-    wanted = start + self.stride * np.arange(self.num_frames)
-    return np.minimum(wanted, total - 1)
+    frames = start + self.stride * np.arange(self.num_frames)
+    return np.minimum(frames, total - 1)
 
   def random_starts(
     self, total: int, num_clips: int, np_rng: np.random.Generator
   ) -> np.ndarray:
-    """Draws starts such that the clips fit; 0 where the source is too short.
+    """Draws starts of clips that fit into the source; 0 if it is too short.
 
-    The first is random, the others follow at equal distances from it: each is
-    anywhere with the same probability, and all differ where there are as many
-    as `num_clips`. Where there are enough of them, they lie a multiple of the
-    stride apart, so that clips that overlap show the same frames.
+    The first start is random and the others follow at equal distances,
+    cyclically: each start is uniformly distributed, and all differ if there are
+    at least `num_clips` possible starts. If the source is long enough, the
+    starts are multiples of the stride apart, so that overlapping clips share
+    frames.
 
     Args:
       total: frames in the source, at least 1.
-      num_clips: how many.
-      np_rng: draws once.
+      num_clips: number of starts.
+      np_rng: generator; one number is drawn.
 
     Returns:
       int (num_clips,).
@@ -72,29 +74,29 @@ class Clip:
     first = int(np_rng.integers(num_starts))
     step = self.stride if num_starts // self.stride >= num_clips else 1
     starts = np.arange(first % step, num_starts, step)
-    ahead = np.arange(num_clips) * len(starts) // num_clips
-    return starts[(first // step + ahead) % len(starts)]
+    offsets = np.arange(num_clips) * len(starts) // num_clips
+    return starts[(first // step + offsets) % len(starts)]
 
   def window_starts(self, total: int, hop: int | None = None) -> np.ndarray:
-    """Starts of the windows that cover a whole video: the one window rule.
+    """Returns the starts of the windows that cover a whole video.
 
-    A window stands for `extent` frames, of which its clip shows every
-    `stride`-th. Windows start every `hop` frames while they fit; where frames
-    remain at the end, one more window is moved back so that it ends with the
-    last frame. A video shorter than a window is one window, padded as `indices`
-    says. So every frame is in a window, and none is padded that need not be.
+    A window covers `extent` frames, of which its clip shows every `stride`-th.
+    Windows start every `hop` frames while they fit. If frames remain at the
+    end, one more window ends with the last frame. A video shorter than a window
+    is one window, padded as in `indices`. So every frame is in a window, and
+    only a video shorter than a window is padded.
 
     Args:
       total: frames of the video, at least 1.
-      hop: frames from one start to the next; `extent` by default, where windows
-        lie side by side.
+      hop: frames from one start to the next; `extent` by default, so that
+        windows are adjacent.
 
     Returns:
       int (W,), ascending, at least one.
 
     Raises:
-      ValueError: the hop is not in [1, extent], so that frames between windows
-        would be left out.
+      ValueError: the hop is not in [1, extent]; frames between windows would be
+        left out.
     """
     hop = self.extent if hop is None else hop
     if not 1 <= hop <= self.extent:
@@ -109,7 +111,7 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True)
 class Tubelets:
-  """How a clip is cut into tokens: `tubelet_size` frames of a patch each."""
+  """Token grid of a clip; a token is a patch in `tubelet_size` frames."""
 
   num_frames: int = 16
   image_size: int = 224
@@ -132,7 +134,10 @@ class Tubelets:
     return 3 * self.tubelet_size * self.patch_size**2
 
   def patchify(self, video):
-    """(B, T, H, W, 3) -> (B, N, P), for numpy and jax arrays alike."""
+    """Cuts clips into tokens: (B, T, H, W, 3) -> (B, N, P).
+
+    Accepts numpy and jax arrays.
+    """
     t, h, w = self.grid
     pt, p = self.tubelet_size, self.patch_size
     x = video.reshape(-1, t, pt, h, p, w, p, 3)
@@ -140,7 +145,10 @@ class Tubelets:
     return x.reshape(-1, t * h * w, self.pixels)
 
   def unpatchify(self, tokens):
-    """(B, N, P) -> (B, T, H, W, 3); the inverse of `patchify`."""
+    """Joins tokens to clips: (B, N, P) -> (B, T, H, W, 3).
+
+    The inverse of `patchify`.
+    """
     t, h, w = self.grid
     pt, p = self.tubelet_size, self.patch_size
     x = tokens.reshape(-1, t, h, w, 3, pt, p, p)

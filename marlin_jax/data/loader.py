@@ -1,9 +1,9 @@
-"""Records on disk to batches on devices, in an order that a step determines.
+"""Input pipeline: records on disk to batches on devices.
 
-Which clips a step sees follows from the seed and the step alone: not from the
-number of processes, threads or earlier restarts. A run is therefore resumed by
-starting at its step, and no iterator state is saved (grain's own is tied to the
-number of workers and accepts another data set silently).
+The clips of a step are a function of the seed and the step alone, independent
+of the number of processes or threads and of earlier restarts. A run therefore
+resumes by starting at its step, and no iterator state is saved (grain's own is
+tied to the number of workers and accepts another data set silently).
 
 Axes: B batch, T frames, H W pixels.
 """
@@ -31,18 +31,23 @@ from marlin_jax.records import schema
 
 @dataclasses.dataclass(frozen=True)
 class TakeClip:
-  """What a batch holds of a record: clips of decoded frames.
+  """Turns records into clips of decoded frames.
 
-  `video` uint8 (B, T, H, W, 3), `regions` uint16 (B, T / tubelet_size, h, w) of
-  each tubelet's first frame, `_id` int32 (B,), the records' numbers, and
-  `start` int32 (B,), the clips' first frames in them.
+  A batch holds `video` uint8 (B, T, H, W, 3); `regions` uint16
+  (B, T / tubelet_size, h, w), the region bits of each tubelet's first frame;
+  `_id` int32 (B,), the numbers of the records; and `start` int32 (B,), the
+  first frame of each clip in its record.
+
+  Attributes:
+    clip: number of frames and stride.
+    tubelet_size: frames per token.
   """
 
   clip: Clip
   tubelet_size: int
 
   def empty(self, num_clips: int) -> dict[str, np.ndarray]:
-    """A batch to be filled."""
+    """Allocates a batch."""
     num_frames, grid = self.clip.num_frames, 2 * (schema.GRID_SIZE,)
     num_tubelets = num_frames // self.tubelet_size
     frame = (schema.FRAME_SIZE, schema.FRAME_SIZE, 3)
@@ -60,10 +65,16 @@ class TakeClip:
     record: schema.Record,
     np_rng: np.random.Generator,
   ) -> list[int]:
-    """Fills a part of a batch but for `video`, with clips from random starts.
+    """Draws clips of a record and fills a batch slice, except for `video`.
+
+    Args:
+      clips: slice of a batch from `empty`.
+      index: number of the record.
+      record: the record.
+      np_rng: draws the starts.
 
     Returns:
-      The frames of the record that `video` is to show, of all clips in turn.
+      Frames of the record to decode into `video`, clip by clip.
     """
     total = len(record)
     starts = self.clip.random_starts(total, len(clips["start"]), np_rng)
@@ -80,7 +91,11 @@ class TakeClip:
     record: schema.Record,
     frames: Sequence[int],
   ) -> None:
-    """Fills `video` with what `choose` gave; raises DatasetError."""
+    """Decodes the frames that `choose` returned into `video`.
+
+    Raises:
+      DatasetError: the record is damaged.
+    """
     video = clips["video"]
     try:
       schema.decode_frames(record, frames, video.reshape(-1, *video.shape[2:]))
@@ -89,28 +104,29 @@ class TakeClip:
 
 
 class BadRecords:
-  """Records that turned out to be unusable: each is told of once.
+  """List of unusable records, kept in a quarantine file.
 
-  One line for each goes to a quarantine file: record, where it lies, reason.
+  The file has one JSON line per record: number, data set and reason.
   """
 
   def __init__(self, path: epath.PathLike, limit: int):
-    """Reads what earlier runs have found.
+    """Reads the records that earlier runs listed.
 
     Args:
-      path: the quarantine file, JSON lines; made when there is a first one.
-      limit: how many are bearable.
+      path: the quarantine file; it is created with the first record.
+      limit: number of records to tolerate.
     """
     self._path, self._limit = epath.Path(path), limit
-    self._lock = threading.Lock()  # readers are threads
+    # Reader threads share the list.
+    self._lock = threading.Lock()
     lines = self._path.read_text().splitlines() if self._path.exists() else ()
-    self._found = {_place(row): row for row in map(json.loads, lines)}
+    self._rows = {_key(row): row for row in map(json.loads, lines)}
 
   def add(self, dataset: Dataset, index: int, error: DatasetError) -> None:
-    """Notes a bad record.
+    """Adds a record.
 
     Raises:
-      DatasetError: there are more than are bearable.
+      DatasetError: the list is longer than the limit.
     """
     row = {
       "record": index,
@@ -120,41 +136,42 @@ class BadRecords:
       "reason": str(error),
     }
     with self._lock:
-      if _place(row) not in self._found:
-        self._found[_place(row)] = row
-        rows = self._found.values()
-        # The whole file: a bucket cannot append.
-        self._path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-      if len(self._found) > self._limit:
+      if _key(row) not in self._rows:
+        self._rows[_key(row)] = row
+        lines = (f"{json.dumps(row)}\n" for row in self._rows.values())
+        # Rewrites the file, because buckets do not support appending.
+        self._path.write_text("".join(lines))
+      if len(self._rows) > self._limit:
         raise DatasetError(
-          f"{error}\nRecords found bad so far: {len(self._found)}, and "
+          f"{error}\nUnusable records so far: {len(self._rows)}, and "
           f"config.data.max_bad_records is {self._limit}. They are listed in "
           f"{self._path}. Copy or prepare the data set again, or raise the "
-          "limit to go on without them."
+          "limit to continue without them."
         ) from error
 
 
-def _place(row: dict) -> tuple[str, int]:
+def _key(row: dict) -> tuple[str, int]:
   return row["data"], row["record"]
 
 
 class _Draw(NamedTuple):
-  """A record, by its place among those served; seed of the clips' starts."""
+  """Position of a record among the served ones, and a seed for its clips."""
 
-  record: int
+  position: int
   seed: tuple[int, ...]
 
 
-_NUM_STEPS = 4  # read, parse, choose, decode
+# Phases of a record: read, parse, choose, decode.
+_NUM_PHASES = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-  """Draws -> a batch, `num_clips` for each draw, one after the other.
+  """Reads a batch of `num_clips` clips for each of a list of draws.
 
-  A record that cannot be read is replaced by the next that can. The clips
-  follow from the draw alone: whether a record was found to be bad before does
-  not matter, so that a resumed run reads the same.
+  A record that cannot be read is replaced by the next readable one. The clips
+  are a function of the draw alone, whether or not a record is listed as
+  unusable already, so that a resumed run reads the same clips.
   """
 
   dataset: Dataset
@@ -166,67 +183,68 @@ class _Reader:
   def __call__(self, draws: Sequence[_Draw]) -> dict[str, np.ndarray]:
     n = self.num_clips
     batch = self.take_clip.empty(n * len(draws))
-    # All are read, then all parsed, and so on: a clip's decoding empties the
-    # caches, and what comes after it takes up to 8 times as long.
-    steps = [
-      self._steps({k: x[i * n : (i + 1) * n] for k, x in batch.items()}, draw)
+    # Phase by phase for all records: decoding a clip evicts the CPU caches, and
+    # the phases after it would take up to 8 times as long.
+    fillers = [
+      self._fill({k: x[i * n : (i + 1) * n] for k, x in batch.items()}, draw)
       for i, draw in enumerate(draws)
     ]
-    for _ in range(_NUM_STEPS):
-      for step in steps:
-        next(step, None)
-    for step in steps:  # bad records take more
-      collections.deque(step, maxlen=0)
+    for _ in range(_NUM_PHASES):
+      for filler in fillers:
+        next(filler, None)
+    # Replacements of unusable records need more phases.
+    for filler in fillers:
+      collections.deque(filler, maxlen=0)
     return batch
 
-  def _steps(self, clips: dict[str, np.ndarray], draw: _Draw) -> Iterator[None]:
-    """Fills a part of a batch; pauses _NUM_STEPS - 1 times for each record."""
+  def _fill(self, clips: dict[str, np.ndarray], draw: _Draw) -> Iterator[None]:
+    """Fills a batch slice; yields after each phase of a record but the last."""
     num_records = self.dataset.num_records
     for i in range(num_records):
-      tried = self.dataset.number_of((draw.record + i) % num_records)
+      number = self.dataset.record_number((draw.position + i) % num_records)
       try:
-        data = self.source.read(tried)
+        data = self.source.read(number)
         yield
-        record = self.source.parse(tried, data)
+        record = self.source.parse(number, data)
         del data
         yield
         np_rng = np.random.default_rng((*draw.seed, i))
-        frames = self.take_clip.choose(clips, tried, record, np_rng)
+        frames = self.take_clip.choose(clips, number, record, np_rng)
         yield
-        self.take_clip.decode(clips, tried, record, frames)
+        self.take_clip.decode(clips, number, record, frames)
         return
       except DatasetError as e:
         if self.bad is None:
           raise
-        self.bad.add(self.dataset, tried, e)
+        self.bad.add(self.dataset, number, e)
     raise DatasetError(f"{self.source} has no record that can be read")
 
 
 def own_rows(sharding: jax.sharding.Sharding, batch_size: int) -> list[int]:
-  """The clips of a global batch that this process's devices need, by number.
+  """Returns the rows of a global batch that this process's devices hold.
 
-  Processes whose devices share clips, along mesh.tensor, get the same ones.
+  Processes whose devices share clips, along mesh.tensor, have the same rows.
   """
-  held = sharding.addressable_devices_indices_map((batch_size,)).values()
-  return sorted({i for (part,) in held for i in range(batch_size)[part]})
+  slices = sharding.addressable_devices_indices_map((batch_size,)).values()
+  return sorted({i for (rows,) in slices for i in range(batch_size)[rows]})
 
 
 class _Draws:
-  """Records for ever, every pass over them in an order of its own.
+  """Endless sequence of draws; each pass over the records has its own order.
 
-  Not grain's shuffle: it tries 65,536 / n places for one of n records, which
-  for two takes longer than decoding a clip.
+  It does not use grain's shuffle, which tries 65,536 / n positions for one of n
+  records: with two records that takes longer than decoding a clip.
   """
 
   def __init__(self, num_records: int, seed: int):
     self._num_records, self._seed = num_records, seed
-    # Readers may be on both sides of a pass's end.
+    # Reader threads may be on both sides of the end of a pass.
     self._order = functools.lru_cache(maxsize=2)(self._shuffled)
 
   def __getitem__(self, position: int) -> _Draw:
     num_passes, place = divmod(position, self._num_records)
-    record = int(self._order(num_passes)[place])
-    return _Draw(record, (self._seed, 1, position))
+    record_position = int(self._order(num_passes)[place])
+    return _Draw(record_position, (self._seed, 1, position))
 
   def _shuffled(self, num_passes: int) -> np.ndarray:
     np_rng = np.random.default_rng((self._seed, 0, num_passes))
@@ -234,7 +252,7 @@ class _Draws:
 
 
 class _Batches:
-  """Number of a step -> this process's share of its batch; a grain source."""
+  """Grain source: maps a step to this process's rows of its batch."""
 
   def __init__(
     self, read: _Reader, draws: _Draws, batch_size: int, rows: Sequence[int]
@@ -242,19 +260,21 @@ class _Batches:
     self._read, self._draws = read, draws
     n = read.num_clips
     self._per_step = batch_size // n
-    # A draw that processes share is read whole by each: they must agree on
-    # whether it can be.
-    self._places = sorted({row // n for row in rows})
-    read_rows = [n * place + i for place in self._places for i in range(n)]
-    at = {row: i for i, row in enumerate(read_rows)}
-    self._own = None if list(rows) == read_rows else [at[row] for row in rows]
+    # Processes that share a draw read all of it, so that they agree on whether
+    # it is readable.
+    self._draw_numbers = sorted({row // n for row in rows})
+    read_rows = [n * draw + i for draw in self._draw_numbers for i in range(n)]
+    index_of = {row: i for i, row in enumerate(read_rows)}
+    self._own = (
+      None if list(rows) == read_rows else [index_of[row] for row in rows]
+    )
 
   def __len__(self) -> int:
     return sys.maxsize
 
   def __getitem__(self, step: int) -> dict[str, np.ndarray]:
     first = step * self._per_step
-    batch = self._read([self._draws[first + place] for place in self._places])
+    batch = self._read([self._draws[first + i] for i in self._draw_numbers])
     if self._own is None:
       return batch
     return {key: x[self._own] for key, x in batch.items()}
@@ -272,25 +292,28 @@ def train_batches(
   rows: Sequence[int] | None = None,
   bad: BadRecords | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-  """This process's share of every global batch, for ever.
+  """Yields this process's rows of every global batch, endlessly.
 
   Args:
-    dataset: what to read; where it is smaller than a batch, its records repeat
-      within the batch, with other starts.
-    take_clip: record -> clips.
+    dataset: data set to read. If it is smaller than a batch, records repeat
+      within the batch with other starts.
+    take_clip: turns records into clips.
     batch_size: clips per step over all processes.
-    seed: of order and starts.
+    seed: seed of the order and of the starts.
     start_step: steps already taken.
-    num_threads: readers; each makes whole batches.
-    clips_per_record: so many clips in a row are of one record, repeated
-      sampling (Hoffer et al., CVPR 2020; MAE-ST, NeurIPS 2022; VideoMAE,
+    num_threads: reader threads; each makes whole batches.
+    clips_per_record: number of consecutive clips from one record (repeated
+      sampling: Hoffer et al., CVPR 2020; MAE-ST, NeurIPS 2022; VideoMAE,
       NeurIPS 2022); a divisor of batch_size.
-    rows: this process's share, from `own_rows`; None: all.
-    bad: where to tell of records that cannot be read, and of which another one
-      takes the place; None: the first ends the iteration with a DatasetError.
+    rows: rows of this process, from `own_rows`; None: all.
+    bad: list for unreadable records, which are then replaced by other records;
+      None: the first unreadable record raises.
 
   Yields:
-    Dicts of arrays, each with as many clips as there are rows.
+    Dicts of arrays with one clip per row.
+
+  Raises:
+    DatasetError: a record is unreadable, or `bad` holds more than its limit.
   """
   source = RecordSource(dataset)
   batches = _Batches(
@@ -299,12 +322,12 @@ def train_batches(
     batch_size,
     range(batch_size) if rows is None else rows,
   )
-  # A few in store even out slow reads.
+  # The buffer evens out slow reads.
   options = grain.ReadOptions(
     num_threads=num_threads, prefetch_buffer_size=2 * num_threads
   )
-  made = grain.MapDataset.source(batches)[start_step:]
-  return iter(made.to_iter_dataset(options))
+  remaining = grain.MapDataset.source(batches)[start_step:]
+  return iter(remaining.to_iter_dataset(options))
 
 
 def eval_batches(
@@ -316,30 +339,33 @@ def eval_batches(
   rows: Sequence[int] | None = None,
   bad: BadRecords | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-  """The same clips on every call, from records spread over the split.
+  """Yields the same clips on every call, from records spread over the split.
 
-  Where there are fewer records than clips, records repeat with other starts.
+  If there are fewer records than clips, records repeat with other starts.
 
   Args:
-    dataset: what to read.
-    take_clip: record -> clip.
+    dataset: data set to read.
+    take_clip: turns records into clips.
     batch_size: clips per batch over all processes.
-    num_batches: how many.
-    rows: this process's share, from `own_rows`; None: all.
-    bad: as for `train_batches`.
+    num_batches: number of batches.
+    rows: rows of this process, from `own_rows`; None: all.
+    bad: list for unreadable records; see `train_batches`.
 
   Yields:
-    Dicts of arrays, each with as many clips as there are rows.
+    Dicts of arrays with one clip per row.
+
+  Raises:
+    DatasetError: as for `train_batches`.
   """
   read = _Reader(dataset, RecordSource(dataset), take_clip, bad)
   num_clips = batch_size * num_batches
   chosen = np.arange(num_clips) * dataset.num_records // num_clips
+  rows = range(batch_size) if rows is None else rows
   for first in range(0, num_clips, batch_size):
-    mine = range(batch_size) if rows is None else rows
     yield read(
       [
         _Draw(int(chosen[i]), (int(np.random.default_rng(i).integers(2**63)),))
-        for i in (first + row for row in mine)
+        for i in (first + row for row in rows)
       ]
     )
 
@@ -350,7 +376,13 @@ def to_devices(
   *,
   ahead: int = 1,
 ) -> Iterator[dict[str, jax.Array]]:
-  """Copies batches to devices, `ahead` of the step that uses them."""
+  """Yields batches on devices; copies `ahead` batches in advance.
+
+  Args:
+    batches: this process's rows of each global batch.
+    sharding: sharding of the global batch.
+    ahead: batches to copy before they are needed.
+  """
   queue = collections.deque()
   for batch in batches:
     queue.append(

@@ -1,10 +1,12 @@
-"""A prepared data set: what its directory says, and its records by number."""
+"""Prepared data set: its description, and random access to its records."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
+from typing import Any
 
 import grain
 from etils import epath
@@ -16,17 +18,17 @@ from marlin_jax.records.quality_index import Selection
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """A prepared data set, checked but not yet read.
+  """Split of a prepared data set, checked but not yet read.
 
   Attributes:
-    path: its directory.
+    path: folder of the data set.
     split: TFDS split.
     shards: paths of the split's shards, in order.
     num_records: track segments that are served.
-    num_videos: source videos that they are of.
-    fingerprint: sha256 over the split's content; tells data sets apart, and
-      choices among the records of one.
-    selection: which records are served; None: all of the split.
+    num_videos: source videos of these segments.
+    fingerprint: sha256 over the split's content and the selection; identifies
+      the training data.
+    selection: records that are served; None: all of the split.
   """
 
   path: str
@@ -39,29 +41,31 @@ class Dataset:
 
   @property
   def num_stored(self) -> int:
-    """Records of the split, those that are left out included."""
+    """Records of the split, including those that are not served."""
     left_out = self.selection.num_left_out if self.selection else 0
     return self.num_records + left_out
 
-  def number_of(self, place: int) -> int:
-    """The number in the split of one of the records that are served."""
-    return int(self.selection.numbers[place]) if self.selection else place
+  def record_number(self, position: int) -> int:
+    """Returns the number in the split of the served record at a position."""
+    return int(self.selection.numbers[position]) if self.selection else position
 
 
 class DatasetError(UserError):
-  """The data set is missing, damaged or not what was asked for."""
+  """Data set that is missing, damaged or not as requested."""
 
 
 def open_dataset(path: str, split: str, min_quality: float = 0.0) -> Dataset:
-  """Reads what the directory says about itself and checks its shards.
+  """Opens a split of a data set; reads its description and checks its shards.
 
   Args:
-    path: directory written by data_prep.prepare, local or gs://.
-    split: 'train', 'val', ...
-    min_quality: records of tracks below it are left out; 0: none.
+    path: folder written by data_prep.prepare, local or gs://.
+    split: name of a split, such as 'train' or 'val'.
+    min_quality: records of tracks of a lower quality are not served; 0: serve
+      all.
 
   Raises:
-    DatasetError: says what was found, what was expected, where, and what to do.
+    DatasetError: the folder holds no complete data set of this schema version,
+      or no such split, or no record of the quality.
   """
   root = epath.Path(path)
   advice = "Make one with: python -m data_prep.prepare --input DIR --output DIR"
@@ -107,35 +111,36 @@ def open_dataset(path: str, split: str, min_quality: float = 0.0) -> Dataset:
 
 
 def _filtered(dataset: Dataset, min_quality: float) -> Dataset:
-  """The same without what is below the quality; raises DatasetError."""
+  """Returns the data set without records of a lower quality."""
   path = epath.Path(dataset.shards[0])
   path = path.with_name(quality_index.name_for(path.name))
-  wanted = f"config.data.min_quality={min_quality}"
+  setting = f"config.data.min_quality={min_quality}"
   if not path.exists():
     raise DatasetError(
-      f"{wanted} needs {path}, and there is no such file. Run the same "
-      "data_prep.prepare again, which makes what is missing; a data set of an "
-      "earlier version has to be prepared into a new folder"
+      f"{setting} needs {path}, which does not exist. Run the same "
+      "data_prep.prepare again to create it; prepare a data set of an earlier "
+      "version into a new folder"
     )
   try:
     rows = quality_index.unpack(path.read_bytes())
     if len(rows) != dataset.num_records:
       raise ValueError(
-        f"it tells of {len(rows)} records, the split has {dataset.num_records}"
+        f"it lists {len(rows)} records, the split has {dataset.num_records}"
       )
   except ValueError as e:
     raise DatasetError(
-      f"{wanted} cannot be judged by {path}: {e}; copy the directory again, or "
-      "run data_prep.prepare on it again"
+      f"{setting} cannot use {path}: {e}; copy the folder again, or run "
+      "data_prep.prepare on it again"
     ) from e
   selection = quality_index.select(rows, min_quality)
   if not len(selection.numbers):
     raise DatasetError(
-      f"{wanted} leaves no record of split '{dataset.split}' of "
+      f"{setting} leaves no record of split '{dataset.split}' of "
       f"{dataset.path}: the best of {dataset.num_records} has a quality of "
       f"{rows['quality'].max():.4f}"
     )
-  # Not the threshold but what it chooses: from this file, which is not hashed.
+  # Hashes the selection, not the threshold: the file of qualities is not among
+  # the hashed files.
   numbers = selection.numbers.astype("<i8").tobytes()
   content = dataset.fingerprint.encode() + numbers
   return dataclasses.replace(
@@ -148,41 +153,42 @@ def _filtered(dataset: Dataset, min_quality: float) -> Dataset:
 
 
 def _shards(root: epath.Path, split: str, expected: int) -> tuple[str, ...]:
-  found = sorted(
+  names = sorted(
     p.name for p in root.iterdir() if f"-{split}.array_record-" in p.name
   )
   suffixes = [f"-{i:05d}-of-{expected:05d}" for i in range(expected)]
-  missing = [s for s in suffixes if not any(f.endswith(s) for f in found)]
-  if missing or len(found) != expected:
+  missing = [s for s in suffixes if not any(n.endswith(s) for n in names)]
+  if missing or len(names) != expected:
     raise DatasetError(
       f"split '{split}' of {root} should have {expected} shards and has "
-      f"{len(found)}"
+      f"{len(names)}"
       + (f"; missing: {', '.join(missing)}" if missing else "")
-      + ". Copy the directory again, or run data_prep.prepare on it again."
+      + ". Copy the folder again, or run data_prep.prepare on it again."
     )
-  return tuple(str(root / name) for name in found)
+  return tuple(str(root / name) for name in names)
 
 
 class RecordSource:
-  """Random access to a split's records; grain's source protocol.
+  """Random access to all records of a split, as grain's sources.
 
-  To all of them: `Dataset.number_of` tells which are served.
+  `Dataset.record_number` gives the numbers of the served records.
   """
 
   def __init__(self, dataset: Dataset):
     self._dataset = dataset
     try:
       self._source = grain.sources.ArrayRecordDataSource(list(dataset.shards))
-    except Exception as e:  # array_record raises bare RuntimeErrors
+    # array_record raises plain RuntimeErrors.
+    except Exception as e:
       raise DatasetError(
-        f"a shard of {dataset.path} cannot be opened ({e}); copy the directory "
+        f"a shard of {dataset.path} cannot be opened ({e}); copy the folder "
         "again, or run data_prep.prepare on it again"
       ) from e
     if len(self._source) != dataset.num_stored:
       raise DatasetError(
         f"the shards of {dataset.path} hold {len(self._source)} records in "
         f"split '{dataset.split}', dataset_info.json says "
-        f"{dataset.num_stored}; copy the directory again, or run "
+        f"{dataset.num_stored}; copy the folder again, or run "
         "data_prep.prepare on it again"
       )
 
@@ -193,17 +199,17 @@ class RecordSource:
     return index, self.parse(index, self.read(index))
 
   def read(self, index: int) -> bytes:
-    """What is on disk; as the others, raises DatasetError."""
+    """Returns a record's bytes; raises DatasetError if they are damaged."""
     return self._named(index, self._source.__getitem__, index)
 
   def parse(self, index: int, data: bytes) -> schema.Record:
-    """Of what `read` gave."""
+    """Decodes the bytes that `read` returned; raises DatasetError likewise."""
     return self._named(index, schema.decode, data)
 
-  def _named(self, index: int, work, argument):
-    """Errors name the record."""
+  def _named(self, index: int, function: Callable, argument: Any) -> Any:
+    """Calls a function; errors name the record."""
     try:
-      return work(argument)
+      return function(argument)
     except (RuntimeError, ValueError) as e:
       raise DatasetError(
         f"record {index} of split '{self._dataset.split}' in "
@@ -211,5 +217,5 @@ class RecordSource:
       ) from e
 
   def __repr__(self) -> str:
-    # Grain names the pipeline's source in its messages.
+    # Grain's messages include it.
     return f"RecordSource({self._dataset.path!r}, {self._dataset.split!r})"

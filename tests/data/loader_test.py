@@ -99,7 +99,7 @@ def many():
 
 def test_every_pass_over_many_records_has_an_order_of_its_own(many):
   passes = [
-    [many[position].record for position in range(first, first + 1000)]
+    [many[position].position for position in range(first, first + 1000)]
     for first in range(0, 3000, 1000)
   ]
   for order in passes:
@@ -109,7 +109,7 @@ def test_every_pass_over_many_records_has_an_order_of_its_own(many):
   assert np.mean(np.equal(passes[0], passes[1])) < 0.05
   assert np.mean(np.equal(passes[1], passes[2])) < 0.05
   # In any order of asking.
-  assert many[0].record == passes[0][0]
+  assert many[0].position == passes[0][0]
 
 
 def test_clips_of_one_record_follow_each_other_and_differ(dataset):

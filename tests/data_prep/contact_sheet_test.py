@@ -11,8 +11,8 @@ from PIL import Image
 from data_prep import contact_sheet
 from data_prep.inspection import region_pictures
 from data_prep.inspection.dataset_statistics import (
-  DatasetError,
   DecodedFrame,
+  InspectionError,
 )
 from marlin_jax.records import schema
 
@@ -107,7 +107,7 @@ def test_folder_without_shards_is_an_error(tmp_path, capsys):
 def test_damaged_shard_is_named(dataset_dir):
   shard = dataset_dir / "faces-train.array_record-00001-of-00002"
   shard.write_bytes(shard.read_bytes()[:-1])
-  with pytest.raises(DatasetError, match="00001-of-00002"):
+  with pytest.raises(InspectionError, match="00001-of-00002"):
     contact_sheet.contact_sheet(dataset_dir)
 
 
@@ -116,5 +116,5 @@ def test_record_of_something_else_is_named(dataset_dir):
   writer = array_record_module.ArrayRecordWriter(str(shard), "group_size:1")
   writer.write(b"something else")
   writer.close()
-  with pytest.raises(DatasetError, match="00001-of-00002.*record 0"):
+  with pytest.raises(InspectionError, match="00001-of-00002.*record 0"):
     contact_sheet.contact_sheet(dataset_dir)

@@ -11,7 +11,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from data_prep import report
 from data_prep.inspection import dataset_statistics, html_page
-from data_prep.inspection.dataset_statistics import DatasetError
+from data_prep.inspection.dataset_statistics import InspectionError
 from data_prep.output import shards
 from tests.support import made_dataset
 from tests.support.made_dataset import a_record, some_labels
@@ -238,12 +238,12 @@ def test_damaged_shard_is_named_and_verify_recommended(tmp_path):
   (shard,) = path.glob("*.array_record-*")
   data = shard.read_bytes()
   shard.write_bytes(data[: len(data) // 2])
-  with pytest.raises(DatasetError, match=f"{shard.name}.*data_prep.verify"):
+  with pytest.raises(InspectionError, match=f"{shard.name}.*data_prep.verify"):
     report.make(path, 10)
   writer = ArrayRecordWriter(str(shard), shards.WRITER_OPTIONS)
   writer.write(b"something else")
   writer.close()
-  with pytest.raises(DatasetError, match=f"{shard.name}.*data_prep.verify"):
+  with pytest.raises(InspectionError, match=f"{shard.name}.*data_prep.verify"):
     report.make(path, 10)
 
 
