@@ -1,10 +1,10 @@
-"""Reads a prepared data set whole and says whether it can be trusted.
+"""Checks a prepared data set completely.
 
   python -m data_prep.verify DATASET_DIR
 
-Every shard is hashed, every record, frame and label map decoded, and what the
-ledger, the metadata and the shards say is compared. The exit code is 0 where
-all of it holds, 1 where something does not, 2 where there is nothing to judge.
+Hashes every shard, decodes every record, frame and label map, and compares
+ledger, metadata and shards. The exit code is 0 for a whole data set, 1 for a
+damaged one, 2 if there is no data set.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from marlin_jax.records.cli import UserError, counted
 if TYPE_CHECKING:
   from data_prep.inspection.record_checks import Expected, FoundShard, Problems
 
-# Lines on the terminal; the JSON report holds more.
+# Problems printed; the JSON report lists more.
 MAX_SHOWN = 20
-# Hashing a shard of some GB on a slow disk reports nothing.
+# A worker reports nothing while it hashes a shard, GBs on a slow disk.
 STALL_SECS = 3600.0
-# Nothing leaks here: a worker is replaced for the sake of what might.
+# No leak is known here; workers are replaced as a precaution.
 SHARDS_PER_WORKER = 100
 
 
 class _NothingToVerify(UserError):
-  """There is no data set; the message says what is there instead."""
+  """There is no data set; the message says what is wrong."""
 
   exit_code = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Returns the exit code: 0 whole, 1 damaged, 2 usage, 130 interrupted."""
+  """Returns the exit code: 0 whole, 1 damaged, 2 no data set, 130 Ctrl-C."""
   args = _parser().parse_args(argv)
   try:
     report = verify(args.dataset_dir, args.num_workers)
@@ -52,19 +52,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"error: {e}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
-    print("\nInterrupted: nothing is said of the data set.", file=sys.stderr)
+    print("\nInterrupted. There is no result.", file=sys.stderr)
     return 130
-  print(_words(report))
+  print(_summary(report))
   return 0 if report["is_whole"] else 1
 
 
 def verify(dataset_dir: Path, num_workers: int) -> dict[str, Any]:
   """Checks everything that can be checked without the videos.
 
+  Args:
+    dataset_dir: the data set.
+    num_workers: number of shards read at a time.
+
   Returns:
-    What the JSON report holds: `is_whole`; counts; `problems`, the most
-    important first, at most `integrity.MAX_LISTED` of a kind; `num_problems`
-    of each kind; `notes`, which are no damage.
+    The JSON report: `is_whole`; counts; `problems`, the most important first,
+    at most `record_checks.MAX_LISTED` of a kind; `num_problems` of each kind;
+    `notes`, which are not damage.
 
   Raises:
     _NothingToVerify: the folder holds no data set.
@@ -75,11 +79,11 @@ def verify(dataset_dir: Path, num_workers: int) -> dict[str, Any]:
   started_at = time.monotonic()
   problems = record_checks.Problems()
 
-  # --- What the small files say -----------------------------------------------
+  # --- Settings and ledger ----------------------------------------------------
   settings = _settings(dataset_dir)
   version = settings.get("schema_version")
   if settings and version != schema.SCHEMA_VERSION:
-    # Nothing else can be judged by this program's rules.
+    # The checks below apply to the current version only.
     what = f"schema_version {version}, this program reads "
     problems.add("schema", folders.SETTINGS, f"{what}{schema.SCHEMA_VERSION}")
     return _report(dataset_dir, {}, [], problems, started_at)
@@ -89,7 +93,7 @@ def verify(dataset_dir: Path, num_workers: int) -> dict[str, Any]:
     problems.add(
       "damaged",
       folders.SETTINGS,
-      f"missing or damaged ({e!r}), so it is not known what should be here; "
+      f"missing or damaged ({e!r}), so the expected content is unknown; "
       "restore it, or prepare into a new folder",
     )
     return _report(dataset_dir, {}, [], problems, started_at)
@@ -97,39 +101,39 @@ def verify(dataset_dir: Path, num_workers: int) -> dict[str, Any]:
   entries = folder_checks.read_ledger(dataset_dir, problems)
   folder_checks.check_ledger(dataset_dir, entries, problems)
 
-  # --- What the shards hold ---------------------------------------------------
+  # --- Shards ---------------------------------------------------------------
   paths = [dataset_dir / name for name in shard_split]
-  found = _read_shards(
+  shards = _read_shards(
     [path for path in paths if path.is_file()], expected, num_workers, problems
   )
 
-  # --- Whether they agree -----------------------------------------------------
-  folder_checks.check_hashes(dataset_dir, shard_split, found, problems)
-  folder_checks.check_places(settings, entries, found, problems)
-  folder_checks.check_quality(dataset_dir, shard_split, found, problems)
+  # --- Consistency ------------------------------------------------------------
+  folder_checks.check_hashes(dataset_dir, shard_split, shards, problems)
+  folder_checks.check_places(settings, entries, shards, problems)
+  folder_checks.check_quality(dataset_dir, shard_split, shards, problems)
   folder_checks.check_metadata(dataset_dir, settings, entries, problems)
-  folder_checks.check_tfds(dataset_dir, expected, shard_split, found, problems)
-  return _report(dataset_dir, entries, found, problems, started_at)
+  folder_checks.check_tfds(dataset_dir, expected, shard_split, shards, problems)
+  return _report(dataset_dir, entries, shards, problems, started_at)
 
 
 def _report(
   dataset_dir: Path,
   entries: dict[str, ledger.Entry],
-  found: list[FoundShard],
+  shards: list[FoundShard],
   problems: Problems,
   started_at: float,
 ) -> dict[str, Any]:
   from data_prep.inspection import folder_checks, record_checks
 
-  videos = [video for shard in found for video in shard.videos.values()]
+  videos = [video for shard in shards for video in shard.videos.values()]
   return {
     "dataset": str(dataset_dir),
     "is_whole": not problems.counts.total(),
-    "num_shards": len(found),
-    "num_records": sum(shard.num_records for shard in found),
+    "num_shards": len(shards),
+    "num_records": sum(shard.num_records for shard in shards),
     "num_frames": sum(video.counts["num_frames"] for video in videos),
     "num_videos": len(videos),
-    "num_bytes": sum(shard.num_bytes for shard in found),
+    "num_bytes": sum(shard.num_bytes for shard in shards),
     "secs": round(time.monotonic() - started_at, 1),
     "num_problems": {
       kind: problems.counts[kind]
@@ -141,13 +145,13 @@ def _report(
   }
 
 
-# --- The small files ----------------------------------------------------------
+# --- Steps --------------------------------------------------------------------
 
 
 def _settings(dataset_dir: Path) -> dict[str, Any]:
-  """Returns the settings, {} where a data set has none that can be read."""
+  """Returns the settings, {} if the data set has no readable ones."""
   if not dataset_dir.is_dir():
-    raise _NothingToVerify(f"{dataset_dir} is no folder")
+    raise _NothingToVerify(f"{dataset_dir} is not a folder")
   names = [path.name for path in dataset_dir.iterdir()]
   if not any(
     name in (folders.SETTINGS, folders.VIDEOS, folders.DATASET_INFO)
@@ -157,11 +161,8 @@ def _settings(dataset_dir: Path) -> dict[str, Any]:
     raise _NothingToVerify(
       f"{dataset_dir} holds none of the files that data_prep.prepare writes"
     )
-  found = ledger.read_json(dataset_dir / folders.SETTINGS)
-  return found if isinstance(found, dict) else {}
-
-
-# --- The shards ---------------------------------------------------------------
+  settings = ledger.read_json(dataset_dir / folders.SETTINGS)
+  return settings if isinstance(settings, dict) else {}
 
 
 def _read_shards(
@@ -170,16 +171,13 @@ def _read_shards(
   num_workers: int,
   problems: Problems,
 ) -> list[FoundShard]:
-  """Returns what each shard holds, in order; adds their problems."""
-  from tqdm import tqdm
-
-  from data_prep.engines import workers
+  """Returns the content of each shard, in order; adds their problems."""
+  from data_prep.engines import progress, workers
   from data_prep.inspection import record_checks
 
-  sizes = [path.stat().st_size for path in paths]
-  read = [0] * len(paths)
-  found: dict[int, record_checks.FoundShard] = {}
-  terminal = sys.stderr.isatty()
+  sizes = [max(path.stat().st_size, 1) for path in paths]
+  num_read = [0] * len(paths)
+  shards: dict[int, FoundShard] = {}
   with (
     contextlib.closing(
       workers.run_tasks(
@@ -191,38 +189,28 @@ def _read_shards(
         stall_secs=STALL_SECS,
       )
     ) as events,
-    tqdm(
-      desc="verifying",
-      total=sum(sizes),
-      unit="B",
-      unit_scale=True,
-      dynamic_ncols=terminal,
-      mininterval=0.2 if terminal else 30.0,
-    ) as bar,
+    progress.TaskBar(sizes, "shard") as bar,
   ):
     for event in events:
-      # A shard is a little longer than its records.
-      size = event.value if event.kind == "report" else sizes[event.task]
-      step = min(size, sizes[event.task] - read[event.task])
-      read[event.task] += step
-      bar.update(step)
-      if event.kind == "done":
-        found[event.task] = event.value
-      elif event.kind == "died":
-        problems.add("damaged", paths[event.task].name, event.value)
-        found[event.task] = record_checks.FoundShard(paths[event.task].name)
-  for shard in found.values():
+      if event.kind == "report":
+        num_read[event.task] += event.value
+        bar.advance(event.task, num_read[event.task] / sizes[event.task])
+        continue
+      shard = event.value
+      if event.kind == "died":
+        shard = record_checks.FoundShard(paths[event.task].name)
+        problems.add("damaged", shard.name, event.value)
+      shards[event.task] = shard
+      bar.finish(event.task)
+  for shard in shards.values():
     problems.extend(shard.problems)
-  return [found[i] for i in sorted(found)]
+  return [shards[i] for i in sorted(shards)]
 
 
-# --- What describes them ------------------------------------------------------
+# --- Output -------------------------------------------------------------------
 
 
-# --- Words --------------------------------------------------------------------
-
-
-def _words(report: dict[str, Any]) -> str:
+def _summary(report: dict[str, Any]) -> str:
   from data_prep.inspection import record_checks
 
   read = ", ".join(
@@ -240,7 +228,7 @@ def _words(report: dict[str, Any]) -> str:
   shown = report["problems"][:MAX_SHOWN]
   lines += [f"{p['kind']}: {p['where']}: {p['what']}" for p in shown]
   if num > len(shown):
-    lines.append(f"and {num - len(shown)} more; --json lists them")
+    lines.append(f"and {num - len(shown)} more; see the report of --json")
   return "\n".join(lines)
 
 
@@ -250,23 +238,23 @@ def _words(report: dict[str, Any]) -> str:
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="python -m data_prep.verify",
-    description="Reads a prepared data set whole and says whether it can be "
-    "trusted. Exit code 0: whole; 1: damaged; 2: no data set, or usage.",
+    description="Checks a prepared data set completely. Exit codes: 0 whole, "
+    "1 damaged, 2 no data set or a wrong argument.",
     formatter_class=cli.HelpFormatter,
     allow_abbrev=False,
   )
   parser.add_argument(
     "dataset_dir",
     type=storage.disk_path,
-    help="folder on a disk that data_prep.prepare wrote",
+    help="folder on a disk, written by data_prep.prepare",
   )
   parser.add_argument(
     "--num_workers",
     type=cli.at_least(1),
     default=cli.num_cores(),
-    help="shards read at a time",
+    help="number of shards read at a time",
   )
-  parser.add_argument("--json", type=Path, help="report to write")
+  parser.add_argument("--json", type=Path, help="JSON report to write")
   return parser
 
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
   from marlin_jax.inference.face_windows import Window, WindowSettings
   from marlin_jax.inference.feature_folder import FeatureFolder, Span
   from marlin_jax.inference.marlin import Marlin
-  from marlin_jax.inference.video_folder import Outcome, Video, VideoBar
+  from marlin_jax.inference.video_folder import Outcome, TaskBar, Video
 
 
 class ExtractionError(UserError):
@@ -182,7 +182,7 @@ class _Extraction:
     todo: Sequence[Video],
     reduction: str,
     folder: FeatureFolder,
-    bar: VideoBar,
+    bar: TaskBar,
   ) -> None:
     self._todo = todo
     self._reduction = reduction

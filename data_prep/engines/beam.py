@@ -1,4 +1,4 @@
-"""The shards' jobs on Apache Beam: Dataflow, Flink, Spark or this machine."""
+"""Runs shard jobs on Apache Beam: Dataflow, Flink, Spark or this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data_prep.output.shard_job import ShardJob
 from data_prep.video import video_to_records
 from marlin_jax.records import folders
 
-# Of 32 videos each: some 3 MB.
+# Jobs of 32 videos each: about 3 MB per file.
 JOBS_PER_FILE = 256
 
 
@@ -25,23 +25,22 @@ def run(
   num_workers: int,
   flags: Sequence[str],
 ) -> None:
-  """Does all jobs; returns when they are done.
+  """Runs all jobs and waits for them.
 
   Args:
-    jobs: one per shard; their output folder must be one that every machine
-      sees.
-    settings: see there.
-    num_workers: videos processed at a time by each of Beam's own workers.
-    flags: Beam's, such as --runner=DataflowRunner.
+    jobs: one per shard; every machine must see their output folder.
+    settings: settings of the records.
+    num_workers: videos processed at a time by each Beam worker.
+    flags: flags of Beam, such as --runner=DataflowRunner.
 
   Raises:
-    workers.WorkerError: the pipeline failed. What was done until then is kept.
+    workers.WorkerError: the pipeline failed. Finished shards are kept.
   """
-  # Beam's runner of this machine would first fetch a program from elsewhere.
+  # Beam's default local runner downloads a program first.
   options = PipelineOptions([*flags] or ["--runner=FnApiRunner"])
   pipeline = beam.Pipeline(options=options)
-  # Not the jobs themselves: Dataflow takes a pipeline of 10 MB at most. Without
-  # the shuffle a runner may put all jobs on one machine.
+  # The pipeline holds file names, not jobs: Dataflow accepts at most 10 MB.
+  # Without the shuffle a runner may put all jobs on one machine.
   _ = (
     pipeline
     | beam.Create(_write(jobs))
@@ -55,12 +54,12 @@ def run(
 
 
 def _write(jobs: Sequence[ShardJob]) -> list[str]:
-  """Writes the jobs to files beside the parts; returns these."""
+  """Writes the jobs to files beside the parts; returns the file names."""
   files = []
   for start in range(0, len(jobs), JOBS_PER_FILE):
-    some = jobs[start : start + JOBS_PER_FILE]
-    file = some[0].output / folders.PARTS / f"jobs-{len(files)}.jsonl"
-    text = "".join(f"{job.to_json()}\n" for job in some)
+    chunk = jobs[start : start + JOBS_PER_FILE]
+    file = chunk[0].output / folders.PARTS / f"jobs-{len(files)}.jsonl"
+    text = "".join(f"{job.to_json()}\n" for job in chunk)
     folders.write_bytes(file, text.encode())
     files.append(os.fspath(file))
   return files
@@ -79,7 +78,7 @@ class _DoJob(beam.DoFn):
     self._num_workers = num_workers
 
   def process(self, job: ShardJob) -> Iterator[str]:
-    # Runners try again, also what was done but not told in time.
+    # Runners repeat jobs, even finished ones that were not reported in time.
     if not job.is_done():
       self._do(job)
     yield job.shard
@@ -87,7 +86,7 @@ class _DoJob(beam.DoFn):
   def _do(self, job: ShardJob) -> None:
     todo = []
     for source in job.todo:
-      # Of an earlier attempt at this job.
+      # A part of an earlier attempt at this job counts as done.
       entry = shards.Part(job.output, source.video_id).entry()
       if entry is None:
         todo.append(source)

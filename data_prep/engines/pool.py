@@ -1,4 +1,4 @@
-"""Videos to parts on this machine's cores, whatever becomes of a worker."""
+"""Processes videos to parts on the cores of this machine."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from data_prep.output import ledger, shards
 from data_prep.sources.manifest import Source
 from data_prep.video import video_to_records
 
-# A worker is replaced after so many videos: what native libraries leak stays
-# bounded, and opening the models anew costs a few hundredths of a second each.
+# A worker is replaced after so many videos. This bounds what native libraries
+# leak; opening the models again costs a few hundredths of a second per video.
 VIDEOS_PER_WORKER = 50
-# Longer than the decoder may keep a worker waiting.
+# Beyond the time limit of the decoder, during which a worker reports nothing.
 EXTRA_STALL_SECS = 300.0
 
 
@@ -29,17 +29,19 @@ def run(
   num_workers: int,
   bar: ProgressBar | None = None,
 ) -> Iterator[ledger.Entry]:
-  """Processes videos; yields as each one's part is there.
+  """Processes videos; yields the ledger line of each as it is finished.
+
+  A video whose worker process dies is quarantined.
 
   Args:
     output: folder of the data set.
     todo: the videos.
-    settings: see there.
-    num_workers: videos at a time.
-    bar: shows the progress.
+    settings: settings of the records.
+    num_workers: videos processed at a time.
+    bar: progress bar to update.
 
   Raises:
-    workers.WorkerError: no video can be processed on this machine.
+    workers.WorkerError: this machine cannot process any video.
   """
   with (
     contextlib.closing(
@@ -77,10 +79,10 @@ def run(
 def open_work(
   task_settings: tuple[Path, video_to_records.Settings],
 ) -> Iterator[Any]:
-  """Opens the models in a worker; yields what turns a source into a part."""
+  """Opens the models in a worker; yields a function from source to part."""
   import cv2
 
-  # There is a worker for every core already.
+  # There is one worker per core already.
   cv2.setNumThreads(1)
   output, settings = task_settings
 
@@ -107,7 +109,7 @@ def _process(
   emit: Callable[[bytes], None],
   progress: video_to_records.Progress,
 ) -> ledger.Entry:
-  """Processes a video; in a bucket, a copy of it."""
+  """Processes a video; copies it first if it is in a bucket."""
   with contextlib.ExitStack() as stack:
     try:
       path = stack.enter_context(storage.local(source.path))

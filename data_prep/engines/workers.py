@@ -1,11 +1,11 @@
 """Runs tasks on worker processes that may die.
 
-The pools of the standard library either hang or break as a whole when one of
-their processes is killed. Here each worker has a pipe of its own, so that it
-is known which task a dead worker was at, and only that task is lost.
+A pool of the standard library hangs or breaks as a whole if one of its
+processes is killed. Here each worker has its own pipe, which tells the task
+that a dead worker was running; only that task is lost.
 
-A worker opens its tools once (`open_work`), serves some tasks and is replaced,
-which bounds what native libraries leak.
+A worker opens its tools once (`open_work`), runs some tasks and is replaced.
+This bounds what native libraries leak.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ _SECS_TO_STOP = 5.0
 
 
 class WorkerError(UserError):
-  """No task can be done on this machine; the message says why."""
+  """This machine cannot run any task; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-  """Something happened to a task.
+  """Event of a task.
 
   Attributes:
     kind: 'report', 'done' or 'died'.
     task: number of the task.
-    value: what was reported, the result, or how the worker died.
+    value: the reported value, the result, or how the worker died.
   """
 
   kind: str
@@ -59,23 +59,23 @@ def run_tasks(
   tasks_per_worker: int,
   stall_secs: float,
 ) -> Iterator[Event]:
-  """Does every task once; closing the iterator stops all workers.
+  """Runs every task once; closing the iterator stops all workers.
 
   Args:
-    tasks: picklable; started in this order.
-    open_work: called with `settings` in each worker, importable by name.
-    settings: picklable.
-    num_workers: processes at a time.
-    tasks_per_worker: a worker is replaced after so many.
-    stall_secs: a worker that says nothing for so long is killed; its task
-      counts as one whose worker died.
+    tasks: the tasks, picklable; started in this order.
+    open_work: called with `settings` in each worker; importable by name.
+    settings: argument of `open_work`, picklable.
+    num_workers: number of processes at a time.
+    tasks_per_worker: number of tasks after which a worker is replaced.
+    stall_secs: time in seconds after which a silent worker is killed; its task
+      counts as died.
 
   Yields:
-    One 'done' or 'died' per task, and 'report's before it.
+    Any number of 'report's and one 'done' or 'died' per task.
 
   Raises:
-    WorkerError: `open_work` failed, or the work raised, which is for what
-      stops every other task too.
+    WorkerError: `open_work` or the work raised an exception, which means that
+      no other task can succeed.
   """
   waiting = collections.deque(enumerate(tasks))
   num_left = len(tasks)
@@ -117,10 +117,10 @@ def run_tasks(
 
 
 class _Worker:
-  """The parent's view of one worker process."""
+  """A worker process, seen from the parent."""
 
   def __init__(self, open_work: OpenWork, settings: Any) -> None:
-    # Not fork: native libraries of the parent do not survive it.
+    # Not fork: native libraries of the parent do not survive a fork.
     context = multiprocessing.get_context("spawn")
     self.pipe, inner = context.Pipe()
     self._process = context.Process(
@@ -136,22 +136,22 @@ class _Worker:
     self.has_left = False
 
   def start(self, number: int, task: Any) -> None:
-    """Hands over a task."""
+    """Sends a task to the worker."""
     self.is_idle = False
     self._task = number
     self.heard_at = time.monotonic()
-    # That a worker died in between is noticed when it is listened to.
+    # `listen` notices a worker that has died meanwhile.
     with contextlib.suppress(BrokenPipeError):
       self.pipe.send((task,))
 
   def dismiss(self) -> None:
-    """Lets the process end by itself."""
+    """Tells the process to end by itself."""
     self.is_idle, self.has_left = False, True
     with contextlib.suppress(BrokenPipeError):
       self.pipe.send(None)
 
   def listen(self) -> list[Event]:
-    """Takes one message."""
+    """Receives one message; returns its event, if any."""
     self.heard_at = time.monotonic()
     try:
       kind, value = self.pipe.recv()
@@ -171,7 +171,7 @@ class _Worker:
     return [event]
 
   def kill(self, reason: str) -> list[Event]:
-    """Ends a worker that died or hangs; returns what it was at."""
+    """Ends a dead or silent worker; returns the event of its task."""
     self._process.kill()
     self.is_idle, self.has_left = False, True
     if self._task is None:
@@ -179,7 +179,7 @@ class _Worker:
     return [Event("died", self._task, f"the worker process {reason}")]
 
   def reap(self) -> bool:
-    """Says whether the process has ended, and tidies up after it."""
+    """Releases an ended process; returns False if it is still alive."""
     if self._process.is_alive():
       return False
     self._process.close()
@@ -190,7 +190,7 @@ class _Worker:
     self._process.terminate()
 
   def stop(self, deadline: float) -> None:
-    """Waits for the process to end by itself, kills it at the deadline."""
+    """Waits for the process to end; kills it at the deadline."""
     self._process.join(max(deadline - time.monotonic(), 0.0))
     if self._process.is_alive():
       self._process.kill()
@@ -214,11 +214,11 @@ def _ending(code: int | None) -> str:
 def _serve(
   pipe: connection.Connection, open_work: OpenWork, settings: Any
 ) -> None:
-  # Ctrl-C reaches the whole process group; the parent decides what happens.
+  # Ctrl-C reaches the whole process group; the parent handles it.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
-  # An exception, so that children of this worker are ended on the way out.
+  # An exception, so that this worker ends its own children on exit.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-  sys.unraisablehook = _ask_again
+  sys.unraisablehook = _signal_again
   threading.Thread(target=_die_with_parent, daemon=True).start()
   try:
     with open_work(settings) as work:
@@ -231,15 +231,15 @@ def _serve(
           )
         )
   except (BrokenPipeError, EOFError):
-    return  # the parent has gone
+    return  # the parent has ended
   except Exception as e:
     pipe.send(("failed", str(e) or type(e).__name__))
 
 
-def _ask_again(unraisable: Any) -> None:
-  """Sends SIGTERM anew where a destructor, MediaPipe's say, swallowed the exit.
+def _signal_again(unraisable: Any) -> None:
+  """Sends SIGTERM again if a destructor, such as MediaPipe's, swallowed it.
 
-  In a moment and not at once: inside of this hook it would be swallowed too.
+  It is sent a moment later: inside this hook it would be swallowed too.
   """
   if unraisable.exc_type is SystemExit:
     threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()

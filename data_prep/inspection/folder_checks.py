@@ -1,6 +1,6 @@
-"""What must hold between the files of a data set; `verify` asks.
+"""Checks across the files of a data set, for data_prep.verify.
 
-Nothing here trusts what it reads: damaged files give problems, not errors.
+No file is trusted: a damaged one gives a problem, not an exception.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 
 from data_prep.inspection import record_checks
 from data_prep.inspection.record_checks import Expected, FoundShard, Problems
-from data_prep.output import dataset_folder, ledger, shards
+from data_prep.output import dataset_folder, ledger
+from data_prep.output.shards import features as tfds_features
 from data_prep.sources.listing import Label
 from marlin_jax.records import folders, quality_index, schema
 from marlin_jax.records.cli import counted
@@ -22,12 +23,15 @@ _FILES = (
   *(folders.SETTINGS, folders.VIDEOS, folders.QUARANTINE, folders.HASHES),
   *(folders.METADATA, folders.FEATURES, folders.DATASET_INFO),
 )
-# More would hide the other notes.
+# More copies would hide the other notes.
 _MAX_NOTES = 20
 
 
 def expected(settings: dict[str, Any]) -> tuple[dict[str, str], Expected]:
-  """Returns the split of each shard, and what holds of every record.
+  """Returns the split of each shard, and the expected properties of records.
+
+  Args:
+    settings: content of settings.json.
 
   Raises:
     KeyError, TypeError, AttributeError: the settings are damaged.
@@ -49,29 +53,30 @@ def expected(settings: dict[str, Any]) -> tuple[dict[str, str], Expected]:
 def check_files(
   dataset_dir: Path, shard_split: dict[str, str], problems: Problems
 ) -> None:
+  """Checks which files exist."""
   if (dataset_dir / folders.PARTS).exists():
     problems.add(
       "unfinished",
       folders.PARTS,
-      "left by a run that was stopped, or that is still going",
+      "belongs to a run that was stopped or is still going",
     )
   if not (dataset_dir / folders.DATASET_INFO).exists():
     problems.add(
-      "unfinished", folders.DATASET_INFO, "missing, and it is written last"
+      "unfinished", folders.DATASET_INFO, "missing; it is written last"
     )
-  wanted = {*_FILES, *shard_split, *map(quality_index.name_for, shard_split)}
-  for name in sorted(wanted - {folders.DATASET_INFO}):
+  expected = {*_FILES, *shard_split, *map(quality_index.name_for, shard_split)}
+  for name in sorted(expected - {folders.DATASET_INFO}):
     if not (dataset_dir / name).is_file():
       problems.add("missing", name, "no such file")
-  found = {path.name for path in dataset_dir.iterdir()}
-  for name in sorted(found - wanted - {folders.PARTS}):
-    problems.add("unexpected", name, "data_prep.prepare did not write it here")
+  present = {path.name for path in dataset_dir.iterdir()}
+  for name in sorted(present - expected - {folders.PARTS}):
+    problems.add("unexpected", name, "not written by data_prep.prepare")
 
 
 def read_ledger(
   dataset_dir: Path, problems: Problems
 ) -> dict[str, ledger.Entry]:
-  """Returns the ledger by video_id."""
+  """Returns the ledger by video_id; adds problems of its lines."""
   path = dataset_dir / folders.VIDEOS
   entries: dict[str, ledger.Entry] = {}
   if not path.exists():
@@ -83,10 +88,10 @@ def read_ledger(
         entry = ledger.Entry(**json.loads(line))
         _check_types(entry)
       except (ValueError, TypeError) as e:
-        problems.add("damaged", where, f"no line of the ledger: {e}")
+        problems.add("damaged", where, f"not a line of the ledger: {e}")
         continue
       if entry.video_id in entries:
-        problems.add("split", where, f"{entry.video_id!r} is there twice")
+        problems.add("split", where, f"{entry.video_id!r} appears twice")
       entries[entry.video_id] = entry
   return entries
 
@@ -101,7 +106,7 @@ def _check_types(entry: ledger.Entry) -> None:
 def check_ledger(
   dataset_dir: Path, entries: dict[str, ledger.Entry], problems: Problems
 ) -> None:
-  """Checks lines of the ledger against each other and the quarantine."""
+  """Checks that lines of the ledger agree with each other and quarantine."""
   splits: dict[str, ledger.Entry] = {}
   for entry in entries.values():
     where = f"videos.jsonl {entry.video_id!r}"
@@ -110,7 +115,7 @@ def check_ledger(
       problems.add(
         "split",
         where,
-        f"subject {entry.subject_id!r} is in {entry.split!r}, but in "
+        f"subject {entry.subject_id!r} is in {entry.split!r}, and in "
         f"{other.split!r} in {other.video_id!r}",
       )
     if entry.is_kept != bool(entry.num_records):
@@ -119,12 +124,12 @@ def check_ledger(
   path = dataset_dir / folders.QUARANTINE
   expected = ledger.as_lines(dataset_folder.refused(entries.values()))
   if path.exists() and path.read_bytes() != expected.encode():
-    what = "not the lines of videos.jsonl that were left out"
+    what = "differs from the left-out videos of videos.jsonl"
     problems.add("counts", path.name, what)
 
 
 def notes(entries: dict[str, ledger.Entry]) -> list[str]:
-  """Returns what is no damage, but worth knowing."""
+  """Returns remarks that are not damage, such as copies of a video."""
   notes = []
   by_content: dict[str, ledger.Entry] = {}
   copies: Counter[bool] = Counter()
@@ -147,45 +152,48 @@ def notes(entries: dict[str, ledger.Entry]) -> list[str]:
   return notes
 
 
-# --- Against the shards -------------------------------------------------------
+# --- Shards -------------------------------------------------------------------
 
 
 def check_hashes(
   dataset_dir: Path,
   shard_split: dict[str, str],
-  found: list[FoundShard],
+  shards: list[FoundShard],
   problems: Problems,
 ) -> None:
+  """Compares the shards with hashes.json."""
   hashes = _json(dataset_dir / folders.HASHES, problems)
-  for shard in found:
+  for shard in shards:
     expected = hashes.get(shard.name)
     if expected != shard.sha256 and shard.sha256:
       what = f"SHA-256 {shard.sha256}, hashes.json says {expected}"
       problems.add("damaged", shard.name, what)
   for name in sorted(set(hashes) - set(shard_split)):
-    problems.add("counts", folders.HASHES, f"names {name!r}, which is no shard")
+    problems.add(
+      "counts", folders.HASHES, f"names {name!r}, which is not a shard"
+    )
 
 
 def check_places(
   settings: dict[str, Any],
   entries: dict[str, ledger.Entry],
-  found: list[FoundShard],
+  shards: list[FoundShard],
   problems: Problems,
 ) -> None:
-  """Checks that each video lies where it belongs, as the ledger says."""
+  """Checks that each video is in its shard and agrees with the ledger."""
   seen: dict[str, str] = {}
-  for shard in found:
+  for shard in shards:
     for video_id, video in shard.videos.items():
       where = f"{shard.name} {video_id!r}"
       if video_id in seen:
-        problems.add("split", where, f"also lies in {seen[video_id]}")
+        problems.add("split", where, f"also in {seen[video_id]}")
       seen[video_id] = shard.name
       entry = entries.get(video_id)
       if entry is None:
         problems.add("counts", where, "not in videos.jsonl")
         continue
       if entry.split not in settings["num_shards"]:
-        what = f"split {entry.split!r}, which settings.json does not know"
+        what = f"split {entry.split!r}, which is not in settings.json"
         problems.add("split", where, what)
         continue
       place = dataset_folder.shard_of(settings, entry.split, video_id)
@@ -195,14 +203,14 @@ def check_places(
         problems.add(
           "split",
           where,
-          f"its records say subject {sorted(video.subject_ids)}, videos.jsonl "
+          f"its records have subject {sorted(video.subject_ids)}, videos.jsonl "
           f"{entry.subject_id!r}",
         )
       if not record_checks.same_labels(video.labels, entry.labels):
-        what = "its records have other labels than videos.jsonl"
+        what = "labels of its records differ from videos.jsonl"
         problems.add("counts", where, what)
       if video.quality != entry.quality:
-        what = "its records have other qualities than videos.jsonl"
+        what = "qualities of its records differ from videos.jsonl"
         problems.add("counts", where, what)
       for name, number in video.counts.items():
         if number != getattr(entry, name):
@@ -218,36 +226,36 @@ def check_places(
 def check_quality(
   dataset_dir: Path,
   shard_split: dict[str, str],
-  found: list[FoundShard],
+  shards: list[FoundShard],
   problems: Problems,
 ) -> None:
-  """Compares what the trainer chooses by with the records."""
-  by_name = {shard.name: shard for shard in found}
+  """Compares the quality index with the records."""
+  by_name = {shard.name: shard for shard in shards}
   split_shards: dict[str, list[FoundShard]] = {}
   for name in shard_split:
     shard = by_name.get(name, FoundShard(name))
     split_shards.setdefault(quality_index.name_for(name), []).append(shard)
-  for name, of_split in split_shards.items():
+  for name, in_split in split_shards.items():
     path = dataset_dir / name
-    if not (path.exists() and all(shard.is_read for shard in of_split)):
-      continue  # told of already
+    if not (path.exists() and all(shard.is_read for shard in in_split)):
+      continue  # other checks report it
     expected = quality_index.pack(
-      video.quality for shard in of_split for video in shard.videos.values()
+      video.quality for shard in in_split for video in shard.videos.values()
     )
     data = path.read_bytes()
     if data == expected:
       continue
     try:
-      rows, wanted = map(quality_index.unpack, (data, expected))
+      rows, expected_rows = map(quality_index.unpack, (data, expected))
     except ValueError as e:
       problems.add("damaged", name, str(e))
       continue
-    what = f"{len(rows)} rows, expected {len(wanted)}"
-    if len(rows) == len(wanted):
-      wrong = rows != wanted
+    what = f"{len(rows)} rows, expected {len(expected_rows)}"
+    if len(rows) == len(expected_rows):
+      wrong = rows != expected_rows
       what = (
-        f"{wrong.sum()} of {len(rows)} rows are not what the records say, the "
-        f"first is row {int(wrong.argmax())}"
+        f"{wrong.sum()} of {len(rows)} rows differ from the records, first row "
+        f"{int(wrong.argmax())}"
       )
     problems.add("counts", name, what)
 
@@ -258,6 +266,7 @@ def check_metadata(
   entries: dict[str, ledger.Entry],
   problems: Problems,
 ) -> None:
+  """Compares metadata.json with the settings and the ledger."""
   metadata = _json(dataset_dir / folders.METADATA, problems)
   if not metadata:
     return
@@ -269,7 +278,7 @@ def check_metadata(
       f"schema_version {version}, this program reads {schema.SCHEMA_VERSION}",
     )
   if metadata.get("labels") != settings["labels"]:
-    what = "labels are not those of settings.json"
+    what = "labels differ from settings.json"
     problems.add("counts", folders.METADATA, what)
   splits = metadata.get("splits", {})
   for split in sorted({*splits, *(e.split for e in entries.values())}):
@@ -285,25 +294,27 @@ def check_tfds(
   dataset_dir: Path,
   expected: Expected,
   shard_split: dict[str, str],
-  found: list[FoundShard],
+  shards: list[FoundShard],
   problems: Problems,
 ) -> None:
-  """Opens the data set with TFDS, reads a record a split, compares counts."""
+  """Opens the data set with TFDS, reads a record per split, compares counts."""
   if not (dataset_dir / folders.DATASET_INFO).exists():
     return
   import tensorflow_datasets as tfds
 
-  by_name = {shard.name: shard for shard in found}
+  by_name = {shard.name: shard for shard in shards}
   try:
     builder = tfds.builder_from_directory(dataset_dir)
     features = set(builder.info.features)
-    wanted = set(shards.features(expected.labels, expected.has_sound))
-    if features != wanted:
-      what = f"features {sorted(features)}, expected {sorted(wanted)}"
+    expected_features = set(tfds_features(expected.labels, expected.has_sound))
+    if features != expected_features:
+      what = (
+        f"features {sorted(features)}, expected {sorted(expected_features)}"
+      )
       problems.add("tfds", folders.FEATURES, what)
     infos = builder.info.splits
     if set(infos) != set(shard_split.values()):
-      what = f"splits {sorted(infos)}, settings.json says "
+      what = f"splits {sorted(infos)}, settings.json has "
       what += str(sorted(set(shard_split.values())))
       problems.add("counts", folders.DATASET_INFO, what)
     for split, info in infos.items():
@@ -316,15 +327,15 @@ def check_tfds(
         problems.add("counts", folders.DATASET_INFO, what)
       elif info.num_examples:
         builder.as_data_source(split=split)[0]
-  except Exception as e:  # whatever TFDS raises, it could not read the data set
+  except Exception as e:  # whatever TFDS raises, it cannot read the data set
     problems.add("tfds", str(dataset_dir), f"{type(e).__name__}: {e}")
 
 
 def _json(path: Path, problems: Problems) -> dict[str, Any]:
-  """Returns the content of a file; {} and a problem where it is damaged."""
-  found = ledger.read_json(path)
-  if isinstance(found, dict):
-    return found
-  if path.exists():  # a missing one was told of already
-    problems.add("damaged", path.name, "no JSON object")
+  """Returns the content of a file; {} and a problem if it is damaged."""
+  content = ledger.read_json(path)
+  if isinstance(content, dict):
+    return content
+  if path.exists():  # `check_files` reports a missing one
+    problems.add("damaged", path.name, "not a JSON object")
   return {}

