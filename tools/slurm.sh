@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Trains on Slurm: one process per GPU, on as many nodes as are asked for.
+# Trains on Slurm with one process per GPU, on any number of nodes.
 #
-# From the repository, which all nodes must see, as they must the data set and
-# the workdir:
+# Start it from the repository. All nodes must see the repository, the data set
+# and the workdir:
 #   sbatch --nodes=4 tools/slurm.sh --config=configs/pretrain_b.py \
 #     --config.data.path=/shared/DATASET --workdir=/shared/runs/b
 #
-# What stands before tools/slurm.sh replaces the #SBATCH lines below; what
-# stands after it goes to marlin_jax.train, and there a --workdir must be.
+# Options before tools/slurm.sh replace the #SBATCH lines below. Flags after it
+# go to marlin_jax.train and must include --workdir.
 #
-# Five minutes before the time is up, and when the job is preempted with a
-# grace time, Slurm sends SIGTERM to the processes: the run saves and ends. This
-# script then has the job queued again, as it does when the run breaks off, but
-# not when it is refused, which ends it with 1, and MAX_RESTARTS (20) times at
-# most. When a node fails, Slurm itself queues the job again.
+# Five minutes before the time limit, and when the job is preempted with a grace
+# time, Slurm sends SIGTERM to the processes: the run saves and ends. This script
+# then requeues the job. It also requeues a run that broke off, but not one that
+# was refused (exit code 1), and at most MAX_RESTARTS (20) times. After a node
+# failure Slurm itself requeues the job.
 #
 #SBATCH --job-name=marlin
 #SBATCH --nodes=1
@@ -26,8 +26,8 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 #
-# As many tasks as GPUs: process i of a node takes its GPU i. So that each sees
-# all of them, give neither --gpus-per-task nor --gpu-bind.
+# Use as many tasks as GPUs: process i of a node takes GPU i. Set neither
+# --gpus-per-task nor --gpu-bind, so that each process sees all GPUs.
 set -euo pipefail
 
 max_restarts=${MAX_RESTARTS:-20}
@@ -39,23 +39,23 @@ if [[ ! -d marlin_jax ]]; then
   exit 1
 fi
 if [[ " $*" != *" --workdir="* ]]; then
-  echo "error: no --workdir=FOLDER after tools/slurm.sh: a run that is queued" \
-    "again must find what it has saved" >&2
+  echo "error: no --workdir=FOLDER after tools/slurm.sh: a requeued run must" \
+    "find its checkpoints" >&2
   exit 1
 fi
 
-# Without --kill-on-bad-exit=0 some clusters send SIGTERM to the processes that
-# are left when one ends with an error, which would look like a signal to all.
+# Without --kill-on-bad-exit=0 some clusters send SIGTERM to the remaining
+# processes when one fails, which would look like a signal to the whole job.
 code=0
 srun --label --kill-on-bad-exit=0 \
   "$python" -m marlin_jax.train "$@" || code=$?
 
 restarts=${SLURM_RESTART_COUNT:-0}
-# A job that was cancelled gets SIGTERM too, but no longer runs.
+# A cancelled job gets SIGTERM too, but its state is no longer RUNNING.
 state=$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID" || true)
 if ((code > 1 && restarts < max_restarts)) && [[ $state = RUNNING ]]; then
   echo "ended with $code: restart $((restarts + 1)) of $max_restarts at most"
-  # Refused after `scontrol update JobId=... Requeue=0`: it is not wanted.
+  # Fails after `scontrol update JobId=... Requeue=0`, which is intended.
   scontrol requeue "$SLURM_JOB_ID" || true
 fi
 exit "$code"

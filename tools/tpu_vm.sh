@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Cloud TPU from nothing to a trained model; `tools/tpu_vm.sh help` says how.
+# Creates Cloud TPU VMs and trains on them; see `tools/tpu_vm.sh help`.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# What a worker needs of the repository.
+# Files of the repository that a worker needs.
 parts=(marlin_jax data_prep configs pyproject.toml requirements.txt README.md
   LICENSE)
-stop_secs=600 # the longest that a stopped run may take to save
+# Longest time that a stopped run may take to save.
+stop_secs=600
 
 usage() {
   cat << 'EOF'
@@ -14,7 +15,7 @@ Trains on Cloud TPU VMs: one host, a pod slice, or several slices.
 
   tools/tpu_vm.sh COMMAND [SETTINGS] [-- FLAGS OF marlin_jax.train]
 
-From nothing to a trained model, whatever is preempted in between:
+Creates the TPU and trains to the end, through preemptions:
 
   export TPU_NAME=marlin-b TPU_PROJECT=my-project TPU_ZONE=us-west4-a
   export TPU_ACCELERATOR=v5litepod-16 TPU_CAPACITY=spot
@@ -23,45 +24,46 @@ From nothing to a trained model, whatever is preempted in between:
     --config.data.path=gs://BUCKET/DATASET --workdir=gs://BUCKET/runs/b
   tools/tpu_vm.sh delete
 
-or step by step: create, setup, launch -- FLAGS, logs, stop, delete.
-With --dry-run each prints the commands it would run, and runs none.
+Step by step: create, setup, launch -- FLAGS, logs, stop, delete.
+With --dry-run a command prints the commands it would run, and runs none.
 
 Commands
-  create    asks for the TPU as a queued resource and waits until it is there
+  create    requests the TPU as a queued resource and waits until it is active
   setup     copies this working tree to all workers and installs it
   launch    starts the training in the background on all workers
-  status    the TPU's state, and what each worker does
-  logs      the end of worker 0's log; --worker=all, --follow
-  stop      lets the run save and end; returns when all workers have ended
-  restart   stop, setup and launch; makes the TPU anew if it is lost
-  babysit   does all that is missing until the run has finished: makes the TPU,
-            and again when it is SUSPENDED, FAILED or PREEMPTED; starts a run
-            again that has ended, but not one that ended with 1, refused (the
-            log says why), or by `stop`
-  delete    gives the TPU back; it costs until then
-  help      this
+  status    prints the state of the TPU and of each worker
+  logs      prints the end of worker 0's log; --worker=all, --follow
+  stop      makes the run save and end; returns when all workers have ended
+  restart   runs stop, setup and launch; recreates the TPU if it is lost
+  babysit   runs until the training has finished: creates the TPU, and recreates
+            it when it is SUSPENDED, FAILED or PREEMPTED; restarts a run that
+            has ended, unless it was refused (exit code 1, see the log) or ended
+            by `stop`
+  delete    deletes the TPU; until then it is billed
+  help      prints this text
 
-Settings, each also by the variable behind it
+Settings, each followed by its environment variable
   --name=NAME            TPU_NAME
   --project=PROJECT      TPU_PROJECT
   --zone=ZONE            TPU_ZONE
   --accelerator=TYPE     TPU_ACCELERATOR  v4-32, v5litepod-16, v5p-32, v6e-16
-  --slices=N             TPU_SLICES       of that type each; default 1
+  --slices=N             TPU_SLICES       slices of that type; default 1
   --capacity=KIND        TPU_CAPACITY     spot, reserved or on-demand (default)
-  --runtime=VERSION      TPU_RUNTIME      default: the one for the accelerator
-  --create-flag=FLAG     for gcloud's create, may be repeated, e.g.
+  --runtime=VERSION      TPU_RUNTIME      software; default: the accelerator's
+  --create-flag=FLAG     flag for gcloud's create; may be repeated, e.g.
                          --create-flag=--service-account=NAME@...
-  --max-restarts=N       TPU_MAX_RESTARTS of babysit after failures, default 20;
-                         preemptions do not count
-  --poll-secs=N          TPU_POLL_SECS    between two looks, default 30
-  --worker=N --slice=N   whose logs; default 0, or all
-  --follow               goes on printing one worker's log
-  --dry-run              prints, runs nothing
+  --max-restarts=N       TPU_MAX_RESTARTS restarts by babysit after failures;
+                         default 20; preemptions do not count
+  --poll-secs=N          TPU_POLL_SECS    time between polls; default 30
+  --worker=N --slice=N   worker and slice to print logs of, or all; default 0
+  --follow               keeps printing one worker's log
+  --dry-run              prints the commands and runs none
 
-Needs gcloud (logged in) and, for several workers, their key in the ssh agent:
+Needs gcloud (logged in) and, for several workers, its key in the ssh agent:
   eval "$(ssh-agent)" && ssh-add ~/.ssh/google_compute_engine
-The TPU's service account must read the data set's bucket and write the
-workdir's. TPU7x and later are to be had through GKE only: gke_jobset.yaml.
+The TPU's service account needs read access to the data set's bucket and write
+access to the workdir's. TPU7x and later are available on GKE only; see
+gke_jobset.yaml.
 EOF
 }
 
@@ -90,7 +92,8 @@ worker=0
 slice=0
 follow=false
 dry_run=false
-settings=() # as given, for the commands that babysit runs
+# As given, for the commands that babysit runs.
+settings=()
 train_flags=()
 
 parse() {
@@ -112,8 +115,8 @@ parse() {
       --worker=*) worker=${1#*=} ;;
       --slice=*) slice=${1#*=} ;;
       --config*=* | --workdir=*)
-        die "$1: flags of the training go behind --" ;;
-      *) die "unknown setting $1; settings are written --name=VALUE, see:" \
+        die "$1: flags of marlin_jax.train go after --" ;;
+      *) die "unknown setting $1; settings have the form --name=VALUE, see:" \
         "tools/tpu_vm.sh help" ;;
     esac
     settings+=("$1")
@@ -148,17 +151,17 @@ check_train_flags() {
       --workdir=*) workdir=${flag#*=} ;;
       --config=*) config=${flag#*=} ;;
       --dry-run | --name=* | --project=* | --zone=* | --poll-secs=*)
-        die "$flag: is no flag of the training; settings go before --" ;;
+        die "$flag: not a flag of marlin_jax.train; settings go before --" ;;
     esac
   done
-  [[ -n $config ]] || die "'$command' needs the training's flags behind --," \
-    "among them --config=configs/...py"
+  [[ -n $config ]] || die "'$command' needs flags of marlin_jax.train after --," \
+    "including --config=configs/...py"
   [[ -f $root/${config%%:*} ]] || die "--config=$config: no such file in $root"
   [[ $workdir = gs://* ]] || die "--workdir=$workdir: expected gs://..., which" \
-    "all workers see and which outlives the TPU"
+    "all workers see and which remains when the TPU is deleted"
 }
 
-# Default software of each TPU: cloud.google.com/tpu/docs/runtimes.
+# Default software versions: cloud.google.com/tpu/docs/runtimes.
 choose_runtime() {
   accelerator=${accelerator/#v5e-/v5litepod-}
   [[ -z $runtime ]] || return 0
@@ -168,13 +171,13 @@ choose_runtime() {
     v5p-*) runtime=v2-alpha-tpuv5 ;;
     v6e-*) runtime=v2-alpha-tpuv6e ;;
     *) die "--accelerator=$accelerator: expected v4-N, v5litepod-N (v5e), v5p-N" \
-      "or v6e-N, or give its --runtime=..." ;;
+      "or v6e-N; for another type set --runtime=..." ;;
   esac
 }
 
 # --- running ------------------------------------------------------------------
 
-# Words as one would type them.
+# Prints words quoted for the shell.
 quote() {
   local word out=()
   for word in "$@"; do
@@ -201,12 +204,13 @@ resource() {
   run gcloud compute tpus queued-resources "$verb" "$name" "$@" "${place[@]}"
 }
 
-# Runs $1 on workers $2 (default all) of slices $3 (default all).
+# Runs command $1 on workers $2 (default all) of slices $3 (default all).
 remote() {
   resource ssh "--node=${3:-all}" "--worker=${2:-all}" "--command=$1"
 }
 
-# The first argument is a gcloud command that prints a state.
+# Prints the state that a gcloud command reports, NONE if there is no such
+# resource, or UNREACHABLE.
 ask() {
   local answer errors
   errors=$(mktemp)
@@ -221,8 +225,8 @@ ask() {
   rm -f "$errors"
 }
 
-# ACTIVE: all slices are there and usable. NONE: no such resource. Else the
-# state of the resource or of the first slice that is not READY.
+# Prints ACTIVE if all slices are ready, NONE if there is no such resource, else
+# the state of the resource or of the first slice that is not READY.
 state() {
   local found node i
   found=$(ask resource describe '--format=value(state.state)')
@@ -260,7 +264,7 @@ create() {
 
 wait_until_active() {
   if $dry_run; then
-    echo "# every $poll_secs s, until it says ACTIVE:"
+    echo "# every $poll_secs s, until it prints ACTIVE:"
     resource describe '--format=value(state.state)'
     return
   fi
@@ -272,8 +276,8 @@ wait_until_active() {
     case $now in
       ACTIVE) ;;
       SUSPENDED | FAILED | PREEMPTED | TERMINATED | NONE)
-        die "$name is $now; the reason: gcloud compute tpus queued-resources" \
-          "describe $name ${place[*]}" ;;
+        die "$name is $now; for the reason run: gcloud compute tpus" \
+          "queued-resources describe $name ${place[*]}" ;;
       *) sleep "$poll_secs" ;;
     esac
   done
@@ -282,8 +286,8 @@ wait_until_active() {
 setup() {
   need name project zone
   local archive=${TMPDIR:-/tmp}/marlin_jax-$name.tar.gz
-  # The TPU images' own Python is too old; uv, in the home, brings another.
-  # shellcheck disable=SC2016 # for the worker to expand
+  # The TPU images' Python is too old; uv installs a newer one.
+  # shellcheck disable=SC2016 # expanded by the worker
   local install='set -e
 mkdir -p ~/marlin_jax/run && cd ~/marlin_jax
 flock -n run/lock true || { echo "$(hostname): a training is running" >&2; exit 1; }
@@ -305,7 +309,7 @@ launch() {
   local train start
   train=$(quote .venv/bin/python -m marlin_jax.train "${train_flags[@]}" \
     --config.distributed.coordinator=auto)
-  # Whoever holds run/lock is training: the shell below hands it on.
+  # The training holds run/lock, which it inherits from the shell below.
   start="$train >> run/train.log 2>&1 & echo \$! > run/pid
 wait \$!; echo \$? > run/exit"
   remote "set -e; cd ~/marlin_jax; exec 9> run/lock
@@ -315,11 +319,11 @@ nohup setsid bash -c $(quote "$start") < /dev/null > run/nohup.log 2>&1 &"
   $dry_run || say "$name: training; its log: tools/tpu_vm.sh logs --name=$name"
 }
 
-# One line per worker: 'worker HOST: ', then running, stopped CODE, ended CODE,
-# gone (it or its machine was killed) or idle (never launched). A run writes its
-# code before it lets go of the lock: asked in the other order, one that ends in
-# between would seem gone.
-# shellcheck disable=SC2016 # for the worker to expand
+# Prints one line per worker: 'worker HOST: ', then running, stopped CODE, ended
+# CODE, gone (the run or its machine was killed) or idle (never launched). A run
+# writes its exit code before it releases the lock. Checking in the other order
+# would report a run that ends in between as gone.
+# shellcheck disable=SC2016 # expanded by the worker
 report='cd ~/marlin_jax/run 2> /dev/null || { echo "worker $(hostname): idle"; exit 0; }
 if ! flock -n lock true; then now=running
 else
@@ -348,7 +352,7 @@ logs() {
   local tail="tail -n 50 ~/marlin_jax/run/train.log"
   if $follow; then
     [[ $worker != all && $slice != all ]] ||
-      die "--follow: of one worker, give its --worker=N and --slice=N"
+      die "--follow: needs one worker, set --worker=N and --slice=N"
     tail="tail -n 50 -f ~/marlin_jax/run/train.log"
   fi
   remote "$tail" "$worker" "$slice"
@@ -356,7 +360,7 @@ logs() {
 
 stop() {
   need name project zone
-  # A training that is stuck does not answer and is killed in the end.
+  # A training that hangs is killed after $stop_secs.
   remote "cd ~/marlin_jax/run || exit 0
 flock -n lock true && { echo \"\$(hostname): no training is running\"; exit 0; }
 until [ -s pid ]; do sleep 0.1; done
@@ -374,7 +378,7 @@ restart() {
     ACTIVE) stop ;;
     SUSPENDED | FAILED | PREEMPTED | TERMINATED) delete && create ;;
     NONE) create ;;
-    UNREACHABLE) die "$name could not be asked for its state, see above" ;;
+    UNREACHABLE) die "the state of $name is unknown, see above" ;;
     *) wait_until_active ;;
   esac
   setup
@@ -388,8 +392,8 @@ delete() {
 
 # --- babysit ------------------------------------------------------------------
 
-# What the workers do: running, stopped, finished (all ended with 0), failed (all
-# with 1), ended (none is running) or unknown.
+# Prints the state of all workers: running, stopped, finished (all exit codes 0),
+# failed (all 1), ended (none is running) or unknown.
 outcome() {
   local states
   states=$(remote "$report" 2> /dev/null |
@@ -405,7 +409,7 @@ outcome() {
   esac
 }
 
-# Runs another command of this script, which may fail.
+# Runs another command of this script and returns its exit code.
 step() {
   say "$name: $1"
   bash "${BASH_SOURCE[0]}" "$1" ${settings[@]+"${settings[@]}"} \
@@ -419,7 +423,7 @@ show_babysit() {
   remote "$report"
   echo "# when it is SUSPENDED, FAILED or PREEMPTED:"
   delete
-  echo "# then, and when there is none yet:"
+  echo "# then, and when there is no TPU yet:"
   create
   echo "# then, and when all workers have ended with another code:"
   setup
@@ -439,20 +443,20 @@ babysit() {
     now=$(state)
     if [[ $now = ACTIVE ]]; then
       now=$(outcome)
-      # When a TPU goes its workers go first.
-      [[ $now != ended || $(state) = ACTIVE ]] || now=going
+      # When a TPU is lost, its workers disappear first.
+      [[ $now != ended || $(state) = ACTIVE ]] || now=leaving
     fi
     case $now in
       finished)
-        say "$name: finished; its costs end with: tools/tpu_vm.sh delete"
+        say "$name: finished; to end the costs: tools/tpu_vm.sh delete"
         return ;;
       stopped)
-        say "$name: stopped by 'stop'; 'restart' goes on"
+        say "$name: stopped by 'stop'; 'restart' resumes it"
         return ;;
       failed)
         remote 'tail -n 30 ~/marlin_jax/run/train.log' all all || true
-        die "$name: the training was refused, the reason is above. The TPU is" \
-          "still there: set it right and 'restart', or 'delete'" ;;
+        die "$name: the training was refused, see the reason above. The TPU" \
+          "still exists: correct the flags and 'restart', or 'delete'" ;;
       ended)
         count_failure "no worker was training"
         try setup launch ;;
@@ -460,7 +464,7 @@ babysit() {
         say "$name: $now"
         if step delete; then try create setup launch; fi ;;
       NONE) try create setup launch ;;
-      *) ;; # running, or on the way to another state
+      *) ;; # running, or changing to another state
     esac
     sleep "$poll_secs"
   done

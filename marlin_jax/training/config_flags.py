@@ -1,4 +1,4 @@
-"""The command line of the binaries that take --config."""
+"""Command-line flags of the commands that take --config."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ml_collections import ConfigDict, config_flags
 from marlin_jax.training.configuration import ConfigError
 
 CONFIG = config_flags.DEFINE_config_file(
-  "config", help_string="Configuration file, e.g. configs/pretrain_b.py."
+  "config", help_string="Configuration file, such as configs/pretrain_b.py."
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "Folder of the results, which training may keep on gs://BUCKET/FOLDER too; "
-  "the same command goes on from there. Default: runs/<name of the "
-  "configuration>.",
+  "Folder of the results; for training it may be on gs://BUCKET/FOLDER. Run the "
+  "same command again to resume. Default: runs/NAME, the name of the "
+  "configuration file.",
 )
 
 
@@ -38,32 +38,35 @@ def config(validate: Callable[[ConfigDict], None]) -> ConfigDict:
 
 def workdir() -> str:
   """Returns --workdir, or its default."""
-  path = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
-  return _WORKDIR.value or f"runs/{path.stem}"
+  return _WORKDIR.value or f"runs/{_config_path().stem}"
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-  """Parses absl flags with --config; errors in them are for people.
+  """Parses the flags; a bad --config flag ends the process with a short error.
 
   Args:
-    argv: the command line.
+    argv: command line, including the program's name.
 
   Returns:
-    What is left of it.
+    The program's name and the positional arguments.
   """
   try:
     args = app.parse_flags_with_usage(argv)
   except (AttributeError, KeyError, TypeError, ValueError) as e:
-    # What ml_collections raises for an unknown key or a value of another type;
-    # one error may be the only argument of the next.
+    # ml_collections raises these for an unknown key or a value of another type,
+    # and may wrap one in another.
     while e.args and isinstance(e.args[0], Exception):
       e = e.args[0]
     sys.exit(f"error: in a --config flag: {e.args[0]}")
-  path = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+  path = _config_path()
   if not path.is_file():
-    there = sorted(path.parent.glob("*.py"))
+    names = ", ".join(sorted(p.name for p in path.parent.glob("*.py")))
     sys.exit(
-      f"error: no configuration file at {path}; in {path.parent} there are: "
-      + (", ".join(p.name for p in there) or "none")
+      f"error: no configuration file at {path}; {path.parent} holds: "
+      f"{names or 'none'}"
     )
   return args
+
+
+def _config_path() -> Path:
+  return Path(config_flags.get_config_filename(flags.FLAGS["config"]))

@@ -306,13 +306,13 @@ def test_restart_and_babysit_show_their_parts():
     (["create", "--capacity=cheap"], "expected spot, reserved or on-demand"),
     (["create", "--slices=two"], "--slices=two: expected a number"),
     (["create", "--zonee=x"], "unknown setting --zonee=x"),
-    (["launch", *TRAIN], "behind --"),
+    (["launch", *TRAIN], TRAIN[0]),
     (["launch"], "--config=configs/"),
     (["launch", "--", "--config=configs/pretrain_b.py"], "gs://"),
     (["launch", "--", TRAIN[0], "--workdir=/tmp/b"], "--workdir=/tmp/b"),
     (["launch", "--", "--config=configs/no.py"], "no such file"),
-    (["logs", "--worker=all", "--follow"], "of one worker"),
-    (["launch", "--", *TRAIN, "--dry-run"], "--dry-run: is no flag of the"),
+    (["logs", "--worker=all", "--follow"], "--worker=N"),
+    (["launch", "--", *TRAIN, "--dry-run"], "--dry-run: not a flag"),
     (["lunch"], "unknown command 'lunch'"),
   ],
 )
@@ -461,7 +461,7 @@ def test_babysit_gives_up_on_a_tpu_that_is_refused(cloud):
     [[], []], "babysit", "--max-restarts=1", "--", *TRAIN, states="FAILED"
   )
   assert result.returncode == 1
-  assert "face is FAILED; the reason" in result.stderr
+  assert "face is FAILED" in result.stderr
   assert cloud.calls().count(CREATE) == 2
 
 
