@@ -17,8 +17,8 @@ CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "Folder of the results; for training it may be on gs://BUCKET/FOLDER. Run the "
-  "same command again to resume. Default: runs/NAME, the name of the "
+  "Folder of the results; for training it may be on gs://BUCKET/FOLDER. Run "
+  "the same command again to resume. Default: runs/NAME, the name of the "
   "configuration file.",
 )
 
