@@ -33,26 +33,26 @@ format: $(VENV)/.installed-test  ## Mend style and format
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-test  ## Training step and features against PyTorch
-	$(BIN)/python tests/benchmarks/step.py
-	$(BIN)/python tests/benchmarks/features.py
+	$(BIN)/python -m tests.benchmarks.step
+	$(BIN)/python -m tests.benchmarks.features
 
 bench-curves: $(VENV)/.installed-test  ## Loss curves of settings that are not exact
-	$(BIN)/python tests/benchmarks/curves.py
+	$(BIN)/python -m tests.benchmarks.curves
 
 bench-features: $(VENV)/.installed-test  ## Feature extraction against PyTorch
-	$(BIN)/python tests/benchmarks/features.py
+	$(BIN)/python -m tests.benchmarks.features
 
 bench-compile: $(VENV)/.installed-test  ## Compile time of B and L
-	$(BIN)/python tests/benchmarks/compile.py
+	$(BIN)/python -m tests.benchmarks.compile
 
 bench-input: $(VENV)/.installed-test  ## Clips per core's second, by stage
-	$(BIN)/python tests/benchmarks/input.py
+	$(BIN)/python -m tests.benchmarks.input
 
 bench-prep: $(VENV)/.installed-test  ## Frames per core's second of data_prep
-	$(BIN)/python tests/benchmarks/prep.py
+	$(BIN)/python -m tests.benchmarks.prep
 
 bench-probe: $(VENV)/.installed-test  ## Does pretraining learn? Linear probes
-	$(BIN)/python tests/benchmarks/probe.py
+	$(BIN)/python -m tests.benchmarks.probe
 
 clean:  ## Remove the environment and runs/
 	rm -rf $(VENV) runs

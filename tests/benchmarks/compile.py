@@ -1,8 +1,8 @@
-"""How long the training step takes to compile: S, B and L, in turns.
+"""Times the compilation of the training step of B and L, in turns.
 
 Each compilation is a process of its own, `marlin_jax.plan`, without a cache.
-L with scan and remat should stay within 1.5 times B. A table, then the path of
-a JSON.
+L with scan and remat should take at most 1.5 times as long as B. Prints a table
+and the path of a JSON file.
 """
 
 import argparse
@@ -16,16 +16,16 @@ from pathlib import Path
 from tests.benchmarks import timing
 
 ROOT = Path(__file__).parents[2]
-THRIFTY = ("--config.scan=True", "--config.remat=full")
+SAVE_MEMORY = ("--config.scan=True", "--config.remat=full")
 CASES = {
   "B": ("b",),
-  "B, scan and remat": ("b", *THRIFTY),
-  "L, scan and remat": ("l", *THRIFTY),
+  "B, scan and remat": ("b", *SAVE_MEMORY),
+  "L, scan and remat": ("l", *SAVE_MEMORY),
 }
 
 
 def compile_once(topology: str, size: str, *flags: str) -> dict:
-  """What plan tells of one compilation, for one clip per device."""
+  """Returns the output of marlin_jax.plan for one clip per device."""
   command = [sys.executable, "-m", "marlin_jax.plan"]
   command += [f"--config=configs/pretrain_{size}.py", f"--topology={topology}"]
   command += ["--nosearch", "--json=-", "--config.clips_per_device=1"]
@@ -50,9 +50,9 @@ def main():
   secs = {key: {c: [] for c in CASES} for key in ("compile", "trace")}
   for _ in range(args.repeats):
     for case, flags in CASES.items():
-      found = compile_once(args.topology, *flags)
+      plan = compile_once(args.topology, *flags)
       for key, values in secs.items():
-        values[case].append(found[f"{key}_secs"])
+        values[case].append(plan[f"{key}_secs"])
   results = [
     timing.table(f"{key}, {args.topology}", values, "B")
     for key, values in secs.items()

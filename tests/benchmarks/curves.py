@@ -1,9 +1,8 @@
-"""Loss curves of the quickstart under settings that are not exact.
+"""Compares loss curves of the quickstart under settings that are not exact.
 
-Each trains on the sample video for so many steps, one after the other: float32
-with two seeds, whose distance is the noise, and every setting that trades
-precision or work for speed. A picture of the curves, a table, then the path of
-a JSON.
+Trains on the sample video: in float32 with two seeds, whose difference is the
+noise level, and with each setting that trades precision or work for speed.
+Draws the curves and prints a table and the path of a JSON file.
 """
 
 import argparse
@@ -31,7 +30,7 @@ CASES = {
 
 
 def train(name: str, num_steps: int) -> list[dict]:
-  """The lines of a run's metrics.jsonl that have a loss."""
+  """Trains one case; returns the rows of metrics.jsonl that have a loss."""
   workdir = FOLDER / name.replace(" ", "_").replace(",", "")
   shutil.rmtree(workdir, ignore_errors=True)
   settings = {
@@ -51,6 +50,7 @@ def train(name: str, num_steps: int) -> list[dict]:
 
 
 def draw(curves: dict[str, list[dict]], path: Path) -> None:
+  """Plots loss over steps."""
   import matplotlib
 
   matplotlib.use("agg")

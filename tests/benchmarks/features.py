@@ -1,8 +1,9 @@
-"""Feature extraction against marlin-pytorch: same network, clips and machine.
+"""Times feature extraction against marlin-pytorch.
 
-Float32, one clip at a time as the authors' code does, and whole videos through
-`extract_video` where ../shared/videos is there. The weights are random, which
-changes no time. A table, then the path of a JSON.
+Both have the same network and clips and run in turns on the same machine, in
+float32: one clip at a time, as in the authors' code, and whole videos through
+`extract_video` if ../shared/videos exists. Weights are random, which does not
+affect the time. Prints a table and the path of a JSON file.
 """
 
 import argparse
@@ -20,12 +21,13 @@ SIZES = {
   "B": (768, 12, 12, 3072),
   "L": (1024, 24, 16, 4096),
 }
+MODULE = "tests.benchmarks.features"
 OURS, AUTHORS, FUSED = "marlin_jax", "marlin-pytorch", "marlin-pytorch, SDPA"
 VIDEO = TESTS.parents[1] / "shared" / "videos" / "cropped01.mp4"
 
 
 def make(name: str, size: str, on_video: bool) -> Callable[[], object]:
-  """A function that computes the features of a clip, or of VIDEO."""
+  """Returns a function that computes the features of a clip, or of VIDEO."""
   import jax
   from flax import nnx
 
@@ -57,16 +59,17 @@ def make(name: str, size: str, on_video: bool) -> Callable[[], object]:
 
 
 def compare(size: str, repeats: int) -> list[dict]:
+  """Times one size; returns the tables."""
   names = (AUTHORS, FUSED, OURS)
   secs, _ = timing.in_turns(
-    "features", {name: (name, size, False) for name in names}, repeats
+    MODULE, {name: (name, size, False) for name in names}, repeats
   )
   results = [timing.table(f"{size}, a clip", secs, OURS)]
   if VIDEO.is_file():
     secs, _ = timing.in_turns(
-      "features", {name: (name, size, True) for name in names}, repeats
+      MODULE, {name: (name, size, True) for name in names}, repeats
     )
-    # 143 frames: theirs leave out the end.
+    # 143 frames; marlin-pytorch drops the incomplete last window.
     num_windows = {OURS: 5, AUTHORS: 4, FUSED: 4}
     secs = {k: [x / num_windows[k] for x in v] for k, v in secs.items()}
     results.append(timing.table(f"{size}, a window of a video", secs, OURS))

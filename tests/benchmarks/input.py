@@ -1,9 +1,9 @@
-"""How fast clips come, for each stage, against the decoding of JPEG alone.
+"""Measures the stages of the input pipeline against JPEG decoding alone.
 
-All on one set of records, in as many threads, each stage in turns with the
-limit: simplejpeg, which fills a buffer that is there already with the frames of
-a batch that the pipeline made. Clips per second of one core: of the CPU time of
-all threads. A table, then the path of a JSON.
+All stages use the same records and number of threads, in turns with the limit:
+simplejpeg decodes the frames of a batch into a buffer that exists already. The
+unit is clips per second of CPU time, summed over all threads. Prints a table
+and the path of a JSON file.
 """
 
 import argparse
@@ -33,18 +33,26 @@ from tests.benchmarks import timing
 LIMIT = "JPEG decoding alone"
 TAKE_CLIP = loader.TakeClip(Clip(16, 2), tubelet_size=2)
 SPAN = TAKE_CLIP.clip.extent
-NUM_RECORDS = 256  # more bytes than caches hold
-NUM_WARM = 5  # rounds until all stores and malloc's memory are filled
+NUM_RECORDS = 256  # more bytes than fit in caches
+NUM_WARM = 5  # rounds until all queues and malloc's memory are filled
 
 
 def cut(
   dataset: prepared_dataset.Dataset, num_frames: int, directory: str
 ) -> prepared_dataset.Dataset:
-  """NUM_RECORDS records of `num_frames`, from the beginnings of longer ones."""
+  """Returns a data set of NUM_RECORDS records with `num_frames` each.
+
+  They are the beginnings of records that are at least as long.
+
+  Args:
+    dataset: the source.
+    num_frames: frames per record.
+    directory: where the new shard is written.
+  """
   source = prepared_dataset.RecordSource(dataset)
-  long = (source[i][1] for i in range(len(source)))
-  found = itertools.islice(
-    (r for r in long if len(r) >= num_frames), NUM_RECORDS
+  records = (source[i][1] for i in range(len(source)))
+  long_enough = itertools.islice(
+    (r for r in records if len(r) >= num_frames), NUM_RECORDS
   )
   contents = [
     schema.encode(
@@ -53,13 +61,13 @@ def cut(
         frames=list(record.frames)[:num_frames],
         regions=record.regions[:num_frames],
         boxes=record.boxes[:num_frames],
-        # All frames share it; its size is what matters.
+        # Truncated: it is not decoded here, only its size matters.
         parsing=record.parsing[
           : len(record.parsing) * num_frames // len(record)
         ],
       )
     )
-    for record in found
+    for record in long_enough
   ]
   if not contents:
     raise SystemExit(f"no record of {dataset.path} has {num_frames} frames")
@@ -76,7 +84,11 @@ def cut(
 def stages(
   dataset: prepared_dataset.Dataset, batch_size: int, num_threads: int
 ) -> dict[str, Callable[[], Callable[[], object]]]:
-  """Makers of functions that do their part for a batch in each thread."""
+  """Returns functions that set up a stage, by name.
+
+  Each returns a function that does the work of its stage for one batch per
+  thread.
+  """
   raw = grain.sources.ArrayRecordDataSource(list(dataset.shards))
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -116,13 +128,13 @@ def stages(
   shares = np.split(np.arange(len(ids)), num_threads)
 
   def all_clips(work):
-    """Work on each clip, every thread on a batch."""
+    """Applies `work` to each clip; each thread has the clips of a batch."""
     return lambda: list(
       pool.map(lambda share: [work(i) for i in share], shares)
     )
 
-  # Where malloc mostly puts it. A CPU device takes what begins at a multiple of
-  # 64 bytes as it is, which would be no transfer.
+  # At an address as malloc mostly returns. A CPU device uses buffers aligned to
+  # 64 bytes in place, which would be no transfer.
   shifted = np.empty(buffer.nbytes + 128, np.uint8)
   shifted = shifted[(16 - shifted.ctypes.data) % 64 :][: buffer.nbytes]
   shifted = {**batch, "video": shifted.reshape(buffer.shape)}
@@ -158,11 +170,11 @@ def stages(
 
 
 def measure(work: Callable[[], object], num_clips: int) -> tuple[float, float]:
-  """Seconds of CPU and of wall time for each clip, once all threads rest."""
+  """Returns CPU and wall seconds per clip, once all threads are idle again."""
   start, cpu = time.perf_counter(), time.process_time()
   work()
   end, last, num_quiet = time.perf_counter(), time.process_time(), 0
-  # What was taken from a pipeline's store is made again.
+  # The pipeline refills the queue that `work` has taken batches from.
   while num_quiet < 5:
     time.sleep(0.02)
     now = time.process_time()
@@ -181,20 +193,20 @@ def compare(
   num_threads: int,
   repeats: int,
 ) -> dict:
-  """Measures and prints all stages for records of one length."""
-  todo = stages(dataset, batch_size, num_threads)
-  decode = todo[LIMIT]()
+  """Measures all stages for records of one length; prints and returns them."""
+  stage_makers = stages(dataset, batch_size, num_threads)
+  decode = stage_makers[LIMIT]()
   rows, num_clips = {}, batch_size * num_threads
-  for name, make in todo.items():
-    work, limits, found = make(), [], []
+  for name, make in stage_makers.items():
+    work, limits, timings = make(), [], []
     for _ in range(NUM_WARM + repeats):
-      # Before and after it, as the machine's speed changes.
+      # Before and after it, since the speed of the machine varies.
       limits.append(measure(decode, num_clips)[0])
-      found.append(measure(work, num_clips))
+      timings.append(measure(work, num_clips))
     limits.append(measure(decode, num_clips)[0])
     del work  # one pipeline at a time
-    limits, found = limits[NUM_WARM:], found[NUM_WARM:]
-    cpu, wall = zip(*found, strict=True)
+    limits, timings = limits[NUM_WARM:], timings[NUM_WARM:]
+    cpu, wall = zip(*timings, strict=True)
     median = statistics.median(cpu)
     around = map(statistics.mean, itertools.pairwise(limits))
     shares = [a / b for a, b in zip(around, cpu, strict=True)]
@@ -218,20 +230,20 @@ def compare(
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--path", help="a data set; without it, the sample")
+  parser.add_argument("--path", help="a data set; default: the sample")
   parser.add_argument(
     "--frames",
     type=int,
     nargs="+",
     default=[SPAN, 60],
-    help="cut the records to so many",
+    help="frames per record",
   )
   parser.add_argument("--batch_size", type=int, default=32)
   parser.add_argument("--num_threads", type=int, default=2)
   parser.add_argument("--repeats", type=int, default=21)
   args = parser.parse_args()
   if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
-    print("warning: without the Makefile's settings of malloc: slower")
+    print("warning: slower without the malloc settings of the Makefile")
   path = args.path or sample.prepare_sample()
   dataset = prepared_dataset.open_dataset(path, "train")
   results = []

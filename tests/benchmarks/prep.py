@@ -1,14 +1,16 @@
-"""How fast videos become records, against what decoding and models allow.
+"""Measures data preparation against the limit set by decoding and the models.
 
-On the sample video and, where it is there, the footage in ../shared/videos, as
-it is and enlarged to 720p. Frames per second of one core: of the CPU time of
-all processes and threads. Each part in turns with the others; medians. The
-limit is what a stage would reach that only decodes and runs its models, each as
-often as the stage does (what is too large to keep is decoded twice: faces are
-found before they are cut); beside it, if each ran once on every frame.
+On the sample video and, if it exists, the footage in ../shared/videos, in its
+own size and enlarged to 720p. The unit is frames per second of CPU time, summed
+over all processes and threads; all parts are measured in turns, and medians are
+reported. The limit is the speed of decoding and running the models alone, each
+as often as the preparation does (videos too large to keep are decoded twice,
+since faces are found before they are cropped). A second limit runs each once on
+every frame.
 
-Then the whole stage on all cores, by the clock; and how far the labels agree
-with those of models that run on every frame. A table, then the path of a JSON.
+Then measures the wall time on all cores, and how far the labels agree with
+those of models that run on every frame. Prints a table and the path of a JSON
+file.
 """
 
 import argparse
@@ -45,12 +47,12 @@ SHARED = Path(__file__).parents[3] / "shared" / "videos"
 SHARED_NAMES = ("video01.mp4", "video03.mp4", "cropped01.mp4")
 MODELS = ("short-range detector", "full-range detector", "mesh", "segmenter")
 DECODING = "decoding"
-# Inputs of a model that are kept, to run it alone.
+# Inputs that are kept to run a model alone.
 NUM_INPUTS = 40
 
 
 def sources(height: int | None, folder: Path) -> list[manifest.Source]:
-  """The videos, enlarged to a height where one is given."""
+  """Returns the videos, enlarged to `height` unless it is None."""
   paths = [assets.fetch_sample_videos() / "carphone_pristine.mp4"]
   paths += [SHARED / n for n in SHARED_NAMES if (SHARED / n).exists()]
   if height:
@@ -59,7 +61,7 @@ def sources(height: int | None, folder: Path) -> list[manifest.Source]:
 
 
 def enlarge(path: Path, target: Path, height: int) -> Path:
-  """Writes a copy of 16:9, with bars where the picture is narrower."""
+  """Writes a copy in 16:9, with black bars at the sides of narrower frames."""
   width = height * 16 // 9
   with av.open(str(path)) as video, av.open(str(target), "w") as out:
     stream = out.add_stream("libx264", rate=video.streams.video[0].average_rate)
@@ -80,15 +82,16 @@ def enlarge(path: Path, target: Path, height: int) -> Path:
 
 
 def cpu_secs() -> float:
-  """Of this process and of those that it has waited for."""
-  found = (
+  """Returns the CPU time of this process and its finished children."""
+  usages = (
     resource.getrusage(who)
     for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
   )
-  return sum(usage.ru_utime + usage.ru_stime for usage in found)
+  return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def timed(run: Callable[[], object]) -> float:
+  """Returns the CPU seconds of a call."""
   before = cpu_secs()
   run()
   return cpu_secs() - before
@@ -96,7 +99,11 @@ def timed(run: Callable[[], object]) -> float:
 
 @contextlib.contextmanager
 def watched(models: video_to_records.Models) -> Iterator[tuple[dict, dict]]:
-  """Counts frames decoded and runs of each model, and keeps some inputs."""
+  """Counts decoded frames and runs of each model, and keeps some inputs.
+
+  Yields:
+    Counts by name, and inputs by model: (method, image).
+  """
   finder = models.finder
   tasks = [task for task, _ in finder._detectors]
   tasks += [finder._landmarker, models.parser._segmenter]
@@ -127,7 +134,7 @@ def watched(models: video_to_records.Models) -> Iterator[tuple[dict, dict]]:
 def measure(
   videos: list[manifest.Source], models: video_to_records.Models, repeats: int
 ) -> dict:
-  """CPU milliseconds per frame of the whole stage and of its parts."""
+  """Returns CPU milliseconds per frame, in total and by part."""
 
   def whole() -> int:
     return sum(
@@ -165,7 +172,7 @@ def measure(
 
 
 def on_all_cores(videos: list[manifest.Source], num_cores: int) -> float:
-  """Frames per second by the clock, without the start of the processes."""
+  """Returns frames per second of wall time, without starting processes."""
   copies = [
     dataclasses.replace(v, video_id=f"{i}/{v.video_id}")
     for i in range(2 * num_cores)
@@ -184,7 +191,7 @@ def on_all_cores(videos: list[manifest.Source], num_cores: int) -> float:
 
 
 def agreement(source: manifest.Source, models: video_to_records.Models) -> dict:
-  """How far labels are those of all models on every frame."""
+  """Compares labels with those of models that run on every frame."""
   with av.open(str(source.path)) as container:
     frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
 
@@ -196,9 +203,9 @@ def agreement(source: manifest.Source, models: video_to_records.Models) -> dict:
     for i in range(len(track)):
       frame = frames[track.first_frame + i]
       labeller.add(frame, boxes[i], track.landmarks[i])
-    found = labeller.finish()
+    label_maps = labeller.finish()
     blank = np.full((schema.FRAME_SIZE,) * 2, 255, np.uint8)
-    return np.stack([blank if f is None else f for f in found]), track
+    return np.stack([blank if m is None else m for m in label_maps]), track
 
   with (
     mock.patch.object(tracking, "MESH_STEPS", 1),
@@ -227,20 +234,20 @@ def agreement(source: manifest.Source, models: video_to_records.Models) -> dict:
   }
 
 
-def show(title: str, found: dict, all_cores: float, num_cores: int) -> dict:
-  """Prints a table; returns it with what follows from it."""
+def show(title: str, measured: dict, all_cores: float, num_cores: int) -> dict:
+  """Prints a table of `measure`'s result; returns it with speeds and ratios."""
   medians = {
     name: statistics.median(values)
-    for name, values in found.items()
+    for name, values in measured.items()
     if isinstance(values, list)
   }
   whole = medians.pop("whole stage")
   limit = sum(medians.values())
-  runs = found["calls_per_frame"]
+  runs = measured["calls_per_frame"]
   every = sum(millis / runs[name] for name, millis in medians.items())
-  print(f"\n{title}: {found['num_frames']} frames")
+  print(f"\n{title}: {measured['num_frames']} frames")
   for name, millis in medians.items():
-    spread = found[name]
+    spread = measured[name]
     print(
       f"  {name:22} {millis:6.2f} ms a frame ({min(spread):.2f} to "
       f"{max(spread):.2f}), {runs[name]:4.2f} runs a frame; alone "
@@ -252,10 +259,10 @@ def show(title: str, found: dict, all_cores: float, num_cores: int) -> dict:
     f"frames/s per core: {limit / whole:.0%} of the limit, {every / whole:.0%} "
     "of that with all on every frame"
   )
-  print(f"  {num_cores} cores, by the clock: {all_cores:.1f} frames/s")
+  print(f"  {num_cores} cores, wall time: {all_cores:.1f} frames/s")
   return {
     "videos": title,
-    "millis": found,
+    "millis": measured,
     "limit_frames_per_sec": 1000 / limit,
     "frames_per_core_sec": 1000 / whole,
     "share_of_limit": limit / whole,
@@ -277,16 +284,18 @@ def main() -> None:
   ):
     for title, height in (("their own size", None), ("720p", 720)):
       videos = sources(height, Path(folder))
-      found = measure(videos, models, args.repeats)
+      measured = measure(videos, models, args.repeats)
       speed = on_all_cores(videos, num_cores)
-      results[title] = show(title, found, speed, num_cores)
-    print("\nlabels, against all models on every frame: IoU, and patches alike")
-    results["agreement"] = [agreement(v, models) for v in sources(None, Path())]
-  for found in results["agreement"]:
+      results[title] = show(title, measured, speed, num_cores)
     print(
-      f"  {found['video']:22} pixels {found['pixels']:.2%}, patches "
-      f"{found['patches']:.2%}; "
-      + ", ".join(f"{n} {r['iou']:.2f}" for n, r in found["regions"].items())
+      "\nlabels against models on every frame: equal pixels and patches, IoU"
+    )
+    results["agreement"] = [agreement(v, models) for v in sources(None, Path())]
+  for row in results["agreement"]:
+    print(
+      f"  {row['video']:22} pixels {row['pixels']:.2%}, patches "
+      f"{row['patches']:.2%}; "
+      + ", ".join(f"{n} {r['iou']:.2f}" for n, r in row["regions"].items())
     )
   path = Path("runs/bench_prep.json")
   path.parent.mkdir(exist_ok=True)

@@ -1,14 +1,15 @@
-"""Does pretraining learn? Encoders of three maskings, and of none, probed.
+"""Tests with linear probes whether pretraining learns anything.
 
-Each encoder is trained by the real trainer on the first part of a few videos,
-with the same seed, data and budget. Linear probes are fitted on windows of
-these parts, and tested on later windows, and on a man who was in no training.
-The labels come from landmarks: which man, turn of the head, mouth, eyes, and
-which of two windows is the later one. Beside them the same probes on encoders
-drawn at random, and on colours: the means of the patches.
+Compares encoders that are pretrained with three masking strategies, random
+encoders, and mean colours of patches. Each encoder is trained by
+marlin_jax.train on the first part of a few videos, with the same seed, data and
+number of steps. Linear probes are fitted on windows of these parts, and tested
+on later windows and on a man who is in no training. Labels come from face
+landmarks: which man, head turn, mouth and eye opening, and which of two windows
+is the later one.
 
-A table, a picture, then the path of a JSON. The same command goes on where it
-was stopped.
+Prints a table and the path of a JSON file, and draws a figure. The same command
+resumes a run.
 """
 
 import argparse
@@ -53,7 +54,7 @@ STRATEGIES = ("fasking", "tube", "random")
 LOSS = "train/loss_rec"
 RANDOM, COLOURS = "random init", "colours"
 RANDOM_SEEDS = (0, 1, 2)
-PENALTY = 0.1  # of all probes; the JSON has the others
+PENALTY = 0.1  # in the table; the JSON file has the others
 PENALTIES = (1e-3, 1e-2, 0.1, 1.0)
 NUM_RESAMPLES = 1000
 DIFFERENCES = (
@@ -62,7 +63,7 @@ DIFFERENCES = (
   *itertools.combinations(STRATEGIES, 2),
 )
 
-# Short and cheap: see docs/PROBE.md for how this differs from the recipe.
+# Short and cheap; docs/PROBE.md says how this differs from the recipe.
 COMMON = {
   "num_epochs": 0.0,
   "data.num_frames": 8,
@@ -95,7 +96,7 @@ SIZES = {
 
 
 def settings(args: argparse.Namespace) -> dict[str, object]:
-  """What differs from configs/pretrain_s.py, but for the masking."""
+  """Returns the overrides of configs/pretrain_s.py, except the masking."""
   return (
     COMMON
     | SIZES[args.size]
@@ -112,7 +113,7 @@ def settings(args: argparse.Namespace) -> dict[str, object]:
 
 
 def train(workdir: Path, strategy: str, args: argparse.Namespace) -> dict:
-  """Trains one encoder, where that is not done; returns its losses."""
+  """Trains one encoder, unless that is done; returns its losses and times."""
   if not (workdir / "checkpoints" / str(args.steps)).exists():
     command = [sys.executable, "-m", "marlin_jax.train"]
     command += ["--config=configs/pretrain_s.py", f"--workdir={workdir}"]
@@ -136,7 +137,7 @@ def train(workdir: Path, strategy: str, args: argparse.Namespace) -> dict:
 
 
 def features_of(weights, split) -> np.ndarray:
-  """float32 (W, D); kept on disk, so computed once."""
+  """Returns the features of all windows, float32 (W, D); cached on disk."""
   encoder = feature_cache.FrozenEncoder(
     weights, sharding.make_mesh(), "float32", "auto"
   )
@@ -151,70 +152,68 @@ def features_of(weights, split) -> np.ndarray:
 
 
 def random_weights(architecture, seed: int):
-  """An encoder that has learned nothing."""
+  """Returns an encoder with random weights."""
   bare = architecture.without_decoder()
   encoder = bare.make_autoencoder(rngs=nnx.Rngs(seed))
   return of_modules(bare, nnx.to_pure_dict(nnx.state(encoder)))
 
 
 def colours_of(split, clip) -> np.ndarray:
-  """Mean colour of each patch over a window's clip: float32 (W, 588)."""
+  """Returns mean colours of patches over each window: float32 (W, 588)."""
   reader = clip_batches.ClipReader(split, clip)
-  found = []
+  rows = []
   for window in split.windows(clip):
     (video,) = reader.read([window])
     patches = video.reshape(-1, GRID_SIZE, PATCH_SIZE, GRID_SIZE, PATCH_SIZE, 3)
-    found.append(patches.mean(axis=(0, 2, 4)).ravel() / 255)
-  return np.stack(found).astype(np.float32)
+    rows.append(patches.mean(axis=(0, 2, 4)).ravel() / 255)
+  return np.stack(rows).astype(np.float32)
 
 
-# --- Numbers ------------------------------------------------------------------
+# --- Scores -------------------------------------------------------------------
 
 
 def measure(
   question: Question, windows: Windows, features: dict[str, list[np.ndarray]]
 ) -> dict[str, object]:
-  """One row of the table.
+  """Scores the probes of one question.
 
   Args:
-    question: what is asked.
-    windows: all.
-    features: by encoder; of those that are drawn several times the mean of
-      their scores counts.
+    question: the question.
+    windows: all windows.
+    features: encoder -> features, one array per random seed; the scores of
+      several arrays are averaged.
 
   Returns:
-    `encoders`, and `differences` of two of them: {value, low, high}, the 95%
-    interval over draws of blocks of the same footage; `by_penalty`, the values
-    alone.
+    `encoders` and `differences` of two of them, {value, low, high} each, with a
+    95% interval over resampled blocks of footage; `by_penalty`, values only.
   """
-  said = {
-    name: [answers(question, windows, x, PENALTIES) for x in several]
-    for name, several in features.items()
+  predictions = {
+    name: [answers(question, windows, x, PENALTIES) for x in arrays]
+    for name, arrays in features.items()
   }
 
-  def numbers(weights, penalty=PENALTY):
-    found = {
+  def all_scores(weights, penalty=PENALTY):
+    by_encoder = {
       name: np.mean(
-        [score(question, windows, one[penalty], weights) for one in several],
+        [score(question, windows, p[penalty], weights) for p in probes],
         axis=0,
       )
-      for name, several in said.items()
+      for name, probes in predictions.items()
     }
-    return found | {
-      f"{one} - {other}": found[one] - found[other]
-      for one, other in DIFFERENCES
+    return by_encoder | {
+      f"{a} - {b}": by_encoder[a] - by_encoder[b] for a, b in DIFFERENCES
     }
 
   blocks = windows.block[question.test]
-  every = np.ones((len(blocks), 1))
-  ends = intervals.bootstrap(numbers, blocks, num_resamples=NUM_RESAMPLES)
-  found = {
+  unweighted = np.ones((len(blocks), 1))
+  ends = intervals.bootstrap(all_scores, blocks, num_resamples=NUM_RESAMPLES)
+  results = {
     name: {
       "value": measure_lib.defined(value[0]),
       "low": measure_lib.defined(ends[name][0]),
       "high": measure_lib.defined(ends[name][1]),
     }
-    for name, value in numbers(every).items()
+    for name, value in all_scores(unweighted).items()
   }
   return {
     "question": question.name,
@@ -222,25 +221,25 @@ def measure(
     "num_fit": len(question.fit),
     "num_test": len(question.test),
     "num_blocks": len(set(blocks)),
-    "encoders": {name: found[name] for name in features},
+    "encoders": {name: results[name] for name in features},
     "differences": {
-      name: number for name, number in found.items() if name not in features
+      name: number for name, number in results.items() if name not in features
     },
     "by_penalty": {
       str(penalty): {
         name: measure_lib.defined(value[0])
-        for name, value in numbers(every, penalty).items()
+        for name, value in all_scores(unweighted, penalty).items()
       }
       for penalty in PENALTIES
     },
   }
 
 
-# --- Words and pictures -------------------------------------------------------
+# --- Table and figure ---------------------------------------------------------
 
 
 def table(results: list[dict]) -> str:
-  """A line for each question, a column for each encoder."""
+  """Returns a text table: a row per question, a column per encoder."""
   names = list(results[0]["encoders"])
   lines = [
     f"{'':22}{'windows':>8}{'blocks':>7}{'chance':>7}"
@@ -265,6 +264,7 @@ def _shown(number: dict[str, float | None]) -> str:
 
 
 def draw(results: list[dict], trained: dict[str, dict], path: Path) -> None:
+  """Plots loss curves, and scores with intervals."""
   import matplotlib
 
   matplotlib.use("agg")
@@ -273,14 +273,14 @@ def draw(results: list[dict], trained: dict[str, dict], path: Path) -> None:
   figure, (left, right) = pyplot.subplots(
     1, 2, figsize=(12, 4.5), layout="constrained", width_ratios=(1, 2)
   )
-  for name, about in trained.items():
-    left.plot(*zip(*about["curve"], strict=True), label=name, linewidth=1)
+  for name, run in trained.items():
+    left.plot(*zip(*run["curve"], strict=True), label=name, linewidth=1)
   left.set(xlabel="step", ylabel="reconstruction loss (training)", yscale="log")
   left.legend()
   names = list(results[0]["encoders"])
   for i, name in enumerate(names):
-    found = [row["encoders"][name] for row in results]
-    value, *span = np.array([list(f.values()) for f in found], float).T
+    numbers = [list(row["encoders"][name].values()) for row in results]
+    value, *span = np.array(numbers, float).T
     places = np.arange(len(results)) + 0.14 * (i - (len(names) - 1) / 2)
     right.errorbar(
       places, value, np.abs(span - value), fmt="o", label=name, markersize=4
@@ -289,7 +289,7 @@ def draw(results: list[dict], trained: dict[str, dict], path: Path) -> None:
     right.plot([i - 0.4, i + 0.4], [row["chance"]] * 2, "k:", linewidth=1)
   labels = [row["question"].replace(", ", "\n") for row in results]
   right.set_xticks(range(len(results)), labels, fontsize=8)
-  right.set_ylabel("share right (dotted: chance)")
+  right.set_ylabel("fraction correct (dotted: chance)")
   figure.legend(
     *right.get_legend_handles_labels(),
     loc="outside upper center",
@@ -312,8 +312,8 @@ def main():
   args = parser.parse_args()
   started_at = time.monotonic()
   if not (FOLDER / "dataset" / "dataset_info.json").exists():
-    script = Path(__file__).with_name("probe_data.py")
-    subprocess.run([sys.executable, str(script), str(FOLDER)], check=True)
+    command = [sys.executable, "-m", "tests.benchmarks.probe_data", str(FOLDER)]
+    subprocess.run(command, cwd=ROOT, check=True)
   print(f"{FOLDER / 'windows.png'} shows windows with their labels")
 
   # --- Training ---------------------------------------------------------------
@@ -343,14 +343,14 @@ def main():
     measure(question, windows, features)
     for question in tqdm(questions(windows), desc="probes", unit="question")
   ]
-  for strategy, about in trained.items():
+  for strategy, run in trained.items():
     print(
       f"{strategy:8} reconstruction loss over the last fifth "
-      f"{about['last_fifth']:.5f}; {about['step_secs']:.2f} s a step, "
-      f"{about['secs']:.0f} s in all"
+      f"{run['last_fifth']:.5f}; {run['step_secs']:.2f} s per step, "
+      f"{run['secs']:.0f} s in total"
     )
   print(f"\n{table(results)}\n")
-  print("* more than random inits: the interval of the difference is above 0")
+  print("* better than random init: the interval of the difference is above 0")
   draw(results, trained, FOLDER / name / "probe.png")
   print(FOLDER / name / "probe.png")
   timing.save(

@@ -1,10 +1,11 @@
-"""Windows of real footage, with labels that landmarks give; for probe.py.
+"""Writes the data set of probe.py: windows of footage with landmark labels.
 
-Run as a program it writes FOLDER/dataset, by data_prep, in a process of its
-own. Split `pretrain` holds the first part of each video but one, in records of
-at most 64 frames; split `windows` holds short windows of all of it, each a
-video of its own, `VIDEO/early|late/START`. None lies across the cut. One video
-is held out whole.
+  python -m tests.benchmarks.probe_data FOLDER
+
+writes FOLDER/dataset with data_prep. Its split `pretrain` holds the first part
+of each video except one, in records of at most 64 frames. Its split `windows`
+holds short windows of all videos, each as a video of its own, named
+`VIDEO/early|late/START`; no window crosses the boundary of the parts.
 
 Axes: T frames, W windows, L landmarks.
 """
@@ -20,7 +21,7 @@ import numpy as np
 TESTS = Path(__file__).parents[1]
 
 SHARED = TESTS.parents[1] / "shared" / "videos"
-# Video -> who is in it; cropped01 shows the man of video01 at another time.
+# Video -> the man in it; cropped01 shows the man of video01 at another time.
 MEN = {
   "carphone_pristine": "carphone",
   "video01": "video01",
@@ -28,14 +29,14 @@ MEN = {
   "video03": "video03",
 }
 HELD_OUT = "video03"
-EARLY = 0.6  # share of a video that pretraining and the probes' fit may see
-WINDOW, HOP = 16, 8  # frames; half a second, and half of that
-BLOCK = 32  # frames that the bootstrap takes or leaves together
+EARLY = 0.6  # fraction of a video for pretraining and for fitting probes
+WINDOW, HOP = 16, 8  # frames; half and a quarter of a second
+BLOCK = 32  # frames that the bootstrap resamples together
 SEGMENT = 64
 
 LABELS = ("head_turn", "mouth_opening", "eye_opening")
 
-# MediaPipe's numbers. Right and left are the person's own.
+# MediaPipe's landmark numbers. Right and left are the person's own.
 NOSE_TIP = 1
 RIGHT_EDGE, LEFT_EDGE = 234, 454
 UPPER_LIP, LOWER_LIP, RIGHT_CORNER, LEFT_CORNER = 13, 14, 78, 308
@@ -50,10 +51,10 @@ EYES = (
 
 
 def head_turn(landmarks: np.ndarray) -> np.ndarray:
-  """Where the nose is between the sides of the face, (T, L, 2) -> (T,).
+  """Returns the position of the nose between the sides, (T, L, 2) -> (T,).
 
-  0 in the middle, 1 over the person's left edge, -1 over the right one; taken
-  along the line between both, so that tilting the head changes nothing.
+  It is 0 in the middle, 1 at the person's left edge and -1 at the right edge,
+  measured along the line between both, so that it is invariant to roll.
   """
   across = landmarks[:, LEFT_EDGE] - landmarks[:, RIGHT_EDGE]
   nose = landmarks[:, NOSE_TIP] - landmarks[:, RIGHT_EDGE]
@@ -61,14 +62,14 @@ def head_turn(landmarks: np.ndarray) -> np.ndarray:
 
 
 def mouth_opening(landmarks: np.ndarray) -> np.ndarray:
-  """Height of the gap between the lips over its width, (T, L, 2) -> (T,)."""
+  """Returns height over width of the lips' gap, (T, L, 2) -> (T,)."""
   return _distance(landmarks, UPPER_LIP, LOWER_LIP) / _distance(
     landmarks, RIGHT_CORNER, LEFT_CORNER
   )
 
 
 def eye_opening(landmarks: np.ndarray) -> np.ndarray:
-  """Eye aspect ratio, the mean of both eyes, (T, L, 2) -> (T,).
+  """Returns the eye aspect ratio, averaged over both eyes, (T, L, 2) -> (T,).
 
   Source: Soukupova and Cech, "Real-Time Eye Blink Detection using Facial
   Landmarks", CVWW 2016.
@@ -90,22 +91,22 @@ def _distance(landmarks, one: int, other: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Footage:
-  """The longest face track of a video, as data_prep cuts it out.
+  """The longest face track of a video, as data_prep crops it.
 
   Attributes:
     name: of the video.
-    record: all of its frames in one, without label maps.
+    record: all frames of the track as one record, without label maps.
     label_maps: uint8 (T, 224, 224).
-    landmarks: float64 (T, L, 2), in the crop; NaN where there is no mesh.
+    landmarks: float64 (T, L, 2), in pixels of the crop; NaN without a mesh.
   """
 
   name: str
-  record: "records.Record"  # noqa: F821
+  record: "schema.Record"  # noqa: F821
   label_maps: np.ndarray
   landmarks: np.ndarray
 
   def cut(self, start: int, stop: int, **changes):
-    """The record of some frames."""
+    """Returns the record of frames `start` to `stop`, with changed fields."""
     from marlin_jax.records import schema
 
     part = slice(start, stop)
@@ -121,7 +122,7 @@ class Footage:
 
 
 def read_footage(dataset: Path) -> list[Footage]:
-  """Reads a prepared data set, and finds the mesh of each face in it."""
+  """Reads the longest tracks of a prepared data set, and finds landmarks."""
   from data_prep.faces.face_finder import FaceFinder
   from marlin_jax.data import prepared_dataset
   from marlin_jax.records import schema
@@ -138,7 +139,7 @@ def read_footage(dataset: Path) -> list[Footage]:
     other = longest.get(video_id, ())
     if sum(map(len, track)) > sum(map(len, other)):
       longest[video_id] = sorted(track, key=lambda record: record.segment)
-  found = []
+  footage = []
   with FaceFinder() as finder:
     for video_id, track in sorted(longest.items()):
       frames = np.concatenate(
@@ -154,12 +155,12 @@ def read_footage(dataset: Path) -> list[Footage]:
       )
       maps = np.concatenate([schema.decode_parsing(r) for r in track])
       name = Path(video_id).stem
-      found.append(Footage(name, record, maps, meshes(finder, frames)))
-  return found
+      footage.append(Footage(name, record, maps, meshes(finder, frames)))
+  return footage
 
 
 def meshes(finder, crops: np.ndarray) -> np.ndarray:
-  """Landmarks in face crops, uint8 (T, S, S, 3) -> float64 (T, L, 2)."""
+  """Finds landmarks in face crops, uint8 (T, S, S, 3) -> float64 (T, L, 2)."""
   from data_prep.faces import boxes, tracking
 
   size = crops.shape[1]
@@ -177,20 +178,22 @@ def meshes(finder, crops: np.ndarray) -> np.ndarray:
 
 
 def window_labels(landmarks: np.ndarray, usual_eyes: float) -> dict:
-  """What is true of a window: means of turn and mouth, the eyes' least opening.
+  """Returns the labels of a window.
+
+  These are mean head turn, mean mouth opening, and lowest eye opening.
 
   Args:
     landmarks: (T, L, 2).
-    usual_eyes: opening of the person's open eyes, which a blink is relative to.
+    usual_eyes: opening of the open eyes, which the label is relative to.
 
   Returns:
-    float32 (1,) by label; NaN where less than half of the frames have a mesh.
+    Label -> float32 (1,); NaN if less than half of the frames have a mesh.
   """
-  known = np.isfinite(landmarks[:, 0, 0])
-  if known.mean() < 0.5:
+  has_mesh = np.isfinite(landmarks[:, 0, 0])
+  if has_mesh.mean() < 0.5:
     values = [np.nan] * len(LABELS)
   else:
-    seen = landmarks[known]
+    seen = landmarks[has_mesh]
     values = [
       head_turn(seen).mean(),
       mouth_opening(seen).mean(),
@@ -203,15 +206,15 @@ def window_labels(landmarks: np.ndarray, usual_eyes: float) -> dict:
 
 
 def windows_of(footage: Footage) -> dict[str, list]:
-  """The records of all windows of a video, by id."""
+  """Returns the records of all windows of a video, by id."""
   num, cut = len(footage.record), round(EARLY * len(footage.record))
   usual_eyes = np.nanpercentile(eye_opening(footage.landmarks), 90)
-  found = {}
+  windows = {}
   for part, first, end in (("early", 0, cut), ("late", cut, num)):
     for start in range(first, end - WINDOW + 1, HOP):
       stop = start + WINDOW
       name = f"{footage.name}/{part}/{start:04d}"
-      found[name] = [
+      windows[name] = [
         footage.cut(
           start,
           stop,
@@ -222,11 +225,11 @@ def windows_of(footage: Footage) -> dict[str, list]:
           labels=window_labels(footage.landmarks[start:stop], usual_eyes),
         )
       ]
-  return found
+  return windows
 
 
 def pretraining_of(footage: Footage) -> list:
-  """The records of a video's first part."""
+  """Returns the pretraining records of a video, of its first part."""
   end = round(EARLY * len(footage.record))
   bounds = np.linspace(0, end, -(-end // SEGMENT) + 1).astype(int)
   return [
@@ -243,10 +246,10 @@ def pretraining_of(footage: Footage) -> list:
 
 
 def write(folder: Path) -> None:
-  """Writes FOLDER/dataset, and FOLDER/windows.png, which shows what is in it.
+  """Writes FOLDER/dataset, and FOLDER/windows.png, which shows windows of it.
 
   Raises:
-    SystemExit: data_prep could not prepare the videos; it has said why.
+    SystemExit: data_prep failed; it has printed the reason.
   """
   from data_prep import assets, prepare
   from data_prep.sources.listing import VALUE, Label
@@ -283,7 +286,7 @@ def write(folder: Path) -> None:
 
 
 def draw(footage: list[Footage], windows: dict[str, list], path: Path) -> None:
-  """A row of windows of each video, with their labels."""
+  """Draws windows with their labels, a row per video."""
   import matplotlib
 
   matplotlib.use("agg")

@@ -1,6 +1,7 @@
-"""What probe.py asks of features of windows, and how answers are scored.
+"""Questions that probe.py asks of features, and the scores of the answers.
 
-Axes: W windows, V windows of a test, D features, R rows of weights.
+Axes: W windows, V test windows, K classes, P pairs of windows, D feature size,
+R sets of weights.
 """
 
 import dataclasses
@@ -12,18 +13,18 @@ from marlin_jax.downstream import logistic, scores
 from marlin_jax.downstream.tasks import Task
 from tests.benchmarks import probe_data
 
-BLINK = 0.6  # of the usual opening
+BLINK = 0.6  # ratio to the usual eye opening; below, the eyes are closed
 MAX_ITERATIONS = 500
 
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-  """All windows, as probe_data writes them.
+  """All windows of the data set that probe_data writes.
 
   Attributes:
     video, part, block: names (W,).
     start: int (W,), first frame in the video.
-    labels: float64 (W,) by name; NaN where unknown.
+    labels: name -> float64 (W,), NaN where unknown.
   """
 
   video: np.ndarray
@@ -34,19 +35,22 @@ class Windows:
 
   @property
   def man(self) -> np.ndarray:
-    """Number of the man in each window."""
+    """Number of the man in each window, int (W,)."""
     names = [probe_data.MEN[name] for name in self.video]
     return np.unique(names, return_inverse=True)[1]
 
   @property
   def place(self) -> np.ndarray:
-    """Names (W,) of the part of the video."""
+    """Name of the part of the video that each window is from, (W,)."""
     return np.char.add(self.video, self.part)
 
   def above_own_median(self, label: str) -> np.ndarray:
-    """1 where a label is above its median over the same part of the video.
+    """Returns 1.0 where a label is above its median over the part of the video.
 
-    So neither who it is nor which part it is tells anything of it.
+    Neither the identity nor the part of the video is then informative.
+
+    Returns:
+      float64 (W,), NaN where unknown.
     """
     values, place = self.labels[label], self.place
     above = np.full(len(values), np.nan)
@@ -57,7 +61,7 @@ class Windows:
 
 
 def open_windows(split) -> Windows:
-  """Names and labels of a labelled.Split."""
+  """Returns the windows of a labelled.Split."""
   names = np.array([name.split("/") for name in split.video_ids])
   return Windows(
     video=names[:, 0],
@@ -73,14 +77,14 @@ def open_windows(split) -> Windows:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """What a probe is asked, and where.
+  """A question to probes.
 
   Attributes:
-    name: of it.
-    chance: what guessing gives.
-    fit, test: numbers of the windows.
-    targets: float64 (W,); NaN where unknown; None for the order in time.
-    num_classes: 0: yes or no.
+    name: shown in the table.
+    chance: score of guessing.
+    fit, test: indices of the windows for fitting and testing.
+    targets: float64 (W,), NaN where unknown; None for the order in time.
+    num_classes: 0 for a binary question.
   """
 
   name: str
@@ -92,27 +96,27 @@ class Question:
 
 
 def questions(windows: Windows) -> list[Question]:
-  """All that this footage allows.
+  """Returns all questions that the footage allows.
 
-  Probes are fitted on the parts that pretraining has seen, and tested on later
-  ones and on the man of the video that was held out.
+  Probes are fitted on the parts used in pretraining, and tested on later parts
+  and on the man in the held-out video.
   """
-  known = np.isfinite(windows.labels["head_turn"])
+  has_labels = np.isfinite(windows.labels["head_turn"])
   seen = windows.video != probe_data.HELD_OUT
   early = windows.part == "early"
-  fit = np.flatnonzero(early & seen & known)
+  fit = np.flatnonzero(early & seen & has_labels)
   tests = {
-    "later": np.flatnonzero(~early & seen & known),
-    "new man": np.flatnonzero(~seen & known),
+    "later": np.flatnonzero(~early & seen & has_labels),
+    "new man": np.flatnonzero(~seen & has_labels),
   }
   eyes = windows.labels["eye_opening"]
   targets = {
     "head turn": windows.above_own_median("head_turn"),
     "mouth open": windows.above_own_median("mouth_opening"),
-    "eyes closed": np.where(known, eyes < BLINK, np.nan),
+    "eyes closed": np.where(has_labels, eyes < BLINK, np.nan),
     "order": None,
   }
-  found = [
+  asked = [
     Question(f"{name}, {where}", 0.5, fit, test, values)
     for name, values in targets.items()
     for where, test in tests.items()
@@ -120,19 +124,23 @@ def questions(windows: Windows) -> list[Question]:
   ]
   num_men = len(set(windows.man))
   if num_men > 1:
-    # cropped01 shows a man of another video: it has no part in the fit.
+    # cropped01 shows the man of video01: it is not used in the fit.
     own = np.flatnonzero(early & (windows.video != "cropped01"))
     late, men = np.flatnonzero(~early), windows.man.astype(float)
     which = Question("which man", 1 / num_men, own, late, men, num_men)
-    found.insert(0, which)
-  return found
+    asked.insert(0, which)
+  return asked
 
 
 def pairs_of(windows: Windows, rows: np.ndarray) -> np.ndarray:
-  """Windows of one part of a video that share no frame, the earlier one first.
+  """Returns pairs of windows of one part of a video without common frames.
+
+  Args:
+    windows: all windows.
+    rows: int, indices of the windows to pair.
 
   Returns:
-    int (P, 2), places in `rows`.
+    int (P, 2), indices into `rows`, the earlier window first.
   """
   place, start = windows.place[rows], windows.start[rows]
   same = place[:, None] == place
@@ -149,24 +157,25 @@ def answers(
   features: np.ndarray,
   penalties: Sequence[float],
 ) -> dict[float, np.ndarray]:
-  """What the probe of each penalty says of the test windows, or of their pairs.
+  """Fits a probe per penalty and returns its predictions on the test windows.
 
   Args:
-    question: what to learn.
-    windows: all.
+    question: the question.
+    windows: all windows.
     features: (W, D).
     penalties: see downstream.logistic.
 
   Returns:
-    By penalty float64 (V, K), probabilities of the classes, or scores, (V,) or
-    of `pairs_of` them, that the later one is the second.
+    Penalty -> float64 class probabilities (V, K); scores (V,) of a binary
+    question; or, for the order in time, scores (P,) that the second window of
+    each pair is the later one.
   """
   names = tuple(str(i) for i in range(max(question.num_classes, 1)))
   task = Task(question.name, "", question.num_classes > 0, names)
   x, test = features[question.fit], features[question.test]
   if question.targets is None:
     steps = _steps(windows, question.fit, features)
-    # In both orders: the answer must not depend on which comes first.
+    # In both orders, so that the probe has no preference for either.
     x = np.concatenate([steps, -steps])
     targets = np.repeat([1.0, 0.0], len(steps))
     test = _steps(windows, question.test, features)
@@ -183,48 +192,53 @@ def answers(
   logistic.fit(task, x, targets, penalties, keep, MAX_ITERATIONS)
   logits = {penalty: probe.logits(test) for penalty, probe in probes.items()}
   if question.num_classes:
-    return {p: task.probabilities(said) for p, said in logits.items()}
-  return {p: said[:, 0] for p, said in logits.items()}
+    return {p: task.probabilities(x) for p, x in logits.items()}
+  return {p: x[:, 0] for p, x in logits.items()}
 
 
 def _steps(windows, rows, features) -> np.ndarray:
-  """Features of the second window of each pair minus those of the first."""
+  """Returns features of the second window of each pair minus the first's."""
   first, second = rows[pairs_of(windows, rows)].T
   return features[second] - features[first]
 
 
 def score(
-  question: Question, windows: Windows, said: np.ndarray, weights: np.ndarray
+  question: Question,
+  windows: Windows,
+  predictions: np.ndarray,
+  weights: np.ndarray,
 ) -> np.ndarray:
-  """The share that is right.
+  """Returns the fraction of correct answers.
 
   Args:
-    question: what was asked.
-    windows: all.
-    said: one of `answers`.
-    weights: (V, R).
+    question: the question.
+    windows: all windows.
+    predictions: for one penalty, see `answers`.
+    weights: (V, R), weights of the test windows.
 
   Returns:
-    float64 (R,). Of classes the balanced accuracy. Of yes and no an AUC within
-    videos: of all pairs of a yes and a no of one part of a video, in how many
-    the yes has the higher score. Of the order in time the pairs in which the
-    later window is told. NaN where there is nothing to tell.
+    float64 (R,), NaN where it is undefined: the balanced accuracy of a question
+    with classes; the AUC within parts of videos of a binary question, over all
+    pairs of a positive and a negative window of one part; for the order in
+    time, the fraction of pairs in which the later window is recognised.
   """
   test = question.test
   if question.num_classes:
     targets = question.targets[test]
-    return scores.class_scores(targets, said, weights)["balanced_accuracy"]
+    return scores.class_scores(targets, predictions, weights)[
+      "balanced_accuracy"
+    ]
   if question.targets is None:
     first, second = pairs_of(windows, test).T
     both = weights[first] * weights[second]
-    return _ratio((said > 0) @ both, both.sum(0))
+    return _ratio((predictions > 0) @ both, both.sum(0))
   right, total = np.zeros((2, weights.shape[1]))
   place = windows.place[test]
   for where in np.unique(place):
     own = place == where
     yes, w = question.targets[test][own], weights[own]
     num_pairs = (yes @ w) * ((1 - yes) @ w)
-    auc = scores.roc_auc(yes, said[own], w)
+    auc = scores.roc_auc(yes, predictions[own], w)
     right += np.where(num_pairs > 0, auc, 0.0) * num_pairs
     total += num_pairs
   return _ratio(right, total)

@@ -1,4 +1,4 @@
-"""The labels of the probe benchmark are true, and its scores count right."""
+"""Labels and scores of the probe benchmark."""
 
 import dataclasses
 
@@ -108,9 +108,11 @@ def ask(windows: Windows, targets: np.ndarray | None) -> Question:
   return Question("it", 0.5, rows, rows, targets)
 
 
-def score_of(question, windows, said) -> float:
+def score_of(question, windows, predictions) -> float:
   weights = np.ones((len(windows.video), 1))
-  return float(probe_questions.score(question, windows, said, weights)[0])
+  return float(
+    probe_questions.score(question, windows, predictions, weights)[0]
+  )
 
 
 def test_knowing_the_video_alone_scores_chance():
@@ -129,8 +131,8 @@ def test_probe_tells_the_order_of_features_that_grow_with_time():
   np_rng = np.random.default_rng(0)
   grows = windows.start[:, None] + np_rng.normal(size=(12, 3))
   question = ask(windows, None)
-  said = probe_questions.answers(question, windows, grows, [0.1])[0.1]
-  assert score_of(question, windows, said) == 1.0
+  predictions = probe_questions.answers(question, windows, grows, [0.1])[0.1]
+  assert score_of(question, windows, predictions) == 1.0
   noise = np_rng.normal(size=(12, 1))
   swapped = probe_questions.answers(question, windows, -noise, [0.1])[0.1]
   straight = probe_questions.answers(question, windows, noise, [0.1])[0.1]
@@ -140,9 +142,9 @@ def test_probe_tells_the_order_of_features_that_grow_with_time():
 def test_windows_drawn_twice_count_twice():
   windows = some_windows(np.arange(4.0))
   question = ask(windows, np.array([0, 1, 0, 1.0]))
-  said = np.array([0, 1, 1, 0.0])  # right, then wrong
+  predictions = np.array([0, 1, 1, 0.0])  # right, then wrong
   weights = np.array([[1, 1, 1, 1], [2, 2, 1, 1], [0, 2, 1, 1.0]]).T
-  found = probe_questions.score(question, windows, said, weights)
+  found = probe_questions.score(question, windows, predictions, weights)
   np.testing.assert_allclose(found, [1 / 2, 4 / 5, 0])
 
 

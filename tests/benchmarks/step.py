@@ -1,8 +1,9 @@
-"""The training step against the authors' and the best one in PyTorch.
+"""Times the training step against the authors' and an optimised PyTorch step.
 
-Same networks, clips and machine, in turns: float32 on CPU; on a GPU ours and
-the best in bfloat16, the authors' as shipped. Each has a process of its own.
-The weights are random, which changes no time. A table, then the path of a JSON.
+All have the same networks and clips and run in turns on the same machine, each
+in a process of its own: in float32 on CPU; on a GPU in bfloat16, the authors'
+step in float32 as published. Weights are random, which does not affect the
+time. Prints a table and the path of a JSON file.
 """
 
 import argparse
@@ -23,8 +24,8 @@ OURS, BEST, AUTHORS = "marlin_jax", "best PyTorch", "authors"
 def make(
   name: str, size: str, batch_size: int, flags: tuple[str, ...]
 ) -> Callable[[], object]:
-  """A function that takes one step and waits for its end."""
-  # One of the two libraries has the GPU at a time, and only what it needs.
+  """Returns a function that takes one step and waits until it is done."""
+  # Both libraries share the GPU: JAX must not reserve its memory.
   os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
   if name in (AUTHORS, BEST):
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -116,8 +117,8 @@ def main():
     action="append",
     default=[],
     metavar="KEY=VALUE",
-    help="time ours with this changed too, e.g. remat=full scan=True; "
-    "may be given more than once",
+    help="also time marlin_jax with these config keys, e.g. remat=full "
+    "scan=True; can be repeated",
   )
   parser.add_argument("--only_ours", action="store_true")
   args = parser.parse_args()
@@ -128,9 +129,11 @@ def main():
     for flags in args.variant:
       name = f"ours, {' '.join(flags)}"
       candidates[name] = (OURS, size, args.batch_size, tuple(flags))
-    secs, about = timing.in_turns("step", candidates, args.repeats)
-    what = f"step, {size}, {args.batch_size} clips"
-    results.append(timing.table(what, secs, OURS, about))
+    secs, details = timing.in_turns(
+      "tests.benchmarks.step", candidates, args.repeats
+    )
+    title = f"step, {size}, {args.batch_size} clips"
+    results.append(timing.table(title, secs, OURS, details))
   timing.save("bench", results)
 
 

@@ -1,4 +1,4 @@
-"""Timing side by side: what is compared runs in turns, on the same machine."""
+"""Times candidates in turns, on the same machine, and saves the results."""
 
 import importlib
 import json
@@ -16,23 +16,23 @@ from pathlib import Path
 def in_turns(
   module: str, candidates: dict[str, tuple], repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, dict]]:
-  """Seconds of each second call in turns of two, after a first call of each.
+  """Times candidates in turns, each in a process of its own.
 
-  Each candidate has a process of its own: thread pools of two libraries in one
-  process get in each other's way.
+  A turn calls a candidate twice and times the second call. One process for all
+  would let the thread pools of two libraries compete.
 
   Args:
-    module: has `make(*arguments)`, which gives a function to be timed.
+    module: has `make(*arguments)`, which returns the function to time.
     candidates: arguments of `make` by name.
-    repeats: turns of each.
+    repeats: turns per candidate.
 
   Returns:
-    Seconds by name; and by name `first_secs`, of making it and the first call,
-    compilation included, and `peak_bytes`, on a GPU of its memory and else of
-    the process.
+    The seconds of each turn, by name; and by name `first_secs`, for `make` and
+    the first call, including compilation, and `peak_bytes`, of GPU memory or,
+    without a GPU, of the process.
   """
   spawn = multiprocessing.get_context("spawn")
-  started, about = {}, {}
+  started, details = {}, {}
   for name, arguments in candidates.items():
     ours, theirs = spawn.Pipe()
     process = spawn.Process(
@@ -41,16 +41,16 @@ def in_turns(
     process.start()
     theirs.close()
     started[name] = process, ours
-    about[name] = {"first_secs": ours.recv()[0]}
+    details[name] = {"first_secs": ours.recv()[0]}
   secs = {name: [] for name in candidates}
   for _ in range(repeats):
     for name, (_, pipe) in started.items():
       pipe.send(None)
-      taken, about[name]["peak_bytes"] = pipe.recv()
-      secs[name].append(taken)
+      elapsed, details[name]["peak_bytes"] = pipe.recv()
+      secs[name].append(elapsed)
   for process, _ in started.values():
     process.kill()
-  return secs, about
+  return secs, details
 
 
 def _serve(pipe, module: str, arguments: tuple) -> None:
@@ -60,8 +60,8 @@ def _serve(pipe, module: str, arguments: tuple) -> None:
     run()
     pipe.send((time.perf_counter() - start, _peak_bytes()))
     pipe.recv()
-    # Steps follow one another, where a turn's first finds caches full of what
-    # the others did and threads asleep.
+    # The first call of a turn finds caches filled by the other candidates and
+    # sleeping threads; in training, steps follow each other directly.
     run()
     start = time.perf_counter()
 
@@ -78,20 +78,20 @@ def _peak_bytes() -> int:
 
 
 def table(
-  what: str,
+  title: str,
   secs: dict[str, list[float]],
-  ours: str,
-  about: dict[str, dict] | None = None,
+  baseline: str,
+  details: dict[str, dict] | None = None,
 ) -> dict:
-  """Prints medians, spread and the ratio to ours; returns them.
+  """Prints medians, ranges and ratios to a baseline, and returns them.
 
   Args:
-    what: is timed.
-    secs: by name.
-    ours: the name that the others are compared with.
-    about: what else is known of them, from `in_turns`.
+    title: names the operation that was timed.
+    secs: seconds by name.
+    baseline: the name that the others are compared with.
+    details: from `in_turns`; printed too.
   """
-  base = statistics.median(secs[ours])
+  base = statistics.median(secs[baseline])
   rows = {}
   for name, values in secs.items():
     median = statistics.median(values)
@@ -101,25 +101,25 @@ def table(
       "secs": values,
     }
     line = (
-      f"{what:26} {name:26} {median:8.3f} s  ({min(values):.3f} to "
-      f"{max(values):.3f})  {median / base:5.2f} x {ours}"
+      f"{title:26} {name:26} {median:8.3f} s  ({min(values):.3f} to "
+      f"{max(values):.3f})  {median / base:5.2f} x {baseline}"
     )
-    if about:
-      rows[name] |= about[name]
+    if details:
+      rows[name] |= details[name]
       line += (
-        f"  peak {about[name]['peak_bytes'] / 1e9:5.2f} GB, first "
-        f"{about[name]['first_secs']:4.0f} s"
+        f"  peak {details[name]['peak_bytes'] / 1e9:5.2f} GB, first "
+        f"{details[name]['first_secs']:4.0f} s"
       )
     print(line, flush=True)
-  return {"what": what, "rows": rows}
+  return {"what": title, "rows": rows}
 
 
 def save(name: str, results: list[dict]) -> None:
-  """Writes runs/NAME.json with the machine and versions; prints its path."""
+  """Writes results, machine and versions to runs/NAME.json."""
   path = Path("runs") / f"{name}.json"
   path.parent.mkdir(exist_ok=True)
   packages = ("jax", "jaxlib", "flax", "torch", "marlin-pytorch", "numpy")
-  about = {
+  environment = {
     "machine": platform.machine(),
     "cpu": _cpu(),
     "cores": os.cpu_count(),
@@ -127,7 +127,9 @@ def save(name: str, results: list[dict]) -> None:
     "versions": {name: metadata.version(name) for name in packages},
     "python": platform.python_version(),
   }
-  path.write_text(json.dumps({"about": about, "results": results}, indent=2))
+  path.write_text(
+    json.dumps({"about": environment, "results": results}, indent=2)
+  )
   print(path)
 
 

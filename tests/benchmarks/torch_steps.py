@@ -1,7 +1,7 @@
-"""The training step in PyTorch: the authors', and the best one could write.
+"""Training steps in PyTorch: the authors', and an optimised one.
 
-Both with the networks of marlin-pytorch. The discriminator is not in that
-package: two layers, as METHOD says.
+Both use the networks of marlin-pytorch. That package has no discriminator; here
+it has two layers, as in the paper.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ def _device() -> str:
 def authors_step(
   weights: Weights, video: np.ndarray, visible: np.ndarray
 ) -> Callable[[], None]:
-  """Their step: the whole autoencoder once for each player, in float32.
+  """Returns the authors' step: one full forward per player, in float32.
 
-  The discriminator's loss is pulled back into the autoencoder as well, and that
-  gradient thrown away.
+  The backward pass of the discriminator's loss also runs through the
+  autoencoder; that gradient is discarded.
 
   Args:
-    weights: to start from.
+    weights: initial weights.
     video: uint8 (B, T, H, W, 3).
-    visible: int (B, V), tokens the encoder sees.
+    visible: int (B, V), indices of the tokens that the encoder sees.
   """
   device = _device()
   model = authors.network(weights).train().to(device)
@@ -91,9 +91,9 @@ def authors_step(
 
 
 class _Lean(nn.Module):
-  """Their autoencoder on token numbers, so that it compiles as one graph.
+  """marlin-pytorch's autoencoder on token indices, which compiles as one graph.
 
-  Only visible tokens are embedded; attention is PyTorch's fused one.
+  Only visible tokens are embedded; attention is PyTorch's fused attention.
   """
 
   def __init__(self, weights: Weights):
@@ -121,12 +121,15 @@ def _pick(tokens, indices):
 def best_step(
   weights: Weights, video: np.ndarray, visible: np.ndarray
 ) -> Callable[[], None]:
-  """One forward, fused attention and optimiser, torch.compile, bf16 on GPU.
+  """Returns a step with one forward pass and PyTorch's fast paths.
+
+  These are fused attention, a fused optimiser, torch.compile, and bfloat16 on
+  GPU.
 
   Args:
-    weights: to start from.
+    weights: initial weights.
     video: uint8 (B, T, H, W, 3).
-    visible: int (B, V), tokens the encoder sees.
+    visible: int (B, V), indices of the tokens that the encoder sees.
   """
   device = _device()
   model = torch.compile(_Lean(weights).to(device))
