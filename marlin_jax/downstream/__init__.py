@@ -1,1 +1,1 @@
-"""Labels, features, heads, reports: what the binaries in eval/ share."""
+"""Downstream learning: labels, splits, features, heads, scores."""

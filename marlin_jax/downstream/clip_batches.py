@@ -1,4 +1,4 @@
-"""Clips of labelled videos in batches, read and decoded by threads.
+"""Batches of clips of labelled videos, read and decoded by threads.
 
 Axes: B clips, T frames, S pixels of the square picture.
 """
@@ -12,23 +12,20 @@ import numpy as np
 
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.data.prepared_dataset import DatasetError, RecordSource
-from marlin_jax.downstream.labelled import Split, Track, Window
+from marlin_jax.downstream.splits import Split, TrackRecords, TrackWindow
 from marlin_jax.records import schema
 
 
 class ClipReader:
-  """Windows -> pixels."""
+  """Reads the pixels of windows."""
 
   def __init__(self, split: Split, clip: Clip):
-    """Opens the shards; raises DatasetError where that fails."""
+    """Opens the shards; raises DatasetError if one is missing or damaged."""
     self._split, self._clip = split, clip
     self._source = RecordSource(split.dataset)
 
-  def read(self, windows: Sequence[Window]) -> np.ndarray:
-    """Decodes clips.
-
-    Args:
-      windows: B of them.
+  def read(self, windows: Sequence[TrackWindow]) -> np.ndarray:
+    """Decodes the clips of B windows.
 
     Returns:
       uint8 (B, T, S, S, 3), RGB.
@@ -43,11 +40,11 @@ class ClipReader:
       self._read(self._split.tracks[window.track], window.start, out)
     return video
 
-  def _read(self, track: Track, start: int, out: np.ndarray) -> None:
+  def _read(self, track: TrackRecords, start: int, out: np.ndarray) -> None:
     frames = self._clip.indices(start, track.num_frames)
     first = 0
     for number, length in zip(track.records, track.lengths, strict=True):
-      # Frames ascend: those of one record lie side by side.
+      # Frames ascend, so those of a record are consecutive rows.
       here = (frames >= first) & (frames < first + length)
       if here.any():
         _, record = self._source[number]
@@ -61,7 +58,7 @@ class ClipReader:
 
 
 class _Groups:
-  """Windows in groups of a fixed size; a grain source."""
+  """Grain source of batches of given windows."""
 
   def __init__(self, reader, groups):
     self._reader, self._groups = reader, groups
@@ -74,7 +71,7 @@ class _Groups:
 
 
 class _Drawn:
-  """The training batch of each step; a grain source."""
+  """Grain source of a random training batch per step."""
 
   def __init__(self, reader, split, clip, order, batch_size, seed, num_steps):
     self._reader, self._split, self._clip = reader, split, clip
@@ -95,19 +92,19 @@ class _Drawn:
       track = int(np_rng.choice(self._tracks[int(video)]))
       total = self._split.tracks[track].num_frames
       start = self._clip.random_starts(total, 1, np_rng)[0]
-      windows.append(Window(track, int(start)))
+      windows.append(TrackWindow(track, int(start)))
     return videos, self._reader.read(windows)
 
 
 class Order:
-  """Examples for ever, every pass over them in an order of its own."""
+  """Endless order of examples, shuffled anew for every pass over them."""
 
   def __init__(self, examples: np.ndarray, seed: int):
-    """Takes the numbers of the examples."""
+    """Takes the numbers of the examples, int (V,)."""
     self._examples, self._seed = examples, seed
 
   def rows(self, step: int, batch_size: int) -> np.ndarray:
-    """int (B,): the examples of a step; they follow from it alone."""
+    """Returns the examples of a step, int (B,), a function of seed and step."""
     places = step * batch_size + np.arange(batch_size)
     passes, at = np.divmod(places, len(self._examples))
     orders = {
@@ -121,24 +118,23 @@ class Order:
 
 def window_batches(
   reader: ClipReader,
-  windows: Sequence[Window],
+  windows: Sequence[TrackWindow],
   batch_size: int,
   num_threads: int,
   rows: Sequence[int] | None = None,
 ) -> Iterator[np.ndarray]:
-  """Clips in the order of their windows.
+  """Reads the clips of windows in batches, in order.
 
   Args:
-    reader: what reads them.
+    reader: of the clips.
     windows: of the clips.
     batch_size: B, over all processes.
-    num_threads: that read.
-    rows: this process's share of each batch, from input_pipeline.own_rows;
-      None: all.
+    num_threads: reader threads.
+    rows: this process's rows of each batch, from `loader.own_rows`; None: all.
 
   Yields:
-    uint8 (B, T, S, S, 3), or as many as there are rows; the last batch ends
-    with copies of a clip.
+    uint8 (B, T, S, S, 3), or one clip per row; the last batch is filled up with
+    copies of its last clip.
   """
   groups = [
     list(windows[i : i + batch_size])
@@ -163,7 +159,7 @@ def drawn_batches(
   num_steps: int,
   num_threads: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields for each step the videos, int (B,), and a random clip of each."""
+  """Yields the videos of each step, int (B,), and a random clip of each."""
   source = _Drawn(reader, split, clip, order, batch_size, seed, num_steps)
   return _read_ahead(source, start_step, num_threads)
 
@@ -172,5 +168,5 @@ def _read_ahead(source, start: int, num_threads: int) -> Iterator:
   options = grain.ReadOptions(
     num_threads=num_threads, prefetch_buffer_size=2 * num_threads
   )
-  made = grain.MapDataset.source(source)[start:]
-  return iter(made.to_iter_dataset(options))
+  dataset = grain.MapDataset.source(source)[start:]
+  return iter(dataset.to_iter_dataset(options))

@@ -1,10 +1,10 @@
-"""Features of all windows of a split, computed once.
+"""Features of all windows of a split, computed once and kept on disk.
 
-A folder for each encoder, split and rule of windows, named by their hash; in it
-settings.json, and the windows' features in parts that appear whole: a run that
-was stopped goes on with the part it was at.
+Each encoder, split and set of windows has a folder, named by their hash. It
+holds settings.json and the features in parts, each written at once: an
+interrupted run resumes at the first missing part.
 
-Axes: W windows, B clips of a batch, D width.
+Axes: W windows, V videos, B clips of a batch, D width.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from tqdm import tqdm
 
 from marlin_jax.devices import sharding
 from marlin_jax.downstream import clip_batches
-from marlin_jax.downstream.labelled import Split, Window
+from marlin_jax.downstream.splits import Split, TrackWindow
 from marlin_jax.inference import clip_features, stream
 from marlin_jax.models import softmax_attention
 from marlin_jax.records.folders import write_bytes
 from marlin_jax.weights.weights import Weights, encoder_sha256
 
-# Raised whenever features of the same settings would be others.
+# Incremented when the same settings would give other features.
 _VERSION = 1
-# Windows in a part: 3 MB for B/16.
+# Windows of a part: 3 MB for B/16.
 PART_WINDOWS = 1024
 
 
 class FrozenEncoder:
-  """Clips -> features; the weights lie on every device.
+  """Encoder with fixed weights, replicated over the devices of a mesh.
 
   Attributes:
     architecture: of the encoder.
-    identity: what features depend on beside the clips.
+    identity: everything but the clips that features depend on.
   """
 
   def __init__(self, weights: Weights, mesh: Mesh, dtype: str, attention: str):
     """Puts the encoder on the devices.
 
     Args:
-      weights: of any format; see formats.
-      mesh: clips are spread over all but `tensor`.
+      weights: of the encoder.
+      mesh: clips are sharded over all axes but `tensor`.
       dtype: of matrix products.
       attention: one of models.options.ATTENTION.
     """
@@ -70,13 +70,13 @@ class FrozenEncoder:
     )
 
   def __call__(self, video: np.ndarray) -> jax.Array:
-    """Features of a batch that divides over the devices.
+    """Returns the features of a batch, which must divide over the devices.
 
     Args:
       video: uint8 (B, T, S, S, 3).
 
     Returns:
-      float32 (B, D), as Marlin.extract_features.
+      float32 (B, D); see `Marlin.extract_features`.
     """
     x = jax.device_put(video, sharding.batch_sharding(self._mesh))
     return self._features(self._params, x)
@@ -85,21 +85,21 @@ class FrozenEncoder:
 def window_features(
   encoder: FrozenEncoder,
   split: Split,
-  windows: list[Window],
+  windows: list[TrackWindow],
   cache: Path,
   *,
   batch_size: int,
   num_threads: int,
 ) -> np.ndarray:
-  """Features of windows, from the cache where they are there.
+  """Returns the features of windows; computes those that are not cached.
 
   Args:
-    encoder: what computes them.
-    split: where the windows are.
-    windows: W of them.
-    cache: folder of caches.
-    batch_size: clips at a time; changes no more than the last digit.
-    num_threads: that read.
+    encoder: computes the features.
+    split: of the windows.
+    windows: W windows.
+    cache: folder of all caches.
+    batch_size: clips per batch; changes features by rounding only.
+    num_threads: reader threads.
 
   Returns:
     float32 (W, D).
@@ -145,8 +145,9 @@ def window_features(
         data = io.BytesIO()
         np.save(data, parts[start])
         write_bytes(folder / _name(start), data.getvalue())
-  found = [parts[start] for start in starts]
-  return np.concatenate(found) if found else np.zeros((0, width), np.float32)
+  if not parts:
+    return np.zeros((0, width), np.float32)
+  return np.concatenate([parts[start] for start in starts])
 
 
 def _name(start: int) -> str:
@@ -154,12 +155,12 @@ def _name(start: int) -> str:
 
 
 def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
-  """None where the part is missing or not whole."""
+  """Returns a part, or None if it is missing or damaged."""
   try:
-    found = np.load(path, allow_pickle=False)
+    features = np.load(path, allow_pickle=False)
   except (OSError, EOFError, ValueError):
     return None
-  return found if found.shape == shape else None
+  return features if features.shape == shape else None
 
 
 def batch_features(

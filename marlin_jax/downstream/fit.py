@@ -1,4 +1,4 @@
-"""Training a head or an encoder: rounds of steps, of which the best counts."""
+"""Trains a head or an encoder in rounds of steps and keeps the best round."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from marlin_jax.downstream.learner import Learner
-from marlin_jax.downstream.protocols import Plan, Plateau
+from marlin_jax.downstream.protocols import Plateau, TrainingPlan
 from marlin_jax.training.checkpoint import Checkpoints
 from marlin_jax.training.nonfinite import NotFiniteError
 
 Pytree = Any
-# x, wanted, known: see Learner.step.
+# x, labels, known; see Learner.step.
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-  """What came of a training.
+  """Result of a training.
 
   Attributes:
-    trained: the parameters of the best round.
-    auc: of the validation split, then.
-    num_rounds: of the training.
-    losses: of each round of this process.
+    trained: parameters after the best round.
+    auc: on the validation split after that round.
+    num_rounds: number of rounds trained.
+    losses: mean of each round since the start or the last resume.
   """
 
   trained: Pytree
@@ -40,7 +40,7 @@ class Fitted:
 
 def fit(
   learner: Learner,
-  plan: Plan,
+  plan: TrainingPlan,
   batches: Callable[[int], Iterator[Batch]],
   score: Callable[[Pytree], float],
   *,
@@ -49,71 +49,72 @@ def fit(
   identity: dict[str, Any] | None = None,
   report: Callable[[str, int], None] = lambda text, steps: None,
 ) -> Fitted:
-  """Trains.
+  """Trains until the plan ends, or resumes from the last checkpoint.
 
   Args:
-    learner: what.
-    plan: how long and how fast.
-    batches: number of a step -> the batches from there on.
-    score: parameters -> the number to be highest, of the validation split.
-    seed: of what is drawn in steps.
-    checkpoints: where to go on from, and to save after each round.
-    identity: what must not have changed since.
-    report: told after each step how things are, and of 1 step.
+    learner: model and its training step.
+    plan: length and learning rate.
+    batches: maps a step to an iterator over the batches from that step on.
+    score: maps parameters to their AUC on the validation split.
+    seed: of the random draws within steps.
+    checkpoints: to resume from, and to save to after each round.
+    identity: values that a resumed training must share.
+    report: called with a status text, or '', and the number of steps done since
+      the last call.
 
   Raises:
     NotFiniteError: the loss is not finite.
-    ResumeError, SaveError: as in `checkpoint`.
+    ResumeError, SaveError: see `training.checkpoint`.
   """
   state = learner.begin()
   best = jax.tree.map(jnp.copy, state["trained"])
-  progress = _progress(Plateau(np.float32(plan.lr)), np.float32(np.nan), 0)
-  whole = {"state": state, "best": best, "progress": progress}
-  where = {
-    "state": learner.shardings,
-    "best": learner.shardings["trained"],
-    "progress": jax.tree.map(lambda x: x.sharding, progress),
-  }
+  progress = _pack(Plateau(np.float32(plan.lr)), np.float32(np.nan), 0)
+  saved = {"state": state, "best": best, "progress": progress}
   if checkpoints and checkpoints.last_saved:
-    whole = checkpoints.restore(
-      checkpoints.last_saved, whole, where, identity or {}
+    shardings = {
+      "state": learner.shardings,
+      "best": learner.shardings["trained"],
+      "progress": jax.tree.map(lambda x: x.sharding, progress),
+    }
+    saved = checkpoints.restore(
+      checkpoints.last_saved, saved, shardings, identity or {}
     )
-  first, losses = int(whole["progress"]["round"]), []
+  first, losses = int(saved["progress"]["round"]), []
   report("", first * plan.round_steps)
   source = batches(first * plan.round_steps)
   for number in range(first, plan.num_rounds):
-    plateau, best_auc = _host(whole["progress"])
+    plateau, best_auc = _unpack(saved["progress"])
     if plan.schedule is None and plateau.lr <= plan.stop_lr:
       break
     state, loss = _round(
-      learner, plan, number, whole["state"], source, plateau, seed, report
+      learner, plan, number, saved["state"], source, plateau, seed, report
     )
     losses.append(loss)
-    best, auc = whole["best"], score(state["trained"])
-    # Of equal ones the last, and the last of all where AUC is not defined.
+    best, auc = saved["best"], score(state["trained"])
+    # The last of equally good rounds, and the last of all if AUC is undefined.
     if not auc < best_auc:
       best, best_auc = jax.tree.map(jnp.copy, state["trained"]), auc
     plateau.update(loss, factor=plan.factor, patience=plan.patience)
-    whole = {
+    saved = {
       "state": state,
       "best": best,
-      "progress": _progress(plateau, np.float32(best_auc), number + 1),
+      "progress": _pack(plateau, np.float32(best_auc), number + 1),
     }
     report(f"loss {loss:.4f}, AUC {auc:.4f}, best {best_auc:.4f}", 0)
     if checkpoints:
-      checkpoints.save(number + 1, whole, identity or {})
+      checkpoints.save(number + 1, saved, identity or {})
   if checkpoints:
     checkpoints.wait()
   return Fitted(
-    whole["best"],
-    float(whole["progress"]["auc"]),
-    int(whole["progress"]["round"]),
+    saved["best"],
+    float(saved["progress"]["auc"]),
+    int(saved["progress"]["round"]),
     losses,
   )
 
 
 def _round(learner, plan, number, state, source, plateau, seed, report):
-  """The steps of a round; returns the state and the mean loss."""
+  """Runs the steps of a round; returns the state and the mean loss."""
   total = jnp.float32(0)
   key = jax.random.key(seed)
   steps = number * plan.round_steps + np.arange(plan.round_steps)
@@ -134,14 +135,15 @@ def _round(learner, plan, number, state, source, plateau, seed, report):
   return state, mean
 
 
-def _progress(plateau: Plateau, auc: np.float32, number: int) -> Pytree:
-  """Where a training is, as arrays, which checkpoints keep."""
-  numbers = dataclasses.asdict(plateau) | {"auc": auc, "round": number}
-  return {name: jnp.float32(value) for name, value in numbers.items()}
+def _pack(plateau: Plateau, best_auc: np.float32, num_rounds: int) -> Pytree:
+  """Returns the progress of a training as arrays for its checkpoint."""
+  values = dataclasses.asdict(plateau) | {"auc": best_auc, "round": num_rounds}
+  return {name: jnp.float32(value) for name, value in values.items()}
 
 
-def _host(progress: Pytree) -> tuple[Plateau, float]:
-  numbers = {name: np.float32(value) for name, value in progress.items()}
-  auc = float(numbers.pop("auc"))
-  del numbers["round"]
-  return Plateau(**numbers), auc
+def _unpack(progress: Pytree) -> tuple[Plateau, float]:
+  """Returns the plateau and the best AUC so far."""
+  values = {name: np.float32(value) for name, value in progress.items()}
+  best_auc = float(values.pop("auc"))
+  del values["round"]
+  return Plateau(**values), best_auc

@@ -1,4 +1,4 @@
-"""A head, with or without an encoder below it, and how one step changes it.
+"""Model to train: a head, alone or on an encoder, and its training step.
 
 Axes: B clips, N tokens, P pixels per token, D width, K predictions.
 """
@@ -28,7 +28,7 @@ Pytree = Any
 
 
 class Classifier(nnx.Module):
-  """An encoder and a head on it; (B, N, P) -> float32 (B, K)."""
+  """Encoder with a head; maps tokens (B, N, P) to logits float32 (B, K)."""
 
   def __init__(self, encoder, head):
     self.encoder = encoder
@@ -43,15 +43,15 @@ class Classifier(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-  """Something to train: its structure and the functions on its arrays.
+  """Static description of a model, and the functions on its arrays.
 
   Attributes:
     graphdef: of the network: a Classifier, or a head alone.
-    trained, kept: its first arrays: those that learn, and the rest.
-    task: what it predicts.
-    config: of the optimiser, and of drop path, mixup and flips where there are.
-    mesh: the devices.
-    architecture: of the encoder; None: the input is features.
+    trained, kept: initial parameters: those that are trained, and the others.
+    task: that the model predicts.
+    config: of the optimiser; optionally with `drop_path`, `mixup`, `flip`.
+    mesh: devices.
+    architecture: of the encoder; None: the inputs are features.
     dtype: of the encoder's matrix products.
   """
 
@@ -65,7 +65,7 @@ class Learner:
   dtype: str = "float32"
 
   def begin(self) -> Pytree:
-    """The first state, where it belongs on the mesh."""
+    """Returns the initial state, placed on the mesh."""
     opt_state = self._optimiser.init(self.trained)
     state = {"trained": self.trained, "opt": opt_state}
     return jax.device_put(state, self.shardings)
@@ -76,7 +76,7 @@ class Learner:
 
   @functools.cached_property
   def shardings(self) -> Pytree:
-    """Of a state."""
+    """Shardings of a state."""
     shapes = jax.eval_shape(
       lambda trained: {
         "trained": trained,
@@ -87,48 +87,48 @@ class Learner:
     return self._place(shapes)
 
   def _place(self, tree: Pytree) -> Pytree:
-    heads_of = self.architecture.num_heads if self.architecture else 1
-    return sharding.lay_out(self.mesh, tree, {"encoder": heads_of}).shardings
+    num_heads = self.architecture.num_heads if self.architecture else 1
+    return sharding.lay_out(self.mesh, tree, {"encoder": num_heads}).shardings
 
   @functools.cached_property
   def _kept(self) -> Pytree:
     return jax.device_put(self.kept, self._place(self.kept))
 
   def put(self, *arrays: np.ndarray) -> list[jax.Array]:
-    """Spreads a batch over the devices."""
+    """Shards a batch over the devices."""
     return jax.device_put(arrays, sharding.batch_sharding(self.mesh))
 
-  # --- What a step does -------------------------------------------------------
+  # --- Training ---------------------------------------------------------------
 
-  def step(self, state: Pytree, x, wanted, known, rng, lr):
-    """One update.
+  def step(self, state: Pytree, x, labels, known, rng, lr):
+    """Updates the trained parameters.
 
     Args:
-      state: given up.
+      state: from `begin` or `step`; donated.
       x: uint8 clips (B, T, H, W, 3), or features float32 (B, D).
-      wanted, known: float32 (B, K); see Task.encode.
-      rng: a key, for this step alone.
-      lr: the rate.
+      labels, known: float32 (B, K); see `Task.encode`.
+      rng: key of this step.
+      lr: learning rate.
 
     Returns:
-      The state, and the loss.
+      The new state and the loss.
     """
-    return self._step(state, self._kept, *self.put(x, wanted, known), rng, lr)
+    return self._step(state, self._kept, *self.put(x, labels, known), rng, lr)
 
   @functools.cached_property
   def _step(self):
     depth = self.architecture.depth if self.architecture else 0
     decay = self.config.get("layer_decay", 1.0)
 
-    def step(state, kept, x, wanted, known, rng, lr):
+    def step(state, kept, x, labels, known, rng, lr):
       loss, grads = jax.value_and_grad(self._loss)(
-        state["trained"], kept, x, wanted, known, rng
+        state["trained"], kept, x, labels, known, rng
       )
       updates, opt = self._optimiser.update(
         grads, state["opt"], state["trained"]
       )
       factors = protocols.layer_factors(state["trained"], depth, decay)
-      trained = protocols.moved(state["trained"], updates, lr, factors)
+      trained = protocols.updated(state["trained"], updates, lr, factors)
       return {"trained": trained, "opt": opt}, loss
 
     everywhere = sharding.replicated(self.mesh)
@@ -136,7 +136,7 @@ class Learner:
       step, donate_argnums=0, out_shardings=(self.shardings, everywhere)
     )
 
-  def _loss(self, trained, kept, x, wanted, known, rng):
+  def _loss(self, trained, kept, x, labels, known, rng):
     keep = None
     if self.architecture:
       rng_flip, rng_mix, rng_drop = jax.random.split(rng, 3)
@@ -144,13 +144,13 @@ class Learner:
         x = _flipped(rng_flip, x)
       x = clip_features.to_tokens(x, self.architecture)
       if self.config.get("mixup", 0.0):
-        x, wanted, known = _mixed(rng_mix, self.config.mixup, x, wanted, known)
+        x, labels, known = _mixed(rng_mix, self.config.mixup, x, labels, known)
       if self.config.get("drop_path", 0.0):
         keep = vit.drop_path(
           rng_drop, self.config.drop_path, self.architecture.depth, len(x)
         )
     logits = self._network(trained, kept)(x, *([] if keep is None else [keep]))
-    return loss_of(self.task, logits, wanted, known)
+    return loss_of(self.task, logits, labels, known)
 
   def _network(self, trained, kept):
     placement = None
@@ -164,10 +164,10 @@ class Learner:
 
     return call
 
-  # --- What comes of it -------------------------------------------------------
+  # --- Prediction -------------------------------------------------------------
 
   def logits(self, trained: Pytree, x) -> jax.Array:
-    """float32 (B, K) of a batch, as for `step`."""
+    """Returns float32 (B, K) for a batch; `x` as for `step`."""
     return self._logits(trained, self._kept, *self.put(x))
 
   @functools.cached_property
@@ -180,44 +180,44 @@ class Learner:
     return jax.jit(logits, out_shardings=sharding.replicated(self.mesh))
 
 
-def loss_of(task: Task, logits, wanted, known) -> jax.Array:
-  """Mean cross-entropy over what is known.
+def loss_of(task: Task, logits, labels, known) -> jax.Array:
+  """Returns the mean cross-entropy over known labels.
 
   Args:
-    task: says whether labels are independent or classes.
-    logits, wanted, known: (B, K).
+    task: independent labels or classes.
+    logits, labels, known: (B, K).
   """
   if task.is_class:
-    each = optax.softmax_cross_entropy(logits, wanted)
+    losses = optax.softmax_cross_entropy(logits, labels)
     known = known[:, 0]
   else:
-    each = optax.sigmoid_binary_cross_entropy(logits, wanted)
-  return (each * known).sum() / jnp.maximum(known.sum(), 1.0)
+    losses = optax.sigmoid_binary_cross_entropy(logits, labels)
+  return (losses * known).sum() / jnp.maximum(known.sum(), 1.0)
 
 
 def _flipped(rng, x):
-  """Half of the clips mirrored."""
+  """Mirrors each clip with probability 0.5."""
   chosen = jax.random.bernoulli(rng, 0.5, (len(x), 1, 1, 1, 1))
   return jnp.where(chosen, x[:, :, :, ::-1], x)
 
 
-def _mixed(rng, alpha, x, wanted, known):
-  """Mixup (Zhang et al., ICLR 2018) of each clip with another."""
+def _mixed(rng, alpha, x, labels, known):
+  """Applies mixup (Zhang et al., ICLR 2018) between pairs of clips."""
   share = jax.random.beta(rng, alpha, alpha)
   return (
     share * x + (1 - share) * x[::-1],
-    share * wanted + (1 - share) * wanted[::-1],
+    share * labels + (1 - share) * labels[::-1],
     known * known[::-1],
   )
 
 
-# --- The three kinds ----------------------------------------------------------
+# --- Models -------------------------------------------------------------------
 
 
 def linear_probe(
   task: Task, width: int, config: ConfigDict, mesh: Mesh, seed: int
 ) -> Learner:
-  """A linear layer on features."""
+  """Returns a linear layer on features of `width`."""
   head = heads.LinearHead(width, task.num_outputs, nnx.Rngs(seed))
   graphdef, trained, kept = nnx.split(head, nnx.Param, ...)
   return Learner(graphdef, _pure(trained), _pure(kept), task, config, mesh)
@@ -236,16 +236,16 @@ def on_encoder(
   attention: str,
   remat: str,
 ) -> Learner:
-  """A head on an encoder.
+  """Returns an encoder with a head.
 
   Args:
-    task: what to predict.
+    task: to predict.
     weights: of the encoder.
     config: see Learner.
-    mesh: the devices.
-    seed: of the head.
-    attentive: the head sees every token, else their mean.
-    frozen: the encoder does not learn.
+    mesh: devices.
+    seed: of the initial head.
+    attentive: the head attends to all tokens; else it is linear on their mean.
+    frozen: only the head is trained.
     dtype, attention, remat: of the encoder; see models.vit.
   """
   platform = mesh.devices.flat[0].platform
@@ -262,10 +262,12 @@ def on_encoder(
     )
   else:
     head = heads.LinearHead(width, task.num_outputs, rngs)
-  learns = nnx.Param
+  is_trained = nnx.Param
   if frozen:
-    learns = nnx.All(nnx.Param, nnx.PathContains("head"))
-  graphdef, trained, kept = nnx.split(Classifier(encoder, head), learns, ...)
+    is_trained = nnx.All(nnx.Param, nnx.PathContains("head"))
+  graphdef, trained, kept = nnx.split(
+    Classifier(encoder, head), is_trained, ...
+  )
   return Learner(
     graphdef,
     _pure(trained),

@@ -1,4 +1,4 @@
-"""Which part of the training videos a low-data run sees.
+"""Stratified subsets of the training videos, for low-data runs.
 
 Axes: V videos, K labels.
 """
@@ -14,20 +14,20 @@ import numpy as np
 def nested_order(
   strata: np.ndarray, people: Sequence[str], seed: int
 ) -> list[np.ndarray]:
-  """Orders people so that every beginning has of each stratum its share.
+  """Orders people so that every prefix is stratified.
 
-  Each stratum's people, in random order, are spread evenly over the whole: so
-  of the first m of n people there is of a stratum its m/n-th part, give or take
-  one. One order serves all ratios: 1% is inside 10%.
+  The people of each stratum, in random order, are spread evenly over the whole:
+  the first m of n people include m/n of each stratum, plus or minus one person.
+  All ratios share one order, so the subset of 1% is part of the subset of 10%.
 
   Args:
     strata: int (V,).
-    people: V names; a person's videos stay together. Their stratum is that of
+    people: V names. The videos of a person stay together, in the stratum of
       most of them.
     seed: of the order.
 
   Returns:
-    For each person in turn the numbers of their videos, ascending.
+    The numbers of the videos of each person, ascending, by person in order.
   """
   names, person = np.unique(np.asarray(people), return_inverse=True)
   videos = [np.flatnonzero(person == p) for p in range(len(names))]
@@ -43,35 +43,33 @@ def nested_order(
 def take(
   ratio: float, strata: np.ndarray, people: Sequence[str], seed: int
 ) -> np.ndarray:
-  """A part of the training videos.
+  """Selects a subset of the training videos.
 
   Args:
-    ratio: of the people, above 0; 1 is all. At least one is taken.
+    ratio: share of the people, in (0, 1]; at least one person is taken.
     strata, people, seed: as for `nested_order`.
 
   Returns:
-    int, ascending: the numbers of the videos.
+    The numbers of the videos, int, ascending.
   """
   order = nested_order(strata, people, seed)
-  # 0.07 * 100 is a little more than 7.
+  # In floating point 0.07 * 100 exceeds 7.
   num = max(1, math.ceil(ratio * len(order) - 1e-9))
   return np.sort(np.concatenate(order[:num]))
 
 
 def strata_of(targets: np.ndarray) -> np.ndarray:
-  """The stratum of each video: its class, or its rarest label.
+  """Returns the stratum of each video: its class, or its rarest label.
 
   Args:
     targets: (V, K) of 0, 1 and NaN, or classes (V,), NaN where unknown.
 
   Returns:
-    int (V,); 0 where nothing is known, or no label is 1.
+    int (V,); 0 where the class is unknown or no label is 1.
   """
   if targets.ndim == 1:
     return np.nan_to_num(targets + 1).astype(int)
-  there = targets == 1
-  by_rarity = np.argsort(there.sum(axis=0), kind="stable")
-  sorted_there = there[:, by_rarity]
-  return np.where(
-    there.any(axis=1), 1 + by_rarity[sorted_there.argmax(axis=1)], 0
-  )
+  present = targets == 1
+  by_rarity = np.argsort(present.sum(axis=0), kind="stable")
+  rarest = by_rarity[present[:, by_rarity].argmax(axis=1)]
+  return np.where(present.any(axis=1), 1 + rarest, 0)

@@ -1,17 +1,16 @@
-"""How heads and encoders are trained: the optimiser, its rate, when to stop.
+"""Training protocols of heads and encoders: optimiser, learning rate, length.
 
 Two protocols:
-  paper    MARLIN's, for all that is trained: Adam at 1e-4 with betas (0.5,
-           0.9), no decay; the rate is halved when the training loss of an epoch
-           has not fallen for 7 of them; the end is at a rate of 1e-6; of all
-           epochs the one with the best AUC on the validation split counts.
-           Unlike the authors' code: that AUC is over the whole split, not the
-           mean over its batches; the split is never cut down with the training
-           data; whoever is tested is tested on all windows of the video, where
-           theirs took one random clip after fine-tuning; batches pass over
-           the ends of epochs.
-  default  the field's: AdamW, a warm-up and a cosine, rates that fall from the
-           last layer to the first (BEiT, Bao et al., ICLR 2022).
+  paper    MARLIN's, for every training: Adam at 1e-4 with betas (0.5, 0.9) and
+           no weight decay. The rate is halved when the training loss has not
+           fallen for 7 epochs; training ends at a rate of 1e-6. The epoch with
+           the best AUC on the validation split is kept.
+           Differences from the authors' code: the AUC is over the whole split,
+           not the mean over its batches; the validation split is not reduced in
+           low-data runs; tests use all windows of a video, where the authors
+           took one random clip after finetuning; batches cross epoch ends.
+  default  common practice: AdamW, warm-up and cosine, learning rates that decay
+           from the last layer to the first (BEiT, Bao et al., ICLR 2022).
 """
 
 from __future__ import annotations
@@ -32,20 +31,21 @@ from marlin_jax.pretraining import schedules
 
 Pytree = Any
 
-# Of PyTorch's ReduceLROnPlateau, which the authors leave as it is.
+# Default `threshold` of PyTorch's ReduceLROnPlateau, used by the authors.
 _LEAST_GAIN = 1e-4
 
 
 @dataclasses.dataclass
 class Plateau:
-  """A rate that falls when the loss no longer does; PyTorch's rule.
+  """Learning rate that falls when the loss stops falling.
 
-  Numbers are float32, which a checkpoint keeps as they are.
+  Equals PyTorch's ReduceLROnPlateau. Values are float32, so that a checkpoint
+  stores them exactly.
 
   Attributes:
-    lr: the rate.
-    best: the lowest loss so far.
-    num_bad: epochs since.
+    lr: current learning rate.
+    best: lowest loss so far.
+    num_bad: epochs since the lowest loss.
   """
 
   lr: np.float32
@@ -53,12 +53,12 @@ class Plateau:
   num_bad: np.float32 = np.float32(0)
 
   def update(self, loss: float, *, factor: float, patience: int) -> None:
-    """Takes the loss of an epoch.
+    """Updates the rate after an epoch.
 
     Args:
-      loss: its mean.
-      factor: what the rate is multiplied with.
-      patience: so many epochs without gain are borne.
+      loss: mean over the epoch.
+      factor: of the rate, when it falls.
+      patience: epochs without improvement before the rate falls.
     """
     if loss < self.best * (1 - _LEAST_GAIN):
       self.best, self.num_bad = np.float32(loss), np.float32(0)
@@ -70,16 +70,17 @@ class Plateau:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-  """How long to train, and how fast.
+class TrainingPlan:
+  """Length and learning rate of a training.
 
   Attributes:
-    num_rounds: at most; after each the validation split is scored.
-    round_steps: of one round; an epoch under the paper's protocol.
-    schedule: step -> rate; None: as `plateau` says.
-    lr: the first rate.
-    stop_lr: the plateau's last.
-    factor, patience: see Plateau.
+    num_rounds: maximum number of rounds; the validation split is scored after
+      each.
+    round_steps: steps per round; an epoch under the paper's protocol.
+    schedule: maps a step to its rate; None: the rate follows a `Plateau`.
+    lr: initial rate.
+    stop_lr: rate at which a plateau ends the training.
+    factor, patience: see `Plateau.update`.
   """
 
   num_rounds: int
@@ -91,16 +92,16 @@ class Plan:
   patience: int = 7
 
 
-def plan_of(config: ConfigDict, num_videos: int) -> Plan:
-  """The plan of a training.
+def plan_training(config: ConfigDict, num_videos: int) -> TrainingPlan:
+  """Returns the plan of a training.
 
   Args:
-    config: `paper`, or `finetune` or `attentive` of an evaluation's
-      configuration; see configs/eval_far.py.
-    num_videos: in the training split, or the part of it.
+    config: section `paper`, `finetune` or `attentive` of the configuration of
+      an evaluation; see configs/eval_far.py.
+    num_videos: number of training videos.
   """
   if "patience" in config:
-    return Plan(
+    return TrainingPlan(
       num_rounds=config.max_epochs,
       round_steps=max(1, round(num_videos / config.batch_size)),
       schedule=None,
@@ -121,14 +122,14 @@ def plan_of(config: ConfigDict, num_videos: int) -> Plan:
     batch_size=config.batch_size,
     num_steps=num_steps,
   )
-  return Plan(config.num_rounds, round_steps, schedule, config.base_lr)
+  return TrainingPlan(config.num_rounds, round_steps, schedule, config.base_lr)
 
 
 def optimiser(config: ConfigDict) -> optax.GradientTransformation:
-  """Adam's directions; the rate and its sign are put on by `moved`.
+  """Returns Adam without its learning rate, which `updated` applies.
 
   Args:
-    config: as for `plan_of`.
+    config: as for `plan_training`.
   """
   decay = config.get("weight_decay", 0.0)
   parts = [optax.scale_by_adam(config.b1, config.b2, config.eps)]
@@ -137,21 +138,21 @@ def optimiser(config: ConfigDict) -> optax.GradientTransformation:
   return optax.chain(*parts)
 
 
-def moved(params: Pytree, updates: Pytree, lr: jax.Array, factors: Pytree):
-  """Parameters after a step; `factors` as from `layer_factors`."""
+def updated(params: Pytree, updates: Pytree, lr: jax.Array, factors: Pytree):
+  """Returns the parameters after a step; see `layer_factors`."""
   return jax.tree.map(lambda p, u, f: p - lr * f * u, params, updates, factors)
 
 
 def layer_factors(params: Pytree, depth: int, decay: float) -> Pytree:
-  """What the rate of each layer is multiplied with.
+  """Returns the factor of the learning rate of each parameter.
 
   Args:
-    params: nested dicts by name, blocks one by one.
-    depth: blocks.
-    decay: from each layer to the one before it; 1: all learn alike.
+    params: nested dicts by name, with unstacked blocks.
+    depth: number of blocks.
+    decay: factor from each layer to the one before; 1: all rates are equal.
 
   Returns:
-    A tree like the parameters, of float32 scalars.
+    Tree of float32 scalars with the structure of `params`.
   """
 
   def factor(path, _):
@@ -165,7 +166,7 @@ def layer_factors(params: Pytree, depth: int, decay: float) -> Pytree:
 
 
 def _is_decayed(params: Pytree) -> Pytree:
-  """Matrices, not biases or norms."""
+  """Selects matrices: biases and norms are not decayed."""
   return jax.tree_util.tree_map_with_path(
     lambda path, _: path[-1].key == "kernel", params
   )

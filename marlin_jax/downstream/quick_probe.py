@@ -8,7 +8,7 @@ processes. With weights from a file:
   weights = formats.read(path)
   data = quick_probe.open_data(config.probe, weights.architecture.clip, DATASET)
   encode = feature_cache.FrozenEncoder(weights, mesh, "float32", "auto")
-  quick_probe.Probe(data, config.probe, mesh, num_threads=4).scores(encode)
+  quick_probe.QuickProbe(data, config.probe, mesh, num_threads=4).scores(encode)
 
 Axes: B clips, V videos, W windows, D width.
 """
@@ -31,13 +31,13 @@ from marlin_jax.downstream import (
   clip_batches,
   feature_cache,
   knn,
-  labelled,
   logistic,
   low_data,
   scores,
+  splits,
   tasks,
 )
-from marlin_jax.downstream.labelled import Split, Window
+from marlin_jax.downstream.splits import Split, TrackWindow
 from marlin_jax.downstream.tasks import Task, TaskError
 
 _TEMPERATURE = 0.07  # of the neighbours' weights, as in DINO
@@ -60,7 +60,7 @@ class Examples:
 
   split: Split
   targets: np.ndarray
-  windows: list[Window]
+  windows: list[TrackWindow]
   owners: np.ndarray
 
   def __str__(self) -> str:
@@ -100,13 +100,11 @@ def open_task(config: ConfigDict, path: str) -> Task:
     TaskError: the data set has no such label, or the label is a value.
   """
   prepared_dataset.open_dataset(path, config.split)
-  labels = tasks.known_labels(path)
+  labels = tasks.read_labels(path)
   if labels.get(config.label, {"kind": "value"})["kind"] == "value":
-    kinds = ", ".join(f"{k} ({v['kind']})" for k, v in sorted(labels.items()))
     raise TaskError(
       f"config.probe.label={config.label!r}: expected a label of kind binary "
-      f"or class, and {path} has "
-      + (kinds or "none at all: prepare it with labels")
+      f"or class, and {path} has {tasks.describe_labels(labels)}"
     )
   prepared_dataset.open_dataset(path, config.eval_split)
   return tasks.make_task(config.label, labels, {}, path)
@@ -120,7 +118,7 @@ def open_data(
   Args:
     config, path: as for `open_task`.
     clip: clips that the encoder takes.
-    cache: as for `labelled.open_split`.
+    cache: as for `splits.open_split`.
 
   Raises:
     DatasetError: as `open_task`.
@@ -128,40 +126,38 @@ def open_data(
   """
   task = open_task(config, path)
   train, test = (
-    labelled.open_split(path, split, cache)
+    splits.open_split(path, split, cache)
     for split in (config.split, config.eval_split)
   )
   train_examples, test_examples = (
     _examples(task, split, clip, config.num_videos, config.num_windows)
     for split in (train, test)
   )
-  warnings = labelled.shared((train, test))
+  warnings = splits.split_warnings((train, test))
   return Data(task, train_examples, test_examples, clip, warnings)
 
 
 def _examples(task, split, clip, num_videos, num_windows) -> Examples:
   """Chooses videos, stratified by target, and windows spread over each."""
-  part = tasks.part_of(task, split)
+  videos = splits.task_split(task, split)
   order = low_data.nested_order(
-    low_data.strata_of(part.targets),
-    [split.people[row] for row in part.rows],
-    seed=0,
+    low_data.strata_of(videos.targets), videos.people, seed=0
   )
   chosen = np.sort(np.concatenate(order)[:num_videos])
   track_of = {track.video: i for i, track in enumerate(split.tracks)}
   windows, owners = [], []
-  for i, video in enumerate(part.rows[chosen]):
+  for i, video in enumerate(videos.rows[chosen]):
     track = track_of[int(video)]
     starts = clip.window_starts(split.tracks[track].num_frames)
     num = min(num_windows, len(starts))
     # The middles of `num` equal parts.
     places = (2 * np.arange(num) + 1) * len(starts) // (2 * num)
-    windows += [Window(track, int(starts[place])) for place in places]
+    windows += [TrackWindow(track, int(starts[place])) for place in places]
     owners += [i] * num
-  return Examples(split, part.targets[chosen], windows, np.array(owners))
+  return Examples(split, videos.targets[chosen], windows, np.array(owners))
 
 
-class Probe:
+class QuickProbe:
   """Fits and scores on the same videos at every call."""
 
   def __init__(

@@ -1,8 +1,8 @@
-"""The command line of the evaluations: flags, errors, exit codes."""
+"""Command line of the evaluation commands far, fer and dfd."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from absl import app, flags, logging
 
@@ -14,29 +14,30 @@ flags.adopt_module_key_flags(config_flags)
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint",
   None,
-  "The encoder: the workdir of a run, whatever marlin_jax.convert reads or "
-  "writes (MARLIN's and VideoMAE's files), the name of a published model, or "
-  "'random' for one that has learned nothing (its sizes: config.random).",
+  "The encoder: the workdir of a run, a file or folder in any format of "
+  "marlin_jax.convert (such as MARLIN's and VideoMAE's), the name of a "
+  "published model, or 'random' for an untrained encoder with the sizes of "
+  "config.random.",
 )
 _DATA = flags.DEFINE_string(
   "data",
   None,
-  "A data set written by data_prep.prepare: with labels; for lip "
+  "A data set written by data_prep.prepare, with labels; for lip "
   "synchronisation with sound.",
 )
 
 
 def main(argv: Sequence[str]) -> int:
-  """What each of the binaries does with --config, --checkpoint and --data.
+  """Evaluates --checkpoint on --data.
 
   Returns:
     The exit code, see `cli.run_command`.
   """
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-  logging.set_verbosity(logging.FATAL)  # orbax tells of every save
+  logging.set_verbosity(logging.FATAL)  # orbax logs every save
   config = config_flags.config(configuration.validate)
-  # Imported here: they take seconds, which --help and bad flags need not wait.
+  # Imported here, since it takes seconds: --help and flag errors are immediate.
   from marlin_jax.eval.evaluation import evaluate
 
   workdir = config_flags.workdir()
@@ -45,8 +46,8 @@ def main(argv: Sequence[str]) -> int:
   )
 
 
-def run(main: Callable[[Sequence[str]], int | None]) -> None:
-  """Starts a binary."""
+def run() -> None:
+  """Parses the flags and runs `main`."""
   for name in ("config", "checkpoint", "data"):
     flags.mark_flag_as_required(name)
   app.run(main, flags_parser=config_flags.parse)

@@ -1,12 +1,12 @@
-"""Deepfake detection: FaceForensics++, each manipulation and all together.
+"""Deepfake detection on FaceForensics++: each manipulation, and all together.
 
   python -m marlin_jax.eval.dfd --config=configs/eval_dfd.py \\
     --checkpoint=runs/b --data=DATASET --workdir=runs/dfd
 
-Any value of the configuration can be overridden: --config.modes=linear,finetune
---config.data.ratio=0.01,0.1,1 --config.protocol=paper. The workdir then holds
-results.json with every number, results.txt with the table, predictions/ per
-video and plots/. It may be stopped at any moment: the same command goes on.
+Flags override values of the configuration: --config.modes=linear,finetune
+--config.data.ratio=0.01,0.1,1 --config.protocol=paper. The workdir receives
+results.json with all scores, results.txt with a table, predictions/ per video
+and plots/. The command can be stopped at any time; run again, it continues.
 """
 
 from absl import flags
@@ -16,4 +16,4 @@ from marlin_jax.eval import command
 flags.adopt_module_key_flags(command)
 
 if __name__ == "__main__":
-  command.run(command.main)
+  command.run()

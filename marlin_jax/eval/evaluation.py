@@ -1,4 +1,4 @@
-"""A whole evaluation, in the order in which it happens."""
+"""Evaluation of an encoder: tasks, modes, shares of the data and seeds."""
 
 from __future__ import annotations
 
@@ -15,23 +15,189 @@ from ml_collections import ConfigDict
 
 from marlin_jax.data import prepared_dataset
 from marlin_jax.devices import sharding
-from marlin_jax.downstream import labelled, low_data, tasks
+from marlin_jax.downstream import low_data, splits, tasks
+from marlin_jax.downstream.splits import Split, TaskSplit
 from marlin_jax.downstream.tasks import Task
-from marlin_jax.eval import (
-  configuration,
-  measures,
-  modes,
-  report,
-  results_folder,
-)
-from marlin_jax.records.folders import write_bytes
+from marlin_jax.eval import configuration, measures, modes, report
+from marlin_jax.eval.results_folder import ResultsFolder
+from marlin_jax.records.cli import Row, format_rows
 from marlin_jax.training.configuration import flat
 from marlin_jax.weights import formats
-from marlin_jax.weights.weights import encoder_sha256
+from marlin_jax.weights.weights import Weights, encoder_sha256
 
 _ROLES = ("train", "val", "test")
-# The row of the table that every other one has to beat.
+# Mode of the baseline that predicts the shares of the training split.
 CONSTANT = "constant"
+
+
+def evaluate(
+  config: ConfigDict, checkpoint: str, data: str, workdir: str
+) -> dict[str, Any]:
+  """Evaluates a checkpoint.
+
+  Args:
+    config: a valid configuration, see configs/eval_far.py.
+    checkpoint: weights in any format, a published model's name, or 'random'.
+    data: directory of a data set prepared with labels.
+    workdir: folder for results; see `results_folder`.
+
+  Returns:
+    The content of results.json.
+
+  Raises:
+    UserError: the evaluation is impossible as configured.
+  """
+  # --- Inputs -----------------------------------------------------------------
+  inputs = open_inputs(config, checkpoint, data)
+  with ResultsFolder(Path(workdir), inputs.settings) as folder:
+    cache = Path(config.cache or folder.path / "features")
+    videos = open_videos(inputs, config, cache)
+    print(_describe(inputs, videos))
+    for warning in videos.warnings:
+      print(f"WARNING: {warning}", flush=True)
+
+    # --- Training and testing -------------------------------------------------
+    runner = modes.ModeRunner(config, inputs.weights, inputs.mesh, cache)
+    cells = run_cells(inputs, videos, runner, config, folder)
+
+    # --- Results, with those of earlier calls ---------------------------------
+    results = results_of(inputs, videos, config, cells, folder.results())
+    table = report.table(results["summary"])
+    folder.write_results(results, table)
+    print(f"\n{table}\n")
+    if config.plots:
+      _plot(inputs, videos, config, results, folder)
+    print(f"{folder.path / 'results.json'} holds all scores", flush=True)
+  return results
+
+
+# --- Inputs -------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+  """Everything that is checked before records are read or features computed.
+
+  Attributes:
+    data: directory of the data set.
+    split_names: split by role: train, val and test.
+    tasks: to predict.
+    weights: of the encoder.
+    mesh: devices.
+    settings: values that all results of a workdir share.
+  """
+
+  data: str
+  split_names: dict[str, str]
+  tasks: list[Task]
+  weights: Weights
+  mesh: Mesh
+  settings: dict[str, Any]
+
+
+def open_inputs(config: ConfigDict, checkpoint: str, data: str) -> Inputs:
+  """Opens and checks everything but the records; see `evaluate`."""
+  split_names = {role: config.data[role] for role in _ROLES}
+  datasets = {
+    role: prepared_dataset.open_dataset(data, name)
+    for role, name in split_names.items()
+  }
+  chosen = tasks.make_tasks(
+    configuration.split_names(config.tasks),
+    tasks.read_labels(data),
+    config.derive,
+    data,
+  )
+  weights = formats.open_encoder(checkpoint, config.random)
+  mesh = sharding.make_mesh(**config.mesh)
+  for mode in {"attentive", "finetune"} & set(_mode_names(config)):
+    section = "paper" if config.protocol == "paper" else mode
+    sharding.check_batch(
+      mesh, config[section].batch_size, f"{section}.batch_size"
+    )
+  settings = configuration.identity(config) | {
+    "checkpoint": encoder_sha256(weights),
+    **{
+      f"data.{role}": dataset.fingerprint for role, dataset in datasets.items()
+    },
+  }
+  return Inputs(data, split_names, chosen, weights, mesh, settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Videos:
+  """Labelled videos of an evaluation.
+
+  Attributes:
+    splits: by role.
+    of_task: videos by task name and role.
+    warnings: lines about splits that are not independent.
+  """
+
+  splits: dict[str, Split]
+  of_task: dict[str, dict[str, TaskSplit]]
+  warnings: list[str]
+
+
+def open_videos(inputs: Inputs, config: ConfigDict, cache: Path) -> Videos:
+  """Reads the labels of all records and selects the videos of each task."""
+  by_name = {
+    name: splits.open_split(
+      inputs.data, name, cache, all_tracks=config.data.all_tracks
+    )
+    for name in dict.fromkeys(inputs.split_names.values())
+  }
+  by_role = {role: by_name[name] for role, name in inputs.split_names.items()}
+  return Videos(
+    by_role,
+    {
+      task.name: {
+        role: splits.task_split(task, split) for role, split in by_role.items()
+      }
+      for task in inputs.tasks
+    },
+    splits.split_warnings(by_role.values()),
+  )
+
+
+def _mode_names(config: ConfigDict) -> list[str]:
+  return configuration.split_names(config.modes)
+
+
+def _describe(inputs: Inputs, videos: Videos) -> str:
+  """Returns the start-up text, printed before the first long wait."""
+  architecture = inputs.weights.architecture
+  kinds = ", ".join(sorted({d.device_kind for d in inputs.mesh.devices.flat}))
+  rows = [
+    Row(
+      "encoder",
+      f"{inputs.weights.source}: width {architecture.width}, depth "
+      f"{architecture.depth}, {architecture.num_frames} frames",
+    ),
+    Row(
+      "data",
+      str(inputs.data),
+      [
+        f"{role:5}  split '{split.name}': videos: {len(split)}, people: "
+        f"{len(set(split.people))}"
+        for role, split in videos.splits.items()
+      ],
+    ),
+  ]
+  for task in inputs.tasks:
+    sizes = ", ".join(
+      f"{role} {len(task_videos)}"
+      for role, task_videos in videos.of_task[task.name].items()
+    )
+    noun = "classes" if task.is_class else "labels"
+    rows.append(
+      Row("task", f"{task.name}: {len(task.names)} {noun}; videos: {sizes}")
+    )
+  rows.append(Row("devices", f"{inputs.mesh.size} x {kinds}"))
+  return format_rows(rows)
+
+
+# --- Cells --------------------------------------------------------------------
 
 
 class Cell(NamedTuple):
@@ -47,141 +213,31 @@ class Cell(NamedTuple):
     return f"{self.task.name}-{self.mode}-{self.ratio:g}-{self.seed}"
 
 
-def evaluate(
-  config: ConfigDict, checkpoint: str, data: str, workdir: str
-) -> dict[str, Any]:
-  """Evaluates a checkpoint.
-
-  Args:
-    config: a valid configuration, see configs/eval_far.py.
-    checkpoint: weights in any format, a published model's name, or 'random'.
-    data: directory of a data set prepared with labels.
-    workdir: folder for results; see results_folder.
-
-  Returns:
-    What results.json holds.
-
-  Raises:
-    UserError: it cannot be done as asked.
-  """
-  # --- What there is: nothing is computed, and little is read -----------------
-  names = {role: config.data[role] for role in _ROLES}
-  found = {
-    split: prepared_dataset.open_dataset(data, split)
-    for split in names.values()
-  }
-  wanted = tasks.make_tasks(
-    configuration.split_names(config.tasks),
-    tasks.known_labels(data),
-    config.derive,
-    data,
-  )
-  weights = formats.open_encoder(checkpoint, config.random)
-  mesh = sharding.make_mesh(**config.mesh)
-  _check_batches(config, mesh)
-  settings = configuration.identity(config) | {
-    "checkpoint": encoder_sha256(weights),
-    **{f"data.{role}": found[name].fingerprint for role, name in names.items()},
-  }
-  folder = results_folder.ResultsFolder(Path(workdir), settings)
-  with folder:
-    # --- Who and what is in the splits ----------------------------------------
-    cache = Path(config.cache or Path(workdir) / "features")
-    splits = {
-      split: labelled.open_split(
-        data, split, cache, all_tracks=config.data.all_tracks
+def run_cells(
+  inputs: Inputs,
+  videos: Videos,
+  runner: modes.ModeRunner,
+  config: ConfigDict,
+  folder: ResultsFolder,
+) -> list[dict[str, Any]]:
+  """Returns the scores of all cells; runs those that are not finished."""
+  results = []
+  for task in inputs.tasks:
+    task_videos = videos.of_task[task.name]
+    results.append(_constant(task, task_videos, config))
+    for cell in _cells(config, task):
+      results.append(
+        folder.cell(cell.name)
+        or _run(cell, task_videos, runner, config, folder, inputs.settings)
       )
-      for split in found
-    }
-    by_role = {role: splits[name] for role, name in names.items()}
-    warnings = labelled.shared(by_role.values())
-    parts = {
-      task.name: {
-        role: tasks.part_of(task, split) for role, split in by_role.items()
-      }
-      for task in wanted
-    }
-    print(_plan(weights, data, by_role, wanted, parts, mesh))
-    for warning in warnings:
-      print(f"WARNING: {warning}", flush=True)
-
-    # --- Train and test -------------------------------------------------------
-    ready = modes.Modes(config, weights, mesh, cache)
-    cells = []
-    for task in wanted:
-      cells.append(_constant(task, parts[task.name], config))
-      for cell in _cells(config, task):
-        cells.append(
-          folder.cell(cell.name)
-          or _run(cell, parts[task.name], ready, config, folder, settings)
-        )
-
-    # --- What came of it, with what earlier calls found -----------------------
-    before = folder.results()
-    cells = _in_order([*before.get("cells", []), *cells])
-    rows = report.summary(cells)
-    results = {
-      "checkpoint": {
-        "source": weights.source,
-        "sha256": settings["checkpoint"],
-        "architecture": dataclasses.asdict(weights.architecture),
-      },
-      "data": {
-        "path": str(data),
-        "splits": {
-          role: {
-            "name": split.name,
-            "videos": len(split),
-            "people": len(set(split.people)),
-            "sha256": split.dataset.fingerprint,
-          }
-          for role, split in by_role.items()
-        },
-        "warnings": warnings,
-      },
-      "tasks": before.get("tasks", {})
-      | {
-        task.name: dataclasses.asdict(task)
-        | {"split_sha256": labelled.sha256_of(by_role.values(), task.label)}
-        for task in wanted
-      },
-      "config": flat(config),
-      "versions": {
-        name: importlib.metadata.version(name)
-        for name in ("jax", "flax", "optax", "numpy", "scipy")
-      },
-      "devices": [d.device_kind for d in mesh.devices.flat],
-      "summary": rows,
-      "cells": cells,
-    }
-    write_bytes(folder.path / "results.json", results_folder.to_json(results))
-    text = report.table(rows)
-    write_bytes(folder.path / "results.txt", f"{text}\n".encode())
-    print(f"\n{text}\n")
-    if config.plots:
-      _draw(config, wanted, parts, folder, cells, rows)
-    print(f"{folder.path / 'results.json'} holds every number", flush=True)
   return results
-
-
-# --- What there is ------------------------------------------------------------
-
-
-def _check_batches(config: ConfigDict, mesh: Mesh) -> None:
-  asked = configuration.split_names(config.modes)
-  paper = config.protocol == "paper"
-  for mode in {"attentive", "finetune"} & set(asked):
-    section = "paper" if paper else mode
-    sharding.check_batch(
-      mesh, config[section].batch_size, f"{section}.batch_size"
-    )
 
 
 def _cells(config: ConfigDict, task: Task) -> list[Cell]:
   deterministic = modes.DETERMINISTIC[config.protocol]
   return [
     Cell(task, mode, ratio, seed)
-    for mode in configuration.split_names(config.modes)
+    for mode in _mode_names(config)
     for ratio in configuration.ratios(config)
     for seed in range(
       1 if ratio == 1 and mode in deterministic else config.num_seeds
@@ -189,8 +245,166 @@ def _cells(config: ConfigDict, task: Task) -> list[Cell]:
   ]
 
 
-def _in_order(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  """By task, mode, ratio and seed; of those of one name the last."""
+def _run(
+  cell: Cell,
+  videos: dict[str, TaskSplit],
+  runner: modes.ModeRunner,
+  config: ConfigDict,
+  folder: ResultsFolder,
+  settings: dict[str, Any],
+) -> dict[str, Any]:
+  """Trains and tests a cell, writes it to the folder, returns its scores."""
+  task, started_at = cell.task, time.monotonic()
+  train = videos["train"]
+  strata = low_data.strata_of(train.targets)
+  train = train.subset(
+    low_data.take(cell.ratio, strata, train.people, cell.seed)
+  )
+  job = modes.Job(
+    task,
+    train,
+    videos["val"],
+    videos["test"],
+    cell.seed,
+    cell.name,
+    folder.checkpoints(cell.name),
+    settings | {"cell": cell.name},
+  )
+  predicted = runner.run(cell.mode, job)
+  val = _predictions(videos["val"], predicted.val)
+  test = _predictions(videos["test"], predicted.test)
+  thresholds = measures.thresholds(task, val, config.protocol)
+  val_auc = task.auc(val.targets, val.probabilities, micro=False)
+  result = _header(cell.mode, task, cell.ratio, cell.seed, train) | {
+    "name": cell.name,
+    "chosen": predicted.chosen,
+    "val": {
+      "auc": measures.finite_or_none(val_auc),
+      "num_videos": len(val.video_ids),
+    },
+    "test": _measured(task, videos["test"], test, thresholds, config),
+    "secs": round(time.monotonic() - started_at, 1),
+  }
+  folder.write_cell(
+    cell.name, task.names, test, _targets_as_labels(task, test.targets), result
+  )
+  return result
+
+
+def _constant(
+  task: Task, videos: dict[str, TaskSplit], config: ConfigDict
+) -> dict[str, Any]:
+  """Scores the baseline that predicts the shares of the training split."""
+  train, test = videos["train"], videos["test"]
+  labels, known = task.encode(train.targets)
+  shares = (labels * known).sum(0) / np.maximum(known.sum(0), 1)
+  predictions = _predictions(test, np.tile(shares, (len(test), 1)))
+  thresholds = np.full(task.num_outputs, 0.5)
+  return _header(CONSTANT, task, 1.0, 0, train) | {
+    "name": f"{task.name}-{CONSTANT}",
+    "test": _measured(task, test, predictions, thresholds, config),
+  }
+
+
+def _header(
+  mode: str, task: Task, ratio: float, seed: int, train: TaskSplit
+) -> dict[str, Any]:
+  return {
+    "task": task.name,
+    "mode": mode,
+    "ratio": ratio,
+    "seed": seed,
+    "num_train": len(train),
+    "num_train_people": len(set(train.people)),
+  }
+
+
+def _measured(
+  task: Task,
+  videos: TaskSplit,
+  predictions: measures.Predictions,
+  thresholds: np.ndarray,
+  config: ConfigDict,
+) -> dict[str, Any]:
+  values = videos.split.labels[task.label][videos.rows]
+  return measures.measure(
+    task, predictions, thresholds, task.parts(values), config.num_resamples
+  )
+
+
+def _predictions(
+  videos: TaskSplit, probabilities: np.ndarray
+) -> measures.Predictions:
+  return measures.Predictions(
+    videos.video_ids, videos.people, videos.targets, probabilities
+  )
+
+
+def _targets_as_labels(task: Task, targets: np.ndarray) -> np.ndarray:
+  """Returns (V, K), one-hot for classes; NaN where unknown."""
+  labels, known = task.encode(targets)
+  return np.where(known > 0, labels, np.nan)
+
+
+# --- Results ------------------------------------------------------------------
+
+
+def results_of(
+  inputs: Inputs,
+  videos: Videos,
+  config: ConfigDict,
+  cells: list[dict[str, Any]],
+  earlier: dict[str, Any],
+) -> dict[str, Any]:
+  """Returns the content of results.json.
+
+  Args:
+    inputs, videos, config: of this call.
+    cells: scores of this call.
+    earlier: results of earlier calls in the same workdir; {} if there are none.
+      Their cells and tasks are kept.
+  """
+  cells = _sorted([*earlier.get("cells", []), *cells])
+  return {
+    "checkpoint": {
+      "source": inputs.weights.source,
+      "sha256": inputs.settings["checkpoint"],
+      "architecture": dataclasses.asdict(inputs.weights.architecture),
+    },
+    "data": {
+      "path": str(inputs.data),
+      "splits": {
+        role: {
+          "name": split.name,
+          "videos": len(split),
+          "people": len(set(split.people)),
+          "sha256": split.dataset.fingerprint,
+        }
+        for role, split in videos.splits.items()
+      },
+      "warnings": videos.warnings,
+    },
+    "tasks": earlier.get("tasks", {})
+    | {
+      task.name: dataclasses.asdict(task)
+      | {
+        "split_sha256": splits.labels_sha256(videos.splits.values(), task.label)
+      }
+      for task in inputs.tasks
+    },
+    "config": flat(config),
+    "versions": {
+      name: importlib.metadata.version(name)
+      for name in ("jax", "flax", "optax", "numpy", "scipy")
+    },
+    "devices": [d.device_kind for d in inputs.mesh.devices.flat],
+    "summary": report.summary(cells),
+    "cells": cells,
+  }
+
+
+def _sorted(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Sorts by task, mode, ratio and seed; the last of equal names is kept."""
   cells = list({cell["name"]: cell for cell in cells}.values())
   task_names = list(dict.fromkeys(cell["task"] for cell in cells))
   mode_names = list(dict.fromkeys(cell["mode"] for cell in cells))
@@ -205,145 +419,28 @@ def _in_order(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
   )
 
 
-# --- One cell -----------------------------------------------------------------
-
-
-def _run(cell, parts, ready, config, folder, settings) -> dict[str, Any]:
-  """Trains, tests and keeps a cell; returns its numbers."""
-  task, started_at = cell.task, time.monotonic()
-  train = parts["train"]
-  kept = low_data.take(
-    cell.ratio,
-    low_data.strata_of(train.targets),
-    [train.split.people[i] for i in train.rows],
-    cell.seed,
-  )
-  train = tasks.Part(train.split, train.rows[kept], train.targets[kept])
-  learned = ready.run(
-    cell.mode,
-    modes.Job(
-      task,
-      train,
-      parts["val"],
-      parts["test"],
-      cell.seed,
-      cell.name,
-      folder.checkpoints(cell.name),
-      settings | {"cell": cell.name},
-    ),
-  )
-  val = _predictions(parts["val"], learned.val)
-  test = _predictions(parts["test"], learned.test)
-  cuts = measures.thresholds(task, val, config.protocol)
-  result = _described(cell.mode, task, cell.ratio, cell.seed, train) | {
-    "name": cell.name,
-    "chosen": learned.chosen,
-    "val": {
-      "auc": measures.defined(
-        task.auc(val.targets, val.probabilities, micro=False)
-      ),
-      "num_videos": len(val.video_ids),
-    },
-    "test": _measured(task, parts["test"], test, cuts, config),
-    "secs": round(time.monotonic() - started_at, 1),
-  }
-  folder.finish(
-    cell.name, task.names, test, _as_labels(task, test.targets), result
-  )
-  return result
-
-
-def _constant(task, parts, config) -> dict[str, Any]:
-  """What one gets without looking: the shares of the training split."""
-  train, test = parts["train"], parts["test"]
-  wanted, known = task.encode(train.targets)
-  shares = (wanted * known).sum(0) / np.maximum(known.sum(0), 1)
-  found = _predictions(test, np.tile(shares, (len(test.rows), 1)))
-  cuts = np.full(task.num_outputs, 0.5)
-  return _described(CONSTANT, task, 1.0, 0, train) | {
-    "name": f"{task.name}-{CONSTANT}",
-    "test": _measured(task, test, found, cuts, config),
-  }
-
-
-def _described(mode, task, ratio, seed, train) -> dict[str, Any]:
-  people = {train.split.people[i] for i in train.rows}
-  return {
-    "task": task.name,
-    "mode": mode,
-    "ratio": ratio,
-    "seed": seed,
-    "num_train": len(train.rows),
-    "num_train_people": len(people),
-  }
-
-
-def _measured(task, part, found, cuts, config) -> dict[str, Any]:
-  values = part.split.labels[task.label][part.rows]
-  return measures.measure(
-    task, found, cuts, task.parts(values), config.num_resamples
-  )
-
-
-def _predictions(part: tasks.Part, probabilities) -> measures.Predictions:
-  return measures.Predictions(
-    [part.split.video_ids[i] for i in part.rows],
-    [part.split.people[i] for i in part.rows],
-    part.targets,
-    probabilities,
-  )
-
-
-def _as_labels(task: Task, targets: np.ndarray) -> np.ndarray:
-  wanted, known = task.encode(targets)
-  return np.where(known > 0, wanted, np.nan)
-
-
-# --- Words and pictures -------------------------------------------------------
-
-
-def _plan(weights, data, by_role, wanted, parts, mesh) -> str:
-  """Tells what is about to happen, before the first long wait."""
-  architecture = weights.architecture
-  lines = [
-    f"encoder  {weights.source}: width {architecture.width}, depth "
-    f"{architecture.depth}, {architecture.num_frames} frames",
-    f"data     {data}",
-  ]
-  for role, split in by_role.items():
-    lines.append(
-      f"  {role:5}  split '{split.name}': videos: {len(split)}, people: "
-      f"{len(set(split.people))}"
-    )
-  for task in wanted:
-    sizes = ", ".join(
-      f"{role} {len(part.rows)}" for role, part in parts[task.name].items()
-    )
-    what = "classes" if task.is_class else "labels"
-    lines.append(
-      f"task     {task.name}: {len(task.names)} {what}; videos: {sizes}"
-    )
-  kinds = ", ".join(sorted({d.device_kind for d in mesh.devices.flat}))
-  lines.append(f"devices  {mesh.size} x {kinds}")
-  return "\n".join(lines)
-
-
-def _draw(config, wanted, parts, folder, cells, rows) -> None:
-  """Pictures of the first seed of each mode on the most data."""
+def _plot(
+  inputs: Inputs,
+  videos: Videos,
+  config: ConfigDict,
+  results: dict[str, Any],
+  folder: ResultsFolder,
+) -> None:
+  """Plots the first seed of each mode on the largest share of the data."""
   if not report.has_matplotlib():
     print("no plots: pip install 'marlin-jax[plots]'")
     return
-  by_name = {cell["name"]: cell for cell in cells}
-  most = configuration.ratios(config)[-1]
-  for task, mode in itertools.product(
-    wanted, configuration.split_names(config.modes)
-  ):
-    name = Cell(task, mode, most, 0).name
+  plots = folder.path / "plots"
+  cells = {cell["name"]: cell for cell in results["cells"]}
+  ratio = configuration.ratios(config)[-1]
+  for task, mode in itertools.product(inputs.tasks, _mode_names(config)):
+    name = Cell(task, mode, ratio, 0).name
+    targets = videos.of_task[task.name]["test"].targets
     report.plot_cell(
-      folder.path / "plots",
-      by_name[name],
+      plots,
+      cells[name],
       task.names,
-      _as_labels(task, parts[task.name]["test"].targets),
+      _targets_as_labels(task, targets),
       folder.probabilities(name),
     )
-  report.plot_ratios(folder.path / "plots", rows)
+  report.plot_ratios(plots, results["summary"])

@@ -1,29 +1,34 @@
-"""From predictions to numbers, each with its interval.
+"""Scores of predictions, each with a bootstrap interval.
 
-Axes: V videos, K labels or classes.
+Axes: V videos, K labels or classes, R draws.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from marlin_jax.downstream import intervals, scores
+from marlin_jax.downstream import scores
 from marlin_jax.downstream.tasks import Task
+
+# Draws at once times examples times an allowance of 100 labels per example.
+# More would need gigabytes.
+_MAX_WEIGHTS = 20_000_000
+_ALLOWED_LABELS = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-  """What a model says of videos, beside what is true.
+  """Predicted probabilities and true targets of videos.
 
   Attributes:
     video_ids, people: V names each.
-    targets: as from Task.targets.
+    targets: see `Task.targets`.
     probabilities: float64 (V, K).
   """
 
@@ -32,109 +37,170 @@ class Predictions:
   targets: np.ndarray
   probabilities: np.ndarray
 
-  def of(self, rows: np.ndarray) -> Predictions:
-    """Those of some videos; rows are bool (V,)."""
+  def subset(self, rows: np.ndarray) -> Predictions:
+    """Returns the predictions of the videos where `rows`, bool (V,), is set."""
+    indices = np.flatnonzero(rows)
     return Predictions(
-      [name for name, kept in zip(self.video_ids, rows, strict=True) if kept],
-      [name for name, kept in zip(self.people, rows, strict=True) if kept],
+      [self.video_ids[i] for i in indices],
+      [self.people[i] for i in indices],
       self.targets[rows],
       self.probabilities[rows],
     )
 
 
 def thresholds(task: Task, val: Predictions, protocol: str) -> np.ndarray:
-  """Where each label is cut, float64 (K,).
+  """Returns the decision threshold of each label, float64 (K,).
 
-  The paper cuts at 0.5. A rare label is then never predicted; by default each
-  has the cut of the highest balanced accuracy on the validation split. Of
-  classes the likeliest is taken in any case.
+  The paper's is 0.5, with which a rare label is never predicted. By default a
+  label has the threshold of the highest balanced accuracy on the validation
+  split. For classes, which need none, it is 0.5.
   """
-  cuts = np.full(task.num_outputs, 0.5)
+  values = np.full(task.num_outputs, 0.5)
   if protocol == "paper" or task.is_class:
-    return cuts
+    return values
   for k in range(task.num_outputs):
-    cuts[k] = scores.best_threshold(val.targets[:, k], val.probabilities[:, k])
-  return cuts
+    values[k] = scores.best_threshold(
+      val.targets[:, k], val.probabilities[:, k]
+    )
+  return values
 
 
 def measure(
   task: Task,
-  found: Predictions,
-  cuts: np.ndarray,
-  parts: dict[str, np.ndarray],
+  predictions: Predictions,
+  thresholds: np.ndarray,
+  parts: Mapping[str, np.ndarray],
   num_resamples: int,
 ) -> dict[str, Any]:
-  """All numbers, ready for JSON: None where one is not defined.
+  """Returns all scores, ready for JSON: None for undefined ones.
 
   Args:
     task: what was predicted.
-    found: on the test split.
-    cuts: from `thresholds`.
-    parts: of the videos, bool (V,); each is measured on its own too.
+    predictions: on the test split.
+    thresholds: from `thresholds`.
+    parts: subsets of the videos by name, bool (V,), to be scored separately.
     num_resamples: of the bootstrap over people.
 
   Returns:
-    `metrics`: {name: {value, low, high}}; `per_class`: a dict for each;
-    `confusion` (of classes); `parts`: {name: metrics}.
+    `num_videos`, `num_people`; `metrics`: {name: {value, low, high}};
+    `per_class`: a dict per label or class; `confusion`, for classes; `parts`:
+    {name: metrics}.
   """
   result = {
-    "num_videos": len(found.video_ids),
-    "num_people": len(set(found.people)),
-    "metrics": _metrics(task, found, cuts, num_resamples),
-    "per_class": _per_class(task, found, cuts),
+    "num_videos": len(predictions.video_ids),
+    "num_people": len(set(predictions.people)),
+    "metrics": _metrics(task, predictions, thresholds, num_resamples),
+    "per_class": _per_class(task, predictions, thresholds),
     "parts": {
-      name: _metrics(task, found.of(rows), cuts, num_resamples)
+      name: _metrics(task, predictions.subset(rows), thresholds, num_resamples)
       for name, rows in parts.items()
       if rows.any()
     },
   }
   if task.is_class:
-    predicted = found.probabilities.argmax(axis=1)
+    predicted = predictions.probabilities.argmax(axis=1)
     result["confusion"] = scores.confusion(
-      found.targets, predicted, task.num_outputs
+      predictions.targets, predicted, task.num_outputs
     ).tolist()
   return result
 
 
-def _metrics(task, found, cuts, num_resamples):
-  def numbers(weights):
-    if task.is_class:
-      return scores.class_scores(found.targets, found.probabilities, weights)
-    return scores.binary_scores(
-      found.targets, found.probabilities, cuts, weights
-    )
+def _metrics(task, predictions, thresholds, num_resamples):
+  targets, probabilities = predictions.targets, predictions.probabilities
 
-  values = numbers(None)
-  # Seconds of many videos with many labels; of few nobody sees the bar.
+  def weighted_scores(weights):
+    if task.is_class:
+      return scores.class_scores(targets, probabilities, weights)
+    return scores.binary_scores(targets, probabilities, thresholds, weights)
+
+  values = weighted_scores(None)
+  # Shown only if it takes seconds: for many videos with many labels.
   with tqdm(
     desc="intervals", total=num_resamples, unit="draw", delay=2.0, leave=False
   ) as bar:
-    ends = intervals.bootstrap(
-      numbers, found.people, num_resamples=num_resamples, report=bar.update
+    intervals = bootstrap(
+      weighted_scores,
+      predictions.people,
+      num_resamples=num_resamples,
+      report=bar.update,
     )
   return {
     name: {
-      "value": defined(value),
-      "low": defined(ends[name][0]),
-      "high": defined(ends[name][1]),
+      "value": finite_or_none(value),
+      "low": finite_or_none(intervals[name][0]),
+      "high": finite_or_none(intervals[name][1]),
     }
     for name, value in values.items()
   }
 
 
-def _per_class(task, found, cuts):
+def _per_class(task, predictions, thresholds):
+  targets, probabilities = predictions.targets, predictions.probabilities
   if task.is_class:
-    columns = scores.per_class(found.targets, found.probabilities)
+    columns = scores.per_class(targets, probabilities)
   else:
-    columns = scores.per_label(found.targets, found.probabilities, cuts)
-    columns["threshold"] = cuts
+    columns = scores.per_label(targets, probabilities, thresholds)
+    columns["threshold"] = thresholds
   return [
-    {"name": name} | {k: defined(values[i]) for k, values in columns.items()}
+    {"name": name}
+    | {column: finite_or_none(values[i]) for column, values in columns.items()}
     for i, name in enumerate(task.names)
   ]
 
 
-def defined(value: Any) -> float | None:
-  """A number for JSON, which has no NaN."""
+def finite_or_none(value: Any) -> float | None:
+  """Returns a float for JSON, which cannot hold NaN and infinity."""
   value = float(value)
   return value if math.isfinite(value) else None
+
+
+def bootstrap(
+  measure: Callable[[np.ndarray], Mapping[str, np.ndarray]],
+  groups: Sequence[str],
+  *,
+  num_resamples: int,
+  seed: int = 0,
+  level: float = 0.95,
+  report: Callable[[int], object] = lambda num: None,
+) -> dict[str, tuple[float, float]]:
+  """Returns percentile intervals from resampling whole groups.
+
+  The videos of one person are alike, so intervals from resampling videos would
+  be too narrow (Field and Welsh, JRSS B 2007).
+
+  Args:
+    measure: maps weights (V, R) to scores (R,) by name.
+    groups: V names of the group, such as the person, of each example.
+    num_resamples: number of draws with replacement.
+    seed: of the draws.
+    level: share of the draws inside the interval.
+    report: called with the number of draws done since the last call.
+
+  Returns:
+    Lower and upper end by name; NaN for a score that is never defined, or if
+    there is a single group.
+  """
+  names, group = np.unique(np.asarray(groups), return_inverse=True)
+  np_rng = np.random.default_rng(seed)
+  draws: dict[str, list[np.ndarray]] = {}
+  draws_at_once = max(1, _MAX_WEIGHTS // (_ALLOWED_LABELS * len(group)))
+  for first in range(0, num_resamples, draws_at_once):
+    num = min(draws_at_once, num_resamples - first)
+    times = np_rng.multinomial(
+      len(names), np.full(len(names), 1 / len(names)), size=num
+    )
+    weights = times.astype(np.float64).T[group]
+    for name, values in measure(weights).items():
+      draws.setdefault(name, []).append(values)
+    report(num)
+  tails = [50 * (1 - level), 50 * (1 + level)]
+  intervals = {}
+  for name, parts in draws.items():
+    values = np.concatenate(parts)
+    values = values[np.isfinite(values)]
+    if len(names) < 2 or not len(values):
+      intervals[name] = (float("nan"), float("nan"))
+    else:
+      low, high = np.percentile(values, tails)
+      intervals[name] = (float(low), float(high))
+  return intervals

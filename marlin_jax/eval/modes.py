@@ -1,16 +1,16 @@
-"""The four ways to find out what an encoder knows.
+"""Ways to predict a task from an encoder: linear, knn, attentive, finetune.
 
-Each learns from the training split, makes its choices on the validation split,
-and tells probabilities of the videos of the test split.
+Each mode fits on the training split, selects on the validation split, and
+predicts the videos of the validation and test splits.
 
-Axes: V videos, D features, K labels or classes.
+Axes: V videos, W windows, D features, K labels or classes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,32 +30,33 @@ from marlin_jax.downstream import (
   logistic,
   protocols,
 )
-from marlin_jax.downstream.labelled import Split
-from marlin_jax.downstream.tasks import Part, Task
+from marlin_jax.downstream.splits import Split, TaskSplit
+from marlin_jax.downstream.tasks import Task
+from marlin_jax.inference import stream
 from marlin_jax.training.checkpoint import Checkpoints
 from marlin_jax.weights.weights import Weights
 
-# They have the same result whatever the seed.
+# Modes whose result does not depend on the seed, by protocol.
 DETERMINISTIC = {"default": ("linear", "knn"), "paper": ("knn",)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What a mode is given.
+  """Input of a mode.
 
   Attributes:
-    task: to learn.
-    train, val, test: the videos.
-    seed: of all that is drawn.
-    name: for people.
-    checkpoints: folder for those of a long training.
-    identity: what these depend on.
+    task: what to predict.
+    train, val, test: videos.
+    seed: of all random draws.
+    name: for progress bars.
+    checkpoints: folder for the checkpoints of a long training.
+    identity: values that a resumed training must share.
   """
 
   task: Task
-  train: Part
-  val: Part
-  test: Part
+  train: TaskSplit
+  val: TaskSplit
+  test: TaskSplit
   seed: int
   name: str
   checkpoints: Path
@@ -63,12 +64,12 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Learned:
-  """What comes of it.
+class ModeResult:
+  """Output of a mode.
 
   Attributes:
-    val, test: float64 (V, K), probabilities.
-    chosen: what was chosen on the validation split.
+    val, test: probabilities, float64 (V, K).
+    chosen: hyperparameters selected on the validation split.
   """
 
   val: np.ndarray
@@ -76,8 +77,8 @@ class Learned:
   chosen: dict[str, Any]
 
 
-class Modes:
-  """An encoder with a configuration, ready for any job."""
+class ModeRunner:
+  """Runs jobs in any mode with one encoder and configuration."""
 
   def __init__(
     self, config: ConfigDict, weights: Weights, mesh: Mesh, cache: Path
@@ -87,17 +88,18 @@ class Modes:
     Args:
       config: see configs/eval_far.py.
       weights: of the encoder.
-      mesh: the devices.
-      cache: folder of features.
+      mesh: devices.
+      cache: folder of cached features.
     """
     self._config, self._weights, self._mesh = config, weights, mesh
     self._cache = cache
-    self._pooled: dict[str, np.ndarray] = {}
+    self._clip = weights.architecture.clip
+    self._split_features: dict[str, np.ndarray] = {}
     shards = sharding.num_shards(mesh)
     self._batch_size = -(-config.batch_size // shards) * shards
 
-  def run(self, mode: str, job: Job) -> Learned:
-    """Does a job in one of configuration.MODES."""
+  def run(self, mode: str, job: Job) -> ModeResult:
+    """Runs a job in one of configuration.MODES."""
     if mode == "knn":
       return self._knn(job)
     if mode == "linear":
@@ -109,84 +111,88 @@ class Modes:
   # --- On features ------------------------------------------------------------
 
   def features(self, split: Split) -> np.ndarray:
-    """float32 (V, D): of all videos of a split, pooled over their windows."""
-    if split.name not in self._pooled:
-      windows = split.windows(self._weights.architecture.clip)
-      found = feature_cache.window_features(
-        self._frozen,
+    """Returns features of all videos, pooled over windows: float32 (V, D)."""
+    if split.name not in self._split_features:
+      windows = split.windows(self._clip)
+      features = feature_cache.window_features(
+        self._encoder,
         split,
         windows,
         self._cache,
         batch_size=self._batch_size,
         num_threads=self._config.data.num_threads,
       )
-      self._pooled[split.name] = feature_cache.pooled(
-        found, split.video_of(windows), len(split), self._config.pool
+      self._split_features[split.name] = feature_cache.pooled(
+        features, split.video_of(windows), len(split), self._config.pool
       )
-    return self._pooled[split.name]
+    return self._split_features[split.name]
 
   @functools.cached_property
-  def _frozen(self) -> feature_cache.FrozenEncoder:
+  def _encoder(self) -> feature_cache.FrozenEncoder:
     config = self._config
     return feature_cache.FrozenEncoder(
       self._weights, self._mesh, config.dtype, config.attention
     )
 
-  def _of(self, part: Part) -> np.ndarray:
-    return self.features(part.split)[part.rows]
+  def _features_of(self, videos: TaskSplit) -> np.ndarray:
+    return self.features(videos.split)[videos.rows]
 
-  def _knn(self, job: Job) -> Learned:
-    wanted, known = job.task.encode(job.train.targets)
+  def _knn(self, job: Job) -> ModeResult:
+    train = self._features_of(job.train)
+    labels, known = job.task.encode(job.train.targets)
     val, test = (
       knn.predict(
-        self._of(part), self._of(job.train), wanted, known, **self._config.knn
+        self._features_of(videos), train, labels, known, **self._config.knn
       )
-      for part in (job.val, job.test)
+      for videos in (job.val, job.test)
     )
-    return Learned(val, test, {})
+    return ModeResult(val, test, {})
 
-  def _linear(self, job: Job) -> Learned:
-    task, val = job.task, self._of(job.val)
+  def _linear(self, job: Job) -> ModeResult:
+    task, val = job.task, self._features_of(job.val)
 
-    def score(probe: logistic.Probe) -> float:
+    def score(probe: logistic.LinearProbe) -> float:
       probabilities = task.probabilities(probe.logits(val))
-      # Not AUC: on few videos many penalties have the same.
+      # Not the AUC: with few videos many penalties tie.
       return -task.cross_entropy(job.val.targets, probabilities)
 
     probe = logistic.fit(
       task,
-      self._of(job.train),
+      self._features_of(job.train),
       job.train.targets,
       self._config.linear.penalties,
       score,
       self._config.linear.max_iterations,
     )
-    return Learned(
+    return ModeResult(
       task.probabilities(probe.logits(val)),
-      task.probabilities(probe.logits(self._of(job.test))),
+      task.probabilities(probe.logits(self._features_of(job.test))),
       {"penalty": probe.penalty},
     )
 
-  def _linear_by_steps(self, job: Job) -> Learned:
-    """The same by gradient steps; on one device, however many there are."""
+  def _linear_by_steps(self, job: Job) -> ModeResult:
+    """Fits a linear probe by gradient steps, as the paper does.
+
+    Runs on a single device: the batches are small.
+    """
     config, task = self._config.paper, job.task
-    train, val = self._of(job.train), self._of(job.val)
-    one = sharding.make_mesh(1, devices=jax.devices()[:1])
-    probe = learner.linear_probe(task, train.shape[1], config, one, job.seed)
-    wanted, known = task.encode(job.train.targets)
+    train, val = self._features_of(job.train), self._features_of(job.val)
+    mesh = sharding.make_mesh(1, devices=jax.devices()[:1])
+    probe = learner.linear_probe(task, train.shape[1], config, mesh, job.seed)
+    labels, known = task.encode(job.train.targets)
     order = clip_batches.Order(np.arange(len(train)), job.seed)
 
     def batches(step: int) -> Iterator[fit.Batch]:
       while True:
         rows = order.rows(step, config.batch_size)
-        yield train[rows], wanted[rows], known[rows]
+        yield train[rows], labels[rows], known[rows]
         step += 1
 
     def predict(trained, features: np.ndarray) -> np.ndarray:
       return task.probabilities(np.asarray(probe.logits(trained, features)))
 
-    plan = protocols.plan_of(config, len(train))
-    with _Bar(job.name, plan) as report:
+    plan = protocols.plan_training(config, len(train))
+    with _ProgressBar(job.name, plan) as report:
       fitted = fit.fit(
         probe,
         plan,
@@ -197,23 +203,24 @@ class Modes:
         seed=job.seed,
         report=report,
       )
-    return Learned(
+    return ModeResult(
       predict(fitted.trained, val),
-      predict(fitted.trained, self._of(job.test)),
-      _told(fitted),
+      predict(fitted.trained, self._features_of(job.test)),
+      {"num_rounds": fitted.num_rounds},
     )
 
   # --- On clips ---------------------------------------------------------------
 
-  def _on_encoder(self, job: Job, *, attentive: bool) -> Learned:
+  def _on_encoder(self, job: Job, *, attentive: bool) -> ModeResult:
+    """Trains an attentive head, or finetunes the encoder with a linear one."""
     config, task = self._config, job.task
-    paper = config.protocol == "paper"
-    section = "paper" if paper else "attentive" if attentive else "finetune"
-    how = config[section]
-    head = learner.on_encoder(
+    is_paper = config.protocol == "paper"
+    section = "paper" if is_paper else "attentive" if attentive else "finetune"
+    training = config[section]
+    model = learner.on_encoder(
       task,
       self._weights,
-      how,
+      training,
       self._mesh,
       job.seed,
       attentive=attentive,
@@ -222,37 +229,19 @@ class Modes:
       attention=config.attention,
       remat=config.remat,
     )
-    split, clip = job.train.split, self._weights.architecture.clip
-    wanted, known = task.encode(job.train.targets)
-    place = {int(video): i for i, video in enumerate(job.train.rows)}
-    plan = protocols.plan_of(how, len(job.train.rows))
-
-    def batches(step: int) -> Iterator[fit.Batch]:
-      for videos, clips in clip_batches.drawn_batches(
-        clip_batches.ClipReader(split, clip),
-        split,
-        clip,
-        clip_batches.Order(job.train.rows, job.seed),
-        batch_size=how.batch_size,
-        seed=job.seed,
-        start_step=step,
-        num_steps=plan.num_rounds * plan.round_steps,
-        num_threads=config.data.num_threads,
-      ):
-        rows = [place[int(video)] for video in videos]
-        yield clips, wanted[rows], known[rows]
+    plan = protocols.plan_training(training, len(job.train))
 
     def score(trained) -> float:
-      found = self._predict(head, trained, job.val)
-      return task.auc(job.val.targets, found, micro=paper)
+      probabilities = self._predict(model, trained, job.val)
+      return task.auc(job.val.targets, probabilities, micro=is_paper)
 
     checkpoints = Checkpoints(str(job.checkpoints), keep=1)
     try:
-      with _Bar(job.name, plan) as report:
+      with _ProgressBar(job.name, plan) as report:
         fitted = fit.fit(
-          head,
+          model,
           plan,
-          batches,
+          self._training_batches(job, plan, training.batch_size),
           score,
           seed=job.seed,
           checkpoints=checkpoints,
@@ -261,55 +250,81 @@ class Modes:
         )
     finally:
       checkpoints.close()
-    return Learned(
-      self._predict(head, fitted.trained, job.val),
-      self._predict(head, fitted.trained, job.test),
-      _told(fitted),
+    return ModeResult(
+      self._predict(model, fitted.trained, job.val),
+      self._predict(model, fitted.trained, job.test),
+      {"num_rounds": fitted.num_rounds},
     )
 
-  def _predict(self, head: learner.Learner, trained, part: Part) -> np.ndarray:
-    """Probabilities of videos: means over those of all their windows."""
-    clip, number = self._weights.architecture.clip, {}
-    for i, video in enumerate(part.rows):
-      number[int(video)] = i
-    every = part.split.windows(clip)
-    owners = part.split.video_of(every)
-    chosen = [i for i, video in enumerate(owners) if int(video) in number]
-    windows = [every[i] for i in chosen]
-    found = [
-      np.asarray(head.logits(trained, video))
-      for video in clip_batches.window_batches(
-        clip_batches.ClipReader(part.split, clip),
-        windows,
-        self._batch_size,
-        self._config.data.num_threads,
+  def _training_batches(
+    self, job: Job, plan: protocols.TrainingPlan, batch_size: int
+  ) -> Callable[[int], Iterator[fit.Batch]]:
+    """Returns a function from a step to the batches from there on."""
+    split = job.train.split
+    labels, known = job.task.encode(job.train.targets)
+    index_of = {int(video): i for i, video in enumerate(job.train.rows)}
+
+    def batches(step: int) -> Iterator[fit.Batch]:
+      for videos, clips in clip_batches.drawn_batches(
+        clip_batches.ClipReader(split, self._clip),
+        split,
+        self._clip,
+        clip_batches.Order(job.train.rows, job.seed),
+        batch_size=batch_size,
+        seed=job.seed,
+        start_step=step,
+        num_steps=plan.num_rounds * plan.round_steps,
+        num_threads=self._config.data.num_threads,
+      ):
+        rows = [index_of[int(video)] for video in videos]
+        yield clips, labels[rows], known[rows]
+
+    return batches
+
+  def _predict(
+    self, model: learner.Learner, trained, videos: TaskSplit
+  ) -> np.ndarray:
+    """Returns probabilities (V, K), means over the windows of each video."""
+    index_of = {int(video): i for i, video in enumerate(videos.rows)}
+    all_windows = videos.split.windows(self._clip)
+    windows, owners = [], []
+    for window, video in zip(
+      all_windows, videos.split.video_of(all_windows), strict=True
+    ):
+      if int(video) in index_of:
+        windows.append(window)
+        owners.append(index_of[int(video)])
+    batches = clip_batches.window_batches(
+      clip_batches.ClipReader(videos.split, self._clip),
+      windows,
+      self._batch_size,
+      self._config.data.num_threads,
+    )
+    logits = np.concatenate(
+      list(
+        stream.encode_batches(functools.partial(model.logits, trained), batches)
       )
-    ]
-    probabilities = head.task.probabilities(
-      np.concatenate(found)[: len(windows)]
+    )[: len(windows)]
+    probabilities = model.task.probabilities(logits)
+    return feature_cache.pooled(
+      probabilities, np.array(owners), len(videos), "mean"
     )
-    own = np.array([number[int(owners[i])] for i in chosen])
-    return feature_cache.pooled(probabilities, own, len(part.rows), "mean")
 
 
-def _told(fitted: fit.Fitted) -> dict[str, Any]:
-  return {"num_rounds": fitted.num_rounds}
+class _ProgressBar:
+  """Context manager of a bar for one training; gives `report` of `fit.fit`."""
 
-
-class _Bar:
-  """Shows a training; a context manager that gives what `fit` reports to."""
-
-  def __init__(self, name: str, plan: protocols.Plan):
+  def __init__(self, name: str, plan: protocols.TrainingPlan):
     total = plan.num_rounds * plan.round_steps
     self._bar = tqdm(
       desc=name,
-      # Nobody knows when a plateau's rate is low enough.
+      # Unknown under a plateau, which ends at a learning rate.
       total=total if plan.schedule is not None else None,
       unit="step",
       mininterval=1.0,
     )
 
-  def __enter__(self):
+  def __enter__(self) -> Callable[[str, int], None]:
     return self._report
 
   def _report(self, text: str, steps: int) -> None:

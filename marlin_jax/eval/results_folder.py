@@ -1,15 +1,15 @@
-"""The folder of an evaluation: what is done stays, and is not done again.
+"""The workdir of an evaluation: finished cells are kept and not run again.
 
-  settings.json          what all results depend on
-  results.json           every number of all calls, with hashes, and the
-                         configuration of the last
+  settings.json          values that all results share
+  results.json           scores of all calls, with hashes, and the configuration
+                         of the last call
   results.txt            the table
-  predictions/CELL.csv   per video: what is true, and the probabilities
-  plots/                 PNG
-  cells/CELL.json, .npz  what is finished; a cell is a task, a mode, a part of
-                         the data and a seed
-  cells/CELL/            checkpoints of a cell that is not
-  features/              see feature_cache
+  predictions/CELL.csv   true labels and probabilities of each video
+  plots/                 PNG files
+  cells/CELL.json, .npz  scores and probabilities of a finished cell: a task, a
+                         mode, a share of the data and a seed
+  cells/CELL/            checkpoints of an unfinished cell
+  features/              see `downstream.feature_cache`
 
 Axes: V videos, K labels or classes.
 """
@@ -33,23 +33,23 @@ _SETTINGS = "settings.json"
 
 
 class ResultsFolder:
-  """A workdir, locked while this object is open; a context manager."""
+  """Workdir that is locked until the context manager exits."""
 
   def __init__(self, path: Path, settings: dict[str, Any]):
-    """Compares with what is there.
+    """Opens the folder.
 
     Args:
-      path: made where it is missing.
-      settings: flat, of what survives JSON; those of an existing folder must
-        be equal.
+      path: created if missing.
+      settings: values by name, ready for JSON; an existing folder must have the
+        same.
 
     Raises:
-      OutputFolderError: the folder is in use, or was made with other settings.
+      OutputFolderError: the folder is in use, or has other settings.
     """
     self.path = path
     self._lock = Lock(path, "lock")
     try:
-      self._agree(settings)
+      self._check_settings(settings)
     except BaseException:
       self._lock.close()
       raise
@@ -60,74 +60,79 @@ class ResultsFolder:
   def __exit__(self, *_) -> None:
     self._lock.close()
 
-  def _agree(self, settings: dict[str, Any]) -> None:
+  def _check_settings(self, settings: dict[str, Any]) -> None:
     file = self.path / _SETTINGS
     if not file.exists():
       write_bytes(file, to_json(settings))
       return
-    found = json.loads(file.read_text())
-    differ = [
-      f"  {key}: was {found.get(key)!r}, is {settings.get(key)!r}"
-      for key in sorted({*found, *settings})
-      if found.get(key) != settings.get(key)
+    earlier = json.loads(file.read_text())
+    differences = [
+      f"  {key}: was {earlier.get(key)!r}, is {settings.get(key)!r}"
+      for key in sorted({*earlier, *settings})
+      if earlier.get(key) != settings.get(key)
     ]
-    if differ:
+    if differences:
       raise OutputFolderError(
         f"{self.path} holds results of other settings:\n"
-        + "\n".join(differ)
-        + "\nSet them back, or choose another --workdir"
+        + "\n".join(differences)
+        + "\nChange them back, or use another --workdir"
       )
 
   def results(self) -> dict[str, Any]:
-    """What results.json holds; {} where no call has come to its end."""
+    """Returns the content of results.json; {} before the first call ends."""
     file = self.path / "results.json"
     return json.loads(file.read_text()) if file.exists() else {}
+
+  def write_results(self, results: dict[str, Any], table: str) -> None:
+    """Writes results.json and results.txt."""
+    write_bytes(self.path / "results.json", to_json(results))
+    write_bytes(self.path / "results.txt", f"{table}\n".encode())
 
   # --- Cells ------------------------------------------------------------------
 
   def cell(self, name: str) -> dict[str, Any] | None:
-    """The numbers of a cell; None where it is not finished."""
+    """Returns the scores of a cell; None if it is not finished."""
     file = self.path / "cells" / f"{name}.json"
     if not file.exists():
       return None
     return json.loads(file.read_text())
 
   def probabilities(self, name: str) -> np.ndarray:
-    """Of a finished cell, float64 (V, K), on the test split."""
+    """Returns a finished cell's float64 (V, K) on the test split."""
     with np.load(self.path / "cells" / f"{name}.npz") as arrays:
       return arrays["probabilities"]
 
   def checkpoints(self, name: str) -> Path:
-    """Where a cell that takes long saves what it has."""
+    """Returns the folder for the checkpoints of an unfinished cell."""
     return self.path / "cells" / name
 
-  def finish(
+  def write_cell(
     self,
     name: str,
     columns: Sequence[str],
-    found: Predictions,
+    predictions: Predictions,
     targets: np.ndarray,
     result: dict[str, Any],
   ) -> None:
-    """Keeps a cell.
+    """Writes a finished cell and removes its checkpoints.
 
     Args:
       name: of the cell.
       columns: names of the K labels or classes.
-      found: on the test split.
-      targets: (V, K), as one_hot where they are classes.
-      result: its numbers.
+      predictions: on the test split.
+      targets: (V, K), one-hot for classes; NaN where unknown.
+      result: scores of the cell.
     """
     cells = self.path / "cells"
     cells.mkdir(exist_ok=True)
     data = io.BytesIO()
-    np.savez(data, probabilities=found.probabilities)
+    np.savez(data, probabilities=predictions.probabilities)
     write_bytes(cells / f"{name}.npz", data.getvalue())
-    self._write_csv(name, columns, found, targets)
+    self._write_csv(name, columns, predictions, targets)
     write_bytes(cells / f"{name}.json", to_json(result))
     shutil.rmtree(self.checkpoints(name), ignore_errors=True)
 
-  def _write_csv(self, name, columns, found, targets) -> None:
+  def _write_csv(self, name, columns, predictions, targets) -> None:
     folder = self.path / "predictions"
     folder.mkdir(exist_ok=True)
     text = io.StringIO()
@@ -135,16 +140,21 @@ class ResultsFolder:
     header = [f"{kind}:{c}" for c in columns for kind in ("true", "p")]
     writer.writerow(["video_id", "person", *header])
     for video_id, person, true, p in zip(
-      found.video_ids, found.people, targets, found.probabilities, strict=True
+      predictions.video_ids,
+      predictions.people,
+      targets,
+      predictions.probabilities,
+      strict=True,
     ):
-      cells = [
-        text
+      values = [
+        value
         for t, q in zip(true, p, strict=True)
-        for text in ("" if np.isnan(t) else f"{t:g}", f"{q:.6g}")
+        for value in ("" if np.isnan(t) else f"{t:g}", f"{q:.6g}")
       ]
-      writer.writerow([video_id, person, *cells])
+      writer.writerow([video_id, person, *values])
     write_bytes(folder / f"{name}.csv", text.getvalue().encode())
 
 
 def to_json(tree: Any) -> bytes:
+  """Encodes a tree as JSON, which has no NaN."""
   return (json.dumps(tree, indent=2, allow_nan=False) + "\n").encode()

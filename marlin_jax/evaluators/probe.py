@@ -63,7 +63,7 @@ class Probe:
       for warning in data.warnings:
         print(f"WARNING: {warning}")
     self._config, self._alive = config.probe, alive
-    self._probe = quick_probe.Probe(
+    self._probe = quick_probe.QuickProbe(
       data, config.probe, course.mesh, num_threads=config.data.num_threads
     )
     self._split = sharding.batch_sharding(course.mesh)

@@ -30,8 +30,7 @@ from marlin_jax.devices import sharding
 from marlin_jax.downstream import (
   clip_batches,
   feature_cache,
-  intervals,
-  labelled,
+  splits,
 )
 from marlin_jax.eval import measures as measure_lib
 from marlin_jax.records.schema import GRID_SIZE, PATCH_SIZE
@@ -206,12 +205,12 @@ def measure(
 
   blocks = windows.block[question.test]
   unweighted = np.ones((len(blocks), 1))
-  ends = intervals.bootstrap(all_scores, blocks, num_resamples=NUM_RESAMPLES)
+  ends = measure_lib.bootstrap(all_scores, blocks, num_resamples=NUM_RESAMPLES)
   results = {
     name: {
-      "value": measure_lib.defined(value[0]),
-      "low": measure_lib.defined(ends[name][0]),
-      "high": measure_lib.defined(ends[name][1]),
+      "value": measure_lib.finite_or_none(value[0]),
+      "low": measure_lib.finite_or_none(ends[name][0]),
+      "high": measure_lib.finite_or_none(ends[name][1]),
     }
     for name, value in all_scores(unweighted).items()
   }
@@ -227,7 +226,7 @@ def measure(
     },
     "by_penalty": {
       str(penalty): {
-        name: measure_lib.defined(value[0])
+        name: measure_lib.finite_or_none(value[0])
         for name, value in all_scores(unweighted, penalty).items()
       }
       for penalty in PENALTIES
@@ -324,7 +323,7 @@ def main():
     trained[strategy] = train(FOLDER / name / strategy, strategy, args)
 
   # --- Features ---------------------------------------------------------------
-  split = labelled.open_split(
+  split = splits.open_split(
     str(FOLDER / "dataset"), "windows", FOLDER / "features"
   )
   windows = open_windows(split)

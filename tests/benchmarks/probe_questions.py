@@ -61,7 +61,7 @@ class Windows:
 
 
 def open_windows(split) -> Windows:
-  """Returns the windows of a labelled.Split."""
+  """Returns the windows of a splits.Split."""
   names = np.array([name.split("/") for name in split.video_ids])
   return Windows(
     video=names[:, 0],
@@ -183,7 +183,7 @@ def answers(
     targets = question.targets[question.fit]
   probes = {}
 
-  def keep(probe: logistic.Probe) -> float:
+  def keep(probe: logistic.LinearProbe) -> float:
     probes[probe.penalty] = probe
     return 0.0
 

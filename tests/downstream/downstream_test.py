@@ -235,7 +235,7 @@ def test_the_papers_steps_find_the_known_answer_too():
 
   fitted = fit.fit(
     probe,
-    protocols.plan_of(config, 256),
+    protocols.plan_training(config, 256),
     batches,
     lambda trained: BINARY.auc(new_y, predict(trained), micro=True),
     seed=0,
@@ -254,7 +254,11 @@ def test_a_loss_that_is_no_number_ends_a_training():
   batches = iter([(x * np.nan, wanted, known)] * 9)
   with pytest.raises(NotFiniteError, match="loss of round 1 is nan"):
     fit.fit(
-      probe, protocols.plan_of(config, 32), lambda _: batches, never, seed=0
+      probe,
+      protocols.plan_training(config, 32),
+      lambda _: batches,
+      never,
+      seed=0,
     )
 
 
@@ -312,7 +316,7 @@ def test_the_papers_training_ends_with_the_rate():
   # Nothing known: the loss is 0 and never falls.
   batches = iter([(x, wanted, 0 * known)] * 99)
   fitted = fit.fit(
-    probe, protocols.plan_of(config, 8), lambda _: batches, never, seed=0
+    probe, protocols.plan_training(config, 8), lambda _: batches, never, seed=0
   )
   assert fitted.num_rounds == 3  # a best, two without gain, then half the rate
 

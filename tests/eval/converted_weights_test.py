@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from configs import eval_far
-from marlin_jax.downstream import clip_batches, labelled
+from marlin_jax.downstream import clip_batches, splits
 from marlin_jax.weights import (
   formats,
   huggingface,
@@ -94,7 +94,7 @@ def test_the_authors_own_files_have_the_numbers_and_features_of_the_authors(
   assert got["cells"] == want["cells"]
   assert metric(got, "linear") > metric(got, "constant")
 
-  split = labelled.open_split(str(data), "test", tmp_path)
+  split = splits.open_split(str(data), "test", tmp_path)
   windows = split.windows(MARLIN.clip)
   assert len(windows) == 4
   clips = clip_batches.ClipReader(split, MARLIN.clip).read(windows)

@@ -13,7 +13,7 @@ import pytest
 from configs import eval_dfd, eval_far
 from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.devices.sharding import MeshError
-from marlin_jax.downstream import clip_batches, labelled, tasks
+from marlin_jax.downstream import clip_batches, splits, tasks
 from marlin_jax.records.folders import OutputFolderError
 from marlin_jax.training.configuration import ConfigError
 from marlin_jax.weights import formats, safetensors_folder
@@ -344,7 +344,7 @@ def test_people_in_two_splits_are_told_loudly(tmp_path, capsys):
 def test_windows_cover_the_longest_track_across_records(face_data, tmp_path):
   config = tiny(eval_far.get_config())
   clip = formats.open_encoder("random", config.random).architecture.clip
-  split = labelled.open_split(str(face_data), "train", tmp_path)
+  split = splits.open_split(str(face_data), "train", tmp_path)
   assert len(split) == len(split.tracks) == 24
   windows = split.windows(clip)
   assert [w.start for w in windows] == [0, 2] * 24
@@ -354,8 +354,6 @@ def test_windows_cover_the_longest_track_across_records(face_data, tmp_path):
   frames = labelled_data.make(24, draw_face)[1].frames.astype(float)
   expected = frames[[2, 4, 6, 8]].mean(axis=(1, 2))
   np.testing.assert_allclose(found.mean(axis=(1, 2)), expected, atol=1)
-  every = labelled.open_split(
-    str(face_data), "train", tmp_path, all_tracks=True
-  )
+  every = splits.open_split(str(face_data), "train", tmp_path, all_tracks=True)
   assert len(every.tracks) == 25
   assert np.isnan(split.labels["emotion"][0, 1])

@@ -11,8 +11,8 @@ from marlin_jax.devices import sharding
 from marlin_jax.downstream import (
   clip_batches,
   feature_cache,
-  labelled,
   learner,
+  splits,
   tasks,
 )
 from marlin_jax.inference import marlin
@@ -42,7 +42,7 @@ def frozen(config):
 
 def test_features_are_the_encoders_whatever_the_batch(face_data, tmp_path):
   weights, encoder = frozen(tiny(eval_far.get_config()))
-  split = labelled.open_split(str(face_data), "val", tmp_path)
+  split = splits.open_split(str(face_data), "val", tmp_path)
   clip = weights.architecture.clip
   windows = split.windows(clip)
   found = [
@@ -62,7 +62,7 @@ def test_features_that_are_lost_or_cut_short_are_computed_again(
 ):
   monkeypatch.setattr(feature_cache, "PART_WINDOWS", 8)
   weights, encoder = frozen(tiny(eval_far.get_config()))
-  split = labelled.open_split(str(face_data), "val", tmp_path)
+  split = splits.open_split(str(face_data), "val", tmp_path)
   windows = split.windows(weights.architecture.clip)
 
   def features():
@@ -93,7 +93,7 @@ def test_a_probe_on_features_is_the_probe_end_to_end(tmp_path):
   )
   config = tiny(eval_far.get_config())
   weights, encoder = frozen(config)
-  split = labelled.open_split(str(data), "train", tmp_path)
+  split = splits.open_split(str(data), "train", tmp_path)
   clip = weights.architecture.clip
   features = feature_cache.window_features(
     encoder,
@@ -103,7 +103,7 @@ def test_a_probe_on_features_is_the_probe_end_to_end(tmp_path):
     batch_size=4,
     num_threads=2,
   )
-  task = tasks.make_task("mood", tasks.known_labels(str(data)), {}, "")
+  task = tasks.make_task("mood", tasks.read_labels(str(data)), {}, "")
   wanted, known = task.encode(task.targets(split.labels["mood"]))
   mesh = sharding.make_mesh()
   on_features = learner.linear_probe(task, 32, config.paper, mesh, seed=3)
@@ -213,7 +213,7 @@ def test_fine_tuning_moves_the_encoder_and_beats_the_probe(tmp_path):
 def test_every_array_of_the_encoder_learns_when_it_may(face_data, tmp_path):
   config = tiny(eval_far.get_config())
   weights = formats.open_encoder("random", config.random)
-  task = tasks.make_task("mood", tasks.known_labels(str(face_data)), {}, "")
+  task = tasks.make_task("mood", tasks.read_labels(str(face_data)), {}, "")
   np_rng = np.random.default_rng(0)
   clips = np_rng.integers(0, 256, (4, 4, SIZE, SIZE, 3), np.uint8)
   wanted, known = task.encode(np.array([0.0, 1.0, 2.0, 1.0]))

@@ -60,7 +60,7 @@ def test_a_run_on_eight_devices_tells_what_its_checkpoint_is_worth_on_one(
   )
   encode = feature_cache.FrozenEncoder(weights, mesh, "float32", "auto")
   seen = []
-  alone = quick_probe.Probe(data, settings(), mesh, num_threads=2).scores(
+  alone = quick_probe.QuickProbe(data, settings(), mesh, num_threads=2).scores(
     encode, seen.append
   )
   assert sum(seen) == 40 + 32

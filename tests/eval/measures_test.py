@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from marlin_jax.downstream import intervals
+from marlin_jax.eval import measures
 
 
 def measure(values):
@@ -14,7 +14,7 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says():
   covered = 0
   for seed in range(200):
     values = np_rng.normal(size=60)
-    low, high = intervals.bootstrap(
+    low, high = measures.bootstrap(
       measure(values), [str(i) for i in range(60)], num_resamples=200, seed=seed
     )["mean"]
     covered += low < 0 < high
@@ -27,8 +27,8 @@ def test_people_and_not_videos_are_drawn():
   values = np.repeat(np_rng.normal(size=20), 10)
   people = np.repeat(np.arange(20), 10).astype(str)
   videos = np.arange(200).astype(str)
-  by_person = intervals.bootstrap(measure(values), people, num_resamples=500)
-  by_video = intervals.bootstrap(measure(values), videos, num_resamples=500)
+  by_person = measures.bootstrap(measure(values), people, num_resamples=500)
+  by_video = measures.bootstrap(measure(values), videos, num_resamples=500)
   width = {
     k: v["mean"][1] - v["mean"][0]
     for k, v in (("person", by_person), ("video", by_video))
@@ -37,5 +37,5 @@ def test_people_and_not_videos_are_drawn():
 
 
 def test_one_person_gives_no_interval():
-  found = intervals.bootstrap(measure(np.ones(5)), ["a"] * 5, num_resamples=10)
+  found = measures.bootstrap(measure(np.ones(5)), ["a"] * 5, num_resamples=10)
   assert np.isnan(found["mean"]).all()

@@ -1,0 +1,299 @@
+"""Labelled videos of a split: people, labels, tracks and windows.
+
+Axes: V videos, K labels, W windows.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Mapping
+from concurrent import futures
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from marlin_jax.data import prepared_dataset
+from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.data.prepared_dataset import Dataset, DatasetError, RecordSource
+from marlin_jax.downstream.tasks import Task, TaskError
+from marlin_jax.records import schema
+from marlin_jax.records.folders import write_bytes
+
+# Incremented when the meaning of an index file changes.
+_INDEX_VERSION = 1
+_NUM_THREADS = 8
+
+
+class TrackRecords(NamedTuple):
+  """The records of a face track, in order.
+
+  Attributes:
+    video: number of the video in the split.
+    records: numbers of the records in the split.
+    lengths: frames of each record.
+  """
+
+  video: int
+  records: tuple[int, ...]
+  lengths: tuple[int, ...]
+
+  @property
+  def num_frames(self) -> int:
+    return sum(self.lengths)
+
+
+class TrackWindow(NamedTuple):
+  """A window of a track: number of the track, and first frame in the track."""
+
+  track: int
+  start: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """The videos of a split.
+
+  Attributes:
+    dataset: holds the records.
+    video_ids: V ids, sorted.
+    subject_ids: person in each video; '' where unknown.
+    labels: float32 (V, K) by label; NaN where unknown.
+    tracks: sorted by video.
+  """
+
+  dataset: Dataset
+  video_ids: tuple[str, ...]
+  subject_ids: tuple[str, ...]
+  labels: Mapping[str, np.ndarray]
+  tracks: tuple[TrackRecords, ...]
+
+  def __len__(self) -> int:
+    return len(self.video_ids)
+
+  @property
+  def name(self) -> str:
+    return self.dataset.split
+
+  @functools.cached_property
+  def people(self) -> list[str]:
+    """The person in each video; unknown people count as different ones."""
+    return [
+      f"subject {subject}" if subject else f"video {video}"
+      for subject, video in zip(self.subject_ids, self.video_ids, strict=True)
+    ]
+
+  def windows(self, clip: Clip) -> list[TrackWindow]:
+    """Returns the windows that cover each track; see `Clip.window_starts`."""
+    return [
+      TrackWindow(number, int(start))
+      for number, track in enumerate(self.tracks)
+      for start in clip.window_starts(track.num_frames)
+    ]
+
+  def video_of(self, windows: Iterable[TrackWindow]) -> np.ndarray:
+    """Returns the number of the video of each window, int (W,)."""
+    return np.array([self.tracks[w.track].video for w in windows], int)
+
+
+def open_split(
+  path: str, split: str, cache: Path | None, *, all_tracks: bool = False
+) -> Split:
+  """Opens a split of a prepared data set.
+
+  Reads all records once for their labels, and keeps these in `cache`.
+
+  Args:
+    path: directory of the data set.
+    split: 'train', 'val', 'test', ...
+    cache: folder for the index of the records; None: it is not kept.
+    all_tracks: take every track; by default the longest of each video, as
+      `Marlin.extract_video` does.
+
+  Raises:
+    DatasetError: there is no such split, it is damaged, or the records of a
+      video disagree on its subject or labels.
+  """
+  dataset = prepared_dataset.open_dataset(path, split)
+  rows = _read_index(dataset, cache)
+  videos: dict[str, dict] = {}
+  segments = collections.defaultdict(list)
+  for number, row in enumerate(rows):
+    first = videos.setdefault(row["video_id"], row)
+    for key in ("subject_id", "labels"):
+      if row[key] != first[key]:
+        raise DatasetError(
+          f"{path}: records of video '{row['video_id']}' differ in {key}: "
+          f"{first[key]} and {row[key]}; prepare the data set again"
+        )
+    segments[row["video_id"], row["track_id"]].append(
+      (row["segment"], number, row["num_frames"])
+    )
+  video_ids = sorted(videos)
+  video_numbers = {video_id: i for i, video_id in enumerate(video_ids)}
+  tracks: list[TrackRecords] = []
+  for (video_id, _), track_segments in sorted(segments.items()):
+    _, numbers, lengths = zip(*sorted(track_segments), strict=True)
+    track = TrackRecords(video_numbers[video_id], numbers, lengths)
+    if all_tracks or not tracks or tracks[-1].video != track.video:
+      tracks.append(track)
+    elif track.num_frames > tracks[-1].num_frames:
+      tracks[-1] = track
+  return Split(
+    dataset=dataset,
+    video_ids=tuple(video_ids),
+    subject_ids=tuple(videos[i]["subject_id"] for i in video_ids),
+    labels=_stacked([videos[i]["labels"] for i in video_ids]),
+    tracks=tuple(tracks),
+  )
+
+
+def _stacked(rows: list[dict[str, list]]) -> dict[str, np.ndarray]:
+  """Stacks the labels of each video to (V, K) by name; NaN where missing."""
+  widths = {name: len(values) for row in rows for name, values in row.items()}
+  return {
+    name: np.array(
+      [row.get(name, [None] * width) for row in rows], np.float32
+    ).reshape(len(rows), width)
+    for name, width in sorted(widths.items())
+  }
+
+
+def _read_index(dataset: Dataset, cache: Path | None) -> list[dict]:
+  """Returns the fields of each record but its pixels, in order."""
+  if cache is None:
+    return _read_records(dataset)
+  path = cache / f"index-{dataset.split}-{dataset.fingerprint[:16]}.json"
+  header = {"version": _INDEX_VERSION, "fingerprint": dataset.fingerprint}
+  if path.exists():
+    index = json.loads(path.read_text())
+    if index["header"] == header:
+      return index["records"]
+  rows = _read_records(dataset)
+  cache.mkdir(parents=True, exist_ok=True)
+  write_bytes(path, json.dumps({"header": header, "records": rows}).encode())
+  return rows
+
+
+def _read_records(dataset: Dataset) -> list[dict]:
+  source = RecordSource(dataset)
+  with futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
+    return list(
+      tqdm(
+        pool.map(lambda i: _row(source[i][1]), range(len(source))),
+        desc=f"labels of {dataset.split}",
+        total=len(source),
+        unit="record",
+        mininterval=1.0,
+      )
+    )
+
+
+def _row(record: schema.Record) -> dict:
+  return {
+    "video_id": record.video_id,
+    "track_id": record.track_id,
+    "segment": record.segment,
+    "subject_id": record.subject_id,
+    "num_frames": len(record),
+    # None instead of NaN, which differs from itself and is not JSON.
+    "labels": {
+      name: [None if np.isnan(x) else float(x) for x in np.ravel(values)]
+      for name, values in record.labels.items()
+    },
+  }
+
+
+def split_warnings(splits: Iterable[Split]) -> list[str]:
+  """Returns a line for each way in which splits are not independent."""
+  splits = list(splits)
+  lines = []
+  for first, second in itertools.combinations(splits, 2):
+    if first.name == second.name:
+      lines.append(
+        f"split '{first.name}' is used twice: choices made on it make its own "
+        "scores too high"
+      )
+      continue
+    for field, noun in (("subject_ids", "people"), ("video_ids", "videos")):
+      common = {*getattr(first, field)} & {*getattr(second, field)} - {""}
+      if common:
+        lines.append(
+          f"'{first.name}' and '{second.name}' share {len(common)} {noun} "
+          f"(e.g. {min(common)!r}): scores on '{second.name}' are too high"
+        )
+  num_unknown = sum(not who for split in splits for who in split.subject_ids)
+  if num_unknown:
+    lines.append(
+      f"the person is unknown in {num_unknown} of {sum(map(len, splits))} "
+      "videos: splits may share people, and intervals hold for new videos, not "
+      "for new people"
+    )
+  return lines
+
+
+def labels_sha256(splits: Iterable[Split], label: str) -> str:
+  """Returns a hash of the videos, people and labels of each split."""
+  digest = hashlib.sha256()
+  for split in splits:
+    names = [split.name, split.video_ids, split.subject_ids]
+    digest.update(json.dumps(names).encode())
+    digest.update(split.labels[label].astype("<f4").tobytes())
+  return digest.hexdigest()
+
+
+# --- Videos of a task ---------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSplit:
+  """Videos of a split whose label a task knows.
+
+  Attributes:
+    split: all videos of the split.
+    rows: int (V,), numbers of the task's videos in the split.
+    targets: of these videos; see `Task.targets`.
+  """
+
+  split: Split
+  rows: np.ndarray
+  targets: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  @property
+  def video_ids(self) -> list[str]:
+    return [self.split.video_ids[row] for row in self.rows]
+
+  @property
+  def people(self) -> list[str]:
+    return [self.split.people[row] for row in self.rows]
+
+  def subset(self, indices: np.ndarray) -> TaskSplit:
+    """Returns some of the videos; `indices` count from 0 within the task."""
+    return TaskSplit(self.split, self.rows[indices], self.targets[indices])
+
+
+def task_split(task: Task, split: Split) -> TaskSplit:
+  """Selects the videos of a split that a task is about.
+
+  Raises:
+    TaskError: the label is unknown for all videos.
+  """
+  values = split.labels.get(task.label)
+  if values is None:
+    values = np.full((len(split), 1), np.nan)
+  rows = np.flatnonzero(task.chosen(values))
+  if not len(rows):
+    raise TaskError(
+      f"task '{task.name}': label '{task.label}' is unknown for all "
+      f"{len(split)} videos of split '{split.name}'"
+    )
+  return TaskSplit(split, rows, task.targets(values[rows]))
