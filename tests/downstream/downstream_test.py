@@ -76,10 +76,10 @@ def test_labels_become_targets():
   ("name", "rule", "words"),
   [
     ("x", {}, r"label 'x', and DATA has face \(binary\), mood \(class\)"),
-    ("worth", {}, "is a value; say where its classes end"),
+    ("worth", {}, "label .worth. of DATA is a value"),
     ("mood", {"label": "mood", "cuts": (0.0,)}, "cuts are for kind value"),
     ("m", {"label": "mood", "negative": "glad"}, "no class 'glad', it has sad"),
-    ("w", {"label": "worth", "cuts": (1.0, 0.0)}, "expected ascending ones"),
+    ("w", {"label": "worth", "cuts": (1.0, 0.0)}, r"cuts \(1.0, 0.0\)"),
   ],
 )
 def test_labels_that_do_not_fit_are_refused(name, rule, words):
