@@ -1,7 +1,7 @@
-"""The least time that a step can take on given chips.
+"""Roofline model: the least time of a step on given chips.
 
-A roofline (Williams et al. 2009): each resource at its full published speed,
-and all of them busy at the same time. Real steps are slower.
+Every resource works at its published peak, all at the same time (Williams et
+al. 2009). Real steps are slower.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from marlin_jax.planning.hlo import Collective
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-  """Least seconds per step, by resource.
+  """Least seconds per step of each resource.
 
   Attributes:
-    compute: matrix products, with what remat repeats.
-    hbm: bytes to and from the chip's memory.
-    links: bytes between chips of a slice or machine.
-    network: bytes between slices; None: the network's speed is not known.
+    compute: for the matrix products, with what remat repeats.
+    hbm: for the bytes to and from the chip's memory.
+    links: for the bytes between chips of a slice or machine.
+    network: for the bytes between slices; None if the network's speed is
+      unknown.
   """
 
   compute: float
@@ -31,15 +32,15 @@ class Roofline:
 
   @property
   def secs(self) -> float:
-    return max(self._known.values())
+    return max(self._times.values())
 
   @property
   def binds(self) -> str:
-    """The resource that takes longest."""
-    return max(self._known, key=self._known.get)
+    """The resource that takes longest, which bounds the step."""
+    return max(self._times, key=self._times.get)
 
   @property
-  def _known(self) -> dict[str, float]:
+  def _times(self) -> dict[str, float]:
     return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
 
@@ -52,17 +53,17 @@ def estimate(
   collectives: Sequence[Collective],
   network_bytes: float = 0.0,
 ) -> Roofline:
-  """Divides what a step needs of each chip by what the chip has.
+  """Divides the work of a step by the peaks of the chip.
 
   Args:
     chip: the chip.
     dtype: of the matmuls.
-    flops: of one chip in one step.
-    hbm_bytes: likewise.
+    flops: FLOPs of one chip in one step.
+    hbm_bytes: bytes to and from the memory of one chip in one step.
     collectives: of the step, see hlo.collectives.
-    network_bytes: that one chip sends to other slices.
+    network_bytes: bytes that one chip sends to other slices in one step.
   """
-  sent = sum(_sent(one) for one in collectives)
+  sent = sum(map(_sent_bytes, collectives))
   network = 0.0
   if network_bytes:
     speed = chip.network_bandwidth
@@ -75,8 +76,8 @@ def estimate(
   )
 
 
-def _sent(one: Collective) -> float:
-  """Bytes that one device of a ring sends."""
-  rounds = 2 if one.kind == "all-reduce" else 1
-  n = one.group_size
-  return rounds * one.num_bytes * one.times * (n - 1) / n
+def _sent_bytes(collective: Collective) -> float:
+  """Returns the bytes that one device of a ring sends."""
+  rounds = 2 if collective.kind == "all-reduce" else 1
+  n = collective.group_size
+  return rounds * collective.num_bytes * collective.times * (n - 1) / n

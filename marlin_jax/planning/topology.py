@@ -1,7 +1,7 @@
-"""Devices to plan for, which need not be of this machine.
+"""Devices to compile for, which need not exist on this machine.
 
-jax's compiler for TPU, libtpu, needs no TPU; for CPU any number of devices can
-be had.
+libtpu, the compiler for TPU, works without a TPU; XLA can emulate any number of
+CPU devices.
 """
 
 from __future__ import annotations
@@ -18,36 +18,38 @@ from marlin_jax.devices.chips import Chip, find
 from marlin_jax.records.cli import UserError
 
 FORMS = """\
-  v5e:4x4    TPU slices by chip and shape: v5e and v6e, two sides up to 16x16;
+  v5e:4x4    TPU slice by chip and shape: v5e and v6e, two sides up to 16x16;
   v5p:4x4x4  v4 and v5p, three sides
-  cpu:8      so many CPU devices, in this machine's memory
-  here       the devices that this machine has"""
+  cpu:8      that many CPU devices in this machine's memory
+  here       the devices of this machine"""
 
-# Sides of the mesh of chips, and the most chips of a slice.
+# Chip -> number of sides of a slice, and the most chips of a slice.
 _SLICES = {
   "v4": (3, 4096),
   "v5e": (2, 256),
   "v5p": (3, 6144),
   "v6e": (2, 256),
 }
-# A chip of two cores is one device; libtpu's default for v4 is two.
+# One device per chip with its two cores; libtpu's default for v4 is two.
 _OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 
 
 class TopologyError(UserError):
-  """There are no such devices; the message says which there are."""
+  """Devices that do not exist; the message lists those that do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """Devices, and what is known of them.
+  """Devices and their properties.
 
   Attributes:
-    name: as asked for.
-    devices: jax devices; those of a topology can only be compiled for.
-    chip: None where it is not in chips.CHIPS.
-    memory_bytes: of each device.
-    num_slices: TPU slices that only the data centre's network joins.
+    name: one of FORMS.
+    devices: jax devices; those that are not of this machine can only be
+      compiled for.
+    chip: None if it is not in chips.CHIPS.
+    memory_bytes: memory of each device.
+    num_slices: TPU slices, which are connected by the data centre's network
+      alone.
   """
 
   name: str
@@ -62,9 +64,9 @@ class Topology:
 
 
 def parse(name: str) -> tuple[str, tuple[int, ...]]:
-  """A topology's kind and shape: 'v5e:4x4' -> ('v5e', (4, 4)).
+  """Parses the name of a topology: 'v5e:4x4' -> ('v5e', (4, 4)).
 
-  Looked at here since libtpu kills the process over some bad shapes.
+  Checks the shape, because libtpu kills the process for some invalid ones.
 
   Raises:
     TopologyError: there is no such topology.
@@ -91,13 +93,13 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
 
 
 def find_devices(name: str, num_slices: int = 1) -> Topology:
-  """Finds the devices of a topology.
+  """Returns the devices of a topology.
 
-  Call it before anything asks jax for devices: it settles which there are.
+  Call it before jax initialises its devices, which it configures.
 
   Args:
     name: one of FORMS.
-    num_slices: of a TPU topology, so many slices of that shape.
+    num_slices: number of slices of a TPU topology.
 
   Raises:
     TopologyError: there is no such topology, or libtpu is missing.
@@ -124,12 +126,12 @@ def find_devices(name: str, num_slices: int = 1) -> Topology:
 def _slices(name, kind, shape, num_slices) -> Topology:
   if importlib.util.find_spec("libtpu") is None:
     raise TopologyError(
-      f"--topology={name}: compiling for TPU needs libtpu, which is not "
-      "installed; it needs no TPU: pip install 'marlin-jax[plan]', or "
+      f"--topology={name}: compiling for TPU needs libtpu, but no TPU; it is "
+      "not installed: pip install 'marlin-jax[plan]', or "
       "pip install 'jax[tpu]'"
     )
-  # Nothing is to be asked of a machine that is no TPU, nor to be said of it;
-  # and several processes may compile.
+  # libtpu must not query the metadata of a machine that is no TPU, and several
+  # processes may compile at once.
   os.environ["TPU_SKIP_MDS_QUERY"] = "1"
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -144,12 +146,13 @@ def _slices(name, kind, shape, num_slices) -> Topology:
   if num_slices > 1:
     options["num_slices"] = num_slices
   try:
-    found = topologies.get_topology_desc(
+    description = topologies.get_topology_desc(
       platform="tpu", topology_name=name, **options
     )
   except jax.errors.JaxRuntimeError as e:
     raise TopologyError(
-      f"--topology={name}: libtpu does not know it: {e}\nknown are\n{FORMS}"
+      f"--topology={name}: unknown to libtpu: {e}\nexpected one of\n{FORMS}"
     ) from e
-  chip = find(found.devices[0].device_kind)
-  return Topology(name, found.devices, chip, chip.hbm_bytes, num_slices)
+  devices = description.devices
+  chip = find(devices[0].device_kind)
+  return Topology(name, devices, chip, chip.hbm_bytes, num_slices)
