@@ -28,6 +28,7 @@ from marlin_jax.records.folders import OutputFolderError
 from marlin_jax.weights import safetensors_folder
 from marlin_jax.weights.weights import Architecture, Weights
 from tests.support import authors
+from tests.support.files import content, read_lines
 from tests.support.processes import ROOT
 from tests.support.videos import moving_noise, shared_video, write_video
 
@@ -191,18 +192,6 @@ def run(*args: object) -> int:
     return features.main([*map(str, args), "--num_workers", "1"])
   finally:
     signal.signal(signal.SIGTERM, handler)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-  return {
-    file.relative_to(folder).as_posix(): file.read_bytes()
-    for file in folder.rglob("*")
-    if file.is_file()
-  }
-
-
-def read_lines(path: Path) -> list[dict]:
-  return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -7,94 +7,25 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from tests.support import made_dataset
+from tests.support import compile_cache, made_dataset
+from tests.support.files import arrays_of, rows_of
 from tests.support.made_dataset import a_record
-from tests.support.processes import seeing_devices
-
-ROOT = Path(__file__).parents[2]
-
-TINY = {
-  "batch_size": 4,
-  "clips_per_device": 4,
-  "num_epochs": 0,
-  "num_steps": 6,
-  "data.num_frames": 4,
-  "model.width": 16,
-  "model.depth": 1,
-  "model.num_heads": 2,
-  "model.mlp_dim": 32,
-  "model.dec_width": 16,
-  "model.dec_depth": 1,
-  "model.dec_num_heads": 2,
-  "model.dec_mlp_dim": 32,
-  "adv.hidden": 16,
-  "ema_decay": 0.9,
-  "log_steps": 1,
-  "eval_steps": 1000,
-  "eval_batches": 1,
-  "picture_steps": 1000,
-  "checkpoint_steps": 3,
-}
+from tests.support.processes import ROOT
+from tests.support.training_runs import (
+  TINY,
+  command,
+  metrics_of,
+  refused,
+  run,
+  train,
+)
 
 PART_OF_TIME = "goodput/(?!total|down).*_secs"
-
-
-def command(workdir, **overrides):
-  values = TINY | overrides
-  return [
-    sys.executable,
-    "-m",
-    "marlin_jax.train",
-    "--config=configs/pretrain_b.py",
-    f"--workdir={workdir}",
-    *(f"--config.{key}={value}" for key, value in values.items()),
-  ]
-
-
-def run(workdir, *, devices=1, **overrides):
-  """Trains in a process of its own; returns it finished."""
-  return subprocess.run(
-    command(workdir, **overrides),
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-    env=seeing_devices(devices),
-    check=False,
-    timeout=250,
-  )
-
-
-def rows_of(workdir):
-  """The lines of metrics.jsonl."""
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  return [json.loads(line) for line in lines]
-
-
-def metrics_of(workdir):
-  """step -> the numbers that a repeated run must give again."""
-  return {
-    row["step"]: {k: v for k, v in row.items() if k.startswith("train/")}
-    for row in rows_of(workdir)
-    if "train/loss_rec" in row
-  }
-
-
-def state_of(workdir, step):
-  """All arrays of a checkpoint, by path."""
-  with ocp.StandardCheckpointer() as reader:
-    tree = reader.restore(workdir / "checkpoints" / str(step) / "state")
-  return {
-    jax.tree_util.keystr(path): np.asarray(leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +69,7 @@ def test_killed_and_resumed_gives_the_same_bits(
   with subprocess.Popen(
     command(workdir, **{"data.path": sample_dataset}),
     cwd=ROOT,
+    env=compile_cache.private_copy(tmp_path / "cache"),
     stdout=subprocess.PIPE,
     text=True,
   ) as process:
@@ -148,10 +80,10 @@ def test_killed_and_resumed_gives_the_same_bits(
         break
     process.send_signal(signal.SIGKILL)
   assert process.returncode == -signal.SIGKILL
-  result = run(workdir, **{"data.path": sample_dataset})
+  result = train(workdir, **{"data.path": sample_dataset})
   assert result.returncode == 0, result.stderr
   assert metrics_of(workdir) == metrics_of(undisturbed)
-  got, want = state_of(workdir, 6), state_of(undisturbed, 6)
+  got, want = arrays_of(workdir, 6), arrays_of(undisturbed, 6)
   assert got.keys() == want.keys()
   for part in ("['params']", "['ema']", "['opt_state']", "['disc_params']"):
     assert any(key.startswith(part) for key in want)
@@ -177,7 +109,7 @@ def test_three_steps_and_three_more_equal_six(finished, halved):
   workdir, output = halved
   assert "resumed from step 3" in output
   assert metrics_of(workdir) == metrics_of(undisturbed)
-  got, want = state_of(workdir, 6), state_of(undisturbed, 6)
+  got, want = arrays_of(workdir, 6), arrays_of(undisturbed, 6)
   for key, value in want.items():
     assert value.tobytes() == got[key].tobytes(), key
 
@@ -207,7 +139,7 @@ def test_the_time_of_both_processes_adds_up(finished, halved):
 
 def test_a_finished_run_has_nothing_to_do(finished, sample_dataset):
   workdir, _ = finished
-  result = run(workdir, **{"data.path": sample_dataset})
+  result = train(workdir, **{"data.path": sample_dataset})
   assert result.returncode == 0, result.stderr
   assert "step_0000006.png" in result.stdout
 
@@ -255,17 +187,10 @@ def test_sigterm_saves_and_says_how_to_go_on(sample_dataset, tmp_path):
 # --- refusals -----------------------------------------------------------------
 
 
-def refused(result):
-  """The message of a run that must fail without a traceback."""
-  assert result.returncode == 1, result.stdout + result.stderr
-  assert "Traceback" not in result.stderr
-  return result.stderr
-
-
 def test_another_configuration_cannot_resume(finished, sample_dataset):
   workdir, _ = finished
   overrides = {"data.path": sample_dataset, "model.width": 32, "seed": 1}
-  message = refused(run(workdir, **overrides))
+  message = refused(train(workdir, **overrides))
   assert "model.width: was 16, is 32" in message
   assert "seed: was 0, is 1" in message
   assert "another --workdir" in message
@@ -286,7 +211,7 @@ def test_a_threshold_leaves_out_low_quality_and_cannot_change_silently(
   videos = {f"{i}.mp4": [a_record(f"{i}.mp4", quality=i / 4)] for i in range(4)}
   data = made_dataset.make(tmp_path / "data", videos)
   overrides = {"data.path": data, "data.min_quality": 0.5, "num_epochs": 4}
-  result = run(workdir, num_steps=0, **overrides)
+  result = train(workdir, num_steps=0, **overrides)
   assert "split 'train', records: 2, videos: 2\n" in result.stdout
   assert "below data.min_quality=0.5: records: 2, videos: 2\n" in result.stdout
   assert "steps    2\n" in result.stdout
@@ -301,7 +226,7 @@ def test_a_change_that_is_meant_goes_on_from_the_same_state(
   undisturbed, _ = finished
   workdir = tmp_path / "run"
   subprocess.run(["cp", "-r", undisturbed, workdir], check=True)
-  result = run(
+  result = train(
     workdir,
     num_steps=8,
     allow_change="num_steps,adv.max_pull",
@@ -356,13 +281,13 @@ def test_a_batch_that_does_not_divide_over_devices(sample_dataset, tmp_path):
 
 
 def test_a_folder_without_data_set(tmp_path):
-  message = refused(run(tmp_path, **{"data.path": tmp_path}))
+  message = refused(train(tmp_path, **{"data.path": tmp_path}))
   assert "python -m data_prep.prepare" in message
 
 
 def test_a_run_starts_from_the_weights_of_another(finished, tmp_path):
   source, _ = finished
-  result = run(
+  result = train(
     tmp_path / "run",
     init_from=source,
     num_steps=1,
@@ -376,7 +301,7 @@ def test_a_run_starts_from_the_weights_of_another(finished, tmp_path):
   )
   assert result.returncode == 0, result.stderr
   assert f"starts from {source}" in result.stdout
-  got, want = state_of(tmp_path / "run", 1), state_of(source, 6)
+  got, want = arrays_of(tmp_path / "run", 1), arrays_of(source, 6)
   for name in want:
     if name.startswith(("['params']", "['fixed']", "['disc_params']")):
       # The average, where one was kept, is what a run hands on.

@@ -18,6 +18,7 @@ from data_prep.output import dataset_folder
 from data_prep.sources import manifest
 from data_prep.video import video_to_records
 from marlin_jax.records import quality_index, schema
+from tests.support.files import content, read_lines
 from tests.support.processes import ROOT, run_prepare
 from tests.support.videos import moving_noise, shared_video, write_video
 
@@ -55,21 +56,8 @@ def make_bad_videos(folder: Path) -> None:
   half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
 
 
-def content(path: Path) -> dict[str, bytes]:
-  """Returns every file of a folder."""
-  return {
-    file.relative_to(path).as_posix(): file.read_bytes()
-    for file in path.rglob("*")
-    if file.is_file()
-  }
-
-
 def times(path: Path) -> dict[str, int]:
   return {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
-
-
-def read_lines(path: Path) -> list[dict]:
-  return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def read_records(path: Path, split: str = "train") -> list[schema.Record]:

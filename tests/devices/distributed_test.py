@@ -1,26 +1,29 @@
 """Two processes of four devices against one of eight, by the real trainer."""
 
-import json
 import signal
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from configs import pretrain_b
 from marlin_jax.data import loader, prepared_dataset
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.devices import distributed
-from marlin_jax.models import stacking
-from tests.commands.train_test import TINY, command, metrics_of, refused
-from tests.support.processes import seeing_devices
+from tests.support.files import arrays_of, rows_of
+from tests.support.processes import ROOT
+from tests.support.training_runs import (
+  TINY,
+  command,
+  finish,
+  free_port,
+  metrics_of,
+  refused,
+  start,
+  start_two,
+)
 
-ROOT = Path(__file__).parents[2]
 NUM_STEPS = 7
 # fsdp reaches over both processes, tensor stays inside each.
 SPREAD = {
@@ -35,63 +38,6 @@ SPREAD = {
   "mask.strategy": "random",
 }
 STEP = TINY["checkpoint_steps"]
-
-
-def free_port():
-  with socket.create_server(("127.0.0.1", 0)) as server:
-    return server.getsockname()[1]
-
-
-def start(argv, num_devices, **variables):
-  """Starts a process that sees so many devices."""
-  return subprocess.Popen(
-    argv,
-    cwd=ROOT,
-    env=seeing_devices(num_devices) | variables,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-  )
-
-
-def finish(process, returncode=0):
-  output, _ = process.communicate(timeout=250)
-  assert process.returncode == returncode, output
-  return output
-
-
-def start_two(workdir, **overrides):
-  """Both halves of one run."""
-  address = f"127.0.0.1:{free_port()}"
-  settings = {
-    "distributed.coordinator": address,
-    "distributed.num_processes": 2,
-    "distributed.timeout_secs": 120,
-  }
-  return [
-    start(
-      command(workdir, **overrides | settings | {"distributed.process_id": i}),
-      4,
-      # One writes what the other may be reading.
-      JAX_ENABLE_COMPILATION_CACHE="false",
-    )
-    for i in (0, 1)
-  ]
-
-
-def arrays_of(workdir, step):
-  """All arrays of a checkpoint by path, whatever devices and `scan` were."""
-  path = workdir / "checkpoints" / str(step) / "state"
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-    tree = reader.metadata(path).item_metadata.tree
-    args = jax.tree.map(
-      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
-    )
-    tree = reader.restore(path, ocp.args.PyTreeRestore(restore_args=args))
-  return {
-    jax.tree_util.keystr(path): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(stacking.split(tree))
-  }
 
 
 @pytest.fixture(scope="module")
@@ -122,16 +68,10 @@ def runs(sample_dataset, face_data, tmp_path_factory):
       break
   finish(undisturbed)
   outputs = [
-    "".join(seen) + finish(first, 128 + signal.SIGTERM),
+    finish(first, 128 + signal.SIGTERM, "".join(seen)),
     finish(second, 128 + signal.SIGTERM),
   ]
   return alone, ended, outputs
-
-
-def rows_of(workdir):
-  """The lines of metrics.jsonl."""
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  return [json.loads(line) for line in lines]
 
 
 def last_step(workdir):

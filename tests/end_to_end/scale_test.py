@@ -9,19 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.files import content
 from tests.support.processes import ROOT, run_prepare
 from tests.support.videos import moving_noise, write_video
 
 NUM_TASKS = 2
-
-
-def content(path: Path) -> dict[str, bytes]:
-  """Returns every file of a folder."""
-  return {
-    file.relative_to(path).as_posix(): file.read_bytes()
-    for file in path.rglob("*")
-    if file.is_file()
-  }
 
 
 @pytest.fixture(scope="module")

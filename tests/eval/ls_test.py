@@ -1,18 +1,14 @@
 """The binary of lip synchronisation as its users start it."""
 
-import json
 import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.files import arrays_of, rows_of
+from tests.support.processes import ROOT
 
 TINY = {
   "expert.num_frames": 5,
@@ -63,20 +59,10 @@ def end_at(signum, pattern, args):
   return process.returncode
 
 
-def arrays_of(workdir, step):
-  with ocp.StandardCheckpointer() as reader:
-    tree = reader.restore(workdir / "checkpoints" / str(step) / "state")
-  return {
-    jax.tree_util.keystr(path): np.asarray(leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
-
-
 def losses_of(workdir):
-  rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
   return {
     row["step"]: row["train/loss_sync"]
-    for row in rows
+    for row in rows_of(workdir)
     if "train/loss_sync" in row
   }
 

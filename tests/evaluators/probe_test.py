@@ -11,8 +11,9 @@ from marlin_jax.downstream import feature_cache, quick_probe
 from marlin_jax.downstream.tasks import TaskError
 from marlin_jax.weights import formats
 from marlin_jax.weights.weights import Architecture
-from tests.commands.train_test import refused, rows_of, run
+from tests.support.files import rows_of
 from tests.support.labelled_data import LABELS, Video, make, renamed, write
+from tests.support.training_runs import refused, run, train
 
 TINY = Architecture(width=16, depth=1, num_heads=2, mlp_dim=32, num_frames=4)
 # Some are cut down, so that there is something to choose.
@@ -147,7 +148,7 @@ def test_a_run_with_nothing_to_probe_ends_before_it_makes_a_workdir(
   sample_dataset, tmp_path
 ):
   workdir = tmp_path / "run"
-  message = refused(run(workdir, **{"data.path": sample_dataset}, **PROBE))
+  message = refused(train(workdir, **{"data.path": sample_dataset}, **PROBE))
   assert "config.probe.label='emotion'" in message
   assert "none at all: prepare it with labels" in message
   assert not workdir.exists()

@@ -20,10 +20,9 @@ from marlin_jax.records import folders
 from marlin_jax.training import checkpoint, checksums, remote_files
 from marlin_jax.weights import formats
 from marlin_jax.weights.weights import WeightsError
-from tests.commands.train_test import command, refused, run
 from tests.support import dying
-
-ROOT = Path(__file__).parents[2]
+from tests.support.processes import ROOT
+from tests.support.training_runs import command, refused, train
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +307,7 @@ def test_a_second_run_in_a_workdir_is_refused_and_told_who_is_there(
   sample_dataset, tmp_path
 ):
   lock = folders.Lock(tmp_path, "lock")
-  message = refused(run(tmp_path, **{"data.path": sample_dataset}))
+  message = refused(train(tmp_path, **{"data.path": sample_dataset}))
   assert f"another run is writing to {tmp_path}" in message
   assert f"process {os.getpid()} on " in message
   lock.close()
@@ -317,5 +316,5 @@ def test_a_second_run_in_a_workdir_is_refused_and_told_who_is_there(
 
 def test_a_workdir_that_cannot_be_made_is_refused(sample_dataset, tmp_path):
   (tmp_path / "file").write_text("")
-  result = run(tmp_path / "file" / "run", **{"data.path": sample_dataset})
+  result = train(tmp_path / "file" / "run", **{"data.path": sample_dataset})
   assert "Not a directory" in refused(result)

@@ -1,12 +1,10 @@
 """Faults of numbers and of progress: NaN, runaway players, hanging steps."""
 
 import dataclasses
-import json
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,16 +14,11 @@ import pytest
 from marlin_jax.devices import distributed
 from marlin_jax.pretraining import masking, train_step
 from marlin_jax.training import watchdog
-from tests.commands.train_test import TINY, refused, run, state_of
-from tests.devices.distributed_test import finish, start_two
-from tests.pretraining.train_step_test import (
-  BATCH_SIZE,
-  TUBELETS,
-  make,
-  step_of,
-)
+from tests.support.files import arrays_of, rows_of
+from tests.support.processes import ROOT
+from tests.support.trainers import BATCH_SIZE, TUBELETS, make, step_of
+from tests.support.training_runs import TINY, finish, refused, start_two, train
 
-ROOT = Path(__file__).parents[2]
 ADAM = optax.adamw(1e-2)
 
 
@@ -101,7 +94,7 @@ def test_a_gradient_too_large_for_its_square_is_not_applied(batch):
 def diverged(sample_dataset, tmp_path_factory):
   """A run whose first step throws it out of all bounds."""
   workdir = tmp_path_factory.mktemp("diverged")
-  result = run(
+  result = train(
     workdir,
     **{
       "data.path": sample_dataset,
@@ -129,8 +122,7 @@ def test_too_many_steps_without_a_finite_loss_end_the_run(diverged):
 
 def test_skipped_steps_are_in_the_metrics_with_their_clips(diverged):
   workdir, _ = diverged
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  events = [row for row in map(json.loads, lines) if "event" in row]
+  events = [row for row in rows_of(workdir) if "event" in row]
   assert [(e["event"], e["step"]) for e in events] == [
     ("skipped", 2),
     ("skipped", 3),
@@ -145,7 +137,7 @@ def test_what_a_diverging_run_saved_is_finite(diverged):
   steps = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
   assert steps
   for step in steps:
-    for name, array in state_of(workdir, step).items():
+    for name, array in arrays_of(workdir, step).items():
       assert np.isfinite(array).all(), (step, name)
 
 
@@ -286,7 +278,7 @@ def test_a_run_that_waits_for_a_dead_process_ends_to_be_started_again(
     if line.startswith("step 3/"):
       second.send_signal(signal.SIGSTOP)
       break
-  output = "".join(seen) + finish(first, distributed.TRY_AGAIN)
+  output = finish(first, distributed.TRY_AGAIN, "".join(seen))
   second.kill()
   second.communicate()
   assert "step 2 not applied" in output

@@ -18,7 +18,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from marlin_jax.data import loader, prepared_dataset
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.records import schema
-from tests.commands.train_test import metrics_of, refused, run
+from tests.support.training_runs import metrics_of, refused, train
 
 TAKE_CLIP = loader.TakeClip(Clip(4, 2), tubelet_size=2)
 BATCH_SIZE = 3
@@ -204,11 +204,11 @@ def test_flipped_bits_are_named_by_the_trainer_which_goes_on_if_it_may(
   data[len(data) // 4] ^= 1  # in the first of two
   shard.write_bytes(bytes(data))
   overrides = {"data.path": damaged, "num_steps": 2}
-  message = refused(run(tmp_path / "strict", **overrides))
+  message = refused(train(tmp_path / "strict", **overrides))
   assert "record 0 of split 'train'" in message
   assert "config.data.max_bad_records" in message
   lenient = tmp_path / "lenient"
-  result = run(lenient, **overrides, **{"data.max_bad_records": 1})
+  result = train(lenient, **overrides, **{"data.max_bad_records": 1})
   assert result.returncode == 0, result.stderr
   assert list(metrics_of(lenient)) == [1, 2]
   (row,) = map(

@@ -1,28 +1,62 @@
-"""Processes that tests start."""
+"""Commands that tests run, in this process and in others."""
 
+import contextlib
+import dataclasses
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
 
-def run_prepare(*args: object) -> subprocess.CompletedProcess[str]:
-  """Runs the real binary."""
-  return subprocess.run(
-    [sys.executable, "-m", "data_prep.prepare", *map(str, args)],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-    timeout=250,
-  )
+@dataclasses.dataclass(frozen=True)
+class Finished:
+  """What a command that ran in this process returned and printed."""
+
+  returncode: int
+  stdout: str
+  stderr: str
+
+
+def run_here(command: Callable[[], int | None]) -> Finished:
+  """Runs a command in this process, where its modules are loaded already.
+
+  Args:
+    command: returns the exit code or None, or raises SystemExit. Other
+      exceptions, which would be tracebacks, are the caller's.
+  """
+  out, err = io.StringIO(), io.StringIO()
+  handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+      try:
+        code = command() or 0
+      except SystemExit as e:
+        code = e.code or 0
+        if not isinstance(code, int):  # as Python does with a message
+          print(code, file=err)
+          code = 1
+  finally:
+    for signum, handler in handlers.items():
+      signal.signal(signum, handler)
+  return Finished(code, out.getvalue(), err.getvalue())
+
+
+def run_prepare(*args: object) -> Finished:
+  """Runs data_prep.prepare in this process; its workers are others."""
+  from data_prep import prepare
+
+  return run_here(lambda: prepare.main([str(arg) for arg in args]))
 
 
 def seeing_devices(num_devices: int) -> dict[str, str]:
-  """An environment in which a process sees so many CPU devices."""
+  """Returns the environment of a process that sees so many CPU devices."""
   flags = os.environ.get("XLA_FLAGS", "")
   flags += f" --xla_force_host_platform_device_count={num_devices}"
   return os.environ | {"XLA_FLAGS": flags}
@@ -35,7 +69,7 @@ def on_eight_devices(script: str) -> Any:
     capture_output=True,
     text=True,
     cwd=ROOT,
-    env=seeing_devices(8) | {"PYTHONPATH": str(ROOT)},
+    env=seeing_devices(8),
     check=False,
     timeout=280,
   )

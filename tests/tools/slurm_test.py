@@ -7,13 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.commands.train_test import TINY, metrics_of
-
-ROOT = Path(__file__).parents[2]
+from tests.support.processes import ROOT
+from tests.support.training_runs import TINY, metrics_of
 
 # Stands in for srun: two tasks here, with the variables that Slurm 22.05 gave
 # to two tasks on one node, and its exit code.
@@ -81,8 +79,6 @@ def slurm(tmp_path, monkeypatch):
         "PYTHON": sys.executable,
         "SLURM_JOB_ID": str(free_job_id()),
         "SLURM_SUBMIT_DIR": str(ROOT),
-        # One writes what the other may be reading.
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
       }
       | variables,
       stdout=subprocess.PIPE,

@@ -9,7 +9,8 @@ import jax
 import pytest
 
 from marlin_jax.training import goodput, profiler
-from tests.commands.train_test import ROOT, command
+from tests.support.processes import ROOT
+from tests.support.training_runs import command
 
 OVERRIDES = {"num_steps": 100_000, "log_steps": 1, "profile.num_steps": 2}
 WRITTEN = r"steps (\d+) to (\d+): profile in "

@@ -1,63 +1,14 @@
 """Sound of any format is decoded to the clock of the frames."""
 
 from fractions import Fraction
-from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
 from data_prep.video.decode import DecodeError, Limits, open_sound, read_sound
+from tests.support.sounds import CLICK_SECS, clicks, write_sound
 from tests.support.videos import moving_noise, shared_video, write_video
-
-CLICK_SECS = (0.5, 1.25, 1.75)
-
-
-def clicks(rate: int, secs: float = 2.0) -> np.ndarray:
-  """Returns int16 (S,) of short tones that begin at CLICK_SECS."""
-  wave = np.zeros(int(secs * rate), np.int16)
-  tone = 16_000 * np.sin(2 * np.pi * 500 * np.arange(rate // 50) / rate)
-  for at in CLICK_SECS:
-    wave[int(at * rate) :][: len(tone)] = tone
-  return wave
-
-
-def write(
-  path: Path,
-  wave: np.ndarray,
-  rate: int = 16_000,
-  num_channels: int = 1,
-  codec: str = "pcm_s16le",
-  parts: tuple[tuple[float, float, float], ...] = ((0, 2, 0),),
-) -> Path:
-  """Writes a video of 2 s with a sound track.
-
-  Args:
-    path: its suffix decides the container.
-    wave: int16 (S,).
-    rate: its sample rate.
-    num_channels: copies of it.
-    codec: of the sound.
-    parts: first and last second of the wave, and when it is played.
-  """
-  with av.open(str(path), "w") as container:
-    video = container.add_stream("libx264", rate=25)
-    video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
-    layout = "mono" if num_channels == 1 else "stereo"
-    sound = container.add_stream(codec, rate=rate, layout=layout)
-    for pixels in moving_noise(50):
-      container.mux(video.encode(av.VideoFrame.from_ndarray(pixels)))
-    container.mux(video.encode())
-    for start, stop, at in parts:
-      part = wave[int(start * rate) : int(stop * rate)]
-      frame = av.AudioFrame.from_ndarray(
-        np.repeat(part, num_channels)[None], "s16", layout
-      )
-      frame.sample_rate = rate
-      frame.time_base, frame.pts = Fraction(1, rate), int(at * rate)
-      container.mux(sound.encode(frame))
-    container.mux(sound.encode())
-  return path
 
 
 def starts(sound: np.ndarray) -> list[float]:
@@ -73,7 +24,7 @@ def starts(sound: np.ndarray) -> list[float]:
 def test_sound_of_any_rate_and_channels_is_on_time(
   tmp_path, rate, num_channels
 ):
-  path = write(tmp_path / "v.mkv", clicks(rate), rate, num_channels)
+  path = write_sound(tmp_path / "v.mkv", clicks(rate), rate, num_channels)
   sound = read_sound(path)
   assert sound.dtype == np.int16
   assert abs(len(sound) - 32_000) <= 16
@@ -83,20 +34,22 @@ def test_sound_of_any_rate_and_channels_is_on_time(
 def test_sound_that_needs_no_conversion_is_bit_exact(tmp_path):
   wave = clicks(16_000)
   np.testing.assert_array_equal(
-    read_sound(write(tmp_path / "v.mkv", wave)), wave
+    read_sound(write_sound(tmp_path / "v.mkv", wave)), wave
   )
 
 
 def test_compressed_sound_is_on_time(tmp_path):
-  path = write(tmp_path / "v.mp4", clicks(44_100), 44_100, codec="aac")
+  path = write_sound(tmp_path / "v.mp4", clicks(44_100), 44_100, codec="aac")
   assert starts(read_sound(path)) == pytest.approx(CLICK_SECS, abs=3e-3)
 
 
 def test_late_sound_and_gaps_are_filled_with_silence(tmp_path):
-  late = write(tmp_path / "late.mkv", clicks(16_000), parts=((0, 2, 0.3),))
+  late = write_sound(
+    tmp_path / "late.mkv", clicks(16_000), parts=((0, 2, 0.3),)
+  )
   expected = [at + 0.3 for at in CLICK_SECS]
   assert starts(read_sound(late)) == pytest.approx(expected, abs=1e-3)
-  gap = write(
+  gap = write_sound(
     tmp_path / "gap.mkv", clicks(16_000), parts=((0, 1, 0), (1, 2, 1.5))
   )
   expected = [0.5, 1.75, 2.25]
@@ -109,7 +62,7 @@ def test_video_without_a_sound_track_has_no_samples(tmp_path):
 
 
 def test_damaged_sound_and_no_video_are_refused(tmp_path):
-  path = write(tmp_path / "v.mp4", clicks(44_100), 44_100, codec="flac")
+  path = write_sound(tmp_path / "v.mp4", clicks(44_100), 44_100, codec="flac")
   with av.open(str(path)) as container:
     packets = [p for p in container.demux(audio=0) if p.size]
   largest = max(packets, key=lambda packet: packet.size)
@@ -124,7 +77,7 @@ def test_damaged_sound_and_no_video_are_refused(tmp_path):
 
 
 def test_sound_decoder_keeps_the_deadline(tmp_path):
-  path = write(tmp_path / "v.mkv", clicks(16_000))
+  path = write_sound(tmp_path / "v.mkv", clicks(16_000))
   with pytest.raises(DecodeError, match="deadline"):
     read_sound(path, Limits(secs=0.0))
 
@@ -175,7 +128,7 @@ def test_files_of_sound_alone_keep_their_rate_and_channels(
 
 def test_sound_that_begins_late_is_late_as_it_is(tmp_path):
   parts = ((0, 1, 0.5),)
-  path = write(tmp_path / "v.mkv", clicks(48_000), 48_000, parts=parts)
+  path = write_sound(tmp_path / "v.mkv", clicks(48_000), 48_000, parts=parts)
   with open_sound(path) as sound:
     loud = np.abs(np.concatenate(list(sound))[:, 0].astype(int)) > 1500
   assert np.flatnonzero(loud)[0] / 48_000 == pytest.approx(1.0, abs=5e-4)

@@ -28,7 +28,7 @@ from marlin_jax.lipsync.generation.generate import (
 from marlin_jax.lipsync.networks import build
 from marlin_jax.lipsync.networks.functional import split_network
 from marlin_jax.weights.weights import Architecture, WeightsError
-from tests.data_prep.video.decode_sound_test import CLICK_SECS, clicks, write
+from tests.support.sounds import CLICK_SECS, clicks, write_sound
 from tests.support.videos import moving_noise, write_video
 
 
@@ -352,7 +352,7 @@ def test_what_is_no_generator_is_refused(tmp_path):
 def test_silence_is_a_sound_and_a_long_picture_ends_with_it(
   talk, face_models, tmp_path, capsys
 ):
-  quiet = write(tmp_path / "q.mkv", np.zeros(8000, np.int16), 8000)
+  quiet = write_sound(tmp_path / "q.mkv", np.zeros(8000, np.int16), 8000)
   path = tmp_path / "out.mp4"
   generation.run(Copy(), talk, quiet, path)
   lines = capsys.readouterr().out.splitlines()
@@ -370,7 +370,7 @@ def test_impossible_requests_are_refused(talk, voice, models, tmp_path):
     assert not (tmp_path / "out.mp4").exists()
     return str(caught.value)
 
-  noise = write(tmp_path / "noise.mkv", clicks(8000)[:1600], 8000)
+  noise = write_sound(tmp_path / "noise.mkv", clicks(8000)[:1600], 8000)
   broken = tmp_path / "broken.mp4"
   broken.write_bytes(bytes(1000))
   missing = tmp_path / "missing.wav"

@@ -10,7 +10,6 @@ import cv2
 import jax
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 import torch
 from PIL import Image
@@ -31,6 +30,7 @@ from marlin_jax.training.checkpoint import ResumeError
 from marlin_jax.training.configuration import ConfigError
 from marlin_jax.weights.weights import Architecture
 from tests.support import talking_mouths
+from tests.support.files import arrays_of, rows_of
 from tests.support.processes import on_eight_devices
 
 ROOT = Path(__file__).parents[3]
@@ -72,11 +72,6 @@ def tiny(**overrides):
   return config
 
 
-def rows_of(workdir):
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  return [json.loads(line) for line in lines]
-
-
 def last_of(workdir, prefix):
   """The last numbers of a kind, by name."""
   found = {}
@@ -85,16 +80,6 @@ def last_of(workdir, prefix):
       k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)
     }
   return found
-
-
-def arrays_of(workdir, step):
-  """All arrays of a checkpoint, by path."""
-  with ocp.StandardCheckpointer() as reader:
-    tree = reader.restore(workdir / "checkpoints" / str(step) / "state")
-  return {
-    jax.tree_util.keystr(path): np.asarray(leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
 
 
 def assert_same_bits(got, want):

@@ -1,0 +1,145 @@
+"""Small runs of the trainer, in this process and in others."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from configs import pretrain_b
+from tests.support.files import rows_of
+from tests.support.processes import ROOT, Finished, run_here, seeing_devices
+
+TINY = {
+  "batch_size": 4,
+  "clips_per_device": 4,
+  "num_epochs": 0,
+  "num_steps": 6,
+  "data.num_frames": 4,
+  "model.width": 16,
+  "model.depth": 1,
+  "model.num_heads": 2,
+  "model.mlp_dim": 32,
+  "model.dec_width": 16,
+  "model.dec_depth": 1,
+  "model.dec_num_heads": 2,
+  "model.dec_mlp_dim": 32,
+  "adv.hidden": 16,
+  "ema_decay": 0.9,
+  "log_steps": 1,
+  "eval_steps": 1000,
+  "eval_batches": 1,
+  "picture_steps": 1000,
+  "checkpoint_steps": 3,
+}
+
+
+def command(workdir: Path, **overrides: object) -> list[str]:
+  """Returns the command line of a tiny run."""
+  return [
+    *(sys.executable, "-m", "marlin_jax.train"),
+    "--config=configs/pretrain_b.py",
+    f"--workdir={workdir}",
+    *(f"--config.{key}={x}" for key, x in (TINY | overrides).items()),
+  ]
+
+
+def run(
+  workdir: Path, *, devices: int = 1, **overrides: object
+) -> subprocess.CompletedProcess[str]:
+  """Trains in a process that sees so many devices."""
+  return subprocess.run(
+    command(workdir, **overrides),
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    env=seeing_devices(devices),
+    check=False,
+    timeout=250,
+  )
+
+
+def train(workdir: Path, **overrides: object) -> Finished:
+  """Trains in this process, on its one device."""
+  from marlin_jax import train as trainer
+  from marlin_jax.records.cli import UserError
+
+  config = pretrain_b.get_config()
+  for key, value in (TINY | overrides).items():
+    *sections, name = key.split(".")
+    section = config
+    for part in sections:
+      section = section[part]
+    section[name] = type(section[name])(value)  # as the command line does
+
+  def work() -> int:
+    try:
+      _, signum = trainer.train_and_evaluate(config, str(workdir))
+    except UserError as e:
+      print(f"error: {e}", file=sys.stderr)
+      return e.exit_code
+    return 0 if signum is None else 128 + signum
+
+  return run_here(work)
+
+
+def refused(result: Finished | subprocess.CompletedProcess[str]) -> str:
+  """Returns the message of a run that must fail without a traceback."""
+  assert result.returncode == 1, result.stdout + result.stderr
+  assert "Traceback" not in result.stderr
+  return result.stderr
+
+
+def metrics_of(workdir: Path) -> dict[int, dict[str, float]]:
+  """Returns step -> the numbers that a repeated run must give again."""
+  return {
+    row["step"]: {k: v for k, v in row.items() if k.startswith("train/")}
+    for row in rows_of(workdir)
+    if "train/loss_rec" in row
+  }
+
+
+# --- Several processes --------------------------------------------------------
+
+
+def free_port() -> int:
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    return server.getsockname()[1]
+
+
+def start(
+  argv: list[str], num_devices: int = 1, **variables: str
+) -> subprocess.Popen[str]:
+  """Starts a process that sees so many devices."""
+  return subprocess.Popen(
+    argv,
+    cwd=ROOT,
+    env=seeing_devices(num_devices) | variables,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def finish(
+  process: subprocess.Popen[str], returncode: int = 0, seen: str = ""
+) -> str:
+  """Returns what a process has printed, after what was `seen` of it."""
+  output = seen + process.communicate(timeout=250)[0]
+  assert process.returncode == returncode, output
+  return output
+
+
+def start_two(workdir: Path, **overrides: object) -> list[subprocess.Popen]:
+  """Starts both halves of one run, of four devices each."""
+  settings = {
+    "distributed.coordinator": f"127.0.0.1:{free_port()}",
+    "distributed.num_processes": 2,
+    "distributed.timeout_secs": 120,
+  }
+  return [
+    start(
+      command(workdir, **overrides | settings | {"distributed.process_id": i}),
+      4,
+    )
+    for i in (0, 1)
+  ]
