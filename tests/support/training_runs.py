@@ -1,8 +1,10 @@
 """Small runs of the trainer, in this process and in others."""
 
+import gc
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 from configs import pretrain_b
@@ -71,15 +73,26 @@ def train(workdir: Path, **overrides: object) -> Finished:
       section = section[part]
     section[name] = type(section[name])(value)  # as the command line does
 
+  errors = []
+
   def work() -> int:
     try:
       _, signum = trainer.train_and_evaluate(config, str(workdir))
     except UserError as e:
+      errors.append(e)
       print(f"error: {e}", file=sys.stderr)
       return e.exit_code
     return 0 if signum is None else 128 + signum
 
-  return run_here(work)
+  result = run_here(work)
+  if errors:
+    # A run that fails leaves the files it writes to the end of its process:
+    # they are held by the frames of its traceback, and by cycles.
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", ResourceWarning)
+      errors.clear()
+      gc.collect()
+  return result
 
 
 def refused(result: Finished | subprocess.CompletedProcess[str]) -> str:
