@@ -1,10 +1,10 @@
-"""Turns videos into a data set of face tracks.
+"""Prepares a data set of face tracks from videos.
 
   python -m data_prep.prepare --input DIR_OR_MANIFEST --output DIR
 
-Safe to stop at any moment, also by force: the same command goes on where the
-last run ended, and does nothing where nothing is missing. A video that cannot
-be used never ends a run; OUTPUT/quarantine.jsonl says why it was left out.
+A run may be stopped or killed at any moment: the same command resumes it, and
+does nothing if the data set is complete. A video that cannot be used never ends
+a run; OUTPUT/quarantine.jsonl lists it with the reason.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlin_jax.records import cli
+from marlin_jax.records import cli, folders
 from marlin_jax.records.cli import UserError, counted
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 
 class _NothingKept(UserError):
-  """No video gave a record; the message says what happened to them."""
+  """No video has a face track; the message lists the reasons."""
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Returns the exit code: 0, 1 for an error, 130 when interrupted."""
+  """Returns the exit code: 0, 1 after an error, 130 when interrupted."""
   parser = _parser()
   args = parser.parse_args(argv)
   if args.task_index >= args.task_count:
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
       f"{args.task_count}"
     )
   if args.beam_flags and args.engine != "beam":
-    parser.error(f"{args.beam_flags[0]} is for --engine=beam")
+    parser.error(f"{args.beam_flags[0]} needs --engine=beam")
   if args.engine == "beam" and not importlib.util.find_spec("apache_beam"):
     parser.error(
       "--engine=beam needs Apache Beam: pip install -r requirements-beam.txt"
@@ -56,7 +56,7 @@ def _run(args: argparse.Namespace) -> None:
   from data_prep.output import dataset_folder
   from data_prep.sources import manifest
 
-  # --- What to do -------------------------------------------------------------
+  # --- Plan -------------------------------------------------------------------
   videos = manifest.read_input(
     args.input, args.root, args.dataset, args.val_ratio, args.test_ratio
   )
@@ -78,14 +78,14 @@ def _run(args: argparse.Namespace) -> None:
     if args.task_count > 1:
       num_videos += f" of task {args.task_index} of {args.task_count}"
     if not plan.shards and args.task_count > 1:
-      # Nor to clear away: other tasks may be at work.
+      # Parts stay: other tasks may still need them.
       print(f"Nothing to do for {num_videos}.")
       return
     if folder.is_finished and not plan.shards:
       folder.remove_parts()
       print(f"Nothing to do for {num_videos}: {args.output} is complete.")
       return
-    done = f", {plan.num_done} of them done before" if plan.num_done else ""
+    done = f", {plan.num_done} of them already done" if plan.num_done else ""
     print(f"{num_videos}{done}; writing to {args.output}", flush=True)
     fetch_models(settings.parser)
 
@@ -102,14 +102,15 @@ def _run(args: argparse.Namespace) -> None:
       _run_pool(folder, plan, settings, args.num_workers)
     if args.task_count > 1:
       print(
-        f"Task {args.task_index} of {args.task_count} is done. When all are, "
-        "the same command without --task_index and --task_count"
+        f"Task {args.task_index} of {args.task_count} is done. After all "
+        f"tasks, complete {args.output} with the same command without "
+        "--task_index and --task_count"
         + (" (and --retry_quarantined)" if args.retry_quarantined else "")
-        + f" completes {args.output}."
+        + "."
       )
       return
 
-    # --- What describes them --------------------------------------------------
+    # --- Ledgers and TFDS -----------------------------------------------------
     folder.write_ledgers()
     entries = folder.entries
     if not any(entry.num_records for entry in entries):
@@ -143,7 +144,7 @@ def _run_pool(
 
 
 def fetch_models(choice: ParserChoice) -> None:
-  """Downloads before the workers start, so that an error comes once."""
+  """Downloads models before the workers start, so that an error comes once."""
   from data_prep import assets
   from data_prep.faces import face_finder
 
@@ -152,7 +153,7 @@ def fetch_models(choice: ParserChoice) -> None:
   choice.model_file()
 
 
-# --- Words --------------------------------------------------------------------
+# --- Messages -----------------------------------------------------------------
 
 
 def _summary(
@@ -179,8 +180,8 @@ def _summary(
   if refused:
     lines.append(
       f"  left out: {statuses[video_to_records.QUARANTINED]} quarantined, "
-      f"{statuses[video_to_records.NO_FACE]} without a face; why: "
-      f"{output / 'quarantine.jsonl'}"
+      f"{statuses[video_to_records.NO_FACE]} without a face; see "
+      f"{output / folders.QUARANTINE}"
     )
   return "\n".join(lines)
 
@@ -188,9 +189,9 @@ def _summary(
 def _nothing_kept(output: Path, entries: list[ledger.Entry]) -> str:
   return "\n".join(
     [
-      f"no face track came of {counted(len(entries), 'video')}:",
+      f"no face track in {counted(len(entries), 'video')}:",
       *cli.reasons({entry.video_id: entry.reason for entry in entries}),
-      f"All of them: {output / 'quarantine.jsonl'}",
+      f"For all reasons see {output / folders.QUARANTINE}",
     ]
   )
 
@@ -206,8 +207,8 @@ def _parser() -> argparse.ArgumentParser:
   limits = decode.DEFAULT_LIMITS
   parser = argparse.ArgumentParser(
     prog="python -m data_prep.prepare",
-    description="Turns videos into a data set of face tracks. Stop it when you "
-    "like; the same command goes on where it was, and does only what is "
+    description="Prepares a data set of face tracks from videos. A run may be "
+    "stopped at any moment; the same command resumes it and does only what is "
     "missing.",
     formatter_class=cli.HelpFormatter,
     allow_abbrev=False,  # a misspelled flag is an error
@@ -216,16 +217,16 @@ def _parser() -> argparse.ArgumentParser:
   add(
     "--input",
     required=True,
-    help="a folder of videos, a manifest (.csv with a header of path and "
-    "optionally subject_id, split and label_NAME, or .txt with one path a "
+    help="a folder of videos, a manifest (.csv with the column path and "
+    "optionally subject_id, split and label_NAME, or .txt with one path per "
     "line), one video, or the word sample for three sample videos; with "
     "--dataset the folder of that data set",
   )
   add(
     "--dataset",
     choices=LAYOUTS,
-    help="how the input lies on disk: "
-    + "; ".join(f"{name}: {of.summary}" for name, of in LAYOUTS.items()),
+    help="layout of a published data set: "
+    + "; ".join(f"{n}: {layout.summary}" for n, layout in LAYOUTS.items()),
   )
   add(
     "--output",
@@ -235,106 +236,104 @@ def _parser() -> argparse.ArgumentParser:
   )
   add(
     "--root",
-    help="folder that a manifest's paths are relative to; without it, the "
-    "manifest's own",
+    help="folder that a manifest's paths are relative to; by default the "
+    "manifest's own folder",
   )
   add(
     "--num_workers",
     type=cli.at_least(1),
     default=cli.num_cores(),
-    help="videos processed at a time; the result does not depend on it",
+    help="number of videos processed at a time; does not change the result",
   )
   add(
     "--segment_frames",
     type=cli.at_least(62),
     default=64,
-    help="longest record; longer tracks are cut into equal parts",
+    help="length of the longest record; longer tracks are cut into equal parts",
   )
   add(
     "--val_ratio",
     type=_ratio,
-    help="share of people (of videos, where people are unknown) that go to "
-    "the split val, where the input gives no splits; without it, what "
-    "--dataset says, or 0",
+    help="share of people (of videos, if people are unknown) in the split val, "
+    "if the input has no splits; by default that of --dataset, or 0",
   )
   add(
     "--test_ratio",
     type=_ratio,
-    help="likewise for the split test",
+    help="share of people in the split test, as --val_ratio",
   )
   add(
     "--num_shards",
     type=cli.at_least(1),
-    help="files of the largest split; without it, one for every 32 videos",
+    help="number of shards of the largest split; by default one per 32 videos",
   )
   add(
     "--sound",
     action="store_true",
-    help="keep the sound, 16 kHz, and its mel spectrogram; on for --dataset "
-    "lrs2",
+    help="store the sound, 16 kHz, and its mel spectrogram; always on with "
+    "--dataset lrs2",
   )
   add(
     "--parser",
     choices=tuple(PARSERS),
     default="mediapipe",
-    help="what labels the regions of a face: mediapipe: mesh and person mask; "
-    "multiclass: MediaPipe's hair and skin segmenter; farl: the paper's "
-    "parser, needs PyTorch; bisenet: needs onnxruntime",
+    help="parser of face regions: mediapipe: mesh and person mask; multiclass: "
+    "MediaPipe's hair and skin segmenter; farl: the paper's parser, needs "
+    "PyTorch; bisenet: needs onnxruntime",
   )
   add(
     "--parser_path",
     type=Path,
-    help="the parser's model file; without it, it is downloaded, farl's is "
-    "looked for in the folder that MARLIN_ASSETS names",
+    help="the parser's model file; by default it is downloaded, and farl's is "
+    "taken from the folder named by MARLIN_ASSETS",
   )
   add(
     "--fps",
     type=_rate,
     default=0.0,
-    help="bring every video to so many frames per second, repeating pictures "
-    "or leaving some out; 0 leaves them as they are (lip synchronisation "
-    "wants 25)",
+    help="resample every video to this number of frames per second, by "
+    "repeating or dropping frames; 0 keeps the video's own rate (lip "
+    "synchronization needs 25)",
   )
-  add("--name", type=_name, default="faces", help="first part of file names")
+  add("--name", type=_name, default="faces", help="prefix of file names")
   add(
     "--retry_quarantined",
     action="store_true",
-    help="try quarantined videos again",
+    help="process quarantined videos again",
   )
   scale_group = parser.add_argument_group(
     "many machines",
-    "Every machine must see --input and --output at the same paths.",
+    "All machines must see --input and --output at the same paths.",
   )
   add = scale_group.add_argument
   add(
     "--task_index",
     type=cli.at_least(0),
     default=0,
-    help="number of this task in an array of them, from 0; a task writes its "
-    "share of the shards",
+    help="index of this task, from 0; each task writes its share of the shards",
   )
   add(
     "--task_count",
     type=cli.at_least(1),
     default=1,
-    help="tasks in the array; when all have ended, the same command without "
-    "these two completes the data set",
+    help="number of tasks; after all tasks, run the same command without "
+    "these two flags to complete the data set",
   )
   add(
     "--engine",
     choices=("pool", "beam"),
     default="pool",
-    help="pool: processes of this machine; beam: Apache Beam, see "
+    help="pool: processes on this machine; beam: Apache Beam, see "
     "requirements-beam.txt",
   )
   add(
     "beam_flags",
     nargs="*",
     metavar="-- BEAM_FLAG",
-    help="after --: flags of Apache Beam, such as --runner=DataflowRunner",
+    help="flags of Apache Beam after --, such as --runner=DataflowRunner",
   )
   limits_group = parser.add_argument_group(
-    "limits", "A video that is over one of them is quarantined."
+    "limits", "A video that exceeds a limit is quarantined."
   )
   add = limits_group.add_argument
   add(
@@ -347,7 +346,7 @@ def _parser() -> argparse.ArgumentParser:
     "--max_frames",
     type=cli.at_least(1),
     default=limits.frames,
-    help="frames of a video",
+    help="number of frames of a video",
   )
   add(
     "--max_video_pixels",
@@ -359,7 +358,7 @@ def _parser() -> argparse.ArgumentParser:
     "--max_decode_secs",
     type=cli.at_least(1),
     default=int(limits.secs),
-    help="seconds of waiting for the decoder, per pass",
+    help="seconds to wait for the decoder, per pass",
   )
   add(
     "--max_decode_mib",
@@ -378,9 +377,9 @@ def _ratio(text: str) -> float:
 
 
 def _output(text: str) -> str:
-  # To remove a file there would remove all that match.
+  # Removing a file in a bucket expands these characters.
   if "://" in text and set(text) & set("*?["):
-    raise argparse.ArgumentTypeError(f"{text!r} holds one of * ? [")
+    raise argparse.ArgumentTypeError(f"{text!r} contains one of * ? [")
   return text
 
 
@@ -394,7 +393,7 @@ def _rate(text: str) -> float:
 def _name(text: str) -> str:
   if not (text.isascii() and text.isidentifier() and text.islower()):
     raise argparse.ArgumentTypeError(
-      f"{text!r} is not made of a-z, 0-9 and _, beginning with a letter"
+      f"{text!r}: expected a-z, 0-9 and _, beginning with a letter"
     )
   return text
 
@@ -427,7 +426,7 @@ def _parser_choice(args: argparse.Namespace) -> ParserChoice:
 
 
 def _recipe(args: argparse.Namespace, videos: Input) -> dict[str, Any]:
-  """Returns what the bytes of a record, and its place, depend on."""
+  """Returns all settings that the bytes of a record and its shard depend on."""
   from data_prep import assets
   from data_prep.faces import face_finder
   from data_prep.video import video_to_records

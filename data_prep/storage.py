@@ -1,8 +1,8 @@
-"""Paths of this machine and of buckets (gs://), where they differ.
+"""Operations on paths that differ between disks and buckets (gs://).
 
 On a disk a file appears whole by renaming; in a bucket an object appears whole
-by itself, and renaming is a copy. ArrayRecord and the decoder know disks only,
-so what lies in a bucket is fetched for them, and what they write is uploaded.
+by itself, and renaming is a copy. ArrayRecord and the decoder support disks
+only: their inputs are downloaded from a bucket, and their outputs uploaded.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from marlin_jax.records import folders
 
 
 def path_of(text: str | os.PathLike) -> Path:
-  """Returns a path of this machine, or of a bucket where it begins so.
+  """Returns a path on this machine, or in a bucket if it has a scheme.
 
   Raises:
-    OSError: what reads buckets is not installed.
+    OSError: the package that reads buckets is not installed.
   """
   if "://" not in os.fspath(text):
     return Path(text)
@@ -38,15 +38,15 @@ def path_of(text: str | os.PathLike) -> Path:
       "pip install 'marlin-jax[gcs]'"
     ) from e
   except ValueError as e:
-    raise OSError(f"{text} is no path that can be read: {e}") from e
+    raise OSError(f"{text} is not a readable path: {e}") from e
   return path
 
 
 def disk_path(text: str) -> Path:
-  """An argument's type: a path of this machine.
+  """Argument type: a path on this machine.
 
   Raises:
-    argparse.ArgumentTypeError: it is one of a bucket.
+    argparse.ArgumentTypeError: the path is in a bucket.
   """
   if "://" in text:
     raise argparse.ArgumentTypeError(
@@ -56,28 +56,27 @@ def disk_path(text: str) -> Path:
 
 
 def is_remote(path: os.PathLike) -> bool:
+  """Returns True for a path in a bucket."""
   return "://" in os.fspath(path)
 
 
 def status(path: Path) -> tuple[bool, int, float]:
-  """Asks once for all: a bucket takes its time to answer.
+  """Returns (is_folder, size, modified) with a single, slow request.
 
-  Returns:
-    Whether it is a folder, the size in bytes, and the time of the last change
-    in seconds since 1970, which a bucket's folders have not: 0.
+  The size is in bytes. The time of the last change is in seconds since 1970;
+  for a folder in a bucket, which has none, it is 0.
 
   Raises:
     OSError: there is no such file.
   """
-  found = path.stat()
+  info = path.stat()
   if is_remote(path):
-    return found.is_directory, found.length or 0, float(found.mtime)
-  is_folder = stat.S_ISDIR(found.st_mode)
-  return is_folder, found.st_size, found.st_mtime
+    return info.is_directory, info.length or 0, float(info.mtime)
+  return stat.S_ISDIR(info.st_mode), info.st_size, info.st_mtime
 
 
 def size(path: Path) -> int:
-  """Returns a file's size in bytes; raises OSError where there is none."""
+  """Returns a file's size in bytes; raises OSError if it is missing."""
   return status(path)[1]
 
 
@@ -88,10 +87,10 @@ def modified(path: Path) -> float:
 
 @contextlib.contextmanager
 def local(path: Path) -> Iterator[Path]:
-  """Yields where a file, or a folder of files, can be read on this machine.
+  """Yields a local path of a file or a folder of files; downloads it if needed.
 
   Raises:
-    OSError: it cannot be fetched.
+    OSError: it cannot be downloaded.
   """
   if not is_remote(path):
     yield path
@@ -108,10 +107,9 @@ def local(path: Path) -> Iterator[Path]:
 
 
 def partial_path(path: Path) -> Path:
-  """Returns where to write, on this machine, what will become `path`.
+  """Returns a local path to write to before `publish` moves it to `path`.
 
-  Two machines may be at the same work, where one of them was given up for
-  lost: each has a name of its own.
+  It is unique: two machines may do the same work if one was thought dead.
   """
   name = folders.partial_name(path.name)
   if is_remote(path):
@@ -120,11 +118,12 @@ def partial_path(path: Path) -> Path:
 
 
 def publish(source: Path, target: Path) -> None:
-  """Makes a finished file appear at `target`, whole, and removes the source.
+  """Moves a finished file to `target` atomically.
 
   Args:
-    source: a file on the target's disk; for a bucket, on any disk or there.
-    target: replaced, where it exists.
+    source: a file on the target's disk; for a bucket, on any disk or in the
+      bucket.
+    target: replaced if it exists.
   """
   if is_remote(target):
     from etils import epath
@@ -136,7 +135,7 @@ def publish(source: Path, target: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-  """Removes a folder with all in it; where there is none, nothing."""
+  """Removes a folder and its content, if it exists."""
   if not is_remote(path):
     shutil.rmtree(path, ignore_errors=True)
   elif path.exists():
@@ -144,6 +143,6 @@ def remove_folder(path: Path) -> None:
 
 
 def listing(folder: Path) -> list[Path]:
-  """Returns what is in a folder, nothing where there is none."""
+  """Returns the paths in a folder; an empty list if there is no folder."""
   # A bucket has no empty folders.
   return list(folder.iterdir()) if folder.exists() else []

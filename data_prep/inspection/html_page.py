@@ -1,8 +1,8 @@
-"""One self-contained HTML page: safe text, charts as inline SVG, pictures.
+"""A self-contained HTML page: escaped text, SVG charts, embedded pictures.
 
-Whatever is put into a tag is escaped, unless it was made here: names of files
-come from strangers. The page needs no network and no JavaScript, follows the
-reader's light or dark mode, and fits a phone.
+Every text in a tag is escaped, since file names come from strangers. The page
+needs no network and no JavaScript, follows the reader's light or dark mode, and
+fits a phone.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ _VOID = ("br", "img", "meta", "rect", "line")
 
 
 class Html(str):
-  """Text that is HTML already; only `tag` makes it."""
+  """Text that is already HTML; `tag` creates it."""
 
   __slots__ = ()
 
 
 def tag(name: str, /, *children: object, **attributes: object) -> Html:
-  """Returns an element; children that are not Html are escaped as text.
+  """Returns an element; children that are not Html are escaped.
 
   Args:
-    name: of the element.
-    *children: Html, or anything with a text.
-    **attributes: a trailing underscore is dropped (`class_`), the others become
-      hyphens (`text_anchor`).
+    name: name of the element.
+    *children: Html, or values to convert to text.
+    **attributes: attributes; a trailing underscore is dropped (`class_`), other
+      underscores become hyphens (`text_anchor`).
   """
   inner = "".join(
     child if isinstance(child, Html) else _text(child) for child in children
@@ -46,24 +46,23 @@ def tag(name: str, /, *children: object, **attributes: object) -> Html:
 
 def _text(value: object) -> str:
   text = html.escape(str(value))
-  # Half a character from a damaged ledger cannot be written as UTF-8.
+  # A lone surrogate from a damaged ledger cannot be written as UTF-8.
   return text.encode(errors="backslashreplace").decode()
 
 
 def file_name(text: object) -> Html:
-  """A name from outside; may be in any script, and must not turn what
-  surrounds it."""
+  """Returns a name whose text direction does not affect its surroundings."""
   return tag("bdi", text, class_="name")
 
 
 def page(title: str, *children: Html) -> str:
-  """Returns the text of the whole file."""
+  """Returns the complete HTML file."""
   head = tag(
     "head",
     tag("meta", charset="utf-8"),
     tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
     tag("meta", name="color-scheme", content="light dark"),
-    # Belt and braces: nothing is loaded or run, whatever got in.
+    # A second defence: the browser loads and runs nothing.
     tag(
       "meta",
       http_equiv="Content-Security-Policy",
@@ -77,11 +76,12 @@ def page(title: str, *children: Html) -> str:
 
 
 def section(title: str, *children: Html) -> Html:
+  """Returns a section with a heading."""
   return tag("section", tag("h2", title), *children)
 
 
 def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> Html:
-  """A table; every column but the first is of numbers."""
+  """Returns a table; the first column holds names, the others numbers."""
   head = tag("tr", *(tag("th", cell) for cell in header))
   body = [
     tag("tr", tag("th", row[0], scope="row"), *(tag("td", c) for c in row[1:]))
@@ -92,7 +92,7 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> Html:
 
 
 def share_bar(share: float, colour: str = "var(--bar)") -> Html:
-  """A share in [0, 1] as a number and a bar."""
+  """Returns a share in [0, 1] as a number and a bar."""
   width = f"{100 * min(max(share, 0), 1):.1f}%"
   bar = tag("i", style=f"width:{width};background:{colour}")
   return tag(
@@ -104,19 +104,20 @@ def share_bar(share: float, colour: str = "var(--bar)") -> Html:
 
 
 def percent(share: float) -> str:
-  """'0.03%', '4.2%', '57%'."""
+  """Returns a share as text: '0.03%', '4.2%', '57%'."""
   value = 100 * share
   digits = 0 if value >= 10 or value == 0 else 1 if value >= 1 else 2
   return f"{value:.{digits}f}%"
 
 
 def swatch(rgb: Sequence[int]) -> Html:
+  """Returns a small square of a colour, RGB in [0, 255]."""
   colour = "rgb({},{},{})".format(*(int(c) for c in rgb))
   return tag("i", class_="swatch", style=f"background:{colour}")
 
 
 def picture(pixels: np.ndarray, caption: Html, quality: int = 82) -> Html:
-  """A figure of uint8 (H, W, 3), RGB, kept in the page itself."""
+  """Returns a figure with an embedded JPEG of uint8 (H, W, 3), RGB."""
   from PIL import Image
 
   file = io.BytesIO()
@@ -136,7 +137,7 @@ def picture(pixels: np.ndarray, caption: Html, quality: int = 82) -> Html:
 # --- Charts -------------------------------------------------------------------
 
 _WIDTH, _HEIGHT, _BOTTOM = 320, 150, 22
-# Values beyond the last bin are counted in it.
+# Larger values are counted in the last bin.
 _TOP_QUANTILE = 0.99
 _MOST_BINS = 24
 
@@ -148,14 +149,14 @@ def histogram(
   limits: tuple[float, float] | None = None,
   marker: float | None = None,
 ) -> Html:
-  """A chart of finite numbers (N,), N > 0, with their quantiles below.
+  """Returns a histogram as SVG, with the quantiles as caption.
 
   Args:
-    title: above the chart.
-    values: the numbers.
-    unit: of the numbers.
-    limits: of the axis; from 0 to beyond most values without.
-    marker: a number of special meaning, drawn as a line.
+    title: heading of the chart.
+    values: finite numbers (N,), N > 0.
+    unit: unit of the numbers, appended to them.
+    limits: ends of the axis; by default from 0 to beyond most values.
+    marker: a number to mark with a dashed line.
   """
   values = np.asarray(values, np.float64)
   low, high, num = _bins(values) if limits is None else (*limits, 20)
@@ -216,24 +217,24 @@ def histogram(
 def _bins(values: np.ndarray) -> tuple[float, float, int]:
   """Returns lowest edge, highest edge and number of bins.
 
-  Steps are 1, 2 or 5 times a power of ten. The few largest values, and the few
-  smallest below 0, may lie beyond the edges.
+  Steps are 1, 2 or 5 times a power of ten. The largest 1 % of the values, and
+  the smallest 1 % below 0, may lie beyond the edges.
   """
-  few, most = np.quantile(values, [1 - _TOP_QUANTILE, _TOP_QUANTILE])
-  few, most = min(few, 0.0), max(most, 0.0)
-  rough = (most - few) / _MOST_BINS or 1.0
+  low, high = np.quantile(values, [1 - _TOP_QUANTILE, _TOP_QUANTILE])
+  low, high = min(low, 0.0), max(high, 0.0)
+  rough = (high - low) / _MOST_BINS or 1.0
   power = 10.0 ** np.floor(np.log10(rough))
   step = next(f * power for f in (1, 2, 5, 10) if f * power >= rough)
-  first, last = np.floor(few / step), np.floor(most / step) + 1
+  first, last = np.floor(low / step), np.floor(high / step) + 1
   return float(first * step), float(last * step), int(last - first)
 
 
 def _quantiles(values: np.ndarray, unit: str) -> str:
   if values.min() == values.max():
     return f"{values[0]:.3g}{unit}, all of {len(values)}"
-  few, middle, many = np.quantile(values, [0.05, 0.5, 0.95])
+  low, median, high = np.quantile(values, [0.05, 0.5, 0.95])
   return (
-    f"median {middle:.3g}{unit}; nine in ten from {few:.3g} to {many:.3g}; "
+    f"median {median:.3g}{unit}; 90% from {low:.3g} to {high:.3g}; "
     f"all from {values.min():.3g} to {values.max():.3g}"
   )
 

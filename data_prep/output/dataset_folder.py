@@ -1,22 +1,22 @@
-"""From processed videos to a finished TFDS directory, resumable at any moment.
+"""The data set folder: a TFDS directory that can be resumed at any moment.
 
   OUTPUT/NAME-SPLIT.array_record-00000-of-00001   records, by video_id
-  OUTPUT/settings.json      what every record was made with
-  OUTPUT/videos.jsonl       the ledger: what became of each video
-  OUTPUT/quarantine.jsonl   those that were not kept, and why
+  OUTPUT/settings.json      settings of every record
+  OUTPUT/videos.jsonl       the ledger: outcome of each video
+  OUTPUT/quarantine.jsonl   left-out videos, with the reason
   OUTPUT/hashes.json        SHA-256 of each shard
-  OUTPUT/NAME-SPLIT.quality.npy  quality of each record, for the trainer
+  OUTPUT/NAME-SPLIT.quality.npy  quality of each record, for training
   OUTPUT/metadata.json, features.json             schema version, counts; TFDS
-  OUTPUT/dataset_info.json  TFDS; written last, so it is there when all else is
+  OUTPUT/dataset_info.json  TFDS; written last, so it marks a complete data set
   OUTPUT/parts/             only while a run is unfinished:
     HASH.array_record, HASH.json   one processed video: records, ledger line
     SHARD.ready, SHARD.json        a verified shard and its ledger lines
-    jobs-NUMBER.jsonl              what Beam is to do
+    jobs-NUMBER.jsonl              jobs of Beam
 
-A video's shard follows from a hash of its id, so that new videos touch only
-the shards they fall in. Every file appears by renaming: a part's ledger line
-after its records; a shard's ledger lines before the shard, which `_recover`
-moves into place where a run was killed between the two.
+A hash of a video's id selects its shard, so that new videos change only their
+own shards. Every file appears by renaming: the ledger line of a part after its
+records; the ledger lines of a shard before the shard, which `_recover` moves
+into place if a run was killed between the two.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from data_prep.video import video_to_records
 from marlin_jax.records import folders, quality_index, schema
 from marlin_jax.records.folders import Lock, OutputFolderError
 
-# Some 100 MB of short clips.
+# About 100 MB of short clips.
 VIDEOS_PER_SHARD = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What a run has to do.
+  """Work of a run.
 
   Attributes:
     todo: videos to process, shard by shard.
     shards: names of the shards to write.
-    num_videos: videos of this run.
-    num_done: of these, how many were done before.
+    num_videos: number of videos of this run.
+    num_done: number of these that earlier runs finished.
   """
 
   todo: list[Source]
@@ -63,12 +63,12 @@ class Plan:
 
 
 def shard_index(video_id: str, num_shards: int) -> int:
-  """Returns which of its split's shards a video belongs to."""
+  """Returns the number of a video's shard in its split."""
   return stable_hash(f"shard:{video_id}") % num_shards
 
 
 def shard_name(settings: dict[str, Any], split: str, index: int) -> str:
-  """Returns the file name of a shard; `settings` are those of the folder."""
+  """Returns the file name of a shard, given the folder's settings."""
   num = settings["num_shards"][split]
   return f"{settings['name']}-{split}.array_record-{index:05d}-of-{num:05d}"
 
@@ -80,7 +80,7 @@ def shard_of(settings: dict[str, Any], split: str, video_id: str) -> str:
 
 
 def refused(entries: Iterable[Entry]) -> list[dict[str, str]]:
-  """Returns the lines of quarantine.jsonl: videos that were not kept."""
+  """Returns the lines of quarantine.jsonl: the left-out videos."""
   return [
     {key: getattr(entry, key) for key in ("video_id", "reason", "sha256")}
     for entry in entries
@@ -89,7 +89,7 @@ def refused(entries: Iterable[Entry]) -> list[dict[str, str]]:
 
 
 def counts(entries: Iterable[Entry]) -> dict[str, int]:
-  """Returns what metadata.json says of a split."""
+  """Returns the counts of a split in metadata.json, from its ledger lines."""
   kept = [entry for entry in entries if entry.is_kept]
   return {
     "num_videos": len(kept),
@@ -100,7 +100,7 @@ def counts(entries: Iterable[Entry]) -> dict[str, int]:
 
 
 class DatasetFolder:
-  """An output folder, locked while this object is open; a context manager."""
+  """The folder of a data set, locked while open; a context manager."""
 
   def __init__(
     self,
@@ -110,21 +110,22 @@ class DatasetFolder:
     videos: Input,
     task: tuple[int, int] = (0, 1),
   ) -> None:
-    """Reads what is there; changes nothing but leftovers of a killed run.
+    """Reads the folder; changes nothing but leftovers of a killed run.
 
     Args:
-      path: made where it is missing.
-      recipe: what every record depends on; must be what an existing folder was
-        made with.
-      num_shards: for the largest split, the others in proportion; None is one
-        for every VIDEOS_PER_SHARD videos. Kept as the folder grows.
-      videos: all of them, and what their labels mean.
-      task: number of this task, and how many there are; each plans and
-        changes its own shards only.
+      path: the folder; created if missing.
+      recipe: settings that every record depends on; must equal those of an
+        existing folder.
+      num_shards: number of shards of the largest split; other splits have
+        shards in proportion. None gives one per VIDEOS_PER_SHARD videos. The
+        numbers stay as the folder grows.
+      videos: all videos, and the meaning of their labels.
+      task: number of this task and number of tasks; a task plans and changes
+        only its own shards.
 
     Raises:
-      OutputFolderError: the folder is in use, holds something else, was made
-        with another recipe or from videos that are now missing.
+      OutputFolderError: the folder is in use, holds something else, or was
+        made with another recipe or from videos that are now missing.
     """
     self.path = path
     sources = videos.sources
@@ -150,9 +151,9 @@ class DatasetFolder:
       for source in sources:
         self._shards[self._shard_of(source)][source.video_id] = source
       self._hashes: dict[str, str] = {}
-      # Ledger lines of each shard as it lies there.
+      # Ledger lines of each shard on disk.
       self._written: dict[str, dict[str, Entry]] = {}
-      # Ledger lines of parts, and videos that are still to be processed.
+      # Ledger lines of parts, and videos still to process.
       self._processed: dict[str, Entry] = {}
       self._todo: set[str] = set()
       self._own = {*[*self._shards][index::count]}
@@ -177,10 +178,10 @@ class DatasetFolder:
     num_shards: int | None,
     sources: Sequence[Source],
   ) -> dict[str, Any]:
-    """Returns the settings, after comparing them with those of the folder."""
+    """Returns the settings after comparing them with those of the folder."""
     path = self.path / folders.SETTINGS
     found = ledger.read_json(path)
-    # Another task may be about to write it.
+    # Another task may be about to write the settings.
     strangers = [
       entry
       for entry in storage.listing(self.path)
@@ -188,8 +189,8 @@ class DatasetFolder:
     ]
     if found is None and strangers:
       raise OutputFolderError(
-        f"{self.path} holds files but no settings.json, so it is no data set "
-        "of this program; choose an empty or new folder as --output"
+        f"{self.path} holds files but no settings.json, so it is not a data "
+        "set of this program; choose an empty or new folder as --output"
       )
     if found is None or not (self._is_task or self._holds_results()):
       found = {**recipe, "num_shards": {}}
@@ -206,14 +207,14 @@ class DatasetFolder:
     if differences:
       raise OutputFolderError(
         f"{self.path} was made with other settings: {'; '.join(differences)}. "
-        "Use those settings again, or another --output"
+        "Use the earlier settings, or another --output"
       )
     num_videos = Counter(source.split for source in sources)
     for split, num in num_videos.items():
-      wanted = math.ceil(num / VIDEOS_PER_SHARD)
+      split_shards = math.ceil(num / VIDEOS_PER_SHARD)
       if num_shards is not None:
-        wanted = round(num_shards * num / max(num_videos.values()))
-      counts.setdefault(split, max(1, wanted))
+        split_shards = round(num_shards * num / max(num_videos.values()))
+      counts.setdefault(split, max(1, split_shards))
     return {**recipe, "num_shards": dict(sorted(counts.items()))}
 
   def _holds_results(self) -> bool:
@@ -227,14 +228,14 @@ class DatasetFolder:
   def _shard_of(self, video: Source | Entry) -> str:
     return shard_of(self._settings, video.split, video.video_id)
 
-  # --- What is there ----------------------------------------------------------
+  # --- State of the folder ----------------------------------------------------
 
   def _recover(self) -> None:
-    """Reads the ledgers, and completes or clears what a killed run left."""
+    """Reads the ledgers; completes or removes leftovers of a killed run."""
     for partial in self._leftovers():
       partial.unlink(missing_ok=True)
     self._hashes = ledger.read_json(self.path / folders.HASHES) or {}
-    # Asking a bucket for each part of a million videos takes hours.
+    # One listing: asking a bucket for each of a million parts takes hours.
     self._names = {path.name for path in storage.listing(self._parts)}
     for entry in self._ledger_lines():
       lines = self._written.setdefault(self._shard_of(entry), {})
@@ -258,9 +259,8 @@ class DatasetFolder:
     )
     if missing:
       raise OutputFolderError(
-        f"{len(missing)} videos of {self.path} are not in the input any more, "
-        f"the first is {missing[0]!r}. Give the whole input, or another "
-        "--output"
+        f"{len(missing)} videos of {self.path} are missing in the input, first "
+        f"{missing[0]!r}. Use the whole input, or another --output"
       )
 
   def _leftovers(self) -> Iterator[Path]:
@@ -274,7 +274,7 @@ class DatasetFolder:
     if not self._is_task:
       yield from partials
       return
-    # Other tasks are writing theirs.
+    # Other tasks are still writing their files.
     own = {ready_path(self.path, shard).name for shard in self._own}
     own |= {
       shards.Part(self.path, video_id).records.name
@@ -300,17 +300,17 @@ class DatasetFolder:
   def plan(
     self, settings: video_to_records.Settings, retry_quarantined: bool
   ) -> Plan:
-    """Compares what is there with what is wanted.
+    """Returns the work that is left.
 
     Args:
-      settings: of this run; quarantined videos are tried again under limits
-        other than those they were quarantined under.
-      retry_quarantined: try them again in any case.
+      settings: settings of this run. A quarantined video is tried again if its
+        limits differ from these.
+      retry_quarantined: try quarantined videos again in any case.
     """
     limits = dataclasses.asdict(settings.limits)
 
     def holds(entry: Entry | None, source: Source, since: float) -> bool:
-      """Says whether the entry, written at a time, is good for a video."""
+      """Returns True if an entry, written at `since`, is still valid."""
       if entry is None:
         return False
       if entry.status == video_to_records.QUARANTINED and (
@@ -322,15 +322,16 @@ class DatasetFolder:
     todo: list[Source] = []
     to_write: list[str] = []
     ledger_since = ledger.modified(self.path / folders.VIDEOS)
-    own = {name: of for name, of in self._shards.items() if name in self._own}
-    for shard, videos in own.items():
+    own = [shard for shard in self._shards if shard in self._own]
+    for shard in own:
+      videos = self._shards[shard]
       note = note_path(self.path, shard)
       since = ledger_since
       if note.name in self._names:
         since = ledger.modified(note)
       whole = self._is_whole(shard)
       if not whole:
-        # Its records are lost; what is known of videos without any is not.
+        # Its records are lost; ledger lines without records remain valid.
         self._written[shard] = {
           video_id: entry
           for video_id, entry in self._written.get(shard, {}).items()
@@ -350,7 +351,7 @@ class DatasetFolder:
       if not whole or set(written) != set(videos):
         to_write.append(shard)
     self._todo = {source.video_id for source in todo}
-    num_videos = sum(map(len, own.values()))
+    num_videos = sum(len(self._shards[shard]) for shard in own)
     return Plan(todo, to_write, num_videos, num_videos - len(todo))
 
   def _is_whole(self, shard: str) -> bool:
@@ -362,6 +363,7 @@ class DatasetFolder:
 
   @property
   def is_finished(self) -> bool:
+    """True if the data set is complete."""
     return (self.path / folders.DATASET_INFO).exists() and all(
       path.exists() and path.read_bytes() == data
       for path, data in self._quality_files()
@@ -369,12 +371,12 @@ class DatasetFolder:
 
   @property
   def entries(self) -> list[Entry]:
-    """The ledger, by video_id."""
+    """The ledger, sorted by video_id."""
     lines = itertools.chain(*(e.values() for e in self._written.values()))
     return sorted(lines, key=lambda entry: entry.video_id)
 
   def _quality_files(self) -> Iterator[tuple[Path, bytes]]:
-    """Yields the quality file of each split, and what belongs in it."""
+    """Yields path and content of each split's quality index."""
     for split, num in self._settings["num_shards"].items():
       names = [self._shard_name(split, i) for i in range(num)]
       data = quality_index.pack(
@@ -385,34 +387,34 @@ class DatasetFolder:
       )
       yield self.path / quality_index.name_for(names[0]), data
 
-  # --- What a run changes -----------------------------------------------------
+  # --- Changes ----------------------------------------------------------------
 
   def begin(self, plan: Plan) -> None:
     """Marks the data set as unfinished.
 
     Raises:
-      OutputFolderError: another task has begun it otherwise in the meantime.
+      OutputFolderError: another task has just begun it with other settings.
     """
     found = ledger.read_json(self.path / folders.SETTINGS)
     if self._is_task and found not in (None, self._found, self._settings):
       raise OutputFolderError(
-        f"another task has begun {self.path} just now, with other settings or "
-        "another input; run this one again to see which"
+        f"another task has just begun {self.path} with other settings or "
+        "another input; run this task again to see the difference"
       )
     (self.path / folders.DATASET_INFO).unlink(missing_ok=True)
     ledger.write_json(self.path / folders.SETTINGS, self._settings, indent=2)
     self._parts.mkdir(parents=True, exist_ok=True)
     for source in plan.todo:
-      # Not wanted any more; whoever does a job takes what is there as done.
+      # An outdated part: a job would take it as done.
       part = shards.Part(self.path, source.video_id)
       if not self._names.isdisjoint((part.line.name, part.records.name)):
         part.remove()
 
   def add(self, entry: Entry) -> str | None:
-    """Notes that a video's part is there.
+    """Adds a processed video.
 
     Returns:
-      Its shard, if that can now be written.
+      Its shard if that can be written now, else None.
     """
     self._processed[entry.video_id] = entry
     self._todo.discard(entry.video_id)
@@ -420,11 +422,11 @@ class DatasetFolder:
     return shard if self.is_complete(shard) else None
 
   def is_complete(self, shard: str) -> bool:
-    """Says whether every video of a shard is processed."""
+    """Returns True if every video of a shard is processed."""
     return self._todo.isdisjoint(self._shards[shard])
 
   def job(self, shard: str) -> ShardJob:
-    """Returns what is left to do for a shard."""
+    """Returns the job of writing a shard."""
     videos = self._shards[shard]
     return ShardJob(
       job_id=uuid.uuid4().hex,
@@ -451,16 +453,17 @@ class DatasetFolder:
       self._processed.pop(video_id, None)
 
   def take_shards(self, names: Sequence[str]) -> None:
-    """Takes note of shards that others have written.
+    """Adds shards that other processes have written.
 
     Raises:
-      OutputFolderError: one of them is not there.
+      OutputFolderError: one of them is missing.
     """
     for shard in names:
       note = ledger.read_json(note_path(self.path, shard))
       if not note or not (self.path / shard).exists():
         raise OutputFolderError(
-          f"{self.path} lacks {shard}, which a job was to write; run again"
+          f"{self.path} lacks {shard}, which a job should have written; run "
+          "again"
         )
       self._take(shard, note)
 
@@ -471,7 +474,7 @@ class DatasetFolder:
     }
 
   def write_ledgers(self) -> None:
-    """Writes what became of each video, once all shards are there."""
+    """Writes ledger, quarantine and hashes; call it after all shards."""
     lines = [dataclasses.asdict(entry) for entry in self.entries]
     ledger.write_lines(self.path / folders.VIDEOS, lines)
     ledger.write_lines(self.path / folders.QUARANTINE, refused(self.entries))
@@ -479,7 +482,7 @@ class DatasetFolder:
     ledger.write_json(self.path / folders.HASHES, hashes, indent=2)
 
   def finish(self) -> None:
-    """Writes the trainer's and TFDS's files, and removes the parts."""
+    """Writes the quality index and the files of TFDS; removes the parts."""
     for path, data in self._quality_files():
       ledger.write_if_new(path, data)
     splits: dict[str, dict[str, tuple[int, int]]] = {}
@@ -508,5 +511,5 @@ class DatasetFolder:
     self.remove_parts()
 
   def remove_parts(self) -> None:
-    """Removes what only an unfinished run needs."""
+    """Removes the files of an unfinished run."""
     storage.remove_folder(self._parts)

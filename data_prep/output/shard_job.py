@@ -1,9 +1,8 @@
-"""What one shard takes: some videos to process, and the shard to write.
+"""Job of one shard: the videos to process, and the shard to write.
 
-A job knows all it needs and finishes on any machine that sees the output
-folder. It is written once: where an attempt may have come before, `is_done`
-tells. The pool, an array of tasks and Beam
-differ only in who does which job.
+A job is self-contained and runs on any machine that sees the output folder. It
+is done once: after a possible earlier attempt, ask `is_done`. The pool, an
+array of tasks and Beam differ only in who does which job.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from marlin_jax.records import folders
 
 @dataclasses.dataclass
 class ShardJob:
-  """The work of one shard.
+  """Job of one shard.
 
   Attributes:
-    job_id: unlike that of any other job, also of one for the same shard.
+    job_id: unique; another job for the same shard has another id.
     output: folder of the data set.
-    shard: name of the shard's file.
-    video_ids: all videos that belong in it.
-    written: ledger lines of the shard as it lies there.
-    processed: ledger lines of videos whose parts are there.
-    todo: videos that are still to be processed.
+    shard: file name of the shard.
+    video_ids: all videos of the shard.
+    written: ledger lines of the shard on disk.
+    processed: ledger lines of videos that have a part.
+    todo: videos still to process.
   """
 
   job_id: str
@@ -48,7 +47,7 @@ class ShardJob:
 
   @classmethod
   def from_json(cls, line: str) -> ShardJob:
-    """Raises ValueError or TypeError where the line is of another program."""
+    """Parses a line; raises ValueError or TypeError if it is not a job."""
     fields = json.loads(line)
     for name in ("written", "processed"):
       fields[name] = {k: Entry(**entry) for k, entry in fields[name].items()}
@@ -66,7 +65,7 @@ class ShardJob:
     return cls(**fields)
 
   def write(self) -> tuple[str, dict[str, Entry]]:
-    """Writes the shard from parts and from what the old shard holds.
+    """Writes the shard from parts and from the old shard.
 
     Returns:
       The shard's SHA-256, and the ledger lines of its videos by id.
@@ -96,21 +95,22 @@ class ShardJob:
       note_path(self.output, self.shard),
       {"sha256": digest, "job": self.job_id, "videos": lines},
     )
-    self._appear()
+    self._publish()
     return digest, entries
 
   def is_done(self) -> bool:
-    """Says whether an earlier attempt at this job has written the shard.
+    """Returns True if an earlier attempt at this job has written the shard.
 
-    What it read, an older shard and parts, is not there any more.
+    Its inputs, an older shard and parts, no longer exist then.
     """
     note = ledger.read_json(note_path(self.output, self.shard))
     if not note or note.get("job") != self.job_id:
       return False
-    self._appear()
+    self._publish()
     return True
 
-  def _appear(self) -> None:
+  def _publish(self) -> None:
+    """Moves the verified shard into place and removes its parts."""
     ready = ready_path(self.output, self.shard)
     if ready.exists():
       storage.publish(ready, self.output / self.shard)
@@ -119,10 +119,10 @@ class ShardJob:
 
 
 def ready_path(output: Path, shard: str) -> Path:
-  """Where a verified shard waits until its ledger lines are there."""
+  """Returns the path of a verified shard whose ledger lines are not written."""
   return output / folders.PARTS / f"{shard}.ready"
 
 
 def note_path(output: Path, shard: str) -> Path:
-  """Where a shard's hash and ledger lines are until the run ends."""
+  """Returns the path of a shard's hash and ledger lines during a run."""
   return output / folders.PARTS / f"{shard}.json"

@@ -1,4 +1,4 @@
-"""ArrayRecord files: the part of one video, and shards that TFDS reads."""
+"""ArrayRecord files: parts of single videos, and shards for TFDS."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _READ_BATCH = 16
 
 
 class ShardError(UserError):
-  """A shard does not hold what was written to it."""
+  """A shard cannot be written, or does not read back as written."""
 
 
 # --- ArrayRecord --------------------------------------------------------------
 
 
 def holds(path: Path, expected: int) -> bool:
-  """Says whether a file is there and has so many records.
+  """Returns True if a file exists and holds `expected` records.
 
-  In a bucket an object is there whole or not at all, and to count it would
-  mean to fetch it.
+  In a bucket only existence is checked: an object is whole, and counting its
+  records would download it.
   """
   if storage.is_remote(path):
     return path.exists()
@@ -42,7 +42,7 @@ def holds(path: Path, expected: int) -> bool:
 
 
 def num_records(path: Path) -> int | None:
-  """Returns how many records a file holds, None where it is not whole."""
+  """Returns the number of records in a file, None if it is not whole."""
   if not path.exists():
     return None
   reader = _open_reader(path)
@@ -54,7 +54,7 @@ def num_records(path: Path) -> int | None:
 
 
 def read_records(path: Path, first: int, num: int) -> Iterator[bytes]:
-  """Yields `num` records from number `first` on.
+  """Yields `num` records, starting at number `first`.
 
   Raises:
     RuntimeError: the file is damaged.
@@ -67,9 +67,9 @@ def read_records(path: Path, first: int, num: int) -> Iterator[bytes]:
 
 
 def read_each(path: Path, num: int) -> Iterator[tuple[int, bytes | Exception]]:
-  """Yields the first `num` records with their numbers, one by one.
+  """Yields number and bytes of the first `num` records.
 
-  Where one is damaged, the error takes its place and the next one follows.
+  A damaged record yields its exception instead; the next record follows.
   """
   reader = _open_reader(path)
   for i in range(num):
@@ -84,16 +84,16 @@ def read_each(path: Path, num: int) -> Iterator[tuple[int, bytes | Exception]]:
 def write_shard(
   path: Path, parts: Sequence[tuple[ledger.Entry, Path, int]]
 ) -> None:
-  """Writes a shard, reads it back, and waits until it is on the disk.
+  """Writes a shard, reads it back, and flushes it to disk.
 
   Args:
-    path: where to; takes no name that a reader could see.
-    parts: per video its ledger line, the file that holds its records, and the
-      number of its first record there.
+    path: file to write; a temporary name that no reader looks for.
+    parts: for each video its ledger line, the file with its records, and the
+      number of its first record in that file.
 
   Raises:
-    ShardError: a part is damaged, the disk is full, or what was written does
-      not read back.
+    ShardError: a part is damaged, the disk is full, or the shard does not read
+      back.
   """
   try:
     writer = _open_writer(path)
@@ -116,18 +116,18 @@ def write_shard(
 def _verify(path: Path, entries: Sequence[ledger.Entry]) -> None:
   expected = [e.video_id for e in entries for _ in range(e.num_records)]
   try:
-    found = [
+    video_ids = [
       schema.decode(data).video_id
       for data in read_records(path, 0, num_records(path) or 0)
     ]
   except (RuntimeError, ValueError) as e:
     raise ShardError(
-      f"{path} does not read back ({e}); is the disk in order? Run again"
+      f"{path} does not read back ({e}); check the disk and run again"
     ) from e
-  if found != expected:
+  if video_ids != expected:
     raise ShardError(
-      f"{path} reads back as {len(found)} records, expected {len(expected)} "
-      f"of {len(entries)} videos; is the disk in order? Run again"
+      f"{path} reads back as {len(video_ids)} records, expected "
+      f"{len(expected)} of {len(entries)} videos; check the disk and run again"
     )
 
 
@@ -149,11 +149,11 @@ def _open_reader(path: Path):
 
 
 class Part:
-  """Where a processed video waits for its shard.
+  """Files of a processed video until its shard is written.
 
   Attributes:
-    records: ArrayRecord file; missing where the video gave none.
-    line: its ledger line; the part is there when this is.
+    records: path of the ArrayRecord file; missing if the video has no records.
+    line: path of the ledger line; the part exists if this file does.
   """
 
   def __init__(self, output: Path, video_id: str) -> None:
@@ -162,7 +162,7 @@ class Part:
     self.line = output / folders.PARTS / f"{name}.json"
 
   def entry(self) -> ledger.Entry | None:
-    """Returns the ledger line, None where the part is not there whole."""
+    """Returns the ledger line, None if the part is missing or incomplete."""
     line = ledger.read_json(self.line)
     if not line:
       return None
@@ -177,9 +177,9 @@ class Part:
 
 
 class PartWriter:
-  """Takes the records of one video; a context manager.
+  """Writes the part of one video; a context manager.
 
-  Leaving it without `commit` leaves nothing.
+  Leaving it without `commit` removes the part.
   """
 
   def __init__(self, part: Part) -> None:
@@ -188,13 +188,13 @@ class PartWriter:
     self._writer = None
 
   def add(self, data: bytes) -> None:
-    """Raises RuntimeError where the disk is full."""
+    """Writes an encoded record; raises RuntimeError if the disk is full."""
     if self._writer is None:
       self._writer = _open_writer(self._partial)
     self._writer.write(data)
 
   def commit(self, entry: ledger.Entry) -> None:
-    """Makes the part visible: its records, then its ledger line."""
+    """Publishes the part: its records, then its ledger line."""
     self._close()
     if entry.num_records:
       storage.publish(self._partial, self._part.records)
@@ -209,7 +209,7 @@ class PartWriter:
     return self
 
   def __exit__(self, kind: type | None, *_) -> None:
-    # What cannot be written is told once, by `add`.
+    # `add` has already reported a full disk.
     with contextlib.suppress(*([RuntimeError] if kind else [])):
       self._close()
     self._partial.unlink(missing_ok=True)
@@ -219,11 +219,11 @@ class PartWriter:
 
 
 def features(labels: Mapping[str, Label], has_sound: bool):
-  """Returns the TFDS features that match `records.encode`.
+  """Returns the TFDS features that match `schema.encode`.
 
   Args:
-    labels: what each label holds.
-    has_sound: whether the records hold sound.
+    labels: meaning of each label.
+    has_sound: True if records hold sound.
   """
   import numpy as np
   from tensorflow_datasets import features
@@ -277,18 +277,18 @@ def write_tfds_metadata(
   """Writes features.json, metadata.json and dataset_info.json.
 
   Args:
-    folder: empty; where to. The shards themselves lie elsewhere.
-    splits: per split, per shard name: number of records and of bytes.
+    folder: empty folder to write to; the shards are elsewhere.
+    splits: for each split and shard name, the numbers of records and bytes.
     metadata: content of metadata.json.
     labels, has_sound: as for `features`.
 
   Returns:
-    The names of the files, in the order in which to make them visible.
+    The names of the files, in the order in which to publish them.
   """
   import tensorflow_datasets as tfds
 
   for name in (name for split in splits.values() for name in split):
-    # TFDS wants to see the shards' names, not what is in them.
+    # TFDS looks for the shards' names, not at their content.
     (folder / name).touch()
   tfds.folder_dataset.write_metadata(
     data_dir=folder,

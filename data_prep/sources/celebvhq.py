@@ -1,12 +1,12 @@
 """CelebV-HQ (Zhu et al., ECCV 2022): clips with attributes.
 
-  celebvhq_info.json         what is known of each clip
+  celebvhq_info.json         labels of each clip
   .../CLIP.mp4               the clips, in any folder (35666/, processed/, ...)
 
-Labels: appearance (40 attributes), action (35), emotion (the clip's one, and
-unknown where it changes within the clip). There is no official split: people of
-one source video stay together, 80% to train, 10% to val, 10% to test, as in the
-paper; the choice follows from the video's id, not from the order of a folder.
+Labels: appearance (40 attributes), action (35 attributes), emotion (one class;
+unknown if it changes within the clip). There is no official split: 80% of the
+source videos go to train, 10% to val and 10% to test, as in the paper. A hash
+of the source video's id selects the split, so its clips stay together.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ INFO = "celebvhq_info.json"
 
 
 def read(root: Path) -> Listing:
-  """Lists the clips that are there.
+  """Lists the clips in a folder.
 
   Raises:
-    ManifestError: the file of labels is missing or not as published, or no
-      clip is there.
+    ManifestError: the file of labels is missing or malformed, or the folder
+      holds no clip.
   """
   path = root / INFO
   if not path.is_file():
     raise ManifestError(
-      f"{root} has no {INFO}; expected the labels of CelebV-HQ there, and its "
-      "clips below it"
+      f"{root} has no {INFO}; expected the labels of CelebV-HQ, with its "
+      "clips below that folder"
     )
   try:
     info = json.loads(path.read_bytes())
@@ -53,9 +53,10 @@ def read(root: Path) -> Listing:
     clips: Mapping[str, Any] = dict(info["clips"])
   except (ValueError, KeyError, TypeError) as e:
     raise ManifestError(
-      f"{path} is not as published, meta_info and clips: {type(e).__name__} {e}"
+      f"{path} is malformed, expected meta_info and clips: "
+      f"{type(e).__name__} {e}"
     ) from e
-  labels = {name: Label(BINARY, of) for name, of in names.items()}
+  labels = {name: Label(BINARY, parts) for name, parts in names.items()}
   rows, problems = [], []
   emotions = _emotions(path, clips)
   labels["emotion"] = Label(CLASS, emotions)
@@ -80,7 +81,7 @@ def read(root: Path) -> Listing:
 def _row(video: str, clip: Mapping[str, Any], emotions: Sequence[str]) -> Row:
   attributes = clip["attributes"]
   names = _emotion_names(clip)
-  # One after another: no one of them is the clip's.
+  # Several emotions, one after another: the clip has no single class.
   emotion = emotions.index(*names) if len(names) == 1 else math.nan
   return Row(
     0,
@@ -95,14 +96,14 @@ def _row(video: str, clip: Mapping[str, Any], emotions: Sequence[str]) -> Row:
 
 
 def _emotions(path: Path, clips: Mapping[str, Any]) -> tuple[str, ...]:
-  """Returns the names that occur, of all clips, whether they are there."""
+  """Returns the emotions of all listed clips, missing ones included."""
   names: set[str] = set()
   for clip_id, clip in clips.items():
     try:
       names |= _emotion_names(clip)
     except (KeyError, TypeError) as e:
       raise ManifestError(
-        f"{path}, clip {clip_id!r}: attributes.emotion is not as published: "
+        f"{path}, clip {clip_id!r}: attributes.emotion is malformed: "
         f"{type(e).__name__} {e}"
       ) from e
   return tuple(sorted(names))

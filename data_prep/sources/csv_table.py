@@ -4,9 +4,9 @@
   a.mp4,Ann,train,happy,1,0
   b.mp4,Bob,test,sad,0,
 
-`label_NAME` is a label of one number or class, `label_NAME.PART` one number of
-a label that has several. Words make a class; 0 and 1 alone a yes-or-no
-attribute; any other numbers a value. A cell that is empty or `nan` is unknown.
+`label_NAME` is a label of one number or class; `label_NAME.PART` is one number
+of a label with several. Words are classes; 0 and 1 alone are a binary
+attribute; other numbers are values. An empty cell or `nan` is unknown.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def table(manifest: Path, root: Path) -> Listing:
   """Reads a CSV manifest.
 
   Raises:
-    ManifestError: the header is not as above. What is wrong with single rows
-      is in the listing.
+    ManifestError: the header is malformed. The listing holds the problems of
+      single rows.
   """
-  # newline='': the csv module itself deals with CRLF, also within quotes.
+  # newline='': the csv module handles CRLF itself, also within quotes.
   text = io.StringIO(read_text(manifest), newline="")
   reader = csv.reader(text, strict=True)
   cells: list[tuple[int, dict[str, str]]] = []
@@ -54,7 +54,7 @@ def table(manifest: Path, root: Path) -> Listing:
       elif values:
         problem = (
           f"{len(values)} columns, expected {len(header)} "
-          f"({', '.join(header)}); quote a path that holds a comma"
+          f"({', '.join(header)}); quote a path that contains a comma"
         )
         problems.append((reader.line_num, problem))
   except csv.Error as e:
@@ -90,7 +90,7 @@ def _check(manifest: Path, header: list[str]) -> None:
 
 
 def _label_part(column: str) -> tuple[str, str]:
-  """Returns the name and the part of a label's column."""
+  """Returns label and part of a label's column."""
   name, _, part = column.removeprefix(LABEL).partition(".")
   return name, part or name
 
@@ -98,7 +98,7 @@ def _label_part(column: str) -> tuple[str, str]:
 def _labels(
   header: Sequence[str], rows: Sequence[dict[str, str]], notes: list[str]
 ) -> tuple[dict[str, Label], dict[str, list[tuple[float, ...]]]]:
-  """Returns the labels, and of each the numbers of every row; adds notes."""
+  """Returns the labels, and each label's numbers by row; adds notes."""
   columns: dict[str, dict[str, str]] = {}
   for column in header:
     if column.startswith(LABEL):
@@ -111,23 +111,23 @@ def _labels(
     if words and len(parts) > 1:
       raise ManifestError(
         f"label {name} has the parts {list(parts)} and words such as "
-        f"{words[0]!r}; parts hold numbers, or leave out the full stop"
+        f"{words[0]!r}; use numbers in parts, or no full stop in the name"
       )
     if words:
       classes = sorted({t for cells in texts for t in cells if t})
       if len(words) < len(classes):
         notes.append(
-          f"label {name} holds words such as {words[0]!r} beside numbers, so "
-          f"that each of its {len(classes)} values is a class"
+          f"label {name} mixes words such as {words[0]!r} with numbers; each "
+          f"of its {len(classes)} values becomes a class"
         )
       labels[name] = Label(CLASS, tuple(classes))
       number_of = {text: float(i) for i, text in enumerate(classes)}
       numbers[name] = [(number_of.get(text, math.nan),) for (text,) in texts]
       continue
-    found = [tuple(float(t) if t else math.nan for t in c) for c in texts]
-    only_bits = {v for row in found for v in row if v == v} <= {0.0, 1.0}
+    values = [tuple(float(t) if t else math.nan for t in c) for c in texts]
+    only_bits = {v for row in values for v in row if v == v} <= {0.0, 1.0}
     labels[name] = Label(BINARY if only_bits else VALUE, tuple(parts))
-    numbers[name] = found
+    numbers[name] = values
   return labels, numbers
 
 
@@ -137,7 +137,7 @@ def _cell(text: str) -> str:
 
 
 def _is_number(text: str) -> bool:
-  """Says whether a cell is empty or a finite number."""
+  """Returns True for an empty cell or a finite number."""
   try:
     return not text or math.isfinite(float(text))
   except ValueError:

@@ -5,9 +5,9 @@
   splits/train.json, val.json, test.json       [["071", "054"], ...]
 
 Labels: fake (0 or 1), and manipulation (original or the method). Both people of
-a pair are one subject, so that no face of one split is in another. Videos of
-other makers that the download may bring along (DeepFakeDetection, FaceShifter)
-are left out: they have no part in the paper's numbers.
+a pair are one subject, so that no face appears in two splits. DeepFakeDetection
+and FaceShifter, which the download may include, are left out: the paper's
+numbers do not use them.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ SPLITS = ("train", "val", "test")
 
 
 def read(root: Path, compression: str) -> Listing:
-  """Lists the videos of the official splits that are there.
+  """Lists the available videos of the official splits.
 
   Args:
-    root: holds original_sequences, manipulated_sequences and splits.
-    compression: 'c0' (also called raw), 'c23' or 'c40'.
+    root: folder of original_sequences, manipulated_sequences and splits.
+    compression: 'c0' (raw), 'c23' or 'c40'.
 
   Raises:
-    ManifestError: a split is missing or not as published, or no video is there.
+    ManifestError: a split is missing or malformed, or there is no video.
   """
   rows, num_missing = [], 0
   for split in SPLITS:
@@ -60,7 +60,7 @@ def read(root: Path, compression: str) -> Listing:
         rows.append(Row(0, path, subject, split, labels))
   if not rows:
     raise ManifestError(
-      f"{root} holds no video of FaceForensics++ at {compression}; expected "
+      f"{root} has no video of FaceForensics++ at {compression}; expected "
       f"files such as {_path('original', compression, '071')} and "
       f"{_path('Deepfakes', compression, '071_054')}"
     )
@@ -85,18 +85,19 @@ def _pairs(root: Path, split: str) -> list[tuple[str, str]]:
   path = root / "splits" / f"{split}.json"
   if not path.is_file():
     raise ManifestError(
-      f"{path} is missing; it comes with the code of FaceForensics++ "
-      "(dataset/splits): copy that folder there"
+      f"{path} is missing; copy the folder dataset/splits of the code of "
+      "FaceForensics++ there"
     )
   try:
     pairs = [(first, second) for first, second in json.loads(path.read_bytes())]
   except (ValueError, TypeError) as e:
-    raise ManifestError(f"{path} is no list of pairs: {e}") from e
+    raise ManifestError(f"{path} is not a list of pairs: {e}") from e
   bad = [
     p for p in pairs if not all(isinstance(n, str) and n.isdigit() for n in p)
   ]
   if bad or not pairs:
     raise ManifestError(
-      f"{path} is no list of pairs such as ['071', '054']: {bad[:1] or 'empty'}"
+      f"{path} is not a list of pairs such as ['071', '054']: "
+      f"{bad[:1] or 'empty'}"
     )
   return pairs

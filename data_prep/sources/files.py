@@ -1,4 +1,4 @@
-"""Plain inputs: a folder of videos, a text file of paths, a single video."""
+"""Plain inputs: a folder of videos, a text file of paths, one video."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VIDEO_SUFFIXES = (
   *(".mp4", ".m4v", ".mov", ".3gp", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"),
   *(".mts", ".m2ts", ".flv", ".wmv", ".ogv"),
 )
-# Names of folders that say which split is below.
+# Folder name -> split.
 SPLIT_FOLDERS = {
   "train": "train",
   "val": "val",
@@ -24,11 +24,11 @@ SPLIT_FOLDERS = {
 
 
 def folder(root: Path) -> Listing:
-  """Lists all video files below a folder that are not hidden."""
+  """Lists all video files below a folder, except hidden ones."""
   rows = [Row(0, path) for path in video_paths(root)]
   if not rows:
     raise ManifestError(
-      f"{root} holds no video file (by suffix: {' '.join(VIDEO_SUFFIXES)})"
+      f"{root} has no video file (by suffix: {' '.join(VIDEO_SUFFIXES)})"
     )
   return Listing(root, rows)
 
@@ -37,10 +37,10 @@ def class_folders(root: Path) -> Listing:
   """Lists [SPLIT/]CLASS/.../VIDEO; the folder is the label `class`.
 
   Raises:
-    ManifestError: a video lies in no folder, or there is one class only.
+    ManifestError: a video has no class folder, or there is only one class.
   """
   listing = folder(root)
-  found: list[tuple[Row, str, str]] = []
+  in_class: list[tuple[Row, str, str]] = []
   problems = []
   for row in listing.rows:
     split, _, rest = row.path.partition("/")
@@ -48,28 +48,29 @@ def class_folders(root: Path) -> Listing:
       split, rest = "", row.path
     name, _, file = rest.partition("/")
     if file:
-      found.append((row, SPLIT_FOLDERS.get(split.lower(), ""), name))
+      in_class.append((row, SPLIT_FOLDERS.get(split.lower(), ""), name))
     else:
-      problems.append((0, f"{row.path!r} lies in no folder that names a class"))
-  names = tuple(sorted({name for _, _, name in found}))
+      problems.append(
+        (0, f"{row.path!r} is not in a folder that names a class")
+      )
+  names = tuple(sorted({name for _, _, name in in_class}))
   if len(names) < 2 and not problems:
     raise ManifestError(
-      f"{root} holds the classes {list(names)}; expected two or more folders, "
+      f"{root} has the classes {list(names)}; expected two or more folders, "
       "CLASS/VIDEO or SPLIT/CLASS/VIDEO, SPLIT being train, val or test"
     )
   index_of = {name: i for i, name in enumerate(names)}
   rows = [
     Row(0, row.path, split=split, labels={"class": (float(index_of[name]),)})
-    for row, split, name in found
+    for row, split, name in in_class
   ]
-  # Two classes are a yes-or-no question too, but which is the yes is not ours
-  # to say.
+  # Two classes stay classes: nothing tells which one is the positive.
   return Listing(root, rows, {"class": Label(CLASS, names)}, problems)
 
 
 def text(manifest: Path, root: Path) -> Listing:
-  """Lists a file with one path a line."""
-  # Not splitlines, which also splits at exotic separators within a name.
+  """Lists a file with one path per line."""
+  # Not splitlines, which also splits at rare separators within a name.
   lines = read_text(manifest).replace("\r\n", "\n").split("\n")
   return Listing(
     root, [Row(n, line) for n, line in enumerate(lines, 1) if line]
@@ -77,16 +78,16 @@ def text(manifest: Path, root: Path) -> Listing:
 
 
 def read_text(path: Path) -> str:
-  """Returns the content; raises ManifestError where it is not UTF-8."""
+  """Returns the content; raises ManifestError if it is not UTF-8."""
   try:
-    # utf-8-sig: spreadsheets put a byte order mark before the header.
+    # utf-8-sig: spreadsheets write a byte order mark before the header.
     return path.read_bytes().decode("utf-8-sig")
   except UnicodeDecodeError as e:
     raise ManifestError(f"{path} is not UTF-8 text: {e}") from e
 
 
 def video_paths(root: Path) -> Iterator[str]:
-  """Yields the videos below a folder, and links to folders that lead out."""
+  """Yields the videos below a folder, and links to folders outside it."""
   if storage.is_remote(root):
     yield from _remote_paths(root, "")
     return
@@ -94,8 +95,8 @@ def video_paths(root: Path) -> Iterator[str]:
   for parent, folder_names, names in os.walk(root, onerror=_raise):
     inner = Path(parent)
     folder_names[:] = [n for n in folder_names if not n.startswith(".")]
-    # os.walk does not enter linked folders. One that leads elsewhere below the
-    # root is met there; one that leads out is reported like a file.
+    # os.walk does not enter linked folders. A target below the root is listed
+    # there; a target outside is reported like a file.
     linked = [
       name
       for name in folder_names
@@ -121,8 +122,8 @@ def _remote_paths(folder: Path, prefix: str) -> Iterator[str]:
 
 
 def is_below(path: str | Path, real_root: str) -> bool:
-  """Says whether a path leads below a folder, given as `os.path.realpath`."""
-  # Not Path.resolve, which fails on links in a circle.
+  """Returns True if a path, links resolved, is `real_root` or below it."""
+  # Not Path.resolve, which fails on circular links.
   inner = os.path.realpath(path)
   return inner == real_root or inner.startswith(os.path.join(real_root, ""))
 

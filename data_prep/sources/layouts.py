@@ -1,4 +1,4 @@
-"""Published data sets, by how they lie on disk: folder layout -> listing."""
+"""Layouts of published data sets: name -> reader of the folder."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from data_prep.sources.listing import Listing
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """How a data set lies on disk.
+  """Folder layout of a data set.
 
   Attributes:
-    read: takes its folder; raises ManifestError where the layout is another.
-    summary: what it holds, in a line for --help.
+    read: function from folder to listing; raises ManifestError for another
+      layout.
+    summary: description in one line, for --help.
   """
 
   read: Callable[[Path], Listing]
@@ -26,7 +27,7 @@ class Layout:
 
 LAYOUTS = {
   "class_folders": Layout(
-    files.class_folders, "[SPLIT/]CLASS/VIDEO, for a task of one's own"
+    files.class_folders, "[SPLIT/]CLASS/VIDEO, for your own classes"
   ),
   "ytf": Layout(ytf.read, "YouTube Faces: frame_images_DB/, splits.txt"),
   "celebvhq": Layout(celebvhq.read, "CelebV-HQ: celebvhq_info.json and clips"),

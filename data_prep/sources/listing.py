@@ -1,4 +1,4 @@
-"""What an input names: rows of a table, before anything of it is believed."""
+"""Rows of an input before they are checked, and the meaning of labels."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ BINARY, CLASS, VALUE = "binary", "class", "value"
 
 
 class ManifestError(UserError):
-  """The input names no videos, or names some that must not be read."""
+  """The input names no videos, or videos that must not be read."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-  """What the numbers of a label mean.
+  """Meaning of a label's numbers.
 
   Attributes:
-    kind: BINARY, K attributes that are 0 or 1 each; CLASS, one index into the
-      names; VALUE, K numbers. NaN is unknown.
-    names: of the attributes, the classes or the numbers.
+    kind: BINARY, K attributes that are 0 or 1; CLASS, one index into the names;
+      VALUE, K numbers. NaN is unknown.
+    names: names of the attributes, classes or numbers.
   """
 
   kind: str
@@ -30,21 +30,21 @@ class Label:
 
   @property
   def length(self) -> int:
-    """How many numbers a record holds of it."""
+    """Number of values of the label in a record."""
     return 1 if self.kind == CLASS else len(self.names)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One video as an input names it.
+  """A video as named by an input.
 
   Attributes:
-    number: of the row in its table, counting from 1; 0 outside of tables.
-    path: relative to the root, with forward slashes.
-    subject_id: identity of the person where known, else ''.
-    split: where the input says so, else ''.
+    number: number of the row in its table, from 1; 0 outside tables.
+    path: path relative to the root, with forward slashes.
+    subject_id: identity of the person if known, else ''.
+    split: split given by the input, else ''.
     labels: numbers by label.
-    frame_rate: of a folder of pictures, in frames per second; 0 for a video.
+    frame_rate: frames per second of a folder of pictures; 0 for a video.
   """
 
   number: int
@@ -59,18 +59,17 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-  """All that an input names.
+  """Content of an input.
 
   Attributes:
     root: folder that the paths are relative to.
     rows: the videos.
-    labels: what the rows' labels mean.
-    problems: rows that could not be read: number and what is wrong.
-    notes: what the user should know, e.g. of videos that are listed but not
-      there.
-    has_sound: whether the sound is part of this data set.
-    split_ratios: shares of the people that go to val and to test where rows
-      give no split and the user says nothing.
+    labels: meaning of the rows' labels.
+    problems: row number and problem of each malformed row.
+    notes: messages for the user, such as the number of missing videos.
+    has_sound: True if the data set includes sound.
+    split_ratios: default shares of people in val and test, if rows have no
+      split.
   """
 
   root: Path
@@ -83,7 +82,7 @@ class Listing:
 
 
 def missing_notes(num_missing: int, num_listed: int, what: str) -> list[str]:
-  """Says what is listed but not there; nothing where all is."""
+  """Returns a note about listed files that are missing, if any."""
   if not num_missing:
     return []
-  return [f"{num_missing} of {num_listed} {what} are not there."]
+  return [f"{num_missing} of {num_listed} {what} are missing."]

@@ -1,10 +1,10 @@
 """LRS2 (Son Chung et al., CVPR 2017): spoken sentences of the BBC, with sound.
 
   main/PROGRAMME/NUMBER.mp4, pretrain/PROGRAMME/NUMBER.mp4
-  train.txt, val.txt, test.txt, pretrain.txt     PROGRAMME/NUMBER a line
+  train.txt, val.txt, test.txt, pretrain.txt     PROGRAMME/NUMBER per line
 
-The folder may be the unpacked mvlrs_v1 or what holds it. Speakers are not
-known, so splits can only be the official ones.
+The folder may be the unpacked mvlrs_v1 or its parent. Speakers are unknown, so
+only the official splits are possible.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from data_prep.sources.files import read_text
 from data_prep.sources.listing import Listing, ManifestError, Row, missing_notes
 
-# Split, and the folder that its videos are in.
+# Split -> folder of its videos.
 SPLITS = {
   "train": "main",
   "val": "main",
@@ -24,25 +24,25 @@ SPLITS = {
 
 
 def read(root: Path) -> Listing:
-  """Lists the videos of the lists that are there.
+  """Lists the available videos of the official lists.
 
   Raises:
-    ManifestError: no list or no video is there.
+    ManifestError: there is no list or no video.
   """
   lists = root
   if not (root / "main").is_dir() and (root / "mvlrs_v1").is_dir():
     root = root / "mvlrs_v1"
   rows, num_missing, num_lists = [], 0, 0
   for split, folder in SPLITS.items():
-    found = [
+    paths = [
       path
       for path in (lists / f"{split}.txt", root / f"{split}.txt")
       if path.is_file()
     ]
-    for path in found[:1]:
+    for path in paths[:1]:
       num_lists += 1
       for line in read_text(path).split("\n"):
-        # test.txt has a second column, on the quality of the alignment.
+        # test.txt has a second column, the quality of the alignment.
         name = line.split()[:1]
         if not name:
           continue
@@ -53,12 +53,12 @@ def read(root: Path) -> Listing:
           num_missing += 1
   if not num_lists:
     raise ManifestError(
-      f"{lists} has none of {', '.join(f'{s}.txt' for s in SPLITS)}: the lists "
-      "come with LRS2"
+      f"{lists} has none of {', '.join(f'{s}.txt' for s in SPLITS)}; copy the "
+      "lists of LRS2 there"
     )
   if not rows:
     raise ManifestError(
-      f"{root} holds none of the {num_missing} videos of its lists; expected "
+      f"{root} has none of the {num_missing} videos of its lists; expected "
       "files such as main/PROGRAMME/00001.mp4"
     )
   num_listed = num_missing + len(rows)

@@ -1,7 +1,7 @@
-"""Which videos to prepare: inputs in, safe paths and stable splits out.
+"""Lists the videos to prepare, with safe paths and stable splits.
 
-Paths come from others too. Every row is judged by its text and by what lies at
-the path, without opening it; all bad rows come out in one error.
+A manifest is not trusted. Every row is checked by its text and by the type of
+the file at its path, without opening it; one error lists all bad rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from data_prep.sources.listing import Label, Listing, ManifestError, Row
 
 MANIFEST_SUFFIXES = (".csv", ".txt")
 
-# More would bury the message.
+# More lines would hide the message.
 _MAX_PROBLEMS_SHOWN = 20
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 # Shard file names are NAME-SPLIT.array_record-...
@@ -36,15 +36,15 @@ _LABEL = re.compile(r"[a-z][a-z0-9_]*")
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """One video to prepare.
+  """A video to prepare.
 
   Attributes:
-    video_id: its path below the root, with forward slashes; unique.
-    path: where it lies: a video file, or a folder of pictures.
-    subject_id: identity of the person where known, else ''.
-    split: 'train', 'val', or whatever the input says.
-    labels: what is known of it, by label; NaN where a number is not known.
-    frame_rate: of a folder of pictures, in frames per second; 0 for a video.
+    video_id: path below the root, with forward slashes; unique.
+    path: path of the video file, or of a folder of pictures.
+    subject_id: identity of the person if known, else ''.
+    split: 'train', 'val', or another name given by the input.
+    labels: numbers by label; NaN if unknown.
+    frame_rate: frames per second of a folder of pictures; 0 for a video.
   """
 
   video_id: str
@@ -63,11 +63,10 @@ class Input:
 
   Attributes:
     sources: sorted by video_id.
-    labels: what the sources' labels mean.
-    has_sound: whether the sound is part of this data set.
-    split_ratios: shares of the people that went to val and to test, where the
-      input gives no splits.
-    notes: what the user should know.
+    labels: meaning of the sources' labels.
+    has_sound: True if the data set includes sound.
+    split_ratios: shares of people in val and test, if the input has no splits.
+    notes: messages for the user.
   """
 
   sources: list[Source]
@@ -94,20 +93,20 @@ def read_input(
   """Lists the videos of an input.
 
   Args:
-    source: a folder (all video files below it that are not hidden), a manifest
-      (.csv as in `datasets.csv_table`, or .txt with one path a line), one video
-      file, or 'sample' for the sample videos. With a layout, its folder.
-    root: what a manifest's paths are relative to; its own folder by default.
-    layout: key of `datasets.LAYOUTS`, how a published data set lies on disk.
-    val_ratio: share of the people (of the videos where people are unknown)
-      that go to 'val' where the input does not give splits. The choice
-      follows from a hash of the name, so it never changes as videos are added.
-      By default the layout's, or 0.
-    test_ratio: likewise for 'test'.
+    source: a folder (all video files below it except hidden ones), a manifest
+      (.csv as in `csv_table`, or .txt with one path per line), one video file,
+      or 'sample' for the sample videos. With a layout, the folder of the data
+      set.
+    root: folder that a manifest's paths are relative to; by default its own.
+    layout: key of `layouts.LAYOUTS`, for a published data set.
+    val_ratio: share of people (of videos, if people are unknown) in 'val', if
+      the input has no splits. A hash of the name selects the split, so it does
+      not change as videos are added. By default that of the layout, or 0.
+    test_ratio: share of people in 'test', likewise.
 
   Raises:
-    ManifestError: nothing found, or bad rows, all of them listed.
-    assets.AssetError: the sample videos could not be had.
+    ManifestError: no video is found, or rows are bad; lists all of them.
+    assets.AssetError: the sample videos cannot be downloaded.
   """
   if str(source) == "sample" and not Path("sample").exists():
     from data_prep import assets
@@ -127,7 +126,7 @@ def read_input(
   if problems:
     raise ManifestError(_summary(source, problems))
   if not listing.rows:
-    raise ManifestError(f"{source} names no video")
+    raise ManifestError(f"{source} lists no video")
   given = val_ratio, test_ratio
   ratios = tuple(
     default if ratio is None else ratio
@@ -157,14 +156,15 @@ def read_input(
 
 
 def _listing(source: Path, root: Path | None, layout: str | None) -> Listing:
-  """Has an input read by whoever knows its kind."""
+  """Reads an input with the reader for its kind."""
   is_manifest = source.suffix.lower() in MANIFEST_SUFFIXES
   if root is not None and (layout or not (source.is_file() and is_manifest)):
-    raise ManifestError(f"a root is for manifests, and {source} is none")
+    raise ManifestError(f"a root needs a manifest, and {source} is not one")
   if layout is not None:
     if not source.is_dir():
       raise ManifestError(
-        f"{source} is no folder; expected the folder of the data set {layout}"
+        f"{source} is not a folder; expected the folder of "
+        f"the data set {layout}"
       )
     return LAYOUTS[layout].read(source)
   if source.is_dir():
@@ -175,12 +175,12 @@ def _listing(source: Path, root: Path | None, layout: str | None) -> Listing:
       "manifest (.csv or .txt), a video file, or the word sample"
     )
   if not is_manifest:
-    # A link's own name says less than what it leads to.
+    # The target of a link has the more telling name.
     source = source if storage.is_remote(source) else source.resolve()
     return Listing(source.parent, [Row(0, source.name)])
   root = source.parent if root is None else root
   if not root.is_dir():
-    raise ManifestError(f"root {root} is no folder")
+    raise ManifestError(f"root {root} is not a folder")
   is_table = source.suffix.lower() == ".csv"
   return (csv_table.table if is_table else files.text)(source, root)
 
@@ -191,9 +191,9 @@ def stable_hash(text: str) -> int:
 
 
 def split_of(name: str, val_ratio: float, test_ratio: float = 0.0) -> str:
-  """Returns 'val' or 'test' for such shares of all names, else 'train'.
+  """Returns 'val' or 'test' for these shares of all names, else 'train'.
 
-  A name that is in val stays there whatever the share of test.
+  A name in val stays in val for any share of test.
   """
   place = stable_hash(f"split:{name}") / 2**64
   if place < val_ratio:
@@ -201,18 +201,18 @@ def split_of(name: str, val_ratio: float, test_ratio: float = 0.0) -> str:
   return "test" if place >= 1 - test_ratio else "train"
 
 
-# --- Judging rows -------------------------------------------------------------
+# --- Checking rows ------------------------------------------------------------
 
 
 class _Modes:
-  """Asks the disk about files, once for each: a network disk takes its time."""
+  """Reads file modes, each folder only once, since network disks are slow."""
 
   def __init__(self, root: Path) -> None:
     self._real_root = os.path.realpath(root)
     self._are_below: dict[str, bool] = {}  # by folder
 
   def __call__(self, path: str) -> int | None:
-    """Returns the mode, None where links lead out of the root.
+    """Returns the mode, None if links lead out of the root.
 
     Raises:
       OSError: there is no such file.
@@ -229,27 +229,27 @@ class _Modes:
 
 
 def _problem(row: Row, root: Path, modes: _Modes) -> str | None:
-  """Says what is wrong with a row; looks at the path, opens nothing."""
+  """Returns the problem of a row, if any; reads the mode, opens nothing."""
   problem = _text_problem(row)
   if problem is not None:
     return problem
   if storage.is_remote(root):
-    # No links there, and a question for each of a million rows takes hours.
-    # What is not there is told when it is fetched.
+    # Buckets have no links, and a request for each of a million rows takes
+    # hours. A missing file is reported when it is downloaded.
     return None
   shown = _shown(row.path)
   try:
     mode = modes(str(root / row.path))
   except OSError as e:
-    # A colon alone is no crime: 'Part 1: the start.mp4' may exist.
+    # A colon alone is valid: 'Part 1: the start.mp4' may exist.
     if _ADDRESS.match(row.path):
       return f"{shown} is an address, not a path"
     return f"{shown}: {e.strerror}"
   if mode is None:
     return f"{shown} is a link that leads out of the root"
   if row.frame_rate:
-    return None if stat.S_ISDIR(mode) else f"{shown} is no folder"
-  return None if stat.S_ISREG(mode) else f"{shown} is no regular file"
+    return None if stat.S_ISDIR(mode) else f"{shown} is not a folder"
+  return None if stat.S_ISREG(mode) else f"{shown} is not a regular file"
 
 
 def _text_problem(row: Row) -> str | None:
@@ -257,7 +257,9 @@ def _text_problem(row: Row) -> str | None:
   for name in csv_table.COLUMNS:
     value = getattr(row, name)
     if not _is_plain(value):
-      return f"{name} {_shown(value)} holds a control character or no UTF-8"
+      return (
+        f"{name} {_shown(value)} contains a control character or invalid UTF-8"
+      )
   if row.split and not _SPLIT.fullmatch(row.split):
     return f"split {_shown(row.split)} is not made of a-z, 0-9 and _"
   if not row.path.strip():
@@ -270,7 +272,7 @@ def _text_problem(row: Row) -> str | None:
 
 
 def _group_problems(rows: list[Row]) -> list[tuple[int, str]]:
-  """Says what is wrong with rows taken together."""
+  """Returns the problems of rows taken together."""
   problems = []
   paths: dict[str, Row] = {}
   subjects: dict[str, Row] = {}
@@ -279,7 +281,7 @@ def _group_problems(rows: list[Row]) -> list[tuple[int, str]]:
     same = paths.setdefault(_video_id(row.path), row)
     if same is not row:
       problems.append(
-        (row.number, f"{_shown(row.path)} is there twice{_in(same)}")
+        (row.number, f"{_shown(row.path)} is listed twice{_in(same)}")
       )
     if with_split is not None and not row.split:
       problem = (
@@ -298,7 +300,7 @@ def _group_problems(rows: list[Row]) -> list[tuple[int, str]]:
 
 
 def _in(row: Row) -> str:
-  """Says where a row is; those of a data set's folder have no number."""
+  """Returns the place of a row; rows of a folder have no number."""
   return f" (row {row.number})" if row.number else ""
 
 
@@ -321,27 +323,27 @@ def _label_problems(listing: Listing) -> list[tuple[int, str]]:
         problems.append(
           (
             row.number,
-            f"label {name} holds {list(values)}, expected {label.length} "
-            f"finite numbers of at most {_MAX_LABEL}",
+            f"label {name} has {list(values)}, expected {label.length} finite "
+            f"numbers of at most {_MAX_LABEL}",
           )
         )
   return problems
 
 
 def _video_id(path: str) -> str:
-  """Normalises './a//b.mp4' to 'a/b.mp4'."""
+  """Normalizes './a//b.mp4' to 'a/b.mp4'."""
   return Path(path).as_posix()
 
 
 def _is_plain(text: str) -> bool:
-  """Says whether a text has no control, line break or half characters."""
+  """Returns True without control characters, line breaks or surrogates."""
   return text.isprintable() or not any(
     unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text
   )
 
 
 def _shown(text: str) -> str:
-  """Returns a printable form that cannot disturb a terminal."""
+  """Returns a printable form that is safe on a terminal."""
   return ascii(text) if not text.isprintable() else repr(text)
 
 

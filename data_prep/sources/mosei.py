@@ -1,18 +1,18 @@
 """CMU-MOSEI (Zadeh et al., ACL 2018): opinions, with sentiment and emotions.
 
-  CMU_MOSEI_Labels.csd                          HDF5: numbers and times
+  CMU_MOSEI_Labels.csd                          HDF5: labels and times
   Raw/Transcript/Segmented/Combined/VIDEO.txt   VIDEO___N___start___end___text
   Raw/Videos/Segmented/Combined/VIDEO_N.mp4     the segments
   cmu_mosei_std_folds.py                        the official split (optional)
 
-or, instead of the first two, a table CMU_MOSEI_Labels.csv or label.csv with the
-columns video_id, clip_id, label (or sentiment), and optionally mode (the split)
-and happy, sad, anger, surprise, disgust, fear.
+A table CMU_MOSEI_Labels.csv or label.csv may replace the first two. Its columns
+are video_id, clip_id, label (or sentiment), and optionally mode (the split) and
+happy, sad, anger, surprise, disgust, fear.
 
-Labels: sentiment, a value from -3 to 3; emotion, six attributes, 1 where there
-is evidence of it (a score over 0), as in the paper. The official split is by
-video and comes with the CMU-MultimodalSDK as a Python file of three lists,
-which is parsed, never run. Without it 10% of the videos go to val, 20% to test.
+Labels: sentiment, a value from -3 to 3; emotion, six attributes, 1 for a score
+above 0, as in the paper. The official split is by video. It comes with the
+CMU-MultimodalSDK as a Python file of three lists, which is parsed, never run.
+Without it 10% of the videos go to val and 20% to test.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ TABLES = ("CMU_MOSEI_Labels.csv", "label.csv")
 TRANSCRIPTS = "Raw/Transcript/Segmented/Combined"
 VIDEOS = "Raw/Videos/Segmented/Combined"
 FOLDS = "cmu_mosei_std_folds.py"
-# Times of labels and of transcripts come from two files.
+# Largest difference in seconds between start times of labels and transcripts.
 MAX_SECS_APART = 0.1
 
-# Video, number of the segment, split or '', sentiment, the six emotions.
+# Video, number of the segment, split or '', sentiment, six emotions.
 _Segment = tuple[str, str, str, float, tuple[float, ...]]
 
 
 def read(root: Path) -> Listing:
-  """Lists the labelled segments that are there.
+  """Lists the available labelled segments.
 
   Raises:
-    ManifestError: labels are missing or not as published, or no video is there.
+    ManifestError: labels are missing or malformed, or there is no video.
   """
   tables = [root / name for name in TABLES if (root / name).is_file()]
   if (root / CSD).is_file():
@@ -61,8 +61,7 @@ def read(root: Path) -> Listing:
     segments = list(_table_segments(tables[0]))
   else:
     raise ManifestError(
-      f"{root} has none of {', '.join((CSD, *TABLES))}; expected the labels of "
-      "CMU-MOSEI there"
+      f"{root} has none of {', '.join((CSD, *TABLES))}, the labels of CMU-MOSEI"
     )
   folds = _folds(root / FOLDS)
   rows, num_missing = [], 0
@@ -85,8 +84,8 @@ def read(root: Path) -> Listing:
     rows = [row for row in rows if row.split]
     if unlisted:
       notes.append(
-        f"{len(unlisted)} segments are left out: their videos are in none of "
-        f"the lists of {FOLDS}."
+        f"{len(unlisted)} segments are left out: {FOLDS} does not list their "
+        "videos."
       )
   labels = {
     "sentiment": Label(VALUE, ("sentiment",)),
@@ -99,7 +98,7 @@ def read(root: Path) -> Listing:
 
 
 def _csd_segments(root: Path) -> Iterator[_Segment]:
-  """Joins labels and segments by time: only the transcripts number them."""
+  """Matches labels and segments by time; only transcripts number segments."""
   try:
     import h5py
   except ImportError as e:
@@ -109,12 +108,12 @@ def _csd_segments(root: Path) -> Iterator[_Segment]:
   folder = root / TRANSCRIPTS
   if not folder.is_dir():
     raise ManifestError(
-      f"{folder} is missing: {CSD} gives times, and only the transcripts tell "
-      "which segment file is at which time"
+      f"{folder} is missing: {CSD} holds times, and only the transcripts map a "
+      "time to a segment file"
     )
   try:
     with h5py.File(root / CSD, "r") as file:
-      # The one group has the name of the whole: 'All Labels' or another.
+      # The single group is named 'All Labels' or otherwise.
       (group,) = file.values()
       for video, item in group["data"].items():
         times, numbers = item["intervals"][()], item["features"][()]
@@ -131,11 +130,11 @@ def _csd_segments(root: Path) -> Iterator[_Segment]:
             scores = tuple(float(v) for v in row)
             yield video, number, "", scores[0], scores[1:]
   except (OSError, KeyError, ValueError) as e:
-    raise ManifestError(f"{root / CSD} is not as published: {e}") from e
+    raise ManifestError(f"{root / CSD} is malformed: {e}") from e
 
 
 def _starts(path: Path) -> list[tuple[str, float]]:
-  """Returns number and start in seconds of a video's segments."""
+  """Returns number and start in seconds of each segment of a video."""
   if not path.is_file():
     return []
   fields = (line.split("___") for line in read_text(path).split("\n"))
@@ -167,7 +166,7 @@ def _table_segments(path: Path) -> Iterator[_Segment]:
     except ValueError as e:
       raise ManifestError(f"{path}, line {reader.line_num}: {e}") from e
     split = {"valid": "val"}.get(row.get("mode") or "", row.get("mode") or "")
-    # A spreadsheet turns 3 into 0003 or back; the files have no zeros.
+    # Spreadsheets may pad 3 to 0003; file names have no leading zeros.
     number = row["clip_id"].lstrip("0") or "0"
     yield row["video_id"], number, split, numbers[0], tuple(numbers[1:])
 
@@ -176,7 +175,7 @@ def _table_segments(path: Path) -> Iterator[_Segment]:
 
 
 def _folds(path: Path) -> dict[str, str]:
-  """Returns the split of each video, empty where the file is not there."""
+  """Returns the split of each video; {} if the file is missing."""
   if not path.is_file():
     return {}
   names = {
@@ -191,7 +190,9 @@ def _folds(path: Path) -> dict[str, str]:
         for video in ast.literal_eval(node.value):
           folds[video] = names[node.targets[0].id]
   except (SyntaxError, ValueError, AttributeError, TypeError) as e:
-    raise ManifestError(f"{path} holds no three lists of video ids: {e}") from e
+    raise ManifestError(
+      f"{path} does not hold three lists of video ids: {e}"
+    ) from e
   if set(folds.values()) != set(names.values()):
     raise ManifestError(f"{path} lacks some of the lists {', '.join(names)}")
   return folds

@@ -4,12 +4,12 @@
   splits.txt                             ten folds of pairs, no person in two
   train_set.csv, val_set.csv             MARLIN's split (optional): path,len
 
-MARLIN pretrains on it. Its authors' split (2,593 videos to train on, 633 to
-validate, no person in both, none shorter than 48 frames) is in their
-repository, github.com/ControlNet/MARLIN, dataset/misc/youtube_face/: with both
-files beside the frames it is taken, and what they do not list is left out.
-Else the official folds give a split of the same kind and nearly the same size:
-the people of the last two folds go to val, everybody else to train.
+MARLIN pretrains on this data set. The authors' split has 2,593 videos in train
+and 633 in val, no person in both, and no video shorter than 48 frames. It is in
+github.com/ControlNet/MARLIN, dataset/misc/youtube_face/. If both files lie
+beside the frames, they give the split, and unlisted videos are left out.
+Otherwise the official folds give a split of the same kind and nearly the same
+size: people of the last two folds go to val, all others to train.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def read(root: Path) -> Listing:
   """Lists every folder of frames.
 
   Raises:
-    ManifestError: there is no frame folder, or splits.txt is missing or gives a
-      person two folds.
+    ManifestError: there is no folder of frames, splits.txt is missing, or a
+      person is in two folds.
   """
   folder_of_frames = root / FRAMES
   if not folder_of_frames.is_dir():
@@ -62,13 +62,13 @@ def read(root: Path) -> Listing:
   ]
   if not rows:
     raise ManifestError(
-      f"{folder_of_frames} holds no folder NAME/K; unpack YouTube Faces there"
+      f"{folder_of_frames} has no folder NAME/K; unpack YouTube Faces there"
     )
   notes = []
   if marlins:
     listed = [row for row in rows if row.split]
     notes.append(
-      f"MARLIN's split: {len(listed)} of its {len(marlins)} videos are there; "
+      f"MARLIN's split: {len(listed)} of its {len(marlins)} videos exist; "
       f"{len(rows) - len(listed)} others are left out."
     )
     rows = listed
@@ -76,14 +76,14 @@ def read(root: Path) -> Listing:
 
 
 def _marlins_split(root: Path) -> dict[str, str]:
-  """Returns the split of each NAME/K; {} where the two files are not there."""
+  """Returns the split of each NAME/K; {} if both files are missing."""
   paths = {split: root / name for split, name in MARLINS_SPLIT.items()}
-  there = [path for path in paths.values() if path.is_file()]
-  if not there:
+  existing = [path for path in paths.values() if path.is_file()]
+  if not existing:
     return {}
-  if len(there) < len(paths):
+  if len(existing) < len(paths):
     raise ManifestError(
-      f"{root} has {there[0].name} alone; expected both of "
+      f"{root} has only {existing[0].name}; expected both of "
       + ", ".join(MARLINS_SPLIT.values())
     )
   splits: dict[str, str] = {}
@@ -96,14 +96,13 @@ def _marlins_split(root: Path) -> dict[str, str]:
 
 
 def _folds(path: Path) -> dict[str, int]:
-  """Returns the fold of each person that is in a pair.
+  """Returns the fold of each person in a pair.
 
-  A line is `fold, NAME/K, NAME/K, ...`; what follows is about the pair.
+  A line is `fold, NAME/K, NAME/K, ...`; further fields describe the pair.
   """
   if not path.is_file():
     raise ManifestError(
-      f"{path} is missing: it gives the official folds, and comes with YouTube "
-      "Faces"
+      f"{path} is missing; copy the official folds of YouTube Faces there"
     )
   folds: dict[str, int] = {}
   for number, line in enumerate(read_text(path).splitlines(), 1):
@@ -116,8 +115,8 @@ def _folds(path: Path) -> dict[str, int]:
       if fold != int(fields[0]):
         raise ManifestError(
           f"{path}, line {number}: {name} is in fold {fields[0]} and in fold "
-          f"{fold}; the folds share no person"
+          f"{fold}; a person must be in one fold"
         )
   if not folds:
-    raise ManifestError(f"{path} holds no line such as '1, NAME/0, NAME/1, 1'")
+    raise ManifestError(f"{path} has no line such as '1, NAME/0, NAME/1, 1'")
   return folds

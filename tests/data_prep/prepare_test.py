@@ -253,7 +253,7 @@ def test_killed_runs_worker_count_and_folder_order_leave_no_trace(
     assert not (output / "dataset_info.json").exists()
   result = run_prepare(*args)
   assert result.returncode == 0, result.stderr
-  assert "of them done before" in result.stdout
+  assert "of them already done" in result.stdout
   assert content(output) == content(prepared[0])
 
 
@@ -299,7 +299,7 @@ def test_kill_between_ledger_and_shard_is_completed_without_work(
     (dataset / name).unlink()
   result = run_prepare("--input", videos, "--output", dataset)
   assert result.returncode == 0, result.stderr
-  assert "13 videos, 13 of them done before" in result.stdout
+  assert "13 videos, 13 of them already done" in result.stdout
   assert content(dataset) == expected
 
 
@@ -323,7 +323,7 @@ def test_qualities_that_are_lost_are_written_again_without_work(
     path.write_bytes(damage)
   result = run_prepare("--input", videos, "--output", dataset)
   assert result.returncode == 0, result.stderr
-  assert "13 videos, 13 of them done before" in result.stdout
+  assert "13 videos, 13 of them already done" in result.stdout
   assert content(dataset) == expected
 
 
@@ -333,7 +333,7 @@ def test_new_video_touches_only_its_shard(dataset, videos, carphone, tmp_path):
   before, before_times = content(dataset), times(dataset)
   result = run_prepare("--input", folder, "--output", dataset)
   assert result.returncode == 0, result.stderr
-  assert "14 videos, 13 of them done before" in result.stdout
+  assert "14 videos, 13 of them already done" in result.stdout
   index = dataset_folder.shard_index("new.mp4", 3)
   for shard in dataset.glob("*.array_record-*"):
     untouched = before_times[shard.name] == shard.stat().st_mtime_ns
@@ -366,7 +366,7 @@ def test_quarantined_videos_are_tried_again_under_other_limits(dataset, videos):
     *("--max_frame_pixels", 4096 * 4096, "--num_workers", 1),
   )
   assert result.returncode == 0, result.stderr
-  assert "13 videos, 7 of them done before" in result.stdout
+  assert "13 videos, 7 of them already done" in result.stdout
   reasons = {
     line["video_id"]: line["reason"]
     for line in read_lines(dataset / "quarantine.jsonl")
@@ -466,7 +466,7 @@ def test_no_record_at_all_is_an_error_that_says_why(
   output = tmp_path / "out"
   result = run_prepare("--input", videos / "bad", "--output", output)
   assert result.returncode == 1
-  assert "error: no face track came of 7 videos" in result.stderr
+  assert "error: no face track in 7 videos" in result.stderr
   assert "3 x cannot open" in result.stderr
   assert "1 x no face found (e.g. 'noise.mp4')" in result.stderr
   assert not (output / "dataset_info.json").exists()
@@ -499,7 +499,7 @@ def test_other_settings_are_refused_with_the_difference(dataset, videos):
 def test_input_that_lost_videos_is_refused(dataset, videos):
   message = failure("--input", videos / "01 frames.mp4", "--output", dataset)
   assert "12 videos of" in message
-  assert "not in the input any more" in message
+  assert "missing in the input" in message
 
 
 def test_folder_of_something_else_is_not_written_to(videos):
@@ -538,7 +538,7 @@ def test_missing_model_is_one_error_and_no_quarantine(videos, tmp_path):
   [
     (["--segment_frames", "61"], "61 is less than 62"),
     (["--val_ratio", "1"], "1 is not in [0, 1)"),
-    (["--name", "My-Faces"], "is not made of a-z"),
+    (["--name", "My-Faces"], "'My-Faces': expected a-z"),
     (["--num_workers", "x"], "invalid int value: 'x'"),
     (["--num_worker", "2"], "unrecognized arguments"),
   ],

@@ -134,9 +134,9 @@ def test_wrong_task_numbers_are_told(flags, tmp_path):
   result = run_prepare(
     *flags, "--output", tmp_path, "--", "--runner=FlinkRunner"
   )
-  assert "--runner=FlinkRunner is for --engine=beam" in result.stderr
+  assert "--runner=FlinkRunner needs --engine=beam" in result.stderr
   result = run_prepare(*flags, "--output", "gs://bucket/[ab]")
-  assert "'gs://bucket/[ab]' holds one of * ? [" in result.stderr
+  assert "'gs://bucket/[ab]' contains one of * ? [" in result.stderr
 
 
 @pytest.mark.skipif(

@@ -145,7 +145,7 @@ def test_tasks_that_begin_at_once_must_agree(tmp_path):
     open_folder(path, (1, 2), name="others") as second,
   ):
     first.begin(first.plan(SETTINGS, retry_quarantined=False))
-    with pytest.raises(OutputFolderError, match="begun .* just now"):
+    with pytest.raises(OutputFolderError, match="just begun"):
       second.begin(second.plan(SETTINGS, retry_quarantined=False))
   with pytest.raises(OutputFolderError, match="was 'faces' and is now 'others"):
     open_folder(path, (1, 2), name="others")

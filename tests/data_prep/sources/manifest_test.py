@@ -52,7 +52,7 @@ def test_folder_gives_its_video_files_sorted_by_path(folder):
 
 
 def test_folder_without_videos_is_an_error(tmp_path):
-  assert "holds no video file" in error(tmp_path)
+  assert "has no video file" in error(tmp_path)
   assert "no such file or folder" in error(tmp_path / "none")
 
 
@@ -79,7 +79,7 @@ def test_links_that_leave_a_folder_are_refused_together(folder, tmp_path):
 
 def test_control_characters_in_a_folder_are_refused(folder):
   write(folder / "a\nb.mp4", "")
-  assert r"'a\nb.mp4' holds a control character" in error(folder)
+  assert r"'a\nb.mp4' contains a control character" in error(folder)
 
 
 # --- Manifests ----------------------------------------------------------------
@@ -109,8 +109,8 @@ def test_root_may_lie_elsewhere(folder, tmp_path):
   assert "row 1: 'b.mp4': No such file" in error(manifest)
   (source,) = read_sources(manifest, root=folder)
   assert source.path == folder / "b.mp4"
-  assert "a root is for manifests" in error(folder, root=folder)
-  assert "is no folder" in error(manifest, root=folder / "b.mp4")
+  assert "a root needs a manifest" in error(folder, root=folder)
+  assert "is not a folder" in error(manifest, root=folder / "b.mp4")
 
 
 def test_equal_names_in_two_folders_stay_two_videos(folder):
@@ -131,8 +131,8 @@ def test_unsafe_rows_are_all_listed_and_nothing_is_opened(folder, tmp_path):
     7: ("concat:b.mp4|a.MKV", "is an address"),
     8: ("file:b.mp4", "is an address"),
     9: ("link.mp4", "is a link that leads out"),
-    10: ("pipe.mp4", "is no regular file"),
-    11: ("one", "is no regular file"),
+    10: ("pipe.mp4", "is not a regular file"),
+    11: ("one", "is not a regular file"),
     12: ("none.mp4", "No such file"),
     13: ("", "the path is empty"),
     14: ("b.mp4,x", "2 columns, expected 1"),
@@ -149,7 +149,9 @@ def test_unsafe_rows_are_all_listed_and_nothing_is_opened(folder, tmp_path):
 
 def test_path_over_two_lines_is_refused(folder):
   manifest = write(folder / "m.csv", 'path\n"a\nb.mp4"\n')
-  assert r"row 3: path 'a\nb.mp4' holds a control character" in error(manifest)
+  assert r"row 3: path 'a\nb.mp4' contains a control character" in error(
+    manifest
+  )
 
 
 def test_colon_in_the_name_of_a_real_file_is_no_address(folder):
@@ -170,14 +172,14 @@ def test_long_lists_of_bad_rows_are_cut(folder):
   ("text", "problem"),
   [
     ("", "the header is []"),
-    ("path\n", "names no video"),
+    ("path\n", "lists no video"),
     ("file\nb.mp4\n", "the header is ['file']"),
     ("path,label\nb.mp4,1\n", "the header is ['path', 'label']"),
     ("path;split\nb.mp4;a\n", "the header is ['path;split']"),
     ("path,path\nb.mp4,b.mp4\n", "the header is"),
     ("path,subject_id\nb.mp4\n", "row 2: 1 columns, expected 2"),
     ('path\n"b.mp4\n', "row 2: unexpected end of data"),
-    ("path\nb.mp4\n./b.mp4\n", "row 3: './b.mp4' is there twice (row 2)"),
+    ("path\nb.mp4\n./b.mp4\n", "row 3: './b.mp4' is listed twice (row 2)"),
     ("path,split\nb.mp4,Train!\n", "row 2: split 'Train!' is not made of"),
     (
       "path,split\nb.mp4,a\na.MKV,\n",
@@ -196,7 +198,7 @@ def test_malformed_csv_is_an_error_with_row_number(folder, text, problem):
 def test_manifest_that_is_no_text_is_an_error(folder):
   (folder / "m.csv").write_bytes(b"path\n\xff\xfe.mp4\n")
   assert "is not UTF-8 text" in error(folder / "m.csv")
-  assert "names no video" in error(write(folder / "m.txt", "\n"))
+  assert "lists no video" in error(write(folder / "m.txt", "\n"))
 
 
 # --- Splits -------------------------------------------------------------------
