@@ -1,10 +1,10 @@
-"""What lip synchronisation takes of a record: frames and their sound.
+"""Training clips of lip synchronisation: frames of a record and their sound.
 
-Served by `input_pipeline.train_batches`, as pretraining's clips are, from data
-sets that are prepared with `--sound --fps=25`. A record that cannot be used
-(no sound, nothing but silence, another frame rate, too few frames) is a
-DatasetError: it ends the run, or is left out and written down where `bad` is
-given to `train_batches`, another record taking its place.
+`data.loader.train_batches` serves them, as it serves the clips of pretraining,
+from data sets prepared with `--sound --fps=25`. A record that cannot be used
+(no sound, only silence, another frame rate, too few frames) is a DatasetError:
+it ends the run or, if `bad` is given to `train_batches`, is listed there and
+replaced by another record.
 
 Axes: B clips, T frames, M mel rows of a window.
 """
@@ -23,36 +23,81 @@ from marlin_jax.records.mel_spectrogram import MAX_VALUE
 
 Batch = dict[str, np.ndarray]
 
-# Sound that is less than SyncNet's own window away is hardly out of sync:
-# telling it from sound that is in sync would be noise in the labels. (Wav2Lip
-# takes any other start.)
+# Sound that is shifted by less than SyncNet's own window is hardly out of sync:
+# to tell it from sound in sync would be label noise. (Wav2Lip takes any other
+# start.)
 MIN_OFFSET = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class TakePairs:
-  """Pictures with their sound or, every other time, with other sound.
+class _TakeFrames:
+  """Base class: takes windows of frames.
 
   A batch holds `video` uint8 (B, T, 224, 224, 3), `mel` float32 (B, M, 80),
-  `offset` int32 (B,), by how many frames the mel is later than the pictures, 0
-  where they are in sync, `_id` int32 (B,), the records' numbers, and `start`
-  int32 (B,), the first frames of the pictures. The other sound is of the same
-  record, so that neither voice nor face tells.
+  `_id` int32 (B,), the records' numbers, and `start` int32 (B,), the first
+  frames of `video`.
 
   Attributes:
     num_frames: T.
-    min_offset: frames between the sound that is shown and the true one, at
-      least, where they differ.
   """
 
   num_frames: int
+
+  def empty(self, num_clips: int) -> Batch:
+    """Returns an uninitialised batch."""
+    size, rows = schema.FRAME_SIZE, mel_windows.num_rows(self.num_frames)
+    video = (num_clips, self.num_frames, size, size, 3)
+    return {
+      "video": np.empty(video, np.uint8),
+      "mel": np.empty((num_clips, rows, schema.NUM_MELS), np.float32),
+      "_id": np.empty(num_clips, np.int32),
+      "start": np.empty(num_clips, np.int32),
+    }
+
+  def decode(
+    self,
+    clips: Batch,
+    index: int,
+    record: schema.Record,
+    frames: Sequence[int],
+  ) -> None:
+    """Fills `video` with the frames that `choose` returned.
+
+    Raises:
+      DatasetError: a frame cannot be decoded.
+    """
+    _decode(clips["video"], index, record, frames)
+
+  def note(self, clips: Batch, index: int, starts: np.ndarray) -> list[int]:
+    """Fills `_id` and `start`; returns the frames of all clips in turn."""
+    clips["_id"][:] = index
+    clips["start"][:] = starts
+    return self.frames_from(starts)
+
+  def frames_from(self, starts: np.ndarray) -> list[int]:
+    """Returns the frames of the windows at `starts`, window after window."""
+    return (starts[:, None] + np.arange(self.num_frames)).ravel().tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class TakePairs(_TakeFrames):
+  """Frames with their own sound or, every other time, with shifted sound.
+
+  Beside the base class, a batch holds `offset` int32 (B,): the number of frames
+  by which the sound is later than the frames, 0 in sync. Shifted sound is of
+  the same record, so that neither voice nor face tells the two apart.
+
+  Attributes:
+    num_frames: T.
+    min_offset: least shift of shifted sound, in frames.
+  """
+
   min_offset: int = MIN_OFFSET
 
   def empty(self, num_clips: int) -> Batch:
-    """A batch to be filled."""
-    return _empty(num_clips, self.num_frames) | {
-      "offset": np.empty(num_clips, np.int32)
-    }
+    """Returns an uninitialised batch."""
+    offset = np.empty(num_clips, np.int32)
+    return super().empty(num_clips) | {"offset": offset}
 
   def choose(
     self,
@@ -61,10 +106,10 @@ class TakePairs:
     record: schema.Record,
     np_rng: np.random.Generator,
   ) -> list[int]:
-    """Fills a part of a batch but for `video`.
+    """Fills clips of one record except for `video`.
 
     Returns:
-      The frames of the record that `video` is to show, of all clips in turn.
+      The frames of the record to decode into `video`, of all clips in turn.
 
     Raises:
       DatasetError: the record cannot be used.
@@ -74,57 +119,41 @@ class TakePairs:
     )
     starts = np.arange(num_starts)
     apart = np.abs(starts[:, None] - starts) >= self.min_offset
-    pairs = np.argwhere(apart)  # of pictures and sound
+    pairs = np.argwhere(apart)  # starts of frames and of sound
     num_clips = len(clips["start"])
     chosen = pairs[np_rng.integers(len(pairs), size=num_clips)]
     in_sync = np_rng.random(num_clips) < 0.5
     chosen[in_sync, 1] = chosen[in_sync, 0]
-    pictures, sound = chosen.T
-    clips["offset"][:] = sound - pictures
+    frames, sound = chosen.T
+    clips["offset"][:] = sound - frames
     clips["mel"][:] = mel_windows.windows(
       record.mel, sound, self.num_frames, record.start_secs
     )
-    return _note(clips, index, pictures, self.num_frames)
-
-  def decode(
-    self,
-    clips: Batch,
-    index: int,
-    record: schema.Record,
-    frames: Sequence[int],
-  ) -> None:
-    """Fills `video` with what `choose` gave; raises DatasetError."""
-    _decode(clips["video"], index, record, frames)
+    return self.note(clips, index, frames)
 
 
 @dataclasses.dataclass(frozen=True)
-class TakeOffsets:
-  """Pictures with their sound and, beside it, earlier and later sound.
+class TakeOffsets(_TakeFrames):
+  """Frames with their own sound and with the sound at each offset.
 
-  A batch holds `video` uint8 (B, T, 224, 224, 3), `mel` float32 (B, 2K + 1, M,
-  80), of which window i is i - K frames later than the pictures, `inside` bool
-  (B, 2K + 1), whether the record has that sound at all, `_id` and `start` as in
-  TakePairs. Pictures are taken from where all offsets are inside, or, if the
-  record is too short for that, from its middle.
+  Unlike the base class, a batch holds `mel` float32 (B, 2K + 1, M, 80), whose
+  window i is i - K frames later than the frames, and `inside` bool (B, 2K + 1),
+  true if the record has that sound. Frames are taken from where all offsets are
+  inside, or from the middle of a record too short for that.
 
   Attributes:
     num_frames: T.
     max_offset: K.
   """
 
-  num_frames: int
   max_offset: int
 
   def empty(self, num_clips: int) -> Batch:
-    """A batch to be filled."""
-    batch = _empty(num_clips, self.num_frames)
-    num_offsets = 2 * self.max_offset + 1
-    return batch | {
-      "mel": np.empty(
-        (num_clips, num_offsets, *batch["mel"].shape[1:]), np.float32
-      ),
-      "inside": np.empty((num_clips, num_offsets), bool),
-    }
+    """Returns an uninitialised batch."""
+    batch = super().empty(num_clips)
+    shape = (num_clips, 2 * self.max_offset + 1)
+    mel = np.empty((*shape, *batch["mel"].shape[1:]), np.float32)
+    return batch | {"mel": mel, "inside": np.empty(shape, bool)}
 
   def choose(
     self,
@@ -133,14 +162,7 @@ class TakeOffsets:
     record: schema.Record,
     np_rng: np.random.Generator,
   ) -> list[int]:
-    """Fills a part of a batch but for `video`.
-
-    Returns:
-      The frames of the record that `video` is to show, of all clips in turn.
-
-    Raises:
-      DatasetError: the record cannot be used.
-    """
+    """Fills clips of one record except for `video`; see `TakePairs.choose`."""
     num_starts = _num_starts(
       index, record, self.num_frames, self.num_frames + 1
     )
@@ -153,44 +175,28 @@ class TakeOffsets:
     clips["mel"][:] = mel_windows.windows(
       record.mel, sound.ravel(), self.num_frames, record.start_secs
     ).reshape(clips["mel"].shape)
-    return _note(clips, index, starts, self.num_frames)
-
-  def decode(
-    self,
-    clips: Batch,
-    index: int,
-    record: schema.Record,
-    frames: Sequence[int],
-  ) -> None:
-    """Fills `video` with what `choose` gave; raises DatasetError."""
-    _decode(clips["video"], index, record, frames)
+    return self.note(clips, index, starts)
 
 
 @dataclasses.dataclass(frozen=True)
-class TakeTargets:
-  """Pictures, their sound, and other pictures of the same face.
+class TakeTargets(_TakeFrames):
+  """Frames, their sound, and a reference: other frames of the same face.
 
-  A batch holds `video` and `reference`, uint8 (B, T, 224, 224, 3), `mel`
-  float32 (B, M, 80) of the whole window, `mels` float32 (B, T, 16, 80) around
-  each frame, `_id` and `start` as in TakePairs.
+  Beside the base class, a batch holds `reference` uint8 (B, T, 224, 224, 3) and
+  `mels` float32 (B, T, 16, 80), the sound around each frame.
 
   The reference is a window of the same record that shares no frame with
-  `video`; where the record is too short for one, that which shares the fewest.
-  (Wav2Lip takes any other start, which may show the mouth that is asked for.)
-
-  Attributes:
-    num_frames: T.
+  `video`; in a record too short for one, a window that shares the fewest.
+  (Wav2Lip takes any other start, which may show the mouth to be generated.)
   """
 
-  num_frames: int
-
   def empty(self, num_clips: int) -> Batch:
-    """A batch to be filled."""
-    batch = _empty(num_clips, self.num_frames)
-    mels = (num_clips, self.num_frames, mel_windows.FRAME_ROWS)
+    """Returns an uninitialised batch."""
+    batch = super().empty(num_clips)
+    mels = (num_clips, self.num_frames, mel_windows.FRAME_ROWS, schema.NUM_MELS)
     return batch | {
       "reference": np.empty_like(batch["video"]),
-      "mels": np.empty((*mels, schema.NUM_MELS), np.float32),
+      "mels": np.empty(mels, np.float32),
     }
 
   def choose(
@@ -200,26 +206,30 @@ class TakeTargets:
     record: schema.Record,
     np_rng: np.random.Generator,
   ) -> list[int]:
-    """Fills a part of a batch but for `video` and `reference`.
+    """Fills clips of one record except for `video` and `reference`.
 
     Returns:
-      The frames of the record that `video` is to show, of all clips in turn,
-      and then those of `reference`.
+      The frames of the record to decode into `video`, of all clips in turn,
+      then those to decode into `reference`.
 
     Raises:
       DatasetError: the record cannot be used.
     """
-    t = self.num_frames
-    num_starts = _num_starts(index, record, t, t + 1)
+    num_starts = _num_starts(
+      index, record, self.num_frames, self.num_frames + 1
+    )
     starts = np_rng.integers(num_starts, size=len(clips["start"]))
-    others = np.array([self._other(s, num_starts, np_rng) for s in starts])
-    mel, secs = record.mel, record.start_secs
-    clips["mel"][:] = mel_windows.windows(mel, starts, t, secs)
-    every = (starts[:, None] + np.arange(t)).ravel()
-    around = mel_windows.frame_windows(mel, every, secs)
-    clips["mels"][:] = around.reshape(clips["mels"].shape)
-    frames = _note(clips, index, starts, t)
-    return frames + (others[:, None] + np.arange(t)).ravel().tolist()
+    references = np.array(
+      [self._reference_start(start, num_starts, np_rng) for start in starts]
+    )
+    frames = self.note(clips, index, starts)
+    clips["mel"][:] = mel_windows.windows(
+      record.mel, starts, self.num_frames, record.start_secs
+    )
+    clips["mels"][:] = mel_windows.frame_windows(
+      record.mel, np.array(frames), record.start_secs
+    ).reshape(clips["mels"].shape)
+    return frames + self.frames_from(references)
 
   def decode(
     self,
@@ -228,37 +238,27 @@ class TakeTargets:
     record: schema.Record,
     frames: Sequence[int],
   ) -> None:
-    """Fills the pictures with what `choose` gave; raises DatasetError."""
+    """Fills `video` and `reference` with the frames of `choose`.
+
+    Raises:
+      DatasetError: a frame cannot be decoded.
+    """
     half = len(frames) // 2
     _decode(clips["video"], index, record, frames[:half])
     _decode(clips["reference"], index, record, frames[half:])
 
-  def _other(
+  def _reference_start(
     self, start: int, num_starts: int, np_rng: np.random.Generator
   ) -> int:
-    """Returns the reference's start."""
     distances = np.abs(np.arange(num_starts) - start)
-    needed = min(self.num_frames, int(distances.max()))
-    return int(np_rng.choice(np.flatnonzero(distances >= needed)))
-
-
-# --- Of both ------------------------------------------------------------------
-
-
-def _empty(num_clips: int, num_frames: int) -> Batch:
-  size, rows = schema.FRAME_SIZE, mel_windows.num_rows(num_frames)
-  return {
-    "video": np.empty((num_clips, num_frames, size, size, 3), np.uint8),
-    "mel": np.empty((num_clips, rows, schema.NUM_MELS), np.float32),
-    "_id": np.empty(num_clips, np.int32),
-    "start": np.empty(num_clips, np.int32),
-  }
+    least = min(self.num_frames, int(distances.max()))
+    return int(np_rng.choice(np.flatnonzero(distances >= least)))
 
 
 def _num_starts(
   index: int, record: schema.Record, num_frames: int, least: int
 ) -> int:
-  """Returns where windows can begin in a record of `least` frames or more.
+  """Returns the number of windows of a record with at least `least` frames.
 
   Raises:
     DatasetError: the record cannot be used.
@@ -269,7 +269,7 @@ def _num_starts(
 
 
 def _problem(record: schema.Record, least: int) -> str:
-  """Says why a record cannot be used and what to do, '' if it can."""
+  """Returns why a record cannot be used and what to do; '' if it can."""
   if record.audio is None:
     return (
       "is of a data set without sound; prepare the videos again, with "
@@ -300,15 +300,6 @@ def _problem(record: schema.Record, least: int) -> str:
       "of bad records that are passed over"
     )
   return ""
-
-
-def _note(
-  clips: Batch, index: int, starts: np.ndarray, num_frames: int
-) -> list[int]:
-  """Fills number and starts; returns the frames of all clips in turn."""
-  clips["_id"][:] = index
-  clips["start"][:] = starts
-  return (starts[:, None] + np.arange(num_frames)).ravel().tolist()
 
 
 def _decode(

@@ -1,4 +1,4 @@
-"""One training step of the sync expert, and what it is worth.
+"""Training step of the sync expert, and its cosines at each offset.
 
 Everything here is pure: no I/O, no config object.
 
@@ -24,14 +24,14 @@ Pytree = Any
 
 @flax.struct.dataclass
 class ExpertState:
-  """All that a step reads and writes; a plain pytree.
+  """State of the training; a plain pytree.
 
   Attributes:
     step: int32, steps taken.
-    num_skipped: int32, how many of these changed nothing, because a loss or a
-      gradient was not finite.
-    expert: the network's arrays.
-    opt_state: its optimiser state.
+    num_skipped: int32, steps not applied because a loss or a gradient was not
+      finite.
+    expert: variables of the expert.
+    opt_state: optimiser state of the expert.
   """
 
   step: jax.Array
@@ -41,24 +41,24 @@ class ExpertState:
 
   @property
   def trained(self) -> Variables:
-    """The network that the run is about."""
+    """Variables of the trained network."""
     return self.expert
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertTrainer:
-  """The step's static half.
+  """Static half of the training step.
 
   Attributes:
-    expert: structure of a models.sync_expert.SyncExpert.
-    optimizer: updates it.
+    expert: graph of a networks.sync_expert.SyncExpert.
+    optimizer: optimiser of the expert.
   """
 
   expert: Graph
   optimizer: optax.GradientTransformation
 
   def init(self, arrays: Variables) -> ExpertState:
-    """The state before the first step."""
+    """Returns the state before the first step."""
     return ExpertState(
       step=jnp.zeros((), jnp.int32),
       num_skipped=jnp.zeros((), jnp.int32),
@@ -68,25 +68,25 @@ class ExpertTrainer:
 
 
 def cosines(faces: jax.Array, sound: jax.Array) -> jax.Array:
-  """Cosine similarity of unit vectors: (..., D) and (..., D) -> (...)."""
+  """Returns the cosines of unit vectors: (..., D), (..., D) -> (...)."""
   return (faces * sound).sum(-1)
 
 
 def expert_step(
   trainer: ExpertTrainer, state: ExpertState, batch: dict
 ) -> tuple[ExpertState, dict[str, jax.Array]]:
-  """Takes one step, or none where something in it is not finite.
+  """Takes a step; it is not applied if a loss or a gradient is not finite.
 
   Args:
-    trainer: the static half.
-    state: the state.
+    trainer: static half.
+    state: state before the step.
     batch: `video` uint8 (B, T, S, S, 3), `mel` float32 (B, M, 80) and `offset`
-      int32 (B,), 0 where the two are in sync.
+      int32 (B,), 0 for clips in sync.
 
   Returns:
-    The new state and float32 scalars: loss_sync, accuracy (of the cosine being
-    above a half where they are in sync), the mean cosines cosine_in_sync and
-    cosine_shifted, grad_norm, and `num_skipped` so far.
+    The new state and float32 scalars: loss_sync, accuracy (of classifying a
+    cosine above 0.5 as in sync), the mean cosines cosine_in_sync and
+    cosine_shifted, grad_norm, and num_skipped so far.
   """
   in_sync = batch["offset"] == 0
 
@@ -121,33 +121,33 @@ def expert_step(
 
 
 def _mean_where(x: jax.Array, chosen: jax.Array) -> jax.Array:
-  """The mean of some of (B,); 0 where there are none."""
+  """Returns the mean of the chosen elements of (B,); 0 without any."""
   return jnp.where(chosen, x, 0).sum() / jnp.maximum(chosen.sum(), 1)
 
 
 def finite_or_old(new, old, metrics: dict[str, jax.Array]):
-  """The new state if all metrics are finite, else the old; one step further.
+  """Returns the new state if all metrics are finite, else the old one.
 
   Args:
     new, old: states with `step` and `num_skipped`.
     metrics: scalars, among them the norms of all gradients.
 
   Returns:
-    The state, and the metrics with `num_skipped`.
+    The state with the next `step`, and the metrics with `num_skipped`.
   """
   finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
-  kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+  state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
   num_skipped = old.num_skipped + ~finite
-  kept = kept.replace(step=old.step + 1, num_skipped=num_skipped)
-  return kept, metrics | {"num_skipped": num_skipped.astype(jnp.float32)}
+  state = state.replace(step=old.step + 1, num_skipped=num_skipped)
+  return state, metrics | {"num_skipped": num_skipped.astype(jnp.float32)}
 
 
 def offset_cosines(expert: Graph, arrays: Variables, batch: dict) -> jax.Array:
-  """How well the sound fits at each offset, without learning.
+  """Returns the cosine similarity of frames and sound at each offset.
 
   Args:
-    expert: the structure.
-    arrays: of the network.
+    expert: graph of the expert.
+    arrays: variables of the expert.
     batch: `video` uint8 (B, T, S, S, 3) and `mel` float32 (B, O, M, 80).
 
   Returns:

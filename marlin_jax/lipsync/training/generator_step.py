@@ -1,14 +1,14 @@
-"""One training step of the generator and of the quality discriminator.
+"""Training step of the generator and of the quality discriminator.
 
-The generator's loss is a mean of three with weights that sum to 1: the absolute
-error (L1), the expert's loss for the drawn pictures with their sound, and the
-discriminator's for taking them for real (github.com/Rudrabha/Wav2Lip,
-hq_wav2lip_train.py). As there, the generator learns first; the discriminator
-then sees the pictures that were drawn before that.
+The generator's loss is a weighted mean of three, with weights that sum to 1:
+the absolute error (L1), the expert's loss for the generated frames with their
+sound, and the adversarial loss (github.com/Rudrabha/Wav2Lip,
+hq_wav2lip_train.py). As there, the generator is updated first, and the
+discriminator then sees the frames generated before the update.
 
-Unlike there, the expert runs in evaluation mode: with statistics of the batch
-its verdict on a clip would depend on the others, and differ from the one that
-the schedule of the sync weight goes by.
+Unlike there, the expert runs in evaluation mode: with batch statistics its
+output for a clip would depend on the other clips, and differ from the output
+that the schedule of the sync weight depends on.
 
 Everything here is pure: no I/O, no config object.
 
@@ -35,17 +35,17 @@ Pytree = Any
 
 @flax.struct.dataclass
 class GeneratorState:
-  """All that a step reads and writes; a plain pytree.
+  """State of the training; a plain pytree.
 
   Attributes:
     step: int32, steps taken.
-    num_skipped: int32, how many of these changed nothing.
-    sync_weight: float32, of the expert's loss; 0 until the drawn pictures are
-      good enough, see `next_sync_weight`.
-    generator: the generator's arrays.
-    opt_state: its optimiser state.
-    discriminator: the discriminator's arrays; None without one.
-    disc_opt_state: its optimiser state; None without one.
+    num_skipped: int32, steps not applied.
+    sync_weight: float32, weight of the expert's loss; 0 until the generated
+      frames are good enough, see `next_sync_weight`.
+    generator: variables of the generator.
+    opt_state: optimiser state of the generator.
+    discriminator: variables of the discriminator; None without one.
+    disc_opt_state: optimiser state of the discriminator; None without one.
   """
 
   step: jax.Array
@@ -58,24 +58,24 @@ class GeneratorState:
 
   @property
   def trained(self) -> Variables:
-    """The network that the run is about."""
+    """Variables of the trained network."""
     return self.generator
 
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorTrainer:
-  """The step's static half.
+  """Static half of the training step.
 
   Attributes:
-    generator: structure of a models.lipsync_generator.LipsyncGenerator or a
-      models.wav2lip.Wav2Lip.
-    image_size: S of its pictures.
-    expert: structure of a models.sync_expert.SyncExpert.
-    discriminator: of a models.quality_discriminator.QualityDiscriminator; None
-      without one.
-    adv_weight: of the discriminator's loss; 0 without one.
-    optimizer: updates the generator.
-    disc_optimizer: updates the discriminator.
+    generator: graph of a generator, networks.marlin_generator or
+      networks.wav2lip.
+    image_size: S of its frames.
+    expert: graph of a networks.sync_expert.SyncExpert.
+    discriminator: graph of a networks.quality_discriminator
+      .QualityDiscriminator; None without one.
+    adv_weight: weight of the adversarial loss; 0 without a discriminator.
+    optimizer: optimiser of the generator.
+    disc_optimizer: optimiser of the discriminator.
   """
 
   generator: Graph
@@ -87,7 +87,7 @@ class GeneratorTrainer:
   disc_optimizer: optax.GradientTransformation
 
   def init(self, arrays: Variables, disc: Variables | None) -> GeneratorState:
-    """The state before the first step."""
+    """Returns the state before the first step."""
     return GeneratorState(
       step=jnp.zeros((), jnp.int32),
       num_skipped=jnp.zeros((), jnp.int32),
@@ -99,7 +99,7 @@ class GeneratorTrainer:
     )
 
   def pictures(self, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The generator's view of a batch.
+    """Returns a batch as the generator sees it.
 
     Returns:
       masked, reference and target, float32 (B, T, S, S, 3) in [0, 1].
@@ -112,7 +112,7 @@ class GeneratorTrainer:
     return inputs.hide_mouth(target), reference, target
 
   def sync_loss(self, judge: Variables, video: jax.Array, mel: jax.Array):
-    """The expert's loss for drawn pictures and the sound they shall fit."""
+    """Returns the expert's loss for frames and the sound they should fit."""
     expert = self.expert.eval_network(judge)
     cosine = cosines(expert.faces(video), expert.sound(mel))
     return sync_loss(cosine, jnp.ones(cosine.shape, bool))
@@ -121,14 +121,17 @@ class GeneratorTrainer:
 def next_sync_weight(
   current: float, eval_loss: float, *, threshold: float, weight: float
 ) -> float:
-  """The published schedule: once the loss is low enough, on for good.
+  """Returns the sync weight after an evaluation: Wav2Lip's schedule.
+
+  The weight is switched on once the evaluation loss is below the threshold, and
+  stays on.
 
   Args:
     current: the weight so far.
-    eval_loss: mean of the expert's loss for pictures drawn from the evaluation
-      split.
-    threshold: below it the weight is switched on; 0.75 in Wav2Lip.
-    weight: the weight then.
+    eval_loss: mean of the expert's loss for frames generated from the
+      evaluation split.
+    threshold: 0.75 in Wav2Lip.
+    weight: the weight when switched on.
   """
   return weight if eval_loss < threshold else current
 
@@ -139,41 +142,41 @@ def generator_step(
   judge: Variables,
   batch: dict,
 ) -> tuple[GeneratorState, dict[str, jax.Array]]:
-  """Takes one step, for both players or, if anything is not finite, for none.
+  """Takes a step for both players; for none if a metric is not finite.
 
   Args:
-    trainer: the static half.
-    state: the state.
-    judge: the expert's arrays.
+    trainer: static half.
+    state: state before the step.
+    judge: variables of the expert.
     batch: `video` and `reference` uint8 (B, T, 224, 224, 3), `mel` float32
       (B, M, 80) of the window and `mels` float32 (B, T, 16, 80) of its frames.
 
   Returns:
     The new state and float32 scalars: loss, loss_l1, loss_sync, sync_weight,
-    grad_norm and `num_skipped` so far; with a discriminator loss_adv,
-    loss_disc_real, loss_disc_fake and grad_norm_disc, too.
+    grad_norm and num_skipped so far; with a discriminator also loss_adv,
+    loss_disc_real, loss_disc_fake and grad_norm_disc.
   """
   masked, reference, target = trainer.pictures(batch)
 
   def loss(params):
-    drawn, stats = trainer.generator.train_apply(
+    generated, stats = trainer.generator.train_apply(
       params,
       state.generator,
       lambda net: net(masked, reference, batch["mels"]),
     )
     parts = {
-      "loss_l1": jnp.abs(drawn - target).mean(),
-      "loss_sync": trainer.sync_loss(judge, drawn, batch["mel"]),
+      "loss_l1": jnp.abs(generated - target).mean(),
+      "loss_sync": trainer.sync_loss(judge, generated, batch["mel"]),
     }
     total = (1 - state.sync_weight - trainer.adv_weight) * parts["loss_l1"]
     total += state.sync_weight * parts["loss_sync"]
     if trainer.discriminator:
       disc = trainer.discriminator.eval_network(state.discriminator)
-      parts["loss_adv"] = _cross_entropy(disc(drawn), real=True)
+      parts["loss_adv"] = _cross_entropy(disc(generated), real=True)
       total += trainer.adv_weight * parts["loss_adv"]
-    return total, (drawn, stats, parts | {"loss": total})
+    return total, (generated, stats, parts | {"loss": total})
 
-  grads, (drawn, stats, metrics) = jax.grad(loss, has_aux=True)(
+  grads, (generated, stats, metrics) = jax.grad(loss, has_aux=True)(
     state.generator.params
   )
   metrics["sync_weight"] = state.sync_weight
@@ -187,19 +190,19 @@ def generator_step(
     opt_state=opt_state,
   )
   if trainer.discriminator:
-    new, disc_metrics = _update_discriminator(trainer, new, drawn, target)
+    new, disc_metrics = _update_discriminator(trainer, new, generated, target)
     metrics |= disc_metrics
   return finite_or_old(new, state, metrics)
 
 
-def _update_discriminator(trainer, state, drawn, target):
-  """The discriminator's turn; its loss is the sum over real and drawn."""
-  drawn = jax.lax.stop_gradient(drawn)
+def _update_discriminator(trainer, state, generated, target):
+  """Updates the discriminator; its loss is the sum over real and generated."""
+  generated = jax.lax.stop_gradient(generated)
 
   def loss(params):
     def judge(net):
       real = _cross_entropy(net(target), real=True)
-      return real, _cross_entropy(net(drawn), real=False)
+      return real, _cross_entropy(net(generated), real=False)
 
     (real, fake), stats = trainer.discriminator.train_apply(
       params, state.discriminator, judge
@@ -224,45 +227,45 @@ def _update_discriminator(trainer, state, drawn, target):
 
 
 def _cross_entropy(logits: jax.Array, *, real: bool) -> jax.Array:
-  wanted = jnp.full(logits.shape, float(real))
-  return optax.sigmoid_binary_cross_entropy(logits, wanted).mean()
+  labels = jnp.full(logits.shape, float(real))
+  return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
 
 
-def draw(
+def generate(
   trainer: GeneratorTrainer,
   state: GeneratorState,
   judge: Variables,
   batch: dict,
 ) -> dict[str, jax.Array]:
-  """Draws a batch without learning, and measures the result.
+  """Generates a batch in evaluation mode and measures the result.
 
   Args:
     trainer, state, judge, batch: as for `generator_step`.
 
   Returns:
-    `masked`, `reference`, `drawn` and `target`, float32 (B, T, S, S, 3), and
+    `masked`, `reference`, `generated` and `target`, float32 (B, T, S, S, 3), and
     the scalars loss_l1, loss_sync, loss_sync_target (the expert's loss for the
-    true pictures: what could be reached), and in dB psnr_mouth of the lower
-    half, and psnr_reference, that of showing the reference there instead.
+    true frames: a lower bound in practice) and, in dB, psnr_mouth of the lower
+    half and psnr_reference, of the lower half of the reference.
   """
   masked, reference, target = trainer.pictures(batch)
   net = trainer.generator.eval_network(state.generator)
-  drawn = net(masked, reference, batch["mels"])
+  generated = net(masked, reference, batch["mels"])
   return {
     "masked": masked,
     "reference": reference,
-    "drawn": drawn,
+    "generated": generated,
     "target": target,
-    "loss_l1": jnp.abs(drawn - target).mean(),
-    "loss_sync": trainer.sync_loss(judge, drawn, batch["mel"]),
+    "loss_l1": jnp.abs(generated - target).mean(),
+    "loss_sync": trainer.sync_loss(judge, generated, batch["mel"]),
     "loss_sync_target": trainer.sync_loss(judge, target, batch["mel"]),
-    "psnr_mouth": _mouth_psnr(drawn, target),
+    "psnr_mouth": _mouth_psnr(generated, target),
     "psnr_reference": _mouth_psnr(reference, target),
   }
 
 
 def _mouth_psnr(video: jax.Array, target: jax.Array) -> jax.Array:
-  """Peak signal-to-noise ratio of the lower halves, all pixels together."""
+  """Returns the peak signal-to-noise ratio of the lower halves in dB."""
   half = target.shape[-3] // 2
   error = jnp.square(video - target)[..., half:, :, :].mean()
   return -10 * jnp.log10(jnp.maximum(error, 1e-10))

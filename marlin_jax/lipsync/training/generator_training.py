@@ -27,7 +27,7 @@ from marlin_jax.lipsync.training.clips import TakeTargets
 from marlin_jax.lipsync.training.generator_step import (
   GeneratorState,
   GeneratorTrainer,
-  draw,
+  generate,
   generator_step,
   next_sync_weight,
 )
@@ -43,7 +43,7 @@ _SCALARS = (
   "psnr_mouth",
   "psnr_reference",
 )
-_PICTURES = ("masked", "reference", "drawn", "target")
+_PICTURES = ("masked", "reference", "generated", "target")
 
 
 def train_generator(
@@ -208,8 +208,8 @@ class GeneratorEvaluator:
     self._num_pictures = generator.config.picture_clips
     self._split = sharding.batch_sharding(generator.mesh)
     self._split_name = generator.eval_dataset.split
-    self._draw = jax.jit(
-      functools.partial(draw, generator.trainer),
+    self._generate = jax.jit(
+      functools.partial(generate, generator.trainer),
       out_shardings={
         **dict.fromkeys(_SCALARS, generator.everywhere),
         **dict.fromkeys(_PICTURES, self._split),
@@ -227,10 +227,10 @@ class GeneratorEvaluator:
   def _results(self, state: GeneratorState, num_batches: int):
     batches = self._batches(num_batches=num_batches)
     for batch in loader.to_devices(batches, self._split):
-      yield batch, self._draw(state, self._judge, batch)
+      yield batch, self._generate(state, self._judge, batch)
 
   def scores(self, state: GeneratorState) -> Result:
-    """Evaluates the scalars of `generator_step.draw`, means over all clips.
+    """Evaluates the scalars of `generator_step.generate`, means over all clips.
 
     The result's state has the sync weight that follows from them.
     """

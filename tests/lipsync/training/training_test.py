@@ -230,27 +230,27 @@ def test_a_mouth_learned_by_heart_follows_the_sound():
   """
   talk = mouth_of(talking_mouths.talk(0))
   trainer, judge, state = generator_by_heart(talk)
-  draw = jax.jit(functools.partial(generator_step.draw, trainer))
+  generate = jax.jit(functools.partial(generator_step.generate, trainer))
 
   def mouths(late):
     found = [
-      draw(state, judge, windows_of(talk, starts, late))
+      generate(state, judge, windows_of(talk, starts, late))
       for starts in np.arange(0, 60, 5).reshape(3, 4)
     ]
     return [
       np.concatenate([np.asarray(one[key]) for one in found]).reshape(
         60, SIZE, SIZE, 3
       )[:, SIZE // 2 :]
-      for key in ("drawn", "target")
+      for key in ("generated", "target")
     ]
 
-  drawn, target = mouths(late=0)
+  generated, target = mouths(late=0)
   other, _ = mouths(late=6)
   constant = np.broadcast_to(target.mean(axis=0), target.shape)
-  assert psnr(drawn, target) > psnr(constant, target) + 2
-  assert psnr(drawn, target) > psnr(other, target) + 2
+  assert psnr(generated, target) > psnr(constant, target) + 2
+  assert psnr(generated, target) > psnr(other, target) + 2
   # Dark where the mouth is open.
-  assert np.corrcoef(darkness(drawn), talk.opening[:60])[0, 1] > 0.8
+  assert np.corrcoef(darkness(generated), talk.opening[:60])[0, 1] > 0.8
 
 
 def mouth_of(talk):
