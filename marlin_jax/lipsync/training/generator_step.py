@@ -243,7 +243,7 @@ def generate(
     trainer, state, judge, batch: as for `generator_step`.
 
   Returns:
-    `masked`, `reference`, `generated` and `target`, float32 (B, T, S, S, 3), and
+    `masked`, `reference`, `generated`, `target`, float32 (B, T, S, S, 3), and
     the scalars loss_l1, loss_sync, loss_sync_target (the expert's loss for the
     true frames: a lower bound in practice) and, in dB, psnr_mouth of the lower
     half and psnr_reference, of the lower half of the reference.
