@@ -1,4 +1,4 @@
-"""Clips and tokens."""
+"""Clips, windows and tokens."""
 
 import numpy as np
 import pytest
@@ -67,7 +67,7 @@ def test_windows_cover_every_frame_and_pad_only_what_is_too_short(hop):
         np.testing.assert_array_equal(np.diff(indices), clip.stride)
     if total >= clip.extent:
       assert ends[-1] == total
-      # Only the last one leaves the beat.
+      # Only the last window is off the grid of hops.
       assert np.all(starts[:-1] % (hop or clip.extent) == 0)
 
 

@@ -1,4 +1,4 @@
-"""Order, resume and choice of the input pipeline."""
+"""Input pipeline: order, resuming, selection of records."""
 
 import dataclasses
 import json
@@ -93,7 +93,7 @@ def test_every_record_is_seen_once_per_pass(dataset):
 
 @pytest.fixture
 def many():
-  """Numbers of records and their order, without the records."""
+  """Returns the draws of 1000 records, without the records."""
   return loader._Draws(1000, seed=3)
 
 
@@ -104,11 +104,11 @@ def test_every_pass_over_many_records_has_an_order_of_its_own(many):
   ]
   for order in passes:
     assert sorted(order) == list(range(1000))
-    # Neighbours on the disk are none in it.
+    # Neighbours on disk are not neighbours in the order.
     assert np.mean(np.abs(np.diff(order)) < 10) < 0.05
   assert np.mean(np.equal(passes[0], passes[1])) < 0.05
   assert np.mean(np.equal(passes[1], passes[2])) < 0.05
-  # In any order of asking.
+  # Draws do not depend on the order of access.
   assert many[0].position == passes[0][0]
 
 
@@ -143,7 +143,7 @@ def test_evaluation_takes_the_same_clips_every_time(dataset):
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
-  """Six videos in turn good and bad; one of the good has no pictures."""
+  """Returns six videos of alternating quality; a good one is damaged."""
   videos = {
     f"{i}.mp4": [
       made_dataset.a_record(f"{i}.mp4", num_frames=10, quality=0.3 + i % 2 / 2)
@@ -164,8 +164,8 @@ def test_only_records_of_the_wanted_quality_are_served(mixed, tmp_path):
 
   whole = served(4)
   ids = [batch["_id"].tolist() for batch in whole]
-  # Every pass holds each once, but for the one that cannot be read: the next
-  # that is good enough takes its place.
+  # Every pass serves each record once, except the unreadable one, which the
+  # next record of sufficient quality replaces.
   assert [sorted(batch) for batch in ids] == [[1, 5, 5]] * 4
   assert len({tuple(batch) for batch in ids}) > 1
   assert_same(served(2, start_step=2), whole[2:])

@@ -1,4 +1,4 @@
-"""Which records a data set serves; what it is refused for."""
+"""Served records of a data set, and reasons to refuse one."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def mixed(tmp_path_factory):
 
 
 def qualities(dataset):
-  """Of all records that are served, by their numbers."""
+  """Returns the quality of each served record by number."""
   source = prepared_dataset.RecordSource(dataset)
   numbers = map(dataset.record_number, range(dataset.num_records))
   return {number: source[number][1].quality for number in numbers}
@@ -105,7 +105,7 @@ def test_qualities_must_be_there_and_fit_only_where_they_are_asked_for(
 
 @pytest.fixture
 def damaged(sample_dataset, tmp_path):
-  """A copy to be damaged, and its first shard."""
+  """Returns a copy to damage, and its first shard."""
   path = tmp_path / "dataset"
   shutil.copytree(sample_dataset, path)
   return path, next(iter(sorted(path.glob("*.array_record-*"))))

@@ -1,4 +1,4 @@
-"""Two processes of four devices against one of eight, by the real trainer."""
+"""Training in two processes of four devices equals one process of eight."""
 
 import signal
 import subprocess
@@ -25,7 +25,7 @@ from tests.support.training_runs import (
 )
 
 NUM_STEPS = 7
-# fsdp reaches over both processes, tensor stays inside each.
+# fsdp spans both processes, tensor stays within each.
 SPREAD = {
   "batch_size": 8,
   "clips_per_device": 2,
@@ -34,7 +34,7 @@ SPREAD = {
   "mesh.tensor": 2,
   "eval_steps": 2,
   "picture_steps": 2,
-  # The quickest to compile.
+  # Compiles fastest.
   "mask.strategy": "random",
 }
 STEP = TINY["checkpoint_steps"]
@@ -42,7 +42,7 @@ STEP = TINY["checkpoint_steps"]
 
 @pytest.fixture(scope="module")
 def runs(sample_dataset, face_data, tmp_path_factory):
-  """An undisturbed run in one process; one in two, of which one is told to end.
+  """Runs training in one process, and in two until one of them gets SIGTERM.
 
   Returns:
     Both workdirs, and the outputs of the two processes.
@@ -105,8 +105,8 @@ def test_a_profile_is_asked_of_the_first_process(runs):
   assert not (ended / "profile").exists()
 
 
-# A probe is fitted to the features of few windows: what rounding makes of the
-# weights, 1e-5, it shows a hundredfold. Other clips would be off by far more.
+# A probe fitted to the features of few windows amplifies the rounding of the
+# weights, 1e-5, a hundredfold. Other clips would differ by far more.
 @pytest.mark.parametrize(
   ("metric", "rtol"), [("train/loss_pixels", 1e-5), ("probe/loss", 1e-2)]
 )
@@ -123,7 +123,7 @@ def test_evaluation_takes_the_same_clips_in_two_processes(runs, metric, rtol):
 def test_one_process_goes_on_where_two_stopped_to_the_same_end(
   runs, sample_dataset
 ):
-  """Losses before and after, and what was learned, to rounding."""
+  """Losses before and after the stop and the last weights agree to rounding."""
   alone, ended, _ = runs
   want = metrics_of(alone)
   stopped = last_step(ended)
@@ -148,7 +148,7 @@ def test_one_process_goes_on_where_two_stopped_to_the_same_end(
 
 @pytest.fixture(scope="module")
 def together(runs, tmp_path_factory):
-  """together.py in two processes: the workdir they make, what they print."""
+  """Runs together.py in two processes; returns their workdir and output."""
   copy = tmp_path_factory.mktemp("copy")
   argv = [
     sys.executable,
@@ -157,7 +157,7 @@ def together(runs, tmp_path_factory):
     STEP,
     copy,
   ]
-  # Another layout than it was saved in.
+  # Not the layout of the saved run.
   argv += [8, 1, f"127.0.0.1:{free_port()}", 2]
   processes = [
     start([*map(str, argv), str(i)], 4, PYTHONPATH=str(ROOT)) for i in (0, 1)
@@ -170,7 +170,7 @@ def test_a_checkpoint_keeps_every_bit_on_its_way_through_two_processes(
 ):
   """Saved by one process, restored and saved by two, read by one.
 
-  Block by block in the one, joined in the other.
+  The blocks are separate in one checkpoint and stacked in the other.
   """
   want, got = arrays_of(runs[0], STEP), arrays_of(together[0], STEP)
   assert got.keys() == want.keys()
@@ -187,7 +187,7 @@ def test_processes_that_differ_are_told_where(together):
     assert "scan" not in output
 
 
-# --- the share of each --------------------------------------------------------
+# --- rows of a batch ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("clips_per_record", [1, 2, 3])

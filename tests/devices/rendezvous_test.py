@@ -1,4 +1,4 @@
-"""Processes that meet, or are told who is missing; here, threads."""
+"""Processes meet, or learn which are missing. Here they are threads."""
 
 import socket
 import time
@@ -17,7 +17,7 @@ def address():
 
 
 def together(address, calls, *, timeout_secs):
-  """Runs meet(address, num, me) for each; gives None or what was raised."""
+  """Calls meet(address, *call) in threads; returns error messages or None."""
 
   def call(num, me):
     try:

@@ -1,4 +1,4 @@
-"""Layouts of devices: the same results, in the memory and bytes promised."""
+"""Mesh layouts give equal results within the expected memory and traffic."""
 
 import dataclasses
 import importlib
@@ -22,7 +22,7 @@ SPREAD = ("data", "fsdp", "fsdp and tensor")
 
 @pytest.fixture(scope="module")
 def results():
-  """What layouts.py tells, by case; all share one process of 8 devices."""
+  """Returns the output of layouts.py by case, from one process of 8 devices."""
   return on_eight_devices("layouts.py")
 
 
@@ -63,7 +63,7 @@ def test_devices_hold_what_was_planned(results, case):
 
 
 def learned(config):
-  """Shapes of parameters and optimiser states."""
+  """Returns the shapes of parameters and optimiser states."""
   shapes = jax.eval_shape(build.make_experiment(config, 10).initialise)
   return {
     name: getattr(shapes, name)
@@ -72,7 +72,7 @@ def learned(config):
 
 
 def planned(config, shapes, fsdp=1, tensor=1):
-  """Bytes per device, and the notes."""
+  """Returns bytes per device, and the notes."""
   mesh = AbstractMesh((1, fsdp, tensor), sharding.AXES)
   layout = build.lay_out(config, mesh, shapes)
   return sharding.bytes_per_device(shapes, layout.shardings), layout.notes
@@ -85,7 +85,7 @@ def test_eight_devices_each_keep_an_eighth():
   kept, notes = planned(config, shapes, fsdp=8)
   assert whole / 8 <= kept <= 1.05 * whole / 8
   assert not notes
-  # Under tensor what is no part of a block is copied: about 6%.
+  # tensor replicates weights outside of blocks: about 6%.
   kept, notes = planned(config, shapes, fsdp=4, tensor=2)
   assert whole / 8 <= kept <= 1.1 * whole / 8
   assert not notes
@@ -125,7 +125,7 @@ def test_every_matrix_has_a_rule_of_its_own(name):
       getattr(layout.shardings, part)
     ):
       where = jax.tree_util.keystr(path, simple=True, separator="/")
-      # The discriminator's last is a vector at heart.
+      # The discriminator's last kernel is (hidden, 1), in effect a vector.
       if "kernel" in where and where != "out/kernel":
         assert "fsdp" in s.spec, where
 
@@ -134,7 +134,7 @@ def test_every_matrix_has_a_rule_of_its_own(name):
 
 
 def textbook(result, fsdp, tensor, num_clips):
-  """Bytes a step must exchange: (put together, summed).
+  """Returns the bytes that a step must exchange: (gathered, summed).
 
   fsdp puts every matrix together for the forward, and keeps it for the
   backward; those of the discriminator twice, for its own update and for the
@@ -165,8 +165,8 @@ def test_a_step_exchanges_the_textbook_bytes_and_nothing_else(results, case):
   found = results[case]["exchanged"]
   put_together, summed = textbook(results[case], fsdp, tensor, num_clips)
   assert found.pop("all-gather", 0) == pytest.approx(put_together, rel=0.1)
-  # The compiler for CPU, unlike those for TPU and GPU, writes a reduce-scatter
-  # as an all-reduce of which each device keeps a part.
+  # The CPU compiler, unlike those for TPU and GPU, emits an all-reduce in place
+  # of a reduce-scatter; each device keeps its shard.
   reduced = found.pop("all-reduce", 0) + found.pop("reduce-scatter", 0)
   assert reduced == pytest.approx(summed, rel=0.1)
   assert not found
@@ -183,7 +183,7 @@ def test_no_layout_moves_whole_activations(results):
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What a mesh asks of a device, for those that are not here."""
+  """Stand-in for a device, with the attributes that a mesh needs."""
 
   id: int
   slice_index: int
@@ -207,7 +207,7 @@ def test_data_takes_what_fsdp_and_tensor_leave():
 
 
 def test_slices_differ_along_data_alone():
-  # As a scheduler may list them: mixed.
+  # Slices are interleaved, as a scheduler may list them.
   devices = sorted(chips(2, 8), key=lambda chip: chip.id % 8)
   grid = sharding.arrange(-1, 4, 2, devices)
   assert grid.shape == (2, 4, 2)

@@ -1,4 +1,4 @@
-"""What XLA is told, and that it listens."""
+"""XLA flags are set, and XLA applies them."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""tools/slurm.sh, started as sbatch does."""
+"""tools/slurm.sh, started as by sbatch."""
 
 import os
 import re
@@ -47,7 +47,7 @@ def write_program(path, text):
 
 
 def free_job_id():
-  """A job number from which jax makes the number of a free port."""
+  """Returns a job number from which jax derives a free port."""
   for job in range(os.getpid(), os.getpid() + 4096):
     with socket.socket() as probe:
       try:
@@ -92,7 +92,7 @@ def slurm(tmp_path, monkeypatch):
 
 
 def finish(process, returncode, seen=()):
-  """What the job has printed, after what was `seen` of it."""
+  """Returns the job's output beyond `seen`."""
   output = "".join(seen) + process.communicate(timeout=120)[0]
   assert process.returncode == returncode, output
   return output
@@ -101,7 +101,7 @@ def finish(process, returncode, seen=()):
 def test_a_slurm_job_that_is_signalled_saves_and_is_queued_again(
   slurm, sample_dataset
 ):
-  """Two tasks train as one; jax finds out how they belong together."""
+  """Two tasks train as one run; jax derives their numbers from Slurm."""
   workdir = slurm.path / "run"
   values = TINY | {
     "num_steps": 1000,

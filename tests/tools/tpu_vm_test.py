@@ -1,4 +1,4 @@
-"""What stands in tools/: form, examples, and Cloud TPU from end to end."""
+"""tools/: form, examples, and the Cloud TPU script from end to end."""
 
 import os
 import re
@@ -36,7 +36,7 @@ PLACE = ["--project=project", "--zone=us-west4-a", "--quiet"]
 
 @pytest.fixture(autouse=True)
 def no_gcloud(tmp_path, monkeypatch):
-  """What should run nothing must not reach a real one."""
+  """Replaces gcloud: a command that should run nothing fails."""
   write_program(
     tmp_path / "none/gcloud", "#!/bin/sh\necho called >&2; exit 9\n"
   )
@@ -82,7 +82,7 @@ def test_scripts_pass_shellcheck(name):
 
 
 def check_flags(*flags):
-  """The trainer's own parser, and the check of the configuration."""
+  """Runs the trainer's parser and validates the configuration."""
   program = (
     "import sys; from absl import flags;"
     "from marlin_jax import train;"
@@ -116,7 +116,7 @@ def test_the_guide_names_flags_that_there_are():
   keys = flat(pretrain_b.get_config()).keys()
   text = (ROOT / "docs" / "TRAINING.md").read_text()
   named = set(re.findall(r"--config\.([a-z_.]+)=", text))
-  # The table of what to set.
+  # The table of section "What to set".
   table = text[text.index("## What to set") : text.index("### Which mesh")]
   for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE):
     named |= {key.split("=")[0] for key in re.findall(r"`(.*?)`", row)}
@@ -136,7 +136,7 @@ def test_the_jobset_restarts_a_run_unless_it_was_refused():
   job = slices["template"]["spec"]
   assert job["parallelism"] == job["completions"]
   assert job["completionMode"] == "Indexed"
-  # Otherwise the job itself would start a pod again, alone.
+  # Otherwise the job would restart a single pod.
   assert job["backoffLimit"] == 0
   pod = job["template"]["spec"]
   assert pod["restartPolicy"] == "Never"
@@ -182,11 +182,11 @@ def test_the_image_is_made_of_what_there_is():
 
 
 def printed(*args, **variables):
-  """The commands of a dry run, as words."""
+  """Returns the commands of a dry run, split into words."""
   command, *rest = args
   result = tpu_vm(command, "--dry-run", *rest, **variables)
   assert result.returncode == 0, result.stderr
-  # Only a shell knows for sure where a word and a command end.
+  # The shell itself splits words and commands.
   shell = "\n".join(
     f"{name}() {{ printf '%s\\0' {name} \"$@\"; printf '\\n'; }}"
     for name in ("gcloud", "tar")
@@ -427,7 +427,7 @@ CREATE, DELETE, COPY = (
 
 
 def test_babysit_trains_to_the_end_whatever_is_preempted(cloud):
-  """Preempted twice, as the resource tells and as a slice tells."""
+  """Preempted twice: reported by the resource, and by a slice."""
   plan = ["SUSPENDED", "PREEMPTED", 0]
   result = cloud([plan, [143, 75, 0]], "babysit", "--", *TRAIN)
   assert result.returncode == 0, result.stdout + result.stderr
@@ -466,7 +466,7 @@ def test_babysit_gives_up_on_a_tpu_that_is_refused(cloud):
 
 
 def test_babysit_does_not_start_a_refused_run_again(cloud):
-  """The real trainer, as it was copied, and the real reason."""
+  """Runs the real trainer from the copy; the reason is its own."""
   write_program(
     cloud.path / "python", f'#!/bin/sh\nexec {sys.executable} "$@"\n'
   )
