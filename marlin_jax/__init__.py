@@ -6,7 +6,7 @@ features = Marlin.from_pretrained(PATH).extract_video("clip.mp4")
 
 
 def __getattr__(name: str):
-  # Not at import: it takes seconds, and most modules do not need it.
+  # Imported on first use: it takes seconds, and few modules need it.
   if name == "Marlin":
     from marlin_jax.inference.marlin import Marlin
 

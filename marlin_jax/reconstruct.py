@@ -1,12 +1,12 @@
-"""Shows what a network makes of a video, or what it looks at in it.
+"""Shows the reconstruction of a video, or the encoder's attention to it.
 
   python -m marlin_jax.reconstruct VIDEO --checkpoint runs/b --output a.mp4
   python -m marlin_jax.reconstruct VIDEO --checkpoint runs/b --output b.png \\
     --attention
 
-Writes the video, what the encoder saw of it and the reconstruction beside each
-other; with --attention the video and the encoder's attention as heat, and
-prints which regions of the face it falls on.
+Writes the original video, the visible tokens and the reconstruction side by
+side. With --attention, writes the video beside a heat map of the attention, and
+prints the share of each face region.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
   # Imported here, so that --help answers at once.
   from absl import logging
 
-  logging.set_verbosity(logging.ERROR)  # orbax tells of every file
+  logging.set_verbosity(logging.ERROR)  # orbax logs every file
   try:
     _run(args)
   # RuntimeError: a model or a library is missing.
@@ -73,8 +73,8 @@ def _run(args: argparse.Namespace) -> None:
   )
   if needs_regions and not clips.regions.any():
     print(
-      "note: no face was found in them, so nothing is known of its regions"
-      + ("" if args.crop_face else "; --crop_face looks closer")
+      "note: no face found in these clips, so there are no face regions"
+      + ("" if args.crop_face else "; try --crop_face")
     )
 
   # --- Pictures ---------------------------------------------------------------
@@ -88,8 +88,8 @@ def _run(args: argparse.Namespace) -> None:
   else:
     result = reconstruction.reconstruct(mae, clips, task, args.seed)
     print(
-      f"pixel loss {result.loss_pixels:.4f} where hidden; flat patches, each "
-      f"in its own mean colour: {result.loss_own_colour:.4f}"
+      f"pixel loss {result.loss_pixels:.4f} of masked patches; baseline, each "
+      f"patch's mean colour: {result.loss_own_colour:.4f}"
     )
     result.save(args.output)
   print(args.output)
@@ -107,7 +107,7 @@ def _read(
     total=1.0,
     bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
     leave=False,
-    disable=None,  # where there is no terminal
+    disable=None,  # without a terminal
   ) as bar:
     return read_clips(
       args.video,
@@ -133,7 +133,7 @@ def _check_head(
 def _attention(
   marlin: Marlin, clips: Clips, head: tuple[int, int] | None
 ) -> Views:
-  """The heat map; prints the table on the way."""
+  """Returns the heat map; prints the shares of the face regions."""
   import numpy as np
 
   from marlin_jax.inference import pictures
@@ -151,7 +151,7 @@ def _attention(
 
 
 def _table(attention: np.ndarray, regions: np.ndarray, name: str) -> str:
-  """Shares of each region: of the patches and of the attention."""
+  """Formats the share of patches and of attention of each region."""
   from marlin_jax.inference.attention_maps import (
     SHARES,
     area_shares,
@@ -178,7 +178,9 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     allow_abbrev=False,  # a misspelled flag is an error
   )
   add = parser.add_argument
-  add("video", metavar="VIDEO", type=Path, help="anything that FFmpeg decodes")
+  add(
+    "video", metavar="VIDEO", type=Path, help="video file that FFmpeg decodes"
+  )
   add(
     "--checkpoint",
     required=True,
@@ -189,55 +191,56 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     "--output",
     required=True,
     type=_output,
-    help="what to write; the suffix decides: a still of some frames (.png) or "
-    "an animation (.gif, .mp4)",
+    help="file to write: a still of some frames (.png) or an animation (.gif, "
+    ".mp4)",
   )
   add(
     "--crop_face",
     action="store_true",
-    help="follow the face and cut it out; not for videos that are face crops",
+    help="crop the face, following it over time; not for videos that are face "
+    "crops",
   )
   add(
     "--num_clips",
     type=cli.at_least(1),
     default=4,
-    help="how many clips to show from the beginning of the video, of 32 frames "
-    "by default (default 4)",
+    help="number of clips from the start of the video; a clip of MARLIN spans 32 "
+    "frames (default 4)",
   )
-  hidden = parser.add_argument_group("reconstruction")
-  hidden.add_argument(
+  reconstruction = parser.add_argument_group("reconstruction")
+  reconstruction.add_argument(
     "--strategy",
     default="fasking",
-    help="what is hidden: fasking, fasking_opp, random, tube or frame (default "
-    "fasking)",
+    help="masking strategy: fasking, fasking_opp, random, tube or frame "
+    "(default fasking)",
   )
-  hidden.add_argument(
+  reconstruction.add_argument(
     "--ratio",
     type=float,
     default=0.9,
-    help="share that is hidden; best as in training (default 0.9)",
+    help="share of masked tokens; best as in training (default 0.9)",
   )
-  hidden.add_argument(
+  reconstruction.add_argument(
     "--seed",
     type=cli.at_least(0),
     default=0,
-    help="of what is hidden (default 0)",
+    help="seed of the masks (default 0)",
   )
-  looked_at = parser.add_argument_group("attention")
-  looked_at.add_argument(
+  attention = parser.add_argument_group("attention")
+  attention.add_argument(
     "--attention",
     action="store_true",
-    help="show attention instead, rolled out over all layers",
+    help="show attention instead, as rollout over all layers",
   )
-  looked_at.add_argument(
+  attention.add_argument(
     "--head",
     metavar="LAYER,HEAD",
     type=_head,
-    help="of one head instead, both counted from 0",
+    help="show one head instead, both numbers counted from 0",
   )
   args = parser.parse_args(argv)
   if args.head and not args.attention:
-    parser.error("--head is of --attention: give both")
+    parser.error("--head needs --attention")
   return args
 
 

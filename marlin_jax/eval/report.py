@@ -1,4 +1,4 @@
-"""What an evaluation tells: a table, and pictures."""
+"""Summary table and plots of an evaluation."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 
 from marlin_jax.downstream import scores
 
-# Columns of the table, of those that a task has.
-_SHOWN = (
+# Columns of the table, if the task has the score.
+_COLUMNS = (
   "accuracy",
   "auc_micro",
   "auc",
@@ -25,12 +25,13 @@ _MAX_CURVES = 12
 
 
 def summary(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-  """Of the seeds of each task, mode and ratio: mean and deviation.
+  """Summarises the seeds of each task, mode and ratio.
 
   Returns:
-    Dicts of `task`, `mode`, `ratio`, `num_seeds`, `num_train` (the least), and
-    `metrics`: {name: {mean, std, low, high}}. `std` is the sample's, None of
-    one seed; `low` and `high` are the bootstrap's interval, of one seed only.
+    Dicts of `task`, `mode`, `ratio`, `num_seeds`, `num_train` (the minimum),
+    and `metrics`: {name: {mean, std, low, high}}. `std` is that of the sample,
+    None for one seed; `low` and `high` are the bootstrap interval of a single
+    seed, else None.
   """
   rows = []
   keys = ("task", "mode", "ratio")
@@ -44,7 +45,7 @@ def summary(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         "num_seeds": len(group),
         "num_train": min(cell["num_train"] for cell in group),
         "metrics": {
-          name: _over([cell["test"]["metrics"][name] for cell in group])
+          name: _summarised([cell["test"]["metrics"][name] for cell in group])
           for name in group[0]["test"]["metrics"]
         },
       }
@@ -52,7 +53,9 @@ def summary(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
   return rows
 
 
-def _over(numbers: list[dict[str, float | None]]) -> dict[str, float | None]:
+def _summarised(
+  numbers: list[dict[str, float | None]],
+) -> dict[str, float | None]:
   values = [n["value"] for n in numbers if n["value"] is not None]
   return {
     "mean": statistics.fmean(values) if values else None,
@@ -63,16 +66,16 @@ def _over(numbers: list[dict[str, float | None]]) -> dict[str, float | None]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-  """The summary for people: mean +- deviation, or value and interval."""
+  """Formats a summary: mean +- deviation, or value and interval."""
   lines = []
   for task, group in itertools.groupby(rows, lambda row: row["task"]):
     group = list(group)
-    names = [n for n in _SHOWN if n in group[0]["metrics"]]
+    names = [n for n in _COLUMNS if n in group[0]["metrics"]]
     cells = [["mode", "data", "videos", *names]]
     for row in group:
       cells.append(
         [row["mode"], f"{row['ratio']:.4g}", str(row["num_train"])]
-        + [_shown(row["metrics"][name]) for name in names]
+        + [_formatted(row["metrics"][name]) for name in names]
       )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines.append(f"\n{task}")
@@ -84,7 +87,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
   return "\n".join(lines).lstrip("\n")
 
 
-def _shown(number: dict[str, float | None]) -> str:
+def _formatted(number: dict[str, float | None]) -> str:
   if number["mean"] is None:
     return "-"
   text = f"{number['mean']:.4f}"
@@ -95,7 +98,7 @@ def _shown(number: dict[str, float | None]) -> str:
   return text
 
 
-# --- Pictures -----------------------------------------------------------------
+# --- Plots --------------------------------------------------------------------
 
 
 def has_matplotlib() -> bool:
@@ -111,13 +114,13 @@ def plot_cell(
   targets: np.ndarray,
   probabilities: np.ndarray,
 ) -> None:
-  """Draws ROC curves, the AUC of each class and, of classes, the confusion.
+  """Plots ROC curves, the AUC per class and, for classes, the confusion.
 
   Args:
-    folder: where to.
-    cell: its numbers.
+    folder: for the PNG files.
+    cell: scores.
     names: of the K labels or classes.
-    targets: (V, K), as one_hot where they are classes.
+    targets: (V, K), one-hot for classes.
     probabilities: (V, K).
   """
   folder.mkdir(exist_ok=True)
@@ -174,15 +177,15 @@ def _confusion(folder, cell, names):
 
 
 def plot_ratios(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-  """Draws, of each task with several ratios, AUC over the part of the data."""
+  """Plots AUC over the share of the data, for tasks with several ratios."""
   folder.mkdir(exist_ok=True)
-  for task, of_task in itertools.groupby(rows, lambda row: row["task"]):
-    of_task = [row for row in of_task if row["metrics"]["auc"]["mean"]]
-    if len({row["ratio"] for row in of_task}) < 2:
+  for task, group in itertools.groupby(rows, lambda row: row["task"]):
+    task_rows = [row for row in group if row["metrics"]["auc"]["mean"]]
+    if len({row["ratio"] for row in task_rows}) < 2:
       continue
     figure, axes = _axes(5, 4)
-    for mode in dict.fromkeys(row["mode"] for row in of_task):
-      line = [row for row in of_task if row["mode"] == mode]
+    for mode in dict.fromkeys(row["mode"] for row in task_rows):
+      line = [row for row in task_rows if row["mode"] == mode]
       axes.errorbar(
         [row["ratio"] for row in line],
         [row["metrics"]["auc"]["mean"] for row in line],
@@ -191,7 +194,7 @@ def plot_ratios(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
         capsize=3,
         label=mode,
       )
-    axes.set(xscale="log", xlabel="part of the training data", ylabel="AUC")
+    axes.set(xscale="log", xlabel="share of the training data", ylabel="AUC")
     axes.legend()
     _save(figure, folder / f"{task}-ratios.png", {"name": task})
 

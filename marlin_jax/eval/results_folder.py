@@ -27,9 +27,12 @@ from typing import Any, Self
 import numpy as np
 
 from marlin_jax.eval.measures import Predictions
-from marlin_jax.records.folders import Lock, OutputFolderError, write_bytes
-
-_SETTINGS = "settings.json"
+from marlin_jax.records.folders import (
+  SETTINGS,
+  Lock,
+  OutputFolderError,
+  write_bytes,
+)
 
 
 class ResultsFolder:
@@ -61,7 +64,7 @@ class ResultsFolder:
     self._lock.close()
 
   def _check_settings(self, settings: dict[str, Any]) -> None:
-    file = self.path / _SETTINGS
+    file = self.path / SETTINGS
     if not file.exists():
       write_bytes(file, to_json(settings))
       return

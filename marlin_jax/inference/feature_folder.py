@@ -1,7 +1,8 @@
-"""The folder that features of videos are kept in: one file per video.
+"""Folder of the features of videos: one file per video.
 
-Every file appears whole, by renaming, and its bytes follow from the video, the
-checkpoint, the settings and the versions of the libraries alone.
+Files are written under temporary names and renamed, so none is incomplete.
+Their bytes are a function of the video, the checkpoint, the settings and the
+library versions.
 
 Axes: R rows, N tokens, D width.
 """
@@ -21,27 +22,27 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from marlin_jax.records.folders import (
+  QUARANTINE,
+  SETTINGS,
   Lock,
   OutputFolderError,
   sha256_of,
   write_bytes,
 )
 
-# Raised whenever the meaning of a file changes.
+# Incremented when the meaning of a file changes.
 SCHEMA_VERSION = 1
 FORMATS = ("npz", "parquet")
 
-_QUARANTINE = "quarantine.jsonl"
-_SETTINGS = "settings.json"
-# For the reader only: what counts is the hash.
+# Paths for the reader: the hash identifies the checkpoint.
 _FREE_SETTINGS = ("checkpoint",)
 _METADATA = b"marlin_jax"
-# What numbers depend on beside the settings.
+# Packages whose versions affect the features.
 _VERSIONED = ("marlin-jax", "jax", "numpy", "av", "mediapipe")
 
 
 class Span(NamedTuple):
-  """The frames that a row stands for; see `face_video.Window`."""
+  """The frames that a row covers; see `face_windows.Window`."""
 
   first_frame: int
   num_frames: int
@@ -49,7 +50,7 @@ class Span(NamedTuple):
   end_secs: float
 
   def to(self, last: Span) -> Span:
-    """Returns the frames from the first of this to the last of another."""
+    """Returns the span from this one's start to the end of `last`."""
     return Span(
       self.first_frame,
       last.first_frame + last.num_frames - self.first_frame,
@@ -60,12 +61,12 @@ class Span(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-  """The video that a file is about.
+  """The video of a feature file.
 
   Attributes:
-    source: its path below the inputs.
-    sha256: hash of its bytes, '' where it cannot be read.
-    num_bytes: their number.
+    source: path below the inputs.
+    sha256: hash of the video file; '' if it cannot be read.
+    num_bytes: size of the video file.
   """
 
   source: str
@@ -74,24 +75,24 @@ class Origin:
 
 
 class FeatureFolder:
-  """An output folder, locked while this object is open; a context manager.
+  """Output folder that is locked until the context manager exits.
 
   Attributes:
     path: the folder.
-    reasons: why videos were refused, by source.
+    reasons: of quarantined videos, by source.
   """
 
   def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-    """Reads what is there; changes nothing.
+    """Reads settings and quarantine; changes no file.
 
     Args:
-      path: made where it is missing.
-      settings: what every file depends on, with a `format` of FORMATS; must be
-        what an existing folder was made with.
+      path: created if missing.
+      settings: that all files depend on, with a `format` of FORMATS; an
+        existing folder must have the same.
 
     Raises:
-      OutputFolderError: the folder is in use, holds something else, was made
-        with other settings, or pyarrow is missing.
+      OutputFolderError: the folder is in use, was not made by this program or
+        has other settings, or pyarrow is missing.
     """
     if settings["format"] == "parquet" and not has_parquet():
       raise OutputFolderError(
@@ -106,7 +107,7 @@ class FeatureFolder:
     self._refused: dict[str, dict[str, str]] = {}
     self._lock = Lock(path)
     try:
-      self._agree()
+      self._check_settings()
       self._read_quarantine()
     except BaseException:
       self._lock.close()
@@ -118,85 +119,85 @@ class FeatureFolder:
   def __exit__(self, *_) -> None:
     self._lock.close()
 
-  def _agree(self) -> None:
+  def _check_settings(self) -> None:
     """Compares the settings with those of the folder."""
     try:
-      found = json.loads((self.path / _SETTINGS).read_bytes())
+      earlier = json.loads((self.path / SETTINGS).read_bytes())
     except FileNotFoundError:
       if any(self.path.iterdir()):
         raise OutputFolderError(
-          f"{self.path} holds files but no {_SETTINGS}, so it was not made by "
+          f"{self.path} holds files but no {SETTINGS}, so it was not made by "
           "this program; choose an empty or new folder as --output"
         ) from None
       return
     except ValueError as e:
       raise OutputFolderError(
-        f"{self.path / _SETTINGS} is damaged ({e}); choose another --output"
+        f"{self.path / SETTINGS} is damaged ({e}); choose another --output"
       ) from e
     differences = [
-      f"{key} was {found.get(key)!r} and is now {self._settings.get(key)!r}"
-      for key in sorted({*found, *self._settings} - {*_FREE_SETTINGS})
-      if found.get(key) != self._settings.get(key)
+      f"{key} was {earlier.get(key)!r} and is now {self._settings.get(key)!r}"
+      for key in sorted({*earlier, *self._settings} - {*_FREE_SETTINGS})
+      if earlier.get(key) != self._settings.get(key)
     ]
     if differences:
       raise OutputFolderError(
         f"{self.path} was made with other settings: {'; '.join(differences)}. "
         "Use those settings again, or another --output"
       )
-    self._settings = found
+    self._settings = earlier
 
   def _read_quarantine(self) -> None:
     with contextlib.suppress(FileNotFoundError):
-      for line in (self.path / _QUARANTINE).read_text().splitlines():
-        # The last line of a run that was killed may be half a line.
+      for line in (self.path / QUARANTINE).read_text().splitlines():
+        # A killed run may leave an incomplete last line.
         with contextlib.suppress(ValueError):
           entry = json.loads(line)
           self._refused[entry["source"]] = entry
 
-  # --- What is there ----------------------------------------------------------
+  # --- Queries ----------------------------------------------------------------
 
   @property
   def reasons(self) -> dict[str, str]:
     return {name: line["reason"] for name, line in self._refused.items()}
 
   def file_of(self, source: str) -> Path:
-    """Returns where the features of a video are, or would be."""
+    """Returns the path of the features of a video."""
     return self.path / f"{source}.{self._settings['format']}"
 
   def holds(self, source: str, video: Path) -> bool:
-    """Says whether the features of this very video are there.
+    """Returns whether the folder holds the features of this video file.
 
-    As with make, the video is read only where it is younger than they are.
+    As with make, the video is hashed only if it is newer than its features.
 
     Args:
-      source: its path below the inputs.
-      video: where it lies.
+      source: path of the video below the inputs.
+      video: path of the video.
     """
     file = self.file_of(source)
     try:
-      found = video.stat()
+      status = video.stat()
       origin = read_metadata(file)
-      return origin["num_bytes"] == found.st_size and (
-        found.st_mtime <= file.stat().st_mtime
+      return origin["num_bytes"] == status.st_size and (
+        status.st_mtime <= file.stat().st_mtime
         or origin["sha256"] == sha256_of(video)
       )
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
       return False
 
   def quarantines(self, source: str, video: Path) -> bool:
-    """Says whether this very video was refused before."""
+    """Returns whether this video file is in the quarantine."""
     try:
       return self._refused[source]["sha256"] == sha256_of(video)
     except (KeyError, OSError):
       return False
 
-  # --- What a run changes -----------------------------------------------------
+  # --- Changes ----------------------------------------------------------------
 
   def begin(self) -> None:
-    """Makes the folder one of these settings, where it is not yet."""
-    if not (self.path / _SETTINGS).exists():
+    """Writes the settings unless the folder has them."""
+    if not (self.path / SETTINGS).exists():
       data = json.dumps(self._settings, indent=2) + "\n"
-      write_bytes(self.path / _SETTINGS, data.encode())
+      write_bytes(self.path / SETTINGS, data.encode())
 
   def write(
     self, origin: Origin, spans: list[Span], features: np.ndarray
@@ -205,7 +206,7 @@ class FeatureFolder:
 
     Args:
       origin: the video.
-      spans: R of them.
+      spans: R spans.
       features: float32 (R, D) or (R, N, D).
     """
     metadata = {
@@ -227,7 +228,7 @@ class FeatureFolder:
     self._refused.pop(origin.source, None)
 
   def refuse(self, origin: Origin, reason: str) -> None:
-    """Notes at once that a video gives no features."""
+    """Quarantines a video and removes its features; written at once."""
     entry = {
       "source": origin.source,
       "reason": reason,
@@ -235,26 +236,26 @@ class FeatureFolder:
     }
     self._refused[origin.source] = entry
     self.file_of(origin.source).unlink(missing_ok=True)
-    with open(self.path / _QUARANTINE, "a") as file:
+    with open(self.path / QUARANTINE, "a") as file:
       file.write(json.dumps(entry) + "\n")
 
   def finish(self) -> None:
-    """Writes the quarantine in order, without what was mended since."""
+    """Writes the quarantine sorted, without videos that succeeded later."""
     lines = [json.dumps(self._refused[name]) for name in sorted(self._refused)]
     data = "".join(f"{line}\n" for line in lines)
-    write_bytes(self.path / _QUARANTINE, data.encode())
+    write_bytes(self.path / QUARANTINE, data.encode())
 
 
 # --- Files --------------------------------------------------------------------
 
 
 def has_parquet() -> bool:
-  """Says whether pyarrow is installed."""
+  """Returns whether pyarrow is installed."""
   return importlib.util.find_spec("pyarrow") is not None
 
 
 def _version(name: str) -> str | None:
-  """Returns None where a package runs without being installed, as ours may."""
+  """Returns the version of a package; None if it is not installed."""
   try:
     return importlib.metadata.version(name)
   except importlib.metadata.PackageNotFoundError:
@@ -262,11 +263,11 @@ def _version(name: str) -> str | None:
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
-  """Returns what a file says about where it is from.
+  """Returns the metadata of a feature file: its video, settings and versions.
 
   Raises:
     OSError: there is no such file.
-    EOFError, KeyError, ValueError, zipfile.BadZipFile: it is not whole.
+    EOFError, KeyError, ValueError, zipfile.BadZipFile: the file is incomplete.
   """
   if file.suffix == ".npz":
     with np.load(file) as arrays:

@@ -1,7 +1,7 @@
-"""The library's front door: weights in, features of face videos out.
+"""`Marlin`: features, reconstructions and attention maps of face videos.
 
 Axes: B clips, T frames, H W pixels, C colours, N tokens (ordered t h w),
-D width, W windows of a video.
+D width, L layers, W windows of a video. H also counts heads in (B, L, H, N).
 """
 
 from __future__ import annotations
@@ -32,17 +32,16 @@ from marlin_jax.weights.weights import Architecture, Weights, WeightsError
 
 
 class Marlin:
-  """A face-video encoder, with its decoder where the weights have one.
+  """Face-video encoder, with its decoder if the weights have one.
 
     marlin = Marlin.from_pretrained("marlin_vit_base_ytf", full_model=True)
     marlin.extract_video("clip.mp4", crop_face=True, reduction="mean")  # (768,)
     marlin.reconstruct("clip.mp4", crop_face=True).save("clip.gif")
 
   Attributes:
-    architecture: sizes, clip and conventions.
+    architecture: sizes, clip geometry and input conventions.
     weights: all arrays by name.
-    model: the network, an nnx module: models.mae.MAE, or Encoder where there is
-      no decoder.
+    model: nnx module, a models.mae.MAE, or an Encoder without a decoder.
   """
 
   def __init__(
@@ -51,9 +50,9 @@ class Marlin:
     """Builds the network.
 
     Args:
-      weights: see formats.
-      dtype: of matrix products; 'bfloat16' on TPU and GPU is faster and good
-        for about two digits. Results are float32.
+      weights: see `weights.formats.read`.
+      dtype: of matrix products; 'bfloat16' is faster on TPU and GPU and
+        accurate to about two digits. Results are float32.
       attention: one of models.options.ATTENTION.
     """
     self.weights = weights
@@ -67,23 +66,25 @@ class Marlin:
 
   @classmethod
   def from_pretrained(
-    cls, source: str, *, full_model: bool = False, **how
+    cls, source: str, *, full_model: bool = False, **options
   ) -> Marlin:
     """Opens weights.
 
     Args:
-      source: a folder or file of any format (see formats.detect), or the name
+      source: a folder or file in any format of `weights.formats`, or the name
         of a published model: marlin_vit_small_ytf, marlin_vit_base_ytf or
         marlin_vit_large_ytf, downloaded once into MARLIN_HOME.
-      full_model: of a published model, fetch the decoder too, which
+      full_model: download a published model with its decoder, which
         `reconstruct` needs.
-      **how: see `__init__`.
+      **options: see `__init__`.
 
     Raises:
-      WeightsError: there are no such weights, or they cannot be had, be read,
-        or do not fit; the message says which and what to do.
+      WeightsError: the weights are missing, cannot be downloaded or read, or do
+        not fit; the message says what to do.
     """
-    return cls(formats.read(published.resolve(source, full=full_model)), **how)
+    return cls(
+      formats.read(published.resolve(source, full=full_model)), **options
+    )
 
   @property
   def architecture(self) -> Architecture:
@@ -111,17 +112,17 @@ class Marlin:
   def extract_features(
     self, x: np.ndarray | jax.Array, *, keep_seq: bool = False
   ) -> jax.Array:
-    """Features of clips, differentiable in the pixels.
+    """Returns features of clips, differentiable in the pixels.
 
     Args:
-      x: (B, T, H, W, C) RGB, uint8, or floating point in [0, 1]; of the
+      x: (B, T, H, W, C) RGB, uint8 or floating point in [0, 1], with the
         architecture's number of frames and image size.
-      keep_seq: one feature per token instead of one per clip.
+      keep_seq: return a feature per token instead of one per clip.
 
     Returns:
       float32 (B, D), LayerNorm of the mean over tokens; with `keep_seq`
-      (B, N, D), LayerNorm of each (paper section 3.3; the two orders differ on
-      purpose, as in the authors' code).
+      (B, N, D), LayerNorm of each token (paper section 3.3; the order of mean
+      and LayerNorm differs as in the authors' code).
 
     Raises:
       ValueError: wrong shape or dtype, or floating point outside [0, 1].
@@ -141,38 +142,38 @@ class Marlin:
     window_rule: str = "cover",
     batch_size: int | None = None,
   ) -> np.ndarray:
-    """Features of the windows of a video, whatever its size, rate and length.
+    """Returns features of the windows of a video of any size, rate and length.
 
-    Windows cover every frame, by `video.Clip.window_starts`. The names are
-    those of marlin-pytorch.
+    Windows cover every frame, see `Clip.window_starts`. Parameters are named as
+    in marlin-pytorch.
 
     Args:
-      path: a file in anything that FFmpeg decodes.
-      crop_face: find the face that is there longest, and follow it; windows
-        then cover the frames in which it is followed. Else whole frames are
-        taken, with black bars where they are no squares: right for videos that
-        are face crops already.
-      sample_rate: every such frame is seen; by default as in training, 2.
-      stride: frames that are seen from the start of one window to that of the
-        next; by default those of a window, 16, so that windows lie side by
-        side. Windows start every stride * sample_rate frames of the video.
-      reduction: 'none', or over windows 'mean', 'max', 'std' (of the whole
-        population) or 'mean_std', both side by side.
-      keep_seq: one feature per token instead of one per window.
+      path: a video file that FFmpeg decodes.
+      crop_face: crop the face that is visible longest, following it over time;
+        windows then cover the frames of its track. Otherwise whole frames are
+        taken, padded to squares with black bars, which is right for videos that
+        are face crops.
+      sample_rate: distance between the frames of a window; by default as in
+        training, 2.
+      stride: sampled frames from the start of one window to that of the next;
+        by default the length of a window, 16, so that windows do not overlap.
+        Windows start every stride * sample_rate frames of the video.
+      reduction: 'none', or over the windows 'mean', 'max', 'std' (of the
+        population) or 'mean_std', which concatenates both.
+      keep_seq: return a feature per token instead of one per window.
       window_rule: 'cover', or for comparison 'authors', the windows of
         marlin-pytorch, which leave out the end of most videos.
-      batch_size: windows computed at a time; by default 1 on CPU, else 16.
+      batch_size: windows per batch; by default 1 on CPU, else 16.
 
     Returns:
-      float32 (W, D), or (W, N, D) with `keep_seq`; reduced (D,) or (N, D), with
-      'mean_std' twice as wide.
+      float32 (W, D), or (W, N, D) with `keep_seq`. A reduction removes the axis
+      W; 'mean_std' doubles D.
 
     Raises:
       FaceVideoError: the video is damaged or over a limit.
-      NoFaceError: a face was to be cropped, and there is none; a kind of
-        FaceVideoError.
-      ValueError: no such reduction or rule, or windows that would leave out
-        frames between them.
+      NoFaceError: no face found with `crop_face`; a kind of FaceVideoError.
+      ValueError: no such reduction or rule, or the stride leaves out frames
+        between windows.
       UserError: this machine lacks a face model or a library.
     """
     stream.check_reduction(reduction)
@@ -201,28 +202,28 @@ class Marlin:
     strategy: str = "fasking",
     ratio: float = 0.9,
     seed: int = 0,
-  ) -> reconstruction.Reconstruction:
-    """Hides most of a video and fills it in again.
+  ) -> reconstruction.ReconstructedClips:
+    """Masks most of a video and reconstructs it.
 
     Args:
-      source: a video file, or clips uint8 (B, T, H, W, 3) of the architecture's
-        number of frames and image size.
-      crop_face: of a file, as for `extract_video`.
-      num_clips: of a file, how many windows from its beginning; None is all.
-      regions: of clips, uint16 (B, T/2, h, w) bits as in records.Record, which
-        the fasking strategies need; of a file they are found here.
+      source: a video file, or clips uint8 (B, T, H, W, 3) with the
+        architecture's number of frames and image size.
+      crop_face: for a file, see `extract_video`.
+      num_clips: for a file, the number of windows from its start; None: all.
+      regions: for clips, uint16 (B, T/2, h, w) bits as in `schema.Record`,
+        which the fasking strategies need; a file is parsed for them.
       strategy: one of pretraining.configuration.MASKING_STRATEGIES.
-      ratio: share of the tokens to hide. A network does best at what it was
-        trained with: the recipe's is 0.9, that of configs/quickstart.py 0.5.
+      ratio: share of masked tokens. A network does best at its training ratio:
+        0.9 in the recipe, 0.5 in configs/quickstart.py.
       seed: of the masks.
 
     Raises:
       WeightsError: the weights have no decoder.
       FaceVideoError: as for `extract_video`.
-      ValueError: no such strategy, a ratio that leaves nothing visible, or
-        clips or regions that do not fit.
+      ValueError: no such strategy, no token would be visible, or clips or
+        regions have a wrong shape or dtype.
     """
-    mae = self.mae  # or an error, before a long video is read
+    mae = self.mae  # raises before a long video is read
     task = PretextTask.from_architecture(self.architecture, strategy, ratio)
     if isinstance(source, (str, os.PathLike)):
       clips = read_clips(
@@ -242,10 +243,10 @@ class Marlin:
   def attention_maps(
     self, x: np.ndarray | jax.Array
   ) -> attention_maps.AttentionMaps:
-    """How much attention each token of each clip receives.
+    """Returns the attention that each token of each clip receives.
 
     Args:
-      x: as for `extract_features`; a video's are `clips.read_clips`.
+      x: as for `extract_features`; `clips.read_clips` reads those of a video.
 
     Returns:
       Maps by layer and head, (B, L, H, N), and their rollout, (B, N); see
@@ -256,7 +257,7 @@ class Marlin:
       ValueError: wrong shape or dtype, or floating point outside [0, 1].
     """
     _check_clips(x, self.architecture.tubelets)
-    # One by one: the matrices of a clip take 150 MB for B/16.
+    # Clip by clip: the matrices of a clip take 150 MB for B/16.
     maps = [
       attention_maps.attention_maps(
         self.encoder,

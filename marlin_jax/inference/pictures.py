@@ -1,4 +1,4 @@
-"""Pictures of what a network sees, makes and looks at: numpy in, files out.
+"""Renders clips, reconstructions and attention as images and animations.
 
 Axes: V views, B clips, T frames, H W pixels, N tokens (ordered t h w).
 """
@@ -13,23 +13,23 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 SUFFIXES = (".png", ".gif", ".mp4")
-_HIDDEN = 128  # grey
+_MASKED = 128  # grey
 _MARGIN = 4
 _CAPTION = 22
-# From none to most: black, violet, red, orange, pale yellow.
+# From low to high: black, violet, red, orange, pale yellow.
 _HEAT = np.array(
   [(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)],
   np.float32,
 )
-# Of the heat over the picture, for none and most.
+# Opacity of the heat map over the frame, from low to high.
 _HEAT_OPACITY = (0.35, 0.75)
-# A few tokens draw far more attention than all others: they would leave the
-# rest in the dark.
+# Limits of the colour scale: a few tokens receive far more attention than all
+# others, which would otherwise be black.
 _HEAT_PERCENTILES = (1, 99)
 
 
 class Views(NamedTuple):
-  """The same clips, shown in several ways.
+  """Clips rendered in several ways.
 
   Attributes:
     names: V captions.
@@ -48,45 +48,46 @@ def panels(
   *,
   norm_pix: bool,
 ) -> Views:
-  """What is there, what the encoder sees, what the decoder makes of it.
+  """Renders the original, the visible tokens and the reconstruction.
 
   Args:
     video: uint8 (B, T, H, W, 3).
     visible: bool (B, N).
-    reconstruction: float (B, T, H, W, 3); cut off at 0 and 1.
+    reconstruction: float (B, T, H, W, 3); clipped to [0, 1].
     grid: tokens along t, h, w.
-    norm_pix: the network predicts normalised tokens, and `reconstruction` shows
-      them with their true mean and deviation; the caption says so.
+    norm_pix: the network predicts normalised tokens, and `reconstruction` uses
+      their true mean and deviation; the caption says so.
   """
   _, num_frames, height, width, _ = video.shape
   t, h, w = grid
-  seen = visible.reshape(-1, t, h, w)
+  is_visible = visible.reshape(-1, t, h, w)
   for axis, times in ((1, num_frames // t), (2, height // h), (3, width // w)):
-    seen = np.repeat(seen, times, axis)
-  hidden = np.where(seen[..., None], video, np.uint8(_HIDDEN))
-  made = (np.clip(reconstruction, 0, 1) * 255).round().astype(np.uint8)
-  # A network that predicts normalised tokens knows neither: without this
-  # remark it would look better than it is.
+    is_visible = np.repeat(is_visible, times, axis)
+  masked = np.where(is_visible[..., None], video, np.uint8(_MASKED))
+  reconstructed = (np.clip(reconstruction, 0, 1) * 255).round().astype(np.uint8)
+  # A network that predicts normalised tokens knows neither, and would look
+  # better than it is.
   name = "reconstruction (true mean, std)" if norm_pix else "reconstruction"
   return Views(
-    ("original", "seen by the encoder", name), np.stack([video, hidden, made])
+    ("original", "seen by the encoder", name),
+    np.stack([video, masked, reconstructed]),
   )
 
 
 def heat_map(
   video: np.ndarray, weights: np.ndarray, grid: tuple[int, int, int], name: str
 ) -> Views:
-  """The clips, and beside them the same with a number per token as heat.
+  """Renders the clips, and the clips with a value per token as a heat map.
 
-  The scale runs from black for little to pale yellow for much, cut off at the
-  first and the last percentile of all numbers, which the caption gives as
-  multiples of their mean.
+  The colour scale runs from black for low to pale yellow for high values. It is
+  clipped at the first and last percentile of all values, which the caption
+  gives as multiples of the mean.
 
   Args:
     video: uint8 (B, T, H, W, 3).
-    weights: float (B, N), not negative.
+    weights: float (B, N), non-negative values.
     grid: tokens along t, h, w.
-    name: of what is shown.
+    name: of the values, for the caption.
   """
   t, h, w = grid
   weights = weights / weights.mean()
@@ -103,7 +104,7 @@ def heat_map(
 
 
 def _heated(clip: np.ndarray, level: np.ndarray) -> np.ndarray:
-  """uint8 (T, H, W, 3) under a heat of float (t, h, w) in [0, 1]."""
+  """Overlays a clip, uint8 (T, H, W, 3), with float (t, h, w) in [0, 1]."""
   heat = np.stack(
     [_scaled_up(token_map, clip.shape[1:3]) for token_map in level]
   )
@@ -113,14 +114,14 @@ def _heated(clip: np.ndarray, level: np.ndarray) -> np.ndarray:
     [np.interp(heat, place, channel) for channel in _HEAT.T], axis=-1
   )
   opacity = np.interp(heat, (0, 1), _HEAT_OPACITY)
-  # Over grey, so that every colour is the scale's.
+  # Over grey, so that all colours are of the scale.
   grey = clip.mean(-1, keepdims=True)
   mixed = (1 - opacity) * grey + opacity * colours
   return mixed.round().astype(np.uint8)
 
 
 def _scaled_up(token_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """float (h, w) -> (H, W), smoothly."""
+  """Interpolates float (h, w) to (H, W)."""
   image = Image.fromarray(token_map.astype(np.float32))
   return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR))
 
@@ -130,9 +131,9 @@ def one_after_another(views: Views, frame_numbers: np.ndarray) -> Views:
 
   Args:
     views: of B clips.
-    frame_numbers: int (B, T), the frames' numbers in the video. What was shown
-      before is left out: the last clip may overlap the one before it, and a
-      clip longer than the video repeats its last frame.
+    frame_numbers: int (B, T), the frames' numbers in the video. Repeated frames
+      are left out: the last clip may overlap the previous one, and a clip
+      longer than the video repeats its last frame.
   """
   numbers = frame_numbers.reshape(-1)
   before = np.maximum.accumulate(np.append(-1, numbers[:-1]))
@@ -151,15 +152,15 @@ def save(
   """Writes the clips of one video, one after another.
 
   Args:
-    views: what to show.
-    path: where to; its suffix decides: a still of six frames (.png) or an
-      animation (.gif, .mp4). Its folder is made where it is missing.
+    views: of the clips.
+    path: the suffix selects a still of six frames (.png) or an animation (.gif,
+      .mp4). The folder is created if missing.
     frame_numbers: see `one_after_another`.
     fps: frames per second.
 
   Raises:
     ValueError: the suffix is none of SUFFIXES.
-    OSError: it cannot be written.
+    OSError: the file cannot be written.
   """
   if path.suffix not in SUFFIXES:
     raise ValueError(f"{path} ends with none of {', '.join(SUFFIXES)}")
@@ -168,16 +169,16 @@ def save(
   if path.suffix == ".png":
     Image.fromarray(picture(joined)).save(path)
   else:
-    # So that time-lapses, and videos with broken times, can be watched.
+    # Limits that keep time-lapses and videos with broken timestamps watchable.
     save_animation(joined, path, fps=min(max(fps, 1.0), 120.0))
 
 
 def picture(views: Views, *, num_frames: int = 6) -> np.ndarray:
-  """A still: for each clip a row per view, frames from left to right.
+  """Renders a still: a row per clip and view, frames from left to right.
 
   Args:
-    views: what to show.
-    num_frames: how many of the T frames to show at most.
+    views: of the clips.
+    num_frames: maximum number of frames per row.
 
   Returns:
     uint8 (rows, columns, 3).
@@ -198,12 +199,12 @@ def save_animation(views: Views, path: Path, *, fps: float) -> None:
   """Writes a looping GIF or an MP4: the views side by side, a row per clip.
 
   Args:
-    views: what to show.
-    path: where to; its suffix decides.
-    fps: frames per second; a GIF's are rounded to hundredths of a second.
+    views: of the clips.
+    path: the suffix selects the format.
+    fps: frames per second; in a GIF, durations are rounded to 1/100 second.
 
   Raises:
-    OSError: it cannot be written.
+    OSError: the file cannot be written.
   """
   width = views.frames.shape[4]
   captions = beside([caption(name, width) for name in views.names])
@@ -231,7 +232,7 @@ def _save_gif(frames: list[np.ndarray], path: Path, fps: float) -> None:
 
 
 def _save_mp4(frames: list[np.ndarray], path: Path, fps: float) -> None:
-  """H.264 as every player takes it: 4:2:0, even sizes, index in front."""
+  """Writes H.264 that all players support: 4:2:0, even sizes, index first."""
   import av
 
   if "libx264" not in av.codecs_available:
@@ -254,19 +255,19 @@ def _save_mp4(frames: list[np.ndarray], path: Path, fps: float) -> None:
 
 
 def blank(height: int, width: int) -> np.ndarray:
-  """Nothing but white, uint8 (height, width, 3)."""
+  """Returns a white image, uint8 (height, width, 3)."""
   return np.full((height, width, 3), 255, np.uint8)
 
 
 def beside(images: list[np.ndarray]) -> np.ndarray:
-  """Pictures of the same height from left to right."""
+  """Joins images of the same height from left to right."""
   gap = blank(images[0].shape[0], _MARGIN)
   parts = [part for image in images for part in (image, gap)]
   return np.concatenate(parts[:-1], axis=1)
 
 
 def caption(text: str, width: int) -> np.ndarray:
-  """A line of text, uint8 (22, width, 3)."""
+  """Renders a line of text, uint8 (22, width, 3)."""
   image = Image.fromarray(blank(_CAPTION, width))
   ImageDraw.Draw(image).text(
     (4, 3), text, fill=(40, 40, 40), font=ImageFont.load_default(14)

@@ -1,4 +1,4 @@
-"""Hiding parts of a video and having a network fill them in.
+"""Masks tokens of clips and reconstructs them.
 
 Axes: B clips, T frames, S pixels of the square picture, N tokens.
 """
@@ -24,20 +24,19 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reconstruction:
-  """Clips before and after.
+class ReconstructedClips:
+  """Clips and their reconstruction.
 
   Attributes:
-    clips: what was there; `clips.video` is uint8 (B, T, S, S, 3).
-    visible: bool (B, N), what the encoder saw.
+    clips: the originals; `clips.video` is uint8 (B, T, S, S, 3).
+    visible: bool (B, N), tokens that the encoder saw.
     reconstruction: float32 (B, T, S, S, 3) in [0, 1]: the original where
-      visible, the prediction where not. A network that predicts normalised
-      tokens (task.norm_pix) says nothing of their mean and deviation:
-      those are then the true ones.
-    loss_pixels: mean squared error of the hidden pixels in [0, 1].
-    loss_own_colour: the same for flat patches, each in its own mean colour: the
-      bar to clear.
-    task: what was hidden, and in what form it was predicted.
+      visible, else the prediction. A network trained with `task.norm_pix`
+      predicts normalised tokens; their true mean and deviation are then used.
+    loss_pixels: mean squared error of the masked pixels in [0, 1].
+    loss_own_colour: the same error for a prediction of each patch's mean
+      colour, as a baseline.
+    task: masking and prediction target.
   """
 
   clips: Clips
@@ -48,7 +47,7 @@ class Reconstruction:
   task: PretextTask
 
   def views(self) -> pictures.Views:
-    """Original, what the encoder saw, and reconstruction, to be shown."""
+    """Returns the original, the visible tokens and the reconstruction."""
     return pictures.panels(
       self.clips.video,
       self.visible,
@@ -58,11 +57,11 @@ class Reconstruction:
     )
 
   def save(self, path: str | os.PathLike) -> None:
-    """Writes `views`; the suffix decides: a still (.png), or .gif or .mp4.
+    """Writes the views as a still (.png) or an animation (.gif, .mp4).
 
     Raises:
-      ValueError: another suffix.
-      OSError: it cannot be written.
+      ValueError: the suffix of `path` is none of these.
+      OSError: the file cannot be written.
     """
     pictures.save(
       self.views(),
@@ -74,18 +73,19 @@ class Reconstruction:
 
 def reconstruct(
   mae: MAE, clips: Clips, task: PretextTask, seed: int
-) -> Reconstruction:
-  """Hides tokens of each clip and fills them in, clip by clip.
+) -> ReconstructedClips:
+  """Masks and reconstructs each clip.
 
   Args:
-    mae: the network.
-    clips: of its sizes; with regions where the masking needs them.
-    task: what is masked and predicted.
-    seed: of the masks. A clip's depends on its place in the batch and the
-      number of clips, as in train_step.reconstruct.
+    mae: the autoencoder.
+    clips: of the sizes that `mae` takes, with regions if the masking needs
+      them.
+    task: masking and prediction target.
+    seed: of the masks. The mask of a clip depends on its place in the batch and
+      on the number of clips, as in `train_step.reconstruct`.
 
   Raises:
-    ValueError: regions are missing, or have another shape than the tokens.
+    ValueError: regions are missing, or their shape is not that of the tokens.
   """
   graphdef, params = nnx.split(mae)
   num_clips = len(clips.video)
@@ -93,7 +93,7 @@ def reconstruct(
   regions = _regions(clips, task)
   results = [
     jax.device_get(
-      _fill_in(
+      _reconstruct(
         task,
         graphdef,
         params,
@@ -113,7 +113,7 @@ def reconstruct(
   def mean(name):
     return float(np.mean([result[name] for result in results]))
 
-  return Reconstruction(
+  return ReconstructedClips(
     clips=clips,
     visible=joined("visible"),
     reconstruction=joined("video").clip(0, 1),
@@ -124,19 +124,19 @@ def reconstruct(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _fill_in(task, graphdef, params, batch):
+def _reconstruct(task, graphdef, params, batch):
   return reconstruct_batch(task, nnx.merge(graphdef, params), batch)
 
 
 def _regions(clips: Clips, task: PretextTask) -> np.ndarray:
   expected = (len(clips.video), *task.tubelets.grid)
   if not task.masking.needs_regions:
-    return np.zeros(expected, np.uint16)  # not looked at
+    return np.zeros(expected, np.uint16)  # unused
   if clips.regions is None:
     raise ValueError(
-      f"{task.masking.strategy} needs to know where the regions of the face "
-      "are, and these clips come without: give `regions`, or the path of a "
-      "video, or use another strategy, such as 'tube'"
+      f"{task.masking.strategy} needs face regions, which these clips lack: "
+      "pass `regions` or the path of a video, or use another strategy, such as "
+      "'tube'"
     )
   if clips.regions.shape != expected:
     raise ValueError(

@@ -193,7 +193,7 @@ def test_without_a_decoder_the_error_says_so(weights, batch):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({}, "fasking needs to know where the regions.*give `regions`"),
+    ({}, "fasking needs face regions.*pass `regions`"),
     (
       {"regions": np.zeros((3, 2, 14, 14), np.uint16)},
       r"regions of shape \(3, 2, 14, 14\), expected \(3, 2, 4, 4\)",
@@ -328,7 +328,7 @@ def test_attention_needs_neither_decoder_nor_regions(
   [
     (["--output=a.avi"], "a.avi ends with none of .png, .gif, .mp4"),
     (["--output=a.png", "--head=1"], "1 is not LAYER,HEAD"),
-    (["--output=a.png", "--head=1,0"], "--head is of --attention"),
+    (["--output=a.png", "--head=1,0"], "--head needs --attention"),
     (["--output=a.png", "--num_clips=0"], "0 is less than 1"),
   ],
   ids=["suffix", "head", "head_alone", "num_clips"],
