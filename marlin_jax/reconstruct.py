@@ -179,7 +179,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
   )
   add = parser.add_argument
   add(
-    "video", metavar="VIDEO", type=Path, help="video file that FFmpeg decodes"
+    "video", metavar="VIDEO", type=Path, help="file that FFmpeg decodes"
   )
   add(
     "--checkpoint",
@@ -204,8 +204,8 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     "--num_clips",
     type=cli.at_least(1),
     default=4,
-    help="number of clips from the start of the video; a clip of MARLIN spans 32 "
-    "frames (default 4)",
+    help="number of clips from the start of the video; a clip of MARLIN spans "
+    "32 frames (default 4)",
   )
   reconstruction = parser.add_argument_group("reconstruction")
   reconstruction.add_argument(
