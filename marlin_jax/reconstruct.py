@@ -178,9 +178,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     allow_abbrev=False,  # a misspelled flag is an error
   )
   add = parser.add_argument
-  add(
-    "video", metavar="VIDEO", type=Path, help="file that FFmpeg decodes"
-  )
+  add("video", metavar="VIDEO", type=Path, help="file that FFmpeg decodes")
   add(
     "--checkpoint",
     required=True,
