@@ -6,18 +6,17 @@
 
 Formats:
   safetensors  a folder that `Marlin.from_pretrained` opens (default of --to)
-  orbax        a training run of this project: its workdir, or WORKDIR/
-               checkpoints/STEP; written as step 0, for config.init_from
+  orbax        a training run: its workdir, or WORKDIR/checkpoints/STEP; written
+               as step 0, for config.init_from
   marlin       the MARLIN authors' files: .encoder.pt (the encoder alone), .pt
                (with the decoder) or .ckpt (with the discriminator); SRC may
                be the name of a published model
   hf           a HuggingFace VideoMAE folder
   videomae     the original VideoMAE's .pth
 
-Keys that are missing or left over are an error, and no file is allowed to run
-code. In the end what was written is read back and compared with what was read,
-on a real clip; where PyTorch is installed, its network runs on PyTorch's files
-too.
+Missing and unknown keys are errors, and no file can run code. At the end the
+written file is read back and compared with the source on a real clip. PyTorch
+files are also checked against a network in PyTorch.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ import numpy as np
 
 from marlin_jax.records.cli import UserError
 
-# Features of one clip may differ by so much; float32 gives about 1e-5.
+# Largest difference of features and predictions; float32 gives about 1e-5.
 TOLERANCE = 1e-4
 
 _FORMATS = ("safetensors", "marlin", "hf", "videomae", "orbax")
 _READ_OPTIONS = {
-  "num_heads": "of the encoder, where its width is none of a published network",
-  "dec_num_heads": "of the decoder, likewise",
-  "num_frames": "frames of a clip, where the file does not say (videomae)",
-  "image_size": "of a frame, where the file does not say (videomae, marlin)",
+  "num_heads": "heads of the encoder, if no published network has its width",
+  "dec_num_heads": "heads of the decoder, likewise",
+  "num_frames": "frames of a clip (videomae)",
+  "image_size": "height and width of a frame (videomae, marlin)",
 }
 
 
@@ -56,7 +55,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     dest="source_format",
     choices=_FORMATS,
     default="",
-    help="format of SRC; by default what it looks like",
+    help="format of SRC (default: recognised from SRC)",
   )
   parser.add_argument(
     "--to",
@@ -66,20 +65,20 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     help="format of DST (default: %(default)s)",
   )
   parser.add_argument(
-    "--overwrite", action="store_true", help="replace DST where it exists"
+    "--overwrite", action="store_true", help="replace DST if it exists"
   )
   parser.add_argument(
     "--encoder_only",
     action="store_true",
-    help="leave decoder and discriminator behind",
+    help="drop decoder and discriminator",
   )
-  reading = parser.add_argument_group("what SRC may not say")
+  reading = parser.add_argument_group("what SRC may not hold")
   for name, text in _READ_OPTIONS.items():
     reading.add_argument(f"--{name}", type=int, metavar="N", help=text)
   reading.add_argument(
     "--drop_classifier",
     action="store_true",
-    help="leave a fine-tuned classifier behind (hf, videomae)",
+    help="ignore the classifier of a fine-tuned network (hf, videomae)",
   )
   writing = parser.add_argument_group("--to=hf")
   writing.add_argument(
@@ -87,14 +86,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     choices=("model", "pretraining", "classification"),
     help="VideoMAEModel, VideoMAEForPreTraining or "
     "VideoMAEForVideoClassification, whose output without labels is the pooled "
-    "feature (default: pretraining where there is a decoder, else model)",
+    "feature (default: pretraining if there is a decoder, else model)",
   )
   writing.add_argument(
     "--fold_input",
     action="store_true",
     help="fold ImageNet's normalisation into the patch embedding, so that the "
-    "usual VideoMAE preprocessing gives the same features; else the written "
-    "preprocessor leaves pixels in [0, 1]",
+    "usual VideoMAE preprocessing gives the same features; otherwise the "
+    "written preprocessor leaves pixels in [0, 1]",
   )
   parser.add_argument(
     "--clip",
@@ -105,10 +104,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def convert(args: argparse.Namespace) -> None:
-  """The whole conversion.
+  """Reads, writes and checks.
 
   Raises:
-    WeightsError: see formats; or the check failed.
+    WeightsError: the weights cannot be read or written, see weights.formats, or
+      the check failed.
   """
   from marlin_jax.weights import formats, published
 
@@ -128,7 +128,7 @@ def convert(args: argparse.Namespace) -> None:
 
   # --- Write ------------------------------------------------------------------
   target = Path(args.dst).expanduser()
-  _make_room(target, source, overwrite=args.overwrite)
+  _remove_target(target, source, overwrite=args.overwrite)
   write_options = {}
   if args.hf_class:
     write_options["kind"] = _HF_CLASSES[args.hf_class]
@@ -149,10 +149,10 @@ def convert(args: argparse.Namespace) -> None:
   back = formats.read(
     target,
     args.target_format,
-    # What was known of the source, where the target cannot say it.
+    # From the source, what files of the target's format do not hold.
     **{
       name: getattr(kept.architecture, name)
-      for name in _UNSAID.get(args.target_format, ())
+      for name in _NOT_IN_FILE.get(args.target_format, ())
     },
   )
   print(f"{target}: {describe(back.architecture)}")
@@ -171,14 +171,14 @@ _HF_CLASSES = {
 
 
 # Arguments of a format's `read` that its files do not hold.
-_UNSAID = {
+_NOT_IN_FILE = {
   "marlin": ("num_heads", "dec_num_heads", "image_size"),
   "videomae": ("num_heads", "dec_num_heads", "image_size", "num_frames"),
 }
 
 
 def describe(architecture) -> str:
-  """One line: parts and sizes of a network."""
+  """Returns parts and sizes of a network in one line."""
   a = architecture
   parts = [f"encoder {a.width}/{a.depth}/{a.num_heads}"]
   if a.has_decoder:
@@ -190,7 +190,12 @@ def describe(architecture) -> str:
   return ", ".join(parts)
 
 
-def _make_room(target: Path, source: Path, *, overwrite: bool) -> None:
+def _remove_target(target: Path, source: Path, *, overwrite: bool) -> None:
+  """Removes what the conversion overwrites.
+
+  Raises:
+    WeightsError: the target exists and may not be replaced.
+  """
   from marlin_jax.weights.weights import WeightsError
 
   if not target.exists():
@@ -209,15 +214,15 @@ def _make_room(target: Path, source: Path, *, overwrite: bool) -> None:
 
 
 def check(before, after, clip: np.ndarray) -> None:
-  """Compares both ends of a conversion on a clip and prints the differences.
+  """Compares source and target on a clip and prints the differences.
 
   Args:
-    before: path, format and Weights that were read.
-    after: path, format and Weights read back from what was written.
+    before: path, format and Weights of the source.
+    after: path, format and Weights of the target, read back.
     clip: uint8 (1, T, S, S, 3).
 
   Raises:
-    WeightsError: something differs by more than TOLERANCE.
+    WeightsError: an output differs by more than TOLERANCE.
   """
   from marlin_jax.weights.weights import WeightsError
 
@@ -227,19 +232,19 @@ def check(before, after, clip: np.ndarray) -> None:
     outputs.append(ours)
     theirs, network = _torch_outputs(path, format, weights, clip)
     rows += [
-      (f"{what} of {path}: JAX against {network}", ours[what] - theirs[what])
-      for what in theirs
+      (f"{name} of {path}: JAX against {network}", ours[name] - theirs[name])
+      for name in theirs
     ]
-  # The target's decoder may have been left out.
+  # The outputs of the target, which may lack the source's decoder.
   rows += [
-    (f"{what}: before against after", outputs[0][what] - outputs[1][what])
-    for what in outputs[1]
+    (f"{name}: before against after", outputs[0][name] - outputs[1][name])
+    for name in outputs[1]
   ]
   worst = 0.0
-  for what, difference in rows:
+  for row, difference in rows:
     largest = float(np.abs(difference).max())
     worst = max(worst, largest)
-    print(f"  {what}: largest difference {largest:.1e}")
+    print(f"  {row}: largest difference {largest:.1e}")
   if not worst <= TOLERANCE:
     raise WeightsError(
       f"the check failed: {worst:.1e} is more than {TOLERANCE:.0e}. "
@@ -248,7 +253,11 @@ def check(before, after, clip: np.ndarray) -> None:
 
 
 def _clip(path: str | None, architecture) -> np.ndarray:
-  """uint8 (1, T, S, S, 3) from a real video, noise where there is none."""
+  """Returns a clip of a real video, or noise if there is no video.
+
+  Returns:
+    uint8 (1, T, S, S, 3).
+  """
   from data_prep import assets
   from marlin_jax.inference import face_windows
 
@@ -259,21 +268,21 @@ def _clip(path: str | None, architecture) -> np.ndarray:
     path = path or assets.fetch_sample_videos() / "carphone_pristine.mp4"
     return next(face_windows.read_windows(path, settings)).frames[None]
   except assets.AssetError as e:
-    print(f"note: checked on noise, for the sample video is not there: {e}")
+    print(f"note: checked on noise, since there is no sample video: {e}")
   size = architecture.image_size
   shape = (1, architecture.num_frames, size, size, 3)
   return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 
 def _visible(architecture) -> np.ndarray:
-  """bool (N,): a tenth of the tokens, always the same."""
+  """Returns bool (N,), a fixed random tenth of the tokens."""
   num_tokens = architecture.tubelets.num_tokens
   order = np.random.default_rng(0).permutation(num_tokens)
   return order < max(num_tokens // 10, 1)
 
 
 def _outputs(weights, clip: np.ndarray) -> dict[str, np.ndarray]:
-  """Token features (1, N, D) and, with a decoder, predictions (1, M, P)."""
+  """Returns token features (1, N, D) and, with a decoder, predictions."""
   import jax
   from flax import nnx
 
@@ -281,21 +290,28 @@ def _outputs(weights, clip: np.ndarray) -> dict[str, np.ndarray]:
   from marlin_jax.inference.marlin import Marlin
 
   marlin = Marlin(weights)
-  found = {"features": np.asarray(marlin.extract_features(clip, keep_seq=True))}
+  outputs = {
+    "features": np.asarray(marlin.extract_features(clip, keep_seq=True))
+  }
   if weights.architecture.has_decoder:
     visible = _visible(weights.architecture)
-    seen, hidden = np.flatnonzero(visible)[None], np.flatnonzero(~visible)[None]
+    shown, masked = np.flatnonzero(visible), np.flatnonzero(~visible)
     tokens = to_tokens(clip, weights.architecture)
     graphdef, state = nnx.split(marlin.mae)
     predict = jax.jit(lambda state, *args: nnx.merge(graphdef, state)(*args))
-    found["predictions"] = np.asarray(
-      predict(state, tokens[:, seen[0]], seen, hidden)
+    outputs["predictions"] = np.asarray(
+      predict(state, tokens[:, shown], shown[None], masked[None])
     )
-  return found
+  return outputs
 
 
 def _torch_outputs(path: Path, format: str, weights, clip: np.ndarray):
-  """The same of a PyTorch file by PyTorch, and what computed it."""
+  """Returns `_outputs` of a PyTorch file from PyTorch.
+
+  Returns:
+    The outputs, {} for formats without PyTorch; and the library that computed
+    them.
+  """
   from marlin_jax.weights import marlin_pytorch, torch_network, videomae
 
   loaders = {
@@ -306,18 +322,18 @@ def _torch_outputs(path: Path, format: str, weights, clip: np.ndarray):
     return _transformers_outputs(path, weights, clip)
   if format not in loaders:
     return {}, ""
-  # These files cannot have been read without PyTorch.
+  # PyTorch is installed, since these files have been read.
   network = torch_network.TorchNetwork(
     loaders[format](path), weights.architecture, weights.arrays
   )
   video = _as_expected(clip, weights.architecture)
-  found = {"features": network.features(video)}
+  outputs = {"features": network.features(video)}
   if weights.architecture.has_decoder:
-    visible = _visible(weights.architecture)
-    found["predictions"] = network.predictions(video, visible)
+    predictions = network.predictions(video, _visible(weights.architecture))
     if format == "videomae":
-      found["predictions"] = _colours_first(found["predictions"])
-  return found, "PyTorch"
+      predictions = _colours_first(predictions)
+    outputs["predictions"] = predictions
+  return outputs, "PyTorch"
 
 
 def _transformers_outputs(path: Path, weights, clip: np.ndarray):
@@ -337,22 +353,22 @@ def _transformers_outputs(path: Path, weights, clip: np.ndarray):
   video = torch.from_numpy(video).permute(0, 1, 4, 2, 3)  # (B, T, C, H, W)
   with torch.no_grad():
     if kind == "VideoMAEForPreTraining":
-      hidden = torch.from_numpy(~_visible(weights.architecture))[None]
-      logits = network(video, bool_masked_pos=hidden).logits.numpy()
-      found = {
+      masked = torch.from_numpy(~_visible(weights.architecture))[None]
+      logits = network(video, bool_masked_pos=masked).logits.numpy()
+      outputs = {
         "features": network.videomae(video).last_hidden_state.numpy(),
         "predictions": _colours_first(logits),
       }
     elif kind == "VideoMAEForVideoClassification":
       tokens = network.videomae(video).last_hidden_state
-      found = {"features": network.fc_norm(tokens).numpy()}
+      outputs = {"features": network.fc_norm(tokens).numpy()}
     else:
-      found = {"features": network(video).last_hidden_state.numpy()}
-  return found, "transformers"
+      outputs = {"features": network(video).last_hidden_state.numpy()}
+  return outputs, "transformers"
 
 
 def _as_expected(clip: np.ndarray, architecture) -> np.ndarray:
-  """uint8 clips as float32, normalised as the network expects."""
+  """Returns uint8 clips as float32, normalised as the network expects."""
   from marlin_jax.data.clip_geometry import IMAGENET_MEAN, IMAGENET_STD
 
   video = clip.astype(np.float32) / 255
@@ -362,7 +378,7 @@ def _as_expected(clip: np.ndarray, architecture) -> np.ndarray:
 
 
 def _colours_first(tokens: np.ndarray) -> np.ndarray:
-  """VideoMAE's pixel order (pt ph pw c) -> ours (c pt ph pw)."""
+  """Reorders pixels from VideoMAE's order (pt ph pw c) to ours (c pt ph pw)."""
   by_pixel = tokens.reshape(*tokens.shape[:-1], -1, 3)
   return by_pixel.swapaxes(-1, -2).reshape(tokens.shape)
 
@@ -371,7 +387,7 @@ def main(argv: list[str] | None = None) -> None:
   args = parse_args(sys.argv[1:] if argv is None else argv)
   from absl import logging
 
-  logging.set_verbosity(logging.ERROR)  # orbax tells of every file
+  logging.set_verbosity(logging.ERROR)  # Orbax logs every file
   try:
     convert(args)
   except (UserError, OSError) as e:

@@ -1,1 +1,1 @@
-"""File formats of weights: one module each, all to and from `Weights`."""
+"""Networks outside a training run: their sizes, weights and file formats."""

@@ -1,4 +1,4 @@
-"""Opening weights whatever their format is."""
+"""The file formats of weights, and how one is recognised."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from marlin_jax.weights.weights import (
 # The source of an untrained encoder.
 RANDOM = "random"
 
-# Name on the command line -> its module, which has `read` and `write`.
+# Name on the command line -> module with `read(path, **options) -> Weights` and
+# `write(weights, path, **options) -> notices`.
 FORMATS = {
   "safetensors": safetensors_folder,
   "marlin": marlin_pytorch,
@@ -40,29 +41,29 @@ FORMATS = {
 
 
 def format_of(path: Path) -> str:
-  """A key of FORMATS.
+  """Returns the key of FORMATS that a file or folder has.
 
   Raises:
-    WeightsError: it is none of them; the message lists what would be.
+    WeightsError: it has none of them; the message lists them.
   """
   if not path.exists():
     raise WeightsError(f"no weights at {path}: there is no such file or folder")
   if path.is_dir():
-    for name, is_it in (
+    for name, matches in (
       ("safetensors", safetensors_folder.is_native),
       ("hf", huggingface.is_huggingface),
       ("orbax", run_checkpoint.is_run),
     ):
-      if is_it(path):
+      if matches(path):
         return name
   elif path.suffix in (".pt", ".ckpt"):
     return "marlin"
   elif path.suffix == ".pth":
     return "videomae"
   raise WeightsError(
-    f"{path} is in no format known here: expected a folder with config.json "
-    "and model.safetensors (marlin_jax or HuggingFace VideoMAE), the workdir "
-    "of a run, the authors' .pt or .ckpt, or VideoMAE's .pth"
+    f"{path} has an unknown format: expected a folder with config.json and "
+    "model.safetensors (marlin_jax or HuggingFace VideoMAE), the workdir of a "
+    "run, the authors' .pt or .ckpt, or VideoMAE's .pth"
   )
 
 
@@ -71,12 +72,12 @@ def read(path: str | Path, format: str = "", **options) -> Weights:
 
   Args:
     path: a file or folder.
-    format: a key of FORMATS; '': whatever it looks like.
-    **options: of that module's `read`.
+    format: a key of FORMATS; '': recognised from the path.
+    **options: options of that module's `read`.
 
   Raises:
-    WeightsError: there are none, or they cannot be read or do not fit, or the
-      format knows no such option.
+    WeightsError: there are no weights, they cannot be read or do not fit, or
+      the format has no such option.
   """
   path = Path(path).expanduser()
   format = format or format_of(path)
@@ -110,16 +111,22 @@ def open_encoder(source: str, random_sizes: Mapping[str, Any]) -> Weights:
   return weights
 
 
-def call(function, path, what: str, options: dict, *args):
-  """Calls a format's function with the options that were given.
+def call(function, path, action: str, options: dict, *args):
+  """Calls function(*args, path, **options) of a format.
+
+  Args:
+    function: `read` or `write` of a format's module.
+    path: a file or folder.
+    action: what the function does, for the message.
+    options: by name.
+    *args: arguments before the path.
 
   Raises:
-    WeightsError: it has no such option.
+    WeightsError: the function has no such option.
   """
-  known = inspect.signature(function).parameters
-  wrong = sorted(options.keys() - known.keys())
-  if wrong:
-    raise WeightsError(
-      f"{', '.join('--' + name for name in wrong)} has no meaning for {what}"
-    )
+  parameters = inspect.signature(function).parameters
+  unknown = sorted(options.keys() - parameters.keys())
+  if unknown:
+    flags = ", ".join(f"--{name}" for name in unknown)
+    raise WeightsError(f"{flags} has no meaning for {action}")
   return function(*args, path, **options)

@@ -1,11 +1,11 @@
 """HuggingFace VideoMAE folders: config.json, model.safetensors, preprocessor.
 
 Read and written without the transformers package and without remote code.
-What transformers 5 asks for (METHOD section 5): LayerNorm eps 1e-5 in the
-config, `q_bias` and `v_bias` in the file although its module shows
-query.bias and value.bias, the head's pixels as (pt ph pw c), and a final norm
-whose name depends on the class. Its position table is computed, from float64,
-and never saved.
+transformers 5 expects (METHOD section 5) LayerNorm epsilon 1e-5 in the config,
+`q_bias` and `v_bias` in the file although its module has query.bias and
+value.bias, the head's pixels ordered (pt ph pw c), and a final norm whose name
+depends on the class. It computes the position table in float64 and never saves
+it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from marlin_jax.data.clip_geometry import IMAGENET_MEAN, IMAGENET_STD
 from marlin_jax.weights import name_tables, safetensors_folder, videomae
 from marlin_jax.weights.weights import Architecture, Weights, WeightsError
 
-# The class -> (prefix of the encoder's names, name of its final norm).
+# Class -> (prefix of the encoder's names, name of its final norm).
 CLASSES = {
   "VideoMAEModel": ("", "layernorm"),
   "VideoMAEForPreTraining": ("videomae.", "videomae.layernorm"),
   "VideoMAEForVideoClassification": ("videomae.", "fc_norm"),
 }
 _PREPROCESSOR = "preprocessor_config.json"
-# VideoMAEConfig's, which transformers leaves out of the file.
+# Defaults of VideoMAEConfig, which transformers leaves out of the file.
 _DEFAULTS = {
   "image_size": 224,
   "patch_size": 16,
@@ -56,9 +56,9 @@ def is_huggingface(path: Path) -> bool:
 
 
 def rules(architecture: Architecture, kind: str) -> list[name_tables.Rule]:
-  """The table for such a network in a class of CLASSES."""
+  """Returns the name table of a network in a class of CLASSES."""
   prefix, norm = CLASSES[kind]
-  found = [
+  table = [
     *name_tables.patch_embedding(
       f"{prefix}embeddings.patch_embeddings.projection",
       "encoder.patch_embedding",
@@ -70,22 +70,22 @@ def rules(architecture: Architecture, kind: str) -> list[name_tables.Rule]:
     *name_tables.norm(norm, "encoder.norm"),
   ]
   if architecture.has_decoder:
-    found += [
+    table += [
       name_tables.transposed("encoder_to_decoder.weight", "enc_to_dec.kernel"),
       name_tables.batched("mask_token", "mask_token", 2),
       *_blocks("decoder.decoder_layers", "decoder", architecture.dec_depth),
       *name_tables.norm("decoder.norm", "dec_norm"),
       *name_tables.videomae_head("decoder.head", "head"),
     ]
-  return found
+  return table
 
 
 def _blocks(theirs: str, ours: str, depth: int) -> list[name_tables.Rule]:
-  found = []
+  table = []
   for i in range(depth):
     a, b = f"{theirs}.{i}", f"{ours}.blocks.{i}"
     inner = f"{a}.attention.attention"
-    found += [
+    table += [
       *name_tables.norm(f"{a}.layernorm_before", f"{b}.norm1"),
       *(
         name_tables.transposed(
@@ -100,21 +100,20 @@ def _blocks(theirs: str, ours: str, depth: int) -> list[name_tables.Rule]:
       *name_tables.linear(f"{a}.intermediate.dense", f"{b}.mlp_in"),
       *name_tables.linear(f"{a}.output.dense", f"{b}.mlp_out"),
     ]
-  return found
+  return table
 
 
 def read(path: Path, *, drop_classifier: bool = False) -> Weights:
-  """Reads such a folder.
+  """Reads a folder.
 
-  The input convention is taken from its preprocessor: ImageNet's statistics or
-  none.
+  Its preprocessor gives the input convention: ImageNet's statistics or none.
 
   Args:
     path: the folder.
-    drop_classifier: leave a classifier behind, which has no place here.
+    drop_classifier: ignore a classifier, for which Weights have no place.
 
   Raises:
-    WeightsError: something is missing, left over or not supported.
+    WeightsError: something is missing, unknown or not supported.
   """
   config = safetensors_folder.read_config(path)
   if config.get("model_type") != "videomae":
@@ -123,7 +122,7 @@ def read(path: Path, *, drop_classifier: bool = False) -> Weights:
       "model_type 'videomae'"
     )
   theirs = safetensors_folder.load_arrays(path / safetensors_folder.ARRAYS)
-  # As the module calls them; some files do too.
+  # Some files use the names of the module, query.bias for q_bias.
   theirs = {
     re.sub(r"\.(query|value)\.bias$", lambda m: f".{m[1][0]}_bias", key): value
     for key, value in theirs.items()
@@ -139,8 +138,7 @@ def read(path: Path, *, drop_classifier: bool = False) -> Weights:
   except WeightsError as e:
     if "classifier.weight" in theirs:
       raise WeightsError(
-        f"{e}\nclassifier.* has no place here: --drop_classifier leaves it "
-        "behind"
+        f"{e}\nclassifier.* cannot be converted: --drop_classifier ignores it"
       ) from e
     raise
   return Weights(
@@ -160,17 +158,18 @@ def _class_of(config: dict, theirs: dict, path: Path) -> str:
 
 def _architecture(config: dict, kind: str, path: Path) -> Architecture:
   config = _DEFAULTS | config
-  wanted = {
+  required = {
     "hidden_act": "gelu",
     "num_channels": 3,
     "qkv_bias": True,
     "qv_bias": True,
-    # Without it the two others have no final norm, which features need.
+    # With mean pooling the two other classes have no final norm, which features
+    # need.
     "use_mean_pooling": kind == "VideoMAEForVideoClassification",
   }
   wrong = [
     f"{key} is {config[key]!r}, expected {value!r}"
-    for key, value in wanted.items()
+    for key, value in required.items()
     if config[key] != value
   ]
   if wrong:
@@ -202,7 +201,13 @@ def _architecture(config: dict, kind: str, path: Path) -> Architecture:
 
 
 def _imagenet_input(path: Path) -> bool:
-  """What the preprocessor does; ImageNet's where the folder has none."""
+  """Returns whether the preprocessor applies ImageNet's statistics.
+
+  They are the default if the folder has no preprocessor.
+
+  Raises:
+    WeightsError: it applies other statistics.
+  """
   config = safetensors_folder.read_config(path, _PREPROCESSOR)
   if not config.get("do_normalize", True):
     return False
@@ -216,8 +221,8 @@ def _imagenet_input(path: Path) -> bool:
     ):
       return convention
   raise WeightsError(
-    f"{path / _PREPROCESSOR} normalises with mean {mean} and deviation {std}, "
-    "expected ImageNet's or none"
+    f"{path / _PREPROCESSOR} normalises with mean {mean} and standard "
+    f"deviation {std}, expected ImageNet's or none"
   )
 
 
@@ -229,17 +234,17 @@ def write(
   Args:
     weights: the network.
     path: the folder.
-    kind: a class of CLASSES; by default the one for pretraining where there is
-      a decoder, else the plain model.
+    kind: a class of CLASSES; default: VideoMAEForPreTraining if there is a
+      decoder, else VideoMAEModel.
     fold_input: fold ImageNet's normalisation into the patch embedding, so that
       the usual VideoMAE preprocessing gives the same features. Otherwise the
-      network keeps its convention and the preprocessor is written to fit it.
+      network keeps its convention and the preprocessor is written to match.
 
   Returns:
-    Notices: what of the network the format cannot say.
+    Notices about what the format cannot store.
 
   Raises:
-    WeightsError: there is no decoder for the class that needs one.
+    WeightsError: the class needs a decoder, and there is none.
   """
   kind = kind or (
     "VideoMAEForPreTraining"
@@ -255,21 +260,21 @@ def write(
     raise WeightsError(f"{weights.source}: {kind} needs a decoder")
   elif not weights.architecture.imagenet_input:
     notices.append(
-      "transformers undoes ImageNet's normalisation before it takes the loss: "
-      "for its loss to be right export with --fold_input"
+      "transformers undoes ImageNet's normalisation before it computes the "
+      "loss: for a correct loss, export with --fold_input"
     )
-  architecture, arrays, left = videomae.leave_behind(weights)
+  architecture, arrays, dropped = videomae.drop_unsupported(weights)
   path.mkdir(parents=True, exist_ok=True)
   safetensors_folder.save_arrays(
     name_tables.write(rules(architecture, kind), arrays),
     path / safetensors_folder.ARRAYS,
-    format="pt",  # transformers asks for it
+    format="pt",  # required by transformers
   )
   safetensors_folder.save_config(
     _preprocessor_config(architecture), path, _PREPROCESSOR
   )
   safetensors_folder.save_config(_config(architecture, kind), path)
-  return notices + left
+  return notices + dropped
 
 
 def _config(architecture: Architecture, kind: str) -> dict:
@@ -302,7 +307,7 @@ def _config(architecture: Architecture, kind: str) -> dict:
       "decoder_intermediate_size": architecture.dec_mlp_dim,
     }
   if kind == "VideoMAEForVideoClassification":
-    # No labels: transformers then gives the pooled feature itself.
+    # Without labels transformers returns the pooled feature as logits.
     config |= {"id2label": {}, "label2id": {}}
   return config
 

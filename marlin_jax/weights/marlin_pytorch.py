@@ -1,8 +1,8 @@
 """The authors' format: .encoder.pt, .full.pt and Lightning's .ckpt.
 
-What `marlin_pytorch.Marlin.from_file` opens (METHOD section 5). Its input is
-plain pixels in [0, 1] and its targets are plain pixels; nothing in the file
-says so, nor how many heads there are.
+`marlin_pytorch.Marlin.from_file` opens these files (METHOD section 5). Input
+and targets are plain pixels in [0, 1]. The files hold neither that nor the
+number of heads.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _MLP = ("mlp.layers.0.linear", "mlp.layers.1.linear")
 
 
 def rules(architecture: Architecture) -> list[name_tables.Rule]:
-  """The table for such a network."""
-  found = [
+  """Returns the name table of a network."""
+  table = [
     *name_tables.patch_embedding(
       "encoder.patch_embedding.projection",
       "encoder.patch_embedding",
@@ -40,7 +40,7 @@ def rules(architecture: Architecture) -> list[name_tables.Rule]:
     *name_tables.norm("encoder.norm", "encoder.norm"),
   ]
   if architecture.has_decoder:
-    found += [
+    table += [
       name_tables.transposed("enc_dec_proj.weight", "enc_to_dec.kernel"),
       name_tables.batched("decoder.mask_token", "mask_token", 2),
       name_tables.batched("decoder.pos_embedding.emb", "dec_positions", 1),
@@ -52,10 +52,10 @@ def rules(architecture: Architecture) -> list[name_tables.Rule]:
     ]
   if architecture.has_discriminator:
     for i, ours in enumerate(("hidden", "out")):
-      found += name_tables.linear(
+      table += name_tables.linear(
         f"discriminator.layers.{i}.linear", f"discriminator.{ours}"
       )
-  return found
+  return table
 
 
 def read(
@@ -65,16 +65,17 @@ def read(
   dec_num_heads: int = 0,
   image_size: int = 224,
 ) -> Weights:
-  """Reads a .pt or .ckpt file; a .ckpt's discriminator too.
+  """Reads a .pt or .ckpt file; a .ckpt file with its discriminator.
 
   Args:
     path: the file.
     num_heads: of the encoder; 0: that of the published network of this width.
-    dec_num_heads: of the decoder, likewise.
-    image_size: height and width of its frames in pixels; not in the file.
+    dec_num_heads: of the decoder; 0: likewise.
+    image_size: height and width of a frame in pixels, which the file does not
+      hold.
 
   Raises:
-    WeightsError: see torch_files.load and tables.read.
+    WeightsError: see torch_files.load and name_tables.read.
   """
   theirs, source = load_state(path), str(path)
   width, tubelet_size, patch_size = name_tables.patch_sizes(
@@ -123,10 +124,10 @@ def read(
 
 
 def load_state(path: Path) -> dict[str, np.ndarray]:
-  """The arrays of a .pt or .ckpt file by their names there.
+  """Returns the arrays of a .pt or .ckpt file by their names in it.
 
   Raises:
-    WeightsError: the name ends otherwise; see torch_files.load.
+    WeightsError: the file has another suffix; see also torch_files.load.
   """
   if path.suffix not in _SUFFIXES:
     raise WeightsError(
@@ -151,22 +152,22 @@ def _num_frames(num_tokens, tubelet_size, patch_size, image_size, source):
 
 
 def write(weights: Weights, path: Path) -> list[str]:
-  """Writes a file that `Marlin.from_file` opens.
+  """Writes a file that `marlin_pytorch.Marlin.from_file` opens.
 
-  A name that ends in .encoder.pt gets the encoder alone, .pt the decoder too,
-  .ckpt also the discriminator.
+  A name that ends in .encoder.pt gets the encoder alone, .pt encoder and
+  decoder, .ckpt also the discriminator.
 
   Returns:
-    Notices: what of the network the format cannot say.
+    Notices about what the format cannot store.
 
   Raises:
-    WeightsError: the name ends otherwise, or PyTorch is missing.
+    WeightsError: the file has another suffix, or PyTorch is missing.
   """
   if path.suffix not in _SUFFIXES:
     raise WeightsError(
       f"{path}: the authors' files end in .encoder.pt, .full.pt or .ckpt"
     )
-  torch_files.import_torch()  # or an error, before anything else
+  torch_files.import_torch()  # fails early
   weights, notices = prepare(weights, path)
   theirs = torch_files.to_torch(
     name_tables.write(rules(weights.architecture), weights.arrays)
@@ -178,22 +179,31 @@ def write(weights: Weights, path: Path) -> list[str]:
 
 
 def prepare(weights: Weights, path: Path) -> tuple[Weights, list[str]]:
-  """What of the weights goes into such a file, and what it cannot say."""
+  """Drops what a file cannot store.
+
+  Args:
+    weights: the network.
+    path: name of the file, which decides what it holds; see `write`.
+
+  Returns:
+    The weights to write, and notices about what the format cannot store.
+  """
   notices = eps_notice(weights.architecture, NORM_EPS, "the authors' code")
   if weights.architecture.imagenet_input:
     notices.append(
-      "the encoder expected ImageNet-normalised pixels; that is folded into "
-      "its patch embedding, for the authors' code feeds plain ones"
+      "the encoder expects ImageNet-normalised pixels; the normalisation is "
+      "folded into its patch embedding, because the authors' code feeds plain "
+      "ones"
     )
     weights = weights.with_plain_input()
   if path.name.endswith(".encoder.pt"):
     return weights.encoder_only(), notices
   if weights.architecture.norm_pix:
     notices.append(
-      "the decoder predicts pixels normalised by token, which the authors' "
-      "code does not expect and the file cannot say"
+      "the decoder predicts pixels normalised by token, which the file cannot "
+      "say and the authors' code does not expect"
     )
   if path.suffix == ".pt" and weights.architecture.has_discriminator:
-    notices.append("the discriminator stays behind: only a .ckpt holds one")
+    notices.append("the discriminator is dropped: only a .ckpt can hold it")
     weights = weights.without_discriminator()
   return weights, notices

@@ -1,8 +1,8 @@
-"""Name tables between this project's arrays and PyTorch's.
+"""Name tables between this project's arrays and PyTorch state dicts.
 
-A table is a list of rules. Read one way it turns a state dict into our arrays,
-read the other way it turns ours into a state dict; both refuse what is left
-over. Rules only move numbers, so there and back gives the same bits.
+A table is a list of rules. `read` turns a state dict into our arrays, `write`
+turns our arrays into a state dict; both refuse arrays without a rule. Rules
+only move values, so a round trip gives the same bits.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from marlin_jax.weights.weights import Architecture, WeightsError
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """One array of theirs, one or more of ours.
+  """How an array of a state dict corresponds to one or more of ours.
 
   Attributes:
-    theirs: its name there.
-    ours: names here.
-    read: their array -> ours, as a tuple.
-    write: our arrays -> theirs.
+    theirs: name in the state dict.
+    ours: names in Weights.
+    read: their array -> tuple of our arrays.
+    write: our arrays -> their array.
   """
 
   theirs: str
@@ -33,26 +33,28 @@ class Rule:
 
 
 def same(theirs: str, ours: str) -> Rule:
+  """Returns the rule of equal arrays."""
   return Rule(theirs, (ours,), lambda x: (x,), lambda x: x)
 
 
 def transposed(theirs: str, ours: str) -> Rule:
-  """PyTorch keeps a linear layer's weight as (out, in)."""
+  """Returns the rule of a linear layer's weight, (out, in) in PyTorch."""
   return Rule(theirs, (ours,), lambda x: (x.T,), lambda x: x.T)
 
 
 def batched(theirs: str, ours: str, num_axes: int) -> Rule:
-  """Theirs has `num_axes` leading axes of length 1."""
-  one = (1,) * num_axes
+  """Returns the rule of an array with `num_axes` leading axes of length 1."""
+  leading = (1,) * num_axes
   return Rule(
     theirs,
     (ours,),
     lambda x: (x.reshape(x.shape[num_axes:]),),
-    lambda x: x.reshape(one + x.shape),
+    lambda x: x.reshape(leading + x.shape),
   )
 
 
 def linear(theirs: str, ours: str) -> list[Rule]:
+  """Returns the rules of a linear layer with bias."""
   return [
     transposed(f"{theirs}.weight", f"{ours}.kernel"),
     same(f"{theirs}.bias", f"{ours}.bias"),
@@ -60,6 +62,7 @@ def linear(theirs: str, ours: str) -> list[Rule]:
 
 
 def norm(theirs: str, ours: str) -> list[Rule]:
+  """Returns the rules of a LayerNorm."""
   return [
     same(f"{theirs}.weight", f"{ours}.scale"),
     same(f"{theirs}.bias", f"{ours}.bias"),
@@ -69,7 +72,11 @@ def norm(theirs: str, ours: str) -> list[Rule]:
 def patch_embedding(
   theirs: str, ours: str, architecture: Architecture
 ) -> list[Rule]:
-  """A Conv3d (D, c, pt, ph, pw) whose stride is its size: a linear layer."""
+  """Returns the rules of the patch embedding.
+
+  Theirs is a Conv3d with weight (D, c, pt, ph, pw) whose stride is its kernel
+  size, which is a linear layer on tokens.
+  """
   p = architecture.patch_size
   kernel = (3, architecture.tubelet_size, p, p)
   return [
@@ -84,7 +91,7 @@ def patch_embedding(
 
 
 def fused_attention(theirs: str, ours: str) -> list[Rule]:
-  """Query, key and value as one matrix; no bias on the key."""
+  """Returns the rules of attention with query, key and value in one matrix."""
   kernels = tuple(f"{ours}.{name}.kernel" for name in ("query", "key", "value"))
   return [
     Rule(
@@ -102,30 +109,33 @@ def fused_attention(theirs: str, ours: str) -> list[Rule]:
 def fused_blocks(
   theirs: str, ours: str, depth: int, hidden: str, out: str
 ) -> list[Rule]:
-  """A stack of blocks.
+  """Returns the rules of a stack of blocks with fused attention.
 
   Args:
-    theirs: what their blocks' numbers follow.
-    ours: the Transformer.
-    depth: how many.
+    theirs: prefix of the block numbers in their names.
+    ours: name of the Transformer.
+    depth: number of blocks.
     hidden: their name of a block's first MLP layer.
-    out: of its second.
+    out: their name of its second MLP layer.
   """
-  found = []
+  rules = []
   for i in range(depth):
     a, b = f"{theirs}.{i}", f"{ours}.blocks.{i}"
-    found += [
+    rules += [
       *norm(f"{a}.norm1", f"{b}.norm1"),
       *fused_attention(f"{a}.attn", f"{b}.attention"),
       *norm(f"{a}.norm2", f"{b}.norm2"),
       *linear(f"{a}.{hidden}", f"{b}.mlp_in"),
       *linear(f"{a}.{out}", f"{b}.mlp_out"),
     ]
-  return found
+  return rules
 
 
 def videomae_head(theirs: str, ours: str) -> list[Rule]:
-  """A head whose pixels are ordered (pt ph pw c), where ours are c pt ph pw."""
+  """Returns the rules of VideoMAE's head.
+
+  Its pixels are ordered (pt ph pw c), ours (c pt ph pw).
+  """
 
   def colours_first(rows):
     return rows.reshape(-1, 3, *rows.shape[1:]).swapaxes(0, 1)
@@ -133,8 +143,8 @@ def videomae_head(theirs: str, ours: str) -> list[Rule]:
   def colours_last(rows):
     return rows.reshape(3, -1, *rows.shape[1:]).swapaxes(0, 1)
 
-  def reorder(rows, how):
-    return how(rows).reshape(rows.shape)
+  def reorder(rows, order):
+    return order(rows).reshape(rows.shape)
 
   return [
     Rule(
@@ -160,17 +170,21 @@ def read(
   Args:
     rules: the table.
     theirs: float arrays by name.
-    source: where they come from, for the message.
+    source: origin of the state dict, for messages.
+
+  Returns:
+    float32 arrays by our names.
 
   Raises:
-    WeightsError: names every key that is missing or left over.
+    WeightsError: keys are missing or unknown, or a shape does not fit; the
+      message lists every key.
   """
   expected = {rule.theirs for rule in rules}
   missing = sorted(expected - theirs.keys())
   unknown = sorted(theirs.keys() - expected)
   if missing or unknown:
     raise WeightsError(
-      f"{source}: its keys are not those of such a network\n"
+      f"{source}: its keys are not those of this network\n"
       + "\n".join(
         [f"  {key}: missing" for key in missing]
         + [f"  {key}: not known" for key in unknown]
@@ -185,7 +199,7 @@ def read(
         f"{source}: {rule.theirs} has shape {theirs[rule.theirs].shape}: {e}"
       ) from e
     arrays |= {
-      # Rows in order: files and devices want no views.
+      # Transposes and splits are views; files and devices need them in order.
       name: np.ascontiguousarray(part)
       for name, part in zip(rule.ours, parts, strict=True)
     }
@@ -197,13 +211,17 @@ def write(
 ) -> dict[str, np.ndarray]:
   """Turns our arrays into a state dict.
 
+  Args:
+    rules: the table.
+    ours: arrays by our names.
+
   Raises:
-    WeightsError: names every array of ours for which the table has no place.
+    WeightsError: the table has no rule for some arrays; the message lists them.
   """
   placed = {name for rule in rules for name in rule.ours}
-  left = sorted(ours.keys() - placed)
-  if left:
-    raise WeightsError("the format has no place for " + ", ".join(left))
+  unplaced = sorted(ours.keys() - placed)
+  if unplaced:
+    raise WeightsError("the format has no place for " + ", ".join(unplaced))
   return {
     rule.theirs: np.ascontiguousarray(
       rule.write(*(ours[name] for name in rule.ours))
@@ -213,7 +231,7 @@ def write(
 
 
 def infer_depth(keys, prefix: str) -> int:
-  """How many blocks there are below `prefix`, e.g. 'encoder.blocks.'."""
+  """Returns the number of blocks below a prefix such as 'encoder.blocks.'."""
   numbers = [
     int(key[len(prefix) :].split(".")[0])
     for key in keys
@@ -222,41 +240,41 @@ def infer_depth(keys, prefix: str) -> int:
   return max(numbers, default=-1) + 1
 
 
-# Heads are nowhere in a state dict; these are the published networks'.
+# Width -> number of heads of the published networks. State dicts do not say it.
 _HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 192: 3, 512: 8, 640: 8}
 
 
 def infer_heads(width: int, given: int, flag: str, source: str) -> int:
-  """The number of heads of a stack of that width.
+  """Returns the number of attention heads of a stack of blocks.
 
   Args:
     width: D.
-    given: what the user says; 0: nothing.
-    flag: how the user can say it.
-    source: for the message.
+    given: number of heads from the user; 0: that of the published network.
+    flag: the flag of `given`, for the message.
+    source: origin of the state dict, for messages.
 
   Raises:
-    WeightsError: the width is none of a published network.
+    WeightsError: no published network has this width, and none is given.
   """
   heads = given or _HEADS.get(width, 0)
   if not heads:
     raise WeightsError(
-      f"{source}: a width of {width} is none of a published network, and the "
-      f"number of attention heads is not in the file: give {flag}"
+      f"{source}: no published network has a width of {width}, and the file "
+      f"does not hold the number of attention heads: give {flag}"
     )
   return heads
 
 
 def shape_of(theirs: Mapping[str, np.ndarray], key: str, source: str):
-  """The shape of an array that must be there.
+  """Returns the shape of an array of a state dict.
 
   Raises:
-    WeightsError: it is not.
+    WeightsError: there is no such array.
   """
   if key not in theirs:
     raise WeightsError(
       f"{source}: no key '{key}'; it holds {len(theirs)} arrays, e.g. "
-      f"{', '.join(sorted(theirs)[:3])}. Is it of another format?"
+      f"{', '.join(sorted(theirs)[:3])}. Does it have another format?"
     )
   return theirs[key].shape
 
@@ -264,10 +282,15 @@ def shape_of(theirs: Mapping[str, np.ndarray], key: str, source: str):
 def patch_sizes(
   theirs: Mapping[str, np.ndarray], key: str, source: str
 ) -> tuple[int, int, int]:
-  """Width, tubelet size and patch size, from the patch embedding's weight.
+  """Returns width, tubelet size and patch size.
+
+  Args:
+    theirs: state dict.
+    key: name of the patch embedding's weight.
+    source: origin of the state dict, for messages.
 
   Raises:
-    WeightsError: it is missing, or no (D, 3, pt, p, p).
+    WeightsError: the weight is missing, or its shape is not (D, 3, pt, p, p).
   """
   shape = shape_of(theirs, key, source)
   if len(shape) != 5 or shape[1] != 3 or shape[3] != shape[4]:

@@ -1,8 +1,8 @@
-"""This project's training runs: weights out of, and into, orbax checkpoints.
+"""Weights from and to the Orbax checkpoints of training runs.
 
-A run's checkpoint says itself what the network is: its `meta` holds the
-configuration. Only the weights are read, not the optimisers' states; the
-average of them, where the run kept one.
+The `meta` item of a checkpoint holds the configuration and with it the
+architecture. Only the weights are read, not the optimiser states; their
+exponential moving average if the run kept one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def read(path: Path) -> Weights:
   """Reads the weights of a run's last checkpoint.
 
   Args:
-    path: a workdir, or one checkpoint: WORKDIR/checkpoints/STEP.
+    path: a workdir, or a checkpoint in it: WORKDIR/checkpoints/STEP.
 
   Raises:
     WeightsError: there is no checkpoint, or it is damaged.
@@ -48,7 +48,7 @@ def read(path: Path) -> Weights:
     architecture = Architecture.from_settings(meta)
   except KeyError as e:
     raise WeightsError(
-      f"{where} does not say what {e} is: was it written by marlin_jax.train?"
+      f"{where} lacks the setting {e}: was it written by marlin_jax.train?"
     ) from e
   trees = read_state(where, _averaged)
   if "ema" in trees:
@@ -63,22 +63,22 @@ def read(path: Path) -> Weights:
 
 
 def _averaged(tree: dict) -> dict:
-  """_PARTS of a state; for the parameters their average, if there is one."""
-  wanted = {part: tree[part] for part in _PARTS}
+  """Selects _PARTS of a state, with 'ema' for 'params' if there is one."""
+  parts = {part: tree[part] for part in _PARTS}
   if tree.get("ema"):
-    wanted["ema"] = tree["ema"]
-    del wanted["params"]
-  return wanted
+    parts["ema"] = tree["ema"]
+    del parts["params"]
+  return parts
 
 
 def read_meta(path: Path) -> tuple[Path, dict]:
-  """Finds a run's last checkpoint.
+  """Reads the metadata of a run's last checkpoint.
 
   Args:
     path: as for `read`.
 
   Returns:
-    WORKDIR/checkpoints/STEP, and what it says that the run is about.
+    WORKDIR/checkpoints/STEP, and its `meta` item.
 
   Raises:
     WeightsError: there is no checkpoint, or it is damaged.
@@ -97,7 +97,7 @@ def read_meta(path: Path) -> tuple[Path, dict]:
       problem = checksums.problem(where)
       if problem:
         raise WeightsError(
-          f"{where} is damaged: {problem}. Take another checkpoint, or copy it "
+          f"{where} is damaged: {problem}. Use another checkpoint, or copy it "
           "again"
         )
     args = ocp.args.Composite(meta=ocp.args.JsonRestore())
@@ -111,27 +111,27 @@ def read_state(where: Path, choose: Callable[[dict], dict]) -> dict:
   """Reads some arrays of a checkpoint.
 
   Args:
-    where: from `read_meta`.
-    choose: of the tree of all that is there, returns the part to read.
+    where: a checkpoint, from `read_meta`.
+    choose: tree of the checkpoint's metadata -> the part of it to read.
 
   Returns:
-    That part, with NumPy arrays.
+    That part, with NumPy arrays as leaves.
 
   Raises:
-    WeightsError: it cannot be read.
+    WeightsError: the checkpoint cannot be read.
   """
-  # The handler itself: a Checkpointer warns of metadata that an item of a
-  # CheckpointManager never has.
+  # Not a Checkpointer, which warns about metadata that the items of a
+  # CheckpointManager never have.
   handler = ocp.PyTreeCheckpointHandler()
   path = epath.Path(where) / "state"
   try:
-    wanted = choose(handler.metadata(path).tree)
+    part = choose(handler.metadata(path).tree)
     return handler.restore(
       path,
       args=ocp.args.PyTreeRestore(
-        item=wanted,
+        item=part,
         restore_args=jax.tree.map(
-          lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
+          lambda _: ocp.RestoreArgs(restore_type=np.ndarray), part
         ),
         partial_restore=True,
       ),
@@ -143,7 +143,7 @@ def read_state(where: Path, choose: Callable[[dict], dict]) -> dict:
 
 
 def _checkpoints(path: Path) -> Path | None:
-  """The directory of checkpoints that `path` is about, absolute."""
+  """Returns the checkpoints folder of a workdir or of a checkpoint in it."""
   path = path.absolute()
   if (path / "checkpoints").is_dir():
     return path / "checkpoints"
@@ -153,33 +153,31 @@ def _checkpoints(path: Path) -> Path | None:
 
 
 def write(weights: Weights, path: Path) -> list[str]:
-  """Writes weights as the checkpoint of step 0: for `config.init_from`.
+  """Writes weights as a checkpoint of step 0, for `config.init_from`.
+
+  Returns:
+    Notices about what the format cannot store.
 
   Raises:
-    WeightsError: there is a run already; no decoder or discriminator; other
-      sizes than records have.
+    WeightsError: the folder holds a run already, decoder or discriminator are
+      missing, or frames and patches have other sizes than those of records.
   """
   architecture = weights.architecture
   if (path / "checkpoints").exists():
-    raise WeightsError(f"{path} holds a run already: choose another name")
+    raise WeightsError(f"{path} already holds a run: choose another name")
   sizes = (architecture.image_size, architecture.patch_size)
   if sizes != (FRAME_SIZE, PATCH_SIZE):
     raise WeightsError(
-      f"{weights.source} is for images and patches of {sizes} pixels, a run's "
-      f"are {(FRAME_SIZE, PATCH_SIZE)}"
+      f"{weights.source} has frames and patches of {sizes} pixels, a run has "
+      f"{(FRAME_SIZE, PATCH_SIZE)}"
     )
-  lacking = [
-    what
-    for what, there in (
-      ("decoder", architecture.has_decoder),
-      ("discriminator", architecture.has_discriminator),
-    )
-    if not there
-  ]
-  if lacking:
+  missing = [] if architecture.has_decoder else ["decoder"]
+  if not architecture.has_discriminator:
+    missing.append("discriminator")
+  if missing:
     raise WeightsError(
-      f"{weights.source} has no {' and no '.join(lacking)}, which a run's "
-      "checkpoint holds; --to=safetensors takes what there is, and "
+      f"{weights.source} has no {' and no '.join(missing)}, which a run's "
+      "checkpoint needs; --to=safetensors writes an encoder alone, and "
       "config.init_from reads that too"
     )
   fixed = ("encoder.positions", "dec_positions")

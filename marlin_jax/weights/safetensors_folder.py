@@ -1,7 +1,7 @@
-"""This project's own folder: config.json and model.safetensors.
+"""This project's own format: a folder of config.json and model.safetensors.
 
-Plain data that nothing can run, readable without this project: what
-`Marlin.from_pretrained` opens and `convert` writes by default.
+Plain data that contains no code and can be read without this project.
+`Marlin.from_pretrained` opens it, and `convert` writes it by default.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def is_native(path: Path) -> bool:
 
 
 def read(path: Path) -> Weights:
-  """Reads such a folder.
+  """Reads a folder.
 
   Raises:
-    WeightsError: a file is missing, damaged or of another kind.
+    WeightsError: a file is missing, damaged or of another format.
   """
   config = read_config(path)
   if config.get("format") != _FORMAT:
@@ -40,7 +40,7 @@ def read(path: Path) -> Weights:
     )
   if config.get("version") != _VERSION:
     raise WeightsError(
-      f"{path / CONFIG} is of version {config.get('version')}, this code reads "
+      f"{path / CONFIG} has version {config.get('version')}, this code reads "
       f"{_VERSION}: use a newer marlin_jax"
     )
   try:
@@ -51,7 +51,11 @@ def read(path: Path) -> Weights:
 
 
 def write(weights: Weights, path: Path) -> list[str]:
-  """Writes such a folder; config.json, which makes it one, comes last."""
+  """Writes a folder; config.json, which identifies it, is written last.
+
+  Returns:
+    Notices, none: the format stores everything.
+  """
   path.mkdir(parents=True, exist_ok=True)
   save_arrays(weights.arrays, path / ARRAYS)
   config = {
@@ -64,10 +68,10 @@ def write(weights: Weights, path: Path) -> list[str]:
 
 
 def load_arrays(path: Path) -> dict:
-  """The arrays of a .safetensors file.
+  """Returns the arrays of a .safetensors file by name.
 
   Raises:
-    WeightsError: it is missing or damaged.
+    WeightsError: the file is missing or damaged.
   """
   try:
     return safetensors.numpy.load_file(path)
@@ -76,6 +80,7 @@ def load_arrays(path: Path) -> dict:
 
 
 def save_arrays(arrays: dict, path: Path, **metadata: str) -> None:
+  """Writes a .safetensors file atomically."""
   """Writes a .safetensors file atomically."""
   with folders.atomic_path(path) as partial:
     safetensors.numpy.save_file(arrays, partial, metadata=metadata)
@@ -86,15 +91,15 @@ def save_config(config: dict, path: Path, name: str = CONFIG) -> None:
 
 
 def read_config(path: Path, name: str = CONFIG) -> dict:
-  """What config.json says; nothing where there is none.
+  """Returns the content of config.json, or {} if there is none.
 
   Raises:
-    WeightsError: it is no JSON object.
+    WeightsError: the file is not valid JSON.
   """
   if not (path / name).is_file():
     return {}
   try:
     config = json.loads((path / name).read_text())
   except ValueError as e:
-    raise WeightsError(f"{path / name} is no JSON: {e}") from e
+    raise WeightsError(f"{path / name} is not valid JSON: {e}") from e
   return config if isinstance(config, dict) else {}

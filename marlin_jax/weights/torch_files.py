@@ -1,4 +1,4 @@
-"""Reading and writing PyTorch's files, without running what is in them."""
+"""Reads and writes PyTorch's files without running code from them."""
 
 from __future__ import annotations
 
@@ -17,43 +17,49 @@ HOW_TO_GET_TORCH = (
 
 
 def import_torch():
-  """The torch module.
+  """Returns the torch module.
 
   Raises:
-    WeightsError: it is not installed; the message has the pip command.
+    WeightsError: PyTorch is not installed; the message has the pip command.
   """
   try:
     import torch
   except ImportError as e:
     raise WeightsError(
-      f"PyTorch reads and writes .pt, .pth and .ckpt files: {HOW_TO_GET_TORCH}"
+      "PyTorch is needed to read and write .pt, .pth and .ckpt files: "
+      f"{HOW_TO_GET_TORCH}"
     ) from e
   return torch
 
 
 def load(path: Path):
-  """What a file holds; tensors, containers and plain values only.
+  """Returns the content of a file: tensors, containers and plain values.
 
   Raises:
-    WeightsError: the file is no such file, or would run code when read.
+    WeightsError: the file is damaged, or would run code when read.
   """
   torch = import_torch()
   try:
-    # VideoMAE keeps its command line beside the weights.
+    # VideoMAE stores its command line beside the weights.
     with torch.serialization.safe_globals([argparse.Namespace]):
       return torch.load(path, map_location="cpu", weights_only=True)
-  except Exception as e:  # torch's own, pickle's, zipfile's: a dozen kinds
+  # Errors of torch, pickle and zipfile, a dozen classes.
+  except Exception as e:
     reason = str(e).strip().splitlines()[0] if str(e).strip() else repr(e)
     raise WeightsError(
-      f"{path} cannot be read as weights alone and is refused: {reason}"
+      f"{path} cannot be read as weights only and is refused: {reason}"
     ) from e
 
 
 def to_numpy(state_dict: object, path: Path) -> dict[str, np.ndarray]:
-  """Tensors by name -> float32 arrays.
+  """Returns a state dict as float32 arrays by name.
+
+  Args:
+    state_dict: content of a file.
+    path: the file, for messages.
 
   Raises:
-    WeightsError: something in it is no floating-point tensor.
+    WeightsError: it is no state dict of floating-point tensors.
   """
   torch = import_torch()
   if not isinstance(state_dict, Mapping) or not state_dict:
@@ -74,7 +80,7 @@ def to_numpy(state_dict: object, path: Path) -> dict[str, np.ndarray]:
 
 
 def save(content: object, path: Path) -> None:
-  """Writes a file of PyTorch's atomically."""
+  """Writes a PyTorch file atomically."""
   torch = import_torch()
   path.parent.mkdir(parents=True, exist_ok=True)
   with folders.atomic_path(path) as partial:
@@ -82,5 +88,6 @@ def save(content: object, path: Path) -> None:
 
 
 def to_torch(arrays: Mapping[str, np.ndarray]) -> dict:
+  """Returns arrays as PyTorch tensors by name."""
   torch = import_torch()
   return {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()}

@@ -1,9 +1,9 @@
-"""The network once more, in PyTorch, on a state dict as it lies in a file.
+"""The networks in PyTorch, on the state dict of a file.
 
-What a conversion is checked against: it reads the file's own names and knows
-nothing of the tables in `tables`. Inference only.
+`convert` checks its results against them: they use the names of the file and
+are independent of the tables in name_tables. Inference only.
 
-Axes: B clips, T frames, N tokens, M hidden ones, D width, P pixels per token.
+Axes: B clips, T frames, N tokens, M masked, D width, P pixels per token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from marlin_jax.weights.weights import Architecture
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-  """How a code base calls the parts of its state dict."""
+  """Names of a code base's state dict."""
 
   patch_embedding: str
   blocks: str
@@ -26,7 +26,7 @@ class Names:
   out: str
   enc_to_dec: str
   mask_token: str
-  # VideoMAE's files have no tables; they are put under the authors' names.
+  # VideoMAE's files have no position tables; they get the authors' names.
   positions: str = "encoder.pos_embedding.emb"
   dec_positions: str = "decoder.pos_embedding.emb"
 
@@ -52,12 +52,12 @@ VIDEOMAE = Names(
 
 
 def names_of(theirs: dict) -> Names:
-  """The names that a state dict uses."""
+  """Returns the names that a state dict uses."""
   if f"{AUTHORS.patch_embedding}.weight" in theirs:
     return AUTHORS
   if f"{VIDEOMAE.patch_embedding}.weight" in theirs:
     return VIDEOMAE
-  # A fine-tuned VideoMAE is an encoder without a prefix.
+  # A fine-tuned VideoMAE: an encoder without prefix.
   norm = "fc_norm" if "fc_norm.weight" in theirs else "norm"
   return dataclasses.replace(
     VIDEOMAE, patch_embedding="patch_embed.proj", blocks="blocks", norm=norm
@@ -69,9 +69,9 @@ class TorchNetwork:
 
   Args:
     theirs: the file's arrays by their names there.
-    architecture: for what the file does not say.
-    tables: `encoder.positions` and `dec_positions`, float32 (N, D), used where
-      the file has none of its own.
+    architecture: of the network, for what the file does not hold.
+    tables: `encoder.positions` and `dec_positions`, float32 (N, D), for files
+      without position tables.
   """
 
   def __init__(
@@ -96,7 +96,7 @@ class TorchNetwork:
         self._state.setdefault(name, torch.from_numpy(tables[ours])[None])
 
   def features(self, video: np.ndarray) -> np.ndarray:
-    """LayerNorm of every token.
+    """Returns the normalised feature of every token.
 
     Args:
       video: float32 (B, T, H, W, 3), normalised as the network expects.
@@ -108,24 +108,24 @@ class TorchNetwork:
       return self._encode(self._embed(video)).numpy()
 
   def predictions(self, video: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    """What the decoder makes of the hidden tokens, in ascending order.
+    """Returns the decoder's predictions of the masked tokens.
 
     Args:
       video: as for `features`.
       visible: bool (N,), the same for every clip.
 
     Returns:
-      float32 (B, M, P), pixels in the file's own order.
+      float32 (B, M, P), tokens ascending, pixels in the order of the file.
     """
     names, state = self._names, self._state
     with self._torch.no_grad():
-      seen = self._torch.from_numpy(visible)
-      x = self._encode(self._embed(video)[:, seen])
+      shown = self._torch.from_numpy(visible)
+      x = self._encode(self._embed(video)[:, shown])
       x = self._functional.linear(x, state[names.enc_to_dec])
       positions = state[AUTHORS.dec_positions]
-      hidden = state[names.mask_token] + positions[:, ~seen]
+      masked = state[names.mask_token] + positions[:, ~shown]
       x = self._torch.cat(
-        [x + positions[:, seen], hidden.expand(len(x), -1, -1)], dim=1
+        [x + positions[:, shown], masked.expand(len(x), -1, -1)], dim=1
       )
       x = self._blocks(
         x,

@@ -1,17 +1,19 @@
-"""The original VideoMAE's .pth files, to start from.
+"""The original VideoMAE's .pth files.
 
-Pretrained ones hold encoder and decoder below 'model', fine-tuned ones an
+Pretrained files hold encoder and decoder below 'model', fine-tuned files an
 encoder and a classifier below 'module' or 'model'. Their input is
-ImageNet-normalised, pretraining targets are normalised by token, and the head
-writes a token's pixels as (pt ph pw c) (METHOD, 'Pitfalls'). Position tables
-are not in the file: they are computed, from float64, as ours. LayerNorm's eps
-is 1e-6, which the file does not say either.
+ImageNet-normalised, pretraining targets are normalised by token, and the head's
+pixels are ordered (pt ph pw c) (METHOD, 'Pitfalls'). The file holds neither the
+position tables, which VideoMAE computes in float64 like this project, nor the
+LayerNorm epsilon, 1e-6.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+
+import numpy as np
 
 from marlin_jax.models.vit import sincos_positions
 from marlin_jax.weights import name_tables, torch_files
@@ -27,15 +29,15 @@ _MLP = ("mlp.fc1", "mlp.fc2")
 
 
 def rules(architecture: Architecture, *, prefix: str, norm: str):
-  """The table for such a network.
+  """Returns the name table of a network.
 
   Args:
-    architecture: the network.
-    prefix: of the encoder's names; 'encoder.' or ''.
-    norm: the final norm's name; 'norm' or, after the mean over tokens,
+    architecture: of the network.
+    prefix: of the encoder's names, 'encoder.' or ''.
+    norm: name of the final norm, 'norm' or, after the mean over tokens,
       'fc_norm'.
   """
-  found = [
+  table = [
     *name_tables.patch_embedding(
       f"{prefix}patch_embed.proj", "encoder.patch_embedding", architecture
     ),
@@ -45,7 +47,7 @@ def rules(architecture: Architecture, *, prefix: str, norm: str):
     *name_tables.norm(f"{prefix}{norm}", "encoder.norm"),
   ]
   if architecture.has_decoder:
-    found += [
+    table += [
       name_tables.transposed("encoder_to_decoder.weight", "enc_to_dec.kernel"),
       name_tables.batched("mask_token", "mask_token", 2),
       *name_tables.fused_blocks(
@@ -54,7 +56,7 @@ def rules(architecture: Architecture, *, prefix: str, norm: str):
       *name_tables.norm("decoder.norm", "dec_norm"),
       *name_tables.videomae_head("decoder.head", "head"),
     ]
-  return found
+  return table
 
 
 def read(
@@ -71,14 +73,15 @@ def read(
   Args:
     path: the file.
     num_heads: of the encoder; 0: that of the published network of this width.
-    dec_num_heads: of the decoder, likewise.
-    num_frames: per clip; not in the file.
-    image_size: height and width of its frames in pixels; not in the file.
-    drop_classifier: leave a fine-tuned network's classifier behind, which has
-      no place here.
+    dec_num_heads: of the decoder; 0: likewise.
+    num_frames: frames per clip, which the file does not hold.
+    image_size: height and width of a frame in pixels, which the file does not
+      hold.
+    drop_classifier: ignore the classifier of a fine-tuned network, for which
+      Weights have no place.
 
   Raises:
-    WeightsError: see torch_files.load and tables.read.
+    WeightsError: see torch_files.load and name_tables.read.
   """
   theirs, source = load_state(path), str(path)
   if drop_classifier:
@@ -124,17 +127,17 @@ def read(
   except WeightsError as e:
     if "head.weight" in theirs:
       raise WeightsError(
-        f"{e}\nhead.* is a classifier: --drop_classifier leaves it behind"
+        f"{e}\nhead.* is a classifier: --drop_classifier ignores it"
       ) from e
     raise
   return Weights(architecture, arrays | position_tables(architecture), source)
 
 
 def load_state(path: Path) -> dict:
-  """The arrays of a .pth file by their names there.
+  """Returns the arrays of a .pth file by their names in it.
 
   Raises:
-    WeightsError: see torch_files.
+    WeightsError: see torch_files.load and torch_files.to_numpy.
   """
   content = torch_files.load(path)
   for key in ("model", "module"):
@@ -145,63 +148,67 @@ def load_state(path: Path) -> dict:
 
 
 def position_tables(architecture: Architecture) -> dict:
-  """The tables that VideoMAE computes and never saves."""
+  """Returns the position tables, which VideoMAE computes and never saves."""
   num_tokens = architecture.tubelets.num_tokens
-  found = {
+  tables = {
     "encoder.positions": sincos_positions(num_tokens, architecture.width)
   }
   if architecture.has_decoder:
-    found["dec_positions"] = sincos_positions(
+    tables["dec_positions"] = sincos_positions(
       num_tokens, architecture.dec_width
     )
-  return found
+  return tables
 
 
 def write(weights: Weights, path: Path) -> list[str]:
   """Writes a pretraining checkpoint as VideoMAE's code loads it.
 
   Returns:
-    Notices: what of the network the format cannot say.
+    Notices about what the format cannot store.
 
   Raises:
     WeightsError: PyTorch is missing, or the name does not end in .pth.
   """
   if path.suffix != ".pth":
     raise WeightsError(f"{path}: VideoMAE's files end in .pth")
-  torch_files.import_torch()  # or an error, before anything else
+  torch_files.import_torch()  # fails early
   notices = eps_notice(weights.architecture, _NORM_EPS, "VideoMAE's code")
   if not weights.architecture.imagenet_input:
     notices.append(
-      "the encoder expected plain pixels; ImageNet's normalisation is folded "
-      "into its patch embedding, for VideoMAE's code feeds normalised ones"
+      "the encoder expects plain pixels; ImageNet's normalisation is folded "
+      "into its patch embedding, because VideoMAE's code feeds normalised ones"
     )
     weights = weights.with_imagenet_input()
-  architecture, arrays, left = leave_behind(weights)
+  architecture, arrays, dropped = drop_unsupported(weights)
   table = rules(architecture, prefix="encoder.", norm="norm")
   theirs = torch_files.to_torch(name_tables.write(table, arrays))
   torch_files.save({"model": theirs}, path)
-  return notices + left
+  return notices + dropped
 
 
-def leave_behind(weights: Weights):
-  """What of the weights VideoMAE's formats hold.
+def drop_unsupported(
+  weights: Weights,
+) -> tuple[Architecture, dict[str, np.ndarray], list[str]]:
+  """Drops what VideoMAE's formats cannot store: discriminator, position tables.
 
   Returns:
-    The architecture, the arrays, and notices of what stays behind.
+    The architecture, the arrays, and notices about what is dropped.
   """
   notices = []
   if weights.architecture.has_discriminator:
-    notices.append("the discriminator stays behind: the format has no place")
+    notices.append(
+      "the discriminator is dropped: the format has no place for it"
+    )
     weights = weights.without_discriminator()
   computed = position_tables(weights.architecture)
-  off = max(
+  difference = max(
     float(abs(weights.arrays[name] - table).max())
     for name, table in computed.items()
   )
-  if off:
+  if difference:
     notices.append(
-      "the position tables stay behind: VideoMAE computes its own, which "
-      f"differ by up to {off:.1e}"
+      "the position tables are dropped: VideoMAE computes its own, which "
+      f"differ by up to {difference:.1e}"
     )
   arrays = {
     name: array

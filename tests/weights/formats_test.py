@@ -282,10 +282,10 @@ def test_a_damaged_file_is_refused(weights, tmp_path, name):
 def test_what_is_no_weights_is_refused(tmp_path):
   with pytest.raises(WeightsError, match="no such file"):
     formats.read(tmp_path / "nothing")
-  with pytest.raises(WeightsError, match="in no format known here"):
+  with pytest.raises(WeightsError, match=f"{tmp_path} has an unknown format"):
     formats.read(tmp_path)
   (tmp_path / "config.json").write_text("{")
-  with pytest.raises(WeightsError, match="no JSON"):
+  with pytest.raises(WeightsError, match=r"config\.json"):
     formats.read(tmp_path)
 
 
