@@ -24,8 +24,6 @@ from marlin_jax.training.configuration import (
   training_violations,
 )
 
-GENERATORS = ("marlin", "wav2lip")
-
 KEYS = TRAINING_KEYS | {
   "data.train": fixed(SPLIT),
   "data.val": fixed(SPLIT),
@@ -37,7 +35,7 @@ KEYS = TRAINING_KEYS | {
   "expert.eval_steps": free(at_least(1)),
   "expert.eval_batches": free(at_least(1)),
   "expert.max_offset": free(at_least(1)),
-  "generator.kind": fixed(one_of(*GENERATORS)),
+  "generator.kind": fixed(one_of("marlin", "wav2lip")),
   "generator.train_encoder": fixed(),
   "generator.width": fixed(above(0)),
   "generator.batch_size": fixed(at_least(1)),
