@@ -167,7 +167,6 @@ def _mode_names(config: ConfigDict) -> list[str]:
 def _describe(inputs: Inputs, videos: Videos) -> str:
   """Returns the start-up text, printed before the first long wait."""
   architecture = inputs.weights.architecture
-  kinds = ", ".join(sorted({d.device_kind for d in inputs.mesh.devices.flat}))
   rows = [
     Row(
       "encoder",
@@ -193,7 +192,7 @@ def _describe(inputs: Inputs, videos: Videos) -> str:
     rows.append(
       Row("task", f"{task.name}: {len(task.names)} {noun}; videos: {sizes}")
     )
-  rows.append(Row("devices", f"{inputs.mesh.size} x {kinds}"))
+  rows.append(Row("devices", sharding.describe(inputs.mesh)))
   return format_rows(rows)
 
 

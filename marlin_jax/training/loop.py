@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import signal
@@ -246,7 +247,7 @@ def train(
     # --- Loop -----------------------------------------------------------------
     signum = None
     stop_together = distributed.StopTogether(course.mesh)
-    with watchdog:
+    with watchdog, contextlib.closing(writer), contextlib.closing(progress):
       timer.enter("step")
       with StopSignal() as stop, profiler:
         for step in range(start_step + 1, course.num_steps + 1):
