@@ -1,11 +1,175 @@
-"""Signals that the training loop notes."""
+"""The training loop: what is done after a step, in which order, and signals."""
 
+import json
 import os
 import signal
 
+import flax.struct
+import jax
+import jax.numpy as jnp
 import pytest
 
-from marlin_jax.training import loop
+from configs import pretrain_b
+from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.data.loader import TakeClip
+from marlin_jax.data.prepared_dataset import open_dataset
+from marlin_jax.devices import sharding
+from marlin_jax.records import cli
+from marlin_jax.training import loop, remote_files
+from marlin_jax.training.checkpoint import Checkpoints
+from tests.support import made_dataset
+from tests.support.made_dataset import a_record
+
+
+@flax.struct.dataclass
+class Sum:
+  """State of a training that adds `weight` to `total` at each step."""
+
+  step: jax.Array
+  num_skipped: jax.Array
+  weight: jax.Array
+  total: jax.Array
+
+
+class AddingCourse:
+  """The least that the loop can train."""
+
+  take_clip = TakeClip(Clip(num_frames=2, stride=1), tubelet_size=2)
+  fields = ("_id",)
+  batch_size = 1
+  identity = {"seed": 0}
+  learning_rate = None
+  peak_clips_per_sec = None
+
+  def __init__(self, dataset, num_steps):
+    self.dataset, self.num_steps = dataset, num_steps
+    self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    self.shapes = Sum(*(jnp.int32(x) for x in (0, 0, 1, 0)))
+    everywhere = sharding.replicated(self.mesh)
+    self.shardings = jax.tree.map(lambda _: everywhere, self.shapes)
+
+  def describe(self):
+    return [cli.Row("data", "one record", ["read again and again"])]
+
+  def first_state(self):
+    return jax.device_put(self.shapes, self.shardings)
+
+  def make_step(self):
+    def step(state, batch):
+      assert batch.keys() == {"_id"}
+      state = state.replace(
+        step=state.step + 1, total=state.total + state.weight
+      )
+      scalars = {"loss_rec": state.total, "num_skipped": state.num_skipped}
+      return state, scalars
+
+    return jax.jit(step)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+  path = tmp_path_factory.mktemp("loop") / "data"
+  made_dataset.make(path, {"0.mp4": [a_record("0.mp4")]})
+  return open_dataset(str(path), "train")
+
+
+@pytest.fixture
+def events(monkeypatch):
+  """What the loop does, in its order."""
+  seen = []
+  save, publish = Checkpoints.save, remote_files.RunFiles.publish
+
+  def noted_save(self, step, state, meta):
+    seen.append(f"save {step}: {state.total}")
+    save(self, step, state, meta)
+
+  def noted_publish(self):
+    seen.append("publish")
+    publish(self)
+
+  monkeypatch.setattr(Checkpoints, "save", noted_save)
+  monkeypatch.setattr(remote_files.RunFiles, "publish", noted_publish)
+  return seen
+
+
+def train(dataset, workdir, num_steps, events, *, kill_at=None):
+  """Trains; one evaluation doubles the weight, another looks on."""
+  config = pretrain_b.get_config()
+  config.checkpoint_steps, config.log_steps = 3, 2
+
+  def double(state):
+    events.append(f"double {state.step}")
+    return loop.Result(
+      {"eval/weight": float(state.weight)},
+      state=state.replace(weight=2 * state.weight),
+    )
+
+  def look(state):
+    events.append(f"look {state.step}")
+    return loop.Result(sentence="it looks well")
+
+  def kill(state):
+    if state.step == kill_at:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return loop.Result()
+
+  return loop.train(
+    AddingCourse(dataset, num_steps),
+    lambda workdir, alive: [
+      loop.Evaluation(2, double, before_save=True),
+      loop.Evaluation(3, look),
+      loop.Evaluation(1, kill),
+    ],
+    config,
+    str(workdir),
+  )
+
+
+def test_the_state_is_changed_then_saved_then_evaluated_then_published(
+  dataset, tmp_path, events, capfd
+):
+  state, signum = train(dataset, tmp_path, 7, events)
+  assert signum is None
+  assert events == [
+    "double 2",
+    *("save 3: 4", "look 3", "publish"),
+    "double 4",
+    *("double 6", "save 6: 14", "look 6", "publish"),
+    # The last step is no multiple of 2: it is evaluated, and not changed.
+    *("double 7", "save 7: 22", "look 7", "publish"),
+    "publish",
+  ]
+  assert state.weight == 8
+  assert "step 6: it looks well\n" in capfd.readouterr().out
+  rows = [
+    json.loads(line)
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+  ]
+  totals = {
+    r["step"]: r["train/loss_rec"] for r in rows if "train/loss_rec" in r
+  }
+  assert totals == {1: 1, 2: 2, 4: 6, 6: 14, 7: 22}
+
+
+def test_a_signal_saves_without_evaluation_and_the_run_resumes_to_the_same_bits(
+  dataset, tmp_path, events
+):
+  whole, _ = train(dataset, tmp_path / "whole", 9, events)
+  events.clear()
+  halved = tmp_path / "halved"
+  state, signum = train(dataset, halved, 9, events, kill_at=3)
+  assert signum == signal.SIGTERM
+  assert state.step == 4
+  # The state changes as in a run without a signal; nobody looks on.
+  assert events == [
+    "double 2",
+    *("save 3: 4", "look 3", "publish"),
+    *("double 4", "save 4: 6", "publish"),
+    "publish",
+  ]
+  resumed, signum = train(dataset, halved, 9, events)
+  assert signum is None
+  assert jax.tree.leaves(resumed) == jax.tree.leaves(whole)
 
 
 def test_the_first_signal_is_noted_and_a_second_ctrl_c_interrupts():
