@@ -215,17 +215,17 @@ def carried_over(
   Returns:
     Seconds of each kind, and `down` between processes.
   """
-  kept = last = dict.fromkeys((*KINDS, "down"), 0.0)
+  at_start = last = dict.fromkeys((*KINDS, "down"), 0.0)
   last_time = None
   for row in _rows(path):
     last = {kind: float(row.get(_name(kind), 0.0)) for kind in last}
     last_time = row.get("time/unix_secs")
     if row["step"] <= start_step:
-      kept = last
+      at_start = last
   carried = dict(last)
   for kind in _REPEATED:
-    carried[kind] = kept[kind]
-    carried["lost"] += last[kind] - kept[kind]
+    carried[kind] = at_start[kind]
+    carried["lost"] += last[kind] - at_start[kind]
   if last_time is not None:
     now = time.time() if now is None else now
     age_secs = process_age_secs() if age_secs is None else age_secs

@@ -190,8 +190,8 @@ def train(
   Raises:
     UserError: the run cannot start, resume, save or go on.
   """
-  is_leader = jax.process_index() == 0
-  if is_leader:
+  is_process_0 = jax.process_index() == 0
+  if is_process_0:
     print(cli.format_rows(course.describe()), flush=True)
   num_values = sum(math.prod(x.shape) for x in jax.tree.leaves(course.shapes))
   with Workdir(path, config, course.dataset, num_values) as workdir:
@@ -317,7 +317,7 @@ def train(
       writer.write(last_step, timer.totals())
       writer.close()
       workdir.files.close()
-      if is_leader:
+      if is_process_0:
         print(_summary(workdir.path, last_step, course.num_steps))
         print(timer.summary(), flush=True)
     return state, signum if last_step < course.num_steps else None

@@ -27,11 +27,10 @@ class MetricWriter:
     if not self._writes:
       return
     self._path = Path(workdir) / "metrics.jsonl"
-    kept = []
+    lines = []
     if self._path.exists():
       lines = self._path.read_text().splitlines()
-      kept = [line for line in lines if _step_of(line) <= start_step]
-    text = "".join(f"{line}\n" for line in kept)
+    text = "".join(f"{x}\n" for x in lines if _step_of(x) <= start_step)
     folders.write_bytes(self._path, text.encode())
     self._file = self._path.open("a", buffering=1)
     self._board = _summary_writer()(

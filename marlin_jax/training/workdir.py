@@ -47,7 +47,7 @@ class Workdir:
     self.path = epath.Path(path)
     self._config, self._dataset = config, dataset
     self._num_params = num_params
-    self._is_leader = jax.process_index() == 0
+    self._is_process_0 = jax.process_index() == 0
 
   def __enter__(self) -> Workdir:
     """Creates or opens the directory and moves damaged checkpoints aside.
@@ -61,7 +61,7 @@ class Workdir:
     """
     with contextlib.ExitStack() as stack:
       with distributed.process_0_first():
-        if self._is_leader:
+        if self._is_process_0:
           if remote_files.is_remote(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
           else:
@@ -104,13 +104,13 @@ class Workdir:
 
   def begin(self) -> None:
     """Writes the configuration: from now on the workdir is this run's."""
-    if self._is_leader:
+    if self._is_process_0:
       if self.start_step:
         print(f"resumed from step {self.start_step} in {self.path}", flush=True)
       text = self._config.to_json(indent=2) + "\n"
       (self.path / "config.json").write_text(text)
     self.files = remote_files.RunFiles(
-      self.path, apart=self._is_leader and remote_files.is_remote(self.path)
+      self.path, apart=self._is_process_0 and remote_files.is_remote(self.path)
     )
 
   def earlier_secs(self) -> dict[str, float] | None:
@@ -118,7 +118,7 @@ class Workdir:
 
     None on all processes but process 0, which alone reports times.
     """
-    if not self._is_leader:
+    if not self._is_process_0:
       return None
     return goodput.carried_over(
       self.files.path / "metrics.jsonl", self.start_step

@@ -1,4 +1,4 @@
-"""Where a run's time goes: every second is counted once."""
+"""Goodput: every second of a run is counted once."""
 
 import json
 import math
@@ -202,7 +202,7 @@ def make_row(number, unix_secs, /, **secs):
 
 
 def carry(path, rows, start_step, *, born=0.0):
-  """What a process born at that time takes over, less the zeros."""
+  """Returns what a process born at `born` takes over, without zeros."""
   path = path / "metrics.jsonl"
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   carried = goodput.carried_over(path, start_step, now=born + 9, age_secs=9)

@@ -75,7 +75,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture
 def events(monkeypatch):
-  """What the loop does, in its order."""
+  """Saves, evaluations and publications of the loop, in their order."""
   seen = []
   save, publish = Checkpoints.save, remote_files.RunFiles.publish
 
@@ -93,7 +93,7 @@ def events(monkeypatch):
 
 
 def train(dataset, workdir, num_steps, events, *, kill_at=None):
-  """Trains; one evaluation doubles the weight, another looks on."""
+  """Trains; one evaluator doubles the weight, another changes nothing."""
   config = pretrain_b.get_config()
   config.checkpoint_steps, config.log_steps = 3, 2
 

@@ -1,4 +1,4 @@
-"""What a run tells."""
+"""metrics.jsonl, TensorBoard and the progress line."""
 
 import json
 

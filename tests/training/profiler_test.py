@@ -81,7 +81,7 @@ def test_taking_a_profile_is_no_step_time(profiled):
 
 
 def run_three_steps(path):
-  """What is said by a profiler that may not be able to write."""
+  """Returns the lines printed by a profiler that may be unable to write."""
   said = []
   timer = goodput.Timer(clips_per_step=1)
   with profiler.Profiler(

@@ -1,4 +1,4 @@
-"""What training the sync expert and training the generator have in common."""
+"""Base course of the sync expert and the generator, and their training."""
 
 from __future__ import annotations
 

@@ -145,20 +145,25 @@ class ExpertEvaluator:
 
 
 def offset_scores(cosines: np.ndarray) -> dict[str, float]:
-  """What cosines at all offsets say about an expert.
+  """Returns the scores of an expert from its cosines at all offsets.
 
   Args:
     cosines: float (B, 2K + 1), column i for sound that is i - K frames later;
       NaN where there is no such sound.
 
   Returns:
-    cosine_in_sync and cosine_shifted, the means without a shift and at the
-    largest both ways, and `margin`, their difference; `loss_sync`, the training
-    loss of the two with equal weights (a constant cosine of 0.5 scores 0.693),
-    and `accuracy`, likewise, of the cosine being above 0.5 where in sync;
-    `ranked`, the share of pairs of the two in which that in sync scores higher
-    on the same pictures; `best_offset`, where the mean curve is highest, and
-    `offset_accuracy`, the share of clips whose own is at 0.
+    Scalars by name:
+    cosine_in_sync: mean cosine in sync.
+    cosine_shifted: mean cosine at the largest offset in both directions.
+    margin: their difference.
+    loss_sync: training loss of the two with equal weights; 0.693 for a constant
+      cosine of 0.5.
+    accuracy: accuracy of classifying a cosine above 0.5 as in sync, of the two
+      with equal weights.
+    ranked: share of pairs of the two, on the same frames, in which the cosine
+      in sync is higher.
+    best_offset: offset with the highest mean cosine.
+    offset_accuracy: share of clips whose highest cosine is at offset 0.
   """
   middle = cosines.shape[1] // 2
   in_sync = cosines[:, middle]
