@@ -273,7 +273,7 @@ def test_run_that_is_interrupted_says_how_to_go_on(videos, prepared, tmp_path):
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does
     _, stderr = run.communicate(timeout=60)
   assert run.returncode == 130
-  assert "the same command goes on from there" in stderr
+  assert "run the same command to resume" in stderr
   assert "Traceback" not in stderr
 
 
