@@ -1,8 +1,8 @@
-"""Takes steps of lip synchronisation on one device and on eight.
+"""Takes lip-sync training steps on one device and on eight.
 
-A process of its own, started by lipsync_training_test.py: how many devices
-there are is settled when jax starts. Prints one JSON object: case -> number of
-devices -> the metrics of each step.
+Started by tests/lipsync/training/training_test.py as a process of its own,
+since the number of devices is fixed when jax starts. Prints one JSON object:
+case -> number of devices -> metrics of each step.
 """
 
 import functools
@@ -34,7 +34,7 @@ def batch():
 
 
 def run(step, state, num_devices):
-  """The metrics of some steps."""
+  """Returns the metrics of NUM_STEPS steps."""
   mesh = sharding.make_mesh(devices=jax.devices()[:num_devices])
   everywhere = sharding.replicated(mesh)
   inputs = jax.device_put(batch(), sharding.batch_sharding(mesh))
@@ -48,32 +48,34 @@ def run(step, state, num_devices):
 
 
 def main():
-  # Small steps: Adam makes a whole one even of a gradient that is rounding.
+  # Not Adam: it takes full steps even if a gradient is a rounding error.
   optimizer = optax.sgd(1e-3)
-  judge, judge_arrays = split_network(
+  judge, judge_variables = split_network(
     build.make_expert(build.expert_meta(5, 1 / 32))
   )
-  learner = expert_step.ExpertTrainer(judge, optimizer)
+  expert_trainer = expert_step.ExpertTrainer(judge, optimizer)
   architecture = Architecture(
     16, 1, 2, 32, num_frames=5, tubelet_size=1, image_size=SIZE, patch_size=8
   )
   network = build.make_generator(
     build.generator_meta("marlin", 1 / 32, architecture)
   )
-  structure, arrays = split_network(network, frozen=("encoder",))
+  graph, variables = split_network(network, frozen=("encoder",))
   trainer = generator_step.GeneratorTrainer(
-    structure, SIZE, judge, None, 0.0, optimizer, optimizer
+    graph, SIZE, judge, None, 0.0, optimizer, optimizer
   )
 
-  def take(state, inputs):
-    return generator_step.generator_step(trainer, state, judge_arrays, inputs)
+  def generator_train_step(state, inputs):
+    return generator_step.generator_step(
+      trainer, state, judge_variables, inputs
+    )
 
   cases = {
     "expert": (
-      functools.partial(expert_step.expert_step, learner),
-      learner.init(judge_arrays),
+      functools.partial(expert_step.expert_step, expert_trainer),
+      expert_trainer.init(judge_variables),
     ),
-    "generator": (take, trainer.init(arrays, None)),
+    "generator": (generator_train_step, trainer.init(variables, None)),
   }
   print(
     json.dumps(

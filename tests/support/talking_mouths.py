@@ -1,10 +1,10 @@
-"""Drawn faces that talk: the mouth opens as loud as the voice is.
+"""Synthetic talking faces, whose mouths open as far as the voice is loud.
 
-What a network has to find out about lips and sound, without any footage: a
-person has a face, a voice and a rhythm of syllables; sound and pictures are on
-one clock, 16 kHz and 25 frames a second.
+They let a network learn the relation of lips and sound without footage. A
+person has a face, a voice and a rhythm of syllables; sound and frames are on
+one clock, at 16 kHz and 25 frames per second.
 
-Axes: T frames, S pixels of a picture's side, N samples.
+Axes: T frames, S side of an image, N samples.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from tests.support import made_dataset
 
 FPS = 25
 RATE = schema.SAMPLE_RATE
-SAMPLES = RATE // FPS  # of a frame
+SAMPLES = RATE // FPS  # per frame
 
 
 @dataclasses.dataclass(frozen=True)
 class Talk:
-  """Somebody talking.
+  """Video and sound of a talking person.
 
   Attributes:
     frames: uint8 (T, S, S, 3), RGB.
-    sound: int16 (N,), 640 samples a frame.
-    opening: float (T,), how far the mouth is open, in [0, 1].
+    sound: int16 (N,), 640 samples per frame.
+    opening: float (T,), opening of the mouth, in [0, 1].
   """
 
   frames: np.ndarray
@@ -44,14 +44,16 @@ class Talk:
 
 
 def talk(person: int, num_frames: int = 64, size: int = 224) -> Talk:
-  """Draws a person, by number, saying something; always the same."""
+  """Returns the talk of a person, by number; deterministic."""
   np_rng = np.random.default_rng(person)
   loudness = _syllables(num_frames * SAMPLES, np_rng)
   opening = loudness.reshape(num_frames, SAMPLES).mean(axis=1)
   look = _Look.draw(np_rng)
   face = look.face(size)
   sway = np.cumsum(np_rng.normal(0, 0.15, (num_frames, 2)), axis=0).clip(-4, 4)
-  frames = [look.talking(face, *how) for how in zip(opening, sway, strict=True)]
+  frames = [
+    look.talking(face, *args) for args in zip(opening, sway, strict=True)
+  ]
   return Talk(np.stack(frames), _voice(loudness, np_rng), opening)
 
 
@@ -59,7 +61,7 @@ def talk(person: int, num_frames: int = 64, size: int = 224) -> Talk:
 
 
 def _syllables(num_samples: int, np_rng: np.random.Generator) -> np.ndarray:
-  """Returns how loud the voice is, float (N,) in [0, 1]."""
+  """Returns the loudness of the voice, float (N,) in [0, 1]."""
   loudness = np.zeros(num_samples)
   tempo = np_rng.uniform(0.8, 1.3)
   at = np_rng.uniform(0, 0.15)
@@ -67,23 +69,25 @@ def _syllables(num_samples: int, np_rng: np.random.Generator) -> np.ndarray:
     length = tempo * np_rng.uniform(0.1, 0.3)
     start, stop = int(at * RATE), int((at + length) * RATE)
     shape = np.sin(np.pi * np.linspace(0, 1, stop - start)) ** 0.7
-    part = loudness[start:stop]
-    part += np_rng.uniform(0.5, 1.0) * shape[: len(part)]
-    # A pause between words, now and then.
+    syllable = loudness[start:stop]
+    syllable += np_rng.uniform(0.5, 1.0) * shape[: len(syllable)]
+    # A quarter of the pauses are between words, the others between syllables.
     pause = np_rng.uniform(0.3, 0.6) if np_rng.random() < 0.25 else 0.06
     at += length + tempo * pause * np_rng.uniform(0.7, 1.3)
   return loudness
 
 
 def _voice(loudness: np.ndarray, np_rng: np.random.Generator) -> np.ndarray:
-  """Returns harmonics of a pitch below two resonances, int16 (N,)."""
+  """Returns harmonics of a pitch, weighted by two resonances, int16 (N,)."""
   pitch = np_rng.uniform(90, 250)
   resonances = np_rng.uniform(400, 800), np_rng.uniform(1000, 2200)
-  turns = 2 * np.pi * pitch * np.arange(len(loudness)) / RATE
+  phase = 2 * np.pi * pitch * np.arange(len(loudness)) / RATE
   wave = np.zeros(len(loudness))
   for n in range(1, int(4000 / pitch)):
-    gaps = (n * pitch - np.array(resonances)) / 250
-    wave += np.exp(-(gaps**2)).sum() * np.sin(n * turns + np_rng.uniform(0, 6))
+    detuning = (n * pitch - np.array(resonances)) / 250
+    wave += np.exp(-(detuning**2)).sum() * np.sin(
+      n * phase + np_rng.uniform(0, 6)
+    )
   wave *= loudness * 9000 / np.abs(wave).max()
   wave += np_rng.normal(0, 8, len(wave))
   return wave.clip(-32768, 32767).astype(np.int16)
@@ -94,7 +98,7 @@ def _voice(loudness: np.ndarray, np_rng: np.random.Generator) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Look:
-  """Colours, RGB, and proportions of a face."""
+  """RGB colours and proportions of a face."""
 
   skin: np.ndarray
   hair: np.ndarray
@@ -139,29 +143,35 @@ class _Look:
   def talking(
     self, face: np.ndarray, opening: float, sway: np.ndarray
   ) -> np.ndarray:
-    """Returns the face with a mouth; `sway` moves it, in 224ths of a side."""
+    """Returns the face with a mouth, uint8 (S, S, 3).
+
+    Args:
+      face: from `face`.
+      opening: of the mouth, in [0, 1].
+      sway: float (2,), x and y shift, in 1/224 of a side.
+    """
     canvas = _Canvas(face.copy())
     half, gap = 24 * self.mouth, 15 * opening
     canvas.ellipse((112, 160 + gap), (half, 5 + gap), self.lips)
     canvas.ellipse((112, 156), (half, 4.5), self.lips * 0.9)
     canvas.ellipse((112, 159 + gap), (half - 5, 1 + gap), (45, 15, 20))
     size = len(face)
-    moved = np.float32([[1, 0, 0], [0, 1, 0]])
-    moved[:, 2] = sway * size / 224
+    shift = np.float32([[1, 0, 0], [0, 1, 0]])
+    shift[:, 2] = sway * size / 224
     return cv2.warpAffine(
-      canvas.pixels, moved, (size, size), borderMode=cv2.BORDER_REPLICATE
+      canvas.pixels, shift, (size, size), borderMode=cv2.BORDER_REPLICATE
     )
 
 
 class _Canvas:
-  """A picture on which places are given in 224ths of its side."""
+  """Image with coordinates in 1/224 of its side."""
 
   def __init__(self, pixels: np.ndarray):
     self.pixels = pixels
     self._scale = len(pixels) / 224
 
   def ellipse(self, centre, axes, colour) -> None:
-    # In sixteenths of a pixel.
+    # OpenCV takes coordinates in 1/16 pixels: the last argument, 4 bits.
     unit = 16 * self._scale
     cv2.ellipse(
       self.pixels,
@@ -185,26 +195,26 @@ class _Canvas:
 
 
 def records_of(
-  said: Talk, video_id: str, segment_frames: int = 64
+  spoken: Talk, video_id: str, segment_frames: int = 64
 ) -> list[schema.Record]:
-  """Cuts a talk into records, as data_prep does with a video's only track."""
-  samples, mel = said.sound, mel_spectrogram.mel_spectrogram(said.sound)
-  found, start = [], 0
+  """Cuts a talk into records, as data_prep does with the track of a video."""
+  samples, mel = spoken.sound, mel_spectrogram.mel_spectrogram(spoken.sound)
+  records, start = [], 0
   for segment, length in enumerate(
-    segment_lengths(len(said.frames), segment_frames)
+    segment_lengths(len(spoken.frames), segment_frames)
   ):
     stop = start + length
     rows = slice(
-      *(round(at / FPS * mel_spectrogram.MEL_RATE) for at in (start, stop))
+      *(round(f / FPS * mel_spectrogram.MEL_RATE) for f in (start, stop))
     )
-    found.append(
+    records.append(
       made_dataset.a_record(
         video_id,
         segment=segment,
         num_frames=length,
         frames=[
           simplejpeg.encode_jpeg(frame, 95, colorsubsampling="420")
-          for frame in said.frames[start:stop]
+          for frame in spoken.frames[start:stop]
         ],
         subject_id=video_id,
         fps=float(FPS),
@@ -214,7 +224,7 @@ def records_of(
       )
     )
     start = stop
-  return found
+  return records
 
 
 def write_dataset(
@@ -223,13 +233,13 @@ def write_dataset(
   num_val: int = 8,
   num_frames: int = 64,
 ) -> Path:
-  """Writes a prepared data set with sound; nobody is in two splits.
+  """Writes a prepared data set with sound; each person is in one split.
 
   Args:
     path: the folder.
-    num_train: people in 'train'.
-    num_val: people in 'val'.
-    num_frames: of each; of more than 64 several records are made.
+    num_train: number of people in 'train'.
+    num_val: number of people in 'val'.
+    num_frames: frames per person; more than 64 are cut into several records.
   """
   videos = {
     f"{i:03d}.mp4": records_of(talk(i, num_frames), f"{i:03d}.mp4")
@@ -252,17 +262,16 @@ def write_mp4(
   """Writes a video.
 
   Args:
-    path: its suffix decides the container.
+    path: its suffix selects the container.
     frames: uint8 (H, W, 3) RGB each.
     samples: int16 (N,); None: no sound track.
-    rate: their sample rate; at 16 kHz the sound is stored as it is, at others
-      with AAC, which 8 to 48 kHz can be.
-    num_channels: copies of them, 1 or 2.
+    rate: sample rate; 16 kHz is stored losslessly as FLAC, others (8 to 48 kHz)
+      as AAC.
+    num_channels: 1 or 2 copies of the samples.
     fps: frames per second.
-    num_late: the first picture is shown so many frames after the sound begins.
+    num_late: frames between the start of the sound and the first frame.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
-  # Bit-exact sound, which .mp4 holds as FLAC.
   codec = "flac" if rate == RATE else "aac"
   with av.open(str(path), "w") as container:
     video = container.add_stream("libx264", rate=fps)
@@ -278,11 +287,11 @@ def write_mp4(
       container.mux(video.encode(frame))
     container.mux(video.encode())
     if samples is not None:
-      said = av.AudioFrame.from_ndarray(
+      audio = av.AudioFrame.from_ndarray(
         np.repeat(samples, num_channels)[None], "s16", layout
       )
-      said.sample_rate = rate
-      said.time_base, said.pts = Fraction(1, rate), 0
-      container.mux(track.encode(said))
+      audio.sample_rate = rate
+      audio.time_base, audio.pts = Fraction(1, rate), 0
+      container.mux(track.encode(audio))
       container.mux(track.encode())
   return path

@@ -1,9 +1,8 @@
-"""The published lip-synchronisation networks in PyTorch, to compare with.
+"""Published lip-sync networks in PyTorch, as the reference of parity tests.
 
-Transcribed from their layer tables, with their names in state dicts:
-github.com/Rudrabha/Wav2Lip, models/ at db7bc44a. A row is channels in and out,
-kernel, stride and padding, and 'r' where the input is added. The scorer's
-SyncNet is PyPI's syncnet-python.
+Layer tables of github.com/Rudrabha/Wav2Lip, models/ at db7bc44a, with the same
+names in state dicts. A row is: input and output channels, kernel, stride,
+padding, and 'r' for a residual connection. SyncNet is PyPI's syncnet-python.
 """
 
 import importlib.util
@@ -59,7 +58,7 @@ FACE = (
   ((256, 512, 3, 2, 1), (512, 512, 3, 1, 1, "r")),
   ((512, 512, 3, 1, 0), (512, 512, 1, 1, 0)),
 )
-# 't': transposed, with the output's padding before it.
+# 't': transposed, after the output padding.
 DECODER = (
   ((512, 512, 1, 1, 0),),
   ((1024, 512, 3, 1, 0, 0, "t"), (512, 512, 3, 1, 1, "r")),
@@ -69,7 +68,7 @@ DECODER = (
   ((320, 128, 3, 2, 1, 1, "t"), *2 * [(128, 128, 3, 1, 1, "r")]),
   ((160, 64, 3, 2, 1, 1, "t"), *2 * [(64, 64, 3, 1, 1, "r")]),
 )
-# No norm, leaky ReLU.
+# Without norm; leaky ReLU.
 QUALITY = (
   ((3, 32, 7, 1, 3),),
   ((32, 64, 5, (1, 2), 2), (64, 64, 5, 1, 2)),
@@ -86,9 +85,9 @@ class Layer(nn.Module):
     super().__init__()
     self.residual = sizes[-1] == "r"
     self.slope = 0.0 if normed else 0.01
-    kind = nn.ConvTranspose2d if sizes[-1] == "t" else nn.Conv2d
+    conv = nn.ConvTranspose2d if sizes[-1] == "t" else nn.Conv2d
     sizes = [size for size in sizes if not isinstance(size, str)]
-    parts = [kind(*sizes)] + normed * [nn.BatchNorm2d(sizes[1])]
+    parts = [conv(*sizes)] + normed * [nn.BatchNorm2d(sizes[1])]
     self.conv_block = nn.Sequential(*parts)
 
   def forward(self, x):
@@ -96,12 +95,12 @@ class Layer(nn.Module):
     return F.leaky_relu(y + x if self.residual else y, self.slope)
 
 
-def sequence(table, **how):
-  return nn.Sequential(*(Layer(*row, **how) for row in table))
+def sequence(table, **layer_args):
+  return nn.Sequential(*(Layer(*row, **layer_args) for row in table))
 
 
-def stages(table, **how):
-  return nn.ModuleList(sequence(rows, **how) for rows in table)
+def stages(table, **layer_args):
+  return nn.ModuleList(sequence(rows, **layer_args) for rows in table)
 
 
 class Expert(nn.Module):
@@ -120,7 +119,7 @@ class Expert(nn.Module):
 
 
 class Wav2Lip(nn.Module):
-  """Sound (N, 1, 80, 16), pictures (N, 6, 96, 96) -> (N, 3, 96, 96)."""
+  """Sound (N, 1, 80, 16), images (N, 6, 96, 96) -> images (N, 3, 96, 96)."""
 
   def __init__(self):
     super().__init__()
@@ -132,13 +131,13 @@ class Wav2Lip(nn.Module):
     )
 
   def forward(self, sound, x):
-    kept = []
+    skips = []
     for stage in self.face_encoder_blocks:
       x = stage(x)
-      kept.append(x)
+      skips.append(x)
     x = self.audio_encoder(sound)
     for stage in self.face_decoder_blocks:
-      x = torch.cat([stage(x), kept.pop()], dim=1)
+      x = torch.cat([stage(x), skips.pop()], dim=1)
     return self.output_block(x)
 
 
@@ -157,7 +156,7 @@ class QualityDiscriminator(nn.Module):
 
 
 def syncnet():
-  """syncnet-python's network, without the detectors its package imports."""
+  """Returns syncnet-python's network without importing its face detectors."""
   package = importlib.util.find_spec("syncnet_python")
   if package is None:
     pytest.skip("pip install --no-deps syncnet-python==0.2.3")
@@ -169,14 +168,18 @@ def syncnet():
 
 
 def with_random_weights(network, seed=0):
-  """The same network in evaluation mode, its values of about size 1."""
-  made = torch.Generator().manual_seed(seed)
+  """Randomises weights and statistics; activations stay near size 1.
+
+  Returns:
+    The network, in evaluation mode.
+  """
+  generator = torch.Generator().manual_seed(seed)
   for name, value in network.state_dict().items():
     if name.endswith("num_batches_tracked"):
       continue
-    drawn = torch.randn(value.shape, generator=made)
+    drawn = torch.randn(value.shape, generator=generator)
     if name.endswith("running_var"):
-      drawn = 0.5 + torch.rand(value.shape, generator=made)
+      drawn = 0.5 + torch.rand(value.shape, generator=generator)
     elif value.ndim > 1:
       drawn *= value[0].numel() ** -0.5
     elif name.endswith("weight"):  # a norm's
