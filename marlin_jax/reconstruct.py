@@ -28,20 +28,28 @@ if TYPE_CHECKING:
   from marlin_jax.weights.weights import Architecture
 
 
-def main(argv: list[str] | None = None) -> None:
+class ArgumentError(UserError):
+  """The arguments do not fit the network or the video."""
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Returns the exit code: 0, 1 for an error, 130 when interrupted."""
   args = _parse_args(argv)
   # Imported here, so that --help answers at once.
   from absl import logging
 
   logging.set_verbosity(logging.ERROR)  # orbax logs every file
-  try:
-    _run(args)
-  # RuntimeError: a model or a library is missing.
-  except (UserError, ValueError, RuntimeError, OSError) as e:
-    sys.exit(f"error: {e}")
+  return cli.run_command(lambda: _run(args), "No file was written.")
 
 
 def _run(args: argparse.Namespace) -> None:
+  try:
+    _reconstruct(args)
+  except ValueError as e:  # such as a strategy that leaves nothing visible
+    raise ArgumentError(str(e)) from e
+
+
+def _reconstruct(args: argparse.Namespace) -> None:
   from marlin_jax.inference import pictures, reconstruction
   from marlin_jax.inference.marlin import Marlin
   from marlin_jax.pretraining.pretext_task import PretextTask
@@ -124,7 +132,7 @@ def _check_head(
 ) -> None:
   sizes = architecture.depth, architecture.num_heads
   if head and not (head[0] < sizes[0] and head[1] < sizes[1]):
-    raise ValueError(
+    raise ArgumentError(
       f"--head={head[0]},{head[1]}: the encoder has layers 0 to {sizes[0] - 1} "
       f"and heads 0 to {sizes[1] - 1}"
     )
@@ -261,4 +269,4 @@ def _head(text: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main())

@@ -26,7 +26,7 @@ from marlin_jax.downstream import clip_batches
 from marlin_jax.downstream.splits import Split, TrackWindow
 from marlin_jax.inference import clip_features, stream
 from marlin_jax.models import softmax_attention
-from marlin_jax.records.folders import write_bytes
+from marlin_jax.records.folders import SETTINGS, write_bytes
 from marlin_jax.weights.weights import Weights, encoder_sha256
 
 # Incremented when the same settings would give other features.
@@ -107,19 +107,7 @@ def window_features(
   Raises:
     DatasetError: a record is damaged.
   """
-  settings = {
-    "version": _VERSION,
-    **encoder.identity,
-    "split": split.name,
-    "fingerprint": split.dataset.fingerprint,
-    "windows": hashlib.sha256(json.dumps(windows).encode()).hexdigest(),
-    "num_frames": encoder.architecture.num_frames,
-    "stride": encoder.architecture.stride,
-  }
-  text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-  folder = cache / f"features-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-  folder.mkdir(parents=True, exist_ok=True)
-  write_bytes(folder / "settings.json", text.encode())
+  folder = _open_folder(encoder, split, windows, cache)
   width = encoder.architecture.width
   starts = range(0, len(windows), PART_WINDOWS)
   parts = {}
@@ -148,6 +136,26 @@ def window_features(
   if not parts:
     return np.zeros((0, width), np.float32)
   return np.concatenate([parts[start] for start in starts])
+
+
+def _open_folder(
+  encoder: FrozenEncoder, split: Split, windows: list[TrackWindow], cache: Path
+) -> Path:
+  """Returns the folder of these features, with its settings.json."""
+  settings = {
+    "version": _VERSION,
+    **encoder.identity,
+    "split": split.name,
+    "fingerprint": split.dataset.fingerprint,
+    "windows": hashlib.sha256(json.dumps(windows).encode()).hexdigest(),
+    "num_frames": encoder.architecture.num_frames,
+    "stride": encoder.architecture.stride,
+  }
+  data = (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
+  folder = cache / f"features-{hashlib.sha256(data).hexdigest()[:16]}"
+  folder.mkdir(parents=True, exist_ok=True)
+  write_bytes(folder / SETTINGS, data)
+  return folder
 
 
 def _name(start: int) -> str:
