@@ -1,4 +1,4 @@
-"""What turns an encoder's features into predictions.
+"""Heads that turn an encoder's features into predictions.
 
 Axes: B clips, N tokens, D width, H heads, K predictions.
 """
@@ -13,7 +13,7 @@ from marlin_jax.models import vit
 
 
 class LinearHead(nnx.Module):
-  """One linear layer on the pooled feature; (B, D) -> (B, K)."""
+  """Linear layer on the pooled feature: (B, D) -> (B, K)."""
 
   takes_tokens = False
 
@@ -25,10 +25,10 @@ class LinearHead(nnx.Module):
 
 
 class AttentiveHead(nnx.Module):
-  """One learned query that looks at all tokens, then linear.
+  """Cross-attention of one learned query to all tokens, then a linear layer.
 
-  The attentive probe of CAE (Chen et al., IJCV 2024) and V-JEPA (Bardes et al.,
-  TMLR 2024), whose second block, an MLP, is left out; (B, N, D) -> (B, K).
+  (B, N, D) -> (B, K). The attentive probe of CAE (Chen et al., IJCV 2024) and
+  V-JEPA (Bardes et al., TMLR 2024) without its second block, an MLP.
   """
 
   takes_tokens = True
@@ -55,15 +55,15 @@ class AttentiveHead(nnx.Module):
     values = self.value(tokens).reshape(split)
     query = self.query[...].reshape(self.num_heads, -1)
     scale = (width / self.num_heads) ** -0.5
-    seen = jax.nn.softmax(
+    weights = jax.nn.softmax(
       jnp.einsum("hk,bnhk->bhn", query, keys) * scale, axis=-1
     )
-    y = jnp.einsum("bhn,bnhk->bhk", seen, values).reshape(b, width)
+    y = jnp.einsum("bhn,bnhk->bhk", weights, values).reshape(b, width)
     return self.linear(self.norm(self.query[...] + self.out(y)))
 
 
 def _linear(width: int, num_outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
-  """Drawn as PyTorch's, which the paper's heads are."""
+  """Returns a linear layer with PyTorch's initialisation, as in the paper."""
   bound = width**-0.5
   return nnx.Linear(
     width,

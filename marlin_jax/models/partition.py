@@ -1,8 +1,8 @@
-"""Where the values of a network live while it runs.
+"""Sharding hooks that the networks call on their values.
 
-The networks say what a value is, tokens or weights; a Placement (see
-sharding.py) says where on the mesh it lives. Where none is in use, as on one
-device and in every test of a network alone, all of this does nothing.
+A network marks a value as tokens or weights; the Placement in use decides how
+it is sharded over the mesh, see devices/sharding.py. Without a Placement, as on
+one device, the hooks return their argument.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Pytree = Any
 
 
 class Placement(Protocol):
-  """What a mesh wants of the values that flow through a network.
+  """How a mesh shards the values inside a network.
 
   Attributes:
     num_tensor: devices that share one block's heads and hidden units.
@@ -27,13 +27,13 @@ class Placement(Protocol):
   num_tensor: int
 
   def tokens(self, x: jax.Array) -> jax.Array:
-    """Places (B, N, D)."""
+    """Shards tokens (B, N, D)."""
 
   def weights(self, params: Pytree) -> Pytree:
-    """Readies parameters, nested dicts by name, for use."""
+    """Gathers and casts parameters, nested dicts by name, for use."""
 
   def own_heads(self, attend: Callable[..., jax.Array]):
-    """Has each device run a function on its own clips and heads."""
+    """Returns the function mapped over each device's own clips and heads."""
 
 
 _in_use: contextvars.ContextVar[Placement | None] = contextvars.ContextVar(
@@ -43,7 +43,7 @@ _in_use: contextvars.ContextVar[Placement | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def use(placement: Placement | None) -> Iterator[None]:
-  """Networks called inside run on this placement; None: on none."""
+  """Sets the Placement of networks that are called inside; None: one device."""
   token = _in_use.set(placement)
   try:
     yield
@@ -52,24 +52,24 @@ def use(placement: Placement | None) -> Iterator[None]:
 
 
 def tokens(x: jax.Array) -> jax.Array:
-  """Places (B, N, D) as the placement in use wants it."""
+  """Shards tokens (B, N, D)."""
   placement = _in_use.get()
   return x if placement is None else placement.tokens(x)
 
 
 def weights(params: Pytree) -> Pytree:
-  """Readies one block's parameters as the placement in use wants it."""
+  """Gathers and casts the parameters of one block."""
   placement = _in_use.get()
   return params if placement is None else placement.weights(params)
 
 
 def own_heads(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-  """Has each device run a function on the clips and heads it has.
+  """Returns a function that runs on each device's own clips and heads.
 
-  For what the compiler cannot cut up itself.
+  For functions that the compiler cannot partition itself.
 
   Args:
-    attend: of arrays (B, N, H, K) each, and so its result.
+    attend: arrays (B, N, H, K) -> (B, N, H, K).
   """
   placement = _in_use.get()
   return attend if placement is None else placement.own_heads(attend)

@@ -1,6 +1,7 @@
-"""softmax(q k^T) v, computed in several ways that agree to rounding.
+"""softmax(q k^T) v in several implementations, equal to rounding.
 
-Logits, softmax and sums are float32; products run in the dtype of q, k and v.
+Logits, softmax and sums are float32; matrix products run in the dtype of q, k
+and v.
 
 Axes: B batch, N tokens, M queries (N, or the last of them), H heads, K head
 size.
@@ -15,20 +16,20 @@ import jax.numpy as jnp
 
 from marlin_jax.models import partition
 
-# Heads whose weights are there at the same time.
+# Heads whose attention weights are in memory at the same time.
 _HEADS_AT_ONCE = {"by_head": 1, "chunked": 4}
-# Queries of a head in one product: half of a clip's, which is a little faster
-# on CPU than all of them.
+# Queries of a head in one product: half of a clip's tokens, which is slightly
+# faster on CPU than all of them.
 _QUERIES = 784
-# Weights of as many tokens, as the encoder has in training, are cheaper to keep
-# than to compute again.
+# Up to this many tokens, as in the encoder during training, the weights are
+# cheaper to keep than to recompute.
 _KEPT_TOKENS = 512
-# What Mosaic wants a length to be a multiple of.
+# Mosaic requires lengths that are a multiple of this.
 _LANES = 128
 
 
 def choose(implementation: str, platform: str, dtype) -> str:
-  """What 'auto' stands for; any other name stands for itself.
+  """Resolves 'auto'; returns any other name as it is.
 
   Args:
     implementation: one of options.ATTENTION.
@@ -39,49 +40,63 @@ def choose(implementation: str, platform: str, dtype) -> str:
     return implementation
   if platform == "tpu":
     return "flash"
-  # cuDNN's has no float32.
+  # cuDNN's attention has no float32.
   if platform == "gpu" and jnp.dtype(dtype) == jnp.bfloat16:
     return "cudnn"
   return "by_head" if platform == "cpu" else "chunked"
 
 
 def keeps_weights(implementation: str, num_tokens: int) -> bool:
-  """Whether all weights are kept for the backward pass."""
+  """Returns True if all weights are kept for the backward pass."""
   return implementation == "plain" or num_tokens <= _KEPT_TOKENS
 
 
 def heads_at_once(implementation: str) -> int:
-  """Heads whose N x N weights lie in memory together; 0: those of none."""
+  """Returns the heads whose (N, N) weights are in memory at a time.
+
+  0 for a fused implementation, which never holds them.
+  """
   return _HEADS_AT_ONCE.get(implementation, 0)
 
 
 def attend(
   implementation: str, q: jax.Array, k: jax.Array, v: jax.Array
 ) -> jax.Array:
-  """q (B, M, H, K), k and v (B, N, H, K) -> (B, M, H, K).
+  """Computes attention.
 
   Args:
     implementation: 'plain' keeps all weights for the backward pass, float32
-      (B, H, M, N); the others compute them again and keep (B, H, M). 'by_head',
-      one head after the other, and 'chunked', some at a time, run on any
-      backend, 'cudnn' on GPU in bfloat16 and 'flash', Pallas', on TPU.
-    q: queries; scaled by K^-0.5 in here.
-    k: keys.
-    v: values.
+      (B, H, M, N); the others recompute them and keep (B, H, M). 'by_head'
+      (one head at a time) and 'chunked' (some heads at a time) run on any
+      backend, 'cudnn' on GPU in bfloat16, and 'flash' (Pallas) on TPU.
+    q: (B, M, H, K), queries, not scaled.
+    k: (B, N, H, K), keys.
+    v: (B, N, H, K), values.
+
+  Returns:
+    (B, M, H, K) in the dtype of v.
   """
   if implementation == "cudnn":
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
   if keeps_weights(implementation, k.shape[1]):
     return _plain(q, k, v)
   if implementation == "flash":
-    own = _flash
+    attention = _flash
   else:
-    own = functools.partial(_chunked, heads_at_once(implementation))
-  return partition.own_heads(own)(q, k, v)
+    attention = functools.partial(_chunked, heads_at_once(implementation))
+  return partition.own_heads(attention)(q, k, v)
 
 
 def weights(q: jax.Array, k: jax.Array) -> jax.Array:
-  """q (B, M, H, K), k (B, N, H, K) -> float32 (B, H, M, N); rows sum to 1."""
+  """Returns attention weights.
+
+  Args:
+    q: (B, M, H, K), queries, not scaled.
+    k: (B, N, H, K), keys.
+
+  Returns:
+    float32 (B, H, M, N), whose rows sum to 1.
+  """
   q, k = _heads_first(q * q.shape[-1] ** -0.5), _heads_first(k)
   return jax.nn.softmax(_product("bhmk,bhnk->bhmn", q, k), axis=-1)
 
@@ -94,42 +109,42 @@ def _plain(q, k, v):
 
 
 def _heads_first(x):
-  """(B, N, H, K) -> (B, H, N, K), and back."""
+  """Swaps tokens and heads: (B, N, H, K) <-> (B, H, N, K)."""
   return x.transpose(0, 2, 1, 3)
 
 
 # --- chunked and by_head ------------------------------------------------------
-# Dao et al. 2022 (FlashAttention), section 3.1, without its tiling of the keys:
-# of each row of weights the logarithm of its sum is kept, which gives the
-# weights back without a second look for the largest logit.
+# Dao et al. 2022 (FlashAttention), section 3.1, without tiling of the keys: the
+# log-sum-exp of each row is kept, from which the backward pass recomputes the
+# weights without searching the largest logit again.
 
 
 def _chunked(at_once, q, k, v):
-  return _lean(at_once, q * q.shape[-1] ** -0.5, k, v)
+  return _scaled_chunked(at_once, q * q.shape[-1] ** -0.5, k, v)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _lean(at_once, q, k, v):
+def _scaled_chunked(at_once, q, k, v):
   """q (B, M, H, K), scaled; k and v (B, N, H, K)."""
-  return _lean_forward(at_once, q, k, v)[0]
+  return _chunked_forward(at_once, q, k, v)[0]
 
 
-def _lean_forward(at_once, q, k, v):
+def _chunked_forward(at_once, q, k, v):
   out, log_sum = _over_heads(at_once, _mix, q, k, v)
   return out, (q, k, v, out, log_sum)
 
 
-def _lean_backward(at_once, kept, slope):
+def _chunked_backward(at_once, kept, grad):
   q, k, v, out, log_sum = kept
-  mean = (slope.astype(jnp.float32) * out).sum(-1, keepdims=True)
-  return _over_heads(at_once, _pull_back, q, k, v, log_sum, slope, mean)
+  mean = (grad.astype(jnp.float32) * out).sum(-1, keepdims=True)
+  return _over_heads(at_once, _mix_backward, q, k, v, log_sum, grad, mean)
 
 
-_lean.defvjp(_lean_forward, _lean_backward)
+_scaled_chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def _over_heads(at_once, function, *arrays):
-  """Runs a function of one head on all of (B, N, H, ..), so many at a time."""
+  """Maps a function of one head over arrays (B, N, H, ..), some at a time."""
   batch_size, _, num_heads = arrays[0].shape[:3]
 
   def run(i):
@@ -147,30 +162,38 @@ def _over_heads(at_once, function, *arrays):
 
 
 def _mix(q, k, v):
-  """q (M, K), k and v (N, K) -> (M, K), and the weights' float32 (M, 1)."""
-  parts = []
+  """Attends with one head.
+
+  Args:
+    q: (M, K), scaled.
+    k, v: (N, K).
+
+  Returns:
+    (M, K), and the log-sum-exp of each row, float32 (M, 1).
+  """
+  chunks = []
   for rows in _chunks(len(q)):
     logits = _product("mk,nk->mn", q[rows], k)
-    top = logits.max(-1, keepdims=True)
-    raised = jnp.exp(logits - top)
-    total = raised.sum(-1, keepdims=True)
-    # Divided by their sum only now: K numbers a row instead of N.
-    mixed = _product("mn,nk->mk", raised.astype(v.dtype), v) / total
-    parts.append((mixed.astype(v.dtype), top + jnp.log(total)))
-  return tuple(map(jnp.concatenate, zip(*parts, strict=True)))
+    largest = logits.max(-1, keepdims=True)
+    exp = jnp.exp(logits - largest)
+    total = exp.sum(-1, keepdims=True)
+    # Normalised after the product: K values a row instead of N.
+    mixed = _product("mn,nk->mk", exp.astype(v.dtype), v) / total
+    chunks.append((mixed.astype(v.dtype), largest + jnp.log(total)))
+  return tuple(map(jnp.concatenate, zip(*chunks, strict=True)))
 
 
-def _pull_back(q, k, v, log_sum, slope, mean):
-  """The gradients of q, k and v of one head."""
+def _mix_backward(q, k, v, log_sum, grad, mean):
+  """Returns the gradients of q, k and v of one head."""
   d_q, d_k, d_v = [], 0, 0
   for rows in _chunks(len(q)):
     weights = jnp.exp(_product("mk,nk->mn", q[rows], k) - log_sum[rows])
-    d_weights = _product("mk,nk->mn", slope[rows], v)
+    d_weights = _product("mk,nk->mn", grad[rows], v)
     d_logits = (weights * (d_weights - mean[rows])).astype(q.dtype)
     d_q.append(_product("mn,nk->mk", d_logits, k).astype(q.dtype))
-    # (K, N), which CPUs sum up faster than (N, K).
+    # (K, N), which CPUs accumulate faster than (N, K).
     d_k += _product("mk,mn->kn", q[rows], d_logits)
-    d_v += _product("mk,mn->kn", slope[rows], weights.astype(v.dtype))
+    d_v += _product("mk,mn->kn", grad[rows], weights.astype(v.dtype))
   return jnp.concatenate(d_q), d_k.T.astype(k.dtype), d_v.T.astype(v.dtype)
 
 
@@ -193,7 +216,7 @@ def _padded(x, axis, size):
 
 
 def _flash(q, k, v):
-  # Imported where it is used: it takes a second.
+  # Imported on use, since it takes a second.
   from jax.experimental.pallas.ops.tpu import flash_attention as pallas
 
   batch_size, num_queries, _, size = q.shape
@@ -202,16 +225,16 @@ def _flash(q, k, v):
     _padded(_heads_first(x), 2, -(-x.shape[1] // _LANES) * _LANES)
     for x in (q, k, v)
   )
-  # Padded keys belong to a segment that no query is in.
+  # Padded keys are in a segment without queries.
   segments = pallas.SegmentIds(
     q=jnp.zeros((batch_size, q.shape[2]), jnp.int32),
     kv=jnp.tile(jnp.arange(k.shape[2]) >= num_tokens, (batch_size, 1)).astype(
       jnp.int32
     ),
   )
-  # 1568 tokens are padded to 13 x 128, which has no other divisor: all of one
-  # side at a time, and so many of the other. For the queries' gradient Pallas
-  # repeats a number of each query as often as there are keys in a block.
+  # 1568 tokens are padded to 13 x 128, and 13 is prime: blocks of all keys and
+  # 128 queries. For the queries' gradient, blocks of 128 keys and all queries,
+  # because Pallas repeats a value of each query for every key of a block.
   keys, queries = k.shape[2], _LANES
   mixed = pallas.flash_attention(
     q,

@@ -1,14 +1,14 @@
-"""The parameters of a stack of blocks: block by block, or joined.
+"""Converts the parameters of blocks between separate and stacked arrays.
 
-By block, {"blocks": {0: {...}, 1: {...}}}, each array is one block's own.
-Joined, {"blocks": {...}}, each is that of all blocks, along a leading axis:
-what a loop over blocks wants. What is done to every array, as by the optimiser,
-then compiles no longer for a deep network than for a shallow one; but for
-blocks that run one by one it has to be cut up and their gradients joined, which
-on CPU takes 5% of B's step.
+Separate, {"blocks": {0: {...}, 1: {...}}}, each block has its own arrays.
+Stacked, {"blocks": {...}}, each array holds all blocks along a leading axis,
+which a scan over blocks needs. Code that visits every array, such as the
+optimiser, then compiles as fast for a deep network as for a shallow one. With
+unrolled blocks, however, stacked arrays are sliced and their gradients
+concatenated, which on CPU takes 5% of B's step.
 
-A tree is nested dicts, or anything that holds them, such as a TrainState. Its
-keys may be strings where it comes from a file.
+A tree is nested dicts, or a pytree that contains them, such as a TrainState.
+The block numbers are strings in a tree from a file.
 """
 
 from __future__ import annotations
@@ -22,48 +22,61 @@ import jax.numpy as jnp
 Pytree = Any
 
 
-def are_joined(tree: Pytree) -> bool:
-  """Whether the first stack of blocks in a tree is joined; False: no stack."""
-  found = []
-  _at_blocks(tree, lambda blocks: found.append(_one_by_one(blocks) is None))
-  return bool(found) and found[0]
+def are_stacked(tree: Pytree) -> bool:
+  """Returns True if the first stack of blocks in a tree is stacked.
+
+  False if there are no blocks.
+  """
+  stacked = []
+  _at_blocks(tree, lambda blocks: stacked.append(_separate(blocks) is None))
+  return bool(stacked) and stacked[0]
 
 
-def join(
-  tree: Pytree, stack: Callable[[Sequence[Any]], Any] = jnp.stack
+def stack(
+  tree: Pytree, stack_leaves: Callable[[Sequence[Any]], Any] = jnp.stack
 ) -> Pytree:
-  """The tree with all stacks of blocks joined; `stack` puts leaves together."""
+  """Returns the tree with stacked blocks.
 
-  def joined(blocks):
-    each = _one_by_one(blocks)
-    if each is None:
+  Args:
+    tree: see the module.
+    stack_leaves: leaves of all blocks -> stacked leaf.
+  """
+
+  def stacked(blocks):
+    separate = _separate(blocks)
+    if separate is None:
       return blocks
-    return jax.tree.map(lambda *leaves: stack(leaves), *each)
+    return jax.tree.map(lambda *leaves: stack_leaves(leaves), *separate)
 
-  return _at_blocks(tree, joined)
+  return _at_blocks(tree, stacked)
 
 
-def split(
+def unstack(
   tree: Pytree, take: Callable[[Any, int], Any] = lambda leaf, i: leaf[i]
 ) -> Pytree:
-  """The tree with all stacks block by block; `take` takes a block's part."""
+  """Returns the tree with separate blocks.
 
-  def by_block(blocks):
-    each = _one_by_one(blocks)
-    if each is None:
+  Args:
+    tree: see the module.
+    take: stacked leaf and block number -> leaf of that block.
+  """
+
+  def unstacked(blocks):
+    separate = _separate(blocks)
+    if separate is None:
       depth = jax.tree.leaves(blocks)[0].shape[0]
-      each = [
+      separate = [
         jax.tree.map(lambda leaf, i=i: take(leaf, i), blocks)
         for i in range(depth)
       ]
-    return dict(enumerate(each))
+    return dict(enumerate(separate))
 
-  return _at_blocks(tree, by_block)
+  return _at_blocks(tree, unstacked)
 
 
 def in_form_of(like: Pytree, tree: Pytree) -> Pytree:
-  """The tree, joined if `like` is, else block by block."""
-  return join(tree) if are_joined(like) else split(tree)
+  """Returns the tree with blocks stacked or separate, as in `like`."""
+  return stack(tree) if are_stacked(like) else unstack(tree)
 
 
 def _at_blocks(tree, change):
@@ -78,8 +91,8 @@ def _at_blocks(tree, change):
   return jax.tree.map(visit, tree, is_leaf=lambda node: isinstance(node, dict))
 
 
-def _one_by_one(blocks) -> list | None:
-  """The blocks in order; None: they are joined."""
+def _separate(blocks) -> list | None:
+  """Returns the blocks in order; None if they are stacked."""
   if not all(str(key).isdigit() for key in blocks):
     return None
   return [blocks[key] for key in sorted(blocks, key=int)]

@@ -55,7 +55,7 @@ class Execution:
 
   Attributes:
     dtype: of the matmuls; parameters stay float32.
-    attention: one of softmax_attention.IMPLEMENTATIONS except 'auto'.
+    attention: one of options.ATTENTION except 'auto'.
     scan: compile one block and loop over it, which compiles faster and with
       remat needs the least memory. Otherwise the loop is unrolled, which runs
       faster.
@@ -178,7 +178,7 @@ class Attention(nnx.Module):
     if partition.num_tensor() > 1:
       # The gradient of x is summed over devices: one sum for all three
       # projections instead of three.
-      q, k, v = joined(layers, x)
+      q, k, v = fused_dense(layers, x)
       q = q[:, start:]
     else:
       q, k, v = self.query(x[:, start:]), self.key(x), self.value(x)
@@ -199,7 +199,7 @@ class Attention(nnx.Module):
     return self.out(y.reshape(*y.shape[:2], -1))
 
 
-def joined(layers: Sequence[Dense], x: jax.Array) -> list[jax.Array]:
+def fused_dense(layers: Sequence[Dense], x: jax.Array) -> list[jax.Array]:
   """Applies layers of the same size to one input in a single matrix product.
 
   Returns:
@@ -368,7 +368,7 @@ class Transformer(nnx.Module):
     return apply(start, x, last) if start else x
 
   def _apply(self):
-    """Returns a function that runs one block, with remat where configured."""
+    """Returns a function that runs one block, with the configured remat."""
 
     def apply(graphdef, start, x, params, keep=None):
       block = nnx.merge(graphdef, partition.weights(params))

@@ -1,0 +1,1 @@
+"""The paper: masking, losses, the training step and its schedule."""

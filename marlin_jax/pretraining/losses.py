@@ -1,4 +1,4 @@
-"""Losses: arrays in, scalars out, in float32.
+"""Losses of the paper: arrays to float32 scalars.
 
 Axes: B batch, M masked tokens, P pixels per token.
 """
@@ -12,23 +12,28 @@ import jax.numpy as jnp
 
 
 def reconstruction_loss(pred: jax.Array, target: jax.Array) -> jax.Array:
-  """Mean squared error over masked tokens, (B, M, P) each (paper eq. 5)."""
+  """Returns the mean squared error over masked tokens (paper eq. 5).
+
+  Args:
+    pred: (B, M, P).
+    target: float32 (B, M, P).
+  """
   return jnp.mean(jnp.square(pred.astype(jnp.float32) - target))
 
 
 def flat_patch_losses(
   tokens: jax.Array, masked: jax.Array
 ) -> dict[str, jax.Array]:
-  """What flat patches would score: the bars for a reconstruction to clear.
+  """Returns reconstruction losses of flat patches, baselines for a network.
 
   Args:
-    tokens: float (B, N, P) of whole clips, P ordered c pt ph pw.
-    masked: int (B, M), the tokens that count.
+    tokens: float (B, N, P), whole clips, P ordered c pt ph pw.
+    masked: int (B, M), the tokens over which the mean is taken.
 
   Returns:
-    `batch_colour`: every patch in its mean colour over the batch, so nothing
-    is known of the clip itself; `own_colour`: every patch in its own mean
-    colour, a perfect mosaic.
+    `batch_colour`: loss if every patch has its mean colour over the batch,
+    which uses nothing of the clip itself; `own_colour`: loss if every patch has
+    its own mean colour, a perfect mosaic.
   """
   colours = tokens.reshape(*tokens.shape[:2], 3, -1)
   own = colours.mean(-1, keepdims=True)
@@ -43,12 +48,12 @@ def flat_patch_losses(
 
 
 def generator_adversarial_loss(d_fake: jax.Array) -> jax.Array:
-  """-mean D(pred): the autoencoder's part of the Wasserstein game (eq. 7)."""
+  """Returns -mean D(pred), the adversarial term (paper eq. 7)."""
   return -jnp.mean(d_fake.astype(jnp.float32))
 
 
 def discriminator_loss(d_real: jax.Array, d_fake: jax.Array) -> jax.Array:
-  """mean D(pred) - mean D(target) (paper eq. 6)."""
+  """Returns mean D(pred) - mean D(target) (paper eq. 6)."""
   d_real, d_fake = d_real.astype(jnp.float32), d_fake.astype(jnp.float32)
   return jnp.mean(d_fake) - jnp.mean(d_real)
 
@@ -59,10 +64,10 @@ def gradient_penalty(
   target: jax.Array,
   keys: jax.Array,
 ) -> jax.Array:
-  """Two-sided gradient penalty (Gulrajani et al. 2017, eq. 3).
+  """Returns the two-sided gradient penalty (Gulrajani et al. 2017, eq. 3).
 
-  The discriminator judges single tokens, so a token is a sample: each has its
-  own interpolation between prediction and target.
+  The discriminator scores single tokens, so each token is a sample with its own
+  interpolation between prediction and target.
 
   Args:
     discriminator: (B, M, P) -> (B, M, 1).
@@ -76,6 +81,6 @@ def gradient_penalty(
   slopes = jax.grad(lambda x: discriminator(x).astype(jnp.float32).sum())(
     points
   )
-  # The root's gradient is infinite at 0.
+  # The gradient of the square root is infinite at 0.
   norm = jnp.sqrt(jnp.sum(jnp.square(slopes), axis=-1) + 1e-12)
   return jnp.mean(jnp.square(norm - 1))

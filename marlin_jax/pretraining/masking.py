@@ -41,8 +41,8 @@ class Masking:
     grid: tokens along t, h, w.
 
   Raises:
-    ValueError: at construction, where the strategy is not known, or nothing
-      would be visible.
+    ValueError: at construction, if the strategy is unknown or no token would be
+      visible.
   """
 
   strategy: str
@@ -61,13 +61,13 @@ class Masking:
       )
     if not self.num_visible:
       raise ValueError(
-        f"ratio is {self.ratio}, which leaves nothing visible of {self.grid} "
-        f"tokens with strategy {self.strategy}; a lower one does"
+        f"ratio is {self.ratio}, which leaves no token visible of {self.grid} "
+        f"with strategy {self.strategy}; expected a lower ratio"
       )
 
   @property
   def needs_regions(self) -> bool:
-    """Whether it looks at the region bits."""
+    """True if the masks depend on the region bits."""
     return self.strategy.startswith("fasking")
 
   @property
@@ -76,17 +76,19 @@ class Masking:
 
   @property
   def num_visible(self) -> int:
-    """V: floor((1 - ratio) * units), where a unit is what is drawn whole.
+    """V: tokens in floor((1 - ratio) * number of units).
 
-    A token for fasking and random, a spatial position for tube, a tubelet for
-    frame. 156 of 1568 for fasking at ratio 0.9.
+    A unit is drawn as a whole: a token for fasking and random, a spatial
+    position for tube, a tubelet for frame. 156 of 1568 tokens for fasking at
+    ratio 0.9.
     """
     t, h, w = self.grid
     units, tokens_per_unit = {
       "tube": (h * w, t),
       "frame": (t, h * w),
     }.get(self.strategy, (t * h * w, 1))
-    # 1 - 0.9 is a little less than 0.1: an exact product must not fall short.
+    # 1 - 0.9 is slightly less than 0.1: an exact product must not be rounded
+    # down.
     return math.floor((1 - self.ratio) * units + 1e-6) * tokens_per_unit
 
   def __call__(
@@ -95,13 +97,13 @@ class Masking:
     """Splits the tokens of each clip.
 
     Args:
-      regions: uint16 (B, T, h, w) region bits of each tubelet's first frame.
-      keys: B jax keys, one a clip, so that a clip's mask depends neither on its
-        neighbours nor on how the batch is split.
+      regions: uint16 (B, T, h, w), region bits of each tubelet's first frame.
+      keys: B jax keys, one per clip, so that a clip's mask depends neither on
+        its neighbours nor on how the batch is split.
 
     Returns:
-      visible int32 (B, V) and masked int32 (B, M), token numbers in ascending
-      order; together each of 0..N-1 exactly once.
+      visible int32 (B, V) and masked int32 (B, M), ascending token numbers that
+      together contain each of 0..N-1 exactly once.
     """
     return jax.vmap(self._split)(regions, keys)
 
@@ -111,7 +113,7 @@ class Masking:
     return jnp.sort(visible), jnp.sort(masked)
 
   def _rank(self, regions, key):
-    """float (N,): the V smallest become visible."""
+    """Returns float (N,); the V tokens with the smallest values are visible."""
     t, h, w = self.grid
     if self.strategy == "random":
       return jax.random.uniform(key, (t * h * w,))
@@ -126,13 +128,13 @@ class Masking:
       label_order(components, opposite=self.strategy == "fasking_opp"),
       (1 - self.ratio) * h * w,
     )
-    # Candidates in random order, then, should there be too few, the others.
+    # Candidates in random order, then the others if there are too few.
     draw = jax.random.uniform(drop_key, (t * h * w,))
     return jnp.where(candidates.reshape(-1), draw, 1 + draw)
 
 
 def num_decoded(num_masked: int, decoder_ratio: float) -> int:
-  """Hidden tokens that the decoder predicts, at least one."""
+  """Returns how many masked tokens the decoder predicts, at least 1."""
   return max(round(num_masked * (1 - decoder_ratio)), 1)
 
 
@@ -142,29 +144,29 @@ def running_cells(
   keys: jax.Array,
   num_kept: int,
 ) -> jax.Array:
-  """Some of the hidden tokens, spread evenly over space and time.
+  """Selects masked tokens evenly over space and time.
 
-  Every 2x2 cell of patches shows its places one after the other as time goes
-  on (Qing et al. 2023, MAR, section 3.2; as the decoder's mask: Wang et al.
-  2023, VideoMAE V2, section 3.2).
+  Running cell masking: each 2x2 cell of patches cycles through its positions
+  over time (Qing et al. 2023, MAR, section 3.2; as the decoder's mask: Wang et
+  al. 2023, VideoMAE V2, section 3.2).
 
   Args:
     masked: int (B, M), ascending.
     grid: tokens along t, h, w.
     keys: B jax keys.
-    num_kept: M', how many.
+    num_kept: M', number of tokens to select.
 
   Returns:
     int32 (B, M'), ascending.
   """
   t, h, w = np.unravel_index(np.arange(math.prod(grid)), grid)
-  # Places clockwise, so that two that follow are neighbours.
-  place = np.where(h % 2, 3 - w % 2, w % 2)
+  # Positions in a cell, clockwise, so that consecutive ones are neighbours.
+  position = np.where(h % 2, 3 - w % 2, w % 2)
 
   def keep(masked, key):
     start_key, tie_key = jax.random.split(key)
     start = jax.random.randint(start_key, (), 0, 4)
-    turn = (jnp.asarray(place - t)[masked] + start) % 4
+    turn = (jnp.asarray(position - t)[masked] + start) % 4
     rank = turn + jax.random.uniform(tie_key, masked.shape)
     return jnp.sort(masked[jnp.argsort(rank)[:num_kept]])
 
@@ -172,11 +174,11 @@ def running_cells(
 
 
 def label_order(components: jax.Array, *, opposite: bool = False) -> jax.Array:
-  """The order in which labels are made visible.
+  """Returns the order in which labels become visible.
 
   Args:
-    components: int (5,), a permutation of the COMPONENTS.
-    opposite: fasking_opp, which walks skin and background last.
+    components: int (5,), a permutation of the indices of COMPONENTS.
+    opposite: True for fasking_opp, which visits skin and background last.
 
   Returns:
     int32 (11,) label codes.
@@ -185,7 +187,7 @@ def label_order(components: jax.Array, *, opposite: bool = False) -> jax.Array:
   for i, labels in enumerate(COMPONENTS):
     slots[i, : len(labels)] = labels
   walked = jnp.asarray(slots, jnp.int32)[components].reshape(-1)
-  # A stable sort moves the empty slots behind the nine labels.
+  # The stable sort moves empty slots behind the nine labels.
   walked = walked[jnp.argsort(walked < 0, stable=True)][:9]
   if opposite:
     return jnp.append(walked, jnp.array([SKIN, BACKGROUND], jnp.int32))
@@ -195,17 +197,17 @@ def label_order(components: jax.Array, *, opposite: bool = False) -> jax.Array:
 def fasking_candidates(
   regions: jax.Array, labels: jax.Array, num_wanted: float
 ) -> jax.Array:
-  """The patches that fasking may leave visible.
+  """Returns the patches that fasking may leave visible.
 
-  In every tubelet the labels are walked in order; a patch becomes a candidate
-  when any of its pixels has the label; the walk ends with the first label after
-  which at least `num_wanted` patches are candidates. Where no face was parsed
-  every patch is one.
+  In every tubelet the labels are visited in order. A patch becomes a candidate
+  if any of its pixels has the label; the walk ends after the first label that
+  brings the candidates to at least `num_wanted`. In a tubelet without a parsed
+  face all patches are candidates.
 
   Args:
     regions: uint16 (T, S) region bits.
     labels: int (L,), from `label_order`.
-    num_wanted: patches to reach per tubelet.
+    num_wanted: candidates to reach per tubelet.
 
   Returns:
     bool (T, S).
@@ -213,7 +215,7 @@ def fasking_candidates(
   shift = labels.astype(jnp.uint16)[:, None, None]
   touched = (regions[None] >> shift) & 1  # (L, T, S)
   walked = jax.lax.cummax(touched, axis=0) > 0
-  # The tolerance undoes the rounding of 1 - ratio; counts are whole numbers.
+  # The tolerance undoes the rounding of 1 - ratio; counts are integers.
   enough = walked.sum(-1) >= num_wanted - 1e-4  # (L, T)
   last = jnp.where(enough.any(0), jnp.argmax(enough, 0), len(labels) - 1)
   candidates = jnp.take_along_axis(walked, last[None, :, None], axis=0)[0]

@@ -13,16 +13,16 @@ def learning_rate(
   batch_size: int,
   num_steps: int,
 ) -> optax.Schedule:
-  """Linear warm-up from 0, then a cosine down to the minimum.
+  """Returns a schedule of linear warm-up, then cosine decay to the minimum.
 
   Both rates are scaled by batch_size / 256 (Goyal et al. 2017). The reference
-  moves the rate once per epoch; here it moves every step, which is smoother and
-  independent of the size of the data set.
+  changes the rate once per epoch; here it changes every step, which is smoother
+  and independent of the size of the data set.
 
   Args:
     base_lr: peak rate at batch 256.
-    min_lr: last rate at batch 256.
-    warmup_ratio: share of the steps spent warming up.
+    min_lr: final rate at batch 256.
+    warmup_ratio: share of the steps that warm up.
     batch_size: clips per step, over all devices.
     num_steps: steps of the whole run.
   """
@@ -33,7 +33,7 @@ def learning_rate(
   )
   if not warmup_steps:
     return cosine
-  # From the first step on the rate is above 0, so that no step is lost.
+  # The first step has a rate above 0, so that it is not wasted.
   warmup = optax.linear_schedule(
     base_lr * scale / warmup_steps, base_lr * scale, warmup_steps - 1
   )

@@ -248,10 +248,10 @@ class Checkpoints:
     handler.close()
     # The checkpoint may have been saved with the other value of config.scan.
     convert = None
-    if stacking.are_joined(tree) and not stacking.are_joined(like):
-      convert, abstract = stacking.split, stacking.join(abstract, _joined)
-    elif stacking.are_joined(like) and not stacking.are_joined(tree):
-      convert, abstract = stacking.join, stacking.split(abstract, _block)
+    if stacking.are_stacked(tree) and not stacking.are_stacked(like):
+      convert, abstract = stacking.unstack, stacking.stack(abstract, _joined)
+    elif stacking.are_stacked(like) and not stacking.are_stacked(tree):
+      convert, abstract = stacking.stack, stacking.unstack(abstract, _block)
     _check_leaves(path, tree, abstract)
     state = self._manager.restore(
       step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))

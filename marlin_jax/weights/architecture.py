@@ -230,7 +230,7 @@ def flatten(module: nnx.Module | dict) -> dict[str, jax.Array]:
   """
   if isinstance(module, nnx.Module):
     module = nnx.to_pure_dict(nnx.state(module))
-  flat = flax.traverse_util.flatten_dict(stacking.split(module))
+  flat = flax.traverse_util.flatten_dict(stacking.unstack(module))
   return {".".join(map(str, path)): leaf for path, leaf in flat.items()}
 
 

@@ -55,7 +55,7 @@ def test_scan_and_remat_change_neither_parameters_nor_gradients(
   inputs, options
 ):
   want = loss_and_gradients(make(), inputs)
-  got = stacking.split(loss_and_gradients(make(**options), inputs))
+  got = stacking.unstack(loss_and_gradients(make(**options), inputs))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6),
     got,

@@ -1,4 +1,4 @@
-"""Parameters block by block and joined, and checkpoints of either."""
+"""Separate and stacked parameters of blocks, and checkpoints of either."""
 
 import jax
 import numpy as np
@@ -35,36 +35,36 @@ def assert_equal(got, want):
 
 
 def test_joining_and_splitting_undo_each_other():
-  apart = state()
-  joined = stacking.join(apart)
-  kernel = joined["params"]["encoder"]["blocks"]["out"]["kernel"]
+  separate = state()
+  stacked = stacking.stack(separate)
+  kernel = stacked["params"]["encoder"]["blocks"]["out"]["kernel"]
   assert kernel.shape == (DEPTH, 8, 3)
-  assert stacking.are_joined(joined)
-  assert not stacking.are_joined(apart)
-  assert_equal(stacking.split(joined), apart)
-  assert_equal(stacking.join(joined), joined)
-  assert_equal(stacking.in_form_of(joined, apart), joined)
-  assert_equal(stacking.in_form_of(apart, joined), apart)
+  assert stacking.are_stacked(stacked)
+  assert not stacking.are_stacked(separate)
+  assert_equal(stacking.unstack(stacked), separate)
+  assert_equal(stacking.stack(stacked), stacked)
+  assert_equal(stacking.in_form_of(stacked, separate), stacked)
+  assert_equal(stacking.in_form_of(separate, stacked), separate)
 
 
 def test_the_names_of_a_file_are_numbers():
-  assert not stacking.are_joined(state(by_name=True))
-  assert_equal(stacking.join(state(by_name=True)), stacking.join(state()))
-  assert_equal(stacking.split(state(by_name=True)), state())
+  assert not stacking.are_stacked(state(by_name=True))
+  assert_equal(stacking.stack(state(by_name=True)), stacking.stack(state()))
+  assert_equal(stacking.unstack(state(by_name=True)), state())
 
 
 def test_a_tree_without_blocks_is_left_alone():
   tree = {"hidden": {"kernel": np.ones(3)}, "count": 1}
-  assert not stacking.are_joined(tree)
-  assert_equal(stacking.join(tree), tree)
-  assert_equal(stacking.split(tree), tree)
+  assert not stacking.are_stacked(tree)
+  assert_equal(stacking.stack(tree), tree)
+  assert_equal(stacking.unstack(tree), tree)
 
 
-@pytest.mark.parametrize("saved_joined", [False, True])
-def test_a_run_can_go_on_with_scan_the_other_way(tmp_path, saved_joined):
+@pytest.mark.parametrize("saved_stacked", [False, True])
+def test_a_run_can_go_on_with_scan_the_other_way(tmp_path, saved_stacked):
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  apart, joined = state(), stacking.join(state())
-  saved, like = (joined, apart) if saved_joined else (apart, joined)
+  separate, stacked = state(), stacking.stack(state())
+  saved, like = (stacked, separate) if saved_stacked else (separate, stacked)
   layout = sharding.lay_out(mesh, like, {"encoder": 1})
   checkpoints = checkpoint.Checkpoints(str(tmp_path / "checkpoints"), keep=1)
   checkpoints.save(1, saved, {})

@@ -40,5 +40,7 @@ def arrays_of(workdir: Path, step: int) -> dict[str, np.ndarray]:
     tree = reader.restore(path, ocp.args.PyTreeRestore(restore_args=args))
   return {
     jax.tree_util.keystr(path): np.asarray(leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(stacking.split(tree))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+      stacking.unstack(tree)
+    )
   }
