@@ -1,9 +1,11 @@
 """The same numbers as the authors' network and training step, in float32.
 
 Weights are drawn at random and converted by the code under test. Position
-tables are the converted ones, as for an imported checkpoint.
+tables are the converted ones, as for an imported checkpoint. Clips are small,
+which only changes the number of tokens; the slow tests take those of the paper.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -34,12 +36,32 @@ SIZES = {
 }
 
 
+def of_size(name, is_small):
+  """Returns an architecture, for 392 tokens or for the paper's 1568."""
+  small = {"image_size": 112} if is_small else {}
+  return dataclasses.replace(SIZES[name], **small)
+
+
+def cases(*names):
+  """Marks every size for small clips, and the paper's clips as slow."""
+  return pytest.mark.parametrize(
+    "architecture",
+    [
+      *(pytest.param(of_size(n, True), id=f"{n}-small") for n in names),
+      *(
+        pytest.param(of_size(n, False), id=n, marks=pytest.mark.slow)
+        for n in names
+      ),
+    ],
+  )
+
+
 @functools.cache
-def random_weights(size):
+def random_weights(architecture):
   """As Architecture draws them; its own way takes half a minute for L."""
   np_rng = np.random.default_rng(2)
   arrays = {}
-  for name, shape in SIZES[size].shapes().items():
+  for name, shape in architecture.shapes().items():
     if name.endswith("positions"):
       array = vit.sincos_positions(*shape)
     elif name.endswith("kernel"):
@@ -56,27 +78,30 @@ def random_weights(size):
     else:
       array = np.full(shape, float(name.endswith("scale")))
     arrays[name] = array.astype(np.float32)
-  return Weights(SIZES[size], arrays)
+  return Weights(architecture, arrays)
 
 
-def random_clips(num):
-  """float32 (B, T, H, W, C) in [0, 1], smooth enough to have structure."""
-  np_rng = np.random.default_rng(0)
-  coarse = np_rng.random((num, 16, 28, 28, 3), dtype=np.float32)
+def random_clip(architecture, seed):
+  """uint8 (1, T, H, W, C), smooth enough to have structure."""
+  side = architecture.image_size // 8
+  shape = (1, architecture.num_frames, side, side, 3)
+  coarse = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
   return coarse.repeat(8, axis=2).repeat(8, axis=3)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_features_and_predictions_equal_the_authors(size):
-  weights = random_weights(size).without_discriminator()
+@cases("S", "B", "L")
+def test_features_and_predictions_equal_the_authors(architecture):
+  weights = random_weights(architecture).without_discriminator()
   theirs, ours = authors.network(weights), Marlin(weights)
-  x = random_clips(1)
-  # B and L take a minute, and their pooled features the same path as S's.
-  for keep_seq in (True, False) if size == "S" else (True,):
+  x = random_clip(architecture, 0) / np.float32(255)
+  # Pooled features of B and L take the same path as those of S.
+  is_s = architecture.width == SIZES["S"].width
+  for keep_seq in (True, False) if is_s else (True,):
     want = theirs.extract_features(authors.clips(x), keep_seq=keep_seq)
     got = ours.extract_features(x, keep_seq=keep_seq)
     np.testing.assert_allclose(got, want.numpy(), rtol=0, atol=1e-4)
-  visible = np.random.default_rng(1).permutation(1568) < 156
+  num_tokens = architecture.tubelets.num_tokens
+  visible = np.random.default_rng(1).permutation(num_tokens) < num_tokens // 10
   with torch.no_grad():
     want = theirs(authors.clips(x), torch.from_numpy(visible)[None])
   graphdef, state = nnx.split(ours.mae)
@@ -96,6 +121,7 @@ class AuthorsStep:
 
   def __init__(self, weights, weight, lr, disc_lr):
     self.weight = weight
+    self.tubelets = weights.architecture.tubelets
     self.mae = authors.network(weights).train()
     theirs = name_tables.write(
       marlin_format.rules(weights.architecture), weights.arrays
@@ -121,7 +147,7 @@ class AuthorsStep:
 
   def __call__(self, x, visible):
     """x (B, T, H, W, C) in [0, 1], visible bool (B, N) -> losses."""
-    tokens = torch.from_numpy(TUBELETS.patchify(x))
+    tokens = torch.from_numpy(self.tubelets.patchify(x))
     visible = torch.from_numpy(visible)
     target = tokens[~visible].view(len(x), -1, tokens.shape[-1])
     mae_optimizer, disc_optimizer = self.optimizers
@@ -159,9 +185,6 @@ class AuthorsStep:
     return found
 
 
-TUBELETS = Architecture(768, 12, 12, 3072).tubelets
-
-
 class Gradients(optax.GradientTransformation):
   """Keeps the gradients it sees as its state, and passes them on."""
 
@@ -173,16 +196,19 @@ class Gradients(optax.GradientTransformation):
     )
 
 
-@pytest.mark.parametrize("size", ["S", "B"])
-def test_five_alternating_steps_have_the_authors_losses_and_gradients(size):
-  weights, weight, lr, disc_lr = random_weights(size), 0.01, 0.03, 0.001
+@cases("S", "B")
+def test_five_alternating_steps_have_the_authors_losses_and_gradients(
+  architecture,
+):
+  weights, weight, lr, disc_lr = random_weights(architecture), 0.01, 0.03, 0.001
+  tubelets = architecture.tubelets
   theirs = AuthorsStep(weights, weight, lr, disc_lr)
   mae_parts = train_step.split_model(weights.autoencoder())
   disc_parts = train_step.split_model(weights.discriminator())
   # Not Adam, which would make a full step of the rounding in a gradient that is
   # 0, as that of the discriminator's last bias.
   trainer = train_step.Trainer(
-    PretextTask(TUBELETS, Masking("random", 0.9)),
+    PretextTask(tubelets, Masking("random", 0.9, tubelets.grid)),
     train_step.Adversarial(weight, gp_weight=0.0, d_steps=1, g_steps=1),
     mae_parts[0],
     disc_parts[0],
@@ -194,17 +220,14 @@ def test_five_alternating_steps_have_the_authors_losses_and_gradients(size):
     functools.partial(train_step.train_step, trainer), donate_argnums=0
   )
   rng = jax.random.key(0)
-  regions = np.zeros((1, 8, 14, 14), np.uint16)
+  regions = np.zeros((1, *tubelets.grid), np.uint16)
   for i in range(5):
-    video = np.random.default_rng(i).integers(
-      0, 256, (1, 16, 28, 28, 3), np.uint8
-    )
-    video = video.repeat(8, axis=2).repeat(8, axis=3)
+    video = random_clip(architecture, i)
     # The mask that our step draws.
     keys = jax.random.split(jax.random.fold_in(rng, i), 1)
     mask_keys = jax.vmap(jax.random.split)(keys)[:, 0]
     index, _ = trainer.task.masking(regions, mask_keys)
-    visible = np.zeros((1, 1568), bool)
+    visible = np.zeros((1, tubelets.num_tokens), bool)
     visible[0, np.asarray(index[0])] = True
 
     want = theirs(video.astype(np.float32) / 255, visible)
