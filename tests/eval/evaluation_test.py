@@ -3,14 +3,11 @@
 import csv
 import dataclasses
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from configs import eval_dfd, eval_far
+from configs import eval_dfd, eval_far, eval_fer
 from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.devices.sharding import MeshError
 from marlin_jax.downstream import clip_batches, splits, tasks
@@ -22,7 +19,7 @@ from marlin_jax.weights.weights import Architecture, Weights, WeightsError
 from tests.support import labelled_data
 from tests.support.labelled_data import (
   LABELS,
-  TINY,
+  command,
   draw_face,
   metric,
   renamed,
@@ -30,30 +27,6 @@ from tests.support.labelled_data import (
   tiny,
   write_random,
 )
-from tests.support.processes import seeing_devices
-
-ROOT = Path(__file__).parents[2]
-
-
-def command(task, workdir, data, checkpoint="random", *, devices=1, **changes):
-  """Runs the real binary; returns it finished."""
-  flags = [f"--config.{k}={v}" for k, v in (TINY | changes).items()]
-  return subprocess.run(
-    [
-      *(sys.executable, "-m", f"marlin_jax.eval.{task}"),
-      f"--config=configs/eval_{task}.py",
-      *(f"--checkpoint={checkpoint}", f"--data={data}"),
-      f"--workdir={workdir}",
-      *flags,
-    ],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-    env=seeing_devices(devices),
-    check=False,
-    timeout=250,
-  )
-
 
 # --- The binaries -------------------------------------------------------------
 
@@ -170,8 +143,8 @@ def test_what_is_done_is_not_done_again(far, face_data, tmp_path, capsys):
 def test_fer_derives_sentiment_and_follows_the_papers_protocol(
   face_data, tmp_path
 ):
-  result = command(
-    "fer",
+  results = run(
+    eval_fer,
     tmp_path,
     face_data,
     tasks="emotion,sentiment,sentiment7",
@@ -179,8 +152,6 @@ def test_fer_derives_sentiment_and_follows_the_papers_protocol(
     num_seeds=1,
     plots=False,
   )
-  assert result.returncode == 0, result.stderr
-  results = json.loads((tmp_path / "results.json").read_text())
   found = {
     cell["task"]: cell for cell in results["cells"] if cell["mode"] == "linear"
   }

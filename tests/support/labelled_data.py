@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from marlin_jax.eval.evaluation import evaluate
 from marlin_jax.records import folders, schema
 from marlin_jax.weights import safetensors_folder
 from marlin_jax.weights.weights import Architecture, of_modules
+from tests.support.processes import ROOT, seeing_devices
 
 SIZE = schema.FRAME_SIZE
 
@@ -231,6 +234,26 @@ def run(module, workdir, data, checkpoint="random", **changes):
   config = tiny(module.get_config(), **changes)
   configuration.validate(config)
   return evaluate(config, str(checkpoint), str(data), str(workdir))
+
+
+def command(task, workdir, data, checkpoint="random", *, devices=1, **changes):
+  """Evaluates by the command, in a process that sees so many devices."""
+  flags = [f"--config.{k}={v}" for k, v in (TINY | changes).items()]
+  return subprocess.run(
+    [
+      *(sys.executable, "-m", f"marlin_jax.eval.{task}"),
+      f"--config=configs/eval_{task}.py",
+      *(f"--checkpoint={checkpoint}", f"--data={data}"),
+      f"--workdir={workdir}",
+      *flags,
+    ],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    env=seeing_devices(devices),
+    check=False,
+    timeout=250,
+  )
 
 
 def metric(results, mode, name="auc", ratio=1.0):
