@@ -1,4 +1,4 @@
-"""The binary of lip synchronisation as its users start it."""
+"""The command marlin_jax.eval.ls."""
 
 import re
 import signal
@@ -47,7 +47,11 @@ def run(*args, **overrides):
 
 
 def end_at(signum, pattern, args):
-  """Starts a run and sends a signal at a line like that; its exit code."""
+  """Runs a command, sends a signal after a matching line of its output.
+
+  Returns:
+    The exit code.
+  """
   with subprocess.Popen(
     args, cwd=ROOT, stdout=subprocess.PIPE, text=True
   ) as process:
@@ -55,7 +59,7 @@ def end_at(signum, pattern, args):
       if re.match(pattern, line):
         break
     process.send_signal(signum)
-    process.stdout.read()  # it has more to say
+    process.stdout.read()  # a full pipe would block it
   return process.returncode
 
 
@@ -73,9 +77,9 @@ def test_killed_interrupted_and_resumed_gives_the_same_bits(
   workdir, undisturbed = tmp_path / "disturbed", tmp_path / "undisturbed"
   flags = f"--data={talking_person}", f"--workdir={workdir}"
   args = command("train_expert", *flags)
-  # The checkpoint of step 2 is there; perhaps others, the last perhaps half.
+  # Step 2 has a checkpoint; later ones may exist, the last one incomplete.
   assert end_at(signal.SIGKILL, "step 3/12:", args) == -signal.SIGKILL
-  # Ctrl-C: saved at the step that it comes in.
+  # Ctrl-C saves the current step.
   code = end_at(signal.SIGINT, r"step \d+/12:", args)
   assert code == 128 + signal.SIGINT
   last = run("train_expert", *flags)
@@ -113,7 +117,7 @@ def test_killed_interrupted_and_resumed_gives_the_same_bits(
     ),
   ],
 )
-def test_what_a_mode_lacks_is_told_at_once(mode, flags, expected):
+def test_all_bad_flags_of_a_mode_are_reported_at_once(mode, flags, expected):
   result = run(mode, *flags)
   assert result.returncode == 1
   lines = result.stderr.strip().splitlines()
@@ -136,3 +140,23 @@ def test_a_data_set_without_sound_is_a_clear_error(tmp_path):
   assert "prepare the videos again" in result.stderr
   assert "--sound --fps=25" in result.stderr
   assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+  ("mode", "flags"),
+  [
+    ("generate", ["--generator={bad}", "--video={bad}"]),
+    ("score", ["--syncnet={bad}", "--videos={bad}"]),
+  ],
+)
+def test_unreadable_weights_are_a_clear_error(mode, flags, tmp_path):
+  bad = tmp_path / "weights.pth"
+  bad.write_text("no weights")
+  output = tmp_path / "out.mp4"
+  result = run(
+    mode, *(flag.format(bad=bad) for flag in flags), f"--output={output}"
+  )
+  assert result.returncode == 1
+  assert f"error: {bad}" in result.stderr
+  assert "Traceback" not in result.stderr
+  assert not output.exists()

@@ -1,4 +1,4 @@
-"""Any video, any sound, one MP4: what is drawn, where, and how long."""
+"""Generation of videos: blending, frames, sound, metadata and errors."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -39,7 +39,7 @@ def models(face_models):
 
 
 class Copy(nnx.Module):
-  """Draws what it is shown: whatever differs then is the paste's doing."""
+  """Returns the reference, so that all differences are due to blending."""
 
   num_frames = 5
   image_size = 224
@@ -49,7 +49,7 @@ class Copy(nnx.Module):
 
 
 class Meter(Copy):
-  """Shows how loud the frame itself is, rows 3 to 6 of its 16, as grey."""
+  """Shows the loudness of the frame itself, rows 3 to 6 of its 16, as grey."""
 
   image_size = 32
 
@@ -59,7 +59,7 @@ class Meter(Copy):
 
 
 def textured(height: int, width: int) -> np.ndarray:
-  """uint8 (H, W, 3) of soft waves, about as fine as a face."""
+  """Returns soft waves, about as detailed as a face, uint8 (H, W, 3)."""
   y, x = np.mgrid[:height, :width]
   waves = [np.sin(x / 9 + k) * np.cos(y / 7 - k) for k in range(3)]
   return np.uint8(128 + 100 * np.stack(waves, axis=-1))
@@ -71,27 +71,27 @@ def decoded(path: Path) -> np.ndarray:
 
 
 def loud_secs(path: Path) -> np.ndarray:
-  """Returns when the clicks of a file begin."""
+  """Returns the times at which the clicks of a file begin."""
   with decode.open_sound(path) as sound:
     loud = np.abs(np.concatenate(list(sound))[:, 0].astype(int)) > 3000
-    at = np.flatnonzero(loud) / sound.rate
-  return at[np.insert(np.diff(at) > 0.1, 0, True)]
+    secs = np.flatnonzero(loud) / sound.rate
+  return secs[np.insert(np.diff(secs) > 0.1, 0, True)]
 
 
 # --- Blending -----------------------------------------------------------------
 
 
-def test_only_the_lower_half_of_the_face_is_touched():
+def test_only_the_lower_half_of_the_face_changes():
   frame = np.stack(moving_noise(1, 160, 120)[0])
   box = np.float32([30.3, 10.6, 100.9, 81.2])
   white = np.full((96, 96, 3), 255, np.uint8)
   out = blending.paste(frame, white, box)
   y, x = np.mgrid[:120, :160] + 0.5
-  across, down = (x - box[0]) / 70.6, (y - box[1]) / 70.6
-  inside = blending.opacity(across, down) > 0
+  ratio_x, ratio_y = (x - box[0]) / 70.6, (y - box[1]) / 70.6
+  inside = blending.opacity(ratio_x, ratio_y) > 0
   np.testing.assert_array_equal(out[~inside], frame[~inside])
   assert not inside[: int(box[1] + 70.6 / 2)].any()
-  mouth = np.hypot(across - 0.5, down - 0.72) < 0.12
+  mouth = np.hypot(ratio_x - 0.5, ratio_y - 0.72) < 0.12
   assert (out[mouth] == 255).all()
 
 
@@ -106,12 +106,12 @@ def test_box_that_reaches_past_the_frame_is_cut_off(shift):
   want = blending.paste(large, picture, box + margin)
   got = blending.paste(frame, picture, box)
   want = want[margin:-margin, margin:-margin]
-  # OpenCV rounds places to 1/32 of a pixel, from each picture's own corner.
+  # OpenCV rounds positions to 1/32 of a pixel, from the corner of each image.
   assert np.abs(got.astype(int) - want).max() <= 4
 
 
 @pytest.mark.parametrize("side", [60.7, 224.0, 390.2])
-def test_unchanged_face_is_pasted_unseen(side):
+def test_pasting_an_unchanged_face_changes_nothing_visible(side):
   frame = textured(420, 460)
   box = np.float32([31.4, 12.8, 31.4 + side, 12.8 + side])
   out = blending.paste(frame, boxes.crop_frame(frame, box), box)
@@ -119,7 +119,7 @@ def test_unchanged_face_is_pasted_unseen(side):
 
 
 @pytest.mark.parametrize("side", [50.0, 96.0, 250.0])
-def test_what_is_drawn_lands_where_it_was_seen(side):
+def test_pasted_pixels_keep_their_position(side):
   picture = np.zeros((96, 96, 3), np.uint8)
   picture[66:72, 40:46] = 255  # centre (43, 69)
   box = np.array([20.3, 30.8, 20.3 + side, 30.8 + side])
@@ -130,7 +130,7 @@ def test_what_is_drawn_lands_where_it_was_seen(side):
   assert (weights * y).sum() == pytest.approx(30.8 + side * 69 / 96, abs=0.1)
 
 
-# --- Which frames -------------------------------------------------------------
+# --- Frames -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -142,27 +142,25 @@ def test_what_is_drawn_lands_where_it_was_seen(side):
     (9, 4, [0, 1, 2, 3]),
   ],
 )
-def test_short_picture_goes_back_and_forth_without_a_jump(
-  num_frames, total, want
-):
+def test_short_video_goes_back_and_forth_without_jumps(num_frames, total, want):
   assert there_and_back(num_frames, total).tolist() == want
 
 
 def test_windows_cover_every_frame_with_a_face_and_no_cut():
   track = np.repeat([-1, 2, 0, -1, 0], [3, 12, 4, 1, 5])
-  found = generation.windows(track, 5)
-  assert all(len(set(track[window])) == 1 for window in found)
-  covered = np.unique(np.concatenate(found))
+  windows = generation.windows(track, 5)
+  assert all(len(set(track[window])) == 1 for window in windows)
+  covered = np.unique(np.concatenate(windows))
   np.testing.assert_array_equal(covered, np.flatnonzero(track >= 0))
-  assert [int(window[0]) for window in found] == [3, 8, 10, 15, 20]
-  assert found[3].tolist() == [15, 16, 17, 18, 18]
+  assert [int(window[0]) for window in windows] == [3, 8, 10, 15, 20]
+  assert windows[3].tolist() == [15, 16, 17, 18, 18]
 
 
 def test_frames_are_streamed_there_and_back(
   carphone, models, tmp_path, monkeypatch
 ):
   video = SourceVideo(carphone(tmp_path / "v.mkv", 24), 25, models)
-  # Backwards in parts of four frames, which do not fit evenly.
+  # Backwards in parts of four frames, which do not divide the video.
   monkeypatch.setattr(frame_stream, "_HELD_BYTES", 4 * 3 * 176 * 144)
   n = video.num_frames
   forward = list(video.frames(n))
@@ -198,13 +196,13 @@ def test_written_sound_is_on_time(tmp_path, rate, num_channels, written_rate):
     assert pictures.pix_fmt == "yuv420p"
     assert sound.rate == written_rate
     assert sound.codec_context.layout.nb_channels == num_channels
-    # To the sample: the last AAC frame's filling is not counted.
+    # The padding of the last AAC frame is not counted.
     assert sound.duration * sound.time_base == pytest.approx(2, abs=1e-3)
-  # Of AAC's 1024 samples of priming nothing is left: they are 128 ms at 8 kHz.
+  # AAC's 1024 priming samples, 128 ms at 8 kHz, are skipped.
   assert loud_secs(path) == pytest.approx(CLICK_SECS, abs=1e-3)
 
 
-def test_odd_size_is_made_even_and_colours_stay(tmp_path):
+def test_odd_size_is_made_even_and_colours_are_kept(tmp_path):
   path = tmp_path / "v.mp4"
   colour = np.array([200, 40, 90])
   with video_writer.VideoWriter(path, (65, 47), 25, 8000, 1) as writer:
@@ -216,7 +214,7 @@ def test_odd_size_is_made_even_and_colours_stay(tmp_path):
   assert np.abs(frames - colour).max() <= 3
 
 
-def test_failure_leaves_what_was_there(tmp_path):
+def test_failure_keeps_the_existing_file(tmp_path):
   path = tmp_path / "v.mp4"
   path.write_bytes(b"before")
 
@@ -231,12 +229,12 @@ def test_failure_leaves_what_was_there(tmp_path):
   assert path.read_bytes() == b"before"
 
 
-# --- Whole --------------------------------------------------------------------
+# --- Whole videos -------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def talk(carphone_frames, tmp_path_factory) -> Path:
-  """12 frames of noise, then 30 of a man, 175 x 143; silent."""
+  """Video of 12 frames of noise, then 30 of a man, 175 x 143; no sound."""
   path = tmp_path_factory.mktemp("talk") / "talk.mkv"
   frames = moving_noise(12, 175, 143)
   frames += [frame[:143, :175] for frame in carphone_frames[:30]]
@@ -245,7 +243,7 @@ def talk(carphone_frames, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def voice(tmp_path_factory) -> Path:
-  """2 s of clicks, 44.1 kHz, stereo."""
+  """Audio file of 2 s of clicks, 44.1 kHz, stereo."""
   path = tmp_path_factory.mktemp("voice") / "voice.wav"
   with av.open(str(path), "w") as container:
     stream = container.add_stream("pcm_s16le", rate=44_100, layout="stereo")
@@ -272,14 +270,14 @@ def test_video_is_as_long_as_its_sound_and_keeps_its_faceless_frames(
   got = decoded(outcome.path)
   assert got.shape == (50, 144, 176, 3)
   error = np.abs(got[:, :143, :175].astype(int) - want).mean((1, 2, 3))
-  # What is left is the encoder's; frame for frame, no other is as near.
+  # The remaining error is the encoder's: no other frame is as close.
   assert error[12:].max() < 4
   others = np.abs(got[20, :143, :175].astype(int) - want).mean((1, 2, 3))
   assert others.argmin() == 20
   assert loud_secs(outcome.path) == pytest.approx(CLICK_SECS, abs=1e-3)
 
 
-def test_drawn_mouth_shows_the_sound_of_its_time(talk, voice, models, tmp_path):
+def test_drawn_mouth_fits_the_sound_of_its_time(talk, voice, models, tmp_path):
   outcome = generate(Meter(), talk, voice, tmp_path / "out.mp4", models=models)
   source = SourceVideo(talk, 25, models)
   levels = []
@@ -294,17 +292,17 @@ def test_drawn_mouth_shows_the_sound_of_its_time(talk, voice, models, tmp_path):
   loud = [secs * 25 for secs in CLICK_SECS]
   peaks = np.flatnonzero(np.array(levels) > 150)
   assert len(peaks)
-  assert all(min(abs(peak - at) for at in loud) <= 2 for peak in peaks)
-  assert all(min(abs(peaks - at)) <= 1.5 for at in loud if at > 12)
+  assert all(min(abs(peak - frame) for frame in loud) <= 2 for peak in peaks)
+  assert all(min(abs(peaks - frame)) <= 1.5 for frame in loud if frame > 12)
 
 
 def write_run(workdir: Path) -> Path:
-  """Writes the checkpoint of a run whose generator is tiny, and untrained."""
+  """Writes the checkpoint of a tiny generator with random weights."""
   encoder = Architecture(
     width=16, depth=1, num_heads=2, mlp_dim=16, image_size=32
   )
   meta = build.generator_meta("marlin", 0.05, encoder)
-  # Shapes alone, for drawing takes long; then numbers of about their sizes.
+  # Shapes only, since initialisation is slow; then values of a similar size.
   _, arrays = split_network(nnx.eval_shape(lambda: build.make_generator(meta)))
   np_rng = np.random.default_rng(0)
   arrays = jax.tree.map(
@@ -333,23 +331,23 @@ def test_generator_of_a_run_draws_a_marked_video(talk, voice, models, tmp_path):
   )
   assert outcome.num_frames == 50
   with av.open(str(outcome.path), options={"export_xmp": "1"}) as container:
-    found = container.metadata
+    metadata = container.metadata
     assert sum(1 for _ in container.decode(video=0)) == 50
   uri = video_writer.SOURCE_TYPE
-  assert found["comment"].startswith("AI-generated")
-  assert found["description"].startswith("AI-generated")
-  assert found["digital_source_type"] == uri
-  assert f"<Iptc4xmpExt:DigitalSourceType>{uri}<" in found["xmp"]
+  assert metadata["comment"].startswith("AI-generated")
+  assert metadata["description"].startswith("AI-generated")
+  assert metadata["digital_source_type"] == uri
+  assert f"<Iptc4xmpExt:DigitalSourceType>{uri}<" in metadata["xmp"]
 
 
-def test_what_is_no_generator_is_refused(tmp_path):
+def test_paths_without_a_generator_are_refused(tmp_path):
   (tmp_path / "wav2lip.pth").write_bytes(b"no weights")
   for path in (tmp_path / "wav2lip.pth", tmp_path, tmp_path / "missing"):
     with pytest.raises(WeightsError, match=str(path)):
       load_generator(path)
 
 
-def test_silence_is_a_sound_and_a_long_picture_ends_with_it(
+def test_silence_is_a_sound_and_a_long_video_ends_with_it(
   talk, face_models, tmp_path, capsys
 ):
   quiet = write_sound(tmp_path / "q.mkv", np.zeros(8000, np.int16), 8000)

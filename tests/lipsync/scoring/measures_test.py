@@ -1,4 +1,4 @@
-"""Offsets and Frechet distances, against the published formulas."""
+"""Offsets and Frechet distances against the published formulas."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,10 @@ from marlin_jax.lipsync.scoring import frechet, offsets
 
 
 def embeddings(num=60, shift=0, seed=0):
-  """Faces, and their sound `shift` frames later: each like its own only."""
+  """Returns faces and their sounds, moved `shift` frames later.
+
+  Each face is similar to the sound of its own time only.
+  """
   np_rng = np.random.default_rng(seed)
   signal = np_rng.normal(size=(num + 40, 32))
   noise = 0.1 * np_rng.normal(size=(num, 32))
@@ -17,7 +20,7 @@ def embeddings(num=60, shift=0, seed=0):
 
 
 def published(faces, sounds, vshift):
-  """calc_pdist and evaluate of SyncNetInstance.py, row by row."""
+  """Computes calc_pdist and evaluate of SyncNetInstance.py, row by row."""
   padded = np.concatenate(
     [
       np.zeros((vshift, faces.shape[1])),
@@ -40,24 +43,24 @@ def published(faces, sounds, vshift):
 @pytest.mark.parametrize(("num", "shift"), [(60, 0), (60, 7), (9, -2), (1, 0)])
 def test_offset_and_lse_are_those_of_the_published_scorer(num, shift):
   faces, sounds = embeddings(num, shift)
-  found = offsets.measure([offsets.distances(faces, sounds)])
+  sync = offsets.measure([offsets.distances(faces, sounds)])
   offset, distance, confidence = published(faces, sounds, 15)
-  assert found.offset == offset
-  assert found.distance == pytest.approx(distance, abs=1e-9)
-  assert found.confidence == pytest.approx(confidence, abs=1e-9)
-  assert found.num_windows == num
+  assert sync.offset == offset
+  assert sync.distance == pytest.approx(distance, abs=1e-9)
+  assert sync.confidence == pytest.approx(confidence, abs=1e-9)
+  assert sync.num_windows == num
 
 
 @pytest.mark.parametrize("shift", [-15, -4, -1, 0, 1, 9, 15])
-def test_sound_that_is_later_makes_the_offset_as_much_less(shift):
-  found = offsets.measure([offsets.distances(*embeddings(shift=shift))])
-  assert found.offset == -shift
+def test_later_sound_lowers_the_offset_by_as_much(shift):
+  sync = offsets.measure([offsets.distances(*embeddings(shift=shift))])
+  assert sync.offset == -shift
   axis = offsets.offset_axis()
-  assert axis[found.curve.argmin()] == -shift
-  assert found.confidence > 2
+  assert axis[sync.curve.argmin()] == -shift
+  assert sync.confidence > 2
 
 
-def test_stretches_count_by_their_windows():
+def test_stretches_are_weighted_by_their_windows():
   whole = offsets.distances(*embeddings())
   parts = offsets.measure([whole[:13], whole[13:]])
   np.testing.assert_allclose(parts.curve, offsets.measure([whole]).curve)
@@ -74,7 +77,7 @@ def test_embeddings_that_do_not_belong_together_are_refused():
 
 
 def by_square_root(a, b):
-  """The formula by scipy; with the covariances as they are."""
+  """Evaluates the formula with scipy and the covariances themselves."""
   root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T))
   traces = np.trace(np.cov(a.T)) + np.trace(np.cov(b.T))
   difference = a.mean(0) - b.mean(0)
@@ -91,13 +94,13 @@ def test_frechet_distance_is_that_of_scipys_square_root(num_a, num_b, rank):
   mix = np_rng.normal(size=(rank, 12))
   a = np_rng.normal(size=(num_a, rank)) @ mix
   b = np_rng.normal(size=(num_b, rank)) @ (1.3 * mix) + 0.5
-  found = frechet.frechet_distance(a, b)
-  # scipy's loses half of its digits where the product is singular.
-  assert found == pytest.approx(by_square_root(a, b), rel=1e-5)
-  assert found == pytest.approx(frechet.frechet_distance(b, a), rel=1e-9)
+  distance = frechet.frechet_distance(a, b)
+  # scipy's loses half of its digits if the product is singular.
+  assert distance == pytest.approx(by_square_root(a, b), rel=1e-5)
+  assert distance == pytest.approx(frechet.frechet_distance(b, a), rel=1e-9)
 
 
-def test_frechet_distance_of_equal_sets_is_nothing_and_never_less():
+def test_frechet_distance_of_equal_sets_is_zero_and_never_negative():
   np_rng = np.random.default_rng(0)
   for num in (4, 100):
     a = np_rng.normal(size=(num, 20)).astype(np.float32)
@@ -105,10 +108,10 @@ def test_frechet_distance_of_equal_sets_is_nothing_and_never_less():
     assert frechet.frechet_distance(a, a + 2) == pytest.approx(80, rel=1e-5)
 
 
-def test_features_that_cannot_be_compared_are_refused():
+def test_features_of_other_shapes_or_not_finite_are_refused():
   with pytest.raises(ValueError, match=r"\(3, 4\) and \(3, 5\)"):
     frechet.frechet_distance(np.zeros((3, 4)), np.zeros((3, 5)))
-  with pytest.raises(ValueError, match="two rows or more"):
+  with pytest.raises(ValueError, match=r"\(1, 4\)"):
     frechet.frechet_distance(np.zeros((1, 4)), np.zeros((3, 4)))
   with pytest.raises(ValueError, match="not finite"):
     frechet.frechet_distance(np.full((3, 4), np.nan), np.zeros((3, 4)))

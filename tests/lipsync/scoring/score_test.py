@@ -1,4 +1,4 @@
-"""Scoring of video files, whatever their sound is like."""
+"""Scoring of video files with sound of any format."""
 
 import csv
 import json
@@ -27,21 +27,24 @@ NUM_FRAMES = 60
 
 
 class MouthJudge:
-  """Compares how dark the mouth is with how loud it is: right for drawings."""
+  """Compares the darkness of the mouth with the loudness of the sound.
+
+  Correct for the videos of talking_mouths.
+  """
 
   name = "mouths"
   metric_names = ("mouth_d", "mouth_c")
   num_frames = 5
 
-  def embeddings(self, frames, heard):
-    num = judges.num_windows(len(frames), len(heard), self.num_frames)
+  def embeddings(self, frames, sound):
+    num = judges.num_windows(len(frames), len(sound), self.num_frames)
     mouths = frames[:, 158:190, 96:128].astype(float)
-    mel = mel_spectrogram.mel_spectrogram(heard)
-    every = mel_windows.windows(mel, np.arange(len(frames)), 1)
-    each = np.arange(num)[:, None] + np.arange(self.num_frames)
+    mel = mel_spectrogram.mel_spectrogram(sound)
+    frame_mels = mel_windows.windows(mel, np.arange(len(frames)), 1)
+    windows = np.arange(num)[:, None] + np.arange(self.num_frames)
     return (
-      _standard(-mouths.mean(axis=(1, 2, 3)))[each],
-      _standard(10 ** (every.mean(axis=(1, 2)) / 4))[each],
+      _standard(-mouths.mean(axis=(1, 2, 3)))[windows],
+      _standard(10 ** (frame_mels.mean(axis=(1, 2)) / 4))[windows],
     )
 
 
@@ -49,12 +52,12 @@ def _standard(values):
   return (values - values.mean()) / values.std()
 
 
-def said(person=0, num_frames=NUM_FRAMES):
+def talk(person=0, num_frames=NUM_FRAMES):
   return talking_mouths.talk(person, num_frames)
 
 
 def shifted(samples, num_frames):
-  """The sound, by so many frames later; silence where there is none."""
+  """Returns the sound moved by `num_frames`, padded with silence."""
   moved = np.roll(samples, 640 * num_frames)
   if num_frames > 0:
     moved[: 640 * num_frames] = 0
@@ -63,9 +66,9 @@ def shifted(samples, num_frames):
   return moved
 
 
-def scored(videos, output, judge=None, **options):
+def score_videos(videos, output, **options):
   options = {"crop_face": False} | options
-  return score.score([videos], output, judge or MouthJudge(), **options)
+  return score.score([videos], output, MouthJudge(), **options)
 
 
 # --- Offsets of files ---------------------------------------------------------
@@ -76,17 +79,17 @@ def test_sound_that_is_moved_by_k_frames_moves_the_offset_by_k(tmp_path):
   for name, shift in shifts.items():
     talking_mouths.write_mp4(
       tmp_path / f"videos/{name}.mp4",
-      said().frames,
-      shifted(said().sound, shift),
+      talk().frames,
+      shifted(talk().sound, shift),
     )
-  found = scored(tmp_path / "videos", tmp_path / "out")
-  assert {v["video"]: v["offset"] for v in found["videos"]} == {
+  results = score_videos(tmp_path / "videos", tmp_path / "out")
+  assert {v["video"]: v["offset"] for v in results["videos"]} == {
     f"{name}.mp4": -shift for name, shift in shifts.items()
   }
-  assert found["share_in_sync"] == pytest.approx(1 / 3)
-  # The best is where the curve of each is lowest.
-  for video in found["videos"]:
-    lowest = found["offsets"][int(np.argmin(video["curve"]))]
+  assert results["share_in_sync"] == pytest.approx(1 / 3)
+  # The offset is where the curve of the video is lowest.
+  for video in results["videos"]:
+    lowest = results["offsets"][int(np.argmin(video["curve"]))]
     assert lowest == video["offset"]
     assert min(video["curve"]) == video["mouth_d"]
 
@@ -97,30 +100,28 @@ def test_sound_that_is_moved_by_k_frames_moves_the_offset_by_k(tmp_path):
 def test_sound_of_any_format_gives_the_same_offset(
   tmp_path, rate, num_channels
 ):
-  wave = shifted(said().sound, 4)
+  wave = shifted(talk().sound, 4)
   times = np.arange(len(wave) * rate // 16_000) / rate
   resampled = np.interp(times, np.arange(len(wave)) / 16_000, wave)
   path = talking_mouths.write_mp4(
     tmp_path / "v.mp4",
-    said().frames,
+    talk().frames,
     resampled.astype(np.int16),
     rate=rate,
     num_channels=num_channels,
   )
-  (video,) = scored(path, tmp_path / "out")["videos"]
+  (video,) = score_videos(path, tmp_path / "out")["videos"]
   assert video["offset"] == -4
   assert video["num_unheard"] <= 1
 
 
-def test_a_face_that_is_followed_and_lost_is_scored_where_it_is(
-  tmp_path, face_models
-):
-  frames = said(1, 90).frames.copy()
+def test_frames_without_the_tracked_face_are_not_scored(tmp_path, face_models):
+  frames = talk(1, 90).frames.copy()
   frames[35:60] = frames[0, 0, 0]
   path = talking_mouths.write_mp4(
-    tmp_path / "v.mp4", frames, shifted(said(1, 90).sound, 3)
+    tmp_path / "v.mp4", frames, shifted(talk(1, 90).sound, 3)
   )
-  (video,) = scored(path, tmp_path / "out", crop_face=True)["videos"]
+  (video,) = score_videos(path, tmp_path / "out", crop_face=True)["videos"]
   assert 25 <= video["num_faceless"] <= 30
   # Two stretches; none of the windows is partly without a face.
   assert video["num_windows"] == 90 - video["num_faceless"] - 2 * 5
@@ -128,30 +129,30 @@ def test_a_face_that_is_followed_and_lost_is_scored_where_it_is(
 
 def test_sound_that_ends_early_is_scored_as_far_as_it_goes(tmp_path):
   path = talking_mouths.write_mp4(
-    tmp_path / "v.mp4", said().frames, said().sound[: 40 * 640]
+    tmp_path / "v.mp4", talk().frames, talk().sound[: 40 * 640]
   )
-  (video,) = scored(path, tmp_path / "out")["videos"]
+  (video,) = score_videos(path, tmp_path / "out")["videos"]
   assert (video["num_unheard"], video["num_windows"]) == (20, 35)
   assert video["offset"] == 0
 
 
-# --- What cannot be scored ----------------------------------------------------
+# --- Videos that cannot be scored ---------------------------------------------
 
 
 def test_videos_that_cannot_be_scored_are_left_out_with_a_reason(tmp_path):
-  frames, samples = said().frames, said().sound
-  for name, some, wave in (
+  frames, samples = talk().frames, talk().sound
+  for name, own_frames, sound in (
     ("good", frames, samples),
     ("mute", frames, None),
     ("silent", frames, np.zeros_like(samples)),
     ("short", frames[:5], samples[: 5 * 640]),
     ("briefly heard", frames, samples[: 5 * 640]),
   ):
-    talking_mouths.write_mp4(tmp_path / f"videos/{name}.mp4", some, wave)
+    talking_mouths.write_mp4(tmp_path / f"videos/{name}.mp4", own_frames, sound)
   (tmp_path / "videos/broken.mp4").write_text("no video")
-  found = scored(tmp_path / "videos", tmp_path / "out")
-  assert [v["video"] for v in found["videos"]] == ["good.mp4"]
-  reasons = found["left_out"]
+  results = score_videos(tmp_path / "videos", tmp_path / "out")
+  assert [v["video"] for v in results["videos"]] == ["good.mp4"]
+  reasons = results["left_out"]
   assert "cannot open" in reasons.pop("broken.mp4")
   assert reasons == {
     "mute.mp4": "it has no sound track",
@@ -166,32 +167,30 @@ def test_videos_that_cannot_be_scored_are_left_out_with_a_reason(tmp_path):
   assert "1 x it has no sound track (e.g. 'mute.mp4')" in table
 
 
-def test_if_nothing_can_be_scored_the_reasons_are_told(tmp_path):
-  path = talking_mouths.write_mp4(tmp_path / "v.mp4", said().frames, None)
-  with pytest.raises(
-    score.ScoreError, match="none of 1 video can be scored:\n.*no sound"
-  ):
-    scored(path, tmp_path / "out")
+def test_an_error_has_the_reasons_if_no_video_can_be_scored(tmp_path):
+  path = talking_mouths.write_mp4(tmp_path / "v.mp4", talk().frames, None)
+  with pytest.raises(score.ScoreError, match="it has no sound track.*v.mp4"):
+    score_videos(path, tmp_path / "out")
 
 
 # --- Files --------------------------------------------------------------------
 
 
-def test_scores_are_written_as_json_csv_table_and_picture(tmp_path):
+def test_scores_are_written_as_json_csv_table_and_chart(tmp_path):
   for person in range(2):
-    one = said(person)
+    spoken = talk(person)
     talking_mouths.write_mp4(
-      tmp_path / f"videos/{person}.mp4", one.frames, one.sound
+      tmp_path / f"videos/{person}.mp4", spoken.frames, spoken.sound
     )
-  found = scored(tmp_path / "videos", tmp_path / "out", max_offset=8)
+  results = score_videos(tmp_path / "videos", tmp_path / "out", max_offset=8)
   written = json.loads((tmp_path / "out/scores.json").read_text())
-  assert written == json.loads(json.dumps(found))
+  assert written == json.loads(json.dumps(results))
   assert written["offsets"] == list(range(8, -9, -1))
   with (tmp_path / "out/scores.csv").open() as file:
     rows = list(csv.DictReader(file))
   assert [row["video"] for row in rows] == ["0.mp4", "1.mp4"]
   mean = np.mean([float(row["mouth_d"]) for row in rows])
-  assert found["mean"]["mouth_d"] == pytest.approx(mean)
+  assert results["mean"]["mouth_d"] == pytest.approx(mean)
   table = (tmp_path / "out/scores.txt").read_text()
   assert "100% of 2 videos are within a frame of sync, by mouths" in table
   assert (tmp_path / "out/offsets.png").read_bytes()[:4] == b"\x89PNG"
@@ -200,8 +199,8 @@ def test_scores_are_written_as_json_csv_table_and_picture(tmp_path):
 # --- Judges -------------------------------------------------------------------
 
 
-def drawn(make):
-  """A network with random weights, drawn faster than by itself."""
+def with_random_weights(make):
+  """Returns a network in evaluation mode, faster than initialised by nnx."""
   np_rng = np.random.default_rng(0)
 
   def draw(x):
@@ -216,67 +215,71 @@ def drawn(make):
 
 
 @nnx.jit
-def by_faces(network, x):
+def embed_faces(network, x):
   return network.faces(x)
 
 
 @nnx.jit
-def by_sound(network, x):
+def embed_sound(network, x):
   return network.sound(x)
 
 
-def test_syncnet_sees_bgr_and_hears_coefficients_from_each_frame_on():
-  network = drawn(lambda: SyncNet(rngs=nnx.Rngs(0)))
-  one = said(0, 7)
+def test_syncnet_gets_bgr_frames_and_the_coefficients_from_each_frame_on():
+  network = with_random_weights(lambda: SyncNet(rngs=nnx.Rngs(0)))
+  spoken = talk(0, 7)
   faces, sounds = judges.SyncNetJudge(network, batch_size=1).embeddings(
-    one.frames, one.sound
+    spoken.frames, spoken.sound
   )
   assert faces.shape == sounds.shape == (2, 1024)
-  window = one.frames[1:6, :, :, ::-1].astype(np.float32)
+  window = spoken.frames[1:6, :, :, ::-1].astype(np.float32)
   np.testing.assert_allclose(
-    faces[1], by_faces(network, window[None])[0], rtol=1e-4, atol=1e-4
+    faces[1], embed_faces(network, window[None])[0], rtol=1e-4, atol=1e-4
   )
-  rows = mfcc.mfcc(one.sound)[4:24].astype(np.float32)
+  rows = mfcc.mfcc(spoken.sound)[4:24].astype(np.float32)
   np.testing.assert_allclose(
-    sounds[1], by_sound(network, rows[None])[0], rtol=1e-4, atol=1e-4
+    sounds[1], embed_sound(network, rows[None])[0], rtol=1e-4, atol=1e-4
   )
   assert judges.SyncNetJudge.metric_names == ("lse_d", "lse_c")
 
 
-def test_an_expert_judges_the_windows_it_was_trained_on():
+def test_an_expert_gets_windows_like_those_of_its_training():
   num_frames = 16
-  network = drawn(lambda: SyncExpert(num_frames, width=0.125, rngs=nnx.Rngs(0)))
-  judge = judges.ExpertJudge(network, batch_size=1)
-  one = said(0, num_frames + 2)
-  faces, sounds = judge.embeddings(one.frames, one.sound)
-  assert len(faces) == len(sounds) == 2
-  video = one.frames[1 : 1 + num_frames][None] / np.float32(255)
-  mel = mel_windows.windows(
-    mel_spectrogram.mel_spectrogram(one.sound), np.array([1]), num_frames
+  network = with_random_weights(
+    lambda: SyncExpert(num_frames, width=0.125, rngs=nnx.Rngs(0))
   )
-  np.testing.assert_allclose(faces[1], by_faces(network, video)[0], atol=1e-5)
-  np.testing.assert_allclose(sounds[1], by_sound(network, mel)[0], atol=1e-5)
+  judge = judges.ExpertJudge(network, batch_size=1)
+  spoken = talk(0, num_frames + 2)
+  faces, sounds = judge.embeddings(spoken.frames, spoken.sound)
+  assert len(faces) == len(sounds) == 2
+  video = spoken.frames[1 : 1 + num_frames][None] / np.float32(255)
+  mel = mel_windows.windows(
+    mel_spectrogram.mel_spectrogram(spoken.sound), np.array([1]), num_frames
+  )
+  np.testing.assert_allclose(
+    faces[1], embed_faces(network, video)[0], atol=1e-5
+  )
+  np.testing.assert_allclose(sounds[1], embed_sound(network, mel)[0], atol=1e-5)
   assert not {"lse_d", "lse_c"} & set(judge.metric_names)
   assert np.isfinite(
     offsets.measure([offsets.distances(faces, sounds)]).curve
   ).all()
 
 
-# --- Faces beside real ones ---------------------------------------------------
+# --- Frechet distances --------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def two_sets(tmp_path_factory):
-  """Videos of a person, and of another one, without sound for the latter."""
+  """Folders with a video of one person, and of another one without sound."""
   path = tmp_path_factory.mktemp("sets")
-  made, real = said(0, 20), said(1, 20)
+  made, real = talk(0, 20), talk(1, 20)
   talking_mouths.write_mp4(path / "made/v.mp4", made.frames, made.sound)
   talking_mouths.write_mp4(path / "real/v.mp4", real.frames, None)
   return path / "made", path / "real"
 
 
 def write_inception(path, size=frame_features.INCEPTION_SIZE):
-  """Mean colours, spread over as many numbers as Inception gives."""
+  """Writes a network that projects mean colours to 2048 features."""
   import onnx
   from onnx import TensorProto, helper, numpy_helper
 
@@ -303,33 +306,35 @@ def write_inception(path, size=frame_features.INCEPTION_SIZE):
 
 def test_without_a_network_the_distance_is_not_called_fid(two_sets, tmp_path):
   made, real = two_sets
-  found = scored(made, tmp_path, reals=[real])["frechet"]
-  assert (found["metric"], found["size"]) == ("frechet_pixels", 192)
-  assert (found["num_features"], found["num_real_features"]) == (20, 20)
+  results = score_videos(made, tmp_path, reals=[real])["frechet"]
+  assert (results["metric"], results["size"]) == ("frechet_pixels", 192)
+  assert (results["num_features"], results["num_real_features"]) == (20, 20)
   text = (tmp_path / "scores.txt").read_text()
   assert "frechet_pixels" in text
   assert "FID" not in text
-  same = scored(made, tmp_path, reals=[made])["frechet"]
-  assert same["value"] < 1e-9 < found["value"]
+  same = score_videos(made, tmp_path, reals=[made])["frechet"]
+  assert same["value"] < 1e-9 < results["value"]
 
 
-def test_fid_is_of_the_network_that_is_given(two_sets, tmp_path):
+def test_fid_uses_the_given_network(two_sets, tmp_path):
   made, real = two_sets
   features = frame_features.InceptionFeatures(
     write_inception(tmp_path / "inception.onnx")
   )
-  found = scored(made, tmp_path, reals=[real], features=features)["frechet"]
-  assert (found["metric"], found["size"]) == ("fid", 2048)
+  results = score_videos(made, tmp_path, reals=[real], features=features)[
+    "frechet"
+  ]
+  assert (results["metric"], results["size"]) == ("fid", 2048)
   text = (tmp_path / "scores.txt").read_text()
-  assert f"FID {found['value']:.4g}, of 20 and 20" in text
+  assert f"FID {results['value']:.4g}, of 20 and 20" in text
   assert "it comes out too high" in text
-  # Pictures are enlarged, and their colours in [0, 1].
+  # Images are enlarged, and colours are in [0, 1].
   white = features(np.full((1, 224, 224, 3), 255, np.uint8))
   half = features(np.full((1, 224, 224, 3), 51, np.uint8))
   np.testing.assert_allclose(half, white / 5, rtol=1e-4, atol=1e-6)
 
 
-def test_features_of_marlin_are_of_clips_and_not_called_fid(tmp_path):
+def test_marlin_features_are_per_clip_and_not_called_fid(tmp_path):
   tiny = Architecture(
     width=32,
     depth=1,
@@ -343,11 +348,11 @@ def test_features_of_marlin_are_of_clips_and_not_called_fid(tmp_path):
   weights = labelled_data.write_random(tmp_path / "marlin", tiny)
   features = frame_features.open_features(str(weights))
   assert features.metric_name == "frechet_marlin"
-  assert features(said(0, 11).frames).shape == (2, 32)
-  assert features(said(0, 3).frames).shape == (0, 32)
+  assert features(talk(0, 11).frames).shape == (2, 32)
+  assert features(talk(0, 3).frames).shape == (0, 32)
 
 
-def test_what_is_no_feature_network_is_refused(tmp_path):
+def test_files_that_are_no_feature_network_are_refused(tmp_path):
   (tmp_path / "bad.onnx").write_text("no network")
   write_inception(tmp_path / "small.onnx", size=224)
   for name, reason in (
@@ -361,9 +366,9 @@ def test_what_is_no_feature_network_is_refused(tmp_path):
     assert reason in str(e.value)
 
 
-def test_one_set_of_faces_too_small_to_compare_is_an_error(two_sets, tmp_path):
+def test_a_single_real_face_is_an_error(two_sets, tmp_path):
   made, _ = two_sets
-  one = talking_mouths.write_mp4(tmp_path / "v.mp4", said().frames[:1], None)
-  assert len(talking_video.read(one, crop_face=False)) == 1
+  path = talking_mouths.write_mp4(tmp_path / "v.mp4", talk().frames[:1], None)
+  assert len(talking_video.read(path, crop_face=False)) == 1
   with pytest.raises(score.ScoreError, match="20 of the videos and 1 of"):
-    scored(made, tmp_path / "out", reals=[one])
+    score_videos(made, tmp_path / "out", reals=[path])
