@@ -1,4 +1,4 @@
-"""The authors' network from PyPI, to compare with; tests only (CC BY-NC)."""
+"""The authors' network from PyPI, for comparison; tests only (CC BY-NC)."""
 
 import importlib
 import sys
@@ -7,17 +7,14 @@ import types
 import numpy as np
 import pytest
 
-from marlin_jax.weights import marlin_pytorch, torch_files
+from marlin_jax.weights import marlin_pytorch, name_tables, torch_files
 from marlin_jax.weights.weights import Weights
 
 
 def network(weights: Weights):
-  """marlin_pytorch's Marlin with these weights, in float32 on the CPU."""
+  """Returns marlin_pytorch's Marlin with these weights, float32 on the CPU."""
   pytest.importorskip("torch", reason="the test extra has it")
-  architecture, has_decoder = (
-    weights.architecture,
-    (weights.architecture.has_decoder),
-  )
+  architecture = weights.architecture
   model = _module().Marlin(
     img_size=architecture.image_size,
     patch_size=architecture.patch_size,
@@ -36,10 +33,10 @@ def network(weights: Weights):
     norm_layer="LayerNorm",
     init_values=0.0,
     tubelet_size=architecture.tubelet_size,
-    as_feature_extractor=not has_decoder,
+    as_feature_extractor=not architecture.has_decoder,
   )
   weights = weights.without_discriminator()
-  theirs = marlin_pytorch.name_tables.write(
+  theirs = name_tables.write(
     marlin_pytorch.rules(weights.architecture), weights.arrays
   )
   model.load_state_dict(torch_files.to_torch(theirs))
@@ -47,10 +44,10 @@ def network(weights: Weights):
 
 
 def _module():
-  """Imports the package, whose video reader wants torchvision.
+  """Imports the package, whose video reader imports torchvision.
 
-  There is no CPU build of torchvision to be had everywhere; its place is taken
-  for the time of the import, so that no other package sees it.
+  A CPU build of torchvision is not available everywhere. A placeholder takes
+  its place during the import only, so that no other package sees it.
   """
   placeholder = "torchvision" not in sys.modules
   if placeholder:
@@ -67,19 +64,19 @@ def _module():
 
 
 def clips(x: np.ndarray):
-  """(B, T, H, W, C) -> torch (B, C, T, H, W)."""
+  """Converts (B, T, H, W, C) to torch (B, C, T, H, W)."""
   import torch
 
   return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 4, 1, 2, 3)))
 
 
 def open_file(name: str, path):
-  """marlin_pytorch's own Marlin.from_file."""
+  """Opens a file with marlin_pytorch's own Marlin.from_file."""
   return _module().Marlin.from_file(name, str(path))
 
 
 def without_ffprobe():
-  """Counts frames for the package where the ffprobe program is missing."""
+  """Replaces the package's frame count if the ffprobe program is missing."""
   import shutil
 
   import av
@@ -96,7 +93,7 @@ def without_ffprobe():
 
 
 def with_fused_attention(model):
-  """The same model with PyTorch's scaled_dot_product_attention."""
+  """Replaces a model's attention by scaled_dot_product_attention."""
   import torch
   from torch.nn import functional as F
 

@@ -1,7 +1,7 @@
-"""Trains a few steps under many layouts of 8 devices, and tells what happened.
+"""Trains a few steps under many layouts of 8 devices, and prints results.
 
-A process of its own, started by sharding_test.py: how many devices there are
-is settled when jax starts. Prints one JSON object, by the name of the case.
+A process of its own, started by sharding_test.py, since the number of devices
+is fixed when jax starts. Prints one JSON object with a result for each case.
 """
 
 import json
@@ -36,7 +36,7 @@ SMALL = {
   "adv.hidden": 32,
   "optim.base_lr": 0.01,
 }
-# What may get into the way of a layout, all at once, and in two parts.
+# Options that may conflict with a layout, all at once, and two microbatches.
 RICH = SMALL | {
   "adv.gp_weight": 10.0,
   "adv.d_steps": 2,
@@ -55,7 +55,7 @@ CASES = {
 
 
 class Case:
-  """One layout: made in the main thread, compiled in any."""
+  """A layout: traced in the main thread, compiled in any thread."""
 
   def __init__(self, overrides, clips_at_once, sizes, num_steps):
     config = pretrain_b.get_config()
@@ -85,7 +85,7 @@ class Case:
     )
 
   def run(self, step, state) -> dict:
-    """Losses, bytes per device, bytes exchanged per step."""
+    """Returns losses, bytes per device, and bytes exchanged per step."""
     state = jax.device_put(
       stacking.in_form_of(self.shapes, state), self.layout.shardings
     )

@@ -1,11 +1,11 @@
-"""Runs a few real steps and tells the memory they took, beside the plan's.
+"""Runs a few real steps and prints their memory beside the planned memory.
 
   python tests/support/measured_memory.py --config=configs/pretrain_s.py \
     --config.batch_size=4
 
-A process of its own, since what is measured is the process; also started by
-plan_test.py. On GPU what the device reports is taken, on CPU the growth of the
-process from before the state is made. Prints one JSON object, in bytes.
+A process of its own, since its memory is measured; plan_test.py starts it too.
+On GPU the memory is what the device reports, on CPU the growth of the process
+from before the state is created. Prints one JSON object, in bytes.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config")
 
-# Big buffers come from the kernel and go back to it: otherwise what the
-# compiler has used would be used again, and would not be seen to grow.
+# Large buffers come from the kernel and return to it. Otherwise the step would
+# reuse the compiler's memory, and the process would not grow.
 MALLOC = {
   "MALLOC_MMAP_THRESHOLD_": "65536",
   "MALLOC_TRIM_THRESHOLD_": "65536",
@@ -84,13 +84,13 @@ def main(argv):
 
 
 def _settle() -> int:
-  """Bytes in use now, from which the peak is to be counted."""
+  """Returns the bytes in use now, from which the peak is counted."""
   import jax
 
   if jax.default_backend() != "cpu":
-    return 0  # of the device, whose peak is the steps'
+    return 0  # the peak of the device is the peak of the steps
   ctypes.CDLL("libc.so.6").malloc_trim(0)
-  Path("/proc/self/clear_refs").write_text("5")  # the peak is now
+  Path("/proc/self/clear_refs").write_text("5")  # resets the peak
   return _kilobytes("VmRSS") * 1024
 
 
