@@ -25,7 +25,7 @@ if TYPE_CHECKING:
   from marlin_jax.inference.clips import Clips
   from marlin_jax.inference.marlin import Marlin
   from marlin_jax.inference.pictures import Views
-  from marlin_jax.weights.weights import Architecture
+  from marlin_jax.weights.architecture import Architecture
 
 
 class ArgumentError(UserError):

@@ -22,7 +22,8 @@ from marlin_jax.downstream import protocols
 from marlin_jax.downstream.tasks import Task
 from marlin_jax.inference import clip_features
 from marlin_jax.models import heads, partition, softmax_attention, vit
-from marlin_jax.weights.weights import Architecture, Weights
+from marlin_jax.weights.architecture import Architecture
+from marlin_jax.weights.weights import Weights
 
 Pytree = Any
 

@@ -16,7 +16,7 @@ from flax import nnx
 from marlin_jax.data.clip_geometry import imagenet_normalised
 from marlin_jax.models import partition
 from marlin_jax.models.mae import Encoder
-from marlin_jax.weights.weights import Architecture
+from marlin_jax.weights.architecture import Architecture
 
 
 def to_tokens(x: jax.Array, architecture: Architecture) -> jax.Array:

@@ -21,7 +21,7 @@ from marlin_jax.inference.face_windows import (
 )
 
 if TYPE_CHECKING:
-  from marlin_jax.weights.weights import Architecture
+  from marlin_jax.weights.architecture import Architecture
 
 # For videos without usable timestamps.
 _DEFAULT_FPS = 30.0

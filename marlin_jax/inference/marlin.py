@@ -28,7 +28,8 @@ from marlin_jax.models import softmax_attention
 from marlin_jax.models.mae import MAE, Encoder
 from marlin_jax.pretraining.pretext_task import PretextTask
 from marlin_jax.weights import formats, published
-from marlin_jax.weights.weights import Architecture, Weights, WeightsError
+from marlin_jax.weights.architecture import Architecture
+from marlin_jax.weights.weights import Weights, WeightsError
 
 
 class Marlin:

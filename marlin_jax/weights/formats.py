@@ -19,12 +19,8 @@ from marlin_jax.weights import (
   safetensors_folder,
   videomae,
 )
-from marlin_jax.weights.weights import (
-  Architecture,
-  Weights,
-  WeightsError,
-  of_modules,
-)
+from marlin_jax.weights.architecture import Architecture
+from marlin_jax.weights.weights import Weights, WeightsError, of_modules
 
 # The source of an untrained encoder.
 RANDOM = "random"

@@ -18,7 +18,8 @@ import numpy as np
 
 from marlin_jax.data.clip_geometry import IMAGENET_MEAN, IMAGENET_STD
 from marlin_jax.weights import name_tables, safetensors_folder, videomae
-from marlin_jax.weights.weights import Architecture, Weights, WeightsError
+from marlin_jax.weights.architecture import Architecture
+from marlin_jax.weights.weights import Weights, WeightsError
 
 # Class -> (prefix of the encoder's names, name of its final norm).
 CLASSES = {

@@ -14,12 +14,8 @@ import numpy as np
 
 from marlin_jax.models.vit import NORM_EPS
 from marlin_jax.weights import name_tables, torch_files
-from marlin_jax.weights.weights import (
-  Architecture,
-  Weights,
-  WeightsError,
-  eps_notice,
-)
+from marlin_jax.weights.architecture import Architecture
+from marlin_jax.weights.weights import Weights, WeightsError, eps_notice
 
 _SUFFIXES = (".pt", ".ckpt")
 _MLP = ("mlp.layers.0.linear", "mlp.layers.1.linear")

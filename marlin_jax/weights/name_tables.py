@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from marlin_jax.weights.weights import Architecture, WeightsError
+from marlin_jax.weights.architecture import Architecture
+from marlin_jax.weights.weights import WeightsError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,8 @@ import safetensors
 import safetensors.numpy
 
 from marlin_jax.records import folders
-from marlin_jax.weights.weights import Architecture, Weights, WeightsError
+from marlin_jax.weights.architecture import Architecture
+from marlin_jax.weights.weights import Weights, WeightsError
 
 CONFIG = "config.json"
 ARRAYS = "model.safetensors"

@@ -12,7 +12,7 @@ import dataclasses
 
 import numpy as np
 
-from marlin_jax.weights.weights import Architecture
+from marlin_jax.weights.architecture import Architecture
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,12 +17,8 @@ import numpy as np
 
 from marlin_jax.models.vit import sincos_positions
 from marlin_jax.weights import name_tables, torch_files
-from marlin_jax.weights.weights import (
-  Architecture,
-  Weights,
-  WeightsError,
-  eps_notice,
-)
+from marlin_jax.weights.architecture import Architecture
+from marlin_jax.weights.weights import Weights, WeightsError, eps_notice
 
 _NORM_EPS = 1e-6
 _MLP = ("mlp.fc1", "mlp.fc2")

@@ -31,7 +31,8 @@ def make(name: str, size: str, on_video: bool) -> Callable[[], object]:
   import jax
   from flax import nnx
 
-  from marlin_jax.weights.weights import Architecture, of_modules
+  from marlin_jax.weights.architecture import Architecture
+  from marlin_jax.weights.weights import of_modules
 
   architecture = Architecture(*SIZES[size])
   encoder = nnx.to_pure_dict(nnx.state(architecture.make_autoencoder()))

@@ -26,7 +26,8 @@ from marlin_jax.inference.feature_folder import FeatureFolder, Origin, Span
 from marlin_jax.inference.marlin import Marlin
 from marlin_jax.records.folders import OutputFolderError
 from marlin_jax.weights import safetensors_folder
-from marlin_jax.weights.weights import Architecture, Weights
+from marlin_jax.weights.architecture import Architecture
+from marlin_jax.weights.weights import Weights
 from tests.support import authors
 from tests.support.files import content, read_lines
 from tests.support.processes import ROOT

@@ -17,7 +17,8 @@ from marlin_jax.inference.clips import read_clips
 from marlin_jax.pretraining import train_step
 from marlin_jax.pretraining.pretext_task import PretextTask, reconstruct_batch
 from marlin_jax.weights import safetensors_folder
-from marlin_jax.weights.weights import Architecture, WeightsError, of_modules
+from marlin_jax.weights.architecture import Architecture
+from marlin_jax.weights.weights import WeightsError, of_modules
 from tests.support.videos import moving_noise, shared_video, write_video
 
 SIZES = {

@@ -14,7 +14,8 @@ from marlin_jax.weights import (
   safetensors_folder,
   videomae,
 )
-from marlin_jax.weights.weights import Architecture, Weights, encoder_sha256
+from marlin_jax.weights.architecture import Architecture
+from marlin_jax.weights.weights import Weights, encoder_sha256
 from tests.support import authors, labelled_data
 from tests.support.labelled_data import LABELS, draw_face, metric, renamed, run
 

@@ -15,7 +15,8 @@ from marlin_jax.records.folders import OutputFolderError
 from marlin_jax.training.configuration import ConfigError
 from marlin_jax.weights import formats, safetensors_folder
 from marlin_jax.weights import run_checkpoint as orbax
-from marlin_jax.weights.weights import Architecture, Weights, WeightsError
+from marlin_jax.weights.architecture import Architecture
+from marlin_jax.weights.weights import Weights, WeightsError
 from tests.support import labelled_data
 from tests.support.labelled_data import (
   LABELS,

@@ -17,7 +17,7 @@ from marlin_jax.downstream import (
 )
 from marlin_jax.inference import marlin
 from marlin_jax.weights import formats
-from marlin_jax.weights.weights import Architecture
+from marlin_jax.weights.architecture import Architecture
 from tests.support import labelled_data
 from tests.support.labelled_data import (
   LABELS,

@@ -10,7 +10,7 @@ from marlin_jax.devices import sharding
 from marlin_jax.downstream import feature_cache, quick_probe
 from marlin_jax.downstream.tasks import TaskError
 from marlin_jax.weights import formats
-from marlin_jax.weights.weights import Architecture
+from marlin_jax.weights.architecture import Architecture
 from tests.support.files import rows_of
 from tests.support.labelled_data import LABELS, Video, make, renamed, write
 from tests.support.training_runs import refused, run, train

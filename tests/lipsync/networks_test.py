@@ -24,7 +24,8 @@ from marlin_jax.lipsync.networks.quality_discriminator import (
 from marlin_jax.lipsync.networks.sync_expert import SyncExpert
 from marlin_jax.lipsync.networks.wav2lip import Wav2Lip
 from marlin_jax.weights import name_tables
-from marlin_jax.weights.weights import Architecture, WeightsError
+from marlin_jax.weights.architecture import Architecture
+from marlin_jax.weights.weights import WeightsError
 from tests.support import torch_lipsync
 
 # Relative to the largest absolute value.

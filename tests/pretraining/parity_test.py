@@ -23,7 +23,8 @@ from marlin_jax.pretraining.masking import Masking
 from marlin_jax.pretraining.pretext_task import PretextTask
 from marlin_jax.weights import marlin_pytorch as marlin_format
 from marlin_jax.weights import name_tables, torch_files
-from marlin_jax.weights.weights import Architecture, Weights, of_modules
+from marlin_jax.weights.architecture import Architecture
+from marlin_jax.weights.weights import Weights, of_modules
 from tests.support import authors
 
 # On two busy cores L and the steps of B take minutes.

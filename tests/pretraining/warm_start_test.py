@@ -9,7 +9,8 @@ import pytest
 from configs import pretrain_b
 from marlin_jax.pretraining import build, warm_start
 from marlin_jax.weights import videomae
-from marlin_jax.weights.weights import Architecture, Weights, WeightsError
+from marlin_jax.weights.architecture import Architecture
+from marlin_jax.weights.weights import Weights, WeightsError
 
 TINY = Architecture(
   width=16,

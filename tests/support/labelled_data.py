@@ -18,7 +18,8 @@ from marlin_jax.eval import configuration
 from marlin_jax.eval.evaluation import evaluate
 from marlin_jax.records import folders, schema
 from marlin_jax.weights import safetensors_folder
-from marlin_jax.weights.weights import Architecture, of_modules
+from marlin_jax.weights.architecture import Architecture
+from marlin_jax.weights.weights import of_modules
 from tests.support.processes import ROOT, seeing_devices
 
 SIZE = schema.FRAME_SIZE

@@ -16,7 +16,7 @@ from marlin_jax.devices import sharding
 from marlin_jax.lipsync.networks import build
 from marlin_jax.lipsync.networks.functional import split_network
 from marlin_jax.lipsync.training import expert_step, generator_step
-from marlin_jax.weights.weights import Architecture
+from marlin_jax.weights.architecture import Architecture
 
 NUM_CLIPS, NUM_STEPS, SIZE = 8, 2, 32
 

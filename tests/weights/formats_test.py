@@ -20,7 +20,8 @@ from marlin_jax.weights import (
   safetensors_folder,
   videomae,
 )
-from marlin_jax.weights.weights import Architecture, Weights, WeightsError
+from marlin_jax.weights.architecture import Architecture
+from marlin_jax.weights.weights import Weights, WeightsError
 from tests.support import authors
 
 TINY = Architecture(

@@ -23,7 +23,8 @@ from marlin_jax.lipsync.networks.sync_expert import SyncExpert
 from marlin_jax.lipsync.networks.wav2lip import Wav2Lip
 from marlin_jax.models import softmax_attention
 from marlin_jax.weights import run_checkpoint
-from marlin_jax.weights.weights import Architecture, Weights, WeightsError
+from marlin_jax.weights.architecture import Architecture
+from marlin_jax.weights.weights import Weights, WeightsError
 
 Meta = Mapping[str, Any]
 Generator = MarlinGenerator | Wav2Lip

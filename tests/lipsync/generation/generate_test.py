@@ -27,7 +27,8 @@ from marlin_jax.lipsync.generation.generate import (
 )
 from marlin_jax.lipsync.networks import build
 from marlin_jax.lipsync.networks.functional import split_network
-from marlin_jax.weights.weights import Architecture, WeightsError
+from marlin_jax.weights.architecture import Architecture
+from marlin_jax.weights.weights import WeightsError
 from tests.support.sounds import CLICK_SECS, clicks, write_sound
 from tests.support.videos import moving_noise, write_video
 

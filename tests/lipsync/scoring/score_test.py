@@ -20,7 +20,7 @@ from marlin_jax.lipsync.scoring import (
   talking_video,
 )
 from marlin_jax.records import mel_spectrogram
-from marlin_jax.weights.weights import Architecture
+from marlin_jax.weights.architecture import Architecture
 from tests.support import labelled_data, talking_mouths
 
 NUM_FRAMES = 60

@@ -28,7 +28,7 @@ from marlin_jax.lipsync.training import (
 from marlin_jax.records import mel_spectrogram
 from marlin_jax.training.checkpoint import ResumeError
 from marlin_jax.training.configuration import ConfigError
-from marlin_jax.weights.weights import Architecture
+from marlin_jax.weights.architecture import Architecture
 from tests.support import talking_mouths
 from tests.support.files import arrays_of, rows_of
 from tests.support.processes import on_eight_devices
