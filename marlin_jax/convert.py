@@ -124,7 +124,7 @@ def convert(args: argparse.Namespace) -> None:
     read_options["drop_classifier"] = True
   weights = formats.read(source, args.source_format, **read_options)
   print(f"{source}: {describe(weights.architecture)}")
-  kept = weights.encoder_only() if args.encoder_only else weights
+  converted = weights.encoder_only() if args.encoder_only else weights
 
   # --- Write ------------------------------------------------------------------
   target = Path(args.dst).expanduser()
@@ -140,7 +140,7 @@ def convert(args: argparse.Namespace) -> None:
     target,
     f"writing {args.target_format}",
     write_options,
-    kept,
+    converted,
   )
   for notice in notices:
     print(f"note: {notice}")
@@ -151,7 +151,7 @@ def convert(args: argparse.Namespace) -> None:
     args.target_format,
     # From the source, what files of the target's format do not hold.
     **{
-      name: getattr(kept.architecture, name)
+      name: getattr(converted.architecture, name)
       for name in _NOT_IN_FILE.get(args.target_format, ())
     },
   )
@@ -159,7 +159,7 @@ def convert(args: argparse.Namespace) -> None:
   check(
     (source, args.source_format or formats.format_of(source), weights),
     (target, args.target_format, back),
-    _clip(args.clip, kept.architecture),
+    _clip(args.clip, converted.architecture),
   )
 
 

@@ -134,8 +134,8 @@ def _chunked_forward(at_once, q, k, v):
   return out, (q, k, v, out, log_sum)
 
 
-def _chunked_backward(at_once, kept, grad):
-  q, k, v, out, log_sum = kept
+def _chunked_backward(at_once, residuals, grad):
+  q, k, v, out, log_sum = residuals
   mean = (grad.astype(jnp.float32) * out).sum(-1, keepdims=True)
   return _over_heads(at_once, _mix_backward, q, k, v, log_sum, grad, mean)
 

@@ -52,8 +52,8 @@ class Memory:
 
   @property
   def total(self) -> int:
-    kept = self.arguments + self.outputs - self.reused
-    return kept + self.temporaries + self.code
+    in_and_out = self.arguments + self.outputs - self.reused
+    return in_and_out + self.temporaries + self.code
 
 
 @dataclasses.dataclass(frozen=True)

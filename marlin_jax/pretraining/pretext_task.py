@@ -26,7 +26,7 @@ from marlin_jax.weights.architecture import Architecture
 
 @dataclasses.dataclass(frozen=True)
 class PretextTask:
-  """What the encoder sees and what the decoder predicts.
+  """Input of the encoder and target of the decoder.
 
   Attributes:
     tubelets: the token grid.

@@ -203,7 +203,7 @@ class Architecture:
 
   @property
   def prefix(self) -> str:
-    """What precedes the autoencoder's own names in the names of arrays."""
+    """Prefix of the autoencoder's arrays in Weights and `shapes`."""
     return "" if self.has_decoder else "encoder."
 
   def shapes(self) -> dict[str, tuple[int, ...]]:

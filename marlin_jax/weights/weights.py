@@ -176,19 +176,21 @@ def encoder_sha256(weights: Weights) -> str:
   return digest.hexdigest()
 
 
-def eps_notice(architecture: Architecture, eps: float, whose: str) -> list[str]:
+def eps_notice(
+  architecture: Architecture, eps: float, reader: str
+) -> list[str]:
   """Returns a notice if a format cannot store the LayerNorm epsilon.
 
   Args:
     architecture: of the weights.
     eps: the epsilon that readers of the format use.
-    whose: those readers, for the message.
+    reader: name of those readers, for the message.
   """
   if architecture.norm_eps == eps:
     return []
   return [
     f"LayerNorm's epsilon is {architecture.norm_eps:g} in these weights and "
-    f"{eps:g} in {whose}: features differ slightly"
+    f"{eps:g} in {reader}: features differ slightly"
   ]
 
 
