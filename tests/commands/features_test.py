@@ -1,4 +1,4 @@
-"""Features of video files: from the library, and of folders by the binary."""
+"""Features of video files by `Marlin`, and of folders by the command."""
 
 import dataclasses
 import json
@@ -15,7 +15,6 @@ import pyarrow.parquet
 import pytest
 
 from marlin_jax import features
-from marlin_jax.inference import stream
 from marlin_jax.inference.face_windows import (
   FaceVideoError,
   NoFaceError,
@@ -82,7 +81,7 @@ def test_features_are_those_of_the_windows(tmp_path, marlin, total):
   np.testing.assert_array_equal(found, np.stack(expected))
 
 
-def test_batches_change_nothing_but_the_last_digit(tmp_path, marlin):
+def test_batch_size_changes_features_by_rounding_only(tmp_path, marlin):
   path = noise_video(tmp_path / "v.mp4", 70)
   one = marlin.extract_video(path, stride=2, batch_size=1)
   assert one.shape == (11, 32)
@@ -91,7 +90,7 @@ def test_batches_change_nothing_but_the_last_digit(tmp_path, marlin):
     np.testing.assert_allclose(found, one, rtol=0, atol=1e-5)
 
 
-def test_a_place_in_the_batch_changes_not_a_bit(marlin):
+def test_features_do_not_depend_on_the_place_in_the_batch(marlin):
   np_rng = np.random.default_rng(0)
   clips = np_rng.integers(0, 256, (4, 16, 32, 32, 3), np.uint8)
   here = np.asarray(marlin.extract_features(clips))
@@ -123,7 +122,7 @@ def test_reductions_are_over_windows(tmp_path, marlin):
   )
 
 
-def test_options_choose_windows_and_mistakes_are_refused(tmp_path, marlin):
+def test_options_select_windows_and_wrong_ones_are_refused(tmp_path, marlin):
   path = noise_video(tmp_path / "v.mp4", 70)
   assert len(marlin.extract_video(path, sample_rate=1)) == 5
   assert len(marlin.extract_video(path, sample_rate=1, stride=8)) == 8
@@ -146,11 +145,11 @@ def test_real_footage_with_and_without_cropping(marlin, face_models, name):
   assert np.abs(whole - face).max() > 0.01
 
 
-def test_windows_and_features_are_the_authors_under_their_rule(monkeypatch):
+def test_windows_and_features_equal_the_authors_under_their_rule(monkeypatch):
   path = shared_video("cropped01.mp4")
   weights = random_weights(dataclasses.replace(TINY, image_size=224))
   theirs = authors.network(weights)
-  # Theirs asks a program for the frame count, which need not be installed.
+  # The authors' code gets the frame count from ffprobe, which may be missing.
   streams = [{"nb_frames": "143"}]
   monkeypatch.setattr("ffmpeg.probe", lambda _: {"streams": streams})
   expected = theirs.extract_video(str(path)).numpy()
@@ -165,7 +164,7 @@ def test_no_face_is_an_error(tmp_path, marlin, face_models):
     marlin.extract_video(path, crop_face=True)
 
 
-# --- The binary ---------------------------------------------------------------
+# --- Command ------------------------------------------------------------------
 
 
 def make_videos(folder: Path) -> Path:
@@ -187,7 +186,7 @@ def videos(tmp_path_factory) -> Path:
 
 
 def run(*args: object) -> int:
-  """Runs the binary in this process, which has JAX loaded already."""
+  """Runs the command in this process, which has loaded JAX."""
   handler = signal.getsignal(signal.SIGTERM)
   try:
     return features.main([*map(str, args), "--num_workers", "1"])
@@ -232,7 +231,7 @@ def test_bad_videos_are_quarantined_with_reason_and_hash(extracted):
     assert len(line["sha256"]) == 64
 
 
-def test_a_second_run_does_nothing(extracted, videos, checkpoint, capsys):
+def test_a_second_run_changes_nothing(extracted, videos, checkpoint, capsys):
   before = {
     name: (extracted / f"{name}.npz").stat().st_mtime_ns for name in GOOD
   }
@@ -257,18 +256,18 @@ def test_other_settings_are_refused(
   assert run(*same, "--checkpoint", checkpoint, "--stride", 20) == 1
   assert "--stride" in capsys.readouterr().err
   assert content(extracted) == before
-  # The same weights elsewhere are the same checkpoint.
+  # The same weights at another path are the same checkpoint.
   shutil.copytree(checkpoint, tmp_path / "copy")
   assert run(*same, "--checkpoint", tmp_path / "copy") == 0
 
 
-def test_only_what_changed_is_done_again(
+def test_only_changed_videos_are_extracted_again(
   extracted, videos, checkpoint, tmp_path, capsys
 ):
   mine = shutil.copytree(videos, tmp_path / "videos")
   out = shutil.copytree(extracted, tmp_path / "out")
-  noise_video(mine / "half.avi", 5)  # mended
-  shutil.copy(mine / "a/text.mp4", mine / "b/33.mp4")  # broken
+  noise_video(mine / "half.avi", 5)  # repaired
+  shutil.copy(mine / "a/text.mp4", mine / "b/33.mp4")  # damaged
   (out / "a/1.mp4.npz").write_bytes(b"")  # half a file
   os.utime(mine / "b/16.mp4")  # touched: the hash is what counts
   assert run(mine, "--checkpoint", checkpoint, "--output", out) == 0
@@ -300,7 +299,9 @@ def test_a_killed_run_is_completed_to_the_same_bytes(
   assert content(out) == content(extracted)
 
 
-def test_parquet_holds_the_same(extracted, videos, checkpoint, tmp_path):
+def test_parquet_holds_the_same_features(
+  extracted, videos, checkpoint, tmp_path
+):
   out = tmp_path / "out"
   args = ("--checkpoint", checkpoint, "--output", out, "--batch_size", 4)
   assert run(videos / "a", *args, "--format", "parquet") == 0
@@ -371,7 +372,7 @@ def test_two_videos_without_a_face_are_a_failure(
   assert [line["source"] for line in lines] == ["one.mp4", "two.mp4"]
 
 
-def test_inputs_and_outputs_of_no_use_are_refused(
+def test_bad_inputs_and_outputs_are_refused(
   videos, checkpoint, tmp_path, capsys
 ):
   shutil.copytree(videos / "a", tmp_path / "a")
@@ -391,17 +392,3 @@ def test_one_run_at_a_time(tmp_path):
     pytest.raises(OutputFolderError, match="another run is writing"),
   ):
     FeatureFolder(tmp_path, {"format": "npz"})
-
-
-def test_stream_of_clips_is_taken_a_batch_ahead_and_no_more(marlin):
-  taken = []
-
-  def clips():
-    for i in range(7):
-      taken.append(i)
-      yield np.full((16, 32, 32, 3), i, np.uint8)
-
-  results = stream.encode(marlin.extract_features, clips(), batch_size=2)
-  next(results)
-  assert taken == [0, 1, 2, 3]
-  assert len(list(results)) == 6

@@ -1,4 +1,4 @@
-"""Hiding parts of a video and filling them in: library and binary."""
+"""Masking and reconstruction of videos by `Marlin` and by the command."""
 
 import functools
 import signal
@@ -71,10 +71,10 @@ def tokens_of(marlin, video):
   return marlin.architecture.tubelets.patchify(np.asarray(video))
 
 
-# --- The library --------------------------------------------------------------
+# --- Library ------------------------------------------------------------------
 
 
-def test_visible_patches_are_the_originals_own_and_the_others_are_not(
+def test_visible_patches_equal_the_original_and_masked_ones_differ(
   marlin, batch
 ):
   result = marlin.reconstruct(
@@ -90,7 +90,7 @@ def test_visible_patches_are_the_originals_own_and_the_others_are_not(
   pixels = (made * 255).round()
   np.testing.assert_array_equal(pixels[visible], original[visible])
   assert (pixels[~visible] != original[~visible]).mean() > 0.95
-  # Also as pictures.
+  # The same in the views.
   shown = [tokens_of(marlin, view) for view in result.views().frames]
   np.testing.assert_array_equal(shown[0], original)
   for view in shown[1:]:
@@ -98,7 +98,7 @@ def test_visible_patches_are_the_originals_own_and_the_others_are_not(
 
 
 @pytest.mark.parametrize("norm_pix", [False, True])
-def test_it_gives_the_numbers_of_the_training_evaluation(batch, norm_pix):
+def test_losses_equal_those_of_the_training_evaluation(batch, norm_pix):
   marlin = Marlin(make_weights(norm_pix=norm_pix))
   result = marlin.reconstruct(
     batch["video"], regions=batch["regions"], ratio=0.75, seed=3
@@ -124,7 +124,7 @@ def test_it_gives_the_numbers_of_the_training_evaluation(batch, norm_pix):
     np.testing.assert_allclose(getattr(result, name), expected[name], rtol=1e-5)
 
 
-def test_a_perfect_normalised_prediction_gives_back_the_original(batch):
+def test_a_perfect_normalised_prediction_reconstructs_the_original(batch):
   architecture = make_weights(norm_pix=True).architecture
   task = PretextTask.from_architecture(architecture, "random", 0.75)
   keys = jax.random.split(jax.random.key(0), 3)
@@ -143,7 +143,9 @@ def test_a_perfect_normalised_prediction_gives_back_the_original(batch):
   assert result["loss_pixels"] < 1e-12
 
 
-def test_input_as_videomae_wants_it_makes_no_difference(marlin, weights, batch):
+def test_imagenet_input_does_not_change_the_reconstruction(
+  marlin, weights, batch
+):
   how = {"regions": batch["regions"], "ratio": 0.75}
   other = Marlin(weights.with_imagenet_input())
   assert other.architecture.imagenet_input
@@ -156,7 +158,7 @@ def test_input_as_videomae_wants_it_makes_no_difference(marlin, weights, batch):
 
 def test_a_video_is_read_window_by_window_and_joined(marlin, noise):
   result = marlin.reconstruct(noise, strategy="tube", ratio=0.5)
-  # 8 frames a window: one at 0, and one moved back to end with the 13th.
+  # Windows of 8 frames: one from 0, one moved back to end with the 13th.
   assert result.clips.frame_numbers.tolist() == [[0, 2, 4, 6], [5, 7, 9, 11]]
   assert result.clips.fps == pytest.approx(15)
   assert result.clips.regions is None
@@ -209,12 +211,12 @@ def test_without_a_decoder_the_error_says_so(weights, batch):
   ],
   ids=["regions_missing", "regions_shape", "strategy", "ratio", "nothing_left"],
 )
-def test_what_cannot_be_hidden_is_refused(marlin, batch, changes, message):
+def test_wrong_masking_arguments_are_refused(marlin, batch, changes, message):
   with pytest.raises(ValueError, match=message):
     marlin.reconstruct(batch["video"], **changes)
 
 
-def test_clips_that_are_no_uint8_pixels_are_refused(marlin, batch):
+def test_clips_that_are_not_uint8_are_refused(marlin, batch):
   with pytest.raises(ValueError, match="float64, expected uint8"):
     marlin.reconstruct(batch["video"] / 255, strategy="tube")
 
@@ -227,7 +229,7 @@ def test_attention_maps_of_clips_are_independent(marlin, batch):
   np.testing.assert_allclose(alone.heads[0], maps.heads[1], rtol=1e-4)
 
 
-# --- The binary ---------------------------------------------------------------
+# --- Command ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +288,7 @@ def test_an_mp4_has_the_speed_of_the_video(folder, noise, tmp_path):
   assert (frames[0].height, frames[0].width) == SIZE
 
 
-def test_attention_is_drawn_and_shared_out_among_regions(
+def test_attention_is_rendered_and_shared_among_regions(
   face_models, tmp_path, capsys
 ):
   video = shared_video("cropped04.mp4")
@@ -347,7 +349,7 @@ def test_flags_are_checked_before_anything_is_read(capsys, flags, message):
   assert message in capsys.readouterr().err
 
 
-def test_a_file_that_is_no_video_is_named(folder, tmp_path, capsys):
+def test_an_undecodable_file_is_named(folder, tmp_path, capsys):
   path = tmp_path / "text.mp4"
   path.write_text("no video")
   args = [path, "--checkpoint", folder, "--output", tmp_path / "a.png"]

@@ -1,4 +1,4 @@
-"""The parts of an evaluation, on features and labels with a known answer."""
+"""Tasks, subsets, probes, protocols and heads, on data with known answers."""
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,7 @@ def test_labels_that_do_not_fit_are_refused(name, rule, words):
     task_of(name, **rule)
 
 
-def test_all_that_is_wrong_with_a_configuration_is_told_together():
+def test_all_problems_of_a_configuration_are_reported_together():
   config = eval_far.get_config()
   config.modes, config.pool, config.knn.k = "", "max", 0
   with pytest.raises(ConfigError, match=r"3 problem\(s\)") as error:
@@ -99,7 +99,7 @@ def test_all_that_is_wrong_with_a_configuration_is_told_together():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_small_part_is_inside_a_large_one_and_has_every_stratums_share(seed):
+def test_subsets_are_nested_and_stratified(seed):
   np_rng = np.random.default_rng(seed)
   strata = np_rng.choice(4, 1000, p=[0.7, 0.2, 0.07, 0.03])
   people = [str(i) for i in range(1000)]
@@ -125,7 +125,7 @@ def test_the_videos_of_a_person_stay_together():
   assert len(part) == np.isin(person, person[part]).sum()
 
 
-def test_of_several_labels_the_rarest_is_the_stratum():
+def test_the_stratum_is_the_rarest_label():
   nan = np.nan
   targets = np.array(
     [[1, 0, 0], [1, 1, 0], [1, 1, nan], [0, 0, 0], [1, 0, 1]], float
@@ -138,7 +138,7 @@ def test_of_several_labels_the_rarest_is_the_stratum():
 
 
 def drawn(num: int, seed: int, noise: float = 0.5):
-  """Features in which two directions tell two labels."""
+  """Draws features of which two directions determine two labels."""
   np_rng = np.random.default_rng(seed)
   x = 3 + 2 * np_rng.normal(size=(num, 16)).astype(np.float32)
   mixing = np.random.default_rng(9).normal(size=(16, 2))
@@ -152,13 +152,13 @@ def never(probe) -> float:
   return 0.0
 
 
-def test_the_probe_is_sklearns_logistic_regression():
+def test_the_probe_equals_sklearns_logistic_regression():
   x, y = drawn(200, 0, noise=4.0)
   y[:30, 1] = np.nan
   probe = logistic.fit(BINARY, x, y, (0.01,), never, 500)
   for k, known in ((0, slice(None)), (1, slice(30, None))):
     z = (x - x.mean(0)) / x.std(0)
-    # Ours is the mean over all that is known; theirs the sum, and C = 1 / it.
+    # Our loss is the mean over known labels, sklearn's is the sum: C = 1 / sum.
     total = 200 + 170
     theirs = linear_model.LogisticRegression(
       C=1 / (0.01 * total), tol=1e-10, max_iter=5000
@@ -170,7 +170,7 @@ def test_the_probe_is_sklearns_logistic_regression():
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e3])
-def test_the_probe_finds_the_known_answer_on_any_scale(scale):
+def test_the_probe_separates_labels_at_any_feature_scale(scale):
   (x, y), (new_x, new_y) = drawn(400, 0), drawn(200, 1)
   probe = logistic.fit(BINARY, scale * x, y, (1e-3, 1e-2), never, 500)
   found = BINARY.probabilities(probe.logits(scale * new_x))
@@ -185,7 +185,7 @@ def test_shuffled_labels_give_chance():
   assert 0.4 < BINARY.auc(new_y, found, micro=False) < 0.6
 
 
-def test_the_penalty_is_chosen_by_the_validation_split():
+def test_the_penalty_is_selected_on_the_validation_split():
   x, y = drawn(30, 0, noise=8.0)
   new_x, new_y = drawn(400, 1, noise=8.0)
 
@@ -202,7 +202,7 @@ def test_the_penalty_is_chosen_by_the_validation_split():
   assert best.penalty > 1e-6
 
 
-def test_classes_are_found_too():
+def test_the_probe_separates_classes():
   np_rng = np.random.default_rng(0)
   centres = 4 * np_rng.normal(size=(3, 16))
   targets = np_rng.integers(0, 3, 300).astype(float)
@@ -215,19 +215,19 @@ def test_classes_are_found_too():
   np.testing.assert_allclose(found.sum(axis=1), 1)
 
 
-def test_the_papers_steps_find_the_known_answer_too():
+def test_the_papers_gradient_steps_separate_labels():
   (x, y), (new_x, new_y) = drawn(256, 0), drawn(200, 1)
   config = eval_far.get_config().paper
   config.max_epochs, config.lr = 60, 0.02
   mesh = sharding.make_mesh()
   probe = learner.linear_probe(BINARY, 16, config, mesh, seed=0)
-  wanted, known = BINARY.encode(y)
+  labels, known = BINARY.encode(y)
   order = clip_batches.Order(np.arange(256), 0)
 
   def batches(step):
     while True:
       rows = order.rows(step, config.batch_size)
-      yield x[rows], wanted[rows], known[rows]
+      yield x[rows], labels[rows], known[rows]
       step += 1
 
   def predict(trained):
@@ -246,12 +246,12 @@ def test_the_papers_steps_find_the_known_answer_too():
   assert fitted.losses[-1] < fitted.losses[0] / 2
 
 
-def test_a_loss_that_is_no_number_ends_a_training():
+def test_a_loss_that_is_not_finite_ends_a_training():
   x, y = drawn(32, 0)
   config = eval_far.get_config().paper
   probe = learner.linear_probe(BINARY, 16, config, sharding.make_mesh(), 0)
-  wanted, known = BINARY.encode(y)
-  batches = iter([(x * np.nan, wanted, known)] * 9)
+  labels, known = BINARY.encode(y)
+  batches = iter([(x * np.nan, labels, known)] * 9)
   with pytest.raises(NotFiniteError, match="loss of round 1 is nan"):
     fit.fit(
       probe,
@@ -265,7 +265,7 @@ def test_a_loss_that_is_no_number_ends_a_training():
 # --- Neighbours ---------------------------------------------------------------
 
 
-def test_neighbours_vote_as_sklearns_do():
+def test_neighbours_equal_sklearns():
   x, y = drawn(150, 0)
   new_x, _ = drawn(40, 1)
   found = knn.predict(new_x, x, y, np.ones_like(y), k=7, temperature=0.07)
@@ -275,53 +275,55 @@ def test_neighbours_vote_as_sklearns_do():
   np.testing.assert_allclose(found, theirs.predict(new_x), atol=1e-6)
 
 
-def test_who_is_unknown_has_no_vote():
+def test_unknown_labels_have_no_vote():
   x = np.eye(3, dtype=np.float32)
-  wanted = np.array([[0.0], [1.0], [1.0]])
+  labels = np.array([[0.0], [1.0], [1.0]])
   known = np.array([[0.0], [1.0], [1.0]])
   near_the_first = np.array([[1.0, 0.01, 0.0]], np.float32)
-  found = knn.predict(near_the_first, x, wanted, known, k=2, temperature=1.0)
+  found = knn.predict(near_the_first, x, labels, known, k=2, temperature=1.0)
   assert found[0, 0] == 1.0
-  found = knn.predict(near_the_first, x, wanted, known, k=1, temperature=1.0)
-  assert found[0, 0] == 1.0  # of nobody: the mean of all that are known
+  found = knn.predict(near_the_first, x, labels, known, k=1, temperature=1.0)
+  assert found[0, 0] == 1.0  # no votes: the mean of all known labels
 
 
 # --- Protocols ----------------------------------------------------------------
 
 
-def test_the_rate_falls_as_pytorchs_plateau():
+def test_the_plateau_equals_pytorchs():
   np_rng = np.random.default_rng(0)
   losses = np.exp(-np.arange(200) / 20) + 0.02 * np_rng.random(200)
   weight = torch.nn.Parameter(torch.zeros(1))
-  theirs_optimiser = torch.optim.Adam([weight], lr=1e-4)
+  torch_optimiser = torch.optim.Adam([weight], lr=1e-4)
   theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
-    theirs_optimiser, factor=0.5, patience=7, min_lr=1e-8
+    torch_optimiser, factor=0.5, patience=7, min_lr=1e-8
   )
   ours = protocols.Plateau(np.float32(1e-4))
   rates = []
   for loss in losses:
     theirs.step(loss)
     ours.update(loss, factor=0.5, patience=7)
-    rates.append(theirs_optimiser.param_groups[0]["lr"])
+    rates.append(torch_optimiser.param_groups[0]["lr"])
     assert ours.lr == pytest.approx(rates[-1], rel=1e-6)
   assert rates[-1] < 1e-5
 
 
-def test_the_papers_training_ends_with_the_rate():
+def test_the_papers_training_ends_at_the_lowest_rate():
   config = eval_far.get_config().paper
   config.lr, config.patience, config.batch_size = 2e-6, 1, 8
   x, y = drawn(8, 0)
   probe = learner.linear_probe(BINARY, 16, config, sharding.make_mesh(), 0)
-  wanted, known = BINARY.encode(y)
-  # Nothing known: the loss is 0 and never falls.
-  batches = iter([(x, wanted, 0 * known)] * 99)
+  labels, known = BINARY.encode(y)
+  # No label is known: the loss is 0 and never falls.
+  batches = iter([(x, labels, 0 * known)] * 99)
   fitted = fit.fit(
     probe, protocols.plan_training(config, 8), lambda _: batches, never, seed=0
   )
-  assert fitted.num_rounds == 3  # a best, two without gain, then half the rate
+  assert (
+    fitted.num_rounds == 3
+  )  # one best, two without gain, then half the rate
 
 
-def test_steps_are_pytorchs_adam_with_the_papers_betas():
+def test_steps_equal_pytorchs_adam_with_the_papers_betas():
   x, y = drawn(32, 0)
   config = eval_far.get_config().paper
   probe = learner.linear_probe(BINARY, 16, config, sharding.make_mesh(), 0)
@@ -332,14 +334,14 @@ def test_steps_are_pytorchs_adam_with_the_papers_betas():
     theirs.weight.copy_(torch.tensor(start["kernel"].T))
     theirs.bias.copy_(torch.tensor(start["bias"]))
   adam = torch.optim.Adam(theirs.parameters(), lr=1e-2, betas=(0.5, 0.9))
-  wanted, known = BINARY.encode(y)
+  labels, known = BINARY.encode(y)
   for _ in range(5):
     state, loss = probe.step(
-      state, x, wanted, known, jax.random.key(0), np.float32(1e-2)
+      state, x, labels, known, jax.random.key(0), np.float32(1e-2)
     )
     adam.zero_grad()
     their_loss = torch.nn.functional.binary_cross_entropy_with_logits(
-      theirs(torch.tensor(x)), torch.tensor(wanted)
+      theirs(torch.tensor(x)), torch.tensor(labels)
     )
     their_loss.backward()
     adam.step()
@@ -351,7 +353,7 @@ def test_steps_are_pytorchs_adam_with_the_papers_betas():
   )
 
 
-def test_rates_fall_from_the_last_layer_to_the_first():
+def test_rates_decay_from_the_last_layer_to_the_first():
   params = {
     "encoder": {
       "patch_embedding": {"kernel": jnp.ones((4, 2))},
@@ -370,7 +372,7 @@ def test_rates_fall_from_the_last_layer_to_the_first():
   assert encoder["norm"]["scale"] == found["head"]["linear"]["kernel"] == 1
 
 
-def test_an_order_passes_over_all_before_any_comes_again():
+def test_an_order_visits_all_examples_before_repeating_any():
   order = clip_batches.Order(np.arange(10, 17), 0)
   rows = np.concatenate([order.rows(step, 5) for step in range(7)])
   for first in range(0, 35, 7):
@@ -381,7 +383,7 @@ def test_an_order_passes_over_all_before_any_comes_again():
 # --- Networks -----------------------------------------------------------------
 
 
-def test_branches_are_dropped_more_often_the_deeper():
+def test_deeper_branches_are_dropped_more_often():
   keep = vit.drop_path(jax.random.key(0), 0.5, 5, 4000)
   assert keep.shape == (5, 2, 4000)
   np.testing.assert_array_equal(keep[0], 1)
@@ -390,7 +392,7 @@ def test_branches_are_dropped_more_often_the_deeper():
   np.testing.assert_allclose(keep.mean(axis=(1, 2)), 1, atol=0.05)
 
 
-def test_a_dropped_branch_leaves_the_tokens_as_they_are():
+def test_a_dropped_branch_keeps_its_input():
   size = vit.Size(width=8, depth=2, num_heads=2, mlp_dim=16)
   stack = vit.Transformer(size, vit.Execution(), 1e-5, nnx.Rngs(0))
   x = jax.random.normal(jax.random.key(0), (3, 4, 8))
@@ -400,7 +402,7 @@ def test_a_dropped_branch_leaves_the_tokens_as_they_are():
   np.testing.assert_allclose(y[::2], stack(x)[::2], atol=1e-6)
 
 
-def test_the_attentive_head_is_pytorchs_attention_with_one_query():
+def test_the_attentive_head_equals_pytorchs_attention_with_one_query():
   head = heads.AttentiveHead(8, 3, nnx.Rngs(0), num_heads=2)
   x = np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)
   theirs = torch.nn.MultiheadAttention(8, 2, batch_first=True)
@@ -421,7 +423,7 @@ def test_the_attentive_head_is_pytorchs_attention_with_one_query():
 # --- Thresholds ---------------------------------------------------------------
 
 
-def test_a_rare_label_is_cut_where_validation_says_but_not_under_paper():
+def test_thresholds_come_from_validation_except_under_the_papers_protocol():
   targets = np.array([[0.0], [0], [0], [0], [1]])
   p = np.array([[0.1], [0.1], [0.1], [0.2], [0.3]])
   found = measures.Predictions(["v"] * 5, ["p"] * 5, targets, p)

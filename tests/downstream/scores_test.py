@@ -9,15 +9,15 @@ from sklearn import calibration, metrics
 from marlin_jax.downstream import scores
 
 
-def sklearn(function, *args, **how):
-  """Its value; it warns where something is not defined."""
+def sklearn(function, *args, **options):
+  """Calls a function of sklearn without its warnings of undefined scores."""
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    return function(*args, **how)
+    return function(*args, **options)
 
 
 def draw(kind: str, num: int = 60):
-  """Labels and probabilities of 1."""
+  """Draws labels and probabilities of label 1."""
   np_rng = np.random.default_rng(len(kind))
   labels = (np_rng.random(num) < 0.3).astype(float)
   probabilities = np.clip(0.3 * labels + np_rng.random(num) * 0.7, 0, 1)
@@ -44,7 +44,7 @@ KINDS = (
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_ranking_scores_are_sklearns(kind, weighted):
+def test_ranking_scores_equal_sklearns(kind, weighted):
   labels, p = draw(kind)
   weights = None
   if weighted:
@@ -58,7 +58,7 @@ def test_ranking_scores_are_sklearns(kind, weighted):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_curve_is_sklearns(kind):
+def test_the_roc_curve_equals_sklearns(kind):
   labels, p = draw(kind)
   ours = scores.roc_curve(labels, p)
   theirs = sklearn(metrics.roc_curve, labels, p, drop_intermediate=False)[:2]
@@ -67,12 +67,12 @@ def test_the_curve_is_sklearns(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_decisions_of_one_label_are_scored_as_by_sklearn(kind):
+def test_scores_of_one_label_equal_sklearns(kind):
   labels, p = draw(kind)
-  found = scores.per_label(labels[:, None], p[:, None], 0.5)
+  scored = scores.per_label(labels[:, None], p[:, None], 0.5)
   predicted = p > 0.5
   if len(set(labels)) == 1:
-    assert np.isnan(found["balanced_accuracy"][0])
+    assert np.isnan(scored["balanced_accuracy"][0])
   else:
     for name, expected in {
       "accuracy": metrics.accuracy_score(labels, predicted),
@@ -82,15 +82,15 @@ def test_decisions_of_one_label_are_scored_as_by_sklearn(kind):
         labels, predicted, average="weighted", zero_division=0
       ),
     }.items():
-      assert found[name][0] == pytest.approx(expected), name
-  assert found["positives"][0] == labels.sum()
+      assert scored[name][0] == pytest.approx(expected), name
+  assert scored["positives"][0] == labels.sum()
 
 
-def test_several_labels_are_averaged_as_by_sklearn():
+def test_averages_over_labels_equal_sklearns():
   np_rng = np.random.default_rng(0)
   targets = (np_rng.random((80, 5)) < 0.4).astype(float)
   p = np.clip(0.2 * targets + 0.8 * np_rng.random((80, 5)), 0, 1)
-  found = scores.binary_scores(targets, p)
+  scored = scores.binary_scores(targets, p)
   expected = {
     "accuracy": (targets == (p > 0.5)).mean(),
     "auc_micro": metrics.roc_auc_score(targets, p, average="micro"),
@@ -99,7 +99,7 @@ def test_several_labels_are_averaged_as_by_sklearn():
     "f1": metrics.f1_score(targets, p > 0.5, average="macro"),
   }
   for name, value in expected.items():
-    assert found[name] == pytest.approx(value), name
+    assert scored[name] == pytest.approx(value), name
 
 
 def test_unknown_labels_do_not_count():
@@ -107,23 +107,23 @@ def test_unknown_labels_do_not_count():
   targets = (np_rng.random((80, 3)) < 0.4).astype(float)
   p = np_rng.random((80, 3))
   targets[np_rng.random((80, 3)) < 0.3] = np.nan
-  targets[:, 2] = np.nan  # of which nothing is known
+  targets[:, 2] = np.nan  # an unknown label
   known = ~np.isnan(targets)
-  found = scores.binary_scores(targets, p)
-  assert found["auc_micro"] == pytest.approx(
+  scored = scores.binary_scores(targets, p)
+  assert scored["auc_micro"] == pytest.approx(
     metrics.roc_auc_score(targets[known], p[known])
   )
-  each = [
+  aucs = [
     metrics.roc_auc_score(targets[known[:, k], k], p[known[:, k], k])
     for k in (0, 1)
   ]
-  assert found["auc"] == pytest.approx(np.mean(each))
+  assert scored["auc"] == pytest.approx(np.mean(aucs))
   nothing = scores.binary_scores(np.full((4, 2), np.nan), p[:4, :2])
   assert all(np.isnan(value) for value in nothing.values())
 
 
 @pytest.mark.parametrize("absent", [False, True])
-def test_classes_are_scored_as_by_sklearn(absent):
+def test_scores_of_classes_equal_sklearns(absent):
   np_rng = np.random.default_rng(0)
   targets = np_rng.integers(0, 3 if absent else 4, 90).astype(float)
   p = np_rng.dirichlet(np.ones(4), 90)
@@ -131,7 +131,7 @@ def test_classes_are_scored_as_by_sklearn(absent):
   p /= p.sum(axis=1, keepdims=True)
   if absent:
     p[:, 3] = 0.0  # never predicted either
-  found = scores.class_scores(targets, p)
+  scored = scores.class_scores(targets, p)
   predicted = p.argmax(axis=1)
   expected = {
     "accuracy": metrics.accuracy_score(targets, predicted),
@@ -142,7 +142,7 @@ def test_classes_are_scored_as_by_sklearn(absent):
   if not absent:
     expected["auc"] = metrics.roc_auc_score(targets, p, multi_class="ovr")
   for name, value in expected.items():
-    assert found[name] == pytest.approx(value), name
+    assert scored[name] == pytest.approx(value), name
   np.testing.assert_array_equal(
     scores.confusion(targets, predicted, 4),
     metrics.confusion_matrix(targets, predicted, labels=range(4)),
@@ -154,7 +154,7 @@ def test_classes_are_scored_as_by_sklearn(absent):
 
 
 @pytest.mark.parametrize("kind", ["random", "ties", "perfect"])
-def test_calibration_is_that_of_sklearns_curve(kind):
+def test_calibration_error_equals_sklearns_curve(kind):
   labels, p = draw(kind)
   true, predicted = calibration.calibration_curve(labels, p, n_bins=15)
   edges = np.linspace(0, 1, 16)[1:-1]
@@ -164,7 +164,7 @@ def test_calibration_is_that_of_sklearns_curve(kind):
   assert scores.calibration_error(labels, p) == pytest.approx(expected)
 
 
-def test_whole_weights_are_repetitions():
+def test_integer_weights_equal_repeated_examples():
   np_rng = np.random.default_rng(0)
   targets = (np_rng.random((30, 2)) < 0.5).astype(float)
   classes = np_rng.integers(0, 3, 30).astype(float)
@@ -175,12 +175,12 @@ def test_whole_weights_are_repetitions():
   of_classes = scores.class_scores(classes, q, weights)
   for column, repeats in enumerate(times.T):
     chosen = np.repeat(np.arange(30), repeats)
-    for found, expected in (
+    for scored, expected in (
       (several, scores.binary_scores(targets[chosen], p[chosen], 0.3)),
       (of_classes, scores.class_scores(classes[chosen], q[chosen])),
     ):
       for name, value in expected.items():
-        assert found[name][column] == pytest.approx(float(value)), name
+        assert scored[name][column] == pytest.approx(float(value)), name
 
 
 def test_the_threshold_has_the_highest_balanced_accuracy():
@@ -194,7 +194,7 @@ def test_the_threshold_has_the_highest_balanced_accuracy():
   assert scores.best_threshold(np.zeros(3), np.ones(3)) == 0.5
 
 
-def test_predictions_that_are_no_numbers_are_refused():
+def test_predictions_that_are_not_finite_are_refused():
   with pytest.raises(ValueError, match="1 of 2 predictions are not finite"):
     scores.roc_auc(np.array([0.0, 1.0]), np.array([0.5, np.nan]))
   with pytest.raises(ValueError, match="expected the same"):

@@ -1,4 +1,4 @@
-"""Weights of MARLIN and VideoMAE are evaluated as the same weights of ours."""
+"""Evaluations of MARLIN's and VideoMAE's files equal those of our format."""
 
 import dataclasses
 
@@ -19,9 +19,9 @@ from marlin_jax.weights.weights import Weights, encoder_sha256
 from tests.support import authors, labelled_data
 from tests.support.labelled_data import LABELS, draw_face, metric, renamed, run
 
-# Of a published width: .pt and .pth do not say how many heads there are.
+# A published width, from which the number of heads of .pt and .pth follows.
 MARLIN = Architecture(384, 1, 6, 64, num_frames=4)
-# The file does not say how many frames; 16 are taken for granted.
+# The file does not store the number of frames; 16 are assumed.
 VIDEOMAE = dataclasses.replace(
   MARLIN, num_frames=16, imagenet_input=True, norm_eps=1e-6
 )
@@ -29,7 +29,7 @@ VIDEOMAE = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-  """Videos of one window each."""
+  """A data set of videos with one window each."""
 
   def short(i, np_rng):
     video = draw_face(i, np_rng)
@@ -56,7 +56,7 @@ def drawn(architecture):
 
 
 def evaluated(workdir, data, checkpoint):
-  """Results without what depends on the time or on the format."""
+  """Evaluates; removes the times from the results."""
   results = run(
     eval_far,
     workdir,
@@ -73,14 +73,14 @@ def evaluated(workdir, data, checkpoint):
 
 
 def features_of(workdir, split):
-  """(V, D), as the evaluation kept them."""
+  """Returns the cached features (V, D) of an evaluation."""
   for settings in sorted(workdir.glob("features/features-*/settings.json")):
     if f'"split": "{split}"' in settings.read_text():
       return np.load(settings.with_name("000000000.npy"))
   raise AssertionError(f"no features of {split} in {workdir}")
 
 
-def test_the_authors_own_files_have_the_numbers_and_features_of_the_authors(
+def test_the_authors_files_give_their_features_and_the_same_scores(
   data, tmp_path
 ):
   weights = drawn(MARLIN)
@@ -108,7 +108,7 @@ def test_the_authors_own_files_have_the_numbers_and_features_of_the_authors(
   )
 
 
-def test_videomaes_files_have_the_numbers_of_the_same_weights(data, tmp_path):
+def test_videomae_files_give_the_same_scores(data, tmp_path):
   weights = drawn(VIDEOMAE)
   safetensors_folder.write(weights, tmp_path / "ours")
   want = evaluated(tmp_path / "w", data, tmp_path / "ours")
@@ -118,6 +118,6 @@ def test_videomaes_files_have_the_numbers_of_the_same_weights(data, tmp_path):
   assert got["checkpoint"]["architecture"]["imagenet_input"]
   assert got["checkpoint"]["sha256"] == want["checkpoint"]["sha256"]
   assert got["cells"] == want["cells"]
-  # The same bits again, so there is no need to compute.
+  # The same bits, so a third evaluation is not needed.
   transformers = formats.read(tmp_path / "hf")
   assert encoder_sha256(transformers) == want["checkpoint"]["sha256"]

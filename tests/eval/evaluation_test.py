@@ -29,12 +29,12 @@ from tests.support.labelled_data import (
   write_random,
 )
 
-# --- The binaries -------------------------------------------------------------
+# --- Commands -----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def far(face_data, tmp_path_factory):
-  """A low-data evaluation with two modes: results, workdir, output."""
+  """Results, workdir and output of a low-data evaluation with two modes."""
   workdir = tmp_path_factory.mktemp("far")
   result = command(
     "far",
@@ -50,7 +50,7 @@ def far(face_data, tmp_path_factory):
   return results, workdir, result.stdout
 
 
-def test_far_leaves_every_number_and_shows_a_table(far):
+def test_far_writes_all_scores_and_prints_a_table(far):
   results, workdir, output = far
   assert (workdir / "results.txt").read_text().strip() in output
   assert "bright" not in output  # the table is of tasks, not of labels
@@ -62,7 +62,7 @@ def test_far_leaves_every_number_and_shows_a_table(far):
   assert len(results["tasks"]["appearance"]["split_sha256"]) == 64
   assert results["config"]["modes"] == "linear,knn"
   names = [cell["name"] for cell in results["cells"]]
-  # With all data, what is drawn from no seed is done once.
+  # With all data, deterministic modes run for one seed.
   assert names == ["appearance-constant"] + [
     f"appearance-{mode}-{what}"
     for mode in ("linear", "knn")
@@ -83,7 +83,7 @@ def test_far_leaves_every_number_and_shows_a_table(far):
   assert low["metrics"]["auc"]["std"] is not None
 
 
-def test_far_leaves_predictions_and_pictures(far, face_data):
+def test_far_writes_predictions_and_plots(far, face_data):
   results, workdir, _ = far
   with open(workdir / "predictions" / "appearance-linear-1-0.csv") as file:
     rows = list(csv.DictReader(file))
@@ -106,7 +106,7 @@ def test_far_leaves_predictions_and_pictures(far, face_data):
   } <= pictures
 
 
-def test_what_is_done_is_not_done_again(far, face_data, tmp_path, capsys):
+def test_finished_cells_are_not_run_again(far, face_data, tmp_path, capsys):
   results, workdir, _ = far
   before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*.np?")}
   again = run(
@@ -124,7 +124,7 @@ def test_what_is_done_is_not_done_again(far, face_data, tmp_path, capsys):
   for path, when in before.items():
     assert path.stat().st_mtime_ns == when
   assert metric({"summary": again["summary"][-5:]}, "linear") > 0.9
-  # The next call tells of what it did not do, too.
+  # Results include the cells of earlier calls.
   last = run(
     eval_far,
     workdir,
@@ -163,7 +163,7 @@ def test_fer_derives_sentiment_and_follows_the_papers_protocol(
   ]
   matrix = np.array(found["sentiment7"]["test"]["confusion"])
   assert matrix.shape == (7, 7)
-  # Of the seven three occur: -1, 0 and 1.
+  # Three of the seven classes occur: -1, 0 and 1.
   np.testing.assert_array_equal(
     matrix.sum(axis=1) > 0, [False, False, True, True, True, False, False]
   )
@@ -175,7 +175,7 @@ def test_fer_derives_sentiment_and_follows_the_papers_protocol(
   ]
 
 
-def test_dfd_is_the_same_on_two_devices_as_on_one(face_data, tmp_path):
+def test_dfd_gives_the_same_on_two_devices_as_on_one(face_data, tmp_path):
   changes = {
     "modes": "linear,finetune",
     "num_seeds": 1,
@@ -225,7 +225,7 @@ def test_dfd_is_the_same_on_two_devices_as_on_one(face_data, tmp_path):
     ),
   ],
 )
-def test_what_cannot_be_done_is_told_at_once(
+def test_impossible_evaluations_fail_before_any_work(
   face_data, tmp_path, changes, error, words
 ):
   with pytest.raises(error, match=words):
@@ -233,7 +233,7 @@ def test_what_cannot_be_done_is_told_at_once(
   assert not (tmp_path / "w").exists()
 
 
-def test_wrong_checkpoints_are_told_at_once(face_data, tmp_path):
+def test_wrong_checkpoints_fail_before_any_work(face_data, tmp_path):
   with pytest.raises(WeightsError, match="no weights at"):
     run(eval_far, tmp_path / "w", face_data, tmp_path / "x", tasks="mood")
   config = tiny(eval_far.get_config())
@@ -247,7 +247,7 @@ def test_wrong_checkpoints_are_told_at_once(face_data, tmp_path):
   assert not (tmp_path / "w").exists()
 
 
-def test_a_run_of_ours_is_evaluated_as_the_weights_it_holds(
+def test_a_workdir_gives_the_same_scores_as_its_exported_weights(
   face_data, tmp_path
 ):
   architecture = Architecture(
@@ -292,7 +292,7 @@ def test_a_run_of_ours_is_evaluated_as_the_weights_it_holds(
   assert metric(found[0], "knn") > 0.9
 
 
-def test_a_binary_tells_errors_in_a_line(face_data, tmp_path):
+def test_a_command_reports_errors_without_a_traceback(face_data, tmp_path):
   result = command("far", tmp_path, face_data, tasks="action")
   assert result.returncode == 1
   assert "error: task 'action' needs the label 'action'" in result.stderr
@@ -303,7 +303,7 @@ def test_a_binary_tells_errors_in_a_line(face_data, tmp_path):
 # --- Splits -------------------------------------------------------------------
 
 
-def test_people_in_two_splits_are_told_loudly(tmp_path, capsys):
+def test_people_in_two_splits_give_a_warning(tmp_path, capsys):
   make = labelled_data.make
   videos = make(8, draw_face)
   path = labelled_data.write(
@@ -324,7 +324,7 @@ def test_windows_cover_the_longest_track_across_records(face_data, tmp_path):
   assert len(split) == len(split.tracks) == 24
   windows = split.windows(clip)
   assert [w.start for w in windows] == [0, 2] * 24
-  # Number 1 is cut in two records.
+  # Video 1 is cut into two records.
   assert split.tracks[1].lengths == (6, 4)
   (found,) = clip_batches.ClipReader(split, clip).read([windows[3]])
   frames = labelled_data.make(24, draw_face)[1].frames.astype(float)

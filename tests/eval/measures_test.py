@@ -1,4 +1,4 @@
-"""Bootstrap intervals cover what they say."""
+"""Bootstrap intervals: coverage and groups."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ def measure(values):
   return lambda weights: {"mean": values @ weights / weights.sum(0)}
 
 
-def test_an_interval_covers_the_truth_about_as_often_as_it_says():
+def test_intervals_have_their_nominal_coverage():
   np_rng = np.random.default_rng(0)
   covered = 0
   for seed in range(200):
@@ -21,9 +21,9 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says():
   assert 0.88 < covered / 200 < 0.99
 
 
-def test_people_and_not_videos_are_drawn():
+def test_the_bootstrap_draws_people_not_videos():
   np_rng = np.random.default_rng(0)
-  # Ten videos of each person, which are all the same.
+  # Ten identical videos of each person.
   values = np.repeat(np_rng.normal(size=20), 10)
   people = np.repeat(np.arange(20), 10).astype(str)
   videos = np.arange(200).astype(str)
@@ -37,5 +37,7 @@ def test_people_and_not_videos_are_drawn():
 
 
 def test_one_person_gives_no_interval():
-  found = measures.bootstrap(measure(np.ones(5)), ["a"] * 5, num_resamples=10)
-  assert np.isnan(found["mean"]).all()
+  intervals = measures.bootstrap(
+    measure(np.ones(5)), ["a"] * 5, num_resamples=10
+  )
+  assert np.isnan(intervals["mean"]).all()

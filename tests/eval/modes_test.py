@@ -1,4 +1,4 @@
-"""Features, probes and fine-tuning of a tiny encoder on small data sets."""
+"""Features, probes and finetuning of a tiny encoder on small data sets."""
 
 import jax
 import numpy as np
@@ -40,7 +40,7 @@ def frozen(config):
   return weights, feature_cache.FrozenEncoder(weights, mesh, "float32", "auto")
 
 
-def test_features_are_the_encoders_whatever_the_batch(face_data, tmp_path):
+def test_features_do_not_depend_on_the_batch_size(face_data, tmp_path):
   weights, encoder = frozen(tiny(eval_far.get_config()))
   split = splits.open_split(str(face_data), "val", tmp_path)
   clip = weights.architecture.clip
@@ -57,7 +57,7 @@ def test_features_are_the_encoders_whatever_the_batch(face_data, tmp_path):
     np.testing.assert_allclose(features, expected, atol=1e-5)
 
 
-def test_features_that_are_lost_or_cut_short_are_computed_again(
+def test_missing_and_damaged_features_are_computed_again(
   face_data, tmp_path, monkeypatch
 ):
   monkeypatch.setattr(feature_cache, "PART_WINDOWS", 8)
@@ -81,8 +81,8 @@ def test_features_that_are_lost_or_cut_short_are_computed_again(
   assert changed == parts[1:3]
 
 
-def test_a_probe_on_features_is_the_probe_end_to_end(tmp_path):
-  """The same steps, through a frozen encoder and on its features."""
+def test_a_probe_on_features_equals_a_probe_on_the_frozen_encoder(tmp_path):
+  """Takes the same steps on features and through the frozen encoder."""
 
   def one_window(i, np_rng):
     video = draw_face(i, np_rng)
@@ -104,7 +104,7 @@ def test_a_probe_on_features_is_the_probe_end_to_end(tmp_path):
     num_threads=2,
   )
   task = tasks.make_task("mood", tasks.read_labels(str(data)), {}, "")
-  wanted, known = task.encode(task.targets(split.labels["mood"]))
+  labels, known = task.encode(task.targets(split.labels["mood"]))
   mesh = sharding.make_mesh()
   on_features = learner.linear_probe(task, 32, config.paper, mesh, seed=3)
   end_to_end = learner.on_encoder(
@@ -133,7 +133,7 @@ def test_a_probe_on_features_is_the_probe_end_to_end(tmp_path):
   )
   key = jax.random.key(0)
   for rows, clips in batches:
-    args = (wanted[rows], known[rows], key, np.float32(1e-2))
+    args = (labels[rows], known[rows], key, np.float32(1e-2))
     one, loss = on_features.step(one, features[rows], *args)
     other, other_loss = end_to_end.step(other, clips, *args)
     assert float(loss) == pytest.approx(float(other_loss), abs=1e-5)
@@ -147,9 +147,9 @@ def test_a_probe_on_features_is_the_probe_end_to_end(tmp_path):
 
 
 def needle(i: int, np_rng: np.random.Generator) -> Video:
-  """Noise, with a faint pattern in it that is there or is its negative.
+  """Draws noise with a faint pattern or its negative.
 
-  A random encoder hardly sees it; one that may learn can look for it.
+  A random encoder hardly sees the pattern; a finetuned one learns it.
   """
   pattern = np.random.default_rng(7).choice([-1, 1], (7, 7, 3))
   label = int(np_rng.integers(2))
@@ -176,7 +176,7 @@ def test_fine_tuning_moves_the_encoder_and_beats_the_probe(tmp_path):
     },
     {"needle": Label(BINARY, ("needle",))},
   )
-  # Its inputs have mean 0: else all but the mean is learned slowly.
+  # Inputs of mean 0: otherwise all but the mean is learned slowly.
   architecture = Architecture(
     width=8,
     depth=1,
@@ -210,13 +210,13 @@ def test_fine_tuning_moves_the_encoder_and_beats_the_probe(tmp_path):
   assert metric(results, "linear") < 0.9
 
 
-def test_every_array_of_the_encoder_learns_when_it_may(face_data, tmp_path):
+def test_every_trained_array_changes(face_data, tmp_path):
   config = tiny(eval_far.get_config())
   weights = formats.open_encoder("random", config.random)
   task = tasks.make_task("mood", tasks.read_labels(str(face_data)), {}, "")
   np_rng = np.random.default_rng(0)
   clips = np_rng.integers(0, 256, (4, 4, SIZE, SIZE, 3), np.uint8)
-  wanted, known = task.encode(np.array([0.0, 1.0, 2.0, 1.0]))
+  labels, known = task.encode(np.array([0.0, 1.0, 2.0, 1.0]))
   for attentive, frozen_ in ((False, False), (True, True)):
     head = learner.on_encoder(
       task,
@@ -235,7 +235,7 @@ def test_every_array_of_the_encoder_learns_when_it_may(face_data, tmp_path):
     assert ("encoder" in before) == (not frozen_)
     for step in range(2):
       key = jax.random.key(step)
-      state, _ = head.step(state, clips, wanted, known, key, np.float32(1e-2))
+      state, _ = head.step(state, clips, labels, known, key, np.float32(1e-2))
     still = [
       jax.tree_util.keystr(path)
       for (path, a), b in zip(
@@ -252,7 +252,7 @@ class Stopped(Exception):
   pass
 
 
-def test_a_stopped_fine_tuning_goes_on_to_the_same_bits(
+def test_a_resumed_finetuning_gives_the_same_bits(
   face_data, tmp_path, monkeypatch
 ):
   changes = {
@@ -290,7 +290,7 @@ def test_a_stopped_fine_tuning_goes_on_to_the_same_bits(
   np.testing.assert_array_equal(a, b)
 
 
-def test_attention_heads_see_tokens(face_data, tmp_path):
+def test_the_attentive_mode_predicts_classes(face_data, tmp_path):
   results = run(
     eval_far,
     tmp_path,

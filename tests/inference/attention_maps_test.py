@@ -1,4 +1,4 @@
-"""Attention maps against a loop in NumPy, and their shares by region."""
+"""Attention maps equal a loop in NumPy; shares by region."""
 
 import math
 
@@ -25,7 +25,7 @@ def encoder():
     execution=vit.Execution(),
     rngs=nnx.Rngs(0),
   )
-  # Freshly drawn ones look almost evenly, and have no biases.
+  # Initial weights give almost uniform attention and zero biases.
   graphdef, state = nnx.split(model)
   np_rng = np.random.default_rng(0)
   drawn = jax.tree.map(
@@ -62,7 +62,7 @@ def gelu(x):
 
 
 def loop(encoder, patches):
-  """All matrices of one clip, float64 (L, H, N, N), head by head."""
+  """Returns all attention matrices of a clip, float64 (L, H, N, N)."""
   state = jax.tree.map(
     lambda x: np.asarray(x, np.float64), nnx.to_pure_dict(nnx.state(encoder))
   )
@@ -95,7 +95,7 @@ def test_maps_equal_a_loop_over_layers_heads_and_matrices(
   assert maps.rollout.shape == (2, TOKENS)
   for clip in range(2):
     matrices = loop(encoder, patches[clip])
-    assert matrices.std() > 0.05  # not all the same, which would prove nothing
+    assert matrices.std() > 0.05  # a uniform matrix would prove nothing
     np.testing.assert_allclose(
       maps.heads[clip], matrices.mean(axis=2), atol=2e-6
     )
@@ -114,9 +114,9 @@ def test_every_map_sums_to_one(maps):
 
 
 def blind(encoder, query_bias, key_kernel):
-  """The same network, where what is attended to depends on the keys alone.
+  """Returns the network with attention that depends on the keys alone.
 
-  Its blocks pass their input on as it is.
+  Its blocks return their input.
   """
   changed = nnx.clone(encoder)
 
@@ -136,16 +136,16 @@ def blind(encoder, query_bias, key_kernel):
   return changed
 
 
-def test_even_attention_rolls_out_evenly(encoder, patches):
+def test_uniform_attention_has_a_uniform_rollout(encoder, patches):
   even = blind(encoder, 0.0, np.zeros((WIDTH, WIDTH), np.float32))
   for values in attention_maps.attention_maps(even, patches):
     np.testing.assert_allclose(values, 1 / TOKENS, rtol=1e-5)
 
 
-def test_attention_to_one_token_alone_rolls_out_to_a_geometric_series(
+def test_rollout_of_attention_to_one_token_is_a_geometric_series(
   encoder, patches
 ):
-  # Only token 5 has anything in channel 0, which is all that heads look for.
+  # Only token 5 is non-zero in channel 0, the only one that keys use.
   target = 5
   key_kernel = np.zeros((WIDTH, WIDTH), np.float32)
   key_kernel[0] = 1.0
@@ -160,7 +160,7 @@ def test_attention_to_one_token_alone_rolls_out_to_a_geometric_series(
   maps = attention_maps.attention_maps(model, patches)
   only = np.eye(TOKENS)[target]
   np.testing.assert_allclose(maps.heads, only + 0 * maps.heads, atol=1e-6)
-  # Each layer sends half to the target and keeps half where it is.
+  # Each layer moves half of the flow to the target and keeps the other half.
   kept = 2.0**-DEPTH
   rollout = (1 - kept) * only + kept / TOKENS
   np.testing.assert_allclose(maps.rollout, [rollout] * 2, atol=1e-6)
@@ -170,7 +170,7 @@ def bits_of(*names):
   return sum(1 << REGIONS.index(name) for name in names)
 
 
-def test_a_patch_of_several_regions_is_split_among_them():
+def test_a_patch_in_several_regions_is_split_among_them():
   regions = np.array(
     [[[[bits_of("skin"), bits_of("skin", "nose")], [0, bits_of("hair")]]]],
     np.uint16,
@@ -201,7 +201,7 @@ def test_shares_of_every_map_sum_to_one(maps):
   np.testing.assert_allclose(attention_maps.area_shares(regions).sum(-1), 1)
 
 
-def test_shares_of_other_tokens_are_refused(maps):
+def test_shares_for_another_number_of_tokens_are_refused(maps):
   regions = np.ones((2, 2, 2, 2), np.uint16)
   with pytest.raises(ValueError, match=r"expected \(B, \.\.\., t\*h\*w\)"):
     attention_maps.region_shares(maps.rollout, regions)

@@ -1,4 +1,4 @@
-"""Pictures."""
+"""Stills, animations and heat maps."""
 
 import av
 import numpy as np
@@ -19,7 +19,7 @@ def make_views(norm_pix=False):
 
 
 def smooth_views(num_frames, height, width, num_views=2):
-  """Slow gradients, which no codec harms."""
+  """Returns smooth gradients, which codecs preserve."""
   t, y, x = np.meshgrid(
     *(np.linspace(0, 1, n) for n in (num_frames, height, width)), indexing="ij"
   )
@@ -40,14 +40,14 @@ def test_only_visible_tokens_show_in_the_middle_panel():
   assert (made == 255).all()
 
 
-def test_the_caption_tells_what_was_given_to_a_normalised_prediction():
+def test_the_caption_mentions_true_statistics_of_normalised_predictions():
   _, plain = make_views()
   _, normalised = make_views(norm_pix=True)
   assert plain.names[2] == "reconstruction"
   assert normalised.names[2] == "reconstruction (true mean, std)"
 
 
-def test_the_picture_holds_every_panel_of_every_clip():
+def test_the_still_shows_every_view_of_every_clip():
   video, views = make_views()
   picture = pictures.picture(views, num_frames=2)
   assert picture.dtype == np.uint8
@@ -61,7 +61,7 @@ def test_the_picture_holds_every_panel_of_every_clip():
       )
 
 
-def test_the_animation_has_a_picture_per_frame(tmp_path):
+def test_the_animation_has_an_image_per_frame(tmp_path):
   _, views = make_views()
   path = tmp_path / "clip.gif"
   pictures.save_animation(views, path, fps=10)
@@ -88,13 +88,13 @@ def test_an_mp4_plays_everywhere_and_shows_the_frames(tmp_path, size):
     shown = frame[22 : 22 + size[0], : size[1]]  # below the caption
     difference = np.abs(shown.astype(int) - expected)[1:-1, 1:-1]
     assert difference.mean() < 3
-  # The index comes first, so that it plays while it loads.
+  # The index comes first, so that playback starts while loading.
   data = path.read_bytes()
   assert data.index(b"moov") < data.index(b"mdat")
 
 
-def test_clips_are_joined_without_showing_a_frame_twice():
-  # The last clip is moved back to end with the video, and out of step.
+def test_joined_clips_show_no_frame_twice():
+  # The last clip is moved back to end with the video, at odd frames.
   numbers = np.array([[0, 2, 4, 6], [3, 5, 7, 9]])
   frames = np.arange(8, dtype=np.uint8).reshape(1, 2, 4, 1, 1, 1)
   views = pictures.Views(("a",), np.broadcast_to(frames, (1, 2, 4, 1, 1, 3)))
@@ -107,7 +107,7 @@ def test_clips_are_joined_without_showing_a_frame_twice():
   assert joined.frames[0, 0, :, 0, 0, 0].tolist() == [0, 1]
 
 
-def test_heat_is_where_the_numbers_are_and_leaves_the_original_alone():
+def test_heat_is_at_high_values_and_the_original_is_unchanged():
   video = np.full((1, 4, 32, 32, 3), 100, np.uint8)
   weights = np.full((1, 8), 1.0)
   weights[0, 7] = 9.0  # second half of the frames, lower right
@@ -119,11 +119,11 @@ def test_heat_is_where_the_numbers_are_and_leaves_the_original_alone():
   bright = heat[2, ..., 0]
   assert bright[-4:, -4:].min() > 150
   assert bright[:4, :].max() < 100
-  # Mean 2: from half of it to 4.5 times, less a percentile.
+  # The mean is 2: values are 0.5 and 4.5 times the mean, clipped by percentile.
   assert views.names == ("original", "rollout: 0.50-4.22 x mean")
 
 
-def test_even_heat_is_no_division_by_zero():
+def test_uniform_heat_does_not_divide_by_zero():
   video = np.zeros((1, 4, 32, 32, 3), np.uint8)
   views = pictures.heat_map(video, np.ones((1, 8)), GRID, "rollout")
   assert views.names[1] == "rollout: 1.00-1 x mean"
