@@ -146,12 +146,12 @@ def test_a_perfect_normalised_prediction_reconstructs_the_original(batch):
 def test_imagenet_input_does_not_change_the_reconstruction(
   marlin, weights, batch
 ):
-  how = {"regions": batch["regions"], "ratio": 0.75}
+  options = {"regions": batch["regions"], "ratio": 0.75}
   other = Marlin(weights.with_imagenet_input())
   assert other.architecture.imagenet_input
   np.testing.assert_allclose(
-    other.reconstruct(batch["video"], **how).reconstruction,
-    marlin.reconstruct(batch["video"], **how).reconstruction,
+    other.reconstruct(batch["video"], **options).reconstruction,
+    marlin.reconstruct(batch["video"], **options).reconstruction,
     atol=1e-5,
   )
 
