@@ -378,7 +378,7 @@ def _ratio(text: str) -> float:
 
 def _output(text: str) -> str:
   # Removing a file in a bucket expands these characters.
-  if "://" in text and set(text) & set("*?["):
+  if folders.is_remote(text) and set(text) & set("*?["):
     raise argparse.ArgumentTypeError(f"{text!r} contains one of * ? [")
   return text
 

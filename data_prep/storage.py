@@ -25,7 +25,7 @@ def path_of(text: str | os.PathLike) -> Path:
   Raises:
     OSError: the package that reads buckets is not installed.
   """
-  if "://" not in os.fspath(text):
+  if not folders.is_remote(text):
     return Path(text)
   from etils import epath
 
@@ -48,16 +48,11 @@ def disk_path(text: str) -> Path:
   Raises:
     argparse.ArgumentTypeError: the path is in a bucket.
   """
-  if "://" in text:
+  if folders.is_remote(text):
     raise argparse.ArgumentTypeError(
       f"{text} is in a bucket; copy it to a disk, or mount it"
     )
   return Path(text)
-
-
-def is_remote(path: os.PathLike) -> bool:
-  """Returns True for a path in a bucket."""
-  return "://" in os.fspath(path)
 
 
 def status(path: Path) -> tuple[bool, int, float]:
@@ -70,7 +65,7 @@ def status(path: Path) -> tuple[bool, int, float]:
     OSError: there is no such file.
   """
   info = path.stat()
-  if is_remote(path):
+  if folders.is_remote(path):
     return info.is_directory, info.length or 0, float(info.mtime)
   return stat.S_ISDIR(info.st_mode), info.st_size, info.st_mtime
 
@@ -92,7 +87,7 @@ def local(path: Path) -> Iterator[Path]:
   Raises:
     OSError: it cannot be downloaded.
   """
-  if not is_remote(path):
+  if not folders.is_remote(path):
     yield path
     return
   with tempfile.TemporaryDirectory() as scratch:
@@ -112,7 +107,7 @@ def partial_path(path: Path) -> Path:
   It is unique: two machines may do the same work if one was thought dead.
   """
   name = folders.partial_name(path.name)
-  if is_remote(path):
+  if folders.is_remote(path):
     return Path(tempfile.gettempdir()) / name
   return path.with_name(name)
 
@@ -125,7 +120,7 @@ def publish(source: Path, target: Path) -> None:
       bucket.
     target: replaced if it exists.
   """
-  if is_remote(target):
+  if folders.is_remote(target):
     from etils import epath
 
     epath.Path(source).copy(target, overwrite=True)
@@ -136,7 +131,7 @@ def publish(source: Path, target: Path) -> None:
 
 def remove_folder(path: Path) -> None:
   """Removes a folder and its content, if it exists."""
-  if not is_remote(path):
+  if not folders.is_remote(path):
     shutil.rmtree(path, ignore_errors=True)
   elif path.exists():
     path.rmtree()

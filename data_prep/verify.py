@@ -24,7 +24,11 @@ from marlin_jax.records import cli, folders, schema
 from marlin_jax.records.cli import UserError, counted
 
 if TYPE_CHECKING:
-  from data_prep.inspection.record_checks import Expected, FoundShard, Problems
+  from data_prep.inspection.record_checks import (
+    Expected,
+    Problems,
+    ShardContent,
+  )
 
 # Problems printed; the JSON report lists more.
 MAX_SHOWN = 20
@@ -119,7 +123,7 @@ def verify(dataset_dir: Path, num_workers: int) -> dict[str, Any]:
 def _report(
   dataset_dir: Path,
   entries: dict[str, ledger.Entry],
-  shards: list[FoundShard],
+  shards: list[ShardContent],
   problems: Problems,
   started_at: float,
 ) -> dict[str, Any]:
@@ -170,14 +174,14 @@ def _read_shards(
   expected: Expected,
   num_workers: int,
   problems: Problems,
-) -> list[FoundShard]:
+) -> list[ShardContent]:
   """Returns the content of each shard, in order; adds their problems."""
   from data_prep.engines import progress, workers
   from data_prep.inspection import record_checks
 
   sizes = [max(path.stat().st_size, 1) for path in paths]
   num_read = [0] * len(paths)
-  shards: dict[int, FoundShard] = {}
+  shards: dict[int, ShardContent] = {}
   with (
     contextlib.closing(
       workers.run_tasks(
@@ -198,7 +202,7 @@ def _read_shards(
         continue
       shard = event.value
       if event.kind == "died":
-        shard = record_checks.FoundShard(paths[event.task].name)
+        shard = record_checks.ShardContent(paths[event.task].name)
         problems.add("damaged", shard.name, event.value)
       shards[event.task] = shard
       bar.finish(event.task)

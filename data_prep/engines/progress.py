@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Self
 
 from data_prep import storage
 from data_prep.video import video_to_records
+from marlin_jax.records import folders
 
 if TYPE_CHECKING:
   from data_prep.output.ledger import Entry
@@ -123,7 +124,7 @@ class ProgressBar(TaskBar):
 
 
 def _size(source: Source) -> int:
-  if storage.is_remote(source.path):
+  if folders.is_remote(source.path):
     return 1  # asking a bucket for each of a million sizes takes hours
   try:
     return max(storage.size(source.path), 1)

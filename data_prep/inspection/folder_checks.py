@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.inspection import record_checks
-from data_prep.inspection.record_checks import Expected, FoundShard, Problems
+from data_prep.inspection.record_checks import Expected, Problems, ShardContent
 from data_prep.output import dataset_folder, ledger
 from data_prep.output.shards import features as tfds_features
 from data_prep.sources.listing import Label
@@ -158,7 +158,7 @@ def notes(entries: dict[str, ledger.Entry]) -> list[str]:
 def check_hashes(
   dataset_dir: Path,
   shard_split: dict[str, str],
-  shards: list[FoundShard],
+  shards: list[ShardContent],
   problems: Problems,
 ) -> None:
   """Compares the shards with hashes.json."""
@@ -177,7 +177,7 @@ def check_hashes(
 def check_places(
   settings: dict[str, Any],
   entries: dict[str, ledger.Entry],
-  shards: list[FoundShard],
+  shards: list[ShardContent],
   problems: Problems,
 ) -> None:
   """Checks that each video is in its shard and agrees with the ledger."""
@@ -226,14 +226,14 @@ def check_places(
 def check_quality(
   dataset_dir: Path,
   shard_split: dict[str, str],
-  shards: list[FoundShard],
+  shards: list[ShardContent],
   problems: Problems,
 ) -> None:
   """Compares the quality index with the records."""
   by_name = {shard.name: shard for shard in shards}
-  split_shards: dict[str, list[FoundShard]] = {}
+  split_shards: dict[str, list[ShardContent]] = {}
   for name in shard_split:
-    shard = by_name.get(name, FoundShard(name))
+    shard = by_name.get(name, ShardContent(name))
     split_shards.setdefault(quality_index.name_for(name), []).append(shard)
   for name, in_split in split_shards.items():
     path = dataset_dir / name
@@ -294,7 +294,7 @@ def check_tfds(
   dataset_dir: Path,
   expected: Expected,
   shard_split: dict[str, str],
-  shards: list[FoundShard],
+  shards: list[ShardContent],
   problems: Problems,
 ) -> None:
   """Opens the data set with TFDS, reads a record per split, compares counts."""

@@ -105,7 +105,7 @@ class Expected:
 
 
 @dataclasses.dataclass
-class FoundVideo:
+class VideoContent:
   """Content of a shard from one video.
 
   Attributes:
@@ -136,7 +136,7 @@ class FoundVideo:
 
 
 @dataclasses.dataclass
-class FoundShard:
+class ShardContent:
   """Content of a shard.
 
   Attributes:
@@ -153,7 +153,7 @@ class FoundShard:
   num_bytes: int = 0
   is_whole: bool = False
   num_records: int = 0
-  videos: dict[str, FoundVideo] = dataclasses.field(default_factory=dict)
+  videos: dict[str, VideoContent] = dataclasses.field(default_factory=dict)
   problems: Problems = dataclasses.field(default_factory=Problems)
 
   @property
@@ -165,15 +165,15 @@ class FoundShard:
 
 @contextlib.contextmanager
 def open_check(expected: Expected) -> Iterator[Any]:
-  """Yields work for `workers.run_tasks`: path of a shard -> FoundShard."""
+  """Yields work for `workers.run_tasks`: path of a shard -> ShardContent."""
 
-  def work(path: Path, report: Callable[[Any], None]) -> FoundShard:
-    found = FoundShard(path.name)
+  def work(path: Path, report: Callable[[Any], None]) -> ShardContent:
+    content = ShardContent(path.name)
     try:
-      check_shard(path, expected, found, report)
+      check_shard(path, expected, content, report)
     except OSError as e:  # a disk error or a missing permission
-      found.problems.add("damaged", path.name, f"cannot be read: {e}")
-    return found
+      content.problems.add("damaged", path.name, f"cannot be read: {e}")
+    return content
 
   yield work
 
@@ -181,7 +181,7 @@ def open_check(expected: Expected) -> Iterator[Any]:
 def check_shard(
   path: Path,
   expected: Expected,
-  found: FoundShard,
+  content: ShardContent,
   report: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
   """Reads and decodes everything in a shard.
@@ -189,52 +189,54 @@ def check_shard(
   Args:
     path: the shard.
     expected: expected properties of every record.
-    found: receives the content and the problems.
+    content: receives the content and the problems.
     report: called with the size in bytes of each record.
 
   Raises:
     OSError: the file cannot be read.
   """
-  found.num_bytes = path.stat().st_size
-  found.sha256 = folders.sha256_of(path)
+  content.num_bytes = path.stat().st_size
+  content.sha256 = folders.sha256_of(path)
   num_records = shards.num_records(path)
   if num_records is None:
-    what = f"not a whole ArrayRecord file ({found.num_bytes} bytes)"
-    found.problems.add("damaged", path.name, what)
+    what = f"not a whole ArrayRecord file ({content.num_bytes} bytes)"
+    content.problems.add("damaged", path.name, what)
     return
-  found.is_whole, found.num_records = True, num_records
+  content.is_whole, content.num_records = True, num_records
   previous = ""
   for number, data in shards.read_each(path, num_records):
     where = f"{path.name} record {number}"
     if isinstance(data, Exception):
-      found.problems.add("damaged", where, f"cannot be read: {data}")
+      content.problems.add("damaged", where, f"cannot be read: {data}")
       continue
     report(len(data))
     try:
       record = schema.decode(data)
     except ValueError as e:
-      found.problems.add("content", where, str(e))
+      content.problems.add("content", where, str(e))
       continue
     for problem in record_problems(record, expected):
-      found.problems.add("content", f"{where} ({record.name})", problem)
+      content.problems.add("content", f"{where} ({record.name})", problem)
     if record.video_id < previous:
       what = (
         f"{record.video_id!r} comes after {previous!r}, expected sorted by name"
       )
-      found.problems.add("content", where, what)
+      content.problems.add("content", where, what)
     previous = record.video_id
-    video = found.videos.setdefault(record.video_id, FoundVideo(record.labels))
+    video = content.videos.setdefault(
+      record.video_id, VideoContent(record.labels)
+    )
     if not same_labels(video.labels, record.labels):
       what = "labels differ from the video's first record"
-      found.problems.add("content", where, what)
+      content.problems.add("content", where, what)
     video.subject_ids.add(record.subject_id)
     video.quality.append(quality_index.row_of(record))
     part = record.segment, len(record)
     video.segments.setdefault(record.track_id, []).append(part)
-  for video_id, video in found.videos.items():
+  for video_id, video in content.videos.items():
     for problem in video_problems(video, expected.segment_frames):
       where = f"{path.name} {video_id!r}"
-      found.problems.add("content", where, problem)
+      content.problems.add("content", where, problem)
 
 
 def same_labels(first: Mapping, second: Mapping) -> bool:
@@ -351,7 +353,7 @@ def _sound_problems(record: Record, has_sound: bool) -> Iterator[str]:
     yield "mel is not finite"
 
 
-def video_problems(video: FoundVideo, segment_frames: int) -> Iterator[str]:
+def video_problems(video: VideoContent, segment_frames: int) -> Iterator[str]:
   """Yields the problems of a video's records taken together."""
   if sorted(video.segments) != list(range(len(video.segments))):
     yield (

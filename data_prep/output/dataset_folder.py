@@ -134,13 +134,14 @@ class DatasetFolder:
     index, count = task
     self._is_task = count > 1
     # A bucket has no locks.
-    has_locks = not storage.is_remote(path)
+    has_locks = not folders.is_remote(path)
     self._locks = [Lock(path, shared=self._is_task)] if has_locks else []
     try:
       if self._is_task and has_locks:
         name = f"task-{index}-of-{count}.lock"
         self._locks.append(Lock(self._parts, name))
-      self._found = ledger.read_json(path / folders.SETTINGS)
+      # Settings on disk before this run.
+      self._stored = ledger.read_json(path / folders.SETTINGS)
       self._settings = self._agree(recipe, num_shards, sources)
       self._sources = {source.video_id: source for source in sources}
       self._shards: dict[str, dict[str, Source]] = {
@@ -179,26 +180,25 @@ class DatasetFolder:
     sources: Sequence[Source],
   ) -> dict[str, Any]:
     """Returns the settings after comparing them with those of the folder."""
-    path = self.path / folders.SETTINGS
-    found = ledger.read_json(path)
+    stored = ledger.read_json(self.path / folders.SETTINGS)
     # Another task may be about to write the settings.
     strangers = [
       entry
       for entry in storage.listing(self.path)
       if entry != self._parts and entry.suffix != folders.PARTIAL_SUFFIX
     ]
-    if found is None and strangers:
+    if stored is None and strangers:
       raise OutputFolderError(
         f"{self.path} holds files but no settings.json, so it is not a data "
         "set of this program; choose an empty or new folder as --output"
       )
-    if found is None or not (self._is_task or self._holds_results()):
-      found = {**recipe, "num_shards": {}}
-    counts = found["num_shards"]
+    if stored is None or not (self._is_task or self._holds_results()):
+      stored = {**recipe, "num_shards": {}}
+    counts = stored["num_shards"]
     differences = [
-      f"{key} was {found.get(key)!r} and is now {recipe.get(key)!r}"
-      for key in sorted({*recipe, *found} - {"num_shards"})
-      if found.get(key) != recipe.get(key)
+      f"{key} was {stored.get(key)!r} and is now {recipe.get(key)!r}"
+      for key in sorted({*recipe, *stored} - {"num_shards"})
+      if stored.get(key) != recipe.get(key)
     ]
     if counts and num_shards not in (None, max(counts.values())):
       differences.append(
@@ -395,8 +395,8 @@ class DatasetFolder:
     Raises:
       OutputFolderError: another task has just begun it with other settings.
     """
-    found = ledger.read_json(self.path / folders.SETTINGS)
-    if self._is_task and found not in (None, self._found, self._settings):
+    stored = ledger.read_json(self.path / folders.SETTINGS)
+    if self._is_task and stored not in (None, self._stored, self._settings):
       raise OutputFolderError(
         f"another task has just begun {self.path} with other settings or "
         "another input; run this task again to see the difference"

@@ -36,7 +36,7 @@ def holds(path: Path, expected: int) -> bool:
   In a bucket only existence is checked: an object is whole, and counting its
   records would download it.
   """
-  if storage.is_remote(path):
+  if folders.is_remote(path):
     return path.exists()
   return num_records(path) == expected
 

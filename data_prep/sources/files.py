@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep import storage
 from data_prep.sources.listing import CLASS, Label, Listing, ManifestError, Row
+from marlin_jax.records import folders
 
 VIDEO_SUFFIXES = (
   *(".mp4", ".m4v", ".mov", ".3gp", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"),
@@ -88,7 +88,7 @@ def read_text(path: Path) -> str:
 
 def video_paths(root: Path) -> Iterator[str]:
   """Yields the videos below a folder, and links to folders outside it."""
-  if storage.is_remote(root):
+  if folders.is_remote(root):
     yield from _remote_paths(root, "")
     return
   real_root = os.path.realpath(root)

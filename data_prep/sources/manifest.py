@@ -20,6 +20,7 @@ from data_prep.sources import csv_table, files
 from data_prep.sources.files import is_below
 from data_prep.sources.layouts import LAYOUTS
 from data_prep.sources.listing import Label, Listing, ManifestError, Row
+from marlin_jax.records import folders
 
 MANIFEST_SUFFIXES = (".csv", ".txt")
 
@@ -176,7 +177,7 @@ def _listing(source: Path, root: Path | None, layout: str | None) -> Listing:
     )
   if not is_manifest:
     # The target of a link has the more telling name.
-    source = source if storage.is_remote(source) else source.resolve()
+    source = source if folders.is_remote(source) else source.resolve()
     return Listing(source.parent, [Row(0, source.name)])
   root = source.parent if root is None else root
   if not root.is_dir():
@@ -233,7 +234,7 @@ def _problem(row: Row, root: Path, modes: _Modes) -> str | None:
   problem = _text_problem(row)
   if problem is not None:
     return problem
-  if storage.is_remote(root):
+  if folders.is_remote(root):
     # Buckets have no links, and a request for each of a million rows takes
     # hours. A missing file is reported when it is downloaded.
     return None

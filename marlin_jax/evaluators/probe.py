@@ -16,8 +16,7 @@ from marlin_jax.inference import clip_features
 from marlin_jax.models import partition
 from marlin_jax.pretraining.course import PretrainingCourse
 from marlin_jax.pretraining.train_step import TrainState
-from marlin_jax.records import cli
-from marlin_jax.training import remote_files
+from marlin_jax.records import cli, folders
 from marlin_jax.training.loop import Result
 from marlin_jax.training.workdir import Workdir
 from marlin_jax.weights.architecture import Architecture
@@ -50,7 +49,7 @@ class Probe:
     """
     architecture = Architecture.from_config(config)
     cache = None
-    if not remote_files.is_remote(workdir.path):
+    if not folders.is_remote(workdir.path):
       cache = workdir.files.path / "probe"
     with distributed.process_0_first():
       data = quick_probe.open_data(config.probe, architecture.clip, path, cache)

@@ -42,6 +42,11 @@ def cache_home() -> Path:
   return Path(home).expanduser()
 
 
+def is_remote(path: str | os.PathLike) -> bool:
+  """Returns True for a path in a bucket (gs://)."""
+  return "://" in os.fspath(path)
+
+
 class Lock:
   """Keeps other runs out of a folder until closed or until the process ends.
 
@@ -135,7 +140,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
   In a bucket (gs://) it is written in place: an object appears whole.
   """
-  if "://" in os.fspath(path):
+  if is_remote(path):
     path.write_bytes(data)
     return
   with atomic_path(path) as partial:

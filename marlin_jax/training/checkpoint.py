@@ -18,8 +18,9 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from marlin_jax.models import stacking
+from marlin_jax.records import folders
 from marlin_jax.records.cli import UserError
-from marlin_jax.training import checksums, remote_files
+from marlin_jax.training import checksums
 
 Pytree = Any
 
@@ -95,7 +96,7 @@ def _unusable(directory: epath.Path, problems: dict[int, str]):
       # Saved before checksums existed, or the first checkpoint of a run that
       # was killed before it wrote them.
       return {s: p for s, p in problems.items() if s > step}
-    elif not remote_files.is_remote(path) or (path / marks[0]).exists():
+    elif not folders.is_remote(path) or (path / marks[0]).exists():
       damaged.append(f"  {step}: {problem}")
     # Else an unfinished save: buckets cannot rename.
   if damaged:
@@ -130,7 +131,7 @@ class Checkpoints:
   def __init__(self, directory: str, *, keep: int):
     """Opens or creates the directory; keeps the last `keep` checkpoints."""
     path = epath.Path(directory)
-    if not remote_files.is_remote(path):
+    if not folders.is_remote(path):
       path = path.absolute()  # not for gs://, which would become a local path
     self._manager = ocp.CheckpointManager(
       path,

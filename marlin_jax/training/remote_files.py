@@ -16,13 +16,9 @@ from pathlib import Path
 
 from etils import epath
 
+from marlin_jax.records import folders
 from marlin_jax.records.folders import OutputFolderError
 from marlin_jax.training.configuration import ConfigError
-
-
-def is_remote(path: str | epath.Path) -> bool:
-  """Returns True for a path in a bucket."""
-  return "://" in str(path)
 
 
 def check_reachable(*paths: str) -> None:
@@ -31,7 +27,7 @@ def check_reachable(*paths: str) -> None:
   Raises:
     ConfigError: the scheme is not gs://, or gcsfs is not installed.
   """
-  for path in filter(is_remote, paths):
+  for path in filter(folders.is_remote, paths):
     scheme = path.partition("://")[0]
     if scheme != "gs":
       raise ConfigError(

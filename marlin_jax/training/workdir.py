@@ -62,7 +62,7 @@ class Workdir:
     with contextlib.ExitStack() as stack:
       with distributed.process_0_first():
         if self._is_process_0:
-          if remote_files.is_remote(self.path):
+          if folders.is_remote(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
           else:
             lock = folders.Lock(Path(self.path), "lock")
@@ -110,7 +110,7 @@ class Workdir:
       text = self._config.to_json(indent=2) + "\n"
       (self.path / "config.json").write_text(text)
     self.files = remote_files.RunFiles(
-      self.path, apart=self._is_process_0 and remote_files.is_remote(self.path)
+      self.path, apart=self._is_process_0 and folders.is_remote(self.path)
     )
 
   def earlier_secs(self) -> dict[str, float] | None:
