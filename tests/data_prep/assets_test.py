@@ -1,4 +1,4 @@
-"""Files from outside are verified, and their faults are explained."""
+"""Downloads are verified, and errors explain what to do."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ NAME = "carphone_pristine.mp4"
 
 @pytest.fixture(scope="module")
 def true_videos() -> dict[str, bytes]:
-  """The sample videos, from the user's own cache or the package index."""
+  """Returns the sample videos, from the user's cache or the package index."""
   try:
     folder = assets.fetch_sample_videos()
   except assets.AssetError as e:
@@ -27,7 +27,7 @@ def true_videos() -> dict[str, bytes]:
 
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
-  """An empty cache, and a pip that reaches nothing but `tmp_path/wheels`."""
+  """Returns an empty cache; pip reaches only `tmp_path/wheels`."""
   wheels = tmp_path / "wheels"
   wheels.mkdir()
   monkeypatch.setenv("MARLIN_HOME", str(tmp_path / "home"))
@@ -84,8 +84,8 @@ def test_wheel_with_other_bytes_is_refused_and_leaves_the_cache_empty(home):
   write_wheel(home.parent / "wheels", {NAME: b"something else"})
   with pytest.raises(assets.AssetError) as error:
     assets.fetch(NAME)
-  found = hashlib.sha256(b"something else").hexdigest()
-  assert found in str(error.value)
+  digest = hashlib.sha256(b"something else").hexdigest()
+  assert digest in str(error.value)
   assert assets.ASSETS[NAME].sha256 in str(error.value)
   assert not [p for p in home.rglob("*") if p.is_file() and p.name == NAME]
 

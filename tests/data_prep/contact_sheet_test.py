@@ -18,7 +18,7 @@ from marlin_jax.records import schema
 
 
 def a_record(segment: int, grey: int, code: int, t: int = 4) -> schema.Record:
-  """Grey frames in which one region fills the upper left quarter."""
+  """Returns grey frames with one region in the upper left quarter."""
   frame = np.full((224, 224, 3), grey, np.uint8)
   labels = np.zeros((t, 224, 224), np.uint8)
   labels[:, :112, :112] = code

@@ -1,4 +1,4 @@
-"""The binary from end to end: videos in, a data set out, whatever happens."""
+"""data_prep.prepare from end to end: resumes, bad videos, splits, errors."""
 
 import collections
 import json
@@ -68,7 +68,7 @@ def read_records(path: Path, split: str = "train") -> list[schema.Record]:
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory, carphone, face_models) -> Path:
-  """Short clips of a face, and one video for each fault."""
+  """Returns a folder of short clips of a face and a video for each fault."""
   folder = tmp_path_factory.mktemp("videos")
   for length in LENGTHS:
     carphone(folder / f"{length:02d} frames.mp4", length)
@@ -78,7 +78,7 @@ def videos(tmp_path_factory, carphone, face_models) -> Path:
 
 @pytest.fixture(scope="module")
 def prepared(videos, tmp_path_factory) -> tuple[Path, str]:
-  """The data set of `videos`, and what the program printed."""
+  """Returns the data set of `videos` and the output of the command."""
   path = tmp_path_factory.mktemp("prepared") / "dataset"
   result = run_prepare("--input", videos, "--output", path, "--num_shards", 3)
   assert result.returncode == 0, result.stderr
@@ -87,11 +87,11 @@ def prepared(videos, tmp_path_factory) -> tuple[Path, str]:
 
 @pytest.fixture
 def dataset(prepared, tmp_path) -> Path:
-  """A copy of the data set, to be changed."""
+  """Returns a copy of the data set that a test may change."""
   return Path(shutil.copytree(prepared[0], tmp_path / "copy"))
 
 
-# --- What comes out -----------------------------------------------------------
+# --- Data set -----------------------------------------------------------------
 
 
 def test_short_clips_are_one_record_each_with_all_frames(prepared):
@@ -216,7 +216,7 @@ def test_shared_footage_gives_nearly_all_frames(face_models, tmp_path):
   assert found["cropped04.mp4"] == [15]
 
 
-# --- Again, and again ---------------------------------------------------------
+# --- Repeated runs ------------------------------------------------------------
 
 
 def test_second_run_changes_nothing(dataset, videos):
@@ -239,7 +239,7 @@ def test_killed_runs_worker_count_and_folder_order_leave_no_trace(
   args = [*("--input", folder, "--output", output, "--num_shards", 3)]
   args += ["--num_workers", 1]
   command = [sys.executable, "-m", "data_prep.prepare", *map(str, args)]
-  # Once at work on the first videos, once with shards written.
+  # Killed once during the first videos, once after the first shards.
   for num_files in (1, 6):
     with subprocess.Popen(
       command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -383,7 +383,7 @@ def test_quarantined_videos_can_be_tried_again_in_any_case(dataset, videos):
   with dataset_folder.DatasetFolder(dataset, recipe, None, found) as folder:
     assert folder.plan(settings, retry_quarantined=False).todo == []
     todo = folder.plan(settings, retry_quarantined=True).todo
-  # A video without a face is not at fault, and will not have one next time.
+  # A video without a face is not tried again: the result would be the same.
   assert {s.video_id for s in todo} == set(BAD) - {"bad/noise.mp4"}
 
 
@@ -438,7 +438,7 @@ def test_manifest_gives_subjects_and_splits(videos, tmp_path):
   for split, subject in (("train", "Anna"), ("val", "Bob")):
     (record,) = read_records(output, split)
     assert record.subject_id == subject
-  # A split in which nothing was kept is empty, not missing.
+  # A split without a kept video is empty, not missing.
   assert read_records(output, "test") == []
   info = json.loads((output / "dataset_info.json").read_text())
   assert info["name"] == "people"

@@ -1,4 +1,4 @@
-"""The page says what the data set holds, and runs nothing that came with it."""
+"""The page describes the data set and runs nothing from file names."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ REFUSED = {
 
 
 class Page(HTMLParser):
-  """What a browser makes of a page."""
+  """A page as parsed by a browser."""
 
   def __init__(self, text: str) -> None:
     super().__init__()
@@ -53,7 +53,7 @@ class Page(HTMLParser):
       self.text += f"{data}\n"
 
   def row(self, first: str) -> list[str]:
-    """The cells after one, up to the next row."""
+    """Returns the texts after the cell `first`."""
     lines = [line.strip() for line in self.text.splitlines()]
     return lines[lines.index(first) + 1 :]
 
@@ -83,7 +83,7 @@ def dataset(tmp_path_factory) -> Path:
 def test_counts_of_each_split_are_those_of_the_data_set(dataset):
   found = page(dataset)
   assert "All 4 records were read for this page." in found.text
-  # Videos, tracks, records, frames, and 25 frames a second.
+  # Videos, tracks, records, frames, and 25 frames per second.
   assert found.row("train")[:5] == ["2", "3", "3", "20", "0.8 s"]
   assert found.row("val")[:5] == ["1", "1", "1", "5", "0.2 s"]
   assert found.row("kept")[:2] == ["3", "43%"]
@@ -153,7 +153,7 @@ def test_names_from_outside_are_text_and_nothing_else(dataset):
     if name == "img":
       assert attributes["src"].startswith("data:image/jpeg;base64,")
     assert "href" not in attributes
-  # A name that turns the direction of text turns only itself.
+  # A name that changes the direction of text changes only its own.
   assert ("bdi", {"class": "name"}) in found.tags
   policy = [a for _, a in found.tags if "http-equiv" in a]
   assert "default-src 'none'" in policy[0]["content"]
@@ -183,7 +183,7 @@ def test_large_data_set_is_sampled_and_the_page_says_so(tmp_path):
   found = dataset_statistics.read(path, max_records=10)
   assert found.num_records == 10
   assert len({track.video_id for track in found.tracks}) == 10
-  # Each split is there, and its time is that of all its frames.
+  # Each split is sampled, and its time is that of all its frames.
   assert {track.split for track in found.tracks} == {"train", "val"}
   assert found.secs("train") == pytest.approx(59 * 2 / 25)
   text = page(path, 10).text

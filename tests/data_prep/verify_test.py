@@ -1,4 +1,4 @@
-"""A data set that was damaged anywhere is told of, by name."""
+"""data_prep.verify names any damage of a data set."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def dataset(whole, tmp_path) -> Path:
-  """A copy, to be damaged."""
+  """Returns a copy of the data set that a test may damage."""
   return Path(shutil.copytree(whole, tmp_path / "dataset"))
 
 
@@ -58,7 +58,7 @@ def shard_of(dataset: Path, video_id: str) -> Path:
 
 
 def rewrite(path: Path, change) -> None:
-  """Changes the records of a shard; its hash is made to fit."""
+  """Changes the records of a shard, and its hash in hashes.json."""
   found = [
     schema.decode(data)
     for _, data in shards.read_each(path, shards.num_records(path))
@@ -158,7 +158,7 @@ def test_flipped_bit_is_found_in_its_shard_and_its_record(
     ("damaged", f"{path.name} record 0"),
   ]
   assert f"SHA-256 {folders.sha256_of(path)}, hashes.json says" in found[0][2]
-  # What follows was read all the same.
+  # Later records are read all the same.
   assert any(
     "num_records 1, videos.jsonl says 2" in what for _, _, what in found
   )
@@ -249,7 +249,7 @@ def test_other_schema_version_is_told_of(dataset):
     assert problems(dataset)[0] == ("schema", name, what)
 
 
-# --- Records whose parts are wrong --------------------------------------------
+# --- Wrong parts of records ---------------------------------------------------
 
 
 def other_labels(record, code=10):
@@ -322,8 +322,8 @@ def label(name, *values):
 def test_record_with_a_wrong_part_is_named(dataset, change, problem):
   path = shard_of(dataset, "c.mp4")
   rewrite(path, lambda found: [change(record) for record in found])
-  # TFDS, which reads the first record, may have something to say, too, and
-  # the ledger says what the labels are.
+  # TFDS, which reads the first record, may report a problem too, and so may
+  # the comparison with the ledger's labels.
   found, *others = problems(dataset)
   assert {kind for kind, _, _ in others} <= {"tfds", "counts"}
   assert found[0] == "content"
@@ -448,7 +448,7 @@ def test_quality_that_the_ledger_does_not_have_is_told_of(dataset):
     assert "qualities" in what
 
 
-# --- Who is where -------------------------------------------------------------
+# --- Places -------------------------------------------------------------------
 
 
 def test_changed_ledger_line_is_told_of(dataset):

@@ -1,18 +1,18 @@
-"""Faults of manifests, paths and weights that come from others.
+"""Faults of untrusted manifests, paths and weights.
 
-Which test holds which row, where it is not here:
-  B1 paths that leave the root, addresses, control characters: manifest_test
-     (`test_unsafe_rows_...`, `test_links_...`, `test_path_over_two_lines_...`),
-     prepare_test (`test_bad_input_...`); names that look like patterns and
-     addresses, playlists: decode_test. Here: a run over such names
-  B2 spaces, commas, unicode, equal stems, wrong columns, CRLF, nothing at all:
-     manifest_test
-  B3 malicious pickles: formats_test (`test_a_malicious_pickle_...`). Here: no
-     other way to a pickle
-  B4 downloads: assets_test (hash, two at once, half a file). Here: weights
-     that were published
-  B5 identities, order of folders: manifest_test (Splits), prepare_test
-     (`test_killed_runs_worker_count_and_folder_order_...`)
+Other tests cover:
+  paths that leave the root, addresses, control characters: manifest_test
+    (`test_unsafe_rows_...`, `test_links_...`, `test_path_over_two_lines_...`),
+    prepare_test (`test_bad_input_...`); names that look like patterns and
+    addresses, playlists: decode_test. Here: a run over such names
+  spaces, commas, unicode, equal stems, wrong columns, CRLF, empty files:
+    manifest_test
+  malicious pickles: formats_test (`test_a_malicious_pickle_...`). Here: no
+    other way to a pickle
+  downloads: assets_test (hash, two at once, half a file). Here: published
+    weights
+  identities, order of folders: manifest_test (Splits), prepare_test
+    (`test_killed_runs_worker_count_and_folder_order_...`)
 """
 
 import ast
@@ -32,8 +32,8 @@ from marlin_jax.weights import published
 from marlin_jax.weights.weights import WeightsError
 from tests.support.processes import ROOT, run_prepare
 
-# Each is fine as a file's name, and something else to a shell, a browser, a
-# format string or a command line.
+# Valid file names that mean something else to a shell, a browser, a format
+# string or a command line.
 NAMES = (
   "--help.mp4",
   "-.mp4",
@@ -96,7 +96,7 @@ def test_devices_behind_links_are_not_opened(tmp_path):
 
 # --- Pickles ------------------------------------------------------------------
 
-# Each runs what a file says.
+# Modules and functions that can execute the content of a file.
 FORBIDDEN = {
   "pickle",
   "cPickle",
@@ -112,7 +112,7 @@ FORBIDDEN = {
 
 
 def name_of(node: ast.expr) -> str:
-  """The dotted name of an expression, '' where it is none."""
+  """Returns the dotted name of an expression, '' if it is not a name."""
   if isinstance(node, ast.Name):
     return node.id
   if isinstance(node, ast.Attribute):
@@ -166,7 +166,7 @@ def test_pickle_within_arrays_is_refused(tmp_path, monkeypatch):
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-  """Announces 1000 bytes and sends 400, the first time."""
+  """Server that announces 1000 bytes and sends 400 at the first request."""
 
   num_asked = 0
 

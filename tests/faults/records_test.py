@@ -1,9 +1,8 @@
-"""Faults of records, met while training: flipped bits, foreign content.
+"""Faults of records found during training: flipped bits, foreign content.
 
-Faults of whole shards (rows C1 and C4) and of the order of clips (C9) are in
-input_pipeline_test.py, preparation that dies (C3) in prepare_test.py, empty
-region maps (C5) in masking_test.py, unequal processes (C10) in
-distributed_test.py.
+Other tests cover faults of whole shards and of the order of clips (loader_test,
+prepared_dataset_test), preparation that dies (prepare_test), empty region maps
+(masking_test) and processes with unequal data (distributed_test).
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ BATCH_SIZE = 3
 
 @pytest.fixture(scope="module")
 def good(sample_dataset):
-  """Records to be spoiled, as they are on disk: eight copies of real ones."""
+  """Returns eight records as on disk, copies of real ones."""
   dataset = prepared_dataset.open_dataset(str(sample_dataset), "train")
   source = prepared_dataset.RecordSource(dataset)
   return [
@@ -35,7 +34,7 @@ def good(sample_dataset):
 
 
 def write(directory, contents):
-  """A data set of one shard."""
+  """Writes a data set of one shard."""
   path = directory / "faces-train.array_record-00000-of-00001"
   writer = ArrayRecordWriter(str(path), "group_size:1,zstd:1")
   for content in contents:
@@ -78,7 +77,7 @@ def small_frames(record):
 
 def regions_of_another_shape(record):
   data = schema.encode(record)
-  # One frame more than there are regions for.
+  # One frame more than regions.
   example = schema._Example.FromString(data)
   frames = example.features.feature["frames"].bytes_list.value
   frames.append(frames[0])
@@ -119,7 +118,7 @@ def test_a_bad_record_is_told_of_and_another_takes_its_place(
 
 @pytest.fixture
 def spoiled(good, tmp_path):
-  """Two bad ones among eight, and where they are told of."""
+  """Returns a data set with two bad records of eight, and its quarantine."""
   contents = [schema.encode(record) for record in good]
   contents[2], contents[5] = not_a_jpeg(good[2]), no_record(good[5])
   return write(tmp_path, contents), tmp_path / "quarantine.jsonl"
@@ -130,7 +129,7 @@ def test_a_resumed_run_reads_the_same_clips_around_bad_records(spoiled):
   whole = list(itertools.islice(batches(dataset, quarantine, 2), 8))
   told = quarantine.read_text()
   assert len(told.splitlines()) == 2
-  # Whether they are known already or not.
+  # With bad records that are already listed, and with new ones.
   for path in (quarantine, quarantine.with_name("another.jsonl")):
     rest = itertools.islice(batches(dataset, path, 2, start_step=3), 5)
     for got, want in zip(rest, whole[3:], strict=True):
@@ -142,7 +141,7 @@ def test_a_resumed_run_reads_the_same_clips_around_bad_records(spoiled):
 def test_processes_agree_on_what_replaces_a_record_that_is_bad_in_part(
   good, tmp_path
 ):
-  """Other clips of it could be read, and one process wants only those."""
+  """One process reads only intact clips of the damaged record."""
   num_good = len(good[3]) - 6
   frames = [*good[3].frames[:num_good], *[b"no picture"] * 6]
   contents = [schema.encode(record) for record in good]
@@ -165,7 +164,7 @@ def test_processes_agree_on_what_replaces_a_record_that_is_bad_in_part(
   for batch in whole:
     for i in (0, 3):
       assert len(set(batch["_id"][i : i + 3].tolist())) == 1
-  # It was taken where no clip reached its end, and only there.
+  # The record is used only where no clip reaches its damaged end.
   starts = np.concatenate([b["start"][b["_id"] == 3] for b in whole])
   assert len(starts)
   assert starts.max() <= num_good - TAKE_CLIP.clip.span
@@ -180,7 +179,7 @@ def test_more_bad_records_than_allowed_end_the_run(spoiled):
   message = str(error.value)
   assert "config.data.max_bad_records is 1" in message
   assert str(quarantine) in message
-  # Restarting does not wear the limit down.
+  # A restart does not reset the limit.
   with pytest.raises(prepared_dataset.DatasetError):
     list(itertools.islice(batches(dataset, quarantine, 1), 8))
 
@@ -196,7 +195,7 @@ def test_a_data_set_without_any_good_record_ends_at_once(good, tmp_path):
 def test_flipped_bits_are_named_by_the_trainer_which_goes_on_if_it_may(
   sample_dataset, tmp_path
 ):
-  """Rows C2 and C7: found by a reader thread, and the run ends at once."""
+  """A reader thread finds the damage, and the run ends at once."""
   damaged = tmp_path / "dataset"
   shutil.copytree(sample_dataset, damaged)
   (shard,) = damaged.glob("*.array_record-*")

@@ -1,20 +1,20 @@
-"""Faults of videos: damaged, hostile, and merely odd ones.
+"""Faults of videos: damaged, hostile, and merely unusual ones.
 
-Which test holds which row, where it is not here:
-  A1 empty, text, cut before its index: decode_test (`..._cannot_be_opened`),
-     prepare_test (`test_bad_videos_are_quarantined_...`)
-  A2 half a file: decode_test (`test_half_an_avi_...`, `..._matroska_...`)
-  A3 overwritten middle: decode_test (`test_overwritten_middle_is_damage`)
-  A4 bombs: decode_test (Bombs), prepare_test (`BAD`)
-  A5 decoders that hang or die: decode_test (The child process); workers:
-     workers_test, prepare_test (`test_worker_that_is_killed_...`). Here: in the
-     midst of a video, and the next one is read
-  A6 no frame count, sound first, no video: decode_test. Here: several streams
-  A7 1, 15, 16, 31, 32, 33 frames: prepare_test (`test_short_clips_...`), of
-     training video_test, of features face_video_test
-  A8 faces that leave, two, past the border, none: faces_test, process_test.
-     Here: faces of a few pixels
-  A9 memory: workers_test (`test_workers_are_replaced_...`). Here: one worker
+Other tests cover:
+  empty files, text, missing index: decode_test (`..._cannot_be_opened`),
+    prepare_test (`test_bad_videos_are_quarantined_...`)
+  half a file: decode_test (`test_half_an_avi_...`, `..._matroska_...`)
+  overwritten middle: decode_test (`test_overwritten_middle_is_damage`)
+  decompression bombs: decode_test (Bombs), prepare_test (`BAD`)
+  decoders that hang or die: decode_test (The child process); workers:
+    workers_test, prepare_test (`test_worker_that_is_killed_...`). Here: in the
+    middle of a video, before the next one
+  no frame count, sound first, no video: decode_test. Here: several streams
+  1, 15, 16, 31, 32, 33 frames: prepare_test (`test_short_clips_...`),
+    clip_geometry_test, face_windows_test
+  faces that leave, several, past the border, none: tracking_test,
+    video_to_records_test. Here: faces of a few pixels
+  memory: workers_test (`test_workers_are_replaced_...`). Here: one worker
 """
 
 import contextlib
@@ -64,7 +64,7 @@ def write_plain(
   return path
 
 
-# --- Odd, but good ------------------------------------------------------------
+# --- Unusual videos -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_wrong_bytes_anywhere_give_frames_or_a_reason(
   np_rng = np.random.default_rng(0)
   for _ in range(8):
     data = bytearray(good)
-    # Half of them where the header is.
+    # Half of the trials change the header.
     most = len(data) if np_rng.random() < 0.5 else min(1500, len(data))
     for at in np_rng.integers(0, most, np_rng.integers(1, 30)):
       data[at] = np_rng.integers(256)
@@ -268,12 +268,12 @@ def test_wrong_bytes_anywhere_give_frames_or_a_reason(
         assert frame.dtype == np.uint8
     except DecodeError as e:
       reason = str(e)
-    # Neither says anything to who wants to know why.
+    # Neither text explains the fault.
     assert "exit code" not in reason
     assert "decoder failed" not in reason
 
 
-# --- In the midst of processing -----------------------------------------------
+# --- During processing --------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -302,14 +302,14 @@ def run(
 
 
 def decoders() -> list[int]:
-  """Process ids of the decoders that this process has started."""
-  found = []
+  """Returns the process ids of decoders started by this process."""
+  pids = []
   for task in Path("/proc/self/task").iterdir():
     for pid in (task / "children").read_text().split():
       with contextlib.suppress(FileNotFoundError):
         if b"decoder_process.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
-          found.append(int(pid))
-  return found
+          pids.append(int(pid))
+  return pids
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -347,7 +347,7 @@ def test_file_that_is_swapped_between_the_passes_is_refused(
   carphone, models, tmp_path
 ):
   path = carphone(tmp_path / "v.mp4", 60)
-  # As many frames, and a face elsewhere.
+  # The same number of frames, and a face at another place.
   other = write_video(
     tmp_path / "w.mp4", [f[:, ::-1] for f in read(path)], crf="20"
   )
@@ -417,7 +417,7 @@ def memory_mib() -> float:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_a_worker_stays_flat(carphone, models, tmp_path):
-  """A frame is 1.2 MB here: one that is kept a video would be seen.
+  """Checks that no video leaks a frame, 1.2 MB here.
 
   2,000 videos of 176x144 in one process were measured by hand: 266 MiB after
   100 of them, 269 after 500, 270 after 1,000 and at the end.

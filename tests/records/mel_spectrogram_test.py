@@ -1,4 +1,4 @@
-"""What networks hear, against other libraries and against known tones."""
+"""Log-mel spectrograms and MFCC equal those of other libraries."""
 
 from pathlib import Path
 
@@ -9,11 +9,11 @@ from transformers import audio_utils
 from marlin_jax.lipsync.scoring import mfcc
 from marlin_jax.records import mel_spectrogram
 
-KEPT = Path(__file__).parents[1] / "data" / "sound"
+EXPECTED = Path(__file__).parents[1] / "data" / "sound"
 
 
 def speech_like(num_samples: int) -> np.ndarray:
-  """A falling chord that fades, with noise and silence: int16 (S,)."""
+  """Returns a falling, fading chord with noise and silence, int16 (S,)."""
   np_rng = np.random.default_rng(0)
   t = np.arange(num_samples) / 16_000
   wave = sum(
@@ -26,7 +26,7 @@ def speech_like(num_samples: int) -> np.ndarray:
 
 
 def whole_numbers() -> np.ndarray:
-  """A tone with noise, in parts silent, without rounding: int16 (9000,)."""
+  """Returns a noisy, partly silent tone in exact integers, int16 (9000,)."""
   i = np.arange(9000, dtype=np.int64)
   tone = np.abs((37 * i) % 400 - 200) + np.abs((211 * i) % 640 - 320)
   noise = (7919 * i * i + 104_729 * i) % 1009 - 504
@@ -35,39 +35,39 @@ def whole_numbers() -> np.ndarray:
 
 
 def test_mel_equals_that_of_librosa():
-  """Kept in a file: of librosa 0.11.0, with Wav2Lip's audio.py's steps.
+  """The file holds the output of librosa 0.11.0, computed as in Wav2Lip:
 
   lfilter([1, -0.97], [1]) of the samples / 32768; stft(n_fft=800,
   hop_length=200, win_length=800, pad_mode="reflect"), which librosa 0.7 had by
   default; filters.mel(sr=16000, n_fft=800, n_mels=80, fmin=55, fmax=7600).
   """
-  expected = np.load(KEPT / "librosa_mel.npy")
-  found = mel_spectrogram.mel_spectrogram(whole_numbers())
-  assert found.shape == expected.shape == (46, 80)
+  expected = np.load(EXPECTED / "librosa_mel.npy")
+  actual = mel_spectrogram.mel_spectrogram(whole_numbers())
+  assert actual.shape == expected.shape == (46, 80)
   assert np.ptp(expected) > 6
-  np.testing.assert_allclose(found, expected, atol=2e-5)
+  np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
 def test_mfcc_equal_those_of_python_speech_features():
-  """Kept in a file: of version 0.6, mfcc(sound, 16000)."""
-  expected = np.load(KEPT / "python_speech_features_mfcc.npy")
-  found = mfcc.mfcc(whole_numbers())
-  assert found.shape == expected.shape == (55, 13)
-  np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+  """The file holds mfcc(sound, 16000) of version 0.6."""
+  expected = np.load(EXPECTED / "python_speech_features_mfcc.npy")
+  actual = mfcc.mfcc(whole_numbers())
+  assert actual.shape == expected.shape == (55, 13)
+  np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_mfcc_of_any_length_and_of_silence_are_finite():
   for num, rows in ((1, 1), (400, 1), (401, 2), (560, 2), (561, 3)):
-    found = mfcc.mfcc(np.zeros(num, np.int16))
-    assert found.shape == (rows, 13)
-    assert np.isfinite(found).all()
+    actual = mfcc.mfcc(np.zeros(num, np.int16))
+    assert actual.shape == (rows, 13)
+    assert np.isfinite(actual).all()
   with pytest.raises(ValueError, match="not empty"):
     mfcc.mfcc(np.zeros(0, np.int16))
 
 
 @pytest.mark.parametrize("num_samples", [3000, 16_000, 50_123])
 def test_mel_equals_that_of_another_library(num_samples):
-  """transformers' filters and framing are tested against librosa there."""
+  """transformers tests its own filters and framing against librosa."""
   wave = speech_like(num_samples)
   filters = audio_utils.mel_filter_bank(
     num_frequency_bins=401,
@@ -91,13 +91,13 @@ def test_mel_equals_that_of_another_library(num_samples):
   )
   decibels = 20 * np.log10(magnitudes) - 20
   expected = np.clip(8 * (decibels + 100) / 100 - 4, -4, 4).T
-  found = mel_spectrogram.mel_spectrogram(wave)
-  assert found.shape == expected.shape == (num_samples // 200 + 1, 80)
-  np.testing.assert_allclose(found, expected, atol=2e-5)
+  actual = mel_spectrogram.mel_spectrogram(wave)
+  assert actual.shape == expected.shape == (num_samples // 200 + 1, 80)
+  np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
 def test_a_long_sound_has_no_seams():
-  """It is computed in blocks of thousands of rows."""
+  """Long sounds are computed in blocks of thousands of rows."""
   rng = np.random.default_rng(0)
   wave = rng.integers(-9000, 9000, 200 * 9000).astype(np.int16)
   whole = mel_spectrogram.mel_spectrogram(wave)
@@ -106,7 +106,7 @@ def test_a_long_sound_has_no_seams():
     part = mel_spectrogram.mel_spectrogram(
       wave[200 * first : 200 * (first + 450)]
     )
-    # But for the ends, where a part knows less.
+    # Except at the ends, where a part lacks its neighbours.
     np.testing.assert_allclose(part[3:-3], whole[first + 3 : first + 448])
 
 

@@ -1,4 +1,4 @@
-"""Qualities are kept exactly, from the record to the trainer's choice."""
+"""Qualities stay exact from the record to the selection in training."""
 
 import json
 

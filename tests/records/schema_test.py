@@ -90,7 +90,7 @@ def test_decode_frames_returns_the_chosen_frames_in_order(record):
 
 
 def test_a_repeated_frame_is_decoded_once(record):
-  """Of a frame that can be had once only, as many as are asked for."""
+  """Each frame of this record can be read only once."""
 
   class Once(list):
     def __getitem__(self, index):

@@ -1,4 +1,4 @@
-"""Parsers side by side, and against masks drawn by hand."""
+"""Parsers are compared with each other and with hand-drawn masks."""
 
 import json
 
@@ -16,8 +16,8 @@ from tests.support.videos import VIDEOS
 from tools import compare_parsers
 
 MASKS = ROOT / "tests" / "data" / "masks"
-# Below what was measured on all eleven, and on those of the sample video alone
-# (docs/DATA.md).
+# Below the values measured on all eleven masks, and on those of the sample video
+# alone (docs/DATA.md).
 LEAST_IOU = {
   "skin": 0.79,
   "hair": 0.70,
@@ -34,7 +34,7 @@ def test_at_least_ten_real_frames_are_drawn_with_all_that_counts():
   for drawing in drawn:
     assert drawing.labels.shape == (224, 224)
     assert set(np.unique(drawing.labels)) == set(range(len(REGIONS)))
-    # Right is the person's own.
+    # Right and left are those of the person.
     columns = {
       name: np.nonzero(drawing.labels == REGIONS.index(name))[1].mean()
       for name in ("right_eye", "left_eye", "right_brow", "left_brow")
@@ -58,7 +58,7 @@ def test_default_parser_agrees_with_the_masks(drawn_faces):
   iou = compare_parsers.iou_per_region(found, expected)
   for region, least in LEAST_IOU.items():
     assert iou[region] > least, iou
-  # Of each one, also grey hair in bright light.
+  # Each single face, grey hair in bright light included.
   for i, face in enumerate(drawn_faces):
     own = compare_parsers.iou_per_region(found[i : i + 1], expected[i : i + 1])
     assert own["skin"] > 0.7, face.name
@@ -93,7 +93,7 @@ def test_two_parsers_side_by_side(sample_videos, face_models, tmp_path, capsys):
   assert "IoU with mediapipe" in capsys.readouterr().out
   report = json.loads((tmp_path / "out" / "sheet.json").read_text())
   assert (report["reference"], report["num_faces"]) == ("mediapipe", 3)
-  # It agrees with itself, and not with a rule of colours.
+  # The parser agrees with itself but not with a map from colours.
   assert report["iou"]["mediapipe"]["skin"] == 1
   assert report["iou"]["bisenet"]["skin"] < 0.5
   with Image.open(tmp_path / "out" / "sheet.png") as sheet:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from marlin_jax.records import folders
 from marlin_jax.records.cli import UserError
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class VideoWriter:
           "from the Python package index"
         )
     self._partial = self._path.with_name(
-      f".{self._path.name}.{uuid.uuid4().hex[:8]}.partial"
+      f".{folders.partial_name(self._path.name)}"
     )
     try:
       self._container = av.open(

@@ -1,4 +1,4 @@
-"""Worker processes die, hang and are replaced; every task is accounted for."""
+"""Worker processes die, hang and are replaced; every task ends once."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from data_prep.engines import workers
 
 @contextlib.contextmanager
 def open_double(start: int):
-  """Work that doubles numbers; some tasks misbehave."""
+  """Yields work that doubles numbers; some tasks misbehave."""
 
   def work(task, report):
     report((start, os.getpid()))
@@ -47,7 +47,7 @@ def open_and_die(_):
 
 @contextlib.contextmanager
 def open_slow_destructor(farewell):
-  """Work without an end, which tells when it is in a destructor."""
+  """Yields endless work that reports from a destructor."""
 
   def work(_, report):
     class Picture:

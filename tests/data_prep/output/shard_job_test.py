@@ -1,4 +1,4 @@
-"""A shard's job, tried again or cut off while a data set grows."""
+"""Jobs of shards that are repeated or interrupted while a data set grows."""
 
 import copy
 import dataclasses
@@ -53,7 +53,7 @@ def write_all(path: Path) -> None:
 
 @pytest.fixture
 def growing(tmp_path) -> tuple[Path, ShardJob]:
-  """A data set of a and c, and the job that puts b between them."""
+  """Returns a data set of a and c, and the job that adds b."""
   path = tmp_path / "dataset"
   (tmp_path / "videos").mkdir()
   for name in "ac":
@@ -72,7 +72,7 @@ def growing(tmp_path) -> tuple[Path, ShardJob]:
 
 @pytest.fixture
 def expected(tmp_path) -> bytes:
-  """The shard of a, b and c, made at once."""
+  """Returns the shard of a, b and c written in one run."""
   (tmp_path / "new/videos").mkdir(parents=True)
   for name in "abc":
     (tmp_path / f"new/videos/{name}.mp4").write_text(name)
@@ -82,7 +82,7 @@ def expected(tmp_path) -> bytes:
 
 
 def test_a_job_that_is_tried_again_after_it_was_done_is_done(growing, expected):
-  """Beam tries again where a machine is lost before it could tell."""
+  """Beam repeats a job if the machine is lost before it reports."""
   path, job = growing
   again = copy.deepcopy(job)
   assert not job.is_done()
@@ -152,7 +152,7 @@ def test_tasks_that_begin_at_once_must_agree(tmp_path):
 
 
 def test_a_picture_that_is_a_link_does_not_count(tmp_path):
-  """The decoder passes it over, and it may lead to what has no end."""
+  """The decoder skips links: one may lead to an endless file."""
   folder = tmp_path / "frames"
   folder.mkdir()
   (folder / "1.jpg").write_text("1")

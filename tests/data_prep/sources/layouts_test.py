@@ -1,4 +1,4 @@
-"""Each published layout, on a miniature tree, becomes sources with labels."""
+"""Miniature trees of published layouts give sources with labels."""
 
 import itertools
 import math
@@ -47,7 +47,7 @@ def test_a_folder_of_something_else_is_an_error_that_names_the_layout(
   assert "is not a folder" in error(tmp_path / "notes.txt", layout)
 
 
-# --- One's own ----------------------------------------------------------------
+# --- Own data -----------------------------------------------------------------
 
 
 def test_class_folders_give_classes_and_splits(tmp_path):
@@ -113,7 +113,7 @@ def test_csv_labels_are_words_bits_or_values(tmp_path):
 def test_csv_labels_that_are_easily_mistaken(tmp_path):
   touch(tmp_path, "a.mp4", "b.mp4")
   table = tmp_path / "m.csv"
-  # As pandas writes what is missing.
+  # As pandas writes missing values.
   table.write_text("path,label_age\na.mp4,31\nb.mp4,nan\n")
   found = read_input(table)
   assert (found.labels["age"].kind, found.notes) == ("value", [])
@@ -232,7 +232,7 @@ def test_celebvhq_has_attributes_actions_and_emotions(celebvhq):
   assert by_id["clip_51_0"].labels["action"] == (0.0,) * 35
   assert by_id["clip_51_0"].labels["emotion"] == (1.0,)
   assert by_id["clip_99_0"].labels["emotion"] == (0.0,)
-  # Two emotions, one after the other.
+  # Two emotions in sequence.
   assert math.isnan(*by_id["clip_98_0"].labels["emotion"])
 
 
@@ -300,7 +300,7 @@ def test_faceforensics_says_what_is_not_there(ffpp):
 
 @pytest.fixture
 def mosei(tmp_path) -> Path:
-  """Labels whose order is another than that of the segments."""
+  """Writes labels in another order than the segments."""
   videos = {
     "-3g5yACwYnA": [(0.0, [0.5, 0, 0.66, 0, 0, 0, 0])],
     "abc_d": [

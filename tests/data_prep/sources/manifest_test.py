@@ -10,7 +10,7 @@ from data_prep.sources.manifest import ManifestError, read_input, read_sources
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-  """Holds a few files that look like videos, in two folders."""
+  """Returns a folder with a few files named like videos, in two folders."""
   root = tmp_path / "root"
   names = ("b.mp4", "a.MKV", "one/x y, z.mp4", "two/x y, z.mp4", "one/äöü.avi")
   for name in (*names, "notes.txt", ".hidden.mp4", ".cache/c.mp4"):
@@ -206,7 +206,7 @@ def test_manifest_that_is_no_text_is_an_error(folder):
 
 @pytest.fixture
 def people(tmp_path) -> Path:
-  """A manifest of 300 videos of 100 people."""
+  """Writes a manifest of 300 videos of 100 people."""
   rows = ["path,subject_id"]
   for i in range(300):
     write(tmp_path / f"{i}.mp4", "")
