@@ -16,8 +16,8 @@ from tests.support.videos import VIDEOS
 from tools import compare_parsers
 
 MASKS = ROOT / "tests" / "data" / "masks"
-# Below the values measured on all eleven masks, and on those of the sample video
-# alone (docs/DATA.md).
+# Below the values measured on all eleven masks, and on the three masks of the
+# sample video alone (docs/DATA.md).
 LEAST_IOU = {
   "skin": 0.79,
   "hair": 0.70,
