@@ -27,7 +27,7 @@ from marlin_jax.records.folders import OutputFolderError
 from marlin_jax.weights import safetensors_folder
 from marlin_jax.weights.architecture import Architecture
 from marlin_jax.weights.weights import Weights
-from tests.support import authors
+from tests.support import authors, compile_cache
 from tests.support.files import content, read_lines
 from tests.support.processes import ROOT
 from tests.support.videos import moving_noise, shared_video, write_video
@@ -287,6 +287,7 @@ def test_a_killed_run_is_completed_to_the_same_bytes(
   process = subprocess.Popen(
     [sys.executable, "-m", "marlin_jax.features", *map(str, args)],
     cwd=ROOT,
+    env=compile_cache.private_copy(tmp_path / "cache"),
     stdout=subprocess.DEVNULL,
     stderr=subprocess.DEVNULL,
   )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import ROOT, run_prepare
+from tests.support.processes import run_prepare, start_prepare
 
 # Or it asks another of Google's services what kind of bucket it is.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
@@ -81,27 +81,22 @@ def test_a_bucket_gets_what_a_disk_gets(bucket, videos, tmp_path):
     name = file.relative_to(videos).as_posix()
     bucket.pipe_file(f"faces/in/{name}", file.read_bytes())
 
+  # In processes of their own, as gcsfs remembers what a bucket held.
   flags = (
     *("--input", "gs://faces/in", "--output", "gs://faces/out"),
     "--num_workers=1",
   )
-  result = run_prepare(*flags)
+  result = start_prepare(*flags)
   assert result.returncode == 0, result.stderr
   assert "2 records, 7 face crops" in result.stdout
   assert content(bucket, "faces/out") == expected
 
-  again = run_prepare(*flags)
+  again = start_prepare(*flags)
   assert "Nothing to do for 3 videos" in again.stdout, again.stderr
 
   shard = "faces-train.array_record-00000-of-00001"
   bucket.rm(f"faces/out/{shard}")
-  # In a process of its own: this one keeps a listing of the bucket.
-  mended = subprocess.run(
-    [sys.executable, "-m", "data_prep.prepare", *flags],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-  )
+  mended = start_prepare(*flags)
   assert mended.returncode == 0, mended.stderr
   assert content(bucket, "faces/out") == expected
 
@@ -110,7 +105,7 @@ def test_a_manifest_may_name_videos_in_a_bucket(bucket, videos, tmp_path):
   bucket.pipe_file("faces/more/x.mp4", (videos / "a/one.mp4").read_bytes())
   table = tmp_path / "m.csv"
   table.write_text("path,label_mood\nx.mp4,calm\nnone.mp4,\n")
-  result = run_prepare(
+  result = start_prepare(
     *("--input", table, "--root", "gs://faces/more"),
     *("--output", tmp_path / "out", "--num_workers=1"),
   )

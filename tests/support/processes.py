@@ -55,6 +55,17 @@ def run_prepare(*args: object) -> Finished:
   return run_here(lambda: prepare.main([str(arg) for arg in args]))
 
 
+def start_prepare(*args: object) -> subprocess.CompletedProcess[str]:
+  """Runs data_prep.prepare in a process that knows nothing of earlier runs."""
+  return subprocess.run(
+    [sys.executable, "-m", "data_prep.prepare", *map(str, args)],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    timeout=250,
+  )
+
+
 def seeing_devices(num_devices: int) -> dict[str, str]:
   """Returns the environment of a process that sees so many CPU devices."""
   flags = os.environ.get("XLA_FLAGS", "")
