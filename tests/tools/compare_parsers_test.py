@@ -146,3 +146,10 @@ def test_errors_come_without_a_traceback(tmp_path, capsys):
   with pytest.raises(SystemExit):
     compare_parsers.main(["sample", output, "--parsers=mediapipe,other"])
   assert "expected some of mediapipe" in capsys.readouterr().err
+
+
+def test_help_describes_the_tool(capsys):
+  with pytest.raises(SystemExit) as stopped:
+    compare_parsers.main(["--help"])
+  assert stopped.value.code == 0
+  assert "--masks" in capsys.readouterr().out
