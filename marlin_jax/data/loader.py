@@ -17,7 +17,7 @@ import json
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import grain
 import jax
@@ -28,15 +28,82 @@ from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.data.prepared_dataset import Dataset, DatasetError, RecordSource
 from marlin_jax.records import schema
 
+Batch = dict[str, np.ndarray]
+
+
+class ClipTaker(Protocol):
+  """Turns records into clips of a batch.
+
+  A batch holds at least `_id` int32 (B,), the numbers of the records, and
+  `start` int32 (B,), the first frame of each clip in its record. Reading is cut
+  into phases, so that frames of all clips are decoded last.
+  """
+
+  def empty(self, num_clips: int) -> Batch:
+    """Allocates a batch."""
+
+  def choose(
+    self,
+    clips: Batch,
+    index: int,
+    record: schema.Record,
+    np_rng: np.random.Generator,
+  ) -> list[int]:
+    """Draws clips of a record and fills a batch slice, except for the frames.
+
+    Args:
+      clips: slice of a batch from `empty`.
+      index: number of the record.
+      record: the record.
+      np_rng: makes all draws.
+
+    Returns:
+      Frames of the record to decode, clip by clip.
+
+    Raises:
+      DatasetError: the record has no such clips.
+    """
+
+  def decode(
+    self,
+    clips: Batch,
+    index: int,
+    record: schema.Record,
+    frames: Sequence[int],
+  ) -> None:
+    """Decodes the frames that `choose` returned into the batch slice.
+
+    Raises:
+      DatasetError: the record is damaged.
+    """
+
+
+def decode_video(
+  video: np.ndarray, index: int, record: schema.Record, frames: Sequence[int]
+) -> None:
+  """Decodes frames of a record into an array.
+
+  Args:
+    video: uint8 (B, T, H, W, 3), filled in place.
+    index: number of the record.
+    record: the record.
+    frames: B * T frame numbers.
+
+  Raises:
+    DatasetError: the record is damaged.
+  """
+  try:
+    schema.decode_frames(record, frames, video.reshape(-1, *video.shape[2:]))
+  except ValueError as e:
+    raise DatasetError(f"record {index} is damaged: {e}") from e
+
 
 @dataclasses.dataclass(frozen=True)
 class TakeClip:
-  """Turns records into clips of decoded frames.
+  """Takes clips of decoded frames and their regions; a `ClipTaker`.
 
-  A batch holds `video` uint8 (B, T, H, W, 3); `regions` uint16
-  (B, T / tubelet_size, h, w), the region bits of each tubelet's first frame;
-  `_id` int32 (B,), the numbers of the records; and `start` int32 (B,), the
-  first frame of each clip in its record.
+  A batch also holds `video` uint8 (B, T, H, W, 3), and `regions` uint16
+  (B, T / tubelet_size, h, w), the region bits of each tubelet's first frame.
 
   Attributes:
     clip: number of frames and stride.
@@ -46,8 +113,8 @@ class TakeClip:
   clip: Clip
   tubelet_size: int
 
-  def empty(self, num_clips: int) -> dict[str, np.ndarray]:
-    """Allocates a batch."""
+  def empty(self, num_clips: int) -> Batch:
+    """See `ClipTaker.empty`."""
     num_frames, grid = self.clip.num_frames, 2 * (schema.GRID_SIZE,)
     num_tubelets = num_frames // self.tubelet_size
     frame = (schema.FRAME_SIZE, schema.FRAME_SIZE, 3)
@@ -60,22 +127,12 @@ class TakeClip:
 
   def choose(
     self,
-    clips: dict[str, np.ndarray],
+    clips: Batch,
     index: int,
     record: schema.Record,
     np_rng: np.random.Generator,
   ) -> list[int]:
-    """Draws clips of a record and fills a batch slice, except for `video`.
-
-    Args:
-      clips: slice of a batch from `empty`.
-      index: number of the record.
-      record: the record.
-      np_rng: draws the starts.
-
-    Returns:
-      Frames of the record to decode into `video`, clip by clip.
-    """
+    """Draws clips from random starts; see `ClipTaker.choose`."""
     total = len(record)
     starts = self.clip.random_starts(total, len(clips["start"]), np_rng)
     frames = self.clip.indices(starts[:, None], total)  # (B, T)
@@ -86,21 +143,13 @@ class TakeClip:
 
   def decode(
     self,
-    clips: dict[str, np.ndarray],
+    clips: Batch,
     index: int,
     record: schema.Record,
     frames: Sequence[int],
   ) -> None:
-    """Decodes the frames that `choose` returned into `video`.
-
-    Raises:
-      DatasetError: the record is damaged.
-    """
-    video = clips["video"]
-    try:
-      schema.decode_frames(record, frames, video.reshape(-1, *video.shape[2:]))
-    except ValueError as e:
-      raise DatasetError(f"record {index} is damaged: {e}") from e
+    """Decodes `video`; see `ClipTaker.decode`."""
+    decode_video(clips["video"], index, record, frames)
 
 
 class BadRecords:
@@ -176,11 +225,11 @@ class _Reader:
 
   dataset: Dataset
   source: RecordSource
-  take_clip: TakeClip
+  take_clip: ClipTaker
   bad: BadRecords | None = None
   num_clips: int = 1
 
-  def __call__(self, draws: Sequence[_Draw]) -> dict[str, np.ndarray]:
+  def __call__(self, draws: Sequence[_Draw]) -> Batch:
     n = self.num_clips
     batch = self.take_clip.empty(n * len(draws))
     # Phase by phase for all records: decoding a clip evicts the CPU caches, and
@@ -197,7 +246,7 @@ class _Reader:
       collections.deque(filler, maxlen=0)
     return batch
 
-  def _fill(self, clips: dict[str, np.ndarray], draw: _Draw) -> Iterator[None]:
+  def _fill(self, clips: Batch, draw: _Draw) -> Iterator[None]:
     """Fills a batch slice; yields after each phase of a record but the last."""
     num_records = self.dataset.num_records
     for i in range(num_records):
@@ -272,7 +321,7 @@ class _Batches:
   def __len__(self) -> int:
     return sys.maxsize
 
-  def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+  def __getitem__(self, step: int) -> Batch:
     first = step * self._per_step
     batch = self._read([self._draws[first + i] for i in self._draw_numbers])
     if self._own is None:
@@ -282,7 +331,7 @@ class _Batches:
 
 def train_batches(
   dataset: Dataset,
-  take_clip: TakeClip,
+  take_clip: ClipTaker,
   *,
   batch_size: int,
   seed: int,
@@ -291,7 +340,7 @@ def train_batches(
   clips_per_record: int = 1,
   rows: Sequence[int] | None = None,
   bad: BadRecords | None = None,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Iterator[Batch]:
   """Yields this process's rows of every global batch, endlessly.
 
   Args:
@@ -332,13 +381,13 @@ def train_batches(
 
 def eval_batches(
   dataset: Dataset,
-  take_clip: TakeClip,
+  take_clip: ClipTaker,
   *,
   batch_size: int,
   num_batches: int,
   rows: Sequence[int] | None = None,
   bad: BadRecords | None = None,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Iterator[Batch]:
   """Yields the same clips on every call, from records spread over the split.
 
   If there are fewer records than clips, records repeat with other starts.
@@ -371,7 +420,7 @@ def eval_batches(
 
 
 def to_devices(
-  batches: Iterable[dict[str, np.ndarray]],
+  batches: Iterable[Batch],
   sharding: jax.sharding.Sharding,
   *,
   ahead: int = 1,

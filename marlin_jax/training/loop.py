@@ -57,7 +57,7 @@ class Course(Protocol):
   """
 
   dataset: Dataset
-  take_clip: loader.TakeClip
+  take_clip: loader.ClipTaker
   fields: tuple[str, ...]
   batch_size: int
   num_steps: int

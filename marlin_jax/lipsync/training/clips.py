@@ -16,12 +16,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from marlin_jax.data.loader import Batch, decode_video
 from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.lipsync import mel_windows
 from marlin_jax.records import schema
 from marlin_jax.records.mel_spectrogram import MAX_VALUE
-
-Batch = dict[str, np.ndarray]
 
 # Sound that is shifted by less than SyncNet's own window is hardly out of sync:
 # to tell it from sound in sync would be label noise. (Wav2Lip takes any other
@@ -66,7 +65,7 @@ class _TakeFrames:
     Raises:
       DatasetError: a frame cannot be decoded.
     """
-    _decode(clips["video"], index, record, frames)
+    decode_video(clips["video"], index, record, frames)
 
   def note(self, clips: Batch, index: int, starts: np.ndarray) -> list[int]:
     """Fills `_id` and `start`; returns the frames of all clips in turn."""
@@ -244,8 +243,8 @@ class TakeTargets(_TakeFrames):
       DatasetError: a frame cannot be decoded.
     """
     half = len(frames) // 2
-    _decode(clips["video"], index, record, frames[:half])
-    _decode(clips["reference"], index, record, frames[half:])
+    decode_video(clips["video"], index, record, frames[:half])
+    decode_video(clips["reference"], index, record, frames[half:])
 
   def _reference_start(
     self, start: int, num_starts: int, np_rng: np.random.Generator
@@ -300,16 +299,3 @@ def _problem(record: schema.Record, least: int) -> str:
       "of bad records that are passed over"
     )
   return ""
-
-
-def _decode(
-  pictures: np.ndarray,
-  index: int,
-  record: schema.Record,
-  frames: Sequence[int],
-) -> None:
-  try:
-    flat = pictures.reshape(-1, *pictures.shape[2:])
-    schema.decode_frames(record, frames, flat)
-  except ValueError as e:
-    raise DatasetError(f"record {index} is damaged: {e}") from e
