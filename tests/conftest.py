@@ -19,18 +19,18 @@ from tests.support.videos import write_video
 os.environ["PYTHONPATH"] = str(ROOT)
 # With libtpu installed, which plan_test.py needs, jax looks for a TPU first.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile many small programs and run each a few times: quick compiling
-# counts.
+# Tests compile many small programs and run each a few times, so compilation
+# should be quick.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 xla_flags.set_for_training()
 compile_cache.set_up()
 
-# On as many cores as pytest has workers, a second thread of PyTorch's mostly
-# waits for the first, and burns its core in doing so: 9 s for 2.
+# With as many workers as cores, a second PyTorch thread mostly waits for the
+# first and keeps a core busy meanwhile: 9 s instead of 2.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A shell that puts pytest in the background has it ignore Ctrl-C, and with it
-# all that it starts; tests send it.
+# A shell that starts pytest in the background makes it and its children ignore
+# Ctrl-C, which tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -71,7 +71,7 @@ def sample_videos() -> Path:
 
 @pytest.fixture(scope="session")
 def face_models() -> None:
-  """Skips a test where the face models cannot be had."""
+  """Skips a test if the face models cannot be fetched."""
   from data_prep import assets, prepare
   from data_prep.regions import parsers
 
@@ -83,7 +83,7 @@ def face_models() -> None:
 
 @pytest.fixture(scope="module")
 def finder(face_models):
-  """Finds faces; open for a file."""
+  """Face finder that stays open for the tests of a file."""
   from data_prep.faces import face_finder
 
   with face_finder.FaceFinder() as opened:

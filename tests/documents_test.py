@@ -1,4 +1,4 @@
-"""Every command of docs/REPRODUCING.md is one that its binary understands."""
+"""Every command in docs/REPRODUCING.md parses."""
 
 import importlib.util
 import re
@@ -16,7 +16,7 @@ PARSERS = {"data_prep.prepare": prepare, "data_prep.verify": verify}
 
 
 def commands():
-  """The arguments of each `python -m` in an indented block."""
+  """Returns the arguments of each `python -m` in an indented block."""
   blocks = re.findall(r"(?:^    .*\n)+", PAGE.read_text(), re.MULTILINE)
   lines = "".join(blocks).replace("\\\n", " ").splitlines()
   found = [shlex.split(line) for line in lines if "python -m" in line]
@@ -54,7 +54,7 @@ def test_a_command_of_the_page_is_understood(words):
 
 
 def _typed(config, key, value):
-  """As the command line reads it: a key that is not there is an error."""
+  """Converts as the command line does; an unknown key is an error."""
   for part in key.split("."):
     config = config[part]
   return type(config)(value)

@@ -1,4 +1,4 @@
-"""What plan tells, from real compilations for TPU and CPU."""
+"""The plan command, with real compilations for TPU and CPU."""
 
 import contextlib
 import dataclasses
@@ -42,7 +42,7 @@ SMALL = {
 
 
 def run(*args, config="pretrain_b", binary=("-m", "marlin_jax.plan"), **values):
-  """Runs a binary on the small network, or on another where given."""
+  """Runs the plan command or another script, by default on a small network."""
   values = (SMALL if config == "pretrain_b" else {}) | values
   return subprocess.run(
     [
@@ -69,7 +69,7 @@ def quiet(what):
 
 
 def here(memory_bytes):
-  """This process's devices, as if they had so much memory."""
+  """Returns one device of this process with a made-up amount of memory."""
   found = topology.find_devices("here")
   return dataclasses.replace(
     found, devices=found.devices[:1], memory_bytes=memory_bytes
@@ -87,12 +87,12 @@ def test_a_step_is_compiled_for_tpus_that_are_not_there():
   assert (found["num_devices"], found["device_kind"]) == (4, "TPU v5 lite")
   assert found["fits"]
   assert found["memory_bytes"] == chips.find("TPU v5 lite").hbm_bytes
-  # The compiler pads, at most.
+  # The compiler may pad.
   state = sum(found["state_bytes"].values())
   assert state <= found["memory"]["arguments"] < 1.5 * state
   assert found["state_bytes"]["parameters"] >= 4 * found["num_params"]
   assert found["state_bytes"]["optimisers"] >= 8 * found["num_params"]
-  # Each gradient once, in the dtype of the matmuls or better.
+  # Each gradient is summed once, in bfloat16 or float32.
   (row,) = found["collectives"]
   assert (row["kind"], row["devices"]) == ("all-reduce", 4)
   assert 2 <= row["bytes"] / found["num_params"] <= 4

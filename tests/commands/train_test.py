@@ -1,4 +1,4 @@
-"""The trainer as its users start it."""
+"""The train command: results, resuming, signals and refusals."""
 
 import json
 import math
@@ -30,7 +30,7 @@ PART_OF_TIME = "goodput/(?!total|down).*_secs"
 
 @pytest.fixture(scope="module")
 def finished(sample_dataset, tmp_path_factory):
-  """A run of six steps that nothing disturbed."""
+  """Returns the workdir and output of an undisturbed run of six steps."""
   workdir = tmp_path_factory.mktemp("finished")
   result = run(workdir, **{"data.path": sample_dataset})
   assert result.returncode == 0, result.stderr
@@ -73,8 +73,8 @@ def test_killed_and_resumed_gives_the_same_bits(
     stdout=subprocess.PIPE,
     text=True,
   ) as process:
-    # Killed as soon as it tells of step 3: the checkpoint of step 3 is not
-    # written yet or half, or it has gone a step or two further.
+    # Killed once step 3 is reported: its checkpoint is missing, incomplete or
+    # complete, and the run may be a step or two further.
     for line in process.stdout:
       if line.startswith("step 3/"):
         break
@@ -94,7 +94,7 @@ def test_killed_and_resumed_gives_the_same_bits(
 
 @pytest.fixture(scope="module")
 def halved(finished, sample_dataset, tmp_path_factory):
-  """The same run without its last checkpoint, resumed: surely from step 3."""
+  """Resumes the same run without its last checkpoint, hence from step 3."""
   workdir = tmp_path_factory.mktemp("halved") / "run"
   subprocess.run(["cp", "-r", finished[0], workdir], check=True)
   subprocess.run(["rm", "-r", workdir / "checkpoints" / "6"], check=True)
@@ -104,7 +104,7 @@ def halved(finished, sample_dataset, tmp_path_factory):
 
 
 def test_three_steps_and_three_more_equal_six(finished, halved):
-  """As above, and what follows step 3 is removed."""
+  """Metrics after step 3 are removed when the run resumes."""
   undisturbed, _ = finished
   workdir, output = halved
   assert "resumed from step 3" in output
@@ -131,7 +131,7 @@ def test_the_time_of_both_processes_adds_up(finished, halved):
     atol=0.05,  # the kernel tells the time of a start in hundredths
   )
   assert first["goodput/lost_secs"] == 0 < both["goodput/lost_secs"]
-  # Both had to start, and to compile.
+  # Both processes started and compiled.
   for kind in ("start", "compile"):
     assert both[f"goodput/{kind}_secs"] > first[f"goodput/{kind}_secs"] > 0
   assert re.search(r"^time 0:0.*lost \d.*down", halved[1], re.MULTILINE)
@@ -304,7 +304,7 @@ def test_a_run_starts_from_the_weights_of_another(finished, tmp_path):
   got, want = arrays_of(tmp_path / "run", 1), arrays_of(source, 6)
   for name in want:
     if name.startswith(("['params']", "['fixed']", "['disc_params']")):
-      # The average, where one was kept, is what a run hands on.
+      # A run that keeps an average of the weights passes that on.
       source_name = name.replace("['params']", "['ema']")
       np.testing.assert_allclose(
         got[name], want[source_name], atol=1e-9, err_msg=name

@@ -1,4 +1,4 @@
-"""A data set from gs:// to gs://, over a stand-in for Google's service."""
+"""Preparation from gs:// to gs://, on an emulator of Google's service."""
 
 import os
 import socket
@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.processes import run_prepare, start_prepare
 
-# Or it asks another of Google's services what kind of bucket it is.
+# Otherwise gcsfs asks another Google service for the kind of bucket.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 gcsfs = pytest.importorskip("gcsfs", reason="gs:// needs gcsfs")
 pytest.importorskip(
@@ -21,7 +21,7 @@ pytest.importorskip(
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory) -> Iterator[str]:
-  """Where the stand-in answers; it has one bucket, faces."""
+  """Starts the emulator with one bucket, faces; returns its address."""
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]

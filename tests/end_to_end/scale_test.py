@@ -1,4 +1,4 @@
-"""Whoever does the work, on however many machines, the bytes are the same."""
+"""A data set has the same bytes from any engine and any number of tasks."""
 
 import importlib.util
 import signal
@@ -38,7 +38,7 @@ def flags(videos) -> list[object]:
 
 @pytest.fixture(scope="module")
 def expected(flags, tmp_path_factory) -> dict[str, bytes]:
-  """What one undisturbed process writes."""
+  """Returns the files that one undisturbed process writes."""
   path = tmp_path_factory.mktemp("expected") / "dataset"
   result = run_prepare(*flags, "--output", path)
   assert result.returncode == 0, result.stderr
@@ -62,7 +62,7 @@ def test_an_array_of_tasks_writes_what_one_process_writes(
   result = run_prepare(*flags, "--output", path)
   assert result.returncode == 0, result.stderr
   assert content(path) == expected
-  # Where another task is at work, this one must not clear away.
+  # A task must not remove files of another that may still run.
   other = path / "parts/of_another_task.json"
   other.parent.mkdir()
   other.write_text("{}")
@@ -87,8 +87,8 @@ def test_tasks_at_the_same_time_one_of_them_killed(flags, expected, tmp_path):
     )
     for command in commands
   )
-  # As soon as a video is being written; the other's files must survive what
-  # the restarted task clears away.
+  # The first task is killed once a video is being written. The restarted task
+  # must not remove files of the other.
   while first.poll() is None and not any((path / "parts").glob("*.json")):
     time.sleep(0.05)
   first.send_signal(signal.SIGKILL)

@@ -45,7 +45,7 @@ QUICK = {
 
 @pytest.fixture(scope="module")
 def film(carphone_frames) -> Callable[[Path, bool], None]:
-  """Writes a video, every time another one."""
+  """Writes a video; each call writes other frames."""
   numbers = itertools.count()
 
   def write(path: Path, labelled: bool) -> None:
@@ -61,7 +61,7 @@ def film(carphone_frames) -> Callable[[Path, bool], None]:
 
 
 def prepared(layout: str, tree: Path) -> Path:
-  """A data set made of a tree by the real binary."""
+  """Returns the data set that data_prep.prepare makes of a tree."""
   output = tree.with_name("data")
   result = run_prepare(
     *("--dataset", layout, "--input", tree),
@@ -85,7 +85,7 @@ def num_videos(results: dict) -> dict[str, int]:
 
 
 def truth(data: Path, cell: str) -> dict[str, dict[str, str]]:
-  """What is true of each test video, by its id."""
+  """Returns the true labels of each test video, by its id."""
   path = data.with_name("results") / "predictions" / f"{cell}.csv"
   with path.open() as file:
     return {row["video_id"]: row for row in csv.DictReader(file)}

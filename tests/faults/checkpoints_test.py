@@ -1,6 +1,6 @@
 """Faults of saving and resuming: kills, full disks, flipped bits, bad copies.
 
-Rows D1 and D4 of the fault list are in train_test.py and distributed_test.py.
+A killed run is in train_test.py, a lost process in distributed_test.py.
 """
 
 import os

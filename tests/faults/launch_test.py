@@ -1,8 +1,7 @@
 """Faults of the launch: what is not installed.
 
-Row F1, wrong settings, is in validate_test.py and train_test.py; F2, processes
-that do not come, in rendezvous_test.py and distributed_test.py; --help of every
-binary in layout_test.py.
+Wrong settings are in configuration_test.py and train_test.py, missing processes
+in rendezvous_test.py and distributed_test.py, --help in help_test.py.
 """
 
 import os

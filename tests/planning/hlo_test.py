@@ -1,4 +1,4 @@
-"""What is read from HLO text, on lines as the three compilers write them."""
+"""Reading HLO text, on lines of the compilers for CPU, GPU and TPU."""
 
 import pytest
 

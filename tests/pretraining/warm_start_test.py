@@ -1,4 +1,4 @@
-"""What a run takes from weights, and what it says about it."""
+"""Warm starts: arrays taken from weights, and the notices about the rest."""
 
 import dataclasses
 

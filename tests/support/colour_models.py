@@ -1,4 +1,4 @@
-"""Small models of the parsers' shapes that give each colour its class."""
+"""Small models with the interfaces of the parsers that classify by colour."""
 
 from __future__ import annotations
 

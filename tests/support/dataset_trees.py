@@ -1,4 +1,4 @@
-"""Miniatures of published data sets' folders, but for the videos themselves."""
+"""Miniature folders of published data sets, without the videos."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +28,7 @@ def celebvhq_clip(
   action: Sequence[int],
   emotion="neutral",
 ) -> dict:
-  """What celebvhq_info.json says of a clip."""
+  """Returns the entry of a clip in celebvhq_info.json."""
   return {
     "ytb_id": source,
     "duration": {"start_sec": 1.0, "end_sec": 4.5},
@@ -78,7 +78,7 @@ def ffpp_fake(method: str, target: str, source: str) -> str:
 def write_mosei_labels(
   root: Path, videos: Mapping[str, Sequence[tuple[float, Sequence[float]]]]
 ) -> None:
-  """Of each video the starts of its segments and their seven numbers."""
+  """Writes the start and the seven numbers of each segment of each video."""
   with h5py.File(root / "CMU_MOSEI_Labels.csd", "w") as file:
     for name, rows in videos.items():
       group = file.create_group(f"All Labels/data/{name}")

@@ -1,10 +1,10 @@
-"""Saves checkpoints, and dies in the middle of one; d_checkpoints_test.py.
+"""Saves checkpoints and dies while saving; see faults/checkpoints_test.py.
 
   dying.py DIRECTORY EVENT NAME
 
 Saves steps 1 and 2 of a small state and is killed, while it saves step 2, the
-moment before it does EVENT (open, os.mkdir, os.rename) to a file NAME...:
-how far it has come does not depend on luck.
+moment before EVENT (open, os.mkdir, os.rename) on a file NAME..., so that every
+run gets equally far.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Small labelled data sets, written by data_prep's own pieces; evaluations."""
+"""Small labelled data sets, and evaluations on them."""
 
 import dataclasses
 import json
@@ -119,7 +119,7 @@ def write(
 
 
 class _Part(shards.Part):
-  """A part under a name of its own."""
+  """A part with a free choice of path."""
 
   def __init__(self, path: Path):
     self.records, self.line = path, path.with_suffix(".json")
@@ -139,7 +139,7 @@ def ledger_entry(video: Video, split: str, num_records: int) -> ledger.Entry:
 def make(
   num: int, draw: Callable[[int, np.random.Generator], Video], seed: int = 0
 ) -> list[Video]:
-  """Videos in the order of their ids."""
+  """Returns videos in the order of their ids."""
   np_rng = np.random.default_rng(seed)
   return [draw(i, np_rng) for i in range(num)]
 
@@ -175,7 +175,7 @@ LABELS = {
 
 
 def draw_face(i: int, np_rng: np.random.Generator) -> Video:
-  """A picture whose brightness and colour tell all its labels."""
+  """Draws a face whose brightness and colour determine all its labels."""
   level = int(np_rng.integers(3))
   red = int(np_rng.integers(2))
   colour = np.array([40 + 60 * level + 30 * red, 40 + 60 * level, 90])
@@ -197,7 +197,7 @@ def draw_face(i: int, np_rng: np.random.Generator) -> Video:
 
 
 def renamed(videos: Sequence[Video], prefix: str) -> list[Video]:
-  """The same drawing for other people."""
+  """Returns the same videos under other ids of videos and people."""
   return [
     dataclasses.replace(
       video,
@@ -209,7 +209,7 @@ def renamed(videos: Sequence[Video], prefix: str) -> list[Video]:
 
 
 def write_faces(path: Path) -> Path:
-  """24 videos of 12 people to train, 16 of 8 in each of val and test."""
+  """Writes 24 videos of 12 people in train, 16 of 8 in each of val and test."""
   return write(
     path,
     {
@@ -225,7 +225,7 @@ def write_faces(path: Path) -> Path:
 
 
 def tiny(config, **changes):
-  """A configuration with small sizes."""
+  """Returns a configuration with small sizes."""
   config.update_from_flattened_dict(TINY | changes)
   return config
 
@@ -258,7 +258,7 @@ def command(task, workdir, data, checkpoint="random", *, devices=1, **changes):
 
 
 def metric(results, mode, name="auc", ratio=1.0):
-  """A number of the summary."""
+  """Returns a metric of the summary."""
   (row,) = (
     r for r in results["summary"] if (r["mode"], r["ratio"]) == (mode, ratio)
   )
@@ -266,7 +266,7 @@ def metric(results, mode, name="auc", ratio=1.0):
 
 
 def write_random(path: Path, architecture: Architecture) -> Path:
-  """Writes an encoder that has learned nothing."""
+  """Writes an untrained encoder."""
   params = nnx.to_pure_dict(nnx.state(architecture.make_autoencoder()))
   safetensors_folder.write(of_modules(architecture, params), path)
   return path

@@ -1,4 +1,4 @@
-"""Data sets made of drawn faces, by the real writer and without any model."""
+"""Data sets of drawn faces, written by data_prep without any model."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ LABELS = {
 def some_labels(
   smiling: float, emotion: float, sentiment: float
 ) -> dict[str, np.ndarray]:
-  """Labels as LABELS describes; nobody knows of eyeglasses."""
+  """Returns the labels described by LABELS; eyeglasses is unknown."""
   return {
     "attributes": np.float32([smiling, np.nan]),
     "emotion": np.float32([emotion]),
@@ -48,7 +48,10 @@ def a_record(
   side: float = 300.0,
   **changes,
 ) -> schema.Record:
-  """A nose on skin, before a grey wall; `side` is the crop's, in pixels."""
+  """Returns a record of a nose on skin before a grey wall.
+
+  `side` is the side of the crop in the video, in pixels.
+  """
   labels = np.zeros((num_frames, 224, 224), np.uint8)
   labels[:, 60:200, 60:160] = schema.REGIONS.index("skin")
   labels[:, 110:140, 100:120] = schema.REGIONS.index("nose")

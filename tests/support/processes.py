@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-  """What a command that ran in this process returned and printed."""
+  """Exit code and output of a command that ran in this process."""
 
   returncode: int
   stdout: str
@@ -29,7 +29,7 @@ def run_here(command: Callable[[], int | None]) -> Finished:
 
   Args:
     command: returns the exit code or None, or raises SystemExit. Other
-      exceptions, which would be tracebacks, are the caller's.
+      exceptions, which a process would end with, are raised.
   """
   out, err = io.StringIO(), io.StringIO()
   handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -56,7 +56,7 @@ def run_prepare(*args: object) -> Finished:
 
 
 def start_prepare(*args: object) -> subprocess.CompletedProcess[str]:
-  """Runs data_prep.prepare in a process that knows nothing of earlier runs."""
+  """Runs data_prep.prepare in a process of its own."""
   return subprocess.run(
     [sys.executable, "-m", "data_prep.prepare", *map(str, args)],
     capture_output=True,

@@ -1,4 +1,4 @@
-"""Scenes composed of real faces: who is where in each frame is known."""
+"""Scenes composed of real faces at known places in each frame."""
 
 from __future__ import annotations
 

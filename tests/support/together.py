@@ -1,4 +1,4 @@
-"""What several processes do together, besides training.
+"""Coordination of several processes apart from training.
 
 Each a process of its own, started by distributed_test.py. They find that they
 differ, restore a checkpoint on their mesh, with `scan` the other way, and save
