@@ -318,9 +318,8 @@ def test_the_papers_training_ends_at_the_lowest_rate():
   fitted = fit.fit(
     probe, protocols.plan_training(config, 8), lambda _: batches, never, seed=0
   )
-  assert (
-    fitted.num_rounds == 3
-  )  # one best, two without gain, then half the rate
+  # One best round, two without gain, then half the rate.
+  assert fitted.num_rounds == 3
 
 
 def test_steps_equal_pytorchs_adam_with_the_papers_betas():
