@@ -5,15 +5,24 @@ Axes: B clips, T frames, S pixels of the square picture.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
+from jax.sharding import Mesh
 
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.data.prepared_dataset import DatasetError, RecordSource
+from marlin_jax.devices import sharding
 from marlin_jax.downstream.splits import Split, TrackRecords, TrackWindow
 from marlin_jax.records import schema
+
+
+def rounded_batch_size(batch_size: int, mesh: Mesh) -> int:
+  """Rounds a batch size up, so that batches divide over the devices."""
+  num_shards = sharding.num_shards(mesh)
+  return math.ceil(batch_size / num_shards) * num_shards
 
 
 class ClipReader:

@@ -173,8 +173,7 @@ class QuickProbe:
     """
     self._data, self._config = data, config
     self._num_threads = num_threads
-    shards = sharding.num_shards(mesh)
-    self._batch_size = -(-config.batch_size // shards) * shards
+    self._batch_size = clip_batches.rounded_batch_size(config.batch_size, mesh)
     self._rows = loader.own_rows(
       sharding.batch_sharding(mesh), self._batch_size
     )

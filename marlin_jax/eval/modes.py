@@ -95,8 +95,7 @@ class ModeRunner:
     self._cache = cache
     self._clip = weights.architecture.clip
     self._split_features: dict[str, np.ndarray] = {}
-    shards = sharding.num_shards(mesh)
-    self._batch_size = -(-config.batch_size // shards) * shards
+    self._batch_size = clip_batches.rounded_batch_size(config.batch_size, mesh)
 
   def run(self, mode: str, job: Job) -> ModeResult:
     """Runs a job in one of configuration.MODES."""
