@@ -48,7 +48,7 @@ class Learner:
 
   Attributes:
     graphdef: of the network: a Classifier, or a head alone.
-    trained, kept: initial parameters: those that are trained, and the others.
+    trained, fixed: initial parameters: those that are trained, and the others.
     task: that the model predicts.
     config: of the optimiser; optionally with `drop_path`, `mixup`, `flip`.
     mesh: devices.
@@ -58,7 +58,7 @@ class Learner:
 
   graphdef: nnx.GraphDef
   trained: Pytree
-  kept: Pytree
+  fixed: Pytree
   task: Task
   config: ConfigDict
   mesh: Mesh
@@ -92,8 +92,8 @@ class Learner:
     return sharding.lay_out(self.mesh, tree, {"encoder": num_heads}).shardings
 
   @functools.cached_property
-  def _kept(self) -> Pytree:
-    return jax.device_put(self.kept, self._place(self.kept))
+  def _fixed(self) -> Pytree:
+    return jax.device_put(self.fixed, self._place(self.fixed))
 
   def put(self, *arrays: np.ndarray) -> list[jax.Array]:
     """Shards a batch over the devices."""
@@ -114,16 +114,16 @@ class Learner:
     Returns:
       The new state and the loss.
     """
-    return self._step(state, self._kept, *self.put(x, labels, known), rng, lr)
+    return self._step(state, self._fixed, *self.put(x, labels, known), rng, lr)
 
   @functools.cached_property
   def _step(self):
     depth = self.architecture.depth if self.architecture else 0
     decay = self.config.get("layer_decay", 1.0)
 
-    def step(state, kept, x, labels, known, rng, lr):
+    def step(state, fixed, x, labels, known, rng, lr):
       loss, grads = jax.value_and_grad(self._loss)(
-        state["trained"], kept, x, labels, known, rng
+        state["trained"], fixed, x, labels, known, rng
       )
       updates, opt = self._optimiser.update(
         grads, state["opt"], state["trained"]
@@ -132,12 +132,12 @@ class Learner:
       trained = protocols.updated(state["trained"], updates, lr, factors)
       return {"trained": trained, "opt": opt}, loss
 
-    everywhere = sharding.replicated(self.mesh)
+    replicated = sharding.replicated(self.mesh)
     return jax.jit(
-      step, donate_argnums=0, out_shardings=(self.shardings, everywhere)
+      step, donate_argnums=0, out_shardings=(self.shardings, replicated)
     )
 
-  def _loss(self, trained, kept, x, labels, known, rng):
+  def _loss(self, trained, fixed, x, labels, known, rng):
     keep = None
     if self.architecture:
       rng_flip, rng_mix, rng_drop = jax.random.split(rng, 3)
@@ -150,18 +150,18 @@ class Learner:
         keep = vit.drop_path(
           rng_drop, self.config.drop_path, self.architecture.depth, len(x)
         )
-    logits = self._network(trained, kept)(x, *([] if keep is None else [keep]))
+    logits = self._network(trained, fixed)(x, *([] if keep is None else [keep]))
     return loss_of(self.task, logits, labels, known)
 
-  def _network(self, trained, kept):
+  def _network(self, trained, fixed):
     placement = None
     if self.mesh.size > 1:
       placement = sharding.MeshPlacement(self.mesh, self.dtype)
 
     def call(*args):
       with partition.use(placement):
-        whole = partition.weights(trained), partition.weights(kept)
-        return nnx.merge(self.graphdef, *whole)(*args)
+        params = partition.weights(trained), partition.weights(fixed)
+        return nnx.merge(self.graphdef, *params)(*args)
 
     return call
 
@@ -169,14 +169,14 @@ class Learner:
 
   def logits(self, trained: Pytree, x) -> jax.Array:
     """Returns float32 (B, K) for a batch; `x` as for `step`."""
-    return self._logits(trained, self._kept, *self.put(x))
+    return self._logits(trained, self._fixed, *self.put(x))
 
   @functools.cached_property
   def _logits(self):
-    def logits(trained, kept, x):
+    def logits(trained, fixed, x):
       if self.architecture:
         x = clip_features.to_tokens(x, self.architecture)
-      return self._network(trained, kept)(x)
+      return self._network(trained, fixed)(x)
 
     return jax.jit(logits, out_shardings=sharding.replicated(self.mesh))
 
@@ -220,8 +220,8 @@ def linear_probe(
 ) -> Learner:
   """Returns a linear layer on features of `width`."""
   head = heads.LinearHead(width, task.num_outputs, nnx.Rngs(seed))
-  graphdef, trained, kept = nnx.split(head, nnx.Param, ...)
-  return Learner(graphdef, _pure(trained), _pure(kept), task, config, mesh)
+  graphdef, trained, fixed = nnx.split(head, nnx.Param, ...)
+  return Learner(graphdef, _pure(trained), _pure(fixed), task, config, mesh)
 
 
 def on_encoder(
@@ -266,13 +266,13 @@ def on_encoder(
   is_trained = nnx.Param
   if frozen:
     is_trained = nnx.All(nnx.Param, nnx.PathContains("head"))
-  graphdef, trained, kept = nnx.split(
+  graphdef, trained, fixed = nnx.split(
     Classifier(encoder, head), is_trained, ...
   )
   return Learner(
     graphdef,
     _pure(trained),
-    _pure(kept),
+    _pure(fixed),
     task,
     config,
     mesh,

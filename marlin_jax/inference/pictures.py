@@ -126,7 +126,7 @@ def _scaled_up(token_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR))
 
 
-def one_after_another(views: Views, frame_numbers: np.ndarray) -> Views:
+def join_clips(views: Views, frame_numbers: np.ndarray) -> Views:
   """Joins the clips of one video into a single one.
 
   Args:
@@ -155,7 +155,7 @@ def save(
     views: of the clips.
     path: the suffix selects a still of six frames (.png) or an animation (.gif,
       .mp4). The folder is created if missing.
-    frame_numbers: see `one_after_another`.
+    frame_numbers: see `join_clips`.
     fps: frames per second.
 
   Raises:
@@ -165,7 +165,7 @@ def save(
   if path.suffix not in SUFFIXES:
     raise ValueError(f"{path} ends with none of {', '.join(SUFFIXES)}")
   path.parent.mkdir(parents=True, exist_ok=True)
-  joined = one_after_another(views, frame_numbers)
+  joined = join_clips(views, frame_numbers)
   if path.suffix == ".png":
     Image.fromarray(picture(joined)).save(path)
   else:
@@ -189,7 +189,7 @@ def picture(views: Views, *, num_frames: int = 6) -> np.ndarray:
   rows = []
   for clip in range(views.frames.shape[1]):
     for name, video in zip(views.names, views.frames[:, clip], strict=True):
-      row = beside(list(video[chosen]))
+      row = side_by_side(list(video[chosen]))
       rows += [caption(name, row.shape[1]), row]
     rows.append(blank(_MARGIN, rows[-1].shape[1]))
   return np.concatenate(rows)
@@ -207,12 +207,12 @@ def save_animation(views: Views, path: Path, *, fps: float) -> None:
     OSError: the file cannot be written.
   """
   width = views.frames.shape[4]
-  captions = beside([caption(name, width) for name in views.names])
+  captions = side_by_side([caption(name, width) for name in views.names])
   frames = []
   for time in range(views.frames.shape[2]):
     rows = []
     for clip in range(views.frames.shape[1]):
-      rows += [captions, beside(list(views.frames[:, clip, time]))]
+      rows += [captions, side_by_side(list(views.frames[:, clip, time]))]
     frames.append(np.concatenate(rows))
   if path.suffix == ".mp4":
     _save_mp4(frames, path, fps)
@@ -259,7 +259,7 @@ def blank(height: int, width: int) -> np.ndarray:
   return np.full((height, width, 3), 255, np.uint8)
 
 
-def beside(images: list[np.ndarray]) -> np.ndarray:
+def side_by_side(images: list[np.ndarray]) -> np.ndarray:
   """Joins images of the same height from left to right."""
   gap = blank(images[0].shape[0], _MARGIN)
   parts = [part for image in images for part in (image, gap)]

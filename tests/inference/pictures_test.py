@@ -98,12 +98,12 @@ def test_joined_clips_show_no_frame_twice():
   numbers = np.array([[0, 2, 4, 6], [3, 5, 7, 9]])
   frames = np.arange(8, dtype=np.uint8).reshape(1, 2, 4, 1, 1, 1)
   views = pictures.Views(("a",), np.broadcast_to(frames, (1, 2, 4, 1, 1, 3)))
-  joined = pictures.one_after_another(views, numbers)
+  joined = pictures.join_clips(views, numbers)
   assert joined.frames.shape == (1, 1, 6, 1, 1, 3)
   assert joined.frames[0, 0, :, 0, 0, 0].tolist() == [0, 1, 2, 3, 6, 7]
   # A video of three frames repeats its last one.
   short = views._replace(frames=views.frames[:, :1])
-  joined = pictures.one_after_another(short, np.array([[0, 2, 2, 2]]))
+  joined = pictures.join_clips(short, np.array([[0, 2, 2, 2]]))
   assert joined.frames[0, 0, :, 0, 0, 0].tolist() == [0, 1]
 
 

@@ -50,7 +50,7 @@ def strip(
     sound = [_mel_image(mels[clip, t], side) for t in chosen]
     parts += [
       pictures.caption("sound of each frame", parts[0].shape[1]),
-      pictures.beside(sound),
+      pictures.side_by_side(sound),
       pictures.blank(_MARGIN, parts[0].shape[1]),
     ]
   return np.concatenate(parts)
