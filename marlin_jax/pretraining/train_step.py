@@ -138,7 +138,7 @@ class Trainer:
         patches, visible, masked
       )
 
-  def make_discriminator(self, disc_params) -> Discriminator:
+  def bind_discriminator(self, disc_params) -> Discriminator:
     """Returns the discriminator with these parameters."""
     with partition.use(self.placement):
       disc_params = partition.weights(disc_params)
@@ -155,7 +155,7 @@ class Trainer:
       target: float32 (B, M, P).
       keys: B jax keys of the gradient penalty.
     """
-    discriminator = self.make_discriminator(disc_params)
+    discriminator = self.bind_discriminator(disc_params)
     d_fake, d_real = discriminator(prediction), discriminator(target)
     loss = losses.discriminator_loss(d_real, d_fake)
     metrics = {"d_real": d_real.mean(), "d_fake": d_fake.mean()}
@@ -194,22 +194,20 @@ class Trainer:
     if not weight:
       return grad_rec, metrics
 
-    discriminator = self.make_discriminator(disc_params)
-
-    def adversarial(prediction, clip_weights=weight):
-      scores = discriminator(prediction)
-      loss = losses.generator_adversarial_loss(scores)
-      return losses.generator_adversarial_loss(clip_weights * scores), loss
-
-    grad_adv, loss_adv = jax.grad(adversarial, has_aux=True)(prediction)
+    discriminator = self.bind_discriminator(disc_params)
+    scores, backward = jax.vjp(discriminator, prediction)
+    loss_adv, grad_scores = jax.value_and_grad(
+      losses.generator_adversarial_loss
+    )(scores)
+    (grad_adv,) = backward(weight * grad_scores)
     pull = _clip_norms(grad_adv.features) / jnp.maximum(
       _clip_norms(grad_rec.features), 1e-20
     )
     if max_pull:
-      clip_weights = weight * jnp.minimum(1, max_pull / pull)
-      grad_adv, _ = jax.grad(adversarial, has_aux=True)(
-        prediction, clip_weights
-      )
+      # The gradient is linear in that of the scores: scaling a clip's scores
+      # scales its part of every gradient.
+      limit = jnp.minimum(1, max_pull / pull).astype(scores.dtype)
+      (grad_adv,) = backward(limit * (weight * grad_scores))
     metrics |= {
       "loss_adv": loss_adv,
       "loss": loss_rec + weight * loss_adv,

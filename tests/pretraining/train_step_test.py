@@ -1,4 +1,4 @@
-"""One forward for both players, against the reference's two."""
+"""The step with one forward, against the reference's with two."""
 
 import functools
 
@@ -14,7 +14,7 @@ from tests.support.trainers import BATCH_SIZE, TUBELETS, make, step_of
 
 @pytest.fixture(scope="module")
 def recipe():
-  """The trainer most tests use, its first state, its compiled step."""
+  """Returns a trainer, its first state, and its compiled step."""
   trainer, state = make()
   return trainer, state, step_of(trainer)
 
@@ -32,7 +32,7 @@ def batch():
 
 
 def two_forward_step(trainer, state, batch, rng):
-  """The reference's step: the autoencoder runs again for every update."""
+  """Takes the reference's step: the autoencoder runs for every update."""
   step_rng = jax.random.fold_in(rng, state.step)
   keys = jax.vmap(jax.random.split)(jax.random.split(step_rng, BATCH_SIZE))
   (patches, visible, masked), target = trainer.task.inputs_and_target(
@@ -65,7 +65,7 @@ def two_forward_step(trainer, state, batch, rng):
         )
       return loss
 
-    # Differentiated by both, as the reference does; one half is thrown away.
+    # Differentiated by both, as the reference does; one gradient is unused.
     loss, (_, grads) = jax.value_and_grad(disc_loss)(
       (state.params, state.disc_params)
     )
@@ -86,7 +86,7 @@ def two_forward_step(trainer, state, batch, rng):
 
 
 def assert_same_gradients(got, want):
-  """Within float32 rounding, relative to the largest of each array."""
+  """Compares gradients, with float32 rounding of each array's largest."""
   flat_got, flat_want = (
     jax.tree_util.tree_leaves_with_path(
       {"mae": s.opt_state[0], "disc": s.disc_opt_state[0]}
@@ -96,7 +96,7 @@ def assert_same_gradients(got, want):
   for (path, a), (_, b) in zip(flat_got, flat_want, strict=True):
     scale = float(jnp.abs(b).max())
     if "out" in str(path) and "bias" in str(path) and "disc" in str(path):
-      # It moves both players' scores alike: no loss depends on it.
+      # It shifts all scores alike: no loss depends on it.
       scale = 1.0
     assert scale > 0, path
     np.testing.assert_allclose(
@@ -149,6 +149,38 @@ def test_one_autoencoder_forward_and_backward_per_step(batch, recipe):
     if "dot_general" in line and all(shape in line for shape in shapes)
   ]
   assert len(heads) == 3, heads
+
+
+@pytest.mark.parametrize(
+  ("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.05)]
+)
+def test_max_pull_limits_the_adversarial_gradient_of_each_clip(
+  batch, dtype, tolerance
+):
+  max_pull = 0.01
+  features = {}
+  for name, settings in (
+    ("reconstruction", {"weight": 0.0}),
+    ("limited", {"weight": 10.0, "max_pull": max_pull}),
+  ):
+    trainer, state = make(dtype=dtype, **settings)
+
+    @jax.jit
+    def mae_grad(state, batch, trainer=trainer):
+      inputs, target, _ = trainer.prepare(batch)
+      prediction = trainer.predict(state.params, state.fixed, *inputs)
+      return trainer.mae_grad(prediction, target, state.disc_params)
+
+    keys = jax.random.split(jax.random.key(0), BATCH_SIZE)
+    grad, metrics = mae_grad(state, batch | {"keys": keys})
+    features[name] = np.float32(grad.features)
+  assert metrics["adv_pull"] > 10 * max_pull
+  adversarial = features["limited"] - features["reconstruction"]
+  norms, limits = (
+    np.sqrt(np.square(x).sum((1, 2)))
+    for x in (adversarial, features["reconstruction"])
+  )
+  np.testing.assert_allclose(norms, max_pull * limits, rtol=tolerance)
 
 
 def test_without_adversarial_weight_the_discriminator_rests(batch):

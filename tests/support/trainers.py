@@ -16,7 +16,7 @@ BATCH_SIZE = 4
 
 
 def remember() -> optax.GradientTransformation:
-  """Keeps the last gradients in its state, and passes them on."""
+  """Returns an optimiser that stores the last gradients and passes them on."""
   return optax.GradientTransformation(
     lambda params: jax.tree.map(jnp.zeros_like, params),
     lambda grads, _, params=None: (grads, grads),
@@ -28,27 +28,28 @@ def make(
   num_microbatches=1,
   norm_pix=False,
   decoder_ratio=0.0,
+  dtype="float32",
   **adversarial,
 ):
-  """A small trainer and its first state."""
+  """Returns a small trainer and its first state."""
   sizes = {"num_tokens": TUBELETS.num_tokens, "pixels": TUBELETS.pixels}
   graph, params, fixed = train_step.split_model(
     mae.MAE(
       encoder=vit.Size(width=32, depth=1, num_heads=2, mlp_dim=64),
       decoder=vit.Size(width=16, depth=1, num_heads=2, mlp_dim=32),
-      execution=vit.Execution(),
+      execution=vit.Execution(dtype),
       rngs=nnx.Rngs(0),
       **sizes,
     )
   )
   disc_graph, disc_params, _ = train_step.split_model(
     discriminator.Discriminator(
-      pixels=TUBELETS.pixels, hidden=24, rngs=nnx.Rngs(1)
+      pixels=TUBELETS.pixels, hidden=24, rngs=nnx.Rngs(1), dtype=dtype
     )
   )
   settings = {"weight": 0.1, "gp_weight": 0.0, "d_steps": 1, "g_steps": 1}
-  # Not Adam: its first step turns rounding in a gradient that should be 0, the
-  # discriminator's last bias, into a whole step of either sign.
+  # Not Adam: its first step turns rounding in a gradient that should be 0, that
+  # of the discriminator's last bias, into a full step of either sign.
   optimizer = optax.chain(remember(), optax.sgd(1e-2))
   trainer = train_step.Trainer(
     task=pretext_task.PretextTask(
