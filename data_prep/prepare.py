@@ -202,9 +202,7 @@ def _nothing_kept(output: Path, entries: list[ledger.Entry]) -> str:
 def _parser() -> argparse.ArgumentParser:
   from data_prep.regions.parsers import PARSERS
   from data_prep.sources.layouts import LAYOUTS
-  from data_prep.video import decode
 
-  limits = decode.DEFAULT_LIMITS
   parser = argparse.ArgumentParser(
     prog="python -m data_prep.prepare",
     description="Prepares a data set of face tracks from videos. A run may be "
@@ -301,11 +299,17 @@ def _parser() -> argparse.ArgumentParser:
     action="store_true",
     help="process quarantined videos again",
   )
-  scale_group = parser.add_argument_group(
+  _add_many_machines(parser)
+  _add_limits(parser)
+  return parser
+
+
+def _add_many_machines(parser: argparse.ArgumentParser) -> None:
+  group = parser.add_argument_group(
     "many machines",
     "All machines must see --input and --output at the same paths.",
   )
-  add = scale_group.add_argument
+  add = group.add_argument
   add(
     "--task_index",
     type=cli.at_least(0),
@@ -332,10 +336,15 @@ def _parser() -> argparse.ArgumentParser:
     metavar="-- BEAM_FLAG",
     help="flags of Apache Beam after --, such as --runner=DataflowRunner",
   )
-  limits_group = parser.add_argument_group(
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+  from data_prep.video.decode import DEFAULT_LIMITS as limits
+
+  group = parser.add_argument_group(
     "limits", "A video that exceeds a limit is quarantined."
   )
-  add = limits_group.add_argument
+  add = group.add_argument
   add(
     "--max_frame_pixels",
     type=cli.at_least(1),
@@ -366,7 +375,6 @@ def _parser() -> argparse.ArgumentParser:
     default=limits.memory_bytes >> 20,
     help="memory of the decoder in MiB",
   )
-  return parser
 
 
 def _ratio(text: str) -> float:
