@@ -76,7 +76,7 @@ def here(memory_bytes):
   )
 
 
-# --- the binary ---------------------------------------------------------------
+# --- the command --------------------------------------------------------------
 
 
 def test_a_step_is_compiled_for_tpus_that_are_not_there():
@@ -244,7 +244,8 @@ def test_the_slowest_resource_binds():
   )
   assert roof.compute == pytest.approx(1e-3)
   assert roof.hbm == pytest.approx(1e-3)
-  # Each of four sends three quarters of the whole, twice, and all that twice.
+  # Each of four devices sends three quarters of the array, twice for an
+  # all-reduce, and there are two.
   assert roof.links == pytest.approx(2 * 2 * 0.75 * 1e9 / 200e9)
   assert (roof.binds, roof.secs) == ("links", roof.links)
   assert roof.network == 0

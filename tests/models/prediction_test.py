@@ -1,4 +1,4 @@
-"""Two linear layers as one, against one after the other."""
+"""Two fused linear layers, against one after the other."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Every way to compute attention, against loops in float64."""
+"""Every implementation of attention, against loops in float64."""
 
 import functools
 
@@ -10,21 +10,21 @@ from jax.experimental.pallas import tpu as pltpu
 
 from marlin_jax.models import softmax_attention
 
-# More tokens than are worth keeping weights for, and no multiple of a chunk, of
-# queries or of heads.
+# Too many tokens to keep the weights, and not a multiple of a chunk, of queries
+# or of heads.
 TOKENS, QUERIES, HEADS, SIZE = 900, 831, 5, 16
 NAMES = ("plain", "chunked", "by_head", "flash")
 
 
 @pytest.fixture(scope="module")
 def inputs():
-  """q (1, M, H, K), k and v (1, N, H, K), and a slope like the result.
+  """Returns q (1, M, H, K), k and v (1, N, H, K), and the output's gradient.
 
   Values that bfloat16 can hold, so that it starts with the same ones.
   """
   np_rng = np.random.default_rng(0)
   shapes = (QUERIES, TOKENS, TOKENS, QUERIES)
-  # Logits of more than 88, whose exponential float32 cannot hold.
+  # Logits above 88, whose exponential overflows float32.
   scales = (5, 5, 1, 1)
   return [
     np.asarray(
@@ -37,7 +37,7 @@ def inputs():
 
 @pytest.fixture(scope="module")
 def expected(inputs):
-  """The result and its three gradients, row by row."""
+  """Returns output and three gradients, computed row by row."""
   q, k, v, slope = (x[0].astype(np.float64) for x in inputs)
   out, d_q = np.zeros_like(q), np.zeros_like(q)
   d_k, d_v = np.zeros_like(k), np.zeros_like(v)
@@ -57,7 +57,7 @@ def expected(inputs):
 
 def run(name, dtype, inputs):
   attend = functools.partial(softmax_attention.attend, name)
-  # Pallas' kernels are written for TPU; here they are interpreted.
+  # Pallas kernels for TPU run in the interpreter here.
   with pltpu.force_tpu_interpret_mode():
     *args, slope = (jnp.asarray(x, dtype) for x in inputs)
     out, pull_back = jax.vjp(jax.jit(attend), *args)
@@ -79,7 +79,7 @@ def test_in_bfloat16_they_are_good_for_two_digits(name, inputs, expected):
 
 
 def test_chunks_never_hold_all_weights():
-  """Neither forwards nor backwards; 'plain' does, so the test can fail."""
+  """Neither forward nor backward; 'plain' does, so the test can fail."""
   x = jax.ShapeDtypeStruct((2, 1024, 16, 8), jnp.float32)
   all_weights = 4 * 2 * 16 * 1024**2
 

@@ -9,12 +9,12 @@ from marlin_jax.devices import sharding
 from marlin_jax.models import stacking
 from marlin_jax.training import checkpoint
 
-# More than ten: '10' comes before '2' where names are sorted as text.
+# More than ten, because '10' sorts before '2' as text.
 DEPTH = 11
 
 
 def state(by_name=False):
-  """Parameters and Adam's moments, block by block."""
+  """Returns parameters and Adam's moments of separate blocks."""
   kernels = np.random.default_rng(0).normal(size=(DEPTH, 8, 3))
   kernels = kernels.astype(np.float32)
   params = {

@@ -118,7 +118,7 @@ def test_memory_traffic_is_what_operations_take_and_give():
     "%p = f32[256]{0:T(256)} parameter(0)",
     "%b = f32[16,16]{1,0} bitcast(%p)",
     "%a = bf16[16,16]{1,0:T(8,128)(2,1)} convert(%b)",
-    # Into the chip's own memory, and from it.
+    # Into the chip's own memory and out of it.
     "%c = bf16[16,16]{1,0:T(8,128)(2,1)S(1)} copy(%a)",
     "%d = bf16[16]{0} reduce(%c, %zero), to_apply=%add",
   )

@@ -10,8 +10,8 @@ from configs import pretrain_b, pretrain_h, pretrain_l, pretrain_s
 from marlin_jax.devices import chips, sharding
 from marlin_jax.pretraining import build, flops
 
-# A step small enough to compile in seconds, large enough that its matrix
-# products are nearly all of it; nothing in it is as large as anything else.
+# A step that compiles in seconds and yet consists almost entirely of matrix
+# products. All sizes differ.
 SMALL = {
   "batch_size": 4,
   "clips_per_device": 4,
@@ -29,7 +29,7 @@ SMALL = {
 
 
 def xlas_count(config, compiled=False):
-  """FLOPs of one clip in one step, as XLA counts them, and the parts."""
+  """Returns XLA's FLOPs per clip and step, and the number of microbatches."""
   trainer, initialise, *_ = build.make_experiment(config, num_steps=10)
   shapes = jax.eval_shape(initialise)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
@@ -52,9 +52,9 @@ def mesh_of(device_kind, num_devices):
 @pytest.mark.parametrize(
   ("module", "step", "features"),
   [
-    # The authors' step, counted by PyTorch, less what it computes twice, less
-    # what the decoder's last block computes for visible tokens, and less what
-    # the discriminator's first layer does to predicted pixels.
+    # The authors' step, counted by PyTorch, without what it computes twice, the
+    # decoder's last block on visible tokens, and the discriminator's first
+    # layer on predicted pixels.
     (pretrain_s, 71.4, 113.8),
     (pretrain_b, 219.5, 360.7),
     (pretrain_l, 863.4, 1193.7),
@@ -87,7 +87,7 @@ def test_a_step_has_the_flops_that_xla_counts(overrides):
 
 
 def test_the_papers_step_has_at_most_3_percent_more_than_the_model():
-  """Unrolled, with plain attention: XLA counts what a loop repeats once."""
+  """Unrolled, with plain attention: XLA counts the body of a loop once."""
   config = pretrain_b.get_config()
   config.batch_size = config.clips_per_device = 2
   config.attention = "plain"
@@ -99,7 +99,7 @@ def test_the_papers_step_has_at_most_3_percent_more_than_the_model():
   "overrides",
   [
     pytest.param({}, id="recipe"),
-    # The penalty asks for pixels that the compiler already has.
+    # The penalty needs pixels that the compiler has already computed.
     pytest.param(
       {"adv.gp_weight": 10.0, "adv.d_steps": 2}, id="penalty_and_two_d_steps"
     ),
@@ -112,12 +112,12 @@ def test_the_compiled_step_has_the_same(overrides):
   assert found == pytest.approx(flops.train_step(config), rel=0.03)
 
 
-def test_parts_cost_the_discriminator_a_forward_of_its_own():
+def test_microbatches_cost_the_discriminator_a_forward_of_its_own():
   config = pretrain_b.get_config()
   config.update_from_flattened_dict(SMALL | {"clips_per_device": 2})
   found, num_microbatches = xlas_count(config)
   assert num_microbatches == 2
-  # XLA counts what a loop repeats once: here, half of the batch.
+  # XLA counts the body of a loop once: here half of the batch.
   assert 2 * found == pytest.approx(flops.train_step(config, 2), rel=0.03)
   config.adv.weight = 0.0
   assert flops.train_step(config, 2) == flops.train_step(config)

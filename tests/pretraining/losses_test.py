@@ -7,7 +7,7 @@ from marlin_jax.pretraining import losses
 
 
 def test_the_gradient_penalty_of_a_linear_judge_is_known():
-  """Its slope is the weight vector, wherever the points lie."""
+  """Its gradient is the weight vector at every point."""
   np_rng = np.random.default_rng(0)
   weights = np_rng.normal(size=(6, 1)).astype(np.float32)
   pred, target = np_rng.normal(size=(2, 3, 5, 6)).astype(np.float32)

@@ -13,7 +13,7 @@ NUM_VISIBLE = 156
 
 
 def candidates_by_hand(label_maps, components, ratio, *, opposite=False):
-  """METHOD's rule on pixels, in loops: bool (T, 14, 14).
+  """Applies METHOD's rule to pixels in loops: bool (T, 14, 14).
 
   Args:
     label_maps: uint8 (T, 224, 224), one a tubelet; None where no face.
@@ -42,7 +42,7 @@ def candidates_by_hand(label_maps, components, ratio, *, opposite=False):
 
 
 def invented_label_maps():
-  """Clips that real footage seldom shows, uint8 (8, 224, 224) each."""
+  """Returns rare label maps, uint8 (8, 224, 224) each."""
   rows = np.arange(224)[:, None] + np.zeros(224, int)
   stripes = (rows // 21).astype(np.uint8)
   one_region = np.full((224, 224), 6, np.uint8)
@@ -62,7 +62,7 @@ def invented_label_maps():
 
 @pytest.fixture(scope="module")
 def real_label_maps(sample_dataset):
-  """Label maps of the sample video, a tubelet's first frames per clip."""
+  """Returns label maps of the sample video at each tubelet's first frame."""
   source = ArrayRecordDataSource(
     [str(p) for p in sorted(sample_dataset.glob("*.array_record-*"))]
   )
@@ -126,7 +126,7 @@ def test_exactly_156_candidates_are_visible_in_every_clip(real_label_maps):
   assert masked.shape == (len(clips), 1568 - NUM_VISIBLE)
   both = np.sort(np.concatenate([visible, masked], axis=1), axis=1)
   np.testing.assert_array_equal(both, np.tile(np.arange(1568), (len(clips), 1)))
-  # Whatever the drawn order, all visible tokens are candidates of one order.
+  # All visible tokens are candidates of one order, whichever was drawn.
   orders = [np.array(o) for o in _permutations(5)]
   walk = jax.jit(
     jax.vmap(
@@ -216,7 +216,7 @@ def test_running_cells_take_turns_in_every_cell():
   shown = np.zeros((2, 1568), int)
   np.put_along_axis(shown, kept, 1, axis=1)
   cells = shown.reshape(2, 8, 7, 2, 7, 2)
-  # At every time half of each cell, and each place half of the time.
+  # Half of each cell at every time, and each position half of the time.
   assert (cells.sum((3, 5)) == 2).all()
   assert (cells.reshape(2, 2, 4, 7, 2, 7, 2).sum(2) == 2).all()
 

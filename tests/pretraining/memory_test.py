@@ -1,4 +1,4 @@
-"""The estimate of what fits, against what the compiler allocates."""
+"""The memory estimate, against what the compiler allocates."""
 
 import jax
 import pytest

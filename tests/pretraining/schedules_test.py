@@ -23,7 +23,7 @@ def test_it_rises_to_the_scaled_rate_and_falls_to_the_scaled_minimum():
   assert rates[0] > 0
   assert (np.diff(rates[:20]) > 0).all()
   assert (np.diff(rates[20:]) < 0).all()
-  # Half way down the cosine lies the mean of both ends.
+  # Halfway the cosine is the mean of both ends.
   np.testing.assert_allclose(rates[510], (1.5e-4 + 1e-5) / 16, rtol=1e-4)
 
 

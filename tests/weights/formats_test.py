@@ -1,4 +1,4 @@
-"""Weights in every format: there and back, and what is refused."""
+"""Weights in every format: round trips and refused files."""
 
 import dataclasses
 import pickle
@@ -45,7 +45,7 @@ def weights():
     name: np_rng.normal(size=shape).astype(np.float32) * 0.1
     for name, shape in TINY.shapes().items()
   }
-  # As trained here, and as every format can say.
+  # As trained here, and as every format can store.
   return Weights(TINY, arrays | videomae.position_tables(TINY))
 
 
@@ -63,7 +63,7 @@ def assert_same(got: Weights, want: Weights):
     np.testing.assert_array_equal(got.arrays[name], array, err_msg=name)
 
 
-# --- There and back -----------------------------------------------------------
+# --- Round trips --------------------------------------------------------------
 
 
 def test_a_safetensors_folder_gives_the_same_bits(weights, tmp_path):
@@ -100,7 +100,7 @@ def test_videomae_files_give_the_same_bits(weights, tmp_path):
 
 
 def test_the_authors_package_opens_what_is_written(weights, tmp_path):
-  """By its own `from_file`, which knows the published sizes only."""
+  """Opens files with its own `from_file`, for the published sizes only."""
   architecture = Architecture(
     384,
     12,
@@ -131,10 +131,10 @@ def test_folding_the_input_changes_rounding_only(weights, clips):
 
 
 def test_transformers_eps_is_read_and_kept(weights, clips, tmp_path):
-  """Published VideoMAE folders say 1e-12."""
+  """Published VideoMAE folders have 1e-12."""
   transformers = pytest.importorskip("transformers")
   kind = transformers.VideoMAEModel
-  # Small inputs, where eps matters.
+  # Small inputs, for which epsilon matters.
   arrays = dict(weights.encoder_only().arrays)
   for name in ("patch_embedding.kernel", "patch_embedding.bias", "positions"):
     arrays[f"encoder.{name}"] = arrays[f"encoder.{name}"] * np.float32(1e-3)
@@ -151,7 +151,7 @@ def test_transformers_eps_is_read_and_kept(weights, clips, tmp_path):
   video = torch.from_numpy(clips.astype(np.float32) / 255)
   with torch.no_grad():
     want = model(video.permute(0, 1, 4, 2, 3)).last_hidden_state.numpy()
-  # Tables are computed anew on both sides.
+  # Both sides compute the position tables anew.
   got.arrays["encoder.positions"] = quiet.arrays["encoder.positions"]
   features = Marlin(got).extract_features(clips, keep_seq=True)
   np.testing.assert_allclose(features, want, atol=1e-4)
@@ -206,7 +206,7 @@ def test_transformers_loss_is_the_authors(weights, clips, tmp_path):
   np.testing.assert_allclose(float(got.loss), want, rtol=1e-5)
 
 
-# --- What is refused ----------------------------------------------------------
+# --- Refused files ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_a_published_name_without_a_network_says_where_to_put_the_file(
   tmp_path, monkeypatch
 ):
   monkeypatch.setenv("MARLIN_HOME", str(tmp_path))
-  # Nothing listens there.
+  # No server listens on this port.
   monkeypatch.setattr(published, "_ADDRESS", "http://127.0.0.1:9/")
   with pytest.raises(WeightsError) as error:
     published.resolve("marlin_vit_base_ytf")
@@ -327,7 +327,7 @@ def test_a_published_name_without_a_network_says_where_to_put_the_file(
     published.resolve("marlin_vit_huge")
 
 
-# --- The binary ---------------------------------------------------------------
+# --- The command --------------------------------------------------------------
 
 
 def run_convert(*args):
