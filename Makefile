@@ -54,8 +54,8 @@ bench-prep: $(VENV)/.installed-test  ## Frames per core's second of data_prep
 bench-probe: $(VENV)/.installed-test  ## Does pretraining learn? Linear probes
 	$(BIN)/python -m tests.benchmarks.probe
 
-clean:  ## Remove the environment and runs/
-	rm -rf $(VENV) runs
+clean:  ## Remove the environment, runs/ and the compile cache of the tests
+	rm -rf $(VENV) runs .pytest_cache
 
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -3,10 +3,8 @@
 import contextlib
 import dataclasses
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -19,8 +17,8 @@ from marlin_jax.planning import (
   search,
   topology,
 )
+from tests.support.processes import ROOT
 
-ROOT = Path(__file__).parents[2]
 GIB = 2**30
 
 SMALL = {
@@ -52,7 +50,6 @@ def run(*args, config="pretrain_b", binary=("-m", "marlin_jax.plan"), **values):
     capture_output=True,
     text=True,
     cwd=ROOT,
-    env=os.environ | {"PYTHONPATH": str(ROOT)},
     check=False,
     timeout=280,
   )

@@ -7,9 +7,9 @@ in rendezvous_test.py and distributed_test.py, --help in help_test.py.
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.support.processes import ROOT
+
 # Needed for some things only, or for another machine.
 OPTIONAL = (
   "torch",

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import filelock
 
-ROOT = Path(__file__).parents[2]
+from tests.support.processes import ROOT
+
 _VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
 
