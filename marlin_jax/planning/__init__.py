@@ -1,0 +1,1 @@
+"""Compiles a training step without running it: memory, traffic, least time."""
