@@ -206,7 +206,7 @@ def test_without_a_decoder_the_error_says_so(weights, batch):
     ({"ratio": 1.0}, "ratio is 1.0, expected a value between 0 and 1"),
     (
       {"strategy": "frame"},
-      "leaves nothing visible.* with strategy frame; a lower one does",
+      r"ratio is 0\.9, .*\(2, 4, 4\) with strategy frame",
     ),
   ],
   ids=["regions_missing", "regions_shape", "strategy", "ratio", "nothing_left"],
