@@ -307,7 +307,7 @@ def decoders() -> list[int]:
   for task in Path("/proc/self/task").iterdir():
     for pid in (task / "children").read_text().split():
       with contextlib.suppress(FileNotFoundError):
-        if b"decoder_process.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        if b"decoder_process" in Path(f"/proc/{pid}/cmdline").read_bytes():
           pids.append(int(pid))
   return pids
 

@@ -1,0 +1,221 @@
+"""Opens the file of standard input, and yields what its packets decode to.
+
+The decoder process has no path: libav reads an open file through its protocol
+fd. Streams are chosen, and times that start again made continuous, in the same
+way for pictures and sound, so that both keep one clock.
+"""
+
+from __future__ import annotations
+
+import errno
+import heapq
+from collections.abc import Iterator
+
+from data_prep.video.protocol import Refused
+
+# Demuxers of self-contained video files. Playlists (hls, concat, image2, ...)
+# are left out: they make the demuxer open further files.
+FORMATS = (
+  "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,m4v,mjpeg,h264,hevc,gif"
+)
+# Demuxers of audio files.
+SOUND_FORMATS = "wav,mp3,flac,aac,aiff,caf,au,w64,ac3,eac3"
+# Formats of samples of one size, whose headers may say a length that was
+# guessed before there was any sound.
+_STREAMED_SOUND = {"wav", "aiff", "caf", "au", "w64"}
+
+# Times go back by less where packets are not in the order of their times.
+MAX_STEP_BACK_SECS = 1.0
+# For formats of broadcasts, which say that times may start again, as FFmpeg.
+MAX_BROADCAST_STEP_BACK_SECS = 0.1
+MAX_BROADCAST_LEAP_SECS = 10.0
+_TIMES_MAY_START_AGAIN = 0x0200  # AVFMT_TS_DISCONT
+
+
+def open_input():
+  """Opens the file of standard input as a container.
+
+  Raises:
+    Refused: it cannot be opened.
+  """
+  import av
+
+  av.logging.set_level(None)
+  options = {
+    "fd": "0",
+    "err_detect": "explode",
+    "protocol_whitelist": "fd",
+    "format_whitelist": f"{FORMATS},{SOUND_FORMATS}",
+  }
+  try:
+    # Metadata in another encoding is no reason to refuse a video.
+    return av.open("fd:", options=options, metadata_errors="replace")
+  except av.FFmpegError as e:
+    reason = e.strerror
+    if e.errno == errno.EINVAL:
+      names = f"{FORMATS},{SOUND_FORMATS}".replace(",", " ")
+      reason += f": damaged, or in none of the formats {names}"
+    raise Refused(f"cannot open: {reason}") from e
+
+
+def video_stream(container):
+  """Returns the stream of moving pictures that a player shows.
+
+  Covers, thumbnails and stills are skipped. Of several streams it is one of
+  more than a picture, that is marked as default, and the largest; of equals
+  the first.
+
+  Raises:
+    Refused: there is none.
+  """
+  from av.stream import Disposition
+
+  stills = (
+    Disposition.attached_pic
+    | Disposition.timed_thumbnails
+    | Disposition.still_image
+  )
+  streams = [s for s in container.streams.video if not s.disposition & stills]
+  if not streams:
+    raise Refused("no video stream")
+  known = [s for s in streams if s.codec_context is not None]
+  if not known:
+    raise Refused("no decoder is known for its video stream")
+  return max(
+    known,
+    key=lambda s: (
+      s.frames != 1,
+      bool(s.disposition & Disposition.default),
+      s.width * s.height,
+      -s.index,
+    ),
+  )
+
+
+def sound_stream(container):
+  """Returns the first sound track, the default one if one is marked; or None.
+
+  Raises:
+    Refused: its codec is not known.
+  """
+  from av.stream import Disposition
+
+  streams = container.streams.audio
+  if not streams:
+    return None
+  stream = max(
+    streams, key=lambda s: (bool(s.disposition & Disposition.default), -s.index)
+  )
+  if stream.codec_context is None:
+    raise Refused("no decoder is known for its sound")
+  return stream
+
+
+def frames(container, stream, clock: Clock) -> Iterator:
+  """Yields the decoded frames of a stream, with continuous times.
+
+  Raises:
+    Refused: the decoder reports damage.
+  """
+  import av
+
+  name = container.format.name
+  counters_may_leap = name == "mpegts"
+  is_streamed = name in _STREAMED_SOUND
+  # Decoding times of packets that have no time of presentation.
+  decoding_times = []
+  num_presented = 0
+  for packet in container.demux(*clock.streams):
+    clock.adjust(packet)
+    if packet.stream.index != stream.index:
+      continue
+    is_cut = packet.is_corrupt
+    # The container ends, or has a gap, within this packet. In a transport
+    # stream its counters start again where recordings were joined: there the
+    # decoder has to tell.
+    if is_cut and not (counters_may_leap or is_streamed):
+      raise Refused("decoder reported damage: a packet is cut off")
+    num_presented += packet.pts is not None
+    if packet.pts is None and packet.dts is not None and packet.size:
+      heapq.heappush(decoding_times, packet.dts)
+    try:
+      decoded = packet.decode()
+    except (av.FFmpegError, ValueError):
+      if is_cut and is_streamed:
+        return
+      raise
+    for frame in decoded:
+      if frame.is_corrupt:
+        raise Refused("decoder reported damage: a frame is incomplete")
+      # Pictures come in the order of presentation, so the earliest decoding
+      # time that is left is theirs: AVI has no others.
+      if (
+        decoding_times
+        and not num_presented
+        and getattr(stream.codec_context, "has_b_frames", False)
+      ):
+        frame.pts = heapq.heappop(decoding_times)
+        frame.time_base = stream.time_base
+      yield frame
+
+
+class Clock:
+  """Makes the times of a file continuous where they start again.
+
+  So they do in recordings that were joined byte by byte, and where a camera
+  restarts its counter. Each time that a stream starts again begins another
+  part; all streams are shifted by the same number of seconds within a part.
+
+  Args:
+    container: the open file.
+    streams: those that count; the same for pictures and sound.
+
+  Attributes:
+    streams: as above.
+    num_restarts: how often times have started again.
+  """
+
+  def __init__(self, container, *streams) -> None:
+    self.streams = [stream for stream in streams if stream is not None]
+    self._may_leap = bool(container.format.flags & _TIMES_MAY_START_AGAIN)
+    # Seconds to add, for each part.
+    self._shifts = [0.0]
+    self._part = {stream.index: 0 for stream in self.streams}
+    # When the next packet of a stream is due, and when the last one was.
+    self._due: dict[int, float] = {}
+    self._last: dict[int, float] = {}
+
+  @property
+  def num_restarts(self) -> int:
+    return len(self._shifts) - 1
+
+  def adjust(self, packet) -> None:
+    """Shifts the times of a packet; to be called for each one, in order."""
+    time = packet.dts if packet.dts is not None else packet.pts
+    if time is None or packet.time_base is None:
+      return
+    index = packet.stream.index
+    secs = float(time * packet.time_base)
+    if index in self._due and self._starts_again(index, secs):
+      self._part[index] += 1
+      if self._part[index] == len(self._shifts):
+        self._shifts.append(max(self._due.values()) - secs)
+    shift = self._shifts[self._part[index]]
+    if shift:
+      ticks = round(shift / packet.time_base)
+      if packet.pts is not None:
+        packet.pts += ticks
+      if packet.dts is not None:
+        packet.dts += ticks
+    self._last[index] = secs + shift
+    duration = float((packet.duration or 0) * packet.time_base)
+    self._due[index] = secs + shift + duration
+
+  def _starts_again(self, index: int, secs: float) -> bool:
+    secs += self._shifts[self._part[index]]
+    if not self._may_leap:
+      return secs < self._last[index] - MAX_STEP_BACK_SECS
+    return (
+      secs < self._last[index] - MAX_BROADCAST_STEP_BACK_SECS
+      or secs > self._due[index] + MAX_BROADCAST_LEAP_SECS
+    )

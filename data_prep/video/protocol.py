@@ -1,0 +1,87 @@
+"""Messages between a decoder process and its parent, and their limits.
+
+A message is a kind (one byte), a length, and so many bytes:
+  L  JSON: the layers of the sandbox, see `sandbox.enter`; once, first
+  I  JSON: width, height, orientation, rate, announced_frames; once, before the
+     frames
+  F  time in seconds, bytes per row, rows of RGB; once per frame
+  T  JSON: rate, num_channels; once, before original sound
+  S  16-bit little-endian samples, channels interleaved; many
+  W  a note on the video, for its reader; at any time
+  E  nothing: the video has ended; last
+  X  why the video is refused; last
+  N  why no video can be decoded on this machine; last
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import struct
+
+SAMPLE_RATE = 16_000
+# Two hours: 230 MB of samples in the parent.
+MAX_SOUND_SECS = 7200
+
+MESSAGE = struct.Struct("<cI")
+FRAME = struct.Struct("<dI")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """Limits on what one video may cost.
+
+  Attributes:
+    frame_pixels: width x height of one frame; the default allows 4096x2304.
+    frames: frames per video; the default is an hour at 30 frames per second.
+      Memory holds the face meshes of a whole video, 4 kB per frame.
+    video_pixels: pixels of all frames together; the default is an hour of
+      1920x1080 at 30 frames per second, which a black video of a few MB may
+      have.
+    secs: seconds spent waiting for the decoder in one pass; the time the caller
+      takes for a frame does not count.
+    memory_bytes: address space of the decoder process.
+  """
+
+  frame_pixels: int = 4096 * 2304
+  frames: int = 108_000
+  video_pixels: int = 1920 * 1080 * 108_000
+  secs: float = 300.0
+  memory_bytes: int = 2 << 30
+
+
+DEFAULT_LIMITS = Limits()
+
+
+class Refused(Exception):
+  """A video is refused; the message is the reason."""
+
+
+def most_frames(width: int, height: int, limits: Limits) -> int:
+  """Returns the largest number of frames of this size within the limits."""
+  return min(limits.frames, limits.video_pixels // (width * height))
+
+
+def too_many_frames(width: int, height: int, limits: Limits) -> str:
+  """Returns the reason for refusing a video of too many frames."""
+  most = most_frames(width, height, limits)
+  return f"more frames of {width}x{height} than the limit of {most}"
+
+
+def too_large(width: int, height: int, limits: Limits) -> str:
+  """Returns the reason for refusing frames of this size, or ''."""
+  if width * height <= limits.frame_pixels:
+    return ""
+  return (
+    f"frames of {width}x{height} are over the limit of "
+    f"{limits.frame_pixels} pixels"
+  )
+
+
+def send(pipe: int, kind: bytes, *parts) -> None:
+  """Writes a message."""
+  length = sum(len(part) for part in parts)
+  for part in (MESSAGE.pack(kind, length), *parts):
+    view = memoryview(part)
+    while len(view):
+      view = view[os.write(pipe, view) :]

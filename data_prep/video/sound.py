@@ -1,0 +1,132 @@
+"""Decodes sound to the clock of the frames beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from fractions import Fraction
+
+from data_prep.video import packets, sandbox
+from data_prep.video.protocol import MAX_SOUND_SECS, SAMPLE_RATE, Refused, send
+
+# Containers round times, many to milliseconds: a smaller gap, overlap or drift
+# is none.
+MIN_GAP_SECS = 0.002
+
+
+def decode(pipe: int, is_original: bool) -> None:
+  """Writes the sound track to the pipe, nothing where there is none.
+
+  Args:
+    pipe: file descriptor.
+    is_original: keep its rate, and two channels where it has two or more; else
+      convert to 16 kHz, mono.
+
+  Raises:
+    Refused: the sound cannot be decoded to its end.
+  """
+  import av
+
+  with packets.open_input() as container:
+    stream = packets.sound_stream(container)
+    if stream is not None:
+      num_sent = 0
+      rate = SAMPLE_RATE
+      try:
+        for samples in _samples(container, stream, is_original):
+          num_channels = samples.layout.nb_channels
+          if is_original and not num_sent:
+            rate = samples.sample_rate
+            info = {"rate": rate, "num_channels": num_channels}
+            send(pipe, b"T", json.dumps(info).encode())
+          num_sent += samples.samples
+          if num_sent > MAX_SOUND_SECS * rate:
+            raise Refused(
+              f"more sound than the limit of {MAX_SOUND_SECS} seconds"
+            )
+          num_bytes = 2 * num_channels * samples.samples
+          send(pipe, b"S", memoryview(samples.planes[0])[:num_bytes])
+      except (av.FFmpegError, ValueError) as e:
+        if isinstance(e, MemoryError):
+          raise
+        secs = num_sent / rate
+        raise Refused(
+          f"decoder reported damaged sound after {secs:.1f} s: {e}"
+        ) from e
+  send(pipe, b"E")
+
+
+def _samples(container, stream, is_original: bool) -> Iterator:
+  """Yields audio frames of 16-bit samples from time 0 on."""
+  import av
+
+  stream.codec_context.options = {"err_detect": "explode"}
+  stream.codec_context.thread_count = 1
+  sandbox.forbid_threads()
+  try:
+    video = packets.video_stream(container)
+  except Refused:
+    video = None
+  clock = packets.Clock(container, video, stream)
+  start = Fraction(container.start_time or 0, 1_000_000)
+  resampler = None
+  for frame in packets.frames(container, stream, clock):
+    rate = frame.sample_rate
+    if resampler is None:
+      layout = "mono"
+      if is_original and frame.layout.nb_channels > 1:
+        layout = "stereo"
+      # async and first_pts insert silence where the track begins late or has a
+      # gap, and cut off samples before the first frame.
+      resampler = av.AudioResampler(
+        "s16",
+        layout,
+        rate if is_original else SAMPLE_RATE,
+        # Any size: without one, audio frames of this format pass unchanged,
+        # whatever their times.
+        frame_size=4096,
+        options={
+          "async": "1",
+          "first_pts": "0",
+          # `_Times` decides what a gap is.
+          "min_comp": "0.0005",
+          "min_hard_comp": "0.0005",
+        },
+      )
+      times = _Times(rate, stream.time_base)
+    secs = None
+    if frame.pts is not None:
+      secs = frame.pts * frame.time_base - start
+    frame.time_base = Fraction(1, rate)
+    frame.pts = times.next(secs, frame.samples)
+    yield from resampler.resample(frame)
+  if resampler is not None:
+    yield from resampler.resample(None)
+
+
+class _Times:
+  """Times of consecutive samples, in samples.
+
+  Samples follow each other without a break, unless their times say that there
+  is a gap or an overlap, or have drifted away from the number of samples.
+
+  Args:
+    rate: samples per second.
+    time_base: unit of the times of the stream, in seconds.
+  """
+
+  def __init__(self, rate: int, time_base: Fraction) -> None:
+    self._rate = rate
+    self._min_gap = max(MIN_GAP_SECS, 1.5 * float(time_base)) * rate
+    self._due: int | None = None
+
+  def next(self, secs: Fraction | None, num_samples: int) -> int | None:
+    """Returns the time of the next samples."""
+    at = self._due
+    if secs is not None:
+      exact = round(secs * self._rate)
+      if at is None or abs(exact - at) > self._min_gap:
+        at = exact
+    if at is not None:
+      self._due = at + num_samples
+    return at
