@@ -122,9 +122,10 @@ def frames(container, stream, clock: Clock) -> Iterator:
   name = container.format.name
   counters_may_leap = name == "mpegts"
   is_streamed = name in _STREAMED_SOUND
-  # Decoding times of packets that have no time of presentation.
-  decoding_times = []
-  num_presented = 0
+  # Times of decoding that no frame has taken yet, where the file has no times
+  # of presentation. For AVI libav guesses those, wrongly with B-frames.
+  has_presentation_times = name != "avi"
+  decoding_times: list[int] = []
   for packet in container.demux(*clock.streams):
     clock.adjust(packet)
     if packet.stream.index != stream.index:
@@ -135,8 +136,7 @@ def frames(container, stream, clock: Clock) -> Iterator:
     # decoder has to tell.
     if is_cut and not (counters_may_leap or is_streamed):
       raise Refused("decoder reported damage: a packet is cut off")
-    num_presented += packet.pts is not None
-    if packet.pts is None and packet.dts is not None and packet.size:
+    if not has_presentation_times and packet.dts is not None and packet.size:
       heapq.heappush(decoding_times, packet.dts)
     try:
       decoded = packet.decode()
@@ -147,15 +147,9 @@ def frames(container, stream, clock: Clock) -> Iterator:
     for frame in decoded:
       if frame.is_corrupt:
         raise Refused("decoder reported damage: a frame is incomplete")
-      # Pictures come in the order of presentation, so the earliest decoding
-      # time that is left is theirs: AVI has no others.
-      if (
-        decoding_times
-        and not num_presented
-        and getattr(stream.codec_context, "has_b_frames", False)
-      ):
+      # Frames come in the order of presentation: theirs is the earliest.
+      if decoding_times and getattr(stream.codec_context, "has_b_frames", 0):
         frame.pts = heapq.heappop(decoding_times)
-        frame.time_base = stream.time_base
       yield frame
 
 
