@@ -392,7 +392,7 @@ def _starter(pid: int) -> concurrent.futures.ThreadPoolExecutor:
 
 
 def _start(file: int, limits: Limits, output: str) -> subprocess.Popen:
-  """Starts the child; `file` becomes its standard input."""
+  """Starts the child, which inherits `file`, a file descriptor."""
   search = [_ROOT, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
   return subprocess.Popen(
     [
@@ -400,8 +400,10 @@ def _start(file: int, limits: Limits, output: str) -> subprocess.Popen:
       str(os.getpid()),
       json.dumps(dataclasses.asdict(limits)),
       output,
+      str(file),
     ],
-    stdin=file,
+    pass_fds=(file,),
+    stdin=subprocess.DEVNULL,
     stdout=subprocess.PIPE,
     stderr=subprocess.DEVNULL,
     env={

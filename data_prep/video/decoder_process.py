@@ -3,8 +3,8 @@
 `data_prep.video.decode` starts it and reads the pipe. A video may be hostile,
 and the libraries that read it are large C programs. Here they run without
 rights, see `sandbox`, and with limits on memory, CPU time and file size. The
-video is standard input, opened by the parent: this process opens nothing. The
-messages are those of `protocol`.
+video is opened by the parent, and becomes standard input: this process opens
+nothing. The messages are those of `protocol`.
 """
 
 from __future__ import annotations
@@ -212,8 +212,10 @@ def main() -> None:
   parser.add_argument(
     "output",
     help="video, sound (16 kHz, mono), original_sound (its own rate and one or "
-    "two channels), none, or the frame rate of a folder of pictures; standard "
-    "input is the file, or the folder",
+    "two channels), none, or the frame rate of a folder of pictures",
+  )
+  parser.add_argument(
+    "file", type=int, help="descriptor of the open file, or folder"
   )
   args = parser.parse_args()
   limits = Limits(**json.loads(args.limits))
@@ -221,6 +223,9 @@ def main() -> None:
   sandbox.end_with_parent()
   if os.getppid() != args.parent_pid:
     sys.exit(1)
+  # Python does not start with a folder as its standard input.
+  os.dup2(args.file, sys.stdin.fileno())
+  os.close(args.file)
   # Text that a library prints must not come between the frames.
   pipe = os.dup(sys.stdout.fileno())
   os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

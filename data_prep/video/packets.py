@@ -143,6 +143,8 @@ def frames(container, stream, clock: Clock) -> Iterator:
     except (av.FFmpegError, ValueError):
       if is_cut and is_streamed:
         return
+      if name == "mp3" and not _is_mp3(bytes(packet)):
+        continue  # padding, or the tags of another file joined to it
       raise
     for frame in decoded:
       if frame.is_corrupt:
@@ -151,6 +153,20 @@ def frames(container, stream, clock: Clock) -> Iterator:
       if decoding_times and getattr(stream.codec_context, "has_b_frames", 0):
         frame.pts = heapq.heappop(decoding_times)
       yield frame
+
+
+def _is_mp3(data: bytes) -> bool:
+  """Returns whether data begins as a frame of MPEG audio does."""
+  if len(data) < 4:
+    return False
+  _, version, rate, _ = data[:4]
+  return (
+    data[0] == 0xFF
+    and version & 0xE0 == 0xE0
+    and version & 0x06 != 0
+    and rate & 0xF0 != 0xF0
+    and rate & 0x0C != 0x0C
+  )
 
 
 class Clock:
@@ -185,15 +201,17 @@ class Clock:
 
   def adjust(self, packet) -> None:
     """Shifts the times of a packet; to be called for each one, in order."""
-    time = packet.dts if packet.dts is not None else packet.pts
-    if time is None or packet.time_base is None:
-      return
     index = packet.stream.index
-    secs = float(time * packet.time_base)
-    if index in self._due and self._starts_again(index, secs):
-      self._part[index] += 1
-      if self._part[index] == len(self._shifts):
-        self._shifts.append(max(self._due.values()) - secs)
+    # Packets are in the order of decoding: those times alone ascend.
+    if packet.dts is not None:
+      secs = float(packet.dts * packet.time_base)
+      if index in self._due and self._starts_again(index, secs):
+        self._part[index] += 1
+        if self._part[index] == len(self._shifts):
+          self._shifts.append(max(self._due.values()) - secs)
+      self._last[index] = secs + self._shifts[self._part[index]]
+      duration = float((packet.duration or 0) * packet.time_base)
+      self._due[index] = self._last[index] + duration
     shift = self._shifts[self._part[index]]
     if shift:
       ticks = round(shift / packet.time_base)
@@ -201,9 +219,6 @@ class Clock:
         packet.pts += ticks
       if packet.dts is not None:
         packet.dts += ticks
-    self._last[index] = secs + shift
-    duration = float((packet.duration or 0) * packet.time_base)
-    self._due[index] = secs + shift + duration
 
   def _starts_again(self, index: int, secs: float) -> bool:
     secs += self._shifts[self._part[index]]
