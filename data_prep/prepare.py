@@ -29,6 +29,10 @@ if TYPE_CHECKING:
   from data_prep.video import video_to_records
 
 
+# Kinds of notes in the summary.
+MAX_NOTES = 5
+
+
 class _NothingKept(UserError):
   """No video has a face track; the message lists the reasons."""
 
@@ -88,6 +92,7 @@ def _run(args: argparse.Namespace) -> None:
     done = f", {plan.num_done} of them already done" if plan.num_done else ""
     print(f"{num_videos}{done}; writing to {args.output}", flush=True)
     fetch_models(settings.parser)
+    print(_sandbox_line(settings), flush=True)
 
     # --- Videos to shards -----------------------------------------------------
     started_at = time.monotonic()
@@ -143,6 +148,18 @@ def _run_pool(
       folder.write_shard(shard)
 
 
+def _sandbox_line(settings: video_to_records.Settings) -> str:
+  """Returns a line that says which layers of the decoder's sandbox hold here.
+
+  Raises:
+    DecoderSetupError: a layer is missing that `settings` requires.
+  """
+  from data_prep.video import decode
+
+  layers = decode.sandbox_layers(settings.require_sandbox)
+  return decode.sandbox_summary(layers)
+
+
 def fetch_models(choice: ParserChoice) -> None:
   """Downloads models before the workers start, so that an error comes once."""
   from data_prep import assets
@@ -183,6 +200,12 @@ def _summary(
       f"{statuses[video_to_records.NO_FACE]} without a face; see "
       f"{output / folders.QUARANTINE}"
     )
+  # The same note of many videos is a line.
+  notes = Counter(note for entry in entries for note in entry.notes)
+  for note, number in notes.most_common(MAX_NOTES):
+    lines.append(f"  note: {note}: {counted(number, 'video')}")
+  if len(notes) > MAX_NOTES:
+    lines.append(f"  and {len(notes) - MAX_NOTES} other notes, see the ledger")
   return "\n".join(lines)
 
 
@@ -375,6 +398,12 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     default=limits.memory_bytes >> 20,
     help="memory of the decoder in MiB",
   )
+  add(
+    "--require_sandbox",
+    action="store_true",
+    help="decode nothing on a machine where a layer of the decoder's sandbox "
+    "is missing; the first lines of a run say which layers hold",
+  )
 
 
 def _ratio(text: str) -> float:
@@ -421,6 +450,7 @@ def _settings(
   return video_to_records.Settings(
     segment_frames=args.segment_frames,
     limits=limits,
+    require_sandbox=args.require_sandbox,
     has_sound=videos.has_sound,
     fps=args.fps,
     parser=_parser_choice(args),

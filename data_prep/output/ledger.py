@@ -28,6 +28,7 @@ class Entry:
     status, reason, num_..., quality: as in `video_to_records.Outcome`.
     limits: limits under which the video was quarantined, else None. Under
       other limits it is tried again.
+    notes: as in `video_to_records.Outcome`.
   """
 
   video_id: str
@@ -44,6 +45,7 @@ class Entry:
   num_frames: int
   quality: list[list[float]]
   limits: dict[str, float] | None
+  notes: list[str] = dataclasses.field(default_factory=list)
 
   @property
   def is_kept(self) -> bool:

@@ -17,36 +17,28 @@ pixels and samples from a pipe:
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
 import dataclasses
-import fcntl
-import functools
-import json
 import math
 import os
-import select
-import signal
-import stat
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
+from data_prep.video.decoder_child import (
+  DecodeError,
+  Decoder,
+)
+from data_prep.video.decoder_child import DecoderSetupError as DecoderSetupError
+from data_prep.video.decoder_child import sandbox_summary as sandbox_summary
 from data_prep.video.protocol import (
   DEFAULT_LIMITS,
   FRAME,
   MAX_SOUND_SECS,
-  MESSAGE,
   SAMPLE_RATE,
   Limits,
   most_frames,
   too_large,
   too_many_frames,
 )
-from marlin_jax.records.cli import UserError
 
 if TYPE_CHECKING:
   import numpy as np
@@ -54,27 +46,7 @@ if TYPE_CHECKING:
 
 # Rows of a decoded picture are padded to the width of a vector register.
 MAX_ROW_PADDING = 256
-# Bytes of a message that is not pixels or samples, and notes of one video.
-MAX_TEXT_BYTES = 1000
-MAX_NOTES = 20
 MAX_SOUND_RATE = 768_000
-# Seconds in which a decoder ends that is told to.
-END_SECS = 5.0
-
-# The child's program. -P keeps the current folder off its import path.
-PROGRAM = ("-P", "-m", "data_prep.video.decoder_process")
-# Variables that Python needs to find itself and PyAV. All others, such as keys
-# of a cloud, are kept from the child.
-_VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME")
-_ROOT = str(Path(__file__).parents[2])
-
-
-class DecodeError(UserError):
-  """A video is refused; the message is the reason for the quarantine."""
-
-
-class DecoderSetupError(UserError):
-  """The decoder does not run on this machine, for any video."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +119,7 @@ def read_sound(
 
   most_bytes = 2 * SAMPLE_RATE * MAX_SOUND_SECS
   samples = bytearray()
-  with _Decoder(path, limits, "sound", require_sandbox) as child:
+  with Decoder(path, limits, "sound", require_sandbox) as child:
     while True:
       kind, length = child.read_header()
       if kind == b"E":
@@ -177,248 +149,24 @@ def open_sound(
   return Sound(path, limits)
 
 
-def sandbox_layers() -> dict[str, str]:
+def sandbox_layers(require_sandbox: bool = False) -> dict[str, str]:
   """Starts a decoder without a file, and returns the layers of its sandbox.
+
+  Args:
+    require_sandbox: as for `open_video`.
 
   Returns:
     For each layer of the module `sandbox` an empty string where it holds on
     this machine, else the reason why it does not.
 
   Raises:
-    DecoderSetupError: PyAV does not load.
+    DecoderSetupError: as for `open_video`.
   """
-  with _Decoder(os.devnull, DEFAULT_LIMITS, "none") as child:
+  with Decoder(os.devnull, DEFAULT_LIMITS, "none", require_sandbox) as child:
     return child.layers
 
 
-def sandbox_summary(layers: dict[str, str]) -> str:
-  """Returns a line that says which layers hold, and why others do not."""
-  held = [name for name, reason in layers.items() if not reason]
-  line = "decoder sandbox: " + (", ".join(held) or "none")
-  missing = [f"{name} ({reason})" for name, reason in layers.items() if reason]
-  return line + ("; missing: " + ", ".join(missing) if missing else "")
-
-
-class _Decoder:
-  """The child process and its pipe.
-
-  Args:
-    path: the file.
-    limits: what it may cost.
-    output: what the child sends, as the argument of `decoder_process.main`.
-    require_sandbox: as for `open_video`.
-
-  Attributes:
-    pid: process and process group of the decoder.
-    layers: see `sandbox_layers`.
-    notes: what a user should know of the video, as told so far.
-  """
-
-  def __init__(
-    self,
-    path: str | os.PathLike,
-    limits: Limits,
-    output: str,
-    require_sandbox: bool = False,
-  ) -> None:
-    self._limits = limits
-    self._secs_left = limits.secs
-    self.layers: dict[str, str] = {}
-    self.notes: list[str] = []
-    file = _open_file(path, output)
-    try:
-      # The kernel ends the child with the thread that started it.
-      self._process = (
-        _starter(os.getpid()).submit(_start, file, limits, output).result()
-      )
-    finally:
-      os.close(file)
-    self.pid = self._process.pid
-    self._pipe = self._process.stdout.fileno()
-    # A frame of 1280x720 is 2.8 MB; by default a pipe holds 64 kB. Only Linux
-    # can enlarge it, and not beyond the quota of the user.
-    with contextlib.suppress(OSError, AttributeError):
-      fcntl.fcntl(self._pipe, fcntl.F_SETPIPE_SZ, 1 << 20)
-    self._poll = select.poll()
-    self._poll.register(self._pipe, select.POLLIN)
-    try:
-      self._read_layers(require_sandbox)
-    except BaseException:
-      self.close()
-      raise
-
-  def _read_layers(self, is_required: bool) -> None:
-    kind, length = self.read_header()
-    if kind != b"L":
-      raise DecoderSetupError("decoder did not tell its sandbox")
-    self.layers = self.read_json(length)
-    if is_required and any(self.layers.values()):
-      raise DecoderSetupError(
-        f"the sandbox is not whole: {sandbox_summary(self.layers)}"
-      )
-
-  def read_header(self) -> tuple[bytes, int]:
-    """Returns kind and length of the next message that is not a note.
-
-    Raises:
-      DecodeError: for a message X.
-      DecoderSetupError: for a message N.
-    """
-    while True:
-      kind, length = MESSAGE.unpack(self.read(MESSAGE.size))
-      if kind in (b"X", b"N"):
-        reason = self._read_text(min(length, MAX_TEXT_BYTES))
-        raise (DecodeError if kind == b"X" else DecoderSetupError)(reason)
-      # The lengths of frames and samples are checked where they are read.
-      if kind not in (b"F", b"S") and length > MAX_TEXT_BYTES:
-        raise DecodeError("decoder sent no header")
-      if kind != b"W":
-        return kind, length
-      note = self._read_text(length)
-      if len(self.notes) < MAX_NOTES:
-        self.notes.append(note)
-
-  def read_json(self, length: int) -> dict[str, Any]:
-    """Reads a message of fields.
-
-    Raises:
-      DecodeError: it is none.
-    """
-    try:
-      fields = json.loads(self.read(length))
-    except (ValueError, RecursionError) as e:
-      raise DecodeError("decoder sent no header") from e
-    if not isinstance(fields, dict):
-      raise DecodeError("decoder sent no header")
-    return fields
-
-  def _read_text(self, length: int) -> str:
-    """Reads text of the child, which may hold what controls a terminal."""
-    text = self.read(length).decode(errors="replace")
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-  def read(self, length: int) -> bytes:
-    """Reads so many bytes of the pipe."""
-    data = bytearray(length)
-    self.read_into(memoryview(data))
-    return bytes(data)
-
-  def read_into(self, view: memoryview) -> None:
-    """Fills a buffer from the pipe.
-
-    Raises:
-      DecodeError: the decoder ended, or passed its deadline.
-    """
-    while len(view):
-      before = time.monotonic()
-      ready = self._poll.poll(max(self._secs_left, 0.0) * 1000)
-      self._secs_left -= time.monotonic() - before
-      if not ready:
-        raise DecodeError(
-          f"decoder passed its deadline of {self._limits.secs:g} s"
-        )
-      num_read = os.readv(self._pipe, [view])
-      if num_read == 0:
-        raise self._death()
-      view = view[num_read:]
-
-  def _death(self) -> UserError:
-    """Returns how the decoder ended that closed its pipe without a message."""
-    try:
-      code = self._process.wait(timeout=END_SECS)
-    except subprocess.TimeoutExpired:
-      return DecodeError("decoder closed its pipe")
-    if code >= 0:
-      # It reads the video after it has told its sandbox.
-      kind = DecodeError if self.layers else DecoderSetupError
-      return kind(f"decoder ended with exit code {code}")
-    name = signal.Signals(-code).name
-    if -code == signal.SIGXCPU:
-      return DecodeError("decoder used up its CPU time")
-    if -code == signal.SIGKILL:
-      return DecodeError(f"decoder was killed by {name} (out of memory?)")
-    return DecodeError(f"decoder died of {name}")
-
-  def close(self) -> None:
-    """Kills the decoder and all processes it may have started."""
-    if self._process.poll() is None:
-      # It kills and awaits its child, so that no zombie is left.
-      for number in (signal.SIGTERM, signal.SIGCONT):
-        self._process.send_signal(number)
-      with contextlib.suppress(subprocess.TimeoutExpired):
-        self._process.wait(timeout=END_SECS)
-    with contextlib.suppress(ProcessLookupError):
-      os.killpg(self.pid, signal.SIGKILL)
-    self._process.wait()
-    self._process.stdout.close()
-
-  def __enter__(self) -> Self:
-    return self
-
-  def __exit__(self, *_) -> None:
-    self.close()
-
-
-def _open_file(path: str | os.PathLike, output: str) -> int:
-  """Opens the file, or the folder of pictures, that the child reads.
-
-  Raises:
-    DecodeError: it cannot be opened, or is neither.
-  """
-  is_folder = output not in ("video", "sound", "original_sound", "none")
-  try:
-    # A named pipe without a writer must not block.
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-  except OSError as e:
-    raise DecodeError(f"cannot open: {e.strerror}") from e
-  mode = os.fstat(file).st_mode
-  if is_folder != stat.S_ISDIR(mode):
-    os.close(file)
-    kind = "folder of pictures" if is_folder else "regular file"
-    raise DecodeError(f"cannot open: not a {kind}")
-  if not (is_folder or stat.S_ISREG(mode) or output == "none"):
-    os.close(file)
-    raise DecodeError("cannot open: not a regular file")
-  return file
-
-
-@functools.cache
-def _starter(pid: int) -> concurrent.futures.ThreadPoolExecutor:
-  """Returns the thread that starts decoders, which lives as long as this
-  process; a forked process has one of its own.
-  """
-  del pid
-  return concurrent.futures.ThreadPoolExecutor(1, "decoder starter")
-
-
-def _start(file: int, limits: Limits, output: str) -> subprocess.Popen:
-  """Starts the child, which inherits `file`, a file descriptor."""
-  search = [_ROOT, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-  return subprocess.Popen(
-    [
-      *(sys.executable, *PROGRAM),
-      str(os.getpid()),
-      json.dumps(dataclasses.asdict(limits)),
-      output,
-      str(file),
-    ],
-    pass_fds=(file,),
-    stdin=subprocess.DEVNULL,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.DEVNULL,
-    env={
-      "PATH": os.defpath,
-      "LANG": "C.UTF-8",
-      "PYTHONPATH": os.pathsep.join(filter(None, search)),
-      # Arenas of threads reserve address space, which is limited.
-      "MALLOC_ARENA_MAX": "2",
-      **{n: os.environ[n] for n in _VARIABLES if n in os.environ},
-    },
-    start_new_session=True,
-  )
-
-
-class Sound(_Decoder):
+class Sound(Decoder):
   """An open sound track; made by `open_sound`, iterated once.
 
   Attributes:
@@ -467,11 +215,12 @@ class Sound(_Decoder):
       yield samples.reshape(-1, self.num_channels)
 
 
-class Video(_Decoder):
+class Video(Decoder):
   """An open video; made by `open_video`, iterated once.
 
   Attributes:
     info: the header.
+    notes: what a user should know of the video, as told so far.
     num_frames: frames decoded so far.
   """
 

@@ -136,7 +136,8 @@ def frames(container, stream, clock: Clock) -> Iterator:
     # decoder has to tell.
     if is_cut and not (counters_may_leap or is_streamed):
       raise Refused("decoder reported damage: a packet is cut off")
-    if not has_presentation_times and packet.dts is not None and packet.size:
+    is_timed = packet.dts is not None and packet.size
+    if not has_presentation_times and is_timed:
       heapq.heappush(decoding_times, packet.dts)
     try:
       decoded = packet.decode()
@@ -149,9 +150,12 @@ def frames(container, stream, clock: Clock) -> Iterator:
     for frame in decoded:
       if frame.is_corrupt:
         raise Refused("decoder reported damage: a frame is incomplete")
-      # Frames come in the order of presentation: theirs is the earliest.
-      if decoding_times and getattr(stream.codec_context, "has_b_frames", 0):
-        frame.pts = heapq.heappop(decoding_times)
+      if decoding_times:
+        # Frames come in the order of presentation: theirs is the earliest.
+        earliest = heapq.heappop(decoding_times)
+        has_b_frames = getattr(stream.codec_context, "has_b_frames", False)
+        # Without reordering it is that of their own packet.
+        frame.pts = earliest if has_b_frames else frame.dts
       yield frame
 
 

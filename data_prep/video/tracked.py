@@ -45,6 +45,10 @@ class VideoFrames:
     limits: what the video may cost.
     frame_rate: frames per second of a folder of pictures; 0 for a video.
     max_secs: longest video in seconds; checked where `fps` is set.
+    fill_pauses: repeat a frame through each pause, see `frame_rate.resampled`;
+      else tracks end at a pause of more than `frame_rate.MAX_PAUSE_SECS`. Only
+      where `fps` is set.
+    require_sandbox: refuse to decode where the decoder's sandbox is not whole.
   """
 
   path: str | os.PathLike
@@ -52,6 +56,8 @@ class VideoFrames:
   limits: decode.Limits = decode.DEFAULT_LIMITS
   frame_rate: float = 0.0
   max_secs: float = math.inf
+  fill_pauses: bool = False
+  require_sandbox: bool = False
 
   @contextlib.contextmanager
   def open(
@@ -68,14 +74,23 @@ class VideoFrames:
         `max_secs`; also while frames are read.
       decode.DecoderSetupError: no video can be decoded on this machine.
     """
-    with decode.open_video(self.path, self.limits, self.frame_rate) as video:
+    with decode.open_video(
+      self.path, self.limits, self.frame_rate, self.require_sandbox
+    ) as video:
       yield video, self._resampled(video) if self.fps else iter(video)
 
   def _resampled(
     self, video: decode.Video
   ) -> Iterator[tuple[np.ndarray, float]]:
-    frames = frame_rate.resampled(video, self.fps)
+    frames = frame_rate.resampled(video, self.fps, self.fill_pauses)
+    size = video.info.width, video.info.height
+    most = decode.most_frames(*size, self.limits)
     for num_frames, frame in enumerate(frames):
+      if num_frames == most:
+        raise decode.DecodeError(
+          f"{decode.too_many_frames(*size, self.limits)}, at {self.fps:g} "
+          "frames per second"
+        )
       if num_frames == self.max_secs * self.fps:
         raise decode.DecodeError(
           f"it is longer than {self.max_secs:g} s, and its faces would not fit "
@@ -103,6 +118,7 @@ class TrackedVideo:
     num_decoded_frames: frames of the file.
     size: width and height in pixels.
     fps: frames per second.
+    notes: see `decode.Video`.
     tracks: the tracks of at least `MIN_TRACK_FRAMES` frames, or of all frames
       of a shorter video, numbered from 0.
 
@@ -125,6 +141,8 @@ class TrackedVideo:
     # Frames and their times; None where they do not fit into memory.
     self._kept: list[tuple[np.ndarray, float]] | None = []
     self.num_frames = 0
+    # Frames that follow a pause which is not filled.
+    self._after_pauses: list[int] = []
     with source.open() as (video, frames):
       tracks = tracking.find_tracks(
         self._first_pass(video, frames, keep_bytes),
@@ -135,8 +153,13 @@ class TrackedVideo:
       self.num_decoded_frames = video.num_frames
       self.size = video.info.width, video.info.height
       self.fps = source.fps or video.fps
+      self.notes = video.notes
     min_frames = min(MIN_TRACK_FRAMES, self.num_frames)
-    long_enough = [track for track in tracks if len(track) >= min_frames]
+    parts = [
+      part for track in tracks for part in _split(track, self._after_pauses)
+    ]
+    parts.sort(key=lambda track: track.first_frame)
+    long_enough = [track for track in parts if len(track) >= min_frames]
     self.tracks: list[tracking.Track] = [
       dataclasses.replace(track, track_id=track_id)
       for track_id, track in enumerate(long_enough)
@@ -149,7 +172,12 @@ class TrackedVideo:
     keep_bytes: int,
   ) -> Iterator[np.ndarray]:
     """Yields frames, counts them, and keeps them while they fit."""
+    last_secs = math.inf
     for frame, secs in frames:
+      # The first frame, and constant rates without a skip, are no pause.
+      if self._source.fps and (secs - last_secs) * self._source.fps > 1.5:
+        self._after_pauses.append(self.num_frames)
+      last_secs = secs
       self.num_frames += 1
       if self.num_frames * frame.nbytes > keep_bytes:
         self._kept = None
@@ -211,3 +239,18 @@ class TrackedVideo:
       rest = (1 - self._finding_share) * done
       self._progress(self._finding_share + rest, i + 1)
       yield frame, secs, crop
+
+
+def _split(track: tracking.Track, starts: list[int]) -> list[tracking.Track]:
+  """Cuts a track before each of the frames `starts` of the video."""
+  edges = [start - track.first_frame for start in starts]
+  edges = [0, *(edge for edge in edges if 0 < edge < len(track)), len(track)]
+  return [
+    dataclasses.replace(
+      track,
+      first_frame=track.first_frame + start,
+      boxes=track.boxes[start:stop],
+      landmarks=track.landmarks[start:stop],
+    )
+    for start, stop in itertools.pairwise(edges)
+  ]

@@ -63,6 +63,7 @@ class Settings:
     fps: frames per second that every video is brought to; 0 leaves them as
       they are.
     parser: parser that labels the faces.
+    require_sandbox: refuse to decode where the decoder's sandbox is not whole.
   """
 
   segment_frames: int = 64
@@ -70,6 +71,7 @@ class Settings:
   has_sound: bool = False
   fps: float = 0.0
   parser: parsers.ParserChoice = parsers.DEFAULT
+  require_sandbox: bool = False
 
   def __post_init__(self) -> None:
     if self.segment_frames < 2 * schema.CLIP_SPAN:
@@ -92,6 +94,7 @@ class Outcome:
     num_records: records that were emitted.
     num_frames: face crops in these records.
     quality: a row for each record, see `quality_index.row_of`.
+    notes: what a user should know of the video, e.g. that it is interlaced.
   """
 
   status: str
@@ -101,6 +104,7 @@ class Outcome:
   num_records: int = 0
   num_frames: int = 0
   quality: list[list[float]] = dataclasses.field(default_factory=list)
+  notes: list[str] = dataclasses.field(default_factory=list)
 
 
 class Models:
@@ -171,7 +175,10 @@ def process_video(
   video = cutter.video
   if not video.tracks:
     return Outcome(
-      NO_FACE, NO_FACE_REASON, num_decoded_frames=video.num_decoded_frames
+      NO_FACE,
+      NO_FACE_REASON,
+      num_decoded_frames=video.num_decoded_frames,
+      notes=video.notes,
     )
   return Outcome(
     KEPT,
@@ -180,6 +187,7 @@ def process_video(
     num_records=len(cutter.quality),
     num_frames=sum(map(len, video.tracks)),
     quality=cutter.quality,
+    notes=video.notes,
   )
 
 
@@ -250,7 +258,11 @@ class _RecordCutter:
     version = _version(source.path)
     self.video = TrackedVideo(
       VideoFrames(
-        source.path, settings.fps, settings.limits, source.frame_rate
+        source.path,
+        settings.fps,
+        settings.limits,
+        source.frame_rate,
+        require_sandbox=settings.require_sandbox,
       ),
       self._models.finder,
       keep_bytes=KEPT_BYTES,
@@ -266,7 +278,7 @@ class _RecordCutter:
     source, video = self._source, self.video
     sound = None
     if self._settings.has_sound:
-      sound = _Sound(source, self._settings.limits)
+      sound = _Sound(source, self._settings)
     pending = [
       segment for track in video.tracks for segment in self._segments_of(track)
     ]
@@ -374,11 +386,13 @@ class _Segment:
 class _Sound:
   """Sound of a video, cut into segments."""
 
-  def __init__(self, source: Source, limits: decode.Limits) -> None:
+  def __init__(self, source: Source, settings: Settings) -> None:
     self._samples = (
       np.zeros(0, np.int16)
       if source.frame_rate
-      else decode.read_sound(source.path, limits)
+      else decode.read_sound(
+        source.path, settings.limits, settings.require_sandbox
+      )
     )
     # Of the whole sound: at a cut, a spectrogram needs samples beyond it.
     self._mel = mel_spectrogram.mel_spectrogram(self._samples)

@@ -77,7 +77,7 @@ class SourceVideo:
       stack.enter_context(video_errors(path))
       models = models or stack.enter_context(video_to_records.Models())
       self._video = tracked.TrackedVideo(
-        tracked.VideoFrames(path, fps),
+        tracked.VideoFrames(path, fps, fill_pauses=True),
         models.finder,
         finding_share=1.0,
         progress=lambda share, _: progress(share),

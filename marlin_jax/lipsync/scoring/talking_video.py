@@ -186,7 +186,7 @@ def stretches(has_face: np.ndarray) -> list[slice]:
 def _video_frames(path: str | os.PathLike) -> tracked.VideoFrames:
   from data_prep.video import tracked
 
-  return tracked.VideoFrames(path, FPS, max_secs=MAX_SECS)
+  return tracked.VideoFrames(path, FPS, max_secs=MAX_SECS, fill_pauses=True)
 
 
 def _sound(path: str | os.PathLike, start_secs: float) -> np.ndarray:

@@ -7,10 +7,15 @@ from data_prep.video.decode import DecodeError
 from data_prep.video.frame_rate import resampled
 
 
-def shown(times: list[float], rate: float) -> list[tuple[int, float]]:
+def shown(
+  times: list[float], rate: float, fill_pauses: bool = False
+) -> list[tuple[int, float]]:
   """Returns the numbers of the resampled frames and their times."""
   frames = [(np.full(1, i), secs) for i, secs in enumerate(times)]
-  return [(int(frame[0]), secs) for frame, secs in resampled(frames, rate)]
+  return [
+    (int(frame[0]), secs)
+    for frame, secs in resampled(frames, rate, fill_pauses)
+  ]
 
 
 @pytest.mark.parametrize("digits", [3, 9])
@@ -45,9 +50,25 @@ def test_a_variable_rate_keeps_its_pictures_on_time():
     assert i + 1 == len(times) or secs < times[i + 1]
 
 
-def test_a_leap_in_the_times_is_refused():
+def test_a_pause_is_filled_for_two_seconds_and_then_skipped():
+  result = shown([0.0, 0.04, 10.02, 10.06], 25.0)
+  assert [i for i, _ in result] == [0, *[1] * 50, 2, 3]
+  secs = [secs for _, secs in result]
+  assert np.diff(secs[:51]) == pytest.approx(1 / 25)
+  # The clock stays that of the beginning: sound and frames keep together.
+  assert secs[51:] == pytest.approx([10.04, 10.08])
+
+
+def test_leaps_cost_no_more_frames_than_two_seconds_each():
+  result = shown([i * 59.0 for i in range(40)], 25.0)
+  assert len(result) <= 40 * 51
+  assert {i for i, _ in result} == set(range(40))
+
+
+def test_a_pause_is_filled_to_its_end_on_demand():
+  assert len(shown([0.0, 10.0], 25.0, fill_pauses=True)) == 500
   with pytest.raises(DecodeError, match=r"a pause of 9000 s .* at 0\.0 s"):
-    shown([0.0, 9000.0], 25.0)
+    shown([0.0, 9000.0], 25.0, fill_pauses=True)
 
 
 def test_one_frame_is_one_frame_and_none_is_none():

@@ -1,11 +1,13 @@
 """Videos that are read twice: the same frames, or an error."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from data_prep.faces import boxes, tracking
 from data_prep.video import tracked
-from data_prep.video.decode import DecodeError
+from data_prep.video.decode import DecodeError, Limits
 from data_prep.video.tracked import TrackedVideo, VideoFrames
 from tests.support.videos import moving_noise, write_video
 
@@ -99,6 +101,52 @@ def test_a_video_too_long_is_refused_at_once(tmp_path):
     TrackedVideo(VideoFrames(path, 25.0, max_secs=1), Blind())
   path = write_noise(tmp_path / "w.mkv", 25)
   assert TrackedVideo(VideoFrames(path, 25.0, max_secs=1), Blind()).num_frames
+
+
+def write_pause(path, pause_secs):
+  secs = [i / 25 for i in range(20)]
+  secs += [secs[-1] + pause_secs + i / 25 for i in range(20)]
+  return write_video(path, moving_noise(40), secs=secs)
+
+
+@pytest.mark.parametrize(
+  ("pause_secs", "starts"), [(1.5, [0]), (30.0, [0, 70])]
+)
+def test_tracks_end_at_a_pause_that_is_not_filled(
+  tmp_path, monkeypatch, pause_secs, starts
+):
+  whole = tracking.Track(
+    track_id=0,
+    first_frame=0,
+    boxes=np.arange(400, dtype=np.float32).reshape(100, 4),
+    landmarks=np.zeros((100, 478, 2), np.float32),
+    quality=1.0,
+    quality_terms=np.ones(4, np.float32),
+  )
+
+  def find_tracks(frames, *_, **__):
+    stop = len(list(frames))
+    boxes, landmarks = whole.boxes[:stop], whole.landmarks[:stop]
+    return [dataclasses.replace(whole, boxes=boxes, landmarks=landmarks)]
+
+  monkeypatch.setattr(tracked.tracking, "find_tracks", find_tracks)
+  path = write_pause(tmp_path / "v.mkv", pause_secs)
+  video = TrackedVideo(VideoFrames(path, 25.0), Blind())
+  first = [track.first_frame for track in video.tracks]
+  assert first == pytest.approx(starts, abs=1)
+  assert [t.track_id for t in video.tracks] == list(range(len(starts)))
+  together = np.concatenate([track.boxes for track in video.tracks])
+  np.testing.assert_array_equal(together, whole.boxes[: len(together)])
+  assert video.num_frames == len(together) < 100
+
+
+def test_frames_are_counted_at_the_rate_they_are_brought_to(tmp_path):
+  secs = [i * 1.9 for i in range(20)]
+  path = write_video(tmp_path / "v.mkv", moving_noise(20), secs=secs)
+  limits = Limits(frames=100)
+  assert TrackedVideo(VideoFrames(path, 2.0, limits), Blind()).num_frames < 100
+  with pytest.raises(DecodeError, match="limit of 100, at 25 frames"):
+    TrackedVideo(VideoFrames(path, 25.0, limits), Blind())
 
 
 @pytest.mark.parametrize("total", [14, 15, 16])
