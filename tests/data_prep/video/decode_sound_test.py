@@ -1,6 +1,7 @@
 """Sound of any format is decoded to the clock of the frames."""
 
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -138,3 +139,117 @@ def test_video_without_a_sound_track_has_none_to_open(tmp_path):
   path = write_video(tmp_path / "v.mkv", moving_noise(5))
   with pytest.raises(DecodeError, match="no sound track"):
     open_sound(path)
+
+
+# --- Gaps, drift and headers --------------------------------------------------
+
+
+def write_chunks(
+  path: Path, starts: np.ndarray, size: int, rate: int = 48_000
+) -> Path:
+  """Writes a sound of chunks that begin at times in seconds; click at 4 s."""
+  with av.open(str(path), "w") as container:
+    video = container.add_stream("libx264", rate=25)
+    video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+    sound = container.add_stream("pcm_s16le", rate=rate, layout="mono")
+    for pixels in moving_noise(3):
+      container.mux(video.encode(av.VideoFrame.from_ndarray(pixels)))
+    container.mux(video.encode())
+    for start in starts:
+      at = start + np.arange(size) / rate
+      wave = 16_000 * np.sin(2 * np.pi * 1000 * at) * (abs(at - 4.01) < 0.01)
+      part = wave.astype(np.int16)[None]
+      frame = av.AudioFrame.from_ndarray(part, "s16", "mono")
+      frame.sample_rate, frame.pts = rate, round(start * rate)
+      frame.time_base = Fraction(1, rate)
+      container.mux(sound.encode(frame))
+    container.mux(sound.encode())
+  return path
+
+
+def click_secs(path: Path) -> float:
+  samples = read_sound(path)
+  return float(np.flatnonzero(np.abs(samples.astype(int)) > 3000)[0]) / 16_000
+
+
+@pytest.mark.parametrize("gap_ms", [5, 15, 40, 80, 150])
+def test_a_gap_is_silence_to_the_millisecond(tmp_path, gap_ms):
+  starts = np.arange(0, 4.5, 0.01)
+  starts[100:] += gap_ms / 1000
+  starts[200:] += gap_ms / 1000
+  path = write_chunks(tmp_path / "v.mkv", starts, 480)
+  assert click_secs(path) == pytest.approx(4.0, abs=1.2e-3)
+  samples = read_sound(path)
+  assert len(samples) / 16_000 == pytest.approx(starts[-1] + 0.01, abs=2e-3)
+
+
+@pytest.mark.parametrize("drift", [0.005, -0.005, 0.001, -0.0001])
+def test_a_clock_that_drifts_is_followed(tmp_path, drift):
+  starts = np.arange(450) * 0.01 * (1 + drift)
+  path = write_chunks(tmp_path / "v.mkv", starts, 480)
+  assert click_secs(path) == pytest.approx(4.0, abs=3e-3)
+
+
+def test_times_rounded_to_milliseconds_are_no_gaps(tmp_path):
+  size, rate = 450, 44_100
+  starts = np.arange(400) * size / rate
+  path = write_chunks(tmp_path / "v.mkv", starts, size, rate)
+  with open_sound(path) as sound:
+    samples = np.concatenate(list(sound))
+  assert len(samples) == pytest.approx(400 * size, abs=2 * rate / 1000)
+  wave = np.flatnonzero(np.abs(samples[:, 0].astype(int)) > 100)
+  # One tone: no silence was put into it, and nothing left out.
+  assert np.diff(wave).max() <= 5
+  assert np.ptp(wave) / rate == pytest.approx(0.02, abs=5e-4)
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 2_000_000_000, 0x7FFFFFFF, 0])
+def test_wav_that_was_written_to_a_stream_is_read_to_its_end(tmp_path, size):
+  path = write_sound_file(tmp_path / "v.wav", "pcm_s16le")
+  data = bytearray(path.read_bytes())
+  at = data.index(b"data") + 4
+  data[at : at + 4] = size.to_bytes(4, "little")
+  data[4:8] = min(size + 36, 0xFFFFFFFF).to_bytes(4, "little")
+  # Neither a whole number of packets, nor of samples.
+  path.write_bytes(data + b"x")
+  np.testing.assert_array_equal(read_sound(path)[:32_000], clicks(16_000))
+
+
+def write_sound_file(path: Path, codec: str) -> Path:
+  with av.open(str(path), "w") as container:
+    stream = container.add_stream(codec, rate=16_000, layout="mono")
+    format = "s16p" if codec == "mp3" else "s16"
+    frame = av.AudioFrame.from_ndarray(clicks(16_000)[None], format, "mono")
+    frame.sample_rate, frame.pts = 16_000, 0
+    frame.time_base = Fraction(1, 16_000)
+    container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+  return path
+
+
+@pytest.mark.parametrize(
+  "padding",
+  [
+    bytes(5000),
+    bytes(200_000),
+    b"\xff" * 3000,
+    b"TAG" + bytes(125),
+    b"APETAGEX" + bytes(200),
+    bytes(417) + b"TAG" + bytes(125),
+  ],
+)
+def test_padding_after_an_mp3_is_no_damage(tmp_path, padding):
+  path = write_sound_file(tmp_path / "v.mp3", "mp3")
+  path.write_bytes(path.read_bytes() + padding)
+  samples = read_sound(path)
+  assert starts(samples) == pytest.approx(CLICK_SECS, abs=3e-3)
+  assert len(samples) / 16_000 == pytest.approx(2.0, abs=0.1)
+
+
+def test_padding_before_and_within_an_mp3_is_no_damage(tmp_path):
+  path = write_sound_file(tmp_path / "v.mp3", "mp3")
+  data = path.read_bytes()
+  tag = b"ID3\x03\0\0\0\0\x40\0" + bytes(0x40 << 7)
+  for padded in (tag + data, bytes(5000) + data, data + data):
+    path.write_bytes(padded)
+    assert len(starts(read_sound(path))) == 3 * (1 + (padded == data + data))
