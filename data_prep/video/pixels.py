@@ -31,6 +31,8 @@ from data_prep.video.protocol import FRAME, send
 HD_HEIGHT = 720
 # A pixel that is longer than that is taken for a fault of the header.
 MAX_PIXEL_ASPECT = 4
+# Less is the rounding of an encoder: the picture is not worth a resampling.
+MIN_STRETCH = 0.01
 
 # Codes of ITU-T H.273, as of FFmpeg.
 _UNKNOWN_MATRIX = 2
@@ -60,7 +62,8 @@ class RgbConverter:
     self._narrow = VideoReformatter()
     self._tone_mappers = {}
     self.pixel_aspect = Fraction(pixel_aspect or 1)
-    if not 1 / MAX_PIXEL_ASPECT <= self.pixel_aspect <= MAX_PIXEL_ASPECT:
+    is_fault = not 1 / MAX_PIXEL_ASPECT <= self.pixel_aspect <= MAX_PIXEL_ASPECT
+    if is_fault or abs(self.pixel_aspect - 1) < MIN_STRETCH:
       self.pixel_aspect = Fraction(1)
 
   def width(self, frame) -> int:

@@ -94,6 +94,7 @@ def write_tagged(
     (Fraction(16, 15), 68),
     (Fraction(8, 9), 57),
     (Fraction(1), 64),
+    (Fraction(359, 360), 64),
     (Fraction(50), 64),
     (Fraction(1, 50), 64),
   ],
