@@ -54,9 +54,9 @@ def test_torch_files_without_torch_name_the_command(tmp_path):
   code = """
 import sys
 sys.modules["torch"] = None
-from marlin_jax.formats import detect, weights
+from marlin_jax.weights import formats, weights
 try:
-  detect.read(sys.argv[1])
+  formats.read(sys.argv[1])
 except weights.WeightsError as e:
   print(e)
 """
