@@ -4,8 +4,6 @@ import dataclasses
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,7 @@ from data_prep.output import ledger, shards
 from marlin_jax.records import folders, quality_index, schema
 from tests.support import made_dataset
 from tests.support.made_dataset import a_record
-from tests.support.processes import ROOT, run_prepare
+from tests.support.processes import run_here, run_prepare
 
 LABELS = made_dataset.some_labels(1, 0, -0.7)
 VIDEOS = {
@@ -110,13 +108,8 @@ def test_sample_data_set_is_whole(sample_dataset):
 
 def test_binary_tells_by_its_exit_code_and_writes_a_report(dataset, tmp_path):
   def run(path):
-    return subprocess.run(
-      [sys.executable, "-m", "data_prep.verify", str(path)]
-      + ["--json", str(tmp_path / "new" / "report.json")],
-      capture_output=True,
-      text=True,
-      cwd=ROOT,
-    )
+    report = tmp_path / "new" / "report.json"
+    return run_here(lambda: verify.main([str(path), "--json", str(report)]))
 
   result = run(dataset)
   assert result.returncode == 0, result.stderr
