@@ -114,9 +114,9 @@ def get_config():
   config.adv.hidden = 1536
   # Weight of the gradient penalty in the discriminator's loss.
   config.adv.gp_weight = 0.0
-  # Updates of the discriminator per step.
+  # Updates of the discriminator per step, all at the step's learning rate.
   config.adv.d_steps = 1
-  # Updates of the autoencoder per step.
+  # Updates of the autoencoder per step, likewise.
   config.adv.g_steps = 1
   # Limit of the adversarial gradient, as a multiple of the reconstruction
   # gradient; 0: no limit. The metric train/adv_pull is the ratio it limits.

@@ -31,13 +31,14 @@ class Experiment(NamedTuple):
   Attributes:
     trainer: static half of the training step.
     initialise: () -> the first TrainState; call it under jit.
-    schedule: step -> learning rate.
+    learning_rates: TrainState -> learning rate of each optimiser's last update,
+      by metric name.
     take_clip: record -> clip.
   """
 
   trainer: train_step.Trainer
   initialise: Callable[[], train_step.TrainState]
-  schedule: optax.Schedule
+  learning_rates: Callable[[train_step.TrainState], dict[str, float]]
   take_clip: TakeClip
 
 
@@ -59,21 +60,24 @@ def make_experiment(
   mae, discriminator = nnx.eval_shape(lambda: make_networks(config, mesh))
   mae_graph, _, _ = train_step.split_model(mae)
   disc_graph, _, _ = train_step.split_model(discriminator)
-  schedule = make_schedule(config, num_steps)
+  adversarial = train_step.Adversarial(
+    weight=config.adv.weight,
+    gp_weight=config.adv.gp_weight,
+    d_steps=config.adv.d_steps,
+    g_steps=config.adv.g_steps,
+    max_pull=config.adv.max_pull,
+  )
+  rate_of_step = make_schedule(config, num_steps)
+  schedule = schedules.per_update(rate_of_step, adversarial.g_steps)
+  disc_schedule = schedules.per_update(rate_of_step, adversarial.d_steps)
   on_mesh = mesh is not None and mesh.size > 1
   trainer = train_step.Trainer(
     task=PretextTask.from_config(config),
-    adversarial=train_step.Adversarial(
-      weight=config.adv.weight,
-      gp_weight=config.adv.gp_weight,
-      d_steps=config.adv.d_steps,
-      g_steps=config.adv.g_steps,
-      max_pull=config.adv.max_pull,
-    ),
+    adversarial=adversarial,
     mae=mae_graph,
     discriminator=disc_graph,
     optimizer=make_optimizer(config, schedule),
-    disc_optimizer=make_optimizer(config, schedule),
+    disc_optimizer=make_optimizer(config, disc_schedule),
     ema_decay=config.ema_decay,
     decoder_ratio=config.mask.decoder_ratio,
     num_microbatches=num_microbatches(config, mesh, device_bytes),
@@ -86,9 +90,17 @@ def make_experiment(
     _, disc_params, _ = train_step.split_model(discriminator)
     return train_step.init_state(trainer, params, fixed, disc_params)
 
+  def learning_rates(state):
+    rates = {"lr": schedules.last_rate(schedule, state.opt_state)}
+    if adversarial.weight:
+      rates["lr_disc"] = schedules.last_rate(
+        disc_schedule, state.disc_opt_state
+      )
+    return rates
+
   clip = Architecture.from_config(config).clip
   take_clip = TakeClip(clip, config.model.tubelet_size)
-  return Experiment(trainer, initialise, schedule, take_clip)
+  return Experiment(trainer, initialise, learning_rates, take_clip)
 
 
 def make_networks(
@@ -125,7 +137,12 @@ def make_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule:
 def make_optimizer(
   config: ConfigDict, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-  """Returns AdamW with the settings of config.optim."""
+  """Returns AdamW with the settings of config.optim.
+
+  Args:
+    config: a valid configuration.
+    schedule: number of updates so far -> learning rate.
+  """
   return optax.adamw(
     schedule,
     b1=config.optim.b1,

@@ -43,7 +43,7 @@ class PretrainingCourse:
     self.num_steps = config.num_steps or math.ceil(
       config.num_epochs * dataset.num_videos / config.batch_size
     )
-    self.trainer, self._initialise, self.learning_rate, self.take_clip = (
+    self.trainer, self._initialise, self.learning_rates, self.take_clip = (
       build.make_experiment(
         config,
         self.num_steps,

@@ -38,3 +38,37 @@ def learning_rate(
     base_lr * scale / warmup_steps, base_lr * scale, warmup_steps - 1
   )
   return optax.join_schedules([warmup, cosine], [warmup_steps])
+
+
+def per_update(
+  schedule: optax.Schedule, updates_per_step: int
+) -> optax.Schedule:
+  """Returns a schedule of steps as a schedule of an optimiser's updates.
+
+  optax counts updates. Every update of a step has the step's rate.
+
+  Args:
+    schedule: step -> learning rate.
+    updates_per_step: updates that the optimiser makes in a step.
+  """
+  if updates_per_step == 1:
+    return schedule
+  return lambda count: schedule(count // updates_per_step)
+
+
+def last_rate(schedule: optax.Schedule, opt_state: optax.OptState) -> float:
+  """Returns the learning rate of an optimiser's last update.
+
+  Args:
+    schedule: that the optimiser was made with.
+    opt_state: its state, with concrete arrays. Before the first update the rate
+      is that of the first.
+  """
+  count = optax.tree.get(
+    opt_state,
+    "count",
+    filtering=lambda path, _: (
+      getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"
+    ),
+  )
+  return float(schedule(max(int(count) - 1, 0)))

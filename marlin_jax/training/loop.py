@@ -51,8 +51,6 @@ class Course(Protocol):
     shapes: state, as arrays or shapes.
     shardings: where each array of the state lives.
     identity: flat dict that survives JSON; a resumed run must agree in it.
-    learning_rate: maps the number of updates to the learning rate, which is
-      logged as train/lr; None: not logged.
     peak_clips_per_sec: rate at a model FLOPs utilisation of 1; None: unknown.
   """
 
@@ -65,7 +63,6 @@ class Course(Protocol):
   shapes: State
   shardings: Any
   identity: dict[str, Any]
-  learning_rate: Callable[[float], Any] | None
   peak_clips_per_sec: float | None
 
   def describe(self) -> list[cli.Row]:
@@ -78,6 +75,13 @@ class Course(Protocol):
     """Returns the training step; it may give the old state's memory away.
 
     The scalars include `num_skipped`, the updates not applied so far.
+    """
+
+  def learning_rates(self, state: State) -> dict[str, float]:
+    """Returns the learning rates to log under 'train/', by name.
+
+    Args:
+      state: state after the step.
     """
 
 
@@ -276,9 +280,8 @@ def train(
           if is_last or is_first or step % config.log_steps == 0:
             tell_skipped()
             row = {f"train/{k}": float(v) for k, v in scalars.items()}
-            if course.learning_rate:
-              num_updates = step - 1 - row["train/num_skipped"]
-              row["train/lr"] = float(course.learning_rate(num_updates))
+            for name, rate in course.learning_rates(state).items():
+              row[f"train/{name}"] = rate
             row |= timer.read()
             writer.write(step, row)
             progress.report(step, row)

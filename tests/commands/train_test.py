@@ -43,7 +43,7 @@ def test_a_run_leaves_what_it_promises(finished):
   assert config["model"]["width"] == TINY["model.width"]
   rows = metrics_of(workdir)
   assert list(rows) == [1, 2, 3, 4, 5, 6]
-  expected = {"loss_rec", "loss_adv", "loss_disc", "grad_norm", "lr"}
+  expected = {"loss_rec", "loss_adv", "loss_disc", "grad_norm", "lr", "lr_disc"}
   assert expected <= {k.removeprefix("train/") for k in rows[6]}
   assert list((workdir / "tensorboard").glob("events.*"))
   assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"3", "6"}

@@ -38,7 +38,6 @@ class AddingCourse:
   fields = ("_id",)
   batch_size = 1
   identity = {"seed": 0}
-  learning_rate = None
   peak_clips_per_sec = None
 
   def __init__(self, dataset, num_steps):
@@ -64,6 +63,9 @@ class AddingCourse:
       return state, scalars
 
     return jax.jit(step)
+
+  def learning_rates(self, state):
+    return {"lr": 0.5 / int(state.step)}
 
 
 @pytest.fixture(scope="module")

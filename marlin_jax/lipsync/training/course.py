@@ -35,7 +35,6 @@ class LipsyncCourse:
   section: str
   fields: tuple[str, ...]
   summary: str
-  learning_rate = None
   peak_clips_per_sec = None
 
   def __init__(
@@ -87,6 +86,11 @@ class LipsyncCourse:
   def first_state(self) -> Any:
     """Returns the first state, on the devices."""
     return jax.device_put(self.shapes, self.everywhere)
+
+  def learning_rates(self, state) -> dict[str, float]:
+    """Returns {}: the rates are constant."""
+    del state
+    return {}
 
   def describe(self) -> list[cli.Row]:
     """Returns data, network, devices, batch and steps."""
