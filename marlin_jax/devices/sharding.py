@@ -74,7 +74,7 @@ def make_mesh(
     devices: devices to use; by default those of all processes.
 
   Raises:
-    MeshError: the sizes do not fit the number of devices or of slices.
+    MeshError: the sizes do not fit the devices; names sizes that do.
   """
   devices = jax.devices() if devices is None else devices
   grid = arrange(data, fsdp, tensor, devices)
@@ -87,10 +87,12 @@ def arrange(
   """Returns the devices as an array (data, fsdp, tensor); see `make_mesh`.
 
   TPU slices are connected by the data centre's network, so devices of different
-  slices differ along data alone.
+  slices differ along data alone. GPU nodes are connected by a network that
+  serves fsdp too, but not tensor.
 
   Raises:
-    MeshError: the sizes do not fit the number of devices or of slices.
+    MeshError: the sizes do not fit the devices or how they are connected; names
+      sizes that do.
   """
   mesh = f"config.mesh.data={data}, fsdp={fsdp}, tensor={tensor}"
   kinds = ", ".join(sorted({d.device_kind for d in devices}))
@@ -99,7 +101,7 @@ def arrange(
     if len(devices) % (fsdp * tensor):
       raise MeshError(
         f"{mesh}, but {present}, which {fsdp} x {tensor} does not divide; "
-        "lower fsdp or tensor"
+        f"{_alternatives(tensor, devices)}"
       )
     data = len(devices) // (fsdp * tensor)
   if data * fsdp * tensor != len(devices):
@@ -107,17 +109,73 @@ def arrange(
       f"{mesh}: a mesh of {data * fsdp * tensor}, but {present}; use "
       "config.mesh.data=-1 for all that fsdp and tensor leave"
     )
-  num_slices = len({getattr(d, "slice_index", 0) for d in devices})
-  if data % num_slices:
-    raise MeshError(
-      f"{mesh}: {data} along data is no multiple of the {num_slices} slices "
-      "that the devices belong to; fsdp and tensor must fit into one slice"
+  try:
+    return _grid((data, fsdp, tensor), devices)
+  except _MisfitError as e:
+    raise MeshError(f"{mesh}: {e}; {_alternatives(tensor, devices)}") from e
+
+
+class _MisfitError(Exception):
+  """Sizes of the right product that do not fit how devices are connected."""
+
+
+def _grid(sizes: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
+  """Returns the devices as an array of these sizes, or raises _MisfitError."""
+  data, _, tensor = sizes
+  slices = {_slice(d) for d in devices}
+  if devices[0].platform == "gpu":
+    # XLA gives the GPUs of a machine one slice_index.
+    in_order = sorted(devices, key=lambda d: (_slice(d), d.id))
+    grid = np.array(in_order, object).reshape(sizes)
+    if any(
+      len({_slice(d) for d in row}) > 1 for row in grid.reshape(-1, tensor)
+    ):
+      raise _MisfitError(
+        f"{tensor} along tensor do not fit into each of the {len(slices)} nodes"
+      )
+    return grid
+  if data % len(slices):
+    raise _MisfitError(
+      f"{data} along data is no multiple of the {len(slices)} slices that the "
+      "devices belong to; fsdp and tensor must fit into one slice"
     )
-  if num_slices > 1:
-    return mesh_utils.create_hybrid_device_mesh(
-      (data // num_slices, fsdp, tensor), (num_slices, 1, 1), devices
+  in_slice = (data // len(slices), *sizes[1:])
+  try:
+    # Without splitting, an axis of the mesh must be whole axes of the slice:
+    # fsdp=8 would not fit 4x4. An axis is split only where it must be.
+    if len(slices) > 1:
+      return mesh_utils.create_hybrid_device_mesh(
+        in_slice,
+        (len(slices), 1, 1),
+        devices,
+        allow_split_physical_axes=True,
+      )
+    return mesh_utils.create_device_mesh(
+      in_slice, devices, allow_split_physical_axes=True
     )
-  return mesh_utils.create_device_mesh((data, fsdp, tensor), devices)
+  except (NotImplementedError, ValueError) as e:
+    raise _MisfitError("jax cannot map it to the links of the slice") from e
+
+
+def _slice(device: Any) -> int:
+  return getattr(device, "slice_index", 0)
+
+
+def _alternatives(tensor: int, devices: Sequence[Any]) -> str:
+  """Returns, in words, sizes that fit the devices with data=-1."""
+
+  def fits(fsdp, tensor):
+    data, rest = divmod(len(devices), fsdp * tensor)
+    try:
+      return not rest and _grid((data, fsdp, tensor), devices) is not None
+    except _MisfitError:
+      return False
+
+  numbers = range(1, len(devices) + 1)
+  if choices := [n for n in numbers if fits(n, tensor)]:
+    return f"with tensor={tensor}, fsdp can be {', '.join(map(str, choices))}"
+  choices = [n for n in numbers if fits(1, n)]
+  return f"tensor can be {', '.join(map(str, choices))}"
 
 
 def num_shards(mesh: Mesh) -> int:

@@ -7,11 +7,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from configs import pretrain_b, pretrain_s
 from marlin_jax.devices import sharding
+from marlin_jax.planning import topology
 from marlin_jax.pretraining import build
 from tests.support import layouts
 from tests.support.processes import on_eight_devices
@@ -188,13 +190,13 @@ class Chip:
   id: int
   slice_index: int
   process_index: int = 0
-  platform: str = "gpu"
+  platform: str = "cpu"
   device_kind: str = "chip"
 
 
-def chips(num_slices, per_slice):
+def chips(num_slices, per_slice, platform="cpu"):
   return [
-    Chip(s * per_slice + i, s)
+    Chip(s * per_slice + i, s, platform=platform)
     for s in range(num_slices)
     for i in range(per_slice)
   ]
@@ -219,13 +221,84 @@ def test_slices_differ_along_data_alone():
   ("sizes", "num_slices", "words"),
   [
     ((3, 1, 1), 1, "a mesh of 3, but there are 8 devices"),
-    ((-1, 3, 1), 1, "3 x 1 does not divide"),
-    ((1, 8, 1), 2, "no multiple of the 2 slices"),
+    ((-1, 3, 1), 1, "3 x 1 does not divide; .*fsdp can be 1, 2, 4, 8$"),
+    ((-1, 2, 3), 1, "2 x 3 does not divide; tensor can be 1, 2, 4, 8$"),
+    ((1, 8, 1), 2, "no multiple of the 2 slices.*fsdp can be 1, 2, 4$"),
   ],
 )
 def test_meshes_that_do_not_fit_are_refused(sizes, num_slices, words):
   with pytest.raises(sharding.MeshError, match=words):
     sharding.arrange(*sizes, chips(num_slices, 8 // num_slices))
+
+
+def tpus(name, num_slices=1):
+  """Returns the devices of a TPU topology; skips the test without libtpu."""
+  pytest.importorskip("libtpu")
+  return topology.find_devices(name, num_slices).devices
+
+
+TPU_SLICES = (
+  *(f"{chip}:{n}x{n}" for chip in ("v5e", "v6e") for n in (4, 8, 16)),
+  "v5p:2x2x4",
+)
+
+
+@pytest.mark.parametrize("name", TPU_SLICES)
+@pytest.mark.parametrize("num_slices", [1, 2])
+def test_fsdp_and_tensor_are_arranged_on_tpu_slices(name, num_slices):
+  devices = tpus(name, num_slices)
+  sizes = [(fsdp, 1) for fsdp in (2, 4, 8, 16)]
+  sizes += [(1, 2), (2, 2), (4, 2), (8, 2)]
+  for fsdp, tensor in sizes:
+    grid = sharding.arrange(-1, fsdp, tensor, devices)
+    assert grid.shape == (len(devices) // fsdp // tensor, fsdp, tensor)
+    assert {d.id for d in grid.flat} == {d.id for d in devices}
+    if num_slices > 1:
+      for part in grid:
+        assert len({d.slice_index for d in part.flat}) == 1
+    if tensor == 2:
+      # Tensor exchanges most, and gets a link.
+      coords = np.array([d.coords for d in grid.flat]).reshape(-1, 2, 3)
+      assert (np.abs(coords[:, 0] - coords[:, 1]).sum(1) == 1).all()
+
+
+def test_a_mesh_of_whole_axes_of_a_slice_is_not_split():
+  """Runs that could start before keep their mesh, and so their sums."""
+  devices = tpus("v5e:4x4")
+  for sizes in [(16, 1, 1), (4, 4, 1), (1, 16, 1), (1, 4, 4)]:
+    np.testing.assert_array_equal(
+      sharding.arrange(*sizes, devices),
+      mesh_utils.create_device_mesh(sizes, devices),
+    )
+
+
+def test_a_mesh_that_a_slice_cannot_hold_names_sizes_that_fit():
+  with pytest.raises(
+    sharding.MeshError, match=r"fsdp=10.*fsdp can be 1, 2, 4, 5, 8, "
+  ) as e:
+    sharding.arrange(-1, 10, 1, tpus("v5p:4x4x20"))
+  assert " 10," not in str(e.value)
+
+
+@pytest.mark.parametrize(
+  ("fsdp", "tensor"), [(1, 1), (8, 1), (16, 1), (4, 2), (8, 2), (2, 8)]
+)
+def test_fsdp_spans_gpu_nodes_and_tensor_does_not(fsdp, tensor):
+  devices = chips(2, 8, "gpu")
+  # Nodes are interleaved, as a scheduler may list them.
+  grid = sharding.arrange(
+    -1, fsdp, tensor, sorted(devices, key=lambda gpu: gpu.id % 8)
+  )
+  assert grid.shape == (16 // fsdp // tensor, fsdp, tensor)
+  assert grid.ravel().tolist() == devices
+
+
+def test_tensor_over_gpu_nodes_is_refused_with_sizes_that_fit():
+  with pytest.raises(
+    sharding.MeshError,
+    match=r"tensor=16: .* 2 nodes; tensor can be 1, 2, 4, 8$",
+  ):
+    sharding.arrange(-1, 1, 16, chips(2, 8, "gpu"))
 
 
 def test_a_batch_that_does_not_divide_names_values_that_do():
