@@ -5,6 +5,7 @@ The module imports no jax: a configuration is checked before devices are used.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -173,14 +174,11 @@ def _mask_problems(config: ConfigDict) -> Iterator[str]:
       f"model.tubelet_size={tubelet}"
     )
     return
-  ratio, strategy = config.mask.ratio, config.mask.strategy
-  spatial = (FRAME_SIZE // PATCH_SIZE) ** 2
-  units = {"tube": spatial, "frame": frames // tubelet}.get(
-    strategy, spatial * frames // tubelet
-  )
-  if 0 < ratio < 1 and int((1 - ratio) * units + 1e-6) < 1:
+  ratio = config.mask.ratio
+  num_tokens = (FRAME_SIZE // PATCH_SIZE) ** 2 * frames // tubelet
+  if 0 < ratio < 1 and int((1 - ratio) * num_tokens + 1e-6) < 1:
+    highest = math.floor((1 - 1 / num_tokens) * 1e4) / 1e4
     yield (
-      f"mask.ratio={ratio}: leaves nothing visible with "
-      f"mask.strategy={strategy}, which draws among {units} units; "
-      f"expected at most {1 - 1 / units:.4f}"
+      f"mask.ratio={ratio}: leaves nothing visible of {num_tokens} tokens; "
+      f"expected at most {highest:.4f}"
     )

@@ -36,7 +36,11 @@ class Masking:
   """A masking strategy over a token grid.
 
   Attributes:
-    strategy: one of MASKING_STRATEGIES.
+    strategy: one of MASKING_STRATEGIES. fasking and fasking_opp make candidates
+      of the patches of some regions, random of all tokens, tube of
+      ceil((1 - ratio) * S) spatial positions at all times, frame of
+      ceil((1 - ratio) * T) whole tubelets. V candidates, drawn at random, are
+      visible.
     ratio: share of the tokens to hide, in (0, 1).
     grid: tokens along t, h, w.
 
@@ -76,20 +80,13 @@ class Masking:
 
   @property
   def num_visible(self) -> int:
-    """V: tokens in floor((1 - ratio) * number of units).
+    """V: floor((1 - ratio) * N), 156 of 1568 at ratio 0.9.
 
-    A unit is drawn as a whole: a token for fasking and random, a spatial
-    position for tube, a tubelet for frame. 156 of 1568 tokens for fasking at
-    ratio 0.9.
+    The same for every strategy, so that they can be compared.
     """
-    t, h, w = self.grid
-    units, tokens_per_unit = {
-      "tube": (h * w, t),
-      "frame": (t, h * w),
-    }.get(self.strategy, (t * h * w, 1))
     # 1 - 0.9 is slightly less than 0.1: an exact product must not be rounded
     # down.
-    return math.floor((1 - self.ratio) * units + 1e-6) * tokens_per_unit
+    return math.floor((1 - self.ratio) * self.num_tokens + 1e-6)
 
   def __call__(
     self, regions: jax.Array, keys: jax.Array
@@ -117,10 +114,13 @@ class Masking:
     t, h, w = self.grid
     if self.strategy == "random":
       return jax.random.uniform(key, (t * h * w,))
-    if self.strategy == "tube":
-      return jnp.tile(jax.random.uniform(key, (h * w,)), t)
-    if self.strategy == "frame":
-      return jnp.repeat(jax.random.uniform(key, (t,)), h * w)
+    if self.strategy in ("tube", "frame"):
+      drop_key = jax.random.fold_in(key, 1)
+      if self.strategy == "tube":
+        candidates = jnp.tile(self._draw_units(key, h * w), (t, 1))
+      else:
+        candidates = jnp.repeat(self._draw_units(key, t), h * w)
+      return _candidates_first(candidates, drop_key)
     order_key, drop_key = jax.random.split(key)
     components = jax.random.permutation(order_key, len(COMPONENTS))
     candidates = fasking_candidates(
@@ -128,9 +128,21 @@ class Masking:
       label_order(components, opposite=self.strategy == "fasking_opp"),
       (1 - self.ratio) * h * w,
     )
-    # Candidates in random order, then the others if there are too few.
-    draw = jax.random.uniform(drop_key, (t * h * w,))
-    return jnp.where(candidates.reshape(-1), draw, 1 + draw)
+    return _candidates_first(candidates, drop_key)
+
+  def _draw_units(self, key, num_units):
+    """Returns bool (num_units,), True for ceil((1 - ratio) * num_units)."""
+    num_drawn = math.ceil((1 - self.ratio) * num_units - 1e-6)
+    draw = jax.random.uniform(key, (num_units,))
+    return (
+      jnp.zeros(num_units, bool).at[jnp.argsort(draw)[:num_drawn]].set(True)
+    )
+
+
+def _candidates_first(candidates, key):
+  """Ranks candidates in random order, then the others likewise: float (N,)."""
+  draw = jax.random.uniform(key, (candidates.size,))
+  return jnp.where(candidates.reshape(-1), draw, 1 + draw)
 
 
 def num_decoded(num_masked: int, decoder_ratio: float) -> int:

@@ -6,6 +6,7 @@ import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from marlin_jax.pretraining import masking
+from marlin_jax.pretraining.configuration import MASKING_STRATEGIES
 from marlin_jax.records import schema
 
 GRID = (8, 14, 14)
@@ -172,30 +173,58 @@ def test_patches_without_any_region_do_not_change_the_count():
   assert set(range(0, 1568, 196)) <= set(np.asarray(visible[0]).tolist())
 
 
+@pytest.mark.parametrize("ratio", [0.9, 0.75])
+@pytest.mark.parametrize("strategy", MASKING_STRATEGIES)
+def test_every_strategy_shows_the_same_number_of_tokens(strategy, ratio):
+  masks = masking.Masking(strategy, ratio)
+  num_visible = {0.9: NUM_VISIBLE, 0.75: 392}[ratio]
+  assert masks.num_visible == num_visible
+  visible, masked = split(masks, np.ones((3, *GRID), np.uint16))
+  assert visible.shape == (3, num_visible)
+  both = np.sort(np.concatenate([visible, masked], axis=1), axis=1)
+  np.testing.assert_array_equal(both, np.tile(np.arange(1568), (3, 1)))
+  assert not (visible[0] == visible[1]).all()
+
+
+def seen_by(strategy, ratio, num_clips):
+  """Returns which tokens are visible: bool (clips, 8, 196)."""
+  regions = np.ones((num_clips, *GRID), np.uint16)
+  visible, _ = split(masking.Masking(strategy, ratio), regions)
+  seen = np.zeros((num_clips, 1568), bool)
+  np.put_along_axis(seen, np.asarray(visible), True, axis=1)
+  return seen.reshape(num_clips, 8, 196)
+
+
 @pytest.mark.parametrize(
-  ("strategy", "ratio", "num_visible"),
+  ("strategy", "ratio", "num_units", "unit_size"),
   [
-    ("random", 0.9, 156),
-    ("tube", 0.9, 19 * 8),
-    ("frame", 0.75, 2 * 196),
-    ("fasking_opp", 0.75, 392),
+    ("tube", 0.9, 20, 8),  # 160 tokens, of which 156 are drawn
+    ("tube", 0.75, 49, 8),
+    ("frame", 0.9, 1, 196),
+    ("frame", 0.8, 2, 196),  # 392 tokens, of which 313 are drawn
+    ("frame", 0.75, 2, 196),
   ],
 )
-def test_other_strategies_draw_whole_units(strategy, ratio, num_visible):
-  masks = masking.Masking(strategy, ratio)
-  assert masks.num_visible == num_visible
-  regions = np.ones((3, *GRID), np.uint16)
-  visible, masked = split(masks, regions)
-  assert visible.shape == (3, num_visible)
-  assert masked.shape == (3, 1568 - num_visible)
-  seen = np.zeros((3, 1568), bool)
-  np.put_along_axis(seen, np.asarray(visible), True, axis=1)
-  seen = seen.reshape(3, 8, 196)
-  if strategy == "tube":
-    assert (seen == seen[:, :1]).all()
-  if strategy == "frame":
-    assert (seen.all(2) | ~seen.any(2)).all()
-  assert not (visible[0] == visible[1]).all()
+def test_tube_and_frame_draw_units_then_tokens(
+  strategy, ratio, num_units, unit_size
+):
+  seen = seen_by(strategy, ratio, 1000)
+  per_unit = seen.sum(1 if strategy == "tube" else 2)
+  assert ((per_unit > 0).sum(1) <= num_units).all()
+  num_visible = masking.Masking(strategy, ratio).num_visible
+  num_dropped = num_units * unit_size - num_visible
+  assert 0 <= num_dropped < unit_size
+  assert per_unit[per_unit > 0].min() >= unit_size - num_dropped
+  # No position or tubelet is preferred: 6 standard deviations.
+  expected = num_visible / 1568
+  deviation = (expected * (1 - expected) / 1000) ** 0.5
+  assert abs(seen.mean(0) - expected).max() < 6 * deviation
+
+
+@pytest.mark.parametrize(("strategy", "axis"), [("tube", 1), ("frame", 2)])
+def test_units_are_whole_where_their_tokens_add_up(strategy, axis):
+  seen = seen_by(strategy, 0.75, 8)
+  assert (seen.all(axis) | ~seen.any(axis)).all()
 
 
 def test_a_clip_is_masked_alike_in_any_batch():
