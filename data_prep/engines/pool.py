@@ -18,7 +18,7 @@ from data_prep.video import video_to_records
 # A worker is replaced after so many videos. This bounds what native libraries
 # leak; opening the models again costs a few hundredths of a second per video.
 VIDEOS_PER_WORKER = 50
-# Beyond the time limit of the decoder, during which a worker reports nothing.
+# Time beyond the decoder's limit after which a silent worker counts as hung.
 EXTRA_STALL_SECS = 300.0
 
 
@@ -35,10 +35,10 @@ def run(
 
   Args:
     output: folder of the data set.
-    todo: the videos.
+    todo: videos to process.
     settings: settings of the records.
-    num_workers: videos processed at a time.
-    bar: progress bar to update.
+    num_workers: number of videos processed at the same time.
+    bar: progress bar to update; None for no bar.
 
   Raises:
     workers.WorkerError: this machine cannot process any video.
@@ -79,7 +79,10 @@ def run(
 def open_work(
   task_settings: tuple[Path, video_to_records.Settings],
 ) -> Iterator[Any]:
-  """Opens the models in a worker; yields a function from source to part."""
+  """Opens the models in a worker; yields a function that processes a video.
+
+  The function writes the part of a source and returns its ledger line.
+  """
   import cv2
 
   # There is one worker per core already.

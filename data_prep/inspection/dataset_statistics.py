@@ -45,10 +45,11 @@ class Track:
 
   Attributes:
     video_id, track_id, split: identify the track.
-    fps, quality, quality_terms, labels: as in its records.
+    fps, quality, quality_terms, labels: values that its records share; see
+      `schema.Record`.
     num_frames: number of frames of all its segments.
     side: median side of its crop in source pixels.
-    places: its records.
+    places: places of its records in the shards.
   """
 
   video_id: str
@@ -273,15 +274,15 @@ def _chosen(
   One video of each split comes first, then the order of a hash: the choice
   depends neither on content nor on the order of the ledger.
   """
-  kept = sorted(
+  with_records = sorted(
     (entry for entry in entries if entry.num_records),
     key=lambda entry: stable_hash(f"report:{entry.video_id}"),
   )
-  by_split = {entry.split: entry for entry in reversed(kept)}
+  by_split = {entry.split: entry for entry in reversed(with_records)}
   first = list(by_split.values())
-  others = [e for e in kept if by_split[e.split] is not e]
+  remaining = [e for e in with_records if by_split[e.split] is not e]
   chosen, num = [], 0
-  for entry in (*first, *others):
+  for entry in (*first, *remaining):
     if num >= max_records:
       break
     chosen.append(entry)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -132,22 +131,23 @@ def notes(entries: dict[str, ledger.Entry]) -> list[str]:
   """Returns remarks that are not damage, such as copies of a video."""
   notes = []
   by_content: dict[str, ledger.Entry] = {}
-  copies: Counter[bool] = Counter()
+  num_copies = num_across_splits = 0
   for entry in entries.values():
     if entry.num_records and entry.sha256:
       other = by_content.setdefault(entry.sha256, entry)
       if other is not entry:
-        copies[other.split != entry.split] += 1
-        if copies.total() <= _MAX_NOTES:
+        num_copies += 1
+        num_across_splits += other.split != entry.split
+        if num_copies <= _MAX_NOTES:
           notes.append(
             f"{entry.video_id!r} ({entry.split}) is a copy of "
             f"{other.video_id!r} ({other.split})"
           )
-  if copies:
+  if num_copies:
     notes.insert(
       0,
-      f"{counted(copies.total(), 'video')} of equal content under another "
-      f"name, {copies[True]} of them in another split",
+      f"{counted(num_copies, 'video')} of equal content under another "
+      f"name, {num_across_splits} of them in another split",
     )
   return notes
 

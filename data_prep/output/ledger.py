@@ -22,7 +22,8 @@ class Entry:
 
   Attributes:
     video_id, split, subject_id: as in `manifest.Source`.
-    labels: as in `manifest.Source`, with None for an unknown number.
+    labels: numbers by label, as in `manifest.Source`; None for an unknown
+      number.
     num_bytes, sha256: size and hash of the video file, or of a folder's
       pictures; 0 and '' if unreadable.
     status, reason, num_..., quality: as in `video_to_records.Outcome`.

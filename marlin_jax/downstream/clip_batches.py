@@ -54,13 +54,14 @@ class ClipReader:
     first = 0
     for number, length in zip(track.records, track.lengths, strict=True):
       # Frames ascend, so those of a record are consecutive rows.
-      here = (frames >= first) & (frames < first + length)
-      if here.any():
+      in_record = (frames >= first) & (frames < first + length)
+      if in_record.any():
         _, record = self._source[number]
-        rows = np.flatnonzero(here)
+        rows = np.flatnonzero(in_record)
         part = out[rows[0] : rows[-1] + 1]
         try:
-          schema.decode_frames(record, (frames[here] - first).tolist(), part)
+          indices = (frames[in_record] - first).tolist()
+          schema.decode_frames(record, indices, part)
         except ValueError as e:
           raise DatasetError(f"record {number} is damaged: {e}") from e
       first += length
@@ -135,10 +136,10 @@ def window_batches(
   """Reads the clips of windows in batches, in order.
 
   Args:
-    reader: of the clips.
-    windows: of the clips.
+    reader: reader of the clips.
+    windows: windows to read as clips.
     batch_size: B, over all processes.
-    num_threads: reader threads.
+    num_threads: number of reader threads.
     rows: this process's rows of each batch, from `loader.own_rows`; None: all.
 
   Yields:

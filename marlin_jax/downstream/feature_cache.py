@@ -39,17 +39,17 @@ class FrozenEncoder:
   """Encoder with fixed weights, replicated over the devices of a mesh.
 
   Attributes:
-    architecture: of the encoder.
-    identity: everything but the clips that features depend on.
+    architecture: architecture of the encoder.
+    identity: all that features depend on, except the clips; fit for JSON.
   """
 
   def __init__(self, weights: Weights, mesh: Mesh, dtype: str, attention: str):
     """Puts the encoder on the devices.
 
     Args:
-      weights: of the encoder.
-      mesh: clips are sharded over all axes but `tensor`.
-      dtype: of matrix products.
+      weights: weights of the encoder.
+      mesh: mesh of the devices; clips are sharded over all axes but `tensor`.
+      dtype: dtype of matmuls.
       attention: one of models.options.ATTENTION.
     """
     self.architecture = weights.architecture.without_decoder()
@@ -94,12 +94,12 @@ def window_features(
   """Returns the features of windows; computes those that are not cached.
 
   Args:
-    encoder: computes the features.
-    split: of the windows.
-    windows: W windows.
+    encoder: encoder that computes the features.
+    split: split of the windows.
+    windows: W windows of its tracks.
     cache: folder of all caches.
     batch_size: clips per batch; changes features by rounding only.
-    num_threads: reader threads.
+    num_threads: number of reader threads.
 
   Returns:
     float32 (W, D).

@@ -27,9 +27,9 @@ class Fitted:
 
   Attributes:
     trained: parameters after the best round.
-    auc: on the validation split after that round.
+    auc: AUC on the validation split after that round.
     num_rounds: number of rounds trained.
-    losses: mean of each round since the start or the last resume.
+    losses: mean loss of each round since the start or the last resume.
   """
 
   trained: Pytree
@@ -56,8 +56,9 @@ def fit(
     plan: length and learning rate.
     batches: maps a step to an iterator over the batches from that step on.
     score: maps parameters to their AUC on the validation split.
-    seed: of the random draws within steps.
-    checkpoints: to resume from, and to save to after each round.
+    seed: seed of the random draws within steps.
+    checkpoints: checkpoints to resume from and to save to after each round;
+      None: none.
     identity: values that a resumed training must share.
     report: called with a status text, or '', and the number of steps done since
       the last call.

@@ -29,7 +29,11 @@ Pytree = Any
 
 
 class Classifier(nnx.Module):
-  """Encoder with a head; maps tokens (B, N, P) to logits float32 (B, K)."""
+  """Encoder with a head; maps tokens (B, N, P) to logits float32 (B, K).
+
+  `keep`, float32 (depth, 2, B), scales the branches of the blocks in stochastic
+  depth; see `models.vit.drop_path`.
+  """
 
   def __init__(self, encoder, head):
     self.encoder = encoder
@@ -47,13 +51,13 @@ class Learner:
   """Static description of a model, and the functions on its arrays.
 
   Attributes:
-    graphdef: of the network: a Classifier, or a head alone.
+    graphdef: graph of the network: a Classifier, or a head alone.
     trained, fixed: initial parameters: those that are trained, and the others.
-    task: that the model predicts.
-    config: of the optimiser; optionally with `drop_path`, `mixup`, `flip`.
-    mesh: devices.
-    architecture: of the encoder; None: the inputs are features.
-    dtype: of the encoder's matrix products.
+    task: task that the model predicts.
+    config: settings of the optimiser; optionally `drop_path`, `mixup`, `flip`.
+    mesh: mesh of the devices.
+    architecture: architecture of the encoder; None: the inputs are features.
+    dtype: dtype of the encoder's matmuls.
   """
 
   graphdef: nnx.GraphDef
@@ -77,7 +81,7 @@ class Learner:
 
   @functools.cached_property
   def shardings(self) -> Pytree:
-    """Shardings of a state."""
+    """Returns the sharding of each array of a state."""
     shapes = jax.eval_shape(
       lambda trained: {
         "trained": trained,
@@ -105,10 +109,10 @@ class Learner:
     """Updates the trained parameters.
 
     Args:
-      state: from `begin` or `step`; donated.
+      state: result of `begin` or `step`; donated.
       x: uint8 clips (B, T, H, W, 3), or features float32 (B, D).
       labels, known: float32 (B, K); see `Task.encode`.
-      rng: key of this step.
+      rng: random key of this step.
       lr: learning rate.
 
     Returns:
@@ -185,8 +189,9 @@ def loss_of(task: Task, logits, labels, known) -> jax.Array:
   """Returns the mean cross-entropy over known labels.
 
   Args:
-    task: independent labels or classes.
-    logits, labels, known: (B, K).
+    task: its `is_class` selects softmax or sigmoid.
+    logits: (B, K).
+    labels, known: (B, K); see `Task.encode`.
   """
   if task.is_class:
     losses = optax.softmax_cross_entropy(logits, labels)
@@ -240,14 +245,14 @@ def on_encoder(
   """Returns an encoder with a head.
 
   Args:
-    task: to predict.
-    weights: of the encoder.
-    config: see Learner.
-    mesh: devices.
-    seed: of the initial head.
+    task: task to predict.
+    weights: weights of the encoder.
+    config: settings of the optimiser; see Learner.
+    mesh: mesh of the devices.
+    seed: seed of the head's initial weights.
     attentive: the head attends to all tokens; else it is linear on their mean.
     frozen: only the head is trained.
-    dtype, attention, remat: of the encoder; see models.vit.
+    dtype, attention, remat: implementation of the encoder; see models.vit.
   """
   platform = mesh.devices.flat[0].platform
   encoder = weights.encoder_only().autoencoder(

@@ -28,9 +28,10 @@ class LinearProbe:
   """Linear layer on standardised features.
 
   Attributes:
-    mean, scale: float64 (D,), of the training features.
+    mean, scale: float64 (D,), mean and standard deviation of the training
+      features.
     kernel, bias: float64 (D, K), (K,).
-    penalty: it was fitted with.
+    penalty: L2 penalty of the fit.
   """
 
   mean: np.ndarray
@@ -60,11 +61,12 @@ def fit(
 
   Args:
     task: defines the targets.
-    features: (V, D) of the training videos.
-    targets: see `Task.targets`.
-    penalties: candidates.
-    score: of a probe on the validation split; the highest wins.
-    max_iterations: of L-BFGS, per penalty.
+    features: (V, D), features of the training videos.
+    targets: (V, K), or (V,) for classes; see `Task.targets`.
+    penalties: L2 penalties to try.
+    score: returns the score of a probe on the validation split; the highest
+      wins.
+    max_iterations: maximum number of iterations of L-BFGS per penalty.
   """
   # Imported here: it takes half a second, and every training imports this
   # module.

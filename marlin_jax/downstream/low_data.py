@@ -21,10 +21,10 @@ def nested_order(
   All ratios share one order, so the subset of 1% is part of the subset of 10%.
 
   Args:
-    strata: int (V,).
-    people: V names. The videos of a person stay together, in the stratum of
-      most of them.
-    seed: of the order.
+    strata: int (V,), number of the stratum of each video.
+    people: V names, the person in each video. The videos of a person stay
+      together, in the stratum of most of them.
+    seed: seed of the random order.
 
   Returns:
     The numbers of the videos of each person, ascending, by person in order.

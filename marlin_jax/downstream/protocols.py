@@ -56,8 +56,8 @@ class Plateau:
     """Updates the rate after an epoch.
 
     Args:
-      loss: mean over the epoch.
-      factor: of the rate, when it falls.
+      loss: mean loss of the epoch.
+      factor: factor by which the rate falls.
       patience: epochs without improvement before the rate falls.
     """
     if loss < self.best * (1 - _LEAST_GAIN):
@@ -77,10 +77,11 @@ class TrainingPlan:
     num_rounds: maximum number of rounds; the validation split is scored after
       each.
     round_steps: steps per round; an epoch under the paper's protocol.
-    schedule: maps a step to its rate; None: the rate follows a `Plateau`.
-    lr: initial rate.
+    schedule: maps a step to its learning rate; None: the rate follows a
+      `Plateau`.
+    lr: initial learning rate.
     stop_lr: rate at which a plateau ends the training.
-    factor, patience: see `Plateau.update`.
+    factor, patience: as for `Plateau.update`.
   """
 
   num_rounds: int

@@ -52,7 +52,7 @@ class Examples:
   """Videos of a split and the windows that represent them.
 
   Attributes:
-    split: the split.
+    split: split that holds the videos.
     targets: targets of the V videos; see `Task.targets`.
     windows: W windows, those of a video side by side.
     owners: int (W,), in [0, V), ascending: the video of each window.
@@ -75,7 +75,7 @@ class Data:
   """Task and videos of a probe.
 
   Attributes:
-    task: the label.
+    task: label to predict.
     train, test: videos to fit on, and videos to score.
     clip: geometry of the windows.
     warnings: a line for each problem with the splits, such as shared people.
@@ -93,7 +93,7 @@ def open_task(config: ConfigDict, path: str) -> Task:
 
   Args:
     config: section `probe` of a training configuration.
-    path: labelled data set.
+    path: directory of a labelled data set.
 
   Raises:
     DatasetError: there is no data set, or it lacks a split.
@@ -163,13 +163,13 @@ class QuickProbe:
   def __init__(
     self, data: Data, config: ConfigDict, mesh: Mesh, *, num_threads: int
   ):
-    """Reads nothing.
+    """Initialises the probe without reading a record.
 
     Args:
-      data: from `open_data`.
+      data: result of `open_data`.
       config: section `probe` of a training configuration.
       mesh: devices, over which clips are spread.
-      num_threads: reader threads.
+      num_threads: number of reader threads.
     """
     self._data, self._config = data, config
     self._num_threads = num_threads

@@ -30,8 +30,8 @@ def roc_auc(
   Equals sklearn.metrics.roc_auc_score.
 
   Args:
-    labels: (N,) of 0, 1 and NaN.
-    scores: (N,), higher for 1.
+    labels: (N,) of 0, 1 and NaN where unknown.
+    scores: (N,), higher where label 1 is more likely.
     weights: (N,) or (N, R), at least 0; None: 1 each.
 
   Returns:
@@ -400,8 +400,9 @@ class _Ranking(NamedTuple):
 
   Attributes:
     own: weight of the positive itself.
-    positives_above, all_above: of higher score.
-    positives_down, all_down: of the same or higher score.
+    positives_above, all_above: weight of the positives, and of all examples,
+      with a higher score.
+    positives_down, all_down: the same, with an equal or higher score.
     num_positives, num_all: weights of all known examples.
   """
 

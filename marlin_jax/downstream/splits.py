@@ -37,7 +37,7 @@ class TrackRecords(NamedTuple):
   Attributes:
     video: number of the video in the split.
     records: numbers of the records in the split.
-    lengths: frames of each record.
+    lengths: number of frames of each record.
   """
 
   video: int
@@ -50,7 +50,12 @@ class TrackRecords(NamedTuple):
 
 
 class TrackWindow(NamedTuple):
-  """A window of a track: number of the track, and first frame in the track."""
+  """A window of a track.
+
+  Attributes:
+    track: number of the track in the split.
+    start: number of its first frame in the track.
+  """
 
   track: int
   start: int
@@ -61,11 +66,11 @@ class Split:
   """The videos of a split.
 
   Attributes:
-    dataset: holds the records.
+    dataset: data set that holds the records.
     video_ids: V ids, sorted.
     subject_ids: person in each video; '' where unknown.
     labels: float32 (V, K) by label; NaN where unknown.
-    tracks: sorted by video.
+    tracks: face tracks, sorted by video.
   """
 
   dataset: Dataset
@@ -258,7 +263,7 @@ class TaskSplit:
   Attributes:
     split: all videos of the split.
     rows: int (V,), numbers of the task's videos in the split.
-    targets: of these videos; see `Task.targets`.
+    targets: targets of these videos; see `Task.targets`.
   """
 
   split: Split

@@ -36,10 +36,10 @@ class Task:
   """A label to predict.
 
   Attributes:
-    name: of the task, for tables and messages.
-    label: of the records, from which targets are derived.
+    name: name of the task, for tables and messages.
+    label: label of the records, from which targets are derived.
     is_class: the target is one of several classes, not K independent labels.
-    names: of the K labels or classes.
+    names: names of the K labels or classes.
     cuts: ascending boundaries of a value; a value equal to a cut belongs to the
       class above it.
     classes: names of all classes of the label; empty without `negative`.
@@ -60,7 +60,7 @@ class Task:
     """Derives the targets from label values.
 
     Args:
-      values: (V, K) of the label in the records; NaN where unknown.
+      values: (V, K), values of the label in the records; NaN where unknown.
 
     Returns:
       float64 (V, K) of 0 and 1, or class numbers (V,). NaN where unknown.
@@ -76,16 +76,19 @@ class Task:
     return values[:, 0] if self.is_class else values
 
   def chosen(self, values: np.ndarray) -> np.ndarray:
-    """Selects the videos of the task: bool (V,).
+    """Selects the videos of the task.
 
     Args:
       values: as for `targets`.
+
+    Returns:
+      bool (V,).
     """
     known = ~np.isnan(values).all(axis=1)
     if not self.only:
       return known
-    kept = [self.classes.index(name) for name in (self.negative, self.only)]
-    return known & np.isin(values[:, 0], kept)
+    classes = [self.classes.index(name) for name in (self.negative, self.only)]
+    return known & np.isin(values[:, 0], classes)
 
   def parts(self, values: np.ndarray) -> dict[str, np.ndarray]:
     """Selects, for each positive class, its videos and the negative ones.
@@ -148,7 +151,8 @@ class Task:
     """Returns the AUC by which models are selected.
 
     Args:
-      targets, probabilities: see `targets` and `probabilities`.
+      targets: result of `targets`.
+      probabilities: float (V, K).
       micro: pool all labels instead of averaging over them. Classes are always
         averaged.
     """
@@ -192,7 +196,7 @@ def make_tasks(
 
   Args:
     names: keys of `derive`, or labels of the data set.
-    labels: from `read_labels`.
+    labels: result of `read_labels`.
     derive: rules by name: `label` and `cuts`, or `label`, `negative` and
       optionally `only`.
     where: the data set, for messages.

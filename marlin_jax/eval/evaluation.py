@@ -80,10 +80,10 @@ class Inputs:
 
   Attributes:
     data: directory of the data set.
-    split_names: split by role: train, val and test.
-    tasks: to predict.
-    weights: of the encoder.
-    mesh: devices.
+    split_names: name of the split of each role: train, val and test.
+    tasks: tasks to predict.
+    weights: weights of the encoder.
+    mesh: mesh of the devices.
     settings: values that all results of a workdir share.
   """
 
@@ -129,8 +129,8 @@ class Videos:
   """Labelled videos of an evaluation.
 
   Attributes:
-    splits: by role.
-    of_task: videos by task name and role.
+    splits: splits by role.
+    of_task: videos of each task, by task name and role.
     warnings: lines about splits that are not independent.
   """
 
@@ -358,8 +358,8 @@ def results_of(
   """Returns the content of results.json.
 
   Args:
-    inputs, videos, config: of this call.
-    cells: scores of this call.
+    inputs, videos, config: inputs of this call.
+    cells: scores that this call computed.
     earlier: results of earlier calls in the same workdir; {} if there are none.
       Their cells and tasks are kept.
   """

@@ -27,8 +27,8 @@ class Predictions:
   """Predicted probabilities and true targets of videos.
 
   Attributes:
-    video_ids, people: V names each.
-    targets: see `Task.targets`.
+    video_ids, people: names of the V videos, and of the person in each.
+    targets: (V, K), or (V,) for classes; see `Task.targets`.
     probabilities: float64 (V, K).
   """
 
@@ -51,9 +51,9 @@ class Predictions:
 def thresholds(task: Task, val: Predictions, protocol: str) -> np.ndarray:
   """Returns the decision threshold of each label, float64 (K,).
 
-  The paper's is 0.5, with which a rare label is never predicted. By default a
-  label has the threshold of the highest balanced accuracy on the validation
-  split. For classes, which need none, it is 0.5.
+  The paper's protocol uses 0.5, with which a rare label is never predicted. The
+  default protocol uses the threshold with the highest balanced accuracy on the
+  validation split. Classes need no threshold; theirs is 0.5.
   """
   values = np.full(task.num_outputs, 0.5)
   if protocol == "paper" or task.is_class:
@@ -75,11 +75,11 @@ def measure(
   """Returns all scores, ready for JSON: None for undefined ones.
 
   Args:
-    task: what was predicted.
-    predictions: on the test split.
-    thresholds: from `thresholds`.
-    parts: subsets of the videos by name, bool (V,), to be scored separately.
-    num_resamples: of the bootstrap over people.
+    task: task that was predicted.
+    predictions: predictions on the test split.
+    thresholds: result of `thresholds`.
+    parts: subsets of the videos by name, bool (V,), to score separately.
+    num_resamples: number of resamples of the bootstrap over people.
 
   Returns:
     `num_videos`, `num_people`; `metrics`: {name: {value, low, high}};
@@ -170,9 +170,9 @@ def bootstrap(
 
   Args:
     measure: maps weights (V, R) to scores (R,) by name.
-    groups: V names of the group, such as the person, of each example.
+    groups: V names: the group of each example, such as a person.
     num_resamples: number of draws with replacement.
-    seed: of the draws.
+    seed: seed of the draws.
     level: share of the draws inside the interval.
     report: called with the number of draws done since the last call.
 

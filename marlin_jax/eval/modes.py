@@ -45,10 +45,10 @@ class Job:
   """Input of a mode.
 
   Attributes:
-    task: what to predict.
-    train, val, test: videos.
-    seed: of all random draws.
-    name: for progress bars.
+    task: task to predict.
+    train, val, test: videos of each role.
+    seed: seed of all random draws.
+    name: name of the job in progress bars.
     checkpoints: folder for the checkpoints of a long training.
     identity: values that a resumed training must share.
   """
@@ -83,12 +83,12 @@ class ModeRunner:
   def __init__(
     self, config: ConfigDict, weights: Weights, mesh: Mesh, cache: Path
   ):
-    """Computes nothing yet.
+    """Initialises the runner without computing anything.
 
     Args:
-      config: see configs/eval_far.py.
-      weights: of the encoder.
-      mesh: devices.
+      config: a valid configuration; see configs/eval_far.py.
+      weights: weights of the encoder.
+      mesh: mesh of the devices.
       cache: folder of cached features.
     """
     self._config, self._weights, self._mesh = config, weights, mesh

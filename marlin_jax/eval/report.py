@@ -117,9 +117,9 @@ def plot_cell(
   """Plots ROC curves, the AUC per class and, for classes, the confusion.
 
   Args:
-    folder: for the PNG files.
-    cell: scores.
-    names: of the K labels or classes.
+    folder: folder for the PNG files; created if missing.
+    cell: scores of the cell.
+    names: names of the K labels or classes.
     targets: (V, K), one-hot for classes.
     probabilities: (V, K).
   """

@@ -76,7 +76,7 @@ class ResultsFolder:
     ]
     if differences:
       raise OutputFolderError(
-        f"{self.path} holds results of other settings:\n"
+        f"{self.path} holds results computed with other settings:\n"
         + "\n".join(differences)
         + "\nChange them back, or use another --workdir"
       )
@@ -120,9 +120,9 @@ class ResultsFolder:
     """Writes a finished cell and removes its checkpoints.
 
     Args:
-      name: of the cell.
+      name: name of the cell.
       columns: names of the K labels or classes.
-      predictions: on the test split.
+      predictions: predictions on the test split.
       targets: (V, K), one-hot for classes; NaN where unknown.
       result: scores of the cell.
     """

@@ -74,7 +74,7 @@ def validate(config: ConfigDict) -> None:
   """Checks a configuration and reports all problems at once.
 
   Args:
-    config: see configs/eval_ls.py.
+    config: configuration to check; see configs/eval_ls.py.
 
   Raises:
     ConfigError: one line per problem: key, value, expected value.

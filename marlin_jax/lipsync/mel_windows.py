@@ -43,15 +43,15 @@ def windows(
   """Cuts out the windows that begin at the given frames.
 
   Args:
-    mel: float32 (R, 80), of a video or of a record; not empty.
+    mel: float32 (R, 80), mel spectrogram of a video or a record; not empty.
     frames: int (N,), first frames of the windows; may be out of range.
     num_frames: frames per window.
-    start_secs: time of frame 0 in the whole video, if `mel` is a part of a
-      longer spectrogram, cut at rows as data_prep does. The windows are then
-      equal to those of the whole spectrogram.
+    start_secs: time of frame 0 in the whole video, if data_prep cut `mel` out
+      of the spectrogram of the whole video. The windows then equal those of the
+      whole spectrogram.
 
   Returns:
-    float32 (N, M, 80).
+    float32 (N, M, 80), where M is `num_rows(num_frames)`.
 
   Raises:
     ValueError: `mel` is empty or has another shape.
@@ -65,9 +65,9 @@ def frame_windows(
   """Cuts out the windows around single frames.
 
   Args:
-    mel: see `windows`.
-    frames: int (N,).
-    start_secs: see `windows`.
+    mel: as for `windows`.
+    frames: int (N,), numbers of the frames; may be out of range.
+    start_secs: as for `windows`.
 
   Returns:
     float32 (N, 16, 80).

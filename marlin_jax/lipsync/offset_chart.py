@@ -76,7 +76,7 @@ def draw(
       write((x, y + 6), f"{offset:+d}" if offset else "0", "ma")
   write(((_WIDTH + _LEFT) / 2, _HEIGHT - 4), x_label, "ms")
 
-  # --- Curves, the first one last ---------------------------------------------
+  # --- Curves, the first one last, so that it is on top -----------------------
   for i, curve in reversed(list(enumerate(curves.values()))):
     points = [
       position(offset, value)
@@ -84,9 +84,9 @@ def draw(
       if np.isfinite(value)
     ]
     pen.line(points, fill=_GRID if i else _LINE, width=1 if i else 3)
-  best_of = np.nanargmin if mark_lowest else np.nanargmax
-  best = int(best_of(curve))
-  x, y = position(offsets[best], curve[best])
+  first_curve = next(iter(curves.values()))
+  best = int((np.nanargmin if mark_lowest else np.nanargmax)(first_curve))
+  x, y = position(offsets[best], first_curve[best])
   r = _MARK_RADIUS
   pen.ellipse([x - r, y - r, x + r, y + r], outline=_MARK, width=2)
   return np.asarray(image)

@@ -26,10 +26,10 @@ class Selection:
   """Records of a minimum quality.
 
   Attributes:
-    min_quality: the minimum.
-    numbers: int (K,), their numbers in the split, in order.
-    num_videos: number of videos they belong to.
-    num_left_out: number of other records.
+    min_quality: minimum quality of the selected records.
+    numbers: int (K,), numbers of the selected records in the split, ascending.
+    num_videos: number of videos with a selected record.
+    num_left_out: number of records that are not selected.
     num_videos_left_out: number of videos without a selected record.
   """
 
@@ -59,7 +59,7 @@ def pack(videos: Iterable[Sequence[Sequence[float]]]) -> bytes:
   """Returns the bytes of the index.
 
   Args:
-    videos: for each video the rows of its records, from `row_of`.
+    videos: for each video the rows of its records, results of `row_of`.
   """
   rows = (
     (number, *row) for number, video in enumerate(videos) for row in video

@@ -91,7 +91,7 @@ def _resample(
 
   Args:
     face: uint8 (S, S, 3).
-    box: its place in the frame.
+    box: place of `face` in the frame: x0, y0, x1, y1 in pixels.
     region: pixels of the frame: left, top, right, bottom.
 
   Returns:

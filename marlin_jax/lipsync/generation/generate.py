@@ -129,8 +129,8 @@ class GeneratedVideo:
   """Description of a generated video.
 
   Attributes:
-    path: of the video.
-    num_frames: N.
+    path: path of the video.
+    num_frames: number of frames.
     num_without_face: frames that show no face and are unchanged.
     num_source_frames: frames of the source video, at 25 per second.
     is_silent: whether the sound is silent throughout.
@@ -176,12 +176,12 @@ def generate(
   Args:
     generator: called as networks.marlin_generator.MarlinGenerator, with its
       attributes `num_frames` and `image_size`; put into evaluation mode.
-    video: shows a face.
+    video: a video file that shows a face.
     sound: an audio file, or a video with sound; None: the sound of `video`.
     output: the MP4 to write; replaced if it exists.
     framing: part of the face crop that the generator sees; None: all of it.
-    models: open face models; None: they are opened.
-    progress: see `StageProgress`.
+    models: open face models; None: opens them.
+    progress: called with a stage and the fraction of it that is done.
 
   Raises:
     GenerationError: `output` is no possible path, or the video shows no face
@@ -319,10 +319,10 @@ def windows(track: np.ndarray, num_frames: int) -> list[np.ndarray]:
 
   Args:
     track: int (N,), see `SourceVideo.track`.
-    num_frames: T.
+    num_frames: frames of a window, T.
 
   Returns:
-    Frame numbers, int (T,) each, in order of the last frames.
+    Frame numbers, int (T,) for each window, in ascending order of last frames.
   """
   clip = Clip(num_frames, stride=1)
   run_starts = np.flatnonzero(np.diff(track)) + 1
@@ -338,10 +338,10 @@ class _Pipeline:
   """Draws the faces of a stream of frames, in batches of windows.
 
   Args:
-    generator: see `generate`.
-    mel: float32 (R, 80), of the sound.
-    boxes: (N, 4), what the generator sees of each frame.
-    track: int (N,), -1 without a face.
+    generator: generator in evaluation mode; see `generate`.
+    mel: float32 (R, 80), mel spectrogram of the sound.
+    boxes: (N, 4), part of each source frame that the generator sees.
+    track: int (N,), number of the track in each frame, -1 without a face.
   """
 
   def __init__(

@@ -85,7 +85,7 @@ class VideoWriter:
     fps: frames per second.
     rate: samples per second of the sound; resampled to 48 kHz if AAC does not
       support it.
-    num_channels: of the sound, 1 or 2.
+    num_channels: number of channels of the sound, 1 or 2.
 
   Raises:
     VideoWriterError: `path` cannot be written, or an encoder is missing.

@@ -61,7 +61,7 @@ def generator_meta(
   """Returns the metadata that describe a generator; fit for JSON.
 
   Args:
-    kind: 'marlin' or 'wav2lip'.
+    kind: kind of generator, 'marlin' or 'wav2lip'.
     width: multiplies the published numbers of channels; for 'marlin' those of
       the sound encoder.
     encoder: architecture of the encoder; None for 'wav2lip'.
@@ -88,11 +88,11 @@ def make_generator(
 
   Args:
     meta: contains the result of `generator_meta`.
-    weights: of the encoder, for unnormalised pixels; None: random.
-    seed: of the random weights.
+    weights: weights of the encoder, for unnormalised pixels; None: random.
+    seed: seed of the random weights.
     freeze_encoder: whether gradients are stopped at the face tokens.
-    dtype: of convolutions and matmuls.
-    attention, remat: of the encoder; see models.mae.
+    dtype: dtype of convolutions and matmuls.
+    attention, remat: implementation of the encoder; see models.mae.
   """
   rngs, width = nnx.Rngs(seed), meta["generator.width"]
   if meta["generator.kind"] == "wav2lip":
@@ -129,7 +129,7 @@ def read_expert(path: str | Path, *, dtype="float32") -> SyncExpert:
   Args:
     path: the workdir of `--mode=train_expert`, one checkpoint in it
       (WORKDIR/checkpoints/STEP), or Wav2Lip's lipsync_expert.pth.
-    dtype: of the convolutions; published files are always float32.
+    dtype: dtype of the convolutions; published files are always float32.
 
   Returns:
     The network in evaluation mode.
@@ -157,8 +157,9 @@ def read_generator(
   Args:
     path: the workdir of `--mode=train`, one checkpoint in it, or Wav2Lip's
       wav2lip.pth or wav2lip_gan.pth.
-    dtype: of convolutions and matmuls; published files are always float32.
-    attention: of the encoder; see models.softmax_attention.
+    dtype: dtype of convolutions and matmuls; always float32 for published
+      files.
+    attention: attention of the encoder; see models.softmax_attention.
 
   Returns:
     The network in evaluation mode.
@@ -190,8 +191,8 @@ def _read_checkpoint(
   Args:
     path: the workdir or one checkpoint in it.
     network: expected value of 'network' in the metadata.
-    field: of the training state, holds the variables.
-    mode: of eval.ls, which writes such checkpoints; for the error message.
+    field: field of the training state that holds the network's variables.
+    mode: flag of eval.ls that trains this network, for the error message.
     make: builds the network from the metadata.
   """
   checkpoint, meta = run_checkpoint.read_meta(path)

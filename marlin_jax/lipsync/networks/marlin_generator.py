@@ -40,9 +40,9 @@ class MarlinGenerator(nnx.Module):
   """Generator that draws 16 frames from masked faces, references and sound.
 
   Attributes:
-    num_frames: T.
-    image_size: S.
-    encoder: MARLIN's, for unnormalised pixels.
+    num_frames: frames of a window, T.
+    image_size: side of the images in pixels, S.
+    encoder: MARLIN's encoder, for unnormalised pixels.
     freeze_encoder: whether gradients are stopped before the encoder.
   """
 
@@ -60,11 +60,11 @@ class MarlinGenerator(nnx.Module):
 
     Args:
       encoder: takes unnormalised pixels, see Weights.with_plain_input.
-      rngs: `params`.
-      tubelets: the encoder's; 16 frames of 224 x 224 by default.
+      rngs: random streams; `params` initialises the weights.
+      tubelets: tubelets of the encoder; None: 16 frames of 224 x 224 pixels.
       freeze_encoder: stops gradients at the face tokens.
       sound_width: multiplies the channels of Wav2Lip's sound encoder.
-      dtype: of the convolutions; the encoder has its own.
+      dtype: dtype of the convolutions; the encoder has its own.
 
     Raises:
       ValueError: the tubelets are not the encoder's, or cannot be decoded to

@@ -57,7 +57,7 @@ def read(published: Published, path: str | Path) -> nnx.Module:
   Args:
     published: the expected network: EXPERT, WAV2LIP, QUALITY_DISCRIMINATOR or
       SYNCNET.
-    path: its file.
+    path: file with the published weights.
 
   Returns:
     The network in evaluation mode.

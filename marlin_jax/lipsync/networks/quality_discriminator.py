@@ -47,9 +47,9 @@ class QualityDiscriminator(nnx.Module):
     """Initialises the weights.
 
     Args:
-      rngs: `params`.
+      rngs: random streams; `params` initialises the weights.
       width: multiplies the published numbers of channels.
-      dtype: of the convolutions.
+      dtype: dtype of the convolutions.
     """
     table = [row for stage in STAGES for row in stage]
     self.layers = convolutions.conv_stack(

@@ -58,8 +58,8 @@ class SyncExpert(nnx.Module):
   see 224 pixels.
 
   Attributes:
-    num_frames: T.
-    num_mel_rows: M.
+    num_frames: frames of a window, T.
+    num_mel_rows: mel rows of a window, M.
   """
 
   def __init__(
@@ -73,10 +73,10 @@ class SyncExpert(nnx.Module):
     """Initialises the weights.
 
     Args:
-      num_frames: 5 or 16.
-      rngs: `params`.
+      num_frames: frames of a window, 5 or 16.
+      rngs: random streams; `params` initialises the weights.
       width: multiplies the published numbers of channels; D is 512 times it.
-      dtype: of the convolutions.
+      dtype: dtype of the convolutions.
 
     Raises:
       ValueError: `num_frames` is neither 5 nor 16.

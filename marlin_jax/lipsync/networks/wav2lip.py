@@ -53,7 +53,7 @@ class Wav2Lip(nnx.Module):
 
   Attributes:
     num_frames: T of the windows used in training; `__call__` takes any T.
-    image_size: S.
+    image_size: side of the images in pixels, S.
   """
 
   num_frames = 5
@@ -69,9 +69,9 @@ class Wav2Lip(nnx.Module):
     """Initialises the weights.
 
     Args:
-      rngs: `params`.
+      rngs: random streams; `params` initialises the weights.
       width: multiplies the published numbers of channels.
-      dtype: of the convolutions.
+      dtype: dtype of the convolutions.
     """
     layer_args = {"rngs": rngs, "dtype": dtype}
     # 6 channels: the masked face and the reference.

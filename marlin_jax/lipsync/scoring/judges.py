@@ -33,13 +33,13 @@ from marlin_jax.records.mel_spectrogram import mel_spectrogram
 
 
 class Judge(Protocol):
-  """Network that scoring compares lips and sound by.
+  """Network by which scoring compares lips and sound.
 
   Attributes:
     name: shown in results.
     metric_names: keys of the lowest mean distance, and of the median minus the
       lowest, in results.
-    num_frames: T.
+    num_frames: frames of a window, T.
   """
 
   name: str
@@ -67,9 +67,9 @@ def num_windows(num_frames: int, num_samples: int, window_frames: int) -> int:
   comparable.
 
   Args:
-    num_frames: F.
-    num_samples: S.
-    window_frames: T.
+    num_frames: number of frames, F.
+    num_samples: number of samples of sound, S.
+    window_frames: frames of a window, T.
   """
   num_common = min(num_frames, num_samples // FRAME_SAMPLES)
   return max(num_common - window_frames, 0)
@@ -86,7 +86,7 @@ class SyncNetJudge:
     """Initialises the judge.
 
     Args:
-      network: has the published weights, see networks.published.
+      network: SyncNet with published weights; see networks.published.
       batch_size: windows per batch.
     """
     self._batch_size = batch_size
@@ -127,7 +127,7 @@ class ExpertJudge:
     """Initialises the judge.
 
     Args:
-      network: in evaluation mode.
+      network: expert in evaluation mode.
       name: shown in results.
       batch_size: windows per batch.
     """

@@ -50,7 +50,7 @@ class VideoScore:
   Attributes:
     name: path of the video below the input.
     sync: agreement of its lips and sound.
-    num_frames: at 25 frames per second.
+    num_frames: number of frames, at 25 per second.
     num_faceless: frames without a face.
     num_unheard: frames after the end of the sound.
   """
@@ -71,9 +71,9 @@ def distances(
   zeros.
 
   Args:
-    faces: float (N, D).
-    sounds: float (N, D), of the same windows.
-    max_offset: K.
+    faces: float (N, D), embeddings of the faces of N windows.
+    sounds: float (N, D), embeddings of the sound of the same windows.
+    max_offset: largest offset in windows, K.
 
   Returns:
     float64 (N, 2K + 1), Euclidean; column j is for sound j - K frames later.

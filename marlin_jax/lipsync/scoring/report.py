@@ -38,10 +38,10 @@ def results(
   """Returns the content of scores.json.
 
   Args:
-    scores: at least one.
+    scores: scores of the videos, at least one.
     left_out: name of a video -> reason why it has no score.
     judge: gives the names of the metrics.
-    max_offset: K.
+    max_offset: largest offset of the curves in frames, K.
     crop_face: whether faces were cropped.
 
   Returns:

@@ -160,11 +160,11 @@ def _read(
   """Yields name and content of videos; adds unreadable ones to `left_out`.
 
   Args:
-    videos: to be read.
-    crop_face: see `score`.
-    bar: shows the progress.
+    videos: videos to read.
+    crop_face: as for `score`.
+    bar: progress bar to update.
     first_number: number of the first video in `bar`; above 0 for real videos.
-    left_out: name -> reason.
+    left_out: reasons by name of a video; updated.
   """
   if not videos:
     return  # no need to open the face models

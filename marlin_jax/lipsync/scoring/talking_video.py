@@ -54,11 +54,11 @@ class TalkingVideo:
     frames: uint8 (N, 224, 224, 3), RGB, face crops; black without a face.
     boxes: float32 (N, 4), the crops as x0, y0, x1, y1 in source pixels; may
       reach past the frame; NaN without a face.
-    has_face: bool (N,).
+    has_face: bool (N,), True where the frame shows the face.
     sound: int16 (S,), 16 kHz, mono, 640 samples a frame and N frames at most;
       less where the sound ends before the pictures, empty where there is no
       sound track.
-    frame_size: H, W.
+    frame_size: height and width of the source frames in pixels.
   """
 
   frames: np.ndarray
@@ -80,17 +80,17 @@ def read(
 ) -> TalkingVideo:
   """Reads a whole video and crops the face with the longest track.
 
-  Where that face is lost for more than half a second, frames are without a face
-  until it returns; so may be those at both ends. The face of any other track is
-  taken for the same person: of several faces at a time, that of the longest
-  track, of equally long tracks the largest.
+  Frames are without a face where that face is lost for more than half a second,
+  and possibly at both ends. All tracks are taken for the same person, except
+  those that overlap a longer track (of equally long tracks, the one with the
+  larger face), which are left out.
 
   Args:
     path: a video file in any format that FFmpeg decodes.
     crop_face: track the face and crop it; else each frame is taken for a face
       crop, as in LRS2, with black bars where it is no square.
-    models: open face models; where None, they are opened.
-    progress: see `face_windows.Progress`.
+    models: open face models; None: opens them.
+    progress: called with the share of the video that has been read.
 
   Raises:
     FaceVideoError: the video or its sound is damaged, over a limit of
@@ -174,7 +174,7 @@ def stretches(has_face: np.ndarray) -> list[slice]:
   """Returns the runs of frames with a face, in order.
 
   Args:
-    has_face: bool (N,).
+    has_face: bool (N,), True where the frame shows the face.
   """
   edges = np.flatnonzero(np.diff(has_face.astype(int), prepend=0, append=0))
   return [slice(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]

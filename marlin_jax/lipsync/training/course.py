@@ -20,16 +20,18 @@ from marlin_jax.training import loop, remote_files
 
 
 class LipsyncCourse:
-  """Base class of both courses; a `training.loop.Course`.
+  """Base class of the courses of expert and generator.
+
+  It implements `training.loop.Course`.
 
   A subclass defines `section`, `fields`, `make_step` and `evaluations`; its
   constructor sets `take_clip` and `summary` and calls `set_state`.
 
   Attributes:
     section: section of the configuration, 'expert' or 'generator'.
-    settings: that section.
+    settings: that section of the configuration.
     summary: the network in one line.
-    others: see `training.loop.Course`.
+    All others are those of `training.loop.Course`.
   """
 
   section: str
@@ -48,7 +50,7 @@ class LipsyncCourse:
 
     Args:
       config: a valid configuration; see configs/eval_ls.py.
-      mesh: devices.
+      mesh: mesh of the devices.
       dataset: training split.
       eval_dataset: evaluation split.
     """

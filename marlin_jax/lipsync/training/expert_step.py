@@ -78,7 +78,7 @@ def expert_step(
   """Takes a step; it is not applied if a loss or a gradient is not finite.
 
   Args:
-    trainer: static half.
+    trainer: graph and optimiser; the static half of the step.
     state: state before the step.
     batch: `video` uint8 (B, T, S, S, 3), `mel` float32 (B, M, 80) and `offset`
       int32 (B,), 0 for clips in sync.

@@ -155,13 +155,13 @@ def offset_scores(cosines: np.ndarray) -> dict[str, float]:
     Scalars by name:
     cosine_in_sync: mean cosine in sync.
     cosine_shifted: mean cosine at the largest offset in both directions.
-    margin: their difference.
-    loss_sync: training loss of the two with equal weights; 0.693 for a constant
-      cosine of 0.5.
-    accuracy: accuracy of classifying a cosine above 0.5 as in sync, of the two
-      with equal weights.
-    ranked: share of pairs of the two, on the same frames, in which the cosine
-      in sync is higher.
+    margin: cosine_in_sync - cosine_shifted.
+    loss_sync: training loss, with equal weights of sound in sync and sound at
+      the largest offsets; 0.693 for a constant cosine of 0.5.
+    accuracy: accuracy of classifying a cosine above 0.5 as in sync, with the
+      same weights.
+    ranked: share of pairs of sound in sync and sound at a largest offset, on
+      the same frames, in which the cosine in sync is higher.
     best_offset: offset with the highest mean cosine.
     offset_accuracy: share of clips whose highest cosine is at offset 0.
   """

@@ -69,7 +69,7 @@ class GeneratorTrainer:
   Attributes:
     generator: graph of a generator, networks.marlin_generator or
       networks.wav2lip.
-    image_size: S of its frames.
+    image_size: side of its frames in pixels, S.
     expert: graph of a networks.sync_expert.SyncExpert.
     discriminator: graph of a networks.quality_discriminator
       .QualityDiscriminator; None without one.
@@ -127,7 +127,7 @@ def next_sync_weight(
   stays on.
 
   Args:
-    current: the weight so far.
+    current: current weight of the sync loss.
     eval_loss: mean of the expert's loss for frames generated from the
       evaluation split.
     threshold: 0.75 in Wav2Lip.
@@ -142,10 +142,12 @@ def generator_step(
   judge: Variables,
   batch: dict,
 ) -> tuple[GeneratorState, dict[str, jax.Array]]:
-  """Takes a step for both players; for none if a metric is not finite.
+  """Takes a step of the generator and the discriminator.
+
+  Neither is updated if a metric is not finite.
 
   Args:
-    trainer: static half.
+    trainer: graphs and optimisers; the static half of the step.
     state: state before the step.
     judge: variables of the expert.
     batch: `video` and `reference` uint8 (B, T, 224, 224, 3), `mel` float32
