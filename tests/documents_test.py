@@ -1,60 +1,160 @@
-"""Every command in docs/REPRODUCING.md parses."""
+"""Commands, flags, targets and paths in the documents and docstrings exist."""
 
-import importlib.util
+import ast
+import importlib
 import re
 import shlex
-from pathlib import Path
 
 import pytest
+from absl import flags
 
-from data_prep import prepare, verify
-from marlin_jax.eval import configuration
-from marlin_jax.pretraining.configuration import validate
+from configs import eval_far, eval_fer, eval_ls, pretrain_b
+from data_prep import contact_sheet, prepare, report, verify
+from marlin_jax import convert, features, reconstruct
+from marlin_jax.eval import configuration as eval_configuration
+from marlin_jax.eval import ls
+from marlin_jax.lipsync import configuration as lipsync_configuration
+from marlin_jax.pretraining import configuration
+from tests.layout_test import COMMANDS, MODULES, ROOT
+from tools import compare_parsers
 
-PAGE = Path(__file__).parents[1] / "docs" / "REPRODUCING.md"
-PARSERS = {"data_prep.prepare": prepare, "data_prep.verify": verify}
+DOCUMENTS = [
+  *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+  *sorted((ROOT / "docs").glob("*.md")),
+]
+# Documents, and programs whose docstrings show commands.
+PAGES = [
+  *DOCUMENTS,
+  *sorted((ROOT / "configs").glob("*.py")),
+  *(MODULES[command] for command in COMMANDS),
+]
+PARSERS = {
+  "data_prep.contact_sheet": lambda argv: contact_sheet._parser().parse_args(
+    argv
+  ),
+  "data_prep.prepare": lambda argv: prepare._parser().parse_args(argv),
+  "data_prep.report": lambda argv: report._parser().parse_args(argv),
+  "data_prep.verify": lambda argv: verify._parser().parse_args(argv),
+  "marlin_jax.convert": convert.parse_args,
+  "marlin_jax.features": lambda argv: features._parser().parse_args(argv),
+  "marlin_jax.reconstruct": reconstruct._parse_args,
+  "tools.compare_parsers": lambda argv: compare_parsers._parser().parse_args(
+    argv
+  ),
+}
+VALIDATORS = {
+  "marlin_jax.eval.ls": lipsync_configuration.validate,
+  "marlin_jax.plan": configuration.validate,
+  "marlin_jax.train": configuration.validate,
+}
+# Launchers that pass their arguments to marlin_jax.train.
+LAUNCHERS = (
+  "marlin:cuda marlin_jax.train",
+  "tools/slurm.sh",
+  "tools/tpu_vm.sh babysit --",
+)
+# What a document abbreviates, and a value that a parser accepts.
+PLACEHOLDERS = {
+  "prepare ...": "prepare --input=VIDEOS --output=DATASET",
+  "\\$SLURM_ARRAY_TASK_ID": "0",
+  "--num_workers N": "--num_workers 2",
+  "[": "",
+  "]": "",
+}
+
+
+def text_of(page):
+  """Returns a document, or the docstring of a module."""
+  text = page.read_text()
+  if page.suffix == ".py":
+    return ast.get_docstring(ast.parse(text)) or ""
+  return text
 
 
 def commands():
-  """Returns the arguments of each `python -m` in an indented block."""
-  blocks = re.findall(r"(?:^    .*\n)+", PAGE.read_text(), re.MULTILINE)
-  lines = "".join(blocks).replace("\\\n", " ").splitlines()
-  found = [shlex.split(line) for line in lines if "python -m" in line]
-  assert len(found) > 10
-  return [words[2:] for words in found]
+  """Returns module and arguments of each command of ours, in all pages."""
+  parameters = {}
+  for page in PAGES:
+    text = re.sub(r"\\\n\s*", " ", text_of(page))
+    for launcher in LAUNCHERS:
+      text = text.replace(launcher, "python -m marlin_jax.train")
+    for command in re.findall(
+      r"^ *(?:|\.venv/bin/|(?:docker|sbatch) [^`\n]*)"
+      r"python -m ((?:marlin_jax|data_prep|tools)\..*)",
+      text,
+      re.MULTILINE,
+    ):
+      for placeholder, value in PLACEHOLDERS.items():
+        command = command.replace(placeholder, value)
+      words = tuple(shlex.split(command.rstrip('"'), comments=True))
+      name = f"{page.name} {' '.join(words)}"
+      parameters.setdefault(words, pytest.param(words, id=name))
+  assert len(parameters) > 50
+  return list(parameters.values())
 
 
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_a_command_of_the_page_is_understood(words):
-  binary, *arguments = words
-  if binary in PARSERS:
-    PARSERS[binary]._parser().parse_args(arguments)
+@pytest.mark.parametrize("words", commands())
+def test_a_command_is_understood(words):
+  module, *arguments = words
+  if module in PARSERS:
+    PARSERS[module](arguments)
     return
-  assert importlib.util.find_spec(binary)
-  flags = dict(
-    argument.removeprefix("--").split("=", 1) for argument in arguments
+  importlib.import_module(module)
+  defined = {f.name for f in flags.FLAGS.get_key_flags_for_module(module)}
+  given = dict(
+    argument.removeprefix("--").partition("=")[::2] for argument in arguments
   )
-  module = flags.pop("config").removesuffix(".py").replace("/", ".")
-  config = importlib.import_module(module).get_config()
-  settings = {
-    name.removeprefix("config."): value
-    for name, value in flags.items()
+  overrides = {
+    name.removeprefix("config."): given.pop(name)
+    for name in list(given)
     if name.startswith("config.")
   }
+  for name in given:
+    assert {name, name.removeprefix("no")} & defined, name
+  file = given["config"].removesuffix(".py").replace("/", ".")
+  config = importlib.import_module(file).get_config()
   config.update_from_flattened_dict(
-    {key: _typed(config, key, value) for key, value in settings.items()}
+    {key: _typed(config, key, value) for key, value in overrides.items()}
   )
-  if binary == "marlin_jax.train":
-    validate(config)
-    others = {"workdir"}
-  else:
-    configuration.validate(config)
-    others = {"checkpoint", "data", "workdir"}
-  assert flags.keys() - {f"config.{key}" for key in settings} == others
+  VALIDATORS.get(module, eval_configuration.validate)(config)
+  if module == "marlin_jax.eval.ls":
+    required, optional = ls._MODES[given["mode"]]
+    assert {*required} <= given.keys()
+    assert given.keys() <= {"config", "mode", *required, *optional}
+  elif module.startswith("marlin_jax.eval."):
+    assert given.keys() == {"config", "checkpoint", "data", "workdir"}
 
 
 def _typed(config, key, value):
   """Converts as the command line does; an unknown key is an error."""
   for part in key.split("."):
     config = config[part]
-  return type(config)(value)
+  return value == "True" if isinstance(config, bool) else type(config)(value)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_configuration_keys_exist(page):
+  configs = [c.get_config() for c in (pretrain_b, eval_far, eval_fer, eval_ls)]
+  for key in re.findall(r"--config\.([a-z]\w*(?:\.\w+)*)", text_of(page)):
+    assert any(_has(config, key) for config in configs), key
+
+
+def _has(config, key):
+  for part in key.split("."):
+    if not hasattr(config, "keys") or part not in config:
+      return False
+    config = config[part]
+  return True
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+def test_paths_and_make_targets_exist(page):
+  text = page.read_text()
+  folders = "configs|data_prep|docs|marlin_jax|tests|tools"
+  for path in re.findall(rf"`((?:{folders})/[\w/.-]+)`", text):
+    assert (ROOT / path).exists(), path
+  for path in re.findall(r"\]\(([\w/.-]+)\)", text):
+    assert (page.parent / path).exists(), path
+  targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+  for target in re.findall(r"(?:`|^    )make\s+([a-z-]+)\b(?!\.)", text, re.M):
+    assert target in targets, target
