@@ -228,7 +228,10 @@ def _in_own_folder(asset: Asset) -> Path | None:
   if not folder:
     return None
   if not Path(folder).is_dir():
-    raise AssetError(f"MARLIN_ASSETS is {folder!r}, which is not a folder")
+    raise AssetError(
+      f"MARLIN_ASSETS is {folder!r}, which is not a folder; set it to an "
+      "existing folder, or unset it"
+    )
   for path in (Path(folder) / asset.path, Path(folder) / asset.name):
     if not path.is_file():
       continue

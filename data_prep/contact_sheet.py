@@ -88,7 +88,8 @@ def _spread(dataset_dir: Path, num_frames: int) -> Iterator[DecodedFrame]:
   total = sum(counts)
   if total == 0:
     raise InspectionError(
-      f"the {len(shards)} shards in {dataset_dir} are empty"
+      f"the {len(shards)} shards in {dataset_dir} are empty; "
+      "quarantine.jsonl there lists the reasons"
     )
   ends = np.cumsum(counts)
   for position in (np.arange(num_frames) + 0.5) * total / num_frames:

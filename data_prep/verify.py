@@ -66,7 +66,7 @@ def verify(dataset_dir: Path, num_workers: int) -> dict[str, Any]:
   """Checks everything that can be checked without the videos.
 
   Args:
-    dataset_dir: the data set.
+    dataset_dir: folder of the data set.
     num_workers: number of shards read at a time.
 
   Returns:
@@ -155,7 +155,10 @@ def _report(
 def _settings(dataset_dir: Path) -> dict[str, Any]:
   """Returns the settings, {} if the data set has no readable ones."""
   if not dataset_dir.is_dir():
-    raise _NothingToVerify(f"{dataset_dir} is not a folder")
+    raise _NothingToVerify(
+      f"{dataset_dir} is not a folder; expected a folder written by "
+      "data_prep.prepare"
+    )
   names = [path.name for path in dataset_dir.iterdir()]
   if not any(
     name in (folders.SETTINGS, folders.VIDEOS, folders.DATASET_INFO)

@@ -50,7 +50,9 @@ def run(
   )
   state = pipeline.run().wait_until_finish()
   if state not in (None, "DONE"):
-    raise workers.WorkerError(f"the pipeline ended as {state}; run again")
+    raise workers.WorkerError(
+      f"the pipeline ended as {state}; see its log, and run the command again"
+    )
 
 
 def _write(jobs: Sequence[ShardJob]) -> list[str]:

@@ -184,7 +184,7 @@ class DecodedFrame:
   """One frame of a record.
 
   Attributes:
-    record: the record.
+    record: record that holds the frame.
     index: number of the frame in the record.
     pixels: uint8 (224, 224, 3), RGB.
     labels: uint8 (224, 224), LaPa codes.
@@ -200,7 +200,7 @@ def read_frame(place: Place, share: float = 0.5) -> DecodedFrame:
   """Reads one frame of a record.
 
   Args:
-    place: the record.
+    place: place of the record to read.
     share: position of the frame in the record, in [0, 1).
 
   Raises:
@@ -229,7 +229,8 @@ def _read_descriptions(
   if not settings or not metadata:
     raise InspectionError(
       f"{dataset_dir} is no complete data set of data_prep.prepare: "
-      "settings.json or metadata.json is missing or damaged"
+      "settings.json or metadata.json is missing or damaged; run "
+      "data_prep.verify to see what to do"
     )
   if metadata["schema_version"] != schema.SCHEMA_VERSION:
     raise InspectionError(

@@ -33,7 +33,7 @@ KINDS = {
   "unfinished": "a run has not finished; start it again to resume",
   "schema": "written by another version; prepare into a new folder",
   "missing": "prepare again with the same input to write missing files",
-  "damaged": f"other bytes than were written; {_AGAIN}",
+  "damaged": f"bytes are not those that were written; {_AGAIN}",
   "split": f"people or videos in two places; {_AGAIN}",
   "content": f"parts of records are wrong or inconsistent; {_AGAIN}",
   "counts": "ledger, metadata and shards disagree; prepare again",
@@ -54,7 +54,7 @@ class Problem:
   Attributes:
     kind: one of KINDS.
     where: a file, or a record by shard and number.
-    what: actual and expected state.
+    what: actual and expected state, as text.
   """
 
   kind: str
@@ -187,7 +187,7 @@ def check_shard(
   """Reads and decodes everything in a shard.
 
   Args:
-    path: the shard.
+    path: path of the shard.
     expected: expected properties of every record.
     content: receives the content and the problems.
     report: called with the size in bytes of each record.

@@ -182,12 +182,12 @@ class DatasetFolder:
     """Returns the settings after comparing them with those of the folder."""
     stored = ledger.read_json(self.path / folders.SETTINGS)
     # Another task may be about to write the settings.
-    strangers = [
+    other_files = [
       entry
       for entry in storage.listing(self.path)
       if entry != self._parts and entry.suffix != folders.PARTIAL_SUFFIX
     ]
-    if stored is None and strangers:
+    if stored is None and other_files:
       raise OutputFolderError(
         f"{self.path} holds files but no settings.json, so it is not a data "
         "set of this program; choose an empty or new folder as --output"

@@ -106,8 +106,8 @@ def is_of(entry: Entry, source: Source, since: float) -> bool:
   As in make, the file is read only if it is younger than the ledger.
 
   Args:
-    entry: the ledger line.
-    source: the video.
+    entry: ledger line to check.
+    source: video as the input lists it.
     since: time at which the ledger was written, in seconds since 1970.
   """
   if (entry.split, entry.subject_id) != (source.split, source.subject_id):

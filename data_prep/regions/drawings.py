@@ -70,7 +70,7 @@ def read(file: Path) -> Drawing:
       ring = np.array(polygon["points"], np.float64).reshape(-1, 2)
       lapa.fill(labels, ring, lapa.CODE[polygon["region"]])
     if box.shape != (4,) or not (box[2] > box[0] and box[3] > box[1]):
-      raise ValueError(f"box {data['box']} is not x0 < x1, y0 < y1")
+      raise ValueError(f"box {data['box']}: expected x0 < x1 and y0 < y1")
     return Drawing(
       file.stem, str(data["video"]), int(data["frame"]), box, labels
     )

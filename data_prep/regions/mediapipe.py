@@ -244,7 +244,7 @@ def _distance(lab: np.ndarray, sample: np.ndarray) -> np.ndarray:
   """Returns squared Mahalanobis distances (H, H) of colours (H, H, 3).
 
   Args:
-    lab: the picture.
+    lab: picture in Lab colours.
     sample: (N, 3), colours that the distribution is fitted to.
   """
   import cv2

@@ -63,7 +63,7 @@ class Listing:
 
   Attributes:
     root: folder that the paths are relative to.
-    rows: the videos.
+    rows: rows of the input, one per video.
     labels: meaning of the rows' labels.
     problems: row number and problem of each malformed row.
     notes: messages for the user, such as the number of missing videos.

@@ -21,6 +21,7 @@ from data_prep.sources.files import is_below
 from data_prep.sources.layouts import LAYOUTS
 from data_prep.sources.listing import Label, Listing, ManifestError, Row
 from marlin_jax.records import folders
+from marlin_jax.records.cli import counted
 
 MANIFEST_SUFFIXES = (".csv", ".txt")
 
@@ -160,7 +161,9 @@ def _listing(source: Path, root: Path | None, layout: str | None) -> Listing:
   """Reads an input with the reader for its kind."""
   is_manifest = source.suffix.lower() in MANIFEST_SUFFIXES
   if root is not None and (layout or not (source.is_file() and is_manifest)):
-    raise ManifestError(f"a root needs a manifest, and {source} is not one")
+    raise ManifestError(
+      f"--root needs a manifest (.csv or .txt), and {source} is not one"
+    )
   if layout is not None:
     if not source.is_dir():
       raise ManifestError(
@@ -181,7 +184,7 @@ def _listing(source: Path, root: Path | None, layout: str | None) -> Listing:
     return Listing(source.parent, [Row(0, source.name)])
   root = source.parent if root is None else root
   if not root.is_dir():
-    raise ManifestError(f"root {root} is not a folder")
+    raise ManifestError(f"--root={root} is not a folder")
   is_table = source.suffix.lower() == ".csv"
   return (csv_table.table if is_table else files.text)(source, root)
 
@@ -356,5 +359,8 @@ def _summary(source: Path, problems: list[tuple[int, str]]) -> str:
   more = len(problems) - len(shown)
   if more:
     shown.append(f"and {more} more")
-  head = f"{source}: {len(problems)} bad rows, no video was opened:"
+  head = (
+    f"{source}: {counted(len(problems), 'bad row')}, no video was opened; "
+    "correct the input and run again:"
+  )
   return "\n  ".join([head, *shown])

@@ -23,6 +23,7 @@ import io
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from data_prep.sources.files import read_text
 from data_prep.sources.listing import (
@@ -44,8 +45,23 @@ FOLDS = "cmu_mosei_std_folds.py"
 # Largest difference in seconds between start times of labels and transcripts.
 MAX_SECS_APART = 0.1
 
-# Video, number of the segment, split or '', sentiment, six emotions.
-_Segment = tuple[str, str, str, float, tuple[float, ...]]
+
+class _Segment(NamedTuple):
+  """A labelled segment.
+
+  Attributes:
+    video: id of the video.
+    number: number of the segment in the video, as in its file name.
+    split: split named by the table; '' if unknown.
+    sentiment: in [-3, 3]; NaN if unknown.
+    emotions: scores of EMOTIONS, at least 0; NaN if unknown.
+  """
+
+  video: str
+  number: str
+  split: str
+  sentiment: float
+  emotions: tuple[float, ...]
 
 
 def read(root: Path) -> Listing:
@@ -65,14 +81,18 @@ def read(root: Path) -> Listing:
     )
   folds = _folds(root / FOLDS)
   rows, num_missing = [], 0
-  for video, number, split, sentiment, scores in segments:
-    path = f"{VIDEOS}/{video}_{number}.mp4"
+  for segment in segments:
+    path = f"{VIDEOS}/{segment.video}_{segment.number}.mp4"
     if not (root / path).exists():
       num_missing += 1
       continue
-    evidence = tuple(s if math.isnan(s) else float(s > 0) for s in scores)
-    labels = {"sentiment": (sentiment,), "emotion": evidence}
-    rows.append(Row(0, path, video, split or folds.get(video, ""), labels))
+    evidence = tuple(
+      score if math.isnan(score) else float(score > 0)
+      for score in segment.emotions
+    )
+    labels = {"sentiment": (segment.sentiment,), "emotion": evidence}
+    split = segment.split or folds.get(segment.video, "")
+    rows.append(Row(0, path, segment.video, split, labels))
   if not rows:
     raise ManifestError(
       f"none of the {len(segments)} labelled segments is in {root / VIDEOS}; "
@@ -103,17 +123,17 @@ def _csd_segments(root: Path) -> Iterator[_Segment]:
     import h5py
   except ImportError as e:
     raise ManifestError(
-      f"{CSD} is an HDF5 file: pip install h5py, then run again"
+      f"{CSD} is an HDF5 file: pip install 'marlin-jax[mosei]', then run again"
     ) from e
   folder = root / TRANSCRIPTS
   if not folder.is_dir():
     raise ManifestError(
-      f"{folder} is missing: {CSD} holds times, and only the transcripts map a "
-      "time to a segment file"
+      f"{folder} is missing; copy the transcripts of CMU-MOSEI there: {CSD} "
+      "holds times, and only the transcripts map a time to a segment file"
     )
   try:
     with h5py.File(root / CSD, "r") as file:
-      # The single group is named 'All Labels' or otherwise.
+      # The name of the single group varies.
       (group,) = file.values()
       for video, item in group["data"].items():
         times, numbers = item["intervals"][()], item["features"][()]
@@ -128,7 +148,7 @@ def _csd_segments(root: Path) -> Iterator[_Segment]:
           if number is not None:
             del starts[number]
             scores = tuple(float(v) for v in row)
-            yield video, number, "", scores[0], scores[1:]
+            yield _Segment(video, number, "", scores[0], scores[1:])
   except (OSError, KeyError, ValueError) as e:
     raise ManifestError(f"{root / CSD} is malformed: {e}") from e
 
@@ -142,19 +162,23 @@ def _starts(path: Path) -> list[tuple[str, float]]:
 
 
 def _nearest(starts: Mapping[str, float], start: float) -> str | None:
-  apart = {number: abs(at - start) for number, at in starts.items()}
-  number = min(apart, key=apart.__getitem__, default=None)
-  return number if number and apart[number] <= MAX_SECS_APART else None
+  """Returns the number of the segment that starts at `start` in seconds."""
+  distances = {number: abs(at - start) for number, at in starts.items()}
+  number = min(distances, key=distances.__getitem__, default=None)
+  if not number or distances[number] > MAX_SECS_APART:
+    return None
+  return number
 
 
 # --- .csv ---------------------------------------------------------------------
 
 
 def _table_segments(path: Path) -> Iterator[_Segment]:
+  """Reads segments from a table; see the module's docstring for its columns."""
   reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
   columns = reader.fieldnames or []
-  value = "sentiment" if "sentiment" in columns else "label"
-  missing = [c for c in ("video_id", "clip_id", value) if c not in columns]
+  sentiment = "sentiment" if "sentiment" in columns else "label"
+  missing = [c for c in ("video_id", "clip_id", sentiment) if c not in columns]
   if missing:
     raise ManifestError(
       f"{path} has the columns {columns}, expected video_id, clip_id, label "
@@ -162,13 +186,17 @@ def _table_segments(path: Path) -> Iterator[_Segment]:
     )
   for row in reader:
     try:
-      numbers = [float(row.get(n) or math.nan) for n in (value, *EMOTIONS)]
+      scores = [
+        float(row.get(name) or math.nan) for name in (sentiment, *EMOTIONS)
+      ]
     except ValueError as e:
       raise ManifestError(f"{path}, line {reader.line_num}: {e}") from e
-    split = {"valid": "val"}.get(row.get("mode") or "", row.get("mode") or "")
+    split = row.get("mode") or ""
+    if split == "valid":
+      split = "val"
     # Spreadsheets may pad 3 to 0003; file names have no leading zeros.
     number = row["clip_id"].lstrip("0") or "0"
-    yield row["video_id"], number, split, numbers[0], tuple(numbers[1:])
+    yield _Segment(row["video_id"], number, split, scores[0], tuple(scores[1:]))
 
 
 # --- The official split -------------------------------------------------------

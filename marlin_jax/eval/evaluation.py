@@ -200,7 +200,14 @@ def _describe(inputs: Inputs, videos: Videos) -> str:
 
 
 class Cell(NamedTuple):
-  """One training and its test."""
+  """One fit of a mode and its scores on the test split.
+
+  Attributes:
+    task: task to predict.
+    mode: one of configuration.MODES.
+    ratio: share of the training people.
+    seed: seed of the draw of the people and of the training.
+  """
 
   task: Task
   mode: str

@@ -34,7 +34,7 @@ def run_command(work: Callable[[], None], interrupted: str = _RESUMABLE) -> int:
   """Runs the work of a command and turns errors into an exit code.
 
   Args:
-    work: the command.
+    work: function that does the work.
     interrupted: message after Ctrl-C or SIGTERM; says what is kept.
 
   Returns:

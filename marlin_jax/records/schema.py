@@ -166,7 +166,7 @@ def decode_frames(
   """Decodes the chosen frames.
 
   Args:
-    record: the record.
+    record: record that holds the frames.
     indices: frame numbers in [0, T); a repeated number is decoded once.
     out: contiguous uint8 (len(indices), 224, 224, 3) to write to; None for a
       new array.

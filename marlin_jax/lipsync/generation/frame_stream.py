@@ -168,7 +168,7 @@ def read_sound(path: str | os.PathLike) -> np.ndarray:
   with video_errors(path):
     samples = decode.read_sound(path)
   if not len(samples):
-    raise FaceVideoError(path, "no sound in it")
+    raise FaceVideoError(path, "it has no sound")
   return samples
 
 

@@ -263,7 +263,9 @@ def _check_output(
   if output.suffix.lower() != ".mp4":
     raise GenerationError(f"cannot write {output}: expected a name in .mp4")
   if not output.parent.is_dir():
-    raise GenerationError(f"cannot write {output}: no folder {output.parent}")
+    raise GenerationError(
+      f"cannot write {output}: create the folder {output.parent} first"
+    )
   for source in (video, sound):
     if output.exists() and Path(source).exists() and output.samefile(source):
       raise GenerationError(

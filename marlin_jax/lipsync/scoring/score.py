@@ -137,9 +137,9 @@ def score_video(
   num_heard = len(sound) // FRAME_SAMPLES
   if not distances:
     raise ScoreError(
-      f"no {judge.num_frames + 1} frames in a row have a face and sound, of "
-      f"{len(video)} frames, {int(video.has_face.sum())} of them with a face "
-      f"and {num_heard} with sound"
+      f"it has no {judge.num_frames + 1} consecutive frames with a face and "
+      f"sound: of {len(video)} frames, {int(video.has_face.sum())} have a face "
+      f"and {num_heard} have sound"
     )
   return VideoScore(
     name=name,

@@ -109,7 +109,7 @@ def test_root_may_lie_elsewhere(folder, tmp_path):
   assert "row 1: 'b.mp4': No such file" in error(manifest)
   (source,) = read_sources(manifest, root=folder)
   assert source.path == folder / "b.mp4"
-  assert "a root needs a manifest" in error(folder, root=folder)
+  assert "--root needs a manifest" in error(folder, root=folder)
   assert "is not a folder" in error(manifest, root=folder / "b.mp4")
 
 

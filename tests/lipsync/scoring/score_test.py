@@ -157,10 +157,10 @@ def test_videos_that_cannot_be_scored_are_left_out_with_a_reason(tmp_path):
   assert reasons == {
     "mute.mp4": "it has no sound track",
     "silent.mp4": "its sound is silent from beginning to end",
-    "short.mp4": "no 6 frames in a row have a face and sound, of 5 frames, 5 "
-    "of them with a face and 5 with sound",
-    "briefly heard.mp4": "no 6 frames in a row have a face and sound, of 60 "
-    "frames, 60 of them with a face and 5 with sound",
+    "short.mp4": "it has no 6 consecutive frames with a face and sound: of 5 "
+    "frames, 5 have a face and 5 have sound",
+    "briefly heard.mp4": "it has no 6 consecutive frames with a face and "
+    "sound: of 60 frames, 60 have a face and 5 have sound",
   }
   table = (tmp_path / "out/scores.txt").read_text()
   assert "left out: 5 videos" in table
