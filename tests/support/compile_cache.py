@@ -1,4 +1,4 @@
-"""One cache of compiled programs for all test processes and all test runs."""
+"""A cache of compiled programs, shared by all test processes and runs."""
 
 import os
 import shutil
@@ -13,9 +13,9 @@ _VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
 
 def set_up() -> None:
-  """Tells JAX, here and in every process started from here, of the cache.
+  """Sets the cache of JAX for this process and the processes it starts.
 
-  To be called before JAX is imported.
+  Call it before JAX is imported.
   """
   default = ROOT / ".pytest_cache" / f"jaxlib-{metadata.version('jaxlib')}"
   path = Path(os.environ.setdefault(_VARIABLE, str(default)))
@@ -28,9 +28,10 @@ def set_up() -> None:
 
 
 def _remove_half_entries(path: Path) -> None:
-  """Removes what a test run that was killed left unfinished.
+  """Removes entries that a killed test run left unfinished.
 
-  JAX writes an entry and then, to a file beside it, the time of its last use.
+  JAX writes an entry and then the time of its last use, to a file beside it; an
+  entry without that file is unfinished.
   """
   path.mkdir(parents=True, exist_ok=True)
   with _lock(path):
@@ -51,13 +52,15 @@ def _last_use(entry: Path) -> Path:
 
 
 def private_copy(path: Path) -> dict[str, str]:
-  """Returns the environment of a process that is going to be killed.
+  """Copies the cache for a process that is going to be killed.
 
-  It has the same entries to read, and where it leaves half an entry no other
-  process reads it.
+  An entry that the process leaves unfinished is then read by no other process.
 
   Args:
-    path: folder of the copy, on the same disk or not; it is made.
+    path: folder of the copy; created.
+
+  Returns:
+    The environment of that process, which selects the copy.
   """
   source = Path(os.environ[_VARIABLE])
   path.mkdir()

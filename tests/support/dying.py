@@ -2,9 +2,9 @@
 
   dying.py DIRECTORY EVENT NAME
 
-Saves steps 1 and 2 of a small state and is killed, while it saves step 2, the
-moment before EVENT (open, os.mkdir, os.rename) on a file NAME..., so that every
-run gets equally far.
+Saves step 1 of a small state, and is killed while it saves step 2: just before
+EVENT (open, os.mkdir, os.rename) on a file whose name begins with NAME. Every
+run is therefore killed at the same point.
 """
 
 import os
@@ -21,14 +21,14 @@ def state_of(step):
 
 
 def main(directory, event, name):
-  def watch(what, args):
-    if what == event and os.path.basename(str(args[0])).startswith(name):
+  def kill_at(event_name, args):
+    if event_name == event and os.path.basename(str(args[0])).startswith(name):
       os.kill(os.getpid(), signal.SIGKILL)
 
   checkpoints = checkpoint.Checkpoints(directory, keep=3)
   checkpoints.save(1, state_of(1), {"run": 1})
   checkpoints.wait()
-  sys.addaudithook(watch)
+  sys.addaudithook(kill_at)
   checkpoints.save(2, state_of(2), {"run": 1})
   checkpoints.close()
 

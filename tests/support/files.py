@@ -1,4 +1,4 @@
-"""Files that programs wrote, as Python sees them."""
+"""Reads files that programs wrote into Python objects, for comparison."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from marlin_jax.models import stacking
 
 
 def content(path: Path) -> dict[str, bytes]:
-  """Returns every file of a folder."""
+  """Returns the content of every file below a folder, by relative path."""
   return {
     file.relative_to(path).as_posix(): file.read_bytes()
     for file in path.rglob("*")

@@ -1,4 +1,7 @@
-"""Shows a few signs of life and then hangs; see faults/numerics_test.py."""
+"""Reports a few steps to a watchdog and then hangs.
+
+Started by tests/faults/numerics_test.py.
+"""
 
 import threading
 

@@ -77,7 +77,7 @@ def write(
   splits: Mapping[str, Sequence[Video]],
   labels: Mapping[str, Label],
 ) -> Path:
-  """Writes a data set directory as data_prep.prepare leaves it."""
+  """Writes a data set in the layout of data_prep.prepare."""
   path.mkdir()
   infos, hashes, counts = {}, {}, {}
   for split, videos in splits.items():
@@ -88,8 +88,8 @@ def write(
       part = path / f"part-{len(parts)}"
       with_entry = ledger_entry(video, split, len(data))
       with shards.PartWriter(_Part(part)) as writer:
-        for one in data:
-          writer.add(one)
+        for encoded in data:
+          writer.add(encoded)
         writer.commit(with_entry)
       parts.append((with_entry, part, 0))
     shards.write_shard(path / name, parts)
@@ -112,8 +112,8 @@ def write(
   ):
     (staging / name).rename(path / name)
   (path / "hashes.json").write_text(json.dumps(hashes))
-  for left in staging.iterdir():
-    left.unlink()
+  for leftover in staging.iterdir():
+    leftover.unlink()
   staging.rmdir()
   return path
 
@@ -126,14 +126,15 @@ class _Part(shards.Part):
 
 
 def ledger_entry(video: Video, split: str, num_records: int) -> ledger.Entry:
-  known = {
+  """Returns a ledger line with the given values; all others are None."""
+  values = {
     "video_id": video.video_id,
     "split": split,
     "subject_id": video.subject_id,
     "num_records": num_records,
   }
-  kinds = {field.name: None for field in dataclasses.fields(ledger.Entry)}
-  return ledger.Entry(**kinds | known)
+  empty = {field.name: None for field in dataclasses.fields(ledger.Entry)}
+  return ledger.Entry(**empty | values)
 
 
 def make(
@@ -231,14 +232,14 @@ def tiny(config, **changes):
 
 
 def run(module, workdir, data, checkpoint="random", **changes):
-  """Evaluates in this process, as the commands do."""
+  """Evaluates in this process."""
   config = tiny(module.get_config(), **changes)
   configuration.validate(config)
   return evaluate(config, str(checkpoint), str(data), str(workdir))
 
 
 def command(task, workdir, data, checkpoint="random", *, devices=1, **changes):
-  """Evaluates by the command, in a process that sees so many devices."""
+  """Runs the command in a process that sees `devices` CPU devices."""
   flags = [f"--config.{k}={v}" for k, v in (TINY | changes).items()]
   return subprocess.run(
     [
@@ -258,7 +259,7 @@ def command(task, workdir, data, checkpoint="random", *, devices=1, **changes):
 
 
 def metric(results, mode, name="auc", ratio=1.0):
-  """Returns a metric of the summary."""
+  """Returns a metric from the summary of a results.json."""
   (row,) = (
     r for r in results["summary"] if (r["mode"], r["ratio"]) == (mode, ratio)
   )

@@ -55,7 +55,11 @@ CASES = {
 
 
 class Case:
-  """A layout: traced in the main thread, compiled in any thread."""
+  """A training step on one layout of devices.
+
+  Construct it in the main thread, which traces the step; `lowered` may be
+  compiled in any thread.
+  """
 
   def __init__(self, overrides, clips_at_once, sizes, num_steps):
     config = pretrain_b.get_config()

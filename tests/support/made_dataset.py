@@ -1,4 +1,4 @@
-"""Data sets of drawn faces, written by data_prep without any model."""
+"""Data sets of drawn faces, written by data_prep without face models."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ LABELS = {
 def some_labels(
   smiling: float, emotion: float, sentiment: float
 ) -> dict[str, np.ndarray]:
-  """Returns the labels described by LABELS; eyeglasses is unknown."""
+  """Returns labels of each kind in LABELS; eyeglasses is unknown."""
   return {
     "attributes": np.float32([smiling, np.nan]),
     "emotion": np.float32([emotion]),
@@ -88,12 +88,12 @@ def make(
   """Writes a data set.
 
   Args:
-    path: the folder.
-    videos: the records of each video.
-    splits: of the videos that are not in 'train'.
-    refused: videos that were quarantined, and why.
-    num_shards: of the largest split.
-    labels: what the records' labels mean.
+    path: folder of the data set.
+    videos: records of each video, by video_id.
+    splits: split of each video that is not in 'train'.
+    refused: reason for each quarantined video.
+    num_shards: number of shards of the largest split.
+    labels: meaning of the records' labels.
     has_sound: whether the records have sound.
   """
   splits, refused, labels = splits or {}, refused or {}, labels or {}

@@ -1,9 +1,10 @@
-"""Runs a few real steps and prints their memory beside the planned memory.
+r"""Runs a few real steps and prints their memory beside the planned memory.
 
   python tests/support/measured_memory.py --config=configs/pretrain_s.py \
     --config.batch_size=4
 
-A process of its own, since its memory is measured; plan_test.py starts it too.
+It is a program, since the memory of its process is measured; plan_test.py
+starts it too.
 On GPU the memory is what the device reports, on CPU the growth of the process
 from before the state is created. Prints one JSON object, in bytes.
 """

@@ -1,4 +1,4 @@
-"""Commands that tests run, in this process and in others."""
+"""Runs commands for tests, in this process and in processes of their own."""
 
 import contextlib
 import dataclasses
@@ -29,7 +29,7 @@ def run_here(command: Callable[[], int | None]) -> Finished:
 
   Args:
     command: returns the exit code or None, or raises SystemExit. Other
-      exceptions, which a process would end with, are raised.
+      exceptions, which would end a process, are raised.
   """
   out, err = io.StringIO(), io.StringIO()
   handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -49,7 +49,7 @@ def run_here(command: Callable[[], int | None]) -> Finished:
 
 
 def run_prepare(*args: object) -> Finished:
-  """Runs data_prep.prepare in this process; its workers are others."""
+  """Runs data_prep.prepare in this process; it starts its own workers."""
   from data_prep import prepare
 
   return run_here(lambda: prepare.main([str(arg) for arg in args]))

@@ -1,8 +1,9 @@
-"""Coordination of several processes apart from training.
+"""Coordinates several processes without training; see distributed_test.py.
 
-Each a process of its own, started by distributed_test.py. They find that they
-differ, restore a checkpoint on their mesh, with `scan` the other way, and save
-it again elsewhere:
+Each process is started as a program. The processes detect that their values
+differ, restore a checkpoint on their mesh with the other value of `scan`, and
+save it to another folder:
+
   together.py WORKDIR STEP TARGET FSDP TENSOR COORDINATOR NUM_PROCESSES ID
 """
 
@@ -18,14 +19,14 @@ from marlin_jax.pretraining import build
 from marlin_jax.training import checkpoint
 
 
-def main(workdir, step, target, fsdp, tensor, coordinator, num, me):
+def main(workdir, step, target, fsdp, tensor, coordinator, num, number):
   step = int(step)
   distributed.initialise(
     ConfigDict(
       {
         "coordinator": coordinator,
         "num_processes": int(num),
-        "process_id": int(me),
+        "process_id": int(number),
         "timeout_secs": 60,
       }
     )

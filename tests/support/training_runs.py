@@ -1,4 +1,4 @@
-"""Small runs of the trainer, in this process and in others."""
+"""Small training runs, in this process and in processes of their own."""
 
 import gc
 import socket
@@ -48,7 +48,7 @@ def command(workdir: Path, **overrides: object) -> list[str]:
 def run(
   workdir: Path, *, devices: int = 1, **overrides: object
 ) -> subprocess.CompletedProcess[str]:
-  """Trains in a process that sees so many devices."""
+  """Trains in a process of its own that sees `devices` CPU devices."""
   return subprocess.run(
     command(workdir, **overrides),
     capture_output=True,
@@ -86,8 +86,8 @@ def train(workdir: Path, **overrides: object) -> Finished:
 
   result = run_here(work)
   if errors:
-    # A run that fails leaves the files it writes to the end of its process:
-    # they are held by the frames of its traceback, and by cycles.
+    # A failed run keeps its open files until its process ends: the frames of
+    # its traceback and reference cycles hold them.
     with warnings.catch_warnings():
       warnings.simplefilter("ignore", ResourceWarning)
       errors.clear()
@@ -103,7 +103,7 @@ def refused(result: Finished | subprocess.CompletedProcess[str]) -> str:
 
 
 def metrics_of(workdir: Path) -> dict[int, dict[str, float]]:
-  """Returns step -> the numbers that a repeated run must give again."""
+  """Returns the training metrics by step, which a repeated run reproduces."""
   return {
     row["step"]: {k: v for k, v in row.items() if k.startswith("train/")}
     for row in rows_of(workdir)
@@ -122,7 +122,7 @@ def free_port() -> int:
 def start(
   argv: list[str], num_devices: int = 1, **variables: str
 ) -> subprocess.Popen[str]:
-  """Starts a process that sees so many devices."""
+  """Starts a process that sees `num_devices` CPU devices."""
   return subprocess.Popen(
     argv,
     cwd=ROOT,
@@ -136,14 +136,20 @@ def start(
 def finish(
   process: subprocess.Popen[str], returncode: int = 0, seen: str = ""
 ) -> str:
-  """Returns what a process has printed, after what was `seen` of it."""
+  """Waits for a process and returns its output.
+
+  Args:
+    process: process to wait for.
+    returncode: expected exit code.
+    seen: output that was read before.
+  """
   output = seen + process.communicate(timeout=250)[0]
   assert process.returncode == returncode, output
   return output
 
 
 def start_two(workdir: Path, **overrides: object) -> list[subprocess.Popen]:
-  """Starts both halves of one run, of four devices each."""
+  """Starts the two processes of one run, with four devices each."""
   settings = {
     "distributed.coordinator": f"127.0.0.1:{free_port()}",
     "distributed.num_processes": 2,
