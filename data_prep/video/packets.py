@@ -24,11 +24,10 @@ SOUND_FORMATS = "wav,mp3,flac,aac,aiff,caf,au,w64,ac3,eac3"
 # guessed before there was any sound.
 _STREAMED_SOUND = {"wav", "aiff", "caf", "au", "w64"}
 
-# Times go back by less where packets are not in the order of their times.
-MAX_STEP_BACK_SECS = 1.0
-# For formats of broadcasts, which say that times may start again, as FFmpeg.
-MAX_BROADCAST_STEP_BACK_SECS = 0.1
-MAX_BROADCAST_LEAP_SECS = 10.0
+# Times of decoding ascend, but for errors of rounding. As FFmpeg's program.
+MAX_STEP_BACK_SECS = 0.1
+# A longer leap is none of time, in formats of broadcasts.
+MAX_LEAP_SECS = 10.0
 _TIMES_MAY_START_AGAIN = 0x0200  # AVFMT_TS_DISCONT
 
 
@@ -195,9 +194,11 @@ class Clock:
     # Seconds to add, for each part.
     self._shifts = [0.0]
     self._part = {stream.index: 0 for stream in self.streams}
-    # When the next packet of a stream is due, and when the last one was.
+    # When the next packet of a stream is to be decoded, and when the last was.
     self._due: dict[int, float] = {}
     self._last: dict[int, float] = {}
+    # When all packets have been shown.
+    self._end = 0.0
 
   @property
   def num_restarts(self) -> int:
@@ -206,16 +207,25 @@ class Clock:
   def adjust(self, packet) -> None:
     """Shifts the times of a packet; to be called for each one, in order."""
     index = packet.stream.index
-    # Packets are in the order of decoding: those times alone ascend.
-    if packet.dts is not None:
-      secs = float(packet.dts * packet.time_base)
+    # Packets are in the order of decoding, whose times ascend. Where the file
+    # has none for a packet, its presentation is not before its decoding.
+    time = packet.dts if packet.dts is not None else packet.pts
+    if time is not None:
+      secs = float(time * packet.time_base)
+      shown_at = time if packet.pts is None else packet.pts
+      shown_secs = float(shown_at * packet.time_base)
       if index in self._due and self._starts_again(index, secs):
         self._part[index] += 1
         if self._part[index] == len(self._shifts):
-          self._shifts.append(max(self._due.values()) - secs)
-      self._last[index] = secs + self._shifts[self._part[index]]
+          # A part begins with a key frame, which is shown first.
+          self._shifts.append(self._end - shown_secs)
+        del self._due[index]
+      shift = self._shifts[self._part[index]]
       duration = float((packet.duration or 0) * packet.time_base)
-      self._due[index] = self._last[index] + duration
+      self._end = max(self._end, shown_secs + shift + duration)
+      if packet.dts is not None:
+        self._last[index] = secs + shift
+        self._due[index] = secs + shift + duration
     shift = self._shifts[self._part[index]]
     if shift:
       ticks = round(shift / packet.time_base)
@@ -226,9 +236,6 @@ class Clock:
 
   def _starts_again(self, index: int, secs: float) -> bool:
     secs += self._shifts[self._part[index]]
-    if not self._may_leap:
-      return secs < self._last[index] - MAX_STEP_BACK_SECS
-    return (
-      secs < self._last[index] - MAX_BROADCAST_STEP_BACK_SECS
-      or secs > self._due[index] + MAX_BROADCAST_LEAP_SECS
-    )
+    if secs < self._last[index] - MAX_STEP_BACK_SECS:
+      return True
+    return self._may_leap and secs > self._due[index] + MAX_LEAP_SECS

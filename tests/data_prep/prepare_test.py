@@ -16,8 +16,9 @@ import pytest
 
 from data_prep.output import dataset_folder
 from data_prep.sources import manifest
-from data_prep.video import video_to_records
+from data_prep.video import decode, decoder_child, video_to_records
 from marlin_jax.records import quality_index, schema
+from tests.support import attacker
 from tests.support.files import content, read_lines
 from tests.support.processes import ROOT, run_prepare
 from tests.support.videos import moving_noise, shared_video, write_video
@@ -112,6 +113,41 @@ def test_summary_counts_and_names_the_quarantine(prepared):
   assert "6 records, 128 face crops, 6 face tracks, 6 videos" in stdout
   assert "6 quarantined, 1 without a face" in stdout
   assert str(path / "quarantine.jsonl") in stdout
+
+
+def test_layers_of_the_sandbox_are_told(prepared):
+  layers = decode.sandbox_layers()
+  assert decode.sandbox_summary(layers) in prepared[1]
+
+
+def test_a_missing_layer_is_refused_where_the_sandbox_is_required(
+  tmp_path, face_models, monkeypatch
+):
+  program = ("-P", attacker.__file__, "--without=seccomp")
+  monkeypatch.setattr(decoder_child, "PROGRAM", program)
+  path = write_video(tmp_path / "v.mp4", moving_noise(3))
+  output = tmp_path / "dataset"
+  result = run_prepare("--input", path, "--output", output, "--require_sandbox")
+  assert result.returncode == 1
+  assert "seccomp (left out)" in result.stderr
+  assert not list(output.glob("*.jsonl"))
+
+
+def test_notes_on_videos_are_counted_and_kept(tmp_path, face_models):
+  for name in "ab":
+    write_video(
+      tmp_path / "videos" / f"{name}.mp4",
+      moving_noise(6),
+      pix_fmt="yuv420p",
+      flags="+ildct+ilme",
+      **{"x264-params": "interlaced=1:tff=1"},
+    )
+  output = tmp_path / "dataset"
+  run_prepare("--input", tmp_path / "videos", "--output", output)
+  lines = read_lines(output / "videos.jsonl")
+  assert [line["notes"][0].split(":")[0] for line in lines] == 2 * [
+    "interlaced"
+  ]
 
 
 def test_metadata_counts_what_the_shards_hold(prepared):
