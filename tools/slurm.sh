@@ -47,8 +47,16 @@ fi
 # Without --kill-on-bad-exit=0 some clusters send SIGTERM to the remaining
 # processes when one fails, which would look like a signal to the whole job.
 code=0
-srun --label --kill-on-bad-exit=0 \
-  "$python" -m marlin_jax.train "$@" || code=$?
+errors=$(mktemp)
+trap 'rm -f "$errors"' EXIT
+{ srun --label --kill-on-bad-exit=0 \
+  "$python" -m marlin_jax.train "$@" 2>&1 >&3 | tee "$errors" >&2; } 3>&1 ||
+  code=$?
+# srun returns the highest code. A process that was refused may have been alone
+# in noticing it, and the others aborted.
+if grep -qE '^srun: error: .*: Exited with exit code 1$' "$errors"; then
+  code=1
+fi
 
 restarts=${SLURM_RESTART_COUNT:-0}
 # A cancelled job gets SIGTERM too, but its state is no longer RUNNING.

@@ -393,7 +393,7 @@ delete() {
 # --- babysit ------------------------------------------------------------------
 
 # Prints the state of all workers: running, stopped, finished (all exit codes 0),
-# failed (all 1), ended (none is running) or unknown.
+# failed (one of them 1: refused), ended (none is running) or unknown.
 outcome() {
   local states
   states=$(remote "$report" 2> /dev/null |
@@ -404,8 +404,8 @@ outcome() {
     *running*) echo running ;;
     *stopped*) echo stopped ;;
     'ended 0') echo finished ;;
-    'ended 1') echo failed ;;
-    *) echo ended ;;
+    *)
+      if grep -qx 'ended 1' <<< "$states"; then echo failed; else echo ended; fi ;;
   esac
 }
 
@@ -419,13 +419,13 @@ step() {
 show_babysit() {
   echo "# every $poll_secs s:"
   resource describe '--format=value(state.state)'
-  echo "# while it is ACTIVE, until all have ended with 0 or all with 1:"
+  echo "# while it is ACTIVE, until all have ended with 0 or one with 1:"
   remote "$report"
   echo "# when it is SUSPENDED, FAILED or PREEMPTED:"
   delete
   echo "# then, and when there is no TPU yet:"
   create
-  echo "# then, and when all workers have ended with another code:"
+  echo "# then, and when all workers have ended otherwise:"
   setup
   launch
 }

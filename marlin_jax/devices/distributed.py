@@ -20,10 +20,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from marlin_jax.devices import coordination
 from marlin_jax.devices.rendezvous import StartError, meet
 
-# Longest wait for the other processes to exit.
-_SHUTDOWN_SECS = 60
+# Longest wait for the other processes to exit; jax aborts all of them after it.
+_SHUTDOWN_SECS = 600
 # jax's own timeout aborts the process with a stack trace, so it comes later
 # than the timeout here.
 _GRACE_SECS = 30
@@ -68,15 +69,16 @@ def initialise(settings: Any) -> None:
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   if address == "auto":
     _initialise_by_cluster(settings.timeout_secs)
-    return
-  meet(address, num_processes, process_id, settings.timeout_secs)
-  jax.distributed.initialize(
-    address,
-    num_processes,
-    process_id,
-    initialization_timeout=settings.timeout_secs + _GRACE_SECS,
-    shutdown_timeout_seconds=_SHUTDOWN_SECS,
-  )
+  else:
+    meet(address, num_processes, process_id, settings.timeout_secs)
+    jax.distributed.initialize(
+      address,
+      num_processes,
+      process_id,
+      initialization_timeout=settings.timeout_secs + _GRACE_SECS,
+      shutdown_timeout_seconds=_SHUTDOWN_SECS,
+    )
+  coordination.watch_for_the_end()
 
 
 def process_numbers(settings: Any) -> tuple[str, int, int]:
@@ -170,10 +172,10 @@ def process_0_first() -> Iterator[None]:
   """Context manager whose body the other processes run after process 0."""
   is_process_0 = jax.process_index() == 0
   if not is_process_0:
-    multihost_utils.sync_global_devices("process_0_first")
+    coordination.wait_for_all()
   yield
   if is_process_0:
-    multihost_utils.sync_global_devices("process_0_first")
+    coordination.wait_for_all()
 
 
 def smallest(value: int) -> int:

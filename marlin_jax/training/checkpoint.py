@@ -1,18 +1,21 @@
 """Checkpoints of a run: saving and restoring.
 
-A checkpoint is valid once it is complete and has checksums, which are written
-last. Anything else in the directory, after a crash, a full disk or a bad copy,
+A checkpoint is valid once it is complete. Its checksums are written last; after
+a kill that prevented it, a complete checkpoint is valid if all of it can be
+read. Anything else in the directory, after a crash, a full disk or a bad copy,
 is not used and not deleted.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from concurrent import futures
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
@@ -26,6 +29,8 @@ Pytree = Any
 
 # Directory beside the checkpoints, for damaged ones.
 DAMAGED = "damaged"
+# Files of a complete checkpoint.
+_MARKS = ("commit_success.txt", "state/_METADATA", "meta/metadata")
 
 
 class ResumeError(UserError):
@@ -59,7 +64,8 @@ def set_damaged_aside(directory: epath.PathLike) -> list[str]:
     directory: directory of the checkpoints; need not exist.
 
   Returns:
-    A line for each moved checkpoint: its problem and its new place.
+    A line for each moved checkpoint: its problem and its new place; and a line
+    if the last one had no checksums and now has them.
 
   Raises:
     ResumeError: there are checkpoints, and none of them is intact.
@@ -67,15 +73,25 @@ def set_damaged_aside(directory: epath.PathLike) -> list[str]:
   directory = epath.Path(directory)
   for unfinished in directory.glob("*.orbax-checkpoint-tmp"):
     unfinished.rmtree()
-  problems = {}
+  notes, problems = [], {}
   for step in steps(directory):
-    problem = checksums.problem(directory / str(step))
+    path = directory / str(step)
+    problem = checksums.problem(path)
+    if problem and _is_committed(path) and not checksums.exist(path):
+      unreadable = _read_problem(path)
+      if unreadable is None:
+        checksums.write(path)
+        notes.append(
+          f"checkpoint {step} had no checksums, the run was ended before it "
+          "wrote them; all of it can be read, so it is used"
+        )
+        break
+      problem = f"{problem}, and it cannot be read: {unreadable}"
     if problem is None:
       break
     problems[step] = problem
   else:
-    problems = _unusable(directory, problems)
-  notes = []
+    _check_unfinished(directory, problems)
   for step, problem in problems.items():
     target = _free_name(directory.parent / DAMAGED / str(step))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -84,21 +100,47 @@ def set_damaged_aside(directory: epath.PathLike) -> list[str]:
   return notes
 
 
-def _unusable(directory: epath.Path, problems: dict[int, str]):
-  """Returns the checkpoints not to use if no checksum proves one intact."""
-  marks = ("commit_success.txt", "state/_METADATA", "meta/metadata")
-  damaged = []
-  for step, problem in problems.items():
-    path = directory / str(step)
-    if checksums.exist(path):
-      damaged.append(f"  {step}: {problem}")
-    elif all((path / mark).exists() for mark in marks):
-      # Saved before checksums existed, or the first checkpoint of a run that
-      # was killed before it wrote them.
-      return {s: p for s, p in problems.items() if s > step}
-    elif not folders.is_remote(path) or (path / marks[0]).exists():
-      damaged.append(f"  {step}: {problem}")
-    # Else an unfinished save: buckets cannot rename.
+def _is_committed(path: epath.Path) -> bool:
+  """Returns True if orbax has marked a checkpoint as complete."""
+  return all((path / mark).exists() for mark in _MARKS)
+
+
+def _read_problem(path: epath.Path) -> str | None:
+  """Reads all arrays of a checkpoint; returns None or what prevents it."""
+  handler = ocp.PyTreeCheckpointHandler()
+  try:
+    tree = handler.metadata(path / "state").tree
+    # Part by part, for less memory.
+    for key in tree:
+      part = {key: tree[key]}
+      restore_args = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), part
+      )
+      handler.restore(
+        path / "state",
+        args=ocp.args.PyTreeRestore(
+          item=part, restore_args=restore_args, partial_restore=True
+        ),
+      )
+    json.loads((path / _MARKS[-1]).read_text())
+  # Orbax and tensorstore raise many kinds of errors.
+  except Exception as e:
+    return f"{e}"[:500]
+  finally:
+    handler.close()
+  return None
+
+
+def _check_unfinished(directory: epath.Path, problems: dict[int, str]) -> None:
+  """Raises ResumeError if a complete checkpoint is among the unusable ones."""
+  damaged = [
+    f"  {step}: {problem}"
+    for step, problem in problems.items()
+    # In a bucket, which cannot rename, an unfinished save has its final name.
+    if not folders.is_remote(directory)
+    or checksums.exist(directory / str(step))
+    or (directory / str(step) / _MARKS[0]).exists()
+  ]
   if damaged:
     raise ResumeError(
       f"no checkpoint in {directory} is intact:\n"
@@ -106,7 +148,6 @@ def _unusable(directory: epath.Path, problems: dict[int, str]):
       + "\nCopy the checkpoints again from their source, or start afresh in "
       "another --workdir."
     )
-  return problems
 
 
 def _free_name(path: epath.Path) -> epath.Path:
@@ -169,8 +210,7 @@ class Checkpoints:
   def _finish(self, step: int) -> int:
     try:
       self._manager.wait_until_finished()
-      if jax.process_index() == 0:
-        checksums.write(self._manager.directory / str(step))
+      checksums.write_together(self._manager.directory / str(step))
     except Exception as e:
       raise self._failed(step, e) from e
     return step

@@ -8,23 +8,63 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from concurrent import futures
 
+import jax
 from etils import epath
 
+from marlin_jax.devices import coordination
 from marlin_jax.records import folders
 
 NAME = "checksums.json"
 # Reads overlap, and sha256 releases the interpreter lock.
 _NUM_THREADS = 4
 _CHUNK_BYTES = 1 << 20
+# Orbax's folder for the arrays of one process.
+_PROCESS_FOLDER = re.compile(r"(?:^|/)ocdbt\.process_(\d+)/")
 
 
 def write(directory: epath.PathLike) -> None:
   """Writes size and sha256 of every file in a folder."""
   directory = epath.Path(directory)
-  files = dict(_measure(directory, _names(directory)))
+  _write(directory, dict(_measure(directory, _names(directory))))
+
+
+def write_together(directory: epath.PathLike) -> None:
+  """Writes size and sha256 of every file in a complete checkpoint.
+
+  Called by all processes of a run, on any thread: each reads the files that it
+  wrote, and process 0 writes the checksums.
+  """
+  directory = epath.Path(directory)
+  index = jax.process_index()
+  key = f"marlin_jax/checksums/{directory}"
+  # Process 0 lists: it has given the checkpoint its name, which another
+  # process may not see yet.
+  names = json.loads(
+    coordination.broadcast(
+      f"{key}/names", None if index else json.dumps(_names(directory))
+    )
+  )
+  own = [name for name in names if _writer(name) == index]
+  parts = coordination.gather(
+    f"{key}/sums", json.dumps(dict(_measure(directory, own)))
+  )
+  if parts is not None:
+    files = {name: x for part in parts for name, x in json.loads(part).items()}
+    _write(directory, {name: files[name] for name in names})
+
+
+def _writer(name: str) -> int:
+  """Returns the number of the process that wrote a file of a checkpoint."""
+  owner = _PROCESS_FOLDER.search(name)
+  number = int(owner[1]) if owner else 0
+  return number if number < jax.process_count() else 0
+
+
+def _write(directory: epath.Path, files: dict[str, tuple[int, str]]) -> None:
   text = json.dumps({"sha256": files}, indent=1)
   folders.write_bytes(directory / NAME, text.encode())
 

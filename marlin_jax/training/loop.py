@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from marlin_jax.data import loader
 from marlin_jax.data.prepared_dataset import Dataset
-from marlin_jax.devices import distributed, sharding
+from marlin_jax.devices import coordination, distributed, sharding
 from marlin_jax.records import cli
 from marlin_jax.records.cli import UserError
 from marlin_jax.training import goodput, metrics, nonfinite
@@ -147,7 +147,7 @@ def run_training(run: Callable[[], tuple[Any, int | None]]) -> None:
     try:
       _, signum = run()
     except UserError as e:
-      distributed.leave(f"error: {e}", code=e.exit_code)
+      coordination.end_all(f"error: {e}", e.exit_code)
   if signum is not None:
     sys.exit(128 + signum)
 
@@ -320,6 +320,10 @@ def train(
       writer.write(last_step, timer.totals())
       writer.close()
       workdir.files.close()
+      # A process that leaves waits for the others in jax's shutdown, which
+      # aborts all of them when it takes too long.
+      watchdog.alive("saving in another process")
+      coordination.wait_for_all()
       if is_process_0:
         print(_summary(workdir.path, last_step, course.num_steps))
         print(timer.summary(), flush=True)

@@ -1,5 +1,9 @@
 """Training in two processes of four devices equals one process of eight."""
 
+import json
+import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +15,8 @@ from configs import pretrain_b
 from marlin_jax.data import loader, prepared_dataset
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.devices import distributed
+from marlin_jax.records import folders
+from marlin_jax.training import checksums
 from tests.support.files import arrays_of, rows_of
 from tests.support.processes import ROOT
 from tests.support.training_runs import (
@@ -220,6 +226,64 @@ def test_the_clips_of_a_batch_do_not_depend_on_who_reads_them(
     for got, want in zip(batches(rows), whole, strict=True):
       for name, value in got.items():
         np.testing.assert_array_equal(value, want[name][rows])
+
+
+# --- end of a run -------------------------------------------------------------
+
+
+def test_the_others_wait_for_slow_checksums_of_the_last_step(
+  sample_dataset, tmp_path
+):
+  """All end with 0, and each process has summed up its own files."""
+  processes = start_two(
+    tmp_path,
+    ["-m", "tests.support.slow_sums"],
+    num_devices=1,
+    **{
+      "data.path": sample_dataset,
+      "batch_size": 2,
+      "mask.strategy": "random",
+      "checkpoint_steps": 1000,
+    },
+  )
+  for process in processes:
+    finish(process)
+  step = tmp_path / "checkpoints" / "6"
+  assert checksums.problem(step) is None
+  sums = json.loads((step / checksums.NAME).read_text())["sha256"]
+  for index in (0, 1):
+    assert any(f"/ocdbt.process_{index}/" in name for name in sums)
+
+
+def test_one_process_that_is_refused_ends_all_with_its_message(
+  sample_dataset, tmp_path
+):
+  lock = folders.Lock(tmp_path, "lock")
+  values = {"data.path": sample_dataset, "batch_size": 2}
+  for process in start_two(tmp_path, num_devices=1, **values):
+    output = finish(process, 1)
+    assert f"another run is writing to {tmp_path}" in output
+    assert f"process {os.getpid()} on " in output
+    assert "Fatal" not in output
+    assert "Traceback" not in output
+  lock.close()
+
+
+def test_a_damaged_record_that_one_process_meets_ends_all(
+  sample_dataset, tmp_path
+):
+  """Process 0 alone sees it in time: the other waits for it in its step."""
+  data = shutil.copytree(sample_dataset, tmp_path / "data")
+  (shard,) = data.glob("*.array_record-*")
+  content = bytearray(shard.read_bytes())
+  content[len(content) // 3] ^= 4
+  shard.write_bytes(bytes(content))
+  values = {"data.path": data, "batch_size": 2, "mask.strategy": "random"}
+  workdir = tmp_path / "run"
+  for process in start_two(workdir, num_devices=1, **values):
+    output = finish(process, 1)
+    assert re.search(r"record \d+ of split 'train'", output)
+    assert "Traceback" not in output
 
 
 # --- refusals -----------------------------------------------------------------

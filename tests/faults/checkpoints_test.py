@@ -65,14 +65,15 @@ def assert_is_step(step, state, expected):
 
 
 # In their order: before anything is there, before and after the arrays are
-# written, before the whole gets its name, before it has checksums.
-MOMENTS = (
-  ("os.mkdir", "2.orbax-checkpoint-tmp"),
-  ("open", "_METADATA"),
-  ("os.rename", "state.orbax-checkpoint-tmp"),
-  ("os.rename", "2.orbax-checkpoint-tmp"),
-  ("os.rename", f"{checksums.NAME}."),
-)
+# written, before the whole gets its name, before it has checksums. With the
+# step from which the run resumes.
+MOMENTS = {
+  ("os.mkdir", "2.orbax-checkpoint-tmp"): 1,
+  ("open", "_METADATA"): 1,
+  ("os.rename", "state.orbax-checkpoint-tmp"): 1,
+  ("os.rename", "2.orbax-checkpoint-tmp"): 1,
+  ("os.rename", f"{checksums.NAME}."): 2,
+}
 
 
 def die(directory, moment):
@@ -91,16 +92,21 @@ def die(directory, moment):
   )
 
 
-def test_killed_at_any_point_of_a_save_the_step_before_is_restored(tmp_path):
+def test_killed_at_any_point_of_a_save_the_last_complete_step_is_restored(
+  tmp_path,
+):
   workdirs = [tmp_path / str(i) for i in range(len(MOMENTS))]
   directories = [workdir / "checkpoints" for workdir in workdirs]
   with futures.ThreadPoolExecutor(2) as pool:
     results = list(pool.map(die, directories, MOMENTS))
-  for workdir, result in zip(workdirs, results, strict=True):
+  for workdir, result, last in zip(
+    workdirs, results, MOMENTS.values(), strict=True
+  ):
     assert result.returncode == -signal.SIGKILL, result.stderr
     step, state, _ = restored(workdir)
-    assert_is_step(step, state, 1)
-    assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"1"}
+    assert_is_step(step, state, last)
+    names = {p.name for p in (workdir / "checkpoints").iterdir()}
+    assert names == {str(i) for i in range(1, last + 1)}
 
 
 # --- D3: the disk is full -----------------------------------------------------
@@ -214,12 +220,29 @@ def lose_checksums(step):
   (step / checksums.NAME).unlink()
 
 
+def arrays_file(step):
+  """Returns the file that holds small arrays."""
+  (path,) = (step / "state" / "d").iterdir()
+  return path
+
+
+def lose_checksums_and_arrays(step):
+  lose_checksums(step)
+  arrays_file(step).unlink()
+
+
+def lose_checksums_and_half_the_arrays(step):
+  lose_checksums(step)
+  os.truncate(arrays_file(step), arrays_file(step).stat().st_size // 2)
+
+
 DAMAGES = {
   lose_everything: "checksums.json is missing",
   lose_a_file: "is missing",
   cut_metadata: "state/_METADATA holds 100 bytes",
   cut_checksums: "checksums.json is damaged",
-  lose_checksums: "checksums.json is missing",
+  lose_checksums_and_arrays: "cannot be read",
+  lose_checksums_and_half_the_arrays: "cannot be read",
 }
 
 
@@ -245,12 +268,18 @@ def test_where_no_checkpoint_is_whole_each_is_named(workdir):
   assert checkpoint.steps(workdir / "checkpoints") == [2, 1]
 
 
-def test_the_only_checkpoint_is_used_though_its_checksums_never_came(workdir):
-  shutil.rmtree(workdir / "checkpoints" / "1")
+@pytest.mark.parametrize("is_only", [False, True])
+def test_a_complete_checkpoint_without_checksums_is_read_and_used(
+  workdir, is_only
+):
+  if is_only:
+    shutil.rmtree(workdir / "checkpoints" / "1")
   lose_checksums(workdir / "checkpoints" / "2")
-  step, state, notes = restored(workdir)
+  step, state, (note,) = restored(workdir)
   assert_is_step(step, state, 2)
-  assert not notes
+  assert "checkpoint 2 had no checksums" in note
+  # It has them now.
+  assert restored(workdir)[2] == []
 
 
 def test_two_of_the_same_step_can_be_set_aside(workdir):

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from configs import pretrain_b
@@ -35,10 +36,16 @@ TINY = {
 }
 
 
-def command(workdir: Path, **overrides: object) -> list[str]:
-  """Returns the command line of a tiny run."""
+_TRAIN = ("-m", "marlin_jax.train")
+
+
+def command(
+  workdir: Path, program: Sequence[str] = _TRAIN, **overrides: object
+) -> list[str]:
+  """Returns the command line of a tiny run, of training or a stand-in."""
   return [
-    *(sys.executable, "-m", "marlin_jax.train"),
+    sys.executable,
+    *program,
     "--config=configs/pretrain_b.py",
     f"--workdir={workdir}",
     *(f"--config.{key}={x}" for key, x in (TINY | overrides).items()),
@@ -148,8 +155,13 @@ def finish(
   return output
 
 
-def start_two(workdir: Path, **overrides: object) -> list[subprocess.Popen]:
-  """Starts the two processes of one run, with four devices each."""
+def start_two(
+  workdir: Path,
+  program: Sequence[str] = _TRAIN,
+  num_devices: int = 4,
+  **overrides: object,
+) -> list[subprocess.Popen]:
+  """Starts the two processes of one run, each with so many devices."""
   settings = {
     "distributed.coordinator": f"127.0.0.1:{free_port()}",
     "distributed.num_processes": 2,
@@ -157,8 +169,12 @@ def start_two(workdir: Path, **overrides: object) -> list[subprocess.Popen]:
   }
   return [
     start(
-      command(workdir, **overrides | settings | {"distributed.process_id": i}),
-      4,
+      command(
+        workdir,
+        program,
+        **overrides | settings | {"distributed.process_id": i},
+      ),
+      num_devices,
     )
     for i in (0, 1)
   ]
