@@ -30,7 +30,12 @@ tasks = [
 pathlib.Path(os.environ["JOB"], "pids").write_text(
   " ".join(str(task.pid) for task in tasks))
 codes = [task.wait() for task in tasks]
-sys.exit(max(code if code >= 0 else 128 - code for code in codes))
+codes = [code if code >= 0 else 128 - code for code in codes]
+for i, code in enumerate(codes):
+  if code:
+    print(f"srun: error: node: task {{i}}: Exited with exit code {{code}}",
+          file=sys.stderr)
+sys.exit(max(codes))
 """
 STAND_INS = {
   "srun": SRUN,
@@ -153,6 +158,17 @@ def test_a_slurm_job_that_breaks_off_is_queued_again_within_limits(
   python = write_program(slurm.path / "python", f"#!/bin/sh\nexit {code}\n")
   finish(slurm("--workdir=x", PYTHON=str(python), **variables), code)
   assert slurm.requeued() == requeued
+
+
+def test_a_slurm_job_that_one_task_refused_is_not_queued_again(slurm):
+  """The others were aborted, with a higher exit code."""
+  python = write_program(
+    slurm.path / "python",
+    '#!/bin/sh\n[ "$SLURM_PROCID" = 0 ] && exit 134\necho the reason; exit 1\n',
+  )
+  output = finish(slurm("--workdir=x", PYTHON=str(python)), 1)
+  assert "the reason" in output
+  assert not slurm.requeued()
 
 
 @pytest.mark.parametrize(

@@ -478,6 +478,13 @@ def test_babysit_does_not_start_a_refused_run_again(cloud):
   assert cloud.calls() == [CREATE, COPY]
 
 
+def test_babysit_does_not_start_a_run_again_that_one_worker_refused(cloud):
+  result = cloud([[134, 0], [1, 0]], "babysit", "--", *TRAIN)
+  assert result.returncode == 1
+  assert "the training was refused" in result.stderr
+  assert cloud.calls() == [CREATE, COPY]
+
+
 def test_stop_lets_a_run_save_and_babysit_leaves_it_alone(cloud):
   for command in ("create", "setup", "launch"):
     launched = command == "launch"
