@@ -1,12 +1,14 @@
-"""Commands, flags, targets and paths in the documents and docstrings exist."""
+"""Documents and docstrings are true: commands, keys, paths, targets, tables."""
 
 import ast
 import importlib
 import re
 import shlex
 
+import jax
 import pytest
 from absl import flags
+from flax import nnx
 
 from configs import eval_far, eval_fer, eval_ls, pretrain_b
 from data_prep import contact_sheet, prepare, report, verify
@@ -15,6 +17,7 @@ from marlin_jax.eval import configuration as eval_configuration
 from marlin_jax.eval import ls
 from marlin_jax.lipsync import configuration as lipsync_configuration
 from marlin_jax.pretraining import configuration
+from marlin_jax.weights.architecture import Architecture
 from tests.layout_test import COMMANDS, MODULES, ROOT
 from tools import compare_parsers
 
@@ -158,3 +161,45 @@ def test_paths_and_make_targets_exist(page):
   targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
   for target in re.findall(r"(?:`|^    )make\s+([a-z-]+)\b(?!\.)", text, re.M):
     assert target in targets, target
+
+
+def test_the_table_of_configurations_equals_the_configurations():
+  rows = re.findall(
+    r"^\| `(\w+)` \| ([\d/]+) \| ([\d/]+) \| ([\d.]+)M \|",
+    (ROOT / "README.md").read_text(),
+    re.MULTILINE,
+  )
+  assert len(rows) == 5
+  for name, encoder, decoder, millions in rows:
+    config = importlib.import_module(f"configs.{name}").get_config()
+    model = config.model
+    assert encoder == f"{model.width}/{model.depth}/{model.num_heads}", name
+    assert decoder == (
+      f"{model.dec_width}/{model.dec_depth}/{model.dec_num_heads}"
+    ), name
+    make = Architecture.from_config(config).make_autoencoder
+    params = nnx.state(nnx.eval_shape(make), nnx.Param)
+    num_params = sum(x.size for x in jax.tree.leaves(params))
+    assert millions == f"{num_params / 1e6:.1f}", name
+
+
+def test_the_layout_in_the_readme_exists():
+  text = (ROOT / "README.md").read_text()
+  block = text.partition("## Layout")[2].partition("\n## ")[0]
+  lines = re.findall(r"^    (\S+/|  .*)", block, re.MULTILINE)
+  top, packages = None, set()
+  for line in lines:
+    if not line.startswith(" "):
+      top = line
+      assert (ROOT / top).is_dir(), top
+      continue
+    for name in re.findall(r"\b\w+/", line):
+      assert (ROOT / top / name).is_dir(), f"{top}{name}"
+      packages.add(f"{top}{name}")
+  present = {
+    f"{top}/{path.name}/"
+    for top in ("data_prep", "marlin_jax")
+    for path in (ROOT / top).iterdir()
+    if (path / "__init__.py").is_file()
+  }
+  assert present == packages
