@@ -6,6 +6,7 @@ import os
 import platform
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -289,3 +290,78 @@ def test_missing_layer_is_told_and_refused_where_it_is_required(
     open_video(path, require_sandbox=True)
   with pytest.raises(DecoderSetupError, match="not whole"):
     decode.read_sound(path, require_sandbox=True)
+
+
+# --- The filter on machines that are not here ---------------------------------
+
+KILL, ALLOW, REFUSE, ABSENT = "kill", "allow", "refuse", "absent"
+
+
+def verdict(machine: str, seen: int, number: int, *arguments: int) -> str:
+  """Runs the filter of system calls as the kernel does.
+
+  Args:
+    machine: its filter.
+    seen: machine type that makes the call.
+    number: of the call.
+    *arguments: of the call.
+  """
+  program = sandbox._filter(*sandbox._MACHINES[machine])
+  values = {0: number, 4: seen}
+  values |= {16 + 8 * i: value for i, value in enumerate(arguments)}
+  at = loaded = 0
+  while True:
+    code, if_true, if_false, value = struct.unpack("=HBBI", program[at])
+    at += 1
+    if code == sandbox._LOAD:
+      loaded = values.get(value, 0)
+    elif code == sandbox._RETURN:
+      return {
+        0x7FFF0000: ALLOW,
+        0x80000000: KILL,
+        0x50000 | errno.EPERM: REFUSE,
+        0x50000 | errno.ENOSYS: ABSENT,
+      }[value]
+    else:
+      is_true = {
+        sandbox._IF_EQUAL: loaded == value,
+        sandbox._IF_AT_LEAST: loaded >= value,
+        sandbox._IF_ANY_BIT: loaded & value != 0,
+      }[code]
+      at += if_true if is_true else if_false
+
+
+ARM = {
+  "openat": 56, "unlinkat": 35, "renameat2": 276, "socket": 198, "connect": 203,
+  "execve": 221, "kill": 129, "tkill": 130, "ptrace": 117, "setsid": 157,
+  "unshare": 97, "mount": 40, "ioctl": 29, "ftruncate": 46, "fchmod": 52,
+  "bpf": 280, "io_uring_setup": 425, "memfd_create": 279, "setresuid": 147,
+}  # fmt: skip
+
+
+def test_filter_of_arm_refuses_what_that_of_intel_refuses():
+  machine, _ = sandbox._MACHINES["aarch64"]
+
+  def of(*call: int) -> str:
+    return verdict("aarch64", machine, *call)
+
+  for name, number in ARM.items():
+    assert of(number) == REFUSE, name
+  for number in (63, 64, 62, 98, 222, 93):  # read, write, lseek, futex, mmap
+    assert of(number) == ALLOW
+  assert of(220, 17) == REFUSE
+  assert of(220, 0x10000) == ALLOW
+  assert of(435) == ABSENT
+  assert of(131, os.getpid()) == ALLOW
+  assert of(131, os.getpid() + 1) == REFUSE
+  assert of(25, 0, 8) == REFUSE
+
+
+def test_calls_of_another_machine_type_end_the_process():
+  intel, arm = (sandbox._MACHINES[name][0] for name in ("x86_64", "aarch64"))
+  assert verdict("x86_64", intel, 0) == ALLOW
+  # 32-bit calls, x32 calls, and those of the other processor.
+  assert verdict("x86_64", 0x40000003, 5) == KILL
+  assert verdict("x86_64", intel, 2 | 0x40000000) == KILL
+  assert verdict("x86_64", arm, 63) == KILL
+  assert verdict("aarch64", intel, 0) == KILL
