@@ -79,10 +79,7 @@ class Decoder:
     self.notes: list[str] = []
     file = _open_file(path, output)
     try:
-      # The kernel ends the child with the thread that started it.
-      self._process = (
-        _starter(os.getpid()).submit(_start, file, limits, output).result()
-      )
+      self._process = _start_in_thread(file, limits, output)
     finally:
       os.close(file)
     self.pid = self._process.pid
@@ -232,6 +229,20 @@ def _open_file(path: str | os.PathLike, output: str) -> int:
     os.close(file)
     raise DecodeError("cannot open: not a regular file")
   return file
+
+
+def _start_in_thread(
+  file: int, limits: Limits, output: str
+) -> subprocess.Popen:
+  """Starts the child in a thread that lives as long as this process.
+
+  The kernel ends the child with the thread that started it.
+  """
+  try:
+    started = _starter(os.getpid()).submit(_start, file, limits, output)
+  except RuntimeError:  # Python is ending, and starts no thread
+    return _start(file, limits, output)
+  return started.result()
 
 
 @functools.cache

@@ -209,6 +209,27 @@ def test_decoder_outlives_the_thread_that_opened_it(tmp_path):
     assert sum(1 for _ in video) == 30
 
 
+def test_decoder_starts_while_python_is_ending(tmp_path):
+  path = write_video(tmp_path / "v.mp4", moving_noise(3))
+  code = (
+    "import sys, threading\n"
+    "from data_prep.video.decode import open_video\n"
+    "def read():\n"
+    "  threading.main_thread().join()\n"
+    "  with open_video(sys.argv[1]) as video:\n"
+    "    print(len(list(video)), flush=True)\n"
+    "threading.Thread(target=read).start()\n"
+  )
+  result = subprocess.run(
+    [sys.executable, "-c", code, path],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    check=True,
+  )
+  assert result.stdout == "3\n"
+
+
 def test_decoder_starts_in_a_forked_process(tmp_path):
   path = write_video(tmp_path / "v.mp4", moving_noise(3))
   with open_video(path) as video:
