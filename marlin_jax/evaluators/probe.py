@@ -19,7 +19,6 @@ from marlin_jax.pretraining.train_step import TrainState
 from marlin_jax.records import cli, folders
 from marlin_jax.training.loop import Result
 from marlin_jax.training.workdir import Workdir
-from marlin_jax.weights.architecture import Architecture
 
 
 class Probe:
@@ -47,7 +46,7 @@ class Probe:
       TaskError: see `quick_probe.open_data`.
       StartError: processes see different data sets.
     """
-    architecture = Architecture.from_config(config)
+    architecture = course.architecture
     cache = None
     if not folders.is_remote(workdir.path):
       cache = workdir.files.path / "probe"

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from marlin_jax.devices import chips, sharding
 from marlin_jax.planning import hlo, roofline
 from marlin_jax.planning.topology import Topology
-from marlin_jax.pretraining import build, flops
+from marlin_jax.pretraining import build, flops, memory
 
 # The TPU compiler's messages for a program that is too large, before and after
 # it tries to make it fit.
@@ -68,7 +68,9 @@ class Step:
     default_microbatches: the same where clips_per_device is 0.
     clips_at_once: clips of one microbatch on one device.
     num_params: parameters of both networks.
-    clip_bytes: uint8 frames of one clip.
+    clip_bytes: bytes of one clip's uint8 frames.
+    flops_per_clip: FLOPs of a step per clip, see flops.train_step.
+    repeated_flops_per_clip: further FLOPs, see flops.repeated_by_remat.
     state_bytes: memory of one device by purpose: parameters, optimisers, batch.
     needed_bytes: memory of one device in total.
     memory: the same in detail; None if the compiler refused the program.
@@ -86,6 +88,8 @@ class Step:
   clips_at_once: int
   num_params: int
   clip_bytes: int
+  flops_per_clip: float
+  repeated_flops_per_clip: float
   state_bytes: dict[str, int]
   needed_bytes: int
   memory: Memory | None
@@ -106,9 +110,8 @@ class Step:
 
   @property
   def flops_per_device(self) -> float:
-    """FLOPs of the matrix products of a step, with what remat repeats."""
-    per_clip = flops.train_step(self.config, self.num_microbatches)
-    per_clip += flops.repeated_by_remat(self.config)
+    """FLOPs of the matrix products of a step, recomputation included."""
+    per_clip = self.flops_per_clip + self.repeated_flops_per_clip
     return per_clip * self.config.batch_size / len(self.topology.devices)
 
   def roofline(self) -> roofline.Roofline | None:
@@ -149,18 +152,18 @@ def compile_step(config: ConfigDict, topology: Topology, busy: Busy) -> Step:
   device_bytes = chips.usable_bytes(
     topology.memory_bytes, topology.devices[0].platform
   )
-  trainer, initialise, *_ = build.make_experiment(
+  experiment = build.make_experiment(
     config,
-    config.num_steps or 1000,  # of the schedule alone
+    config.num_steps or 1000,  # only the schedule depends on it
     mesh,
     device_bytes,
   )
-  shapes = jax.eval_shape(initialise)
-  layout = build.lay_out(config, mesh, shapes)
+  trainer, architecture = experiment.trainer, experiment.architecture
+  shapes = jax.eval_shape(experiment.initialise)
+  layout = build.lay_out(architecture, mesh, shapes)
   lowered = build.lower_step(trainer, shapes, layout, mesh, config.batch_size)
   traced = time.perf_counter()
   num_microbatches = trainer.num_microbatches
-  default = with_changes(config, {"clips_per_device": 0})
   tubelets = trainer.task.tubelets
   # uint8 pixels and uint16 region bits.
   batch_bytes = config.batch_size * tubelets.num_tokens * (tubelets.pixels + 2)
@@ -185,10 +188,21 @@ def compile_step(config: ConfigDict, topology: Topology, busy: Busy) -> Step:
     topology=topology,
     mesh=dict(mesh.shape),
     num_microbatches=num_microbatches,
-    default_microbatches=build.num_microbatches(default, mesh, device_bytes),
+    default_microbatches=memory.num_microbatches(
+      config.batch_size // num_shards, experiment.clips_that_fit
+    ),
     clips_at_once=config.batch_size // num_shards // num_microbatches,
     num_params=build.count((shapes.params, shapes.disc_params)),
     clip_bytes=tubelets.num_tokens * tubelets.pixels,
+    flops_per_clip=flops.train_step(
+      architecture,
+      trainer,
+      config.batch_size,
+      num_microbatches=num_microbatches,
+    ),
+    repeated_flops_per_clip=flops.repeated_by_remat(
+      architecture, trainer, config.remat
+    ),
     state_bytes=state_bytes,
     needed_bytes=needed,
     memory=used,

@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 from marlin_jax.planning.compiled_step import Step
-from marlin_jax.pretraining import flops
 from marlin_jax.training.configuration import flat
 
 # Share of the chip's peak arithmetic that trainers of ViTs reach: 26-39 %.
@@ -203,8 +202,8 @@ def _rate(step: Step) -> dict[str, Any]:
   """Returns arithmetic, least times, and the input rate that they require."""
   config, topology = step.config, step.topology
   rate = {
-    "flops_per_clip": flops.train_step(config, step.num_microbatches),
-    "flops_per_clip_repeated_by_remat": flops.repeated_by_remat(config),
+    "flops_per_clip": step.flops_per_clip,
+    "flops_per_clip_repeated_by_remat": step.repeated_flops_per_clip,
     "flops_per_device": step.flops_per_device,
     "hbm_bytes_per_device": step.hbm_bytes,
   }

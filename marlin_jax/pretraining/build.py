@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -29,17 +30,22 @@ class Experiment(NamedTuple):
   """The parts of a run that its configuration determines.
 
   Attributes:
-    trainer: static half of the training step.
+    trainer: static half of the training step; holds the pretext task.
     initialise: () -> the first TrainState; call it under jit.
     learning_rates: TrainState -> learning rate of each optimiser's last update,
       by metric name.
-    take_clip: record -> clip.
+    take_clip: turns records into clips.
+    architecture: sizes of both networks.
+    clips_that_fit: clips that are estimated to fit in the memory of a device at
+      once; `config.clips_per_device` overrides it.
   """
 
   trainer: train_step.Trainer
   initialise: Callable[[], train_step.TrainState]
   learning_rates: Callable[[train_step.TrainState], dict[str, float]]
   take_clip: TakeClip
+  architecture: Architecture
+  clips_that_fit: int
 
 
 def make_experiment(
@@ -48,7 +54,7 @@ def make_experiment(
   mesh: Mesh | None = None,
   device_bytes: int | None = None,
 ) -> Experiment:
-  """Builds the parts of a run.
+  """Builds the parts of a run; allocates no arrays.
 
   Args:
     config: a valid configuration, see configs/pretrain_b.py.
@@ -57,9 +63,42 @@ def make_experiment(
     device_bytes: memory that training may use on each device, the same on every
       process; None: `chips.device_bytes` of this process's first device.
   """
-  mae, discriminator = nnx.eval_shape(lambda: make_networks(config, mesh))
-  mae_graph, _, _ = train_step.split_model(mae)
-  disc_graph, _, _ = train_step.split_model(discriminator)
+  architecture = Architecture.from_config(config)
+  task = PretextTask.from_architecture(
+    architecture, config.mask.strategy, config.mask.ratio
+  )
+  execution = choose_execution(config, mesh)
+
+  def draw_networks():
+    return make_networks(
+      architecture,
+      execution,
+      seed=config.seed,
+      start_grey=config.model.start_grey,
+    )
+
+  # --- Structure, without arrays ----------------------------------------------
+  mae, discriminator = nnx.eval_shape(draw_networks)
+  mae_graph, params, fixed = train_step.split_model(mae)
+  disc_graph, disc_params, _ = train_step.split_model(discriminator)
+  shapes = {"params": params, "fixed": fixed, "disc_params": disc_params}
+
+  # --- Microbatches -----------------------------------------------------------
+  if device_bytes is None:
+    device_bytes = chips.device_bytes(jax.local_devices()[0])
+  clips_that_fit = memory.clips_that_fit(
+    device_bytes
+    - _state_bytes(architecture, mesh, shapes, has_ema=bool(config.ema_decay)),
+    memory.clip_bytes(
+      architecture,
+      task.masking.num_visible,
+      execution,
+      num_tensor=mesh.shape["tensor"] if mesh else 1,
+    ),
+  )
+  num_shards = sharding.num_shards(mesh) if mesh else 1
+
+  # --- Training step ----------------------------------------------------------
   adversarial = train_step.Adversarial(
     weight=config.adv.weight,
     gp_weight=config.adv.gp_weight,
@@ -67,25 +106,28 @@ def make_experiment(
     g_steps=config.adv.g_steps,
     max_pull=config.adv.max_pull,
   )
-  rate_of_step = make_schedule(config, num_steps)
+  rate_of_step = make_schedule(config.optim, config.batch_size, num_steps)
   schedule = schedules.per_update(rate_of_step, adversarial.g_steps)
   disc_schedule = schedules.per_update(rate_of_step, adversarial.d_steps)
   on_mesh = mesh is not None and mesh.size > 1
   trainer = train_step.Trainer(
-    task=PretextTask.from_config(config),
+    task=task,
     adversarial=adversarial,
     mae=mae_graph,
     discriminator=disc_graph,
-    optimizer=make_optimizer(config, schedule),
-    disc_optimizer=make_optimizer(config, disc_schedule),
+    optimizer=make_optimizer(config.optim, schedule),
+    disc_optimizer=make_optimizer(config.optim, disc_schedule),
     ema_decay=config.ema_decay,
     decoder_ratio=config.mask.decoder_ratio,
-    num_microbatches=num_microbatches(config, mesh, device_bytes),
+    num_microbatches=memory.num_microbatches(
+      config.batch_size // num_shards,
+      config.clips_per_device or clips_that_fit,
+    ),
     placement=sharding.MeshPlacement(mesh, config.dtype) if on_mesh else None,
   )
 
   def initialise():
-    mae, discriminator = make_networks(config, mesh)
+    mae, discriminator = draw_networks()
     _, params, fixed = train_step.split_model(mae)
     _, disc_params, _ = train_step.split_model(discriminator)
     return train_step.init_state(trainer, params, fixed, disc_params)
@@ -98,125 +140,117 @@ def make_experiment(
       )
     return rates
 
-  clip = Architecture.from_config(config).clip
-  take_clip = TakeClip(clip, config.model.tubelet_size)
-  return Experiment(trainer, initialise, learning_rates, take_clip)
+  return Experiment(
+    trainer,
+    initialise,
+    learning_rates,
+    TakeClip(architecture.clip, architecture.tubelet_size),
+    architecture,
+    clips_that_fit,
+  )
 
 
 def make_networks(
-  config: ConfigDict, mesh: Mesh | None
+  architecture: Architecture,
+  execution: vit.Execution,
+  *,
+  seed: int,
+  start_grey: bool,
 ) -> tuple[MAE, Discriminator]:
-  """Draws autoencoder and discriminator from the configuration's seed."""
-  architecture = Architecture.from_config(config)
-  key = jax.random.key(config.seed)
+  """Draws autoencoder and discriminator.
+
+  Args:
+    architecture: sizes of both networks.
+    execution: dtype, attention, scan and remat.
+    seed: of the parameters; each network has its own key.
+    start_grey: see models.mae.MAE.
+  """
+  key = jax.random.key(seed)
   mae = architecture.make_autoencoder(
     rngs=nnx.Rngs(jax.random.fold_in(key, 0)),
-    start_grey=config.model.start_grey,
-    dtype=config.dtype,
-    attention=choose_attention(config, mesh),
-    scan=config.scan,
-    remat=config.remat,
+    start_grey=start_grey,
+    **dataclasses.asdict(execution),
   )
   discriminator = architecture.make_discriminator(
-    rngs=nnx.Rngs(jax.random.fold_in(key, 1)), dtype=config.dtype
+    rngs=nnx.Rngs(jax.random.fold_in(key, 1)), dtype=execution.dtype
   )
   return mae, discriminator
 
 
-def make_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule:
-  """Returns the learning rate of each step; see schedules.learning_rate."""
+def make_schedule(
+  settings: ConfigDict, batch_size: int, num_steps: int
+) -> optax.Schedule:
+  """Returns the learning rate of each step; see schedules.learning_rate.
+
+  Args:
+    settings: section `optim` of a configuration.
+    batch_size: clips per step over all devices.
+    num_steps: steps of the whole run.
+  """
   return schedules.learning_rate(
-    base_lr=config.optim.base_lr,
-    min_lr=config.optim.min_lr,
-    warmup_ratio=config.optim.warmup_ratio,
-    batch_size=config.batch_size,
+    base_lr=settings.base_lr,
+    min_lr=settings.min_lr,
+    warmup_ratio=settings.warmup_ratio,
+    batch_size=batch_size,
     num_steps=num_steps,
   )
 
 
 def make_optimizer(
-  config: ConfigDict, schedule: optax.Schedule
+  settings: ConfigDict, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-  """Returns AdamW with the settings of config.optim.
+  """Returns AdamW with the settings of section `optim`.
 
   Args:
-    config: a valid configuration.
+    settings: section `optim` of a configuration.
     schedule: number of updates so far -> learning rate.
   """
   return optax.adamw(
     schedule,
-    b1=config.optim.b1,
-    b2=config.optim.b2,
-    eps=config.optim.eps,
-    weight_decay=config.optim.weight_decay,
-    mu_dtype=config.optim.mu_dtype,
+    b1=settings.b1,
+    b2=settings.b2,
+    eps=settings.eps,
+    weight_decay=settings.weight_decay,
+    mu_dtype=settings.mu_dtype,
   )
 
 
-def choose_attention(config: ConfigDict, mesh: Mesh | None) -> str:
-  """Returns the attention implementation, which 'auto' leaves to devices."""
+def choose_execution(config: ConfigDict, mesh: Mesh | None) -> vit.Execution:
+  """Returns how the networks are computed.
+
+  Attention 'auto' depends on the platform of the mesh; without a mesh, on that
+  of this process.
+  """
   platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
-  return softmax_attention.choose(config.attention, platform, config.dtype)
+  attention = softmax_attention.choose(config.attention, platform, config.dtype)
+  return vit.Execution(config.dtype, attention, config.scan, config.remat)
 
 
-def num_microbatches(
-  config: ConfigDict, mesh: Mesh | None, device_bytes: int | None = None
+def _state_bytes(
+  architecture: Architecture, mesh: Mesh | None, shapes, *, has_ema: bool
 ) -> int:
-  """Returns the number of microbatches that a batch is split into.
-
-  As few as `config.clips_per_device` allows or, if that is 0, as memory is
-  estimated to hold.
+  """Estimates the memory of one device that state and gradients take.
 
   Args:
-    config: a valid configuration.
+    architecture: sizes of both networks.
     mesh: the devices; None: one device.
-    device_bytes: as for `make_experiment`.
+    shapes: parameters and position tables of both networks.
+    has_ema: an average of the parameters is kept.
   """
-  clips_at_once = config.clips_per_device
-  if not clips_at_once:
-    if device_bytes is None:
-      device_bytes = chips.device_bytes(jax.local_devices()[0])
-    clips_at_once = memory.clips_that_fit(
-      device_bytes - _state_bytes(config, mesh), _clip_bytes(config, mesh)
-    )
-  num_shards = sharding.num_shards(mesh) if mesh else 1
-  return memory.num_microbatches(config.batch_size // num_shards, clips_at_once)
-
-
-def _state_bytes(config: ConfigDict, mesh: Mesh | None) -> int:
-  """Estimates the memory of one device that state and gradients take."""
-  mae, discriminator = nnx.eval_shape(lambda: make_networks(config, mesh))
-  _, params, fixed = train_step.split_model(mae)
-  _, disc_params, _ = train_step.split_model(discriminator)
-  shapes = {"params": params, "fixed": fixed, "disc_params": disc_params}
   num_params, num_gathered = count(shapes), 0
   if mesh is not None:
-    shardings = lay_out(config, mesh, shapes).shardings
+    shardings = lay_out(architecture, mesh, shapes).shardings
     num_params = sharding.bytes_per_device(shapes, shardings) // 4
     if mesh.shape["fsdp"] > 1:
       num_gathered = num_params * mesh.shape["fsdp"]
-  return memory.state_bytes(
-    num_params, num_gathered, has_ema=bool(config.ema_decay)
-  )
+  return memory.state_bytes(num_params, num_gathered, has_ema=has_ema)
 
 
-def _clip_bytes(config: ConfigDict, mesh: Mesh | None) -> int:
-  """Estimates the activations of one clip on one device, in bytes."""
-  return memory.clip_bytes(
-    Architecture.from_config(config),
-    PretextTask.from_config(config).masking.num_visible,
-    vit.Execution(
-      config.dtype, choose_attention(config, mesh), config.scan, config.remat
-    ),
-    num_tensor=mesh.shape["tensor"] if mesh else 1,
-  )
-
-
-def lay_out(config: ConfigDict, mesh: Mesh, shapes) -> sharding.Layout:
+def lay_out(architecture: Architecture, mesh: Mesh, shapes) -> sharding.Layout:
   """Places each array of a TrainState, or of its shapes, on the mesh."""
   num_heads = {
-    "encoder": config.model.num_heads,
-    "decoder": config.model.dec_num_heads,
+    "encoder": architecture.num_heads,
+    "decoder": architecture.dec_num_heads,
   }
   return sharding.lay_out(mesh, shapes, num_heads)
 

@@ -24,7 +24,8 @@ class PretrainingCourse:
   """Pretraining of a masked autoencoder; a `training.loop.Course`.
 
   Attributes:
-    trainer: static half of the training step.
+    trainer: static half of the training step; holds the pretext task.
+    architecture: sizes of both networks.
     others: see `training.loop.Course`.
   """
 
@@ -43,22 +44,31 @@ class PretrainingCourse:
     self.num_steps = config.num_steps or math.ceil(
       config.num_epochs * dataset.num_videos / config.batch_size
     )
-    self.trainer, self._initialise, self.learning_rates, self.take_clip = (
-      build.make_experiment(
-        config,
-        self.num_steps,
-        mesh,
-        # Of all processes, so that all cut a batch into as many microbatches.
-        distributed.smallest(chips.device_bytes(jax.local_devices()[0])),
-      )
+    experiment = build.make_experiment(
+      config,
+      self.num_steps,
+      mesh,
+      # The smallest of all processes, so that they split a batch alike.
+      distributed.smallest(chips.device_bytes(jax.local_devices()[0])),
     )
+    self.trainer, self.architecture = (
+      experiment.trainer,
+      experiment.architecture,
+    )
+    self.take_clip = experiment.take_clip
+    self.learning_rates = experiment.learning_rates
+    self._initialise = experiment.initialise
     self.shapes = jax.eval_shape(self._initialise)
-    self._layout = build.lay_out(config, mesh, self.shapes)
+    self._layout = build.lay_out(self.architecture, mesh, self.shapes)
     self.shardings = self._layout.shardings
     self.identity = configuration.identity(
       config, dataset.fingerprint, self.num_steps
     )
-    self.peak_clips_per_sec = flops.peak_clips_per_sec(config, mesh)
+    self.peak_clips_per_sec = flops.peak_clips_per_sec(
+      flops.train_step(self.architecture, self.trainer, self.batch_size),
+      mesh,
+      config.dtype,
+    )
 
   def first_state(self) -> TrainState:
     """Returns random weights, or those of `config.init_from`.
@@ -69,7 +79,12 @@ class PretrainingCourse:
     state = jax.jit(self._initialise, out_shardings=self.shardings)()
     if self._config.init_from:
       weights = formats.read(self._config.init_from)
-      state, notices = warm_start.apply(weights, state, self._config)
+      state, notices = warm_start.apply(
+        weights,
+        state,
+        self.architecture,
+        uses_discriminator=self.trainer.adversarial.weight > 0,
+      )
       if jax.process_index() == 0:
         print("\nnote: ".join([f"starts from {weights.source}", *notices]))
     return state

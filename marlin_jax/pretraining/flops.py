@@ -11,76 +11,95 @@ from __future__ import annotations
 import dataclasses
 
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from marlin_jax.devices import chips
 from marlin_jax.models import vit
 from marlin_jax.pretraining.masking import num_decoded
-from marlin_jax.pretraining.pretext_task import PretextTask
+from marlin_jax.pretraining.train_step import Trainer
 from marlin_jax.weights.architecture import Architecture
 
 
-def train_step(config: ConfigDict, num_microbatches: int = 1) -> float:
+def train_step(
+  architecture: Architecture,
+  trainer: Trainer,
+  batch_size: int,
+  *,
+  num_microbatches: int = 1,
+) -> float:
   """Returns the FLOPs of one training step, per clip.
 
-  What remat repeats does not count, see `repeated_by_remat`; nor does what
-  several devices compute redundantly.
+  Excludes recomputation by remat, see `repeated_by_remat`, and computation that
+  several devices repeat.
 
   Args:
-    config: a valid configuration, see configs/pretrain_b.py.
-    num_microbatches: of a batch; with more than one each update of the
-      discriminator runs the autoencoder forward again.
+    architecture: sizes of both networks.
+    trainer: pretext task and settings of the adversarial loss.
+    batch_size: clips per step over all devices.
+    num_microbatches: microbatches per batch; with more than one, each update of
+      the discriminator runs the autoencoder forward again. The trainer's own
+      number is not used, because MFU counts the step without microbatches.
   """
-  parts, adv = _ClipFlops.from_config(config), config.adv
+  parts = _ClipFlops.of_step(architecture, trainer)
+  adversarial = trainer.adversarial
   # Forward, and two products backward; the input's gradient is not needed.
   mae = 3 * parts.forward - parts.embed
-  if not adv.weight:
-    return mae * adv.g_steps
+  if not adversarial.weight:
+    return mae * adversarial.g_steps
   # The product of head and discriminator kernels, once per microbatch.
-  fuse = parts.fuse * num_microbatches / config.batch_size
+  fuse = parts.fuse * num_microbatches / batch_size
   # Discriminator update on target and prediction. The first layer needs only
   # the gradient of its weights.
   update = 2 * (parts.disc_hidden + parts.disc_hidden_fused + fuse)
   update += 2 * 3 * parts.disc_out
-  if adv.gp_weight:
+  if adversarial.gp_weight:
     # The slope at a point is a forward and a backward through the first layer;
     # its gradient is a product for each factor of the slope.
     update += 4 * parts.disc_hidden
   if num_microbatches > 1:
-    update += parts.forward - (0 if adv.gp_weight else parts.head)
+    update += parts.forward - (0 if adversarial.gp_weight else parts.head)
   # The adversarial term: forward, and backward to features and head.
-  adversarial = 3 * parts.disc_hidden_fused + 2 * (fuse + parts.disc_out)
-  return adv.d_steps * update + adv.g_steps * (mae + adversarial)
+  term = 3 * parts.disc_hidden_fused + 2 * (fuse + parts.disc_out)
+  return adversarial.d_steps * update + adversarial.g_steps * (mae + term)
 
 
-def repeated_by_remat(config: ConfigDict) -> float:
-  """Returns the FLOPs per clip and step that `config.remat` adds."""
-  parts = _ClipFlops.from_config(config)
+def repeated_by_remat(
+  architecture: Architecture, trainer: Trainer, remat: str
+) -> float:
+  """Returns the FLOPs per clip and step that `remat` recomputes.
+
+  Args:
+    architecture: sizes of both networks.
+    trainer: pretext task and settings of the adversarial loss.
+    remat: one of vit.Execution.remat.
+  """
+  parts = _ClipFlops.of_step(architecture, trainer)
   stacks = (parts.encoder, parts.decoder)
   per_backward = {
     "none": 0,
     "dots": sum(stack.attention for stack in stacks),
-    # The output of a block's last product is in no gradient.
+    # No gradient depends on the output of a block's last product.
     "full": sum(stack.forward - stack.mlp / 2 for stack in stacks),
-  }[config.remat]
-  return config.adv.g_steps * per_backward
+  }[remat]
+  return trainer.adversarial.g_steps * per_backward
 
 
-def features(config: ConfigDict) -> float:
+def features(architecture: Architecture) -> float:
   """Returns the FLOPs of one clip's features: the encoder on all tokens."""
-  architecture = Architecture.from_config(config)
   tubelets = architecture.tubelets
   tokens = tubelets.num_tokens
   embed = 2 * tokens * tubelets.pixels * architecture.width
   return embed + _StackFlops(architecture.encoder, tokens, tokens).forward
 
 
-def peak_clips_per_sec(config: ConfigDict, mesh: Mesh) -> float | None:
+def peak_clips_per_sec(
+  flops_per_clip: float, mesh: Mesh, dtype: str
+) -> float | None:
   """Returns clips per second at a model FLOPs utilisation of 1.
 
   Args:
-    config: a valid configuration.
-    mesh: devices that train.
+    flops_per_clip: from `train_step`.
+    mesh: the devices.
+    dtype: dtype of the matrix products.
 
   Returns:
     None if the peak of the chip is unknown; see devices.chips.
@@ -88,7 +107,7 @@ def peak_clips_per_sec(config: ConfigDict, mesh: Mesh) -> float | None:
   chip = chips.find(mesh.devices.flat[0].device_kind)
   if chip is None:
     return None
-  return chip.peak_flops(config.dtype) * mesh.size / train_step(config)
+  return chip.peak_flops(dtype) * mesh.size / flops_per_clip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +115,9 @@ class _StackFlops:
   """FLOPs of a stack of transformer blocks on one clip, forward.
 
   Attributes:
-    size: of the stack.
-    tokens: tokens that go in.
-    tokens_out: tokens that the last block computes.
+    size: width, depth, heads and MLP of the stack.
+    tokens: number of input tokens.
+    tokens_out: number of tokens that the last block computes.
   """
 
   size: vit.Size
@@ -112,7 +131,7 @@ class _StackFlops:
 
   @property
   def attention(self) -> float:
-    """Scores and weighted sums of values."""
+    """FLOPs of attention scores and weighted sums of values."""
     width = self.size.width
     return self._over_blocks(lambda queries: 4 * queries * self.tokens * width)
 
@@ -136,12 +155,13 @@ class _ClipFlops:
 
   Attributes:
     embed: patch embedding of the visible tokens.
-    encoder: on the visible tokens.
-    enc_to_dec: from the encoder's width to the decoder's.
-    decoder: on the visible tokens and those to predict.
-    head: pixels of the tokens to predict.
-    disc_hidden: the discriminator's first layer on as many pixels.
-    disc_hidden_fused: the same fused with the head, on its input.
+    encoder: encoder blocks on the visible tokens.
+    enc_to_dec: projection from the encoder's width to the decoder's.
+    decoder: decoder blocks on the visible tokens and the predicted ones.
+    head: output layer, pixels of the predicted tokens.
+    disc_hidden: the discriminator's first layer on target pixels.
+    disc_hidden_fused: the discriminator's first layer on decoder features,
+      fused with the head.
     fuse: product of the kernels of head and first layer; independent of the
       number of clips.
     disc_out: the discriminator's second layer.
@@ -158,13 +178,10 @@ class _ClipFlops:
   disc_out: float
 
   @classmethod
-  def from_config(cls, config: ConfigDict) -> _ClipFlops:
-    architecture = Architecture.from_config(config)
-    masking = PretextTask.from_config(config).masking
+  def of_step(cls, architecture: Architecture, trainer: Trainer) -> _ClipFlops:
+    masking = trainer.task.masking
     visible = masking.num_visible
-    masked = num_decoded(
-      masking.num_tokens - visible, config.mask.decoder_ratio
-    )
+    masked = num_decoded(masking.num_tokens - visible, trainer.decoder_ratio)
     pixels, disc_hidden = architecture.tubelets.pixels, architecture.disc_hidden
     width, dec_width = architecture.width, architecture.dec_width
     return cls(
@@ -181,6 +198,6 @@ class _ClipFlops:
 
   @property
   def forward(self) -> float:
-    """The whole autoencoder."""
+    """FLOPs of the whole autoencoder."""
     stacks = self.encoder.forward + self.decoder.forward
     return self.embed + stacks + self.enc_to_dec + self.head

@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from marlin_jax.data.clip_geometry import (
   Tubelets,
@@ -43,24 +42,13 @@ class PretextTask:
   imagenet_input: bool = False
 
   @classmethod
-  def from_config(cls, config: ConfigDict) -> PretextTask:
-    """Returns the task of a training configuration.
-
-    Args:
-      config: a valid configuration, see configs/pretrain_b.py.
-    """
-    return cls.from_architecture(
-      Architecture.from_config(config), config.mask.strategy, config.mask.ratio
-    )
-
-  @classmethod
   def from_architecture(
     cls, architecture: Architecture, strategy: str, ratio: float
   ) -> PretextTask:
-    """Returns the task of a network, with a choice of masks.
+    """Returns the pretext task for a network.
 
     Args:
-      architecture: of the network.
+      architecture: sets the token grid and the conventions of input and target.
       strategy, ratio: see masking.Masking.
 
     Raises:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from ml_collections import ConfigDict
 
 from marlin_jax.models import stacking
 from marlin_jax.models.vit import NORM_EPS
@@ -20,26 +19,30 @@ from marlin_jax.weights.weights import Weights, WeightsError, eps_notice
 
 
 def apply(
-  weights: Weights, state: TrainState, config: ConfigDict
+  weights: Weights,
+  state: TrainState,
+  ours: Architecture,
+  *,
+  uses_discriminator: bool,
 ) -> tuple[TrainState, list[str]]:
   """Replaces the arrays of a new state that the weights hold.
 
   Position tables are replaced too, since the weights were trained with theirs.
-  If the weights expect another input convention than the configuration says, it
-  is folded into the patch embedding.
+  If the weights expect another input convention than the run, it is folded into
+  the patch embedding.
 
   Args:
-    weights: of any format, see weights.formats.
+    weights: initial weights, see weights.formats.
     state: the state before the first step.
-    config: configuration of the run.
+    ours: architecture of the run.
+    uses_discriminator: the run trains with the adversarial loss.
 
   Returns:
-    The state, and notices of what was adapted or is missing.
+    The state, and one sentence for each adapted or missing part.
 
   Raises:
     WeightsError: the sizes of the networks differ; lists the config keys.
   """
-  ours = Architecture.from_config(config)
   notices = eps_notice(weights.architecture, NORM_EPS, "a run")
   weights, input_notices = _with_input_of(weights, ours)
   notices += input_notices
@@ -57,7 +60,7 @@ def apply(
       f"the decoder of the weights predicts {kind} pixels and has to learn "
       f"{other} ones"
     )
-  if config.adv.weight:
+  if uses_discriminator:
     if theirs.disc_hidden == ours.disc_hidden:
       prefixes["disc_params"] = DISCRIMINATOR
     else:

@@ -83,7 +83,7 @@ def _ours(size, video, flags):
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   parts = build.make_experiment(config, num_steps=1000, mesh=mesh)
   shapes = jax.eval_shape(parts.initialise)
-  layout = build.lay_out(config, mesh, shapes)
+  layout = build.lay_out(parts.architecture, mesh, shapes)
   step = build.lower_step(
     parts.trainer, shapes, layout, mesh, len(video)
   ).compile()

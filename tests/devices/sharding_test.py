@@ -15,6 +15,7 @@ from configs import pretrain_b, pretrain_s
 from marlin_jax.devices import sharding
 from marlin_jax.planning import topology
 from marlin_jax.pretraining import build
+from marlin_jax.weights.architecture import Architecture
 from tests.support import layouts
 from tests.support.processes import on_eight_devices
 
@@ -76,7 +77,7 @@ def learned(config):
 def planned(config, shapes, fsdp=1, tensor=1):
   """Returns bytes per device, and the notes."""
   mesh = AbstractMesh((1, fsdp, tensor), sharding.AXES)
-  layout = build.lay_out(config, mesh, shapes)
+  layout = build.lay_out(Architecture.from_config(config), mesh, shapes)
   return sharding.bytes_per_device(shapes, layout.shardings), layout.notes
 
 
@@ -120,7 +121,7 @@ def test_every_matrix_has_a_rule_of_its_own(name):
   config.model.depth = config.model.dec_depth = 1
   shapes = jax.eval_shape(build.make_experiment(config, 10).initialise)
   mesh = AbstractMesh((1, 2, 2), sharding.AXES)
-  layout = build.lay_out(config, mesh, shapes)
+  layout = build.lay_out(Architecture.from_config(config), mesh, shapes)
   assert not layout.notes
   for part in ("params", "disc_params"):
     for path, s in jax.tree_util.tree_leaves_with_path(

@@ -7,7 +7,6 @@ from configs import pretrain_s
 from marlin_jax.devices import sharding
 from marlin_jax.models import vit
 from marlin_jax.pretraining import build, memory
-from marlin_jax.weights.architecture import Architecture
 
 
 @pytest.mark.parametrize(
@@ -32,14 +31,14 @@ def test_the_estimate_is_on_the_safe_side_and_no_more_than_double(
   trainer = made.trainer
   state = jax.eval_shape(made.initialise)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  layout = build.lay_out(config, mesh, state)
+  layout = build.lay_out(made.architecture, mesh, state)
   compiled = build.lower_step(
     trainer, state, layout, mesh, config.batch_size
   ).compile()
   gradients = 4 * build.count((state.params, state.disc_params))
   found = compiled.memory_analysis().temp_size_in_bytes - gradients
   estimate = 2 * memory.clip_bytes(
-    Architecture.from_config(config),
+    made.architecture,
     trainer.task.masking.num_visible,
     vit.Execution(config.dtype, attention, config.scan, config.remat),
   )

@@ -54,9 +54,18 @@ def state(config):
   return build.make_experiment(config, 10).initialise()
 
 
+def start_from(weights, state, config):
+  return warm_start.apply(
+    weights,
+    state,
+    Architecture.from_config(config),
+    uses_discriminator=True,
+  )
+
+
 def test_every_array_is_taken(config, state):
   weights = random_weights()
-  got, notices = warm_start.apply(weights, state, config)
+  got, notices = start_from(weights, state, config)
   assert not notices
   assert jax.tree.structure(got) == jax.tree.structure(state)
   blocks = got.params["decoder"]["blocks"]
@@ -69,9 +78,7 @@ def test_every_array_is_taken(config, state):
 
 
 def test_what_is_not_there_stays_and_is_said(config, state):
-  got, notices = warm_start.apply(
-    random_weights().encoder_only(), state, config
-  )
+  got, notices = start_from(random_weights().encoder_only(), state, config)
   np.testing.assert_array_equal(
     got.params["head"]["kernel"], state.params["head"]["kernel"]
   )
@@ -88,7 +95,7 @@ def test_videomae_is_adapted_to_the_runs_conventions(config, state):
   theirs = random_weights(
     disc_hidden=0, imagenet_input=True, norm_pix=True, norm_eps=1e-6
   )
-  got, notices = warm_start.apply(theirs, state, config)
+  got, notices = start_from(theirs, state, config)
   assert "1e-06" in notices[0]
   assert "1e-05" in notices[0]
   assert "folded" in notices[1]
@@ -98,7 +105,7 @@ def test_videomae_is_adapted_to_the_runs_conventions(config, state):
   np.testing.assert_array_equal(kernel, want)
   config = config.copy_and_resolve_references()
   config.input.imagenet_norm = config.target.norm_pix = True
-  got, notices = warm_start.apply(theirs, state, config)
+  got, notices = start_from(theirs, state, config)
   assert len(notices) == 2  # eps and the discriminator
   np.testing.assert_array_equal(
     got.params["encoder"]["patch_embedding"]["kernel"],
@@ -116,7 +123,7 @@ def test_a_videomae_file_is_a_warm_start(config, state, tmp_path):
   read = videomae.read(
     tmp_path / "a.pth", num_heads=2, dec_num_heads=2, num_frames=4
   )
-  got, _ = warm_start.apply(read, state, config)
+  got, _ = start_from(read, state, config)
   np.testing.assert_array_equal(
     got.params["head"]["bias"], weights.arrays["head.bias"]
   )
@@ -124,6 +131,6 @@ def test_a_videomae_file_is_a_warm_start(config, state, tmp_path):
 
 def test_another_network_is_refused_with_every_difference(config, state):
   with pytest.raises(WeightsError) as error:
-    warm_start.apply(random_weights(width=32, depth=2), state, config)
+    start_from(random_weights(width=32, depth=2), state, config)
   assert "config.model.width=16, in the weights 32" in str(error.value)
   assert "config.model.depth=1, in the weights 2" in str(error.value)

@@ -67,11 +67,10 @@ class Case:
     config.clips_per_device = clips_at_once
     self.num_steps = num_steps
     self.mesh = sharding.make_mesh(*sizes, jax.devices()[: math.prod(sizes)])
-    self.trainer, self.initialise, *_ = build.make_experiment(
-      config, 100, self.mesh
-    )
+    experiment = build.make_experiment(config, 100, self.mesh)
+    self.trainer, self.initialise = experiment.trainer, experiment.initialise
     self.shapes = jax.eval_shape(self.initialise)
-    self.layout = build.lay_out(config, self.mesh, self.shapes)
+    self.layout = build.lay_out(experiment.architecture, self.mesh, self.shapes)
     everywhere = sharding.replicated(self.mesh)
     np_rng = np.random.default_rng(0)
     grid = self.trainer.task.tubelets.grid

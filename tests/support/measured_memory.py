@@ -46,9 +46,10 @@ def main(argv):
     config, devices, lambda what: contextlib.nullcontext()
   )
   mesh = sharding.make_mesh(**config.mesh)
-  trainer, initialise, *_ = build.make_experiment(config, 1000, mesh)
+  experiment = build.make_experiment(config, 1000, mesh)
+  trainer, initialise = experiment.trainer, experiment.initialise
   shapes = jax.eval_shape(initialise)
-  layout = build.lay_out(config, mesh, shapes)
+  layout = build.lay_out(experiment.architecture, mesh, shapes)
   start = jax.jit(initialise, out_shardings=layout.shardings).lower().compile()
   step = build.lower_step(
     trainer, shapes, layout, mesh, config.batch_size

@@ -41,7 +41,7 @@ def main(workdir, step, target, fsdp, tensor, coordinator, num, number):
   mesh = sharding.make_mesh(-1, int(fsdp), int(tensor))
   made = build.make_experiment(config, config.num_steps, mesh)
   shapes = jax.eval_shape(made.initialise)
-  layout = build.lay_out(config, mesh, shapes)
+  layout = build.lay_out(made.architecture, mesh, shapes)
   source = checkpoint.Checkpoints(f"{workdir}/checkpoints", keep=9)
   meta_file = Path(workdir) / "checkpoints" / str(step) / "meta" / "metadata"
   meta = json.loads(meta_file.read_text())
