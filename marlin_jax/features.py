@@ -154,9 +154,10 @@ class _PendingVideo:
   """A video that is being read or whose features are being computed.
 
   Attributes:
-    spans: of the windows read so far.
-    features: of the first windows; the others are still being computed.
-    outcome: how reading ended; None while the video is being read.
+    spans: spans of the windows read so far.
+    features: features of the first windows; the others are still being
+      computed.
+    outcome: result of reading; None while the video is being read.
   """
 
   spans: list[Span] = dataclasses.field(default_factory=list)

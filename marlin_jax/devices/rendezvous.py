@@ -38,7 +38,7 @@ def meet(
     address: host:port of process 0.
     num_processes: processes of the run.
     process_id: number of this process, from 0.
-    timeout_secs: how long to wait.
+    timeout_secs: seconds to wait.
 
   Raises:
     StartError: not all processes came in time, or they disagree about their

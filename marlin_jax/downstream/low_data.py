@@ -47,7 +47,7 @@ def take(
 
   Args:
     ratio: share of the people, in (0, 1]; at least one person is taken.
-    strata, people, seed: as for `nested_order`.
+    strata, people, seed: see `nested_order`.
 
   Returns:
     The numbers of the videos, int, ascending.

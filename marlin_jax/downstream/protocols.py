@@ -130,7 +130,7 @@ def optimiser(config: ConfigDict) -> optax.GradientTransformation:
   """Returns Adam without its learning rate, which `updated` applies.
 
   Args:
-    config: as for `plan_training`.
+    config: see `plan_training`.
   """
   decay = config.get("weight_decay", 0.0)
   parts = [optax.scale_by_adam(config.b1, config.b2, config.eps)]

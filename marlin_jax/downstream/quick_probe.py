@@ -116,9 +116,9 @@ def open_data(
   """Chooses the videos; reads all records of both splits for their labels.
 
   Args:
-    config, path: as for `open_task`.
+    config, path: see `open_task`.
     clip: clips that the encoder takes.
-    cache: as for `splits.open_split`.
+    cache: see `splits.open_split`.
 
   Raises:
     DatasetError: as `open_task`.

@@ -51,7 +51,7 @@ def average_precision(
   Equals sklearn.metrics.average_precision_score.
 
   Args:
-    labels, scores, weights: as for `roc_auc`.
+    labels, scores, weights: see `roc_auc`.
 
   Returns:
     float64 (R); 0, as in scikit-learn, where no label is 1.
@@ -74,7 +74,7 @@ def best_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
   """Returns the threshold with the highest balanced accuracy.
 
   Args:
-    labels, scores: as for `roc_auc`; scores in [0, 1].
+    labels, scores: see `roc_auc`; scores in [0, 1].
 
   Returns:
     The middle between two scores; 0.5 where one of the two labels is missing.
@@ -94,7 +94,7 @@ def counts(
   """Returns the weights of TP, FP, FN and TN.
 
   Args:
-    labels, weights: as for `roc_auc`.
+    labels, weights: see `roc_auc`.
     predicted: bool (N,).
 
   Returns:
@@ -116,7 +116,7 @@ def calibration_error(
   a bin (Guo et al., ICML 2017), with the bins of sklearn's calibration_curve.
 
   Args:
-    labels, weights: as for `roc_auc`.
+    labels, weights: see `roc_auc`.
     probabilities: (N,) of label 1, in [0, 1].
 
   Returns:
@@ -190,7 +190,7 @@ def per_label(
   """Returns the scores of each label.
 
   Args:
-    targets, probabilities, thresholds, weights: as for `binary_scores`.
+    targets, probabilities, thresholds, weights: see `binary_scores`.
 
   Returns:
     float64 ((R), K) by name: the weights `positives` and `negatives`; and, NaN
@@ -316,7 +316,7 @@ def per_class(
   """Returns the scores of each class against the rest.
 
   Args:
-    targets, probabilities: as for `class_scores`.
+    targets, probabilities: see `class_scores`.
 
   Returns:
     float64 (K,) by name: `positives`, `negatives`, `auc`, `average_precision`,

@@ -94,7 +94,7 @@ class Task:
     """Selects, for each positive class, its videos and the negative ones.
 
     Args:
-      values: as for `targets`.
+      values: see `targets`.
 
     Returns:
       bool (V,) by class; empty unless several classes are positive.

@@ -38,7 +38,7 @@ class Probe:
       course: network and devices.
       config: configuration of the run.
       path: labelled data set.
-      workdir: where labels are cached, unless it is in a bucket.
+      workdir: workdir of the run; caches the labels unless it is in a bucket.
       alive: tells the watchdog that the probe is at work.
 
     Raises:

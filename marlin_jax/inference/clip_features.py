@@ -46,8 +46,8 @@ def features(
 
   Args:
     encoder: an nnx module; gradients flow into its parameters.
-    architecture: of the encoder.
-    x: as for `Marlin.extract_features`; not checked.
+    architecture: architecture of the encoder.
+    x: clips, see `Marlin.extract_features`; not checked.
     keep_seq: return a feature per token instead of one per clip.
 
   Returns:
@@ -68,9 +68,10 @@ def jitted_features(
 
   Args:
     graphdef: structure of the encoder, from nnx.split.
-    architecture: of the encoder.
-    placement: of the values on a mesh; None on a single device.
-    out_shardings: of the features.
+    architecture: architecture of the encoder.
+    placement: placement of parameters and tokens on a mesh; None on a single
+      device.
+    out_shardings: sharding of the features.
 
   Returns:
     A jitted function (params, x, keep_seq=False) -> features.

@@ -38,7 +38,7 @@ def window_settings(
   """Returns the windows that a network takes of a video.
 
   Args:
-    architecture: of the network.
+    architecture: architecture of the network.
     crop_face, sample_rate, stride, window_rule: see `Marlin.extract_video`.
 
   Raises:
@@ -88,7 +88,7 @@ def read_clips(
 
   Args:
     path: a video file.
-    architecture: of the network that takes the clips.
+    architecture: architecture of the network that takes the clips.
     crop_face: crop the face, following it over time; else whole frames are
       taken.
     regions: also parse the face regions.

@@ -432,8 +432,8 @@ def read_ahead(
   iterator. The iterator raises the errors of the thread.
 
   Args:
-    path: as for `read_windows`.
-    settings: as for `read_windows`.
+    path: see `read_windows`.
+    settings: see `read_windows`.
     num_ahead: windows that are read before they are taken.
   """
   stopped = threading.Event()

@@ -79,7 +79,7 @@ class FeatureFolder:
 
   Attributes:
     path: the folder.
-    reasons: of quarantined videos, by source.
+    reasons: reason for each quarantined video, by source.
   """
 
   def __init__(self, path: Path, settings: dict[str, Any]) -> None:

@@ -52,7 +52,7 @@ class Marlin:
 
     Args:
       weights: see `weights.formats.read`.
-      dtype: of matrix products; 'bfloat16' is faster on TPU and GPU and
+      dtype: dtype of matrix products; 'bfloat16' is faster on TPU and GPU and
         accurate to about two digits. Results are float32.
       attention: one of models.options.ATTENTION.
     """
@@ -209,14 +209,17 @@ class Marlin:
     Args:
       source: a video file, or clips uint8 (B, T, H, W, 3) with the
         architecture's number of frames and image size.
-      crop_face: for a file, see `extract_video`.
-      num_clips: for a file, the number of windows from its start; None: all.
-      regions: for clips, uint16 (B, T/2, h, w) bits as in `schema.Record`,
-        which the fasking strategies need; a file is parsed for them.
+      crop_face: crop the face of a video file, see `extract_video`; ignored for
+        clips.
+      num_clips: number of windows of a video file, from its start; None: all.
+        Ignored for clips.
+      regions: region bits of clips, uint16 (B, T/2, h, w) as in
+        `schema.Record`, which the fasking strategies need. Ignored for a file,
+        whose face regions are parsed.
       strategy: one of pretraining.configuration.MASKING_STRATEGIES.
       ratio: share of masked tokens. A network does best at its training ratio:
         0.9 in the recipe, 0.5 in configs/quickstart.py.
-      seed: of the masks.
+      seed: seed of the masks.
 
     Raises:
       WeightsError: the weights have no decoder.
@@ -247,7 +250,8 @@ class Marlin:
     """Returns the attention that each token of each clip receives.
 
     Args:
-      x: as for `extract_features`; `clips.read_clips` reads those of a video.
+      x: clips, see `extract_features`; `clips.read_clips` reads those of a
+        video.
 
     Returns:
       Maps by layer and head, (B, L, H, N), and their rollout, (B, N); see

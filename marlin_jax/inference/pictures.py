@@ -87,7 +87,7 @@ def heat_map(
     video: uint8 (B, T, H, W, 3).
     weights: float (B, N), non-negative values.
     grid: tokens along t, h, w.
-    name: of the values, for the caption.
+    name: name of the values in the caption.
   """
   t, h, w = grid
   weights = weights / weights.mean()
@@ -130,7 +130,7 @@ def join_clips(views: Views, frame_numbers: np.ndarray) -> Views:
   """Joins the clips of one video into a single one.
 
   Args:
-    views: of B clips.
+    views: views of B clips.
     frame_numbers: int (B, T), the frames' numbers in the video. Repeated frames
       are left out: the last clip may overlap the previous one, and a clip
       longer than the video repeats its last frame.
@@ -152,7 +152,7 @@ def save(
   """Writes the clips of one video, one after another.
 
   Args:
-    views: of the clips.
+    views: views of the clips.
     path: the suffix selects a still of six frames (.png) or an animation (.gif,
       .mp4). The folder is created if missing.
     frame_numbers: see `join_clips`.
@@ -177,7 +177,7 @@ def picture(views: Views, *, num_frames: int = 6) -> np.ndarray:
   """Renders a still: a row per clip and view, frames from left to right.
 
   Args:
-    views: of the clips.
+    views: views of the clips.
     num_frames: maximum number of frames per row.
 
   Returns:
@@ -199,7 +199,7 @@ def save_animation(views: Views, path: Path, *, fps: float) -> None:
   """Writes a looping GIF or an MP4: the views side by side, a row per clip.
 
   Args:
-    views: of the clips.
+    views: views of the clips.
     path: the suffix selects the format.
     fps: frames per second; in a GIF, durations are rounded to 1/100 second.
 

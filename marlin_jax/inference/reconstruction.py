@@ -78,11 +78,11 @@ def reconstruct(
 
   Args:
     mae: the autoencoder.
-    clips: of the sizes that `mae` takes, with regions if the masking needs
+    clips: clips of the size that `mae` takes, with regions if the masking needs
       them.
     task: masking and prediction target.
-    seed: of the masks. The mask of a clip depends on its place in the batch and
-      on the number of clips, as in `train_step.reconstruct`.
+    seed: seed of the masks. The mask of a clip depends on its place in the
+      batch and on the number of clips, as in `train_step.reconstruct`.
 
   Raises:
     ValueError: regions are missing, or their shape is not that of the tokens.

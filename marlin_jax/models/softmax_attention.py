@@ -34,7 +34,7 @@ def choose(implementation: str, platform: str, dtype) -> str:
   Args:
     implementation: one of options.ATTENTION.
     platform: 'cpu', 'gpu' or 'tpu'.
-    dtype: of q, k and v.
+    dtype: dtype of q, k and v.
   """
   if implementation != "auto":
     return implementation

@@ -54,7 +54,7 @@ class Execution:
   """How blocks are computed: speed, memory and rounding, not the function.
 
   Attributes:
-    dtype: of the matmuls; parameters stay float32.
+    dtype: dtype of the matmuls; parameters stay float32.
     attention: one of options.ATTENTION except 'auto'.
     scan: compile one block and loop over it, which compiles faster and with
       remat needs the least memory. Otherwise the loop is unrolled, which runs
@@ -138,7 +138,7 @@ def dense(
     features_in: size of the input.
     features_out: size of the output.
     rngs: draws the weights.
-    dtype: of the matmul.
+    dtype: dtype of the matmul.
     use_bias: add a bias.
     fan_out: output size that the initialiser assumes, default `features_out`.
       The reference draws query, key and value as one matrix, whose larger fan

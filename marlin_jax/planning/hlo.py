@@ -47,7 +47,8 @@ class Collective(NamedTuple):
       the operand of a reduce-scatter or an all-reduce. In a ring of n devices
       (n - 1) / n of it passes each device, twice for an all-reduce.
     group_size: devices in a group.
-    times: how often it runs; a loop of unknown length counts as one iteration.
+    times: executions per step; a loop of unknown length counts as one
+      iteration.
   """
 
   kind: str
@@ -108,7 +109,7 @@ def memory_bytes(text: str) -> int:
   in the chip's own fast memory do not count.
 
   Args:
-    text: as for `collectives`.
+    text: see `collectives`.
   """
   computations, entry = _computations(text)
 

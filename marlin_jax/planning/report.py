@@ -127,8 +127,8 @@ def largest_text(step: Step, best: Step) -> str:
   """Describes the largest batch that fits.
 
   Args:
-    step: of the configuration.
-    best: from search.largest.
+    step: step of the configuration.
+    best: result of `search.largest`.
   """
   text = (
     f"\nlargest     {best.clips_at_once} clips per device at once: "

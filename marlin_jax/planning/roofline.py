@@ -18,11 +18,11 @@ class Roofline:
   """Least seconds per step of each resource.
 
   Attributes:
-    compute: for the matrix products, with what remat repeats.
-    hbm: for the bytes to and from the chip's memory.
-    links: for the bytes between chips of a slice or machine.
-    network: for the bytes between slices; None if the network's speed is
-      unknown.
+    compute: seconds for the matrix products, recomputation by remat included.
+    hbm: seconds for the bytes to and from the chip's memory.
+    links: seconds for the bytes between chips of a slice or machine.
+    network: seconds for the bytes between slices; None if the network's speed
+      is unknown.
   """
 
   compute: float
@@ -57,10 +57,10 @@ def estimate(
 
   Args:
     chip: the chip.
-    dtype: of the matmuls.
+    dtype: dtype of the matmuls.
     flops: FLOPs of one chip in one step.
     hbm_bytes: bytes to and from the memory of one chip in one step.
-    collectives: of the step, see hlo.collectives.
+    collectives: collectives of the step, see hlo.collectives.
     network_bytes: bytes that one chip sends to other slices in one step.
   """
   sent = sum(map(_sent_bytes, collectives))

@@ -24,7 +24,7 @@ def largest(step: Step, busy: Busy) -> Step | None:
   Stops where the next guess is less than a sixteenth away, or after _MAX_TRIES.
 
   Args:
-    step: of the configuration.
+    step: compiled step of the configuration.
     busy: see `compile_step`.
 
   Returns:

@@ -162,7 +162,7 @@ def make_networks(
   Args:
     architecture: sizes of both networks.
     execution: dtype, attention, scan and remat.
-    seed: of the parameters; each network has its own key.
+    seed: seed of the parameters; each network has its own key.
     start_grey: see models.mae.MAE.
   """
   key = jax.random.key(seed)
@@ -266,8 +266,8 @@ def lower_step(
 
   Args:
     trainer: from `make_experiment`.
-    shapes: of the state: jax.eval_shape(initialise).
-    layout: of the state, from `lay_out`.
+    shapes: shapes of the state: jax.eval_shape(initialise).
+    layout: layout of the state, from `lay_out`.
     mesh: the devices.
     batch_size: clips per step over all devices.
 

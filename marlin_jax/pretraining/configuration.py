@@ -115,7 +115,7 @@ def identity(
 
   Args:
     config: a valid configuration.
-    fingerprint: of the training data, `Dataset.fingerprint`.
+    fingerprint: fingerprint of the training data, `Dataset.fingerprint`.
     num_steps: steps of the whole run.
 
   Returns:

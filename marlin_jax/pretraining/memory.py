@@ -61,9 +61,9 @@ def clip_bytes(
   """Estimates the activations that one clip keeps for the backward pass.
 
   Args:
-    architecture: of both networks.
+    architecture: sizes of both networks.
     num_visible: tokens of a clip that the encoder sees.
-    execution: how the transformers are computed.
+    execution: dtype, attention, scan and remat of the transformers.
     num_tensor: devices that share heads and hidden units.
 
   Returns:

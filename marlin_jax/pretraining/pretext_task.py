@@ -29,7 +29,7 @@ class PretextTask:
 
   Attributes:
     tubelets: the token grid.
-    masking: which tokens are hidden.
+    masking: strategy and ratio of the masks.
     norm_pix: predict each token normalised by its own mean and standard
       deviation per colour (VideoMAE); MARLIN predicts plain pixels.
     imagenet_input: feed pixels normalised with ImageNet's statistics, as
@@ -126,7 +126,7 @@ def reconstruct_batch(
   """Masks clips, predicts the masked tokens and puts the clips together.
 
   Args:
-    task: what is masked, and the form of the prediction.
+    task: masking, and the form of the target.
     predict: the autoencoder: patches (B, V, P), visible (B, V) and masked
       (B, M) -> predictions float32 (B, M, P); see models.mae.MAE.
     batch: `video` and `regions` as for `PretextTask.inputs_and_target`, and

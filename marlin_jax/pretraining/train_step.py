@@ -73,9 +73,9 @@ class Adversarial:
   """Settings of the adversarial loss.
 
   Attributes:
-    weight: of the adversarial term in the autoencoder's loss; 0 turns the
-      discriminator off.
-    gp_weight: of the gradient penalty in the discriminator's loss.
+    weight: factor of the adversarial term in the autoencoder's loss; 0 turns
+      the discriminator off.
+    gp_weight: factor of the gradient penalty in the discriminator's loss.
     d_steps: discriminator updates per step, all on the same predictions.
     g_steps: autoencoder updates per step; each after the first runs the
       autoencoder again.
@@ -97,18 +97,19 @@ class Trainer:
   """The static half of a step: network structure, optimisers, settings.
 
   Attributes:
-    task: what is masked and predicted.
+    task: pretext task: masking, and the form of the target.
     adversarial: settings of the adversarial loss.
     mae: structure of the autoencoder.
     discriminator: structure of the discriminator.
     optimizer: updates the autoencoder.
     disc_optimizer: updates the discriminator.
-    ema_decay: of the average of the autoencoder's parameters; 0: none is kept.
+    ema_decay: decay of the average of the autoencoder's parameters; 0: no
+      average is kept.
     decoder_ratio: share of the masked tokens that are not predicted.
     num_microbatches: microbatches that a batch is split into, processed one
       after the other with accumulated gradients, where memory is too small for
       the whole batch.
-    placement: where tokens and weights live on a mesh; None: on one device.
+    placement: placement of tokens and weights on a mesh; None: on one device.
   """
 
   task: PretextTask
@@ -408,7 +409,7 @@ def reconstruct(
   Args:
     trainer: the static half.
     state: the state.
-    batch: as for `train_step`.
+    batch: see `train_step`.
     rng: key of the masks.
 
   Returns:

@@ -61,7 +61,7 @@ class Row:
   """Line of a start-up text.
 
   Attributes:
-    label: at most 8 characters.
+    label: text of at most 8 characters.
     value: text beside the label.
     notes: further lines below the value.
   """

@@ -49,7 +49,7 @@ class Course(Protocol):
     num_steps: steps of the whole run.
     mesh: devices.
     shapes: state, as arrays or shapes.
-    shardings: where each array of the state lives.
+    shardings: sharding of each array of the state.
     identity: flat dict that survives JSON; a resumed run must agree in it.
     peak_clips_per_sec: rate at a model FLOPs utilisation of 1; None: unknown.
   """
@@ -182,7 +182,7 @@ def train(
   same bits as an uninterrupted run.
 
   Args:
-    course: what to train.
+    course: course to train.
     make_evaluations: called with the workdir and with a function that tells the
       watchdog what an evaluation that takes minutes is doing.
     config: configuration; see configs/pretrain_b.py.

@@ -34,7 +34,7 @@ class Profiler:
     """Sets what to profile.
 
     Args:
-      folder: where to write; each profile gets a folder in it.
+      folder: folder to write to; each profile gets a subfolder.
       shown: the same folder in messages; it may be copied to a bucket.
       timer: gets the time that starting and writing takes.
       say: prints a line.

@@ -51,7 +51,7 @@ class Watchdog:
     """Gives a sign of life.
 
     Args:
-      doing: what starts now, for the message, such as 'step 7'.
+      doing: operation that starts now, such as 'step 7', for the message.
     """
     with self._changed:
       self._doing, self._last = doing, time.monotonic()

@@ -26,7 +26,7 @@ class Workdir:
     path: location; may be in a bucket.
     checkpoints: the checkpoints in it.
     start_step: step of the last checkpoint; 0 without one.
-    files: where to write small files; available after `begin`.
+    files: local folder of the small files; available after `begin`.
   """
 
   checkpoints: checkpoint.Checkpoints

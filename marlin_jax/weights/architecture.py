@@ -190,7 +190,7 @@ class Architecture:
 
     Args:
       rngs: draws the parameters; None: seed 0.
-      dtype: of the matmuls.
+      dtype: dtype of the matmuls.
     """
     return Discriminator(
       pixels=self.tubelets.pixels,

@@ -113,8 +113,8 @@ def call(function, path, action: str, options: dict, *args):
   Args:
     function: `read` or `write` of a format's module.
     path: a file or folder.
-    action: what the function does, for the message.
-    options: by name.
+    action: description of the operation, for the message.
+    options: options by name.
     *args: arguments before the path.
 
   Raises:

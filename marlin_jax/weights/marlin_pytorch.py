@@ -65,8 +65,9 @@ def read(
 
   Args:
     path: the file.
-    num_heads: of the encoder; 0: that of the published network of this width.
-    dec_num_heads: of the decoder; 0: likewise.
+    num_heads: attention heads of the encoder; 0: those of the published network
+      of this width.
+    dec_num_heads: attention heads of the decoder; 0: likewise.
     image_size: height and width of a frame in pixels, which the file does not
       hold.
 

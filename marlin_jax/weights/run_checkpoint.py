@@ -75,7 +75,7 @@ def read_meta(path: Path) -> tuple[Path, dict]:
   """Reads the metadata of a run's last checkpoint.
 
   Args:
-    path: as for `read`.
+    path: see `read`.
 
   Returns:
     WORKDIR/checkpoints/STEP, and its `meta` item.

@@ -69,7 +69,8 @@ class TorchNetwork:
 
   Args:
     theirs: the file's arrays by their names there.
-    architecture: of the network, for what the file does not hold.
+    architecture: architecture of the network, which the file does not store
+      completely.
     tables: `encoder.positions` and `dec_positions`, float32 (N, D), for files
       without position tables.
   """
@@ -111,7 +112,7 @@ class TorchNetwork:
     """Returns the decoder's predictions of the masked tokens.
 
     Args:
-      video: as for `features`.
+      video: see `features`.
       visible: bool (N,), the same for every clip.
 
     Returns:

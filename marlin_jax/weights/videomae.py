@@ -28,8 +28,8 @@ def rules(architecture: Architecture, *, prefix: str, norm: str):
   """Returns the name table of a network.
 
   Args:
-    architecture: of the network.
-    prefix: of the encoder's names, 'encoder.' or ''.
+    architecture: architecture of the network.
+    prefix: prefix of the encoder's array names, 'encoder.' or ''.
     norm: name of the final norm, 'norm' or, after the mean over tokens,
       'fc_norm'.
   """
@@ -68,8 +68,9 @@ def read(
 
   Args:
     path: the file.
-    num_heads: of the encoder; 0: that of the published network of this width.
-    dec_num_heads: of the decoder; 0: likewise.
+    num_heads: attention heads of the encoder; 0: those of the published network
+      of this width.
+    dec_num_heads: attention heads of the decoder; 0: likewise.
     num_frames: frames per clip, which the file does not hold.
     image_size: height and width of a frame in pixels, which the file does not
       hold.

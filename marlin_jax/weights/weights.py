@@ -43,7 +43,7 @@ class Weights:
   Attributes:
     architecture: sizes and input convention of the network.
     arrays: float32 arrays by name.
-    source: where they were read from, for messages.
+    source: origin of the arrays, for messages.
 
   Raises:
     WeightsError: at construction, listing every array that is missing, unknown,
@@ -182,7 +182,7 @@ def eps_notice(
   """Returns a notice if a format cannot store the LayerNorm epsilon.
 
   Args:
-    architecture: of the weights.
+    architecture: architecture of the weights.
     eps: the epsilon that readers of the format use.
     reader: name of those readers, for the message.
   """
@@ -200,7 +200,7 @@ def of_modules(
   """Returns weights from nested dicts of arrays.
 
   Args:
-    architecture: of the network.
+    architecture: architecture of the network.
     params: all arrays of the autoencoder, including position tables.
     disc_params: arrays of the discriminator, if there is one.
 

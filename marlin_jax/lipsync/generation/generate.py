@@ -133,7 +133,7 @@ class GeneratedVideo:
     num_frames: number of frames.
     num_without_face: frames that show no face and are unchanged.
     num_source_frames: frames of the source video, at 25 per second.
-    is_silent: whether the sound is silent throughout.
+    is_silent: True if the sound is silent throughout.
   """
 
   path: Path

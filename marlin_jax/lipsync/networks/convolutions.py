@@ -31,7 +31,7 @@ class Convolution(nnx.Module):
   Attributes:
     convolution: over any number of spatial axes.
     norm: batch norm, or None.
-    residual: whether the input is added before the activation.
+    residual: True if the input is added before the activation.
     activation: applied elementwise.
   """
 

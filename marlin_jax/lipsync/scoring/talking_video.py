@@ -125,8 +125,8 @@ def read_many(
   """Reads videos one after the other, with models that are opened once.
 
   Args:
-    paths: as for `read`.
-    crop_face: as for `read`.
+    paths: see `read`.
+    crop_face: see `read`.
     progress: called with the number of a video and the share of it that has
       been read.
 

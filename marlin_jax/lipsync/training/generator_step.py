@@ -242,7 +242,7 @@ def generate(
   """Generates a batch in evaluation mode and measures the result.
 
   Args:
-    trainer, state, judge, batch: as for `generator_step`.
+    trainer, state, judge, batch: see `generator_step`.
 
   Returns:
     `masked`, `reference`, `generated`, `target`, float32 (B, T, S, S, 3), and

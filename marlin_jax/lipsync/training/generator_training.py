@@ -56,7 +56,7 @@ def train_generator(
   """Trains the generator; see `course.train`.
 
   Args:
-    config, data, workdir: as for `course.train`.
+    config, data, workdir: see `course.train`.
     expert: the sync expert; see `networks.build.read_expert`.
     encoder: MARLIN's encoder: weights in any format, a published model's name
       or 'random'; None for config.generator.kind=wav2lip.
@@ -93,8 +93,8 @@ class GeneratorCourse(course.LipsyncCourse):
     """Reads the expert and the encoder and builds the generator.
 
     Args:
-      config, mesh, dataset, eval_dataset: as for LipsyncCourse.
-      expert, encoder: as for `train_generator`.
+      config, mesh, dataset, eval_dataset: see LipsyncCourse.
+      expert, encoder: see `train_generator`.
 
     Raises:
       ConfigError: expert and encoder have windows of different lengths.
