@@ -72,7 +72,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     action="store_true",
     help="drop decoder and discriminator",
   )
-  reading = parser.add_argument_group("what SRC may not hold")
+  reading = parser.add_argument_group("values that SRC may not store")
   for name, text in _READ_OPTIONS.items():
     reading.add_argument(f"--{name}", type=int, metavar="N", help=text)
   reading.add_argument(
@@ -80,7 +80,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     action="store_true",
     help="ignore the classifier of a fine-tuned network (hf, videomae)",
   )
-  writing = parser.add_argument_group("--to=hf")
+  writing = parser.add_argument_group("options of --to=hf")
   writing.add_argument(
     "--hf_class",
     choices=("model", "pretraining", "classification"),

@@ -74,14 +74,15 @@ def main(argv):
 
 
 def plan(config: ConfigDict) -> tuple[dict[str, Any], bool]:
-  """Compiles the step, and prints about it unless stdout is for the numbers.
+  """Compiles the step and prints a report, except with --json=-.
 
   Returns:
-    The numbers as JSON values, and whether the configuration fits in memory.
+    The numbers of the report as JSON values, and True if the configuration fits
+    in memory.
 
   Raises:
     ConfigError: the configuration is not valid.
-    TopologyError: there are no such devices.
+    TopologyError: the topology is unknown.
     MeshError: the mesh or the batch does not fit the devices.
   """
   validate(config)

@@ -2,16 +2,16 @@
 
   python -m marlin_jax.train --config=configs/pretrain_b.py --workdir=runs/b
 
-Any value of the configuration can be overridden: --config.batch_size=64. Run
-again with the same --workdir, it resumes where it stopped, on as many devices
-and processes as there are now. After Ctrl-C or SIGTERM it saves before it ends.
+A flag overrides any value of the configuration: --config.batch_size=64. The
+same command with the same --workdir resumes the run, also on another number of
+devices and processes. After Ctrl-C or SIGTERM the run saves before it ends.
 
 A workdir holds config.json, metrics.jsonl (one object per logged step),
 tensorboard/, checkpoints/ and pictures/; quarantine.jsonl if records could not
 be read, damaged/ if checkpoints were damaged, and lock, which names the process
 that is writing.
 
-Exit codes: 0 done; 1 cannot be done as asked, see the message; 75 ended early
+Exit codes: 0 done; 1 refused, and the message says what to do; 75 ended early
 (hung, could not save, lost another process) and can be restarted; 128 + signal:
 saved and ended because of the signal.
 """
@@ -39,9 +39,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
     The last TrainState, and the signal that ended the run early or None.
 
   Raises:
-    UserError: the run cannot start, resume, save or go on.
+    UserError: the run cannot start, resume, save or continue.
   """
-  # Imported here: they take seconds, which --help and bad flags need not wait.
+  # Imported here because the imports take seconds: --help and bad flags answer
+  # at once.
   import jax
 
   from marlin_jax.data import prepared_dataset, sample
@@ -65,14 +66,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   dataset = prepared_dataset.open_dataset(
     data_path, config.data.split, config.data.min_quality
   )
-  # Without the quality threshold: losses of runs with different thresholds are
-  # of the same clips.
+  # Without the quality threshold, so that runs with different thresholds
+  # evaluate the same clips.
   eval_dataset = prepared_dataset.open_dataset(
     data_path, config.data.eval_split
   )
   probe_path = config.probe.path or data_path
   if config.probe.steps:
-    # Fails before a workdir is created.
+    # Opened here to fail before a workdir is created.
     quick_probe.open_task(config.probe, probe_path)
 
   # --- Devices, model ---------------------------------------------------------
@@ -90,7 +91,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
 
 
 def _evaluations(config, course, dataset, probe_path, workdir, alive):
-  """Returns reconstruction losses, the probe if there is one, and pictures."""
+  """Returns the evaluations: reconstruction losses, probe, pictures."""
   from marlin_jax.evaluators import probe, reconstruction
   from marlin_jax.training.loop import Evaluation
 
@@ -99,8 +100,8 @@ def _evaluations(config, course, dataset, probe_path, workdir, alive):
   )
   evaluations = [Evaluation(config.eval_steps, reconstructed.losses)]
   if config.probe.steps:
-    prober = probe.Probe(course, config, probe_path, workdir, alive)
-    evaluations.append(Evaluation(config.probe.steps, prober))
+    encoder_probe = probe.Probe(course, config, probe_path, workdir, alive)
+    evaluations.append(Evaluation(config.probe.steps, encoder_probe))
   evaluations.append(Evaluation(config.picture_steps, reconstructed.picture))
   return evaluations
 
@@ -109,8 +110,8 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   xla_flags.set_for_training()
-  # Orbax logs twenty lines per save, and stack traces of errors that it raises
-  # anyway.
+  # Orbax logs twenty lines per save, and a stack trace for each error that it
+  # also raises.
   logging.set_verbosity(logging.FATAL)
   config = config_flags.config(configuration.validate)
   from marlin_jax.training import loop

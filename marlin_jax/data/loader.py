@@ -172,7 +172,12 @@ class BadRecords:
     self._rows = {_key(row): row for row in map(json.loads, lines)}
 
   def add(self, dataset: Dataset, index: int, error: DatasetError) -> None:
-    """Adds a record.
+    """Adds a record to the list and rewrites the file.
+
+    Args:
+      dataset: split of the record.
+      index: number of the record in the split.
+      error: reason why it cannot be read.
 
     Raises:
       DatasetError: the list is longer than the limit.
@@ -301,11 +306,19 @@ class _Draws:
 
 
 class _Batches:
-  """Grain source: maps a step to this process's rows of its batch."""
+  """Grain source: maps a step to this process's rows of the batch."""
 
   def __init__(
     self, read: _Reader, draws: _Draws, batch_size: int, rows: Sequence[int]
   ):
+    """Determines which records of a batch this process reads.
+
+    Args:
+      read: reads draws; each gives `read.num_clips` consecutive rows.
+      draws: records by their position in the run.
+      batch_size: clips per step over all processes.
+      rows: this process's rows of each batch, from `own_rows`.
+    """
     self._read, self._draws = read, draws
     n = read.num_clips
     self._per_step = batch_size // n

@@ -60,12 +60,12 @@ def open_dataset(path: str, split: str, min_quality: float = 0.0) -> Dataset:
   Args:
     path: folder written by data_prep.prepare, local or gs://.
     split: name of a split, such as 'train' or 'val'.
-    min_quality: records of tracks of a lower quality are not served; 0: serve
-      all.
+    min_quality: least quality of a track, in [0, 1]; records of other tracks
+      are left out. 0: all records.
 
   Raises:
-    DatasetError: the folder holds no complete data set of this schema version,
-      or no such split, or no record of the quality.
+    DatasetError: the folder holds no complete data set of this schema version
+      or no such split, or all records have a lower quality.
   """
   root = epath.Path(path)
   advice = "Make one with: python -m data_prep.prepare --input DIR --output DIR"
@@ -76,7 +76,7 @@ def open_dataset(path: str, split: str, min_quality: float = 0.0) -> Dataset:
       + (
         ": its preparation has not finished; run it again to complete it."
         if started
-        else f", so it is no prepared data set. {advice}"
+        else f", so it is not a prepared data set. {advice}"
       )
     )
   info = json.loads((root / folders.DATASET_INFO).read_text())

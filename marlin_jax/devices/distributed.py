@@ -215,7 +215,8 @@ def check_same(facts: dict[str, Any]) -> None:
   ]
   if lines:
     raise StartError(
-      "the processes were not started alike:\n" + "\n".join(lines[:20])
+      "the processes were started with different values; start all of them "
+      "with the same command, code and data:\n" + "\n".join(lines[:20])
     )
 
 
@@ -267,8 +268,9 @@ def leave(
   Args:
     message: printed to stderr.
     code: exit code.
-    at_once: skip Python's shutdown, which would wait for the other processes
-      while they wait for this one. Default: True if there are other processes.
+    at_once: exit without Python's shutdown, which would wait for the other
+      processes while they wait for this one. None: True if there are other
+      processes.
   """
   if at_once is None:
     at_once = jax.distributed.is_initialized()

@@ -248,9 +248,9 @@ class Layout(NamedTuple):
 def lay_out(
   mesh: Mesh | AbstractMesh, shapes: Pytree, num_heads: Mapping[str, int]
 ) -> Layout:
-  """Resolves RULES on shapes, before any array is allocated.
+  """Returns the sharding of each array by RULES; allocates nothing.
 
-  An axis that does not divide over its mesh axis is not split.
+  An axis whose size does not divide over its mesh axis is not split.
 
   Args:
     mesh: from `make_mesh`.
@@ -317,7 +317,14 @@ class MeshPlacement:
     return jax.lax.with_sharding_constraint(x, batch_sharding(self.mesh))
 
   def own_heads(self, attend):
-    """Wraps a function of (B, N, H, K) to run on a device's clips and heads."""
+    """Wraps a function so that each device runs it on its own clips and heads.
+
+    Args:
+      attend: arrays (B, N, H, K) -> (B, N, H, K).
+
+    Returns:
+      A function of the same arrays, sharded over the mesh.
+    """
 
     def run(*arrays):
       num_heads = arrays[0].shape[2]

@@ -384,7 +384,7 @@ def _gaps(labels, probabilities):
 
 
 def _counts_per_threshold(labels, scores):
-  """Numbers of 1s and 0s at or above each distinct score, falling."""
+  """Returns the number of 1s and of 0s at or above each score, descending."""
   labels, scores = _checked(labels, scores)
   known = np.flatnonzero(~np.isnan(labels))
   order = known[np.argsort(-scores[known], kind="stable")]
@@ -394,7 +394,7 @@ def _counts_per_threshold(labels, scores):
 
 
 class _Ranking(NamedTuple):
-  """Weights of the examples ranked at and above each positive example.
+  """Weights of the examples that score as high as each positive, or higher.
 
   P examples have the label 1; each array is float64 (P, (R)), the last two (R).
 
@@ -402,21 +402,21 @@ class _Ranking(NamedTuple):
     own: weight of the positive itself.
     positives_above, all_above: weight of the positives, and of all examples,
       with a higher score.
-    positives_down, all_down: the same, with an equal or higher score.
+    positives_at_least, all_at_least: the same, with an equal or higher score.
     num_positives, num_all: weights of all known examples.
   """
 
   own: np.ndarray
   positives_above: np.ndarray
-  positives_down: np.ndarray
+  positives_at_least: np.ndarray
   all_above: np.ndarray
-  all_down: np.ndarray
+  all_at_least: np.ndarray
   num_positives: np.ndarray
   num_all: np.ndarray
 
 
 def _rank(labels, scores, weights) -> _Ranking:
-  """Sorts the known examples by falling score and sums up their weights."""
+  """Sorts the known examples by descending score and sums up their weights."""
   labels, scores = _checked(labels, scores)
   weights = _weights(weights, len(labels))
   known = np.flatnonzero(~np.isnan(labels))
@@ -431,34 +431,34 @@ def _rank(labels, scores, weights) -> _Ranking:
   return _Ranking(
     own=own,
     positives_above=positive_sums[np.searchsorted(positives, first)],
-    positives_down=positive_sums[np.searchsorted(positives, end)],
+    positives_at_least=positive_sums[np.searchsorted(positives, end)],
     all_above=all_sums[first],
-    all_down=all_sums[end],
+    all_at_least=all_sums[end],
     num_positives=positive_sums[-1],
     num_all=all_sums[-1],
   )
 
 
 def _roc_auc(ranking: _Ranking) -> np.ndarray:
-  """Share of pairs of a 1 and a 0 in which the 1 has the higher score."""
+  """Returns the share of (1, 0) pairs in which the 1 has the higher score."""
   r = ranking
   num_negatives = r.num_all - r.num_positives
   negatives_above = r.all_above - r.positives_above
-  negatives_down = r.all_down - r.positives_down
-  outranked = num_negatives - (negatives_down + negatives_above) / 2
+  negatives_at_least = r.all_at_least - r.positives_at_least
+  outranked = num_negatives - (negatives_at_least + negatives_above) / 2
   area = (r.own * outranked).sum(0)
   return _ratio(area, r.num_positives * num_negatives, np.nan)
 
 
 def _average_precision(ranking: _Ranking) -> np.ndarray:
-  """Mean over the 1s of the precision at their score."""
+  """Returns the mean over the 1s of the precision at their score."""
   r = ranking
-  precision = _ratio(r.positives_down, r.all_down, 0.0)
+  precision = _ratio(r.positives_at_least, r.all_at_least, 0.0)
   return _ratio((r.own * precision).sum(0), r.num_positives, 0.0)
 
 
 def _running_sums(values: np.ndarray) -> np.ndarray:
-  """Sums of the first 0, 1, 2, ... rows: (N, (R)) -> (N + 1, (R))."""
+  """Returns sums of the first 0, 1, ... N rows: (N, (R)) -> (N + 1, (R))."""
   sums = np.zeros((len(values) + 1, *values.shape[1:]))
   np.cumsum(values, axis=0, out=sums[1:])
   return sums
@@ -471,6 +471,6 @@ def _ratio(a, b, otherwise: float) -> np.ndarray:
 
 
 def _mean_of_defined(values: np.ndarray) -> np.ndarray:
-  """Mean of the finite values over the last axis; NaN if there are none."""
+  """Returns the mean of finite values over the last axis; NaN without any."""
   defined = np.isfinite(values)
   return _ratio(np.where(defined, values, 0).sum(-1), defined.sum(-1), np.nan)

@@ -199,7 +199,7 @@ def make_tasks(
     labels: result of `read_labels`.
     derive: rules by name: `label` and `cuts`, or `label`, `negative` and
       optionally `only`.
-    where: the data set, for messages.
+    where: path of the data set, for messages.
 
   Raises:
     TaskError: there is no such label, or it does not fit its rule.
@@ -215,7 +215,18 @@ def make_task(
   rule: Mapping[str, Any],
   where: str,
 ) -> Task:
-  """Returns a single task; an empty rule takes the label as it is."""
+  """Returns a single task.
+
+  Args:
+    name: name of the task.
+    labels: labels of the data set, from `read_labels`.
+    rule: derives the target from a label, see `make_tasks`; {}: the label is
+      the target.
+    where: path of the data set, for messages.
+
+  Raises:
+    TaskError: there is no such label, or it does not fit the rule.
+  """
   label = rule.get("label", name)
   if label not in labels:
     raise TaskError(

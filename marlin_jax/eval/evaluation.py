@@ -76,7 +76,7 @@ def evaluate(
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-  """Everything that is checked before records are read or features computed.
+  """Inputs that are checked before records are read or features computed.
 
   Attributes:
     data: directory of the data set.
@@ -130,12 +130,12 @@ class Videos:
 
   Attributes:
     splits: splits by role.
-    of_task: videos of each task, by task name and role.
+    by_task: videos of each task, by task name and role.
     warnings: lines about splits that are not independent.
   """
 
   splits: dict[str, Split]
-  of_task: dict[str, dict[str, TaskSplit]]
+  by_task: dict[str, dict[str, TaskSplit]]
   warnings: list[str]
 
 
@@ -186,7 +186,7 @@ def _describe(inputs: Inputs, videos: Videos) -> str:
   for task in inputs.tasks:
     sizes = ", ".join(
       f"{role} {len(task_videos)}"
-      for role, task_videos in videos.of_task[task.name].items()
+      for role, task_videos in videos.by_task[task.name].items()
     )
     noun = "classes" if task.is_class else "labels"
     rows.append(
@@ -229,7 +229,7 @@ def run_cells(
   """Returns the scores of all cells; runs those that are not finished."""
   results = []
   for task in inputs.tasks:
-    task_videos = videos.of_task[task.name]
+    task_videos = videos.by_task[task.name]
     results.append(_constant(task, task_videos, config))
     for cell in _cells(config, task):
       results.append(
@@ -259,7 +259,7 @@ def _run(
   folder: ResultsFolder,
   settings: dict[str, Any],
 ) -> dict[str, Any]:
-  """Trains and tests a cell, writes it to the folder, returns its scores."""
+  """Trains and tests a cell, writes its results and returns its scores."""
   task, started_at = cell.task, time.monotonic()
   train = videos["train"]
   strata = low_data.strata_of(train.targets)
@@ -441,7 +441,7 @@ def _plot(
   ratio = configuration.ratios(config)[-1]
   for task, mode in itertools.product(inputs.tasks, _mode_names(config)):
     name = Cell(task, mode, ratio, 0).name
-    targets = videos.of_task[task.name]["test"].targets
+    targets = videos.by_task[task.name]["test"].targets
     report.plot_cell(
       plots,
       cells[name],

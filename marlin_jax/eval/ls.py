@@ -33,9 +33,9 @@ Any value of the configuration can be overridden: --config.generator.lr=2e-4.
 
 Training can be stopped at any time; Ctrl-C saves a checkpoint first. The same
 command resumes it. The workdir contains config.json, metrics.jsonl,
-tensorboard/, checkpoints/ and pictures/. Exit codes: 0 done; 1 the command
-cannot be carried out, see the message; 75 training broke off and can be started
-again; 128 + signal: stopped by a signal, training after saving a checkpoint.
+tensorboard/, checkpoints/ and pictures/. Exit codes: 0 done; 1 refused, and the
+message says what to do; 75 training ended early and can be restarted; 128 +
+signal: stopped by a signal, training after saving a checkpoint.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ flags.DEFINE_string(
   "features",
   None,
   "Features to compare faces by: Inception as an ONNX file, for FID (the "
-  "docstring of marlin_jax/lipsync/scoring/frame_features.py tells how to "
+  "docstring of marlin_jax/lipsync/scoring/frame_features.py says how to "
   "export it), or MARLIN weights. Default: mean colours. Only Inception's "
   "distance is called FID.",
 )
@@ -136,27 +136,29 @@ flags.DEFINE_bool(
 
 def _flag_problems(config: ConfigDict, mode: str) -> list[str]:
   """Returns a message for each flag that is missing, unused or wrong."""
-  given = {name for name in _MODE_FLAGS if flags.FLAGS[name].value}
+  set_flags = {name for name in _MODE_FLAGS if flags.FLAGS[name].value}
   required, optional = _MODES[mode]
-  problems = [f"--{name} is missing" for name in required if name not in given]
+  problems = [
+    f"--{name} is missing" for name in required if name not in set_flags
+  ]
   problems += [
     f"--{name} has no meaning"
     for name in _MODE_FLAGS
-    if name in given and name not in (*required, *optional)
+    if name in set_flags and name not in (*required, *optional)
   ]
   has_encoder = config.generator.kind == "marlin"
-  if mode == "train" and has_encoder != ("checkpoint" in given):
+  if mode == "train" and has_encoder != ("checkpoint" in set_flags):
     problem = "is missing" if has_encoder else "has no meaning"
     problems.append(
       f"--checkpoint {problem} with config.generator.kind="
       f"{config.generator.kind!r}"
     )
-  if mode == "score" and len(given & {"syncnet", "expert"}) != 1:
+  if mode == "score" and len(set_flags & {"syncnet", "expert"}) != 1:
     problems.append("expected one of --syncnet and --expert")
   problems += [
     f"--{name}={flags.FLAGS[name].value}: there is no such file or folder"
     for name in _INPUT_PATHS
-    if name in given & {*required, *optional}
+    if name in set_flags & {*required, *optional}
     and not os.path.exists(flags.FLAGS[name].value)
   ]
   return [f"{problem} (--mode={mode})" for problem in problems]
@@ -178,22 +180,23 @@ def main(argv: Sequence[str]) -> int | None:
 
 
 def _train(config: ConfigDict, mode: str) -> None:
-  # Imported here: these take seconds, which --help and bad flags need not wait.
+  # Imported here because the imports take seconds: --help and bad flags answer
+  # at once.
   from marlin_jax.lipsync.training.expert_training import train_expert
   from marlin_jax.lipsync.training.generator_training import train_generator
   from marlin_jax.training import loop
 
-  given, workdir = flags.FLAGS, config_flags.workdir()
+  paths, workdir = flags.FLAGS, config_flags.workdir()
   if mode == "train_expert":
-    train = functools.partial(train_expert, config, given.data, workdir)
+    train = functools.partial(train_expert, config, paths.data, workdir)
   else:
     train = functools.partial(
       train_generator,
       config,
-      given.data,
+      paths.data,
       workdir,
-      given.expert,
-      given.checkpoint,
+      paths.expert,
+      paths.checkpoint,
     )
   loop.run_training(train)
 
@@ -201,11 +204,11 @@ def _train(config: ConfigDict, mode: str) -> None:
 def _generate(config: ConfigDict) -> None:
   from marlin_jax.lipsync.generation.generate import load_generator, run
 
-  given = flags.FLAGS
+  paths = flags.FLAGS
   generator, framing = load_generator(
-    given.generator, dtype=config.dtype, attention=config.attention
+    paths.generator, dtype=config.dtype, attention=config.attention
   )
-  run(generator, given.video, given.sound, given.output, framing=framing)
+  run(generator, paths.video, paths.sound, paths.output, framing=framing)
 
 
 def _score(config: ConfigDict) -> None:
@@ -215,21 +218,22 @@ def _score(config: ConfigDict) -> None:
   from marlin_jax.lipsync.scoring.judges import ExpertJudge, SyncNetJudge
   from marlin_jax.lipsync.scoring.score import score
 
-  given = flags.FLAGS
-  if given.syncnet:
-    judge = SyncNetJudge(published.read(published.SYNCNET, given.syncnet))
+  options = flags.FLAGS
+  if options.syncnet:
+    judge = SyncNetJudge(published.read(published.SYNCNET, options.syncnet))
   else:
-    expert = build.read_expert(given.expert, dtype=config.dtype)
-    judge = ExpertJudge(expert, given.expert)
+    expert = build.read_expert(options.expert, dtype=config.dtype)
+    judge = ExpertJudge(expert, options.expert)
   results = score(
-    given.videos,
-    given.output,
+    options.videos,
+    options.output,
     judge,
-    reals=given.real,
-    features=open_features(given.features) if given.features else None,
-    crop_face=not given.face_crops,
+    reals=options.real,
+    features=open_features(options.features) if options.features else None,
+    crop_face=not options.face_crops,
   )
-  print(f"\n{report.table(results)}\n\n{given.output}/scores.json has more")
+  print(f"\n{report.table(results)}\n")
+  print(f"{options.output}/scores.json holds all scores")
 
 
 if __name__ == "__main__":

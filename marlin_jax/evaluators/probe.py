@@ -22,7 +22,10 @@ from marlin_jax.training.workdir import Workdir
 
 
 class Probe:
-  """Evaluator that probes the encoder in place, on the mesh of the run."""
+  """Evaluator that fits a linear probe and nearest neighbours to features.
+
+  The encoder stays on the mesh of the run.
+  """
 
   def __init__(
     self,
@@ -32,14 +35,14 @@ class Probe:
     workdir: Workdir,
     alive: Callable[[str], None],
   ):
-    """Reads the labels of the data set and prints what is probed.
+    """Reads the labels of the data set and prints the task and the videos.
 
     Args:
       course: network and devices.
       config: configuration of the run.
-      path: labelled data set.
+      path: folder of the labelled data set.
       workdir: workdir of the run; caches the labels unless it is in a bucket.
-      alive: tells the watchdog that the probe is at work.
+      alive: resets the watchdog; takes a description of the work.
 
     Raises:
       DatasetError: see `quick_probe.open_data`.

@@ -26,7 +26,7 @@ _FPS = 30  # of most videos
 
 
 class Reconstruction:
-  """Reconstructs the same clips with the same tokens hidden at every call."""
+  """Reconstructs a fixed set of clips with fixed masks."""
 
   def __init__(
     self,
@@ -74,7 +74,7 @@ class Reconstruction:
       yield batch, self._reconstruct(state, batch, rng)
 
   def losses(self, state: TrainState) -> Result:
-    """Evaluates the losses of `train_step.reconstruct`, means over clips."""
+    """Returns the losses of `train_step.reconstruct`, averaged over clips."""
     rows = [
       [float(result[name]) for name in _SCALARS]
       for _, result in self._results(state, self._config.eval_batches)
@@ -92,7 +92,7 @@ class Reconstruction:
   def picture(self, state: TrainState) -> Result:
     """Draws the first clips: original, visible tokens, reconstruction.
 
-    With several processes each draws its own clips.
+    Each process draws the clips that it holds; process 0 saves its picture.
     """
     batch, result = next(self._results(state, 1))
     video, visible, reconstructed = (

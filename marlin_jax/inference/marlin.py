@@ -33,7 +33,7 @@ from marlin_jax.weights.weights import Weights, WeightsError
 
 
 class Marlin:
-  """Face-video encoder, with its decoder if the weights have one.
+  """Encoder of face videos, with a decoder if the weights include one.
 
     marlin = Marlin.from_pretrained("marlin_vit_base_ytf", full_model=True)
     marlin.extract_video("clip.mp4", crop_face=True, reduction="mean")  # (768,)
@@ -150,15 +150,14 @@ class Marlin:
 
     Args:
       path: a video file that FFmpeg decodes.
-      crop_face: crop the face that is visible longest, following it over time;
-        windows then cover the frames of its track. Otherwise whole frames are
-        taken, padded to squares with black bars, which is right for videos that
-        are face crops.
+      crop_face: track the face that is visible longest and crop it; windows
+        cover the frames of its track. If False, whole frames are used, padded
+        to squares with black bars, which is right for videos of face crops.
       sample_rate: distance between the frames of a window; by default as in
         training, 2.
-      stride: sampled frames from the start of one window to that of the next;
-        by default the length of a window, 16, so that windows do not overlap.
-        Windows start every stride * sample_rate frames of the video.
+      stride: sampled frames from the start of one window to the start of the
+        next; by default the length of a window, 16, so that windows do not
+        overlap. Windows start every stride * sample_rate frames of the video.
       reduction: 'none', or over the windows 'mean', 'max', 'std' (of the
         population) or 'mean_std', which concatenates both.
       keep_seq: return a feature per token instead of one per window.
@@ -172,9 +171,10 @@ class Marlin:
 
     Raises:
       FaceVideoError: the video is damaged or over a limit.
-      NoFaceError: no face found with `crop_face`; a kind of FaceVideoError.
-      ValueError: no such reduction or rule, or the stride leaves out frames
-        between windows.
+      NoFaceError: the video shows no face, with `crop_face`; a subclass of
+        FaceVideoError.
+      ValueError: the reduction or the rule is unknown, or the stride leaves out
+        frames between windows.
       UserError: this machine lacks a face model or a library.
     """
     stream.check_reduction(reduction)
@@ -224,8 +224,8 @@ class Marlin:
     Raises:
       WeightsError: the weights have no decoder.
       FaceVideoError: as for `extract_video`.
-      ValueError: no such strategy, no token would be visible, or clips or
-        regions have a wrong shape or dtype.
+      ValueError: the strategy is unknown, no token would be visible, or clips
+        or regions have a wrong shape or dtype.
     """
     mae = self.mae  # raises before a long video is read
     task = PretextTask.from_architecture(self.architecture, strategy, ratio)

@@ -74,7 +74,7 @@ class ReconstructedClips:
 def reconstruct(
   mae: MAE, clips: Clips, task: PretextTask, seed: int
 ) -> ReconstructedClips:
-  """Masks and reconstructs each clip.
+  """Masks each clip and reconstructs it.
 
   Args:
     mae: the autoencoder.

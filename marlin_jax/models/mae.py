@@ -1,4 +1,4 @@
-"""MARLIN's masked autoencoder: encoder on visible tokens, light decoder.
+"""MARLIN's masked autoencoder: an encoder of visible tokens, a light decoder.
 
 Axes: B clips, N tokens of a clip, V visible, M masked, D width, P pixels per
 token.
@@ -87,14 +87,14 @@ class MAE(nnx.Module):
   """Masked autoencoder (paper section 3.2).
 
   Args:
-    num_tokens: N.
-    pixels: P.
+    num_tokens: N, tokens of a clip.
+    pixels: P, pixel values of a token.
     encoder: size of the encoder.
     decoder: size of the decoder.
     execution: dtype, attention, scan and remat of both.
     rngs: draws the parameters.
-    start_grey: start with a head that predicts plain grey, so that a short run
-      does not spend its first steps on learning the mean colour. The reference
+    start_grey: initialise the head to predict grey, so that a short run does
+      not spend its first steps on learning the mean colour. The authors' code
       starts with a random head.
     norm_eps: epsilon of every LayerNorm.
   """
@@ -144,8 +144,8 @@ class MAE(nnx.Module):
 
     Args:
       patches: (B, V, P), pixels of the visible tokens.
-      visible: int (B, V), their positions.
-      masked: int (B, M), the positions to predict.
+      visible: int (B, V), token numbers of the visible tokens.
+      masked: int (B, M), token numbers of the tokens to predict.
 
     Returns:
       float32 (B, M, P).
@@ -155,7 +155,14 @@ class MAE(nnx.Module):
   def predict(
     self, patches: jax.Array, visible: jax.Array, masked: jax.Array
   ) -> Prediction:
-    """As `__call__`, with pixels that are computed where they are read."""
+    """Predicts like `__call__`, but computes pixels only when they are read.
+
+    Args:
+      patches, visible, masked: see `__call__`.
+
+    Returns:
+      A Prediction in the network's dtype.
+    """
     latent = self.enc_to_dec(self.encoder(patches, visible))
     positions = self.dec_positions[...]
     x = jnp.concatenate(

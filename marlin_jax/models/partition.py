@@ -33,7 +33,7 @@ class Placement(Protocol):
     """Gathers and casts parameters, nested dicts by name, for use."""
 
   def own_heads(self, attend: Callable[..., jax.Array]):
-    """Returns the function mapped over each device's own clips and heads."""
+    """Wraps a function to run on each device's own clips and heads."""
 
 
 _in_use: contextvars.ContextVar[Placement | None] = contextvars.ContextVar(

@@ -1,7 +1,7 @@
 """The training step, compiled for devices that need not exist here.
 
-Nothing runs. The compiler tells the memory, the bytes exchanged and the bytes
-moved of the real step.
+Nothing runs. The compiler reports the memory that the step needs, the bytes
+that devices exchange and the bytes that each reads and writes.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class Step:
     topology: the devices.
     mesh: size of the mesh along each axis.
     num_microbatches: microbatches of a batch.
-    default_microbatches: the same where clips_per_device is 0.
+    default_microbatches: microbatches that training chooses by its estimate of
+      memory, with clips_per_device=0.
     clips_at_once: clips of one microbatch on one device.
     num_params: parameters of both networks.
     clip_bytes: bytes of one clip's uint8 frames.
@@ -73,11 +74,11 @@ class Step:
     repeated_flops_per_clip: further FLOPs, see flops.repeated_by_remat.
     state_bytes: memory of one device by purpose: parameters, optimisers, batch.
     needed_bytes: memory of one device in total.
-    memory: the same in detail; None if the compiler refused the program.
+    memory: `needed_bytes` in detail; None if the compiler refused the program.
     collectives: see hlo.collectives.
     hbm_bytes: bytes to and from one device's memory in a step.
-    trace_secs: time until the compiler is called.
-    compile_secs: time of the compiler.
+    trace_secs: seconds to build and trace the step.
+    compile_secs: seconds that the compiler takes.
   """
 
   config: ConfigDict
@@ -145,7 +146,7 @@ def compile_step(config: ConfigDict, topology: Topology, busy: Busy) -> Step:
     MeshError: the mesh or the batch does not fit the devices.
     JaxRuntimeError: the compiler fails, for another reason than memory.
   """
-  start = time.perf_counter()
+  started_at = time.perf_counter()
   mesh = sharding.make_mesh(**config.mesh, devices=topology.devices)
   sharding.check_batch(mesh, config.batch_size)
   num_shards = sharding.num_shards(mesh)
@@ -162,24 +163,24 @@ def compile_step(config: ConfigDict, topology: Topology, busy: Busy) -> Step:
   shapes = jax.eval_shape(experiment.initialise)
   layout = build.lay_out(architecture, mesh, shapes)
   lowered = build.lower_step(trainer, shapes, layout, mesh, config.batch_size)
-  traced = time.perf_counter()
+  traced_at = time.perf_counter()
   num_microbatches = trainer.num_microbatches
   tubelets = trainer.task.tubelets
   # uint8 pixels and uint16 region bits.
   batch_bytes = config.batch_size * tubelets.num_tokens * (tubelets.pixels + 2)
   state_bytes = _state_bytes(shapes, layout)
   state_bytes["batch"] = batch_bytes // num_shards
-  used, collectives, hbm_bytes = None, [], 0
+  step_memory, collectives, hbm_bytes = None, [], 0
   with busy(f"compiling for {topology.name}"):
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
-      needed = _refused(str(e), sum(state_bytes.values()))
+      needed = _bytes_in_error(str(e), sum(state_bytes.values()))
     else:
-      used = _memory(compiled.memory_analysis())
-      needed = used.total
-  done = time.perf_counter()
-  if used:
+      step_memory = _memory(compiled.memory_analysis())
+      needed = step_memory.total
+  compiled_at = time.perf_counter()
+  if step_memory:
     text = compiled.as_text()
     collectives = hlo.collectives(text, mesh.size)
     hbm_bytes = hlo.memory_bytes(text)
@@ -205,11 +206,11 @@ def compile_step(config: ConfigDict, topology: Topology, busy: Busy) -> Step:
     ),
     state_bytes=state_bytes,
     needed_bytes=needed,
-    memory=used,
+    memory=step_memory,
     collectives=collectives,
     hbm_bytes=hbm_bytes,
-    trace_secs=traced - start,
-    compile_secs=done - traced,
+    trace_secs=traced_at - started_at,
+    compile_secs=compiled_at - traced_at,
   )
 
 
@@ -236,8 +237,12 @@ def _memory(stats) -> Memory:
   )
 
 
-def _refused(message: str, argument_bytes: int) -> int:
-  """Returns the bytes that the compiler says it needs, from its error.
+def _bytes_in_error(message: str, argument_bytes: int) -> int:
+  """Returns the bytes that a program needs, from the compiler's error message.
+
+  Args:
+    message: error of the compiler.
+    argument_bytes: bytes of state and batch, which some messages leave out.
 
   Raises:
     JaxRuntimeError: the error is not about memory.

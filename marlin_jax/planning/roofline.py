@@ -53,7 +53,7 @@ def estimate(
   collectives: Sequence[Collective],
   network_bytes: float = 0.0,
 ) -> Roofline:
-  """Divides the work of a step by the peaks of the chip.
+  """Returns the least time of a step: its work divided by the chip's peaks.
 
   Args:
     chip: the chip.

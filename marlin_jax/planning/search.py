@@ -18,10 +18,11 @@ _MAX_TRIES = 5
 
 
 def largest(step: Step, busy: Busy) -> Step | None:
-  """Searches the most clips that fit on a device at once, in one microbatch.
+  """Searches for the largest microbatch that fits on a device.
 
-  Each guess follows the line through the memory of the steps compiled so far.
-  Stops where the next guess is less than a sixteenth away, or after _MAX_TRIES.
+  Each guess extrapolates linearly from the memory of the steps compiled so far.
+  The search stops if the next guess differs by less than a sixteenth, or after
+  _MAX_TRIES.
 
   Args:
     step: compiled step of the configuration.

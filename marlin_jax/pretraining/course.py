@@ -1,4 +1,4 @@
-"""Pretraining as a course of marlin_jax/training/loop.py."""
+"""Pretraining, as a course of the training loop (training/loop.py)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class PretrainingCourse:
   Attributes:
     trainer: static half of the training step; holds the pretext task.
     architecture: sizes of both networks.
-    others: see `training.loop.Course`.
+
+  The other attributes are those of `training.loop.Course`.
   """
 
   fields = ("video", "regions")
@@ -122,15 +123,15 @@ class PretrainingCourse:
       )
     if dataset.num_records < self.batch_size:
       data.notes.append(
-        "fewer records than clips in a batch: they repeat in it, with other "
-        "starts and masks"
+        "fewer records than clips in a batch: a batch holds several clips of a "
+        "record, with different starts and masks"
       )
     devices = cli.Row("devices", sharding.describe(self.mesh))
     if self.mesh.size > 1:
       sizes = ", ".join(f"{axis} {n}" for axis, n in self.mesh.shape.items())
       state_bytes = sharding.bytes_per_device(self.shapes, self.shardings)
       devices.notes.append(
-        f"{sizes}; each keeps {state_bytes / 1e6:.1f} MB of parameters and "
+        f"{sizes}; each holds {state_bytes / 1e6:.1f} MB of parameters and "
         "optimiser states"
       )
       devices.notes.extend(self._layout.notes)

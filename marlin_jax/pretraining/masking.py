@@ -1,12 +1,12 @@
-"""Which tokens the encoder sees: fasking and its alternatives.
+"""Masking of tokens: fasking and its alternatives.
 
-Fasking (paper section 3.1, facial-region guided masking) builds the VISIBLE set
-from background and skin first, so that eyes, nose, mouth and hair end up masked
-and must be reconstructed. The number of visible tokens is the same for every
-clip, so that batches have one static shape.
+Fasking (facial-region guided tube masking, paper section 3) chooses the VISIBLE
+tokens from background and skin first, so that eyes, nose, mouth and hair are
+masked and must be reconstructed. The number of visible tokens is the same for
+every clip, so that batches have one static shape.
 
 Axes: B batch, T tubelets, S = h*w spatial positions, N = T*S tokens (t h w),
-V visible, M masked, L region labels in walking order.
+V visible, M masked, L region labels in the order in which they become visible.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from marlin_jax.pretraining.configuration import MASKING_STRATEGIES
 
-# Codes of records.REGIONS, grouped as the paper masks them.
+# Label codes, positions in records.schema.REGIONS, grouped as in the paper.
 BACKGROUND, SKIN = 0, 1
 COMPONENTS = (
   (2, 4),  # right brow and eye
@@ -36,12 +36,12 @@ class Masking:
   """A masking strategy over a token grid.
 
   Attributes:
-    strategy: one of MASKING_STRATEGIES. fasking and fasking_opp make candidates
-      of the patches of some regions, random of all tokens, tube of
-      ceil((1 - ratio) * S) spatial positions at all times, frame of
-      ceil((1 - ratio) * T) whole tubelets. V candidates, drawn at random, are
-      visible.
-    ratio: share of the tokens to hide, in (0, 1).
+    strategy: one of MASKING_STRATEGIES. Each chooses candidates, of
+      which V are drawn at random to be visible. fasking and fasking_opp: the
+      patches of some regions; random: all tokens; tube: ceil((1 - ratio) * S)
+      spatial positions at all times; frame: ceil((1 - ratio) * T) whole
+      tubelets.
+    ratio: share of masked tokens, in (0, 1).
     grid: tokens along t, h, w.
 
   Raises:
@@ -80,9 +80,10 @@ class Masking:
 
   @property
   def num_visible(self) -> int:
-    """V: floor((1 - ratio) * N), 156 of 1568 at ratio 0.9.
+    """Number of visible tokens, V: floor((1 - ratio) * N).
 
-    The same for every strategy, so that they can be compared.
+    156 of 1568 tokens at ratio 0.9. It is the same for every strategy, so that
+    they can be compared.
     """
     # 1 - 0.9 is slightly less than 0.1: an exact product must not be rounded
     # down.
@@ -91,7 +92,7 @@ class Masking:
   def __call__(
     self, regions: jax.Array, keys: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
-    """Splits the tokens of each clip.
+    """Splits the tokens of each clip into visible and masked ones.
 
     Args:
       regions: uint16 (B, T, h, w), region bits of each tubelet's first frame.
@@ -140,7 +141,7 @@ class Masking:
 
 
 def _candidates_first(candidates, key):
-  """Ranks candidates in random order, then the others likewise: float (N,)."""
+  """Ranks candidates at random, then the other tokens at random: float (N,)."""
   draw = jax.random.uniform(key, (candidates.size,))
   return jnp.where(candidates.reshape(-1), draw, 1 + draw)
 
@@ -159,8 +160,8 @@ def running_cells(
   """Selects masked tokens evenly over space and time.
 
   Running cell masking: each 2x2 cell of patches cycles through its positions
-  over time (Qing et al. 2023, MAR, section 3.2; as the decoder's mask: Wang et
-  al. 2023, VideoMAE V2, section 3.2).
+  over time (Qing et al. 2023, MAR, section 3.2; used as the decoder's mask by
+  Wang et al. 2023, VideoMAE V2, section 3.2).
 
   Args:
     masked: int (B, M), ascending.
@@ -190,7 +191,7 @@ def label_order(components: jax.Array, *, opposite: bool = False) -> jax.Array:
 
   Args:
     components: int (5,), a permutation of the indices of COMPONENTS.
-    opposite: True for fasking_opp, which visits skin and background last.
+    opposite: put skin and background last, as fasking_opp does.
 
   Returns:
     int32 (11,) label codes.
@@ -198,38 +199,38 @@ def label_order(components: jax.Array, *, opposite: bool = False) -> jax.Array:
   slots = np.full((len(COMPONENTS), max(map(len, COMPONENTS))), -1)
   for i, labels in enumerate(COMPONENTS):
     slots[i, : len(labels)] = labels
-  walked = jnp.asarray(slots, jnp.int32)[components].reshape(-1)
+  ordered = jnp.asarray(slots, jnp.int32)[components].reshape(-1)
   # The stable sort moves empty slots behind the nine labels.
-  walked = walked[jnp.argsort(walked < 0, stable=True)][:9]
+  ordered = ordered[jnp.argsort(ordered < 0, stable=True)][:9]
   if opposite:
-    return jnp.append(walked, jnp.array([SKIN, BACKGROUND], jnp.int32))
-  return jnp.append(jnp.array([BACKGROUND, SKIN], jnp.int32), walked)
+    return jnp.append(ordered, jnp.array([SKIN, BACKGROUND], jnp.int32))
+  return jnp.append(jnp.array([BACKGROUND, SKIN], jnp.int32), ordered)
 
 
 def fasking_candidates(
-  regions: jax.Array, labels: jax.Array, num_wanted: float
+  regions: jax.Array, labels: jax.Array, min_candidates: float
 ) -> jax.Array:
   """Returns the patches that fasking may leave visible.
 
-  In every tubelet the labels are visited in order. A patch becomes a candidate
-  if any of its pixels has the label; the walk ends after the first label that
-  brings the candidates to at least `num_wanted`. In a tubelet without a parsed
-  face all patches are candidates.
+  Labels are visited in order, in each tubelet separately. A patch becomes a
+  candidate if any of its pixels has the label. Visiting stops after the first
+  label with which there are at least `min_candidates` candidates. In a tubelet
+  without a parsed face all patches are candidates.
 
   Args:
-    regions: uint16 (T, S) region bits.
+    regions: uint16 (T, S), region bits.
     labels: int (L,), from `label_order`.
-    num_wanted: candidates to reach per tubelet.
+    min_candidates: least number of candidates per tubelet.
 
   Returns:
     bool (T, S).
   """
   shift = labels.astype(jnp.uint16)[:, None, None]
-  touched = (regions[None] >> shift) & 1  # (L, T, S)
-  walked = jax.lax.cummax(touched, axis=0) > 0
+  has_label = (regions[None] >> shift) & 1  # (L, T, S)
+  visited = jax.lax.cummax(has_label, axis=0) > 0
   # The tolerance undoes the rounding of 1 - ratio; counts are integers.
-  enough = walked.sum(-1) >= num_wanted - 1e-4  # (L, T)
+  enough = visited.sum(-1) >= min_candidates - 1e-4  # (L, T)
   last = jnp.where(enough.any(0), jnp.argmax(enough, 0), len(labels) - 1)
-  candidates = jnp.take_along_axis(walked, last[None, :, None], axis=0)[0]
+  candidates = jnp.take_along_axis(visited, last[None, :, None], axis=0)[0]
   no_face = ~(regions > 0).any(-1, keepdims=True)
   return candidates | no_face

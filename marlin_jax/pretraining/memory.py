@@ -1,8 +1,9 @@
 """Estimates how many clips a device can process at once.
 
-The estimate follows from the sizes of the network and is on the safe side:
-between once and twice what XLA allocates, see the test. It decides before
-anything is compiled; `python -m marlin_jax.plan` gives exact numbers.
+The estimate follows from the sizes of the network. It is conservative: one to
+two times the bytes that XLA allocates (tests/pretraining/memory_test.py). It
+chooses the number of microbatches before the step is compiled;
+`python -m marlin_jax.plan` gives exact numbers.
 """
 
 from __future__ import annotations
@@ -102,18 +103,18 @@ def _stack_bytes(
   hidden = _HIDDEN_ARRAYS * item * mlp_dim
   stream = _STREAM_ARRAYS * _FLOAT32 * size.width
   block = attention + num_tokens * (hidden + stream)
-  kept = {
+  saved_per_block = {
     "none": block,
     "dots": num_tokens * item * (mlp_dim + _STREAM_ARRAYS_DOTS * size.width),
     "full": num_tokens * item * size.width,
   }[execution.remat]
   # With remat, two blocks are recomputed where one ends and the next begins.
   recomputed = 0 if execution.remat == "none" else 2 * block
-  return size.depth * kept + recomputed + attention_at_once
+  return size.depth * saved_per_block + recomputed + attention_at_once
 
 
 def clips_that_fit(free_bytes: int, clip_bytes: int) -> int:
-  """Returns the clips that fit in memory; 0 if not even one is sure to."""
+  """Returns the number of clips that fit in memory; 0 if one may not fit."""
   return max(free_bytes // clip_bytes, 0)
 
 

@@ -1,4 +1,4 @@
-"""The pretext task: hide tokens of a clip and predict them.
+"""The pretext task: masks tokens of a clip to be predicted.
 
 Pure functions on arrays. Axes: B batch, T frames, H W pixels, N tokens, V
 visible, M masked, P pixels per token.
@@ -67,7 +67,7 @@ class PretextTask:
     Args:
       video: uint8 (B, T, H, W, 3).
       regions: uint16 (B, T / tubelet_size, h, w), region bits per token.
-      keys: B jax keys, of the masks.
+      keys: B jax keys for the masks.
       decoder_ratio: share of the masked tokens that are not predicted.
 
     Returns:
@@ -115,7 +115,7 @@ def fold_in(keys: jax.Array, i: int) -> jax.Array:
 
 
 def split_keys(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Splits each of B keys in two: for the masks, for the gradient penalty."""
+  """Splits each of B keys into a mask key and a gradient-penalty key."""
   pairs = jax.vmap(jax.random.split)(keys)
   return pairs[:, 0], pairs[:, 1]
 
@@ -123,7 +123,7 @@ def split_keys(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
 def reconstruct_batch(
   task: PretextTask, predict: Callable[..., jax.Array], batch: dict
 ) -> dict[str, jax.Array]:
-  """Masks clips, predicts the masked tokens and puts the clips together.
+  """Masks clips, predicts the masked tokens and reassembles the clips.
 
   Args:
     task: masking, and the form of the target.

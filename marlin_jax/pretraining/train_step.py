@@ -1,13 +1,13 @@
-"""One pretraining step: autoencoder and discriminator from a single forward.
+"""One pretraining step of autoencoder and discriminator.
 
-The reference runs the autoencoder once for the discriminator's update and once
-more for its own (METHOD: two forwards, two backwards). Its parameters do not
-change in between, so here it runs once: the discriminator learns from the
-predictions with the gradient stopped, then the autoencoder's loss is taken with
-the updated discriminator and differentiated through that same forward. The
-result is the same to rounding at half the arithmetic.
+Both networks are updated from a single forward pass of the autoencoder. The
+authors' code runs it twice, once for each update. Its parameters do not change
+in between, so one pass is enough: the discriminator is trained on the
+predictions with the gradient stopped; then the autoencoder's loss is computed
+with the updated discriminator and differentiated through the same pass. The
+result is the same to rounding, at half the arithmetic (docs/METHOD.md).
 
-Everything here is pure: no I/O, no config object.
+All functions are pure: no I/O, no configuration object.
 
 Axes: B batch, T frames, H W pixels, N tokens, V visible, M masked, D width, P
 pixels per token.
@@ -79,10 +79,10 @@ class Adversarial:
     d_steps: discriminator updates per step, all on the same predictions.
     g_steps: autoencoder updates per step; each after the first runs the
       autoencoder again.
-    max_pull: limit of the norm of the adversarial term's gradient in a clip's
-      decoder features, as a multiple of the reconstruction term's. With it the
-      autoencoder keeps learning to reconstruct against a discriminator whose
-      scores have grown out of bounds. 0: no limit, as in the reference.
+    max_pull: limit of the norm of the adversarial gradient with respect to a
+      clip's decoder features, as a multiple of the norm of the reconstruction
+      gradient. It keeps the autoencoder learning to reconstruct if the
+      discriminator's scores diverge. 0: no limit, as in the authors' code.
   """
 
   weight: float
@@ -94,7 +94,7 @@ class Adversarial:
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-  """The static half of a step: network structure, optimisers, settings.
+  """Static half of a step: network structure, optimisers, settings.
 
   Attributes:
     task: pretext task: masking, and the form of the target.
@@ -106,9 +106,8 @@ class Trainer:
     ema_decay: decay of the average of the autoencoder's parameters; 0: no
       average is kept.
     decoder_ratio: share of the masked tokens that are not predicted.
-    num_microbatches: microbatches that a batch is split into, processed one
-      after the other with accumulated gradients, where memory is too small for
-      the whole batch.
+    num_microbatches: microbatches per batch, processed one after the other with
+      accumulated gradients; above 1 if the batch does not fit in memory.
     placement: placement of tokens and weights on a mesh; None: on one device.
   """
 
@@ -124,7 +123,15 @@ class Trainer:
   placement: partition.Placement | None = None
 
   def prepare(self, batch):
-    """Returns the autoencoder's inputs, its target, B gradient-penalty keys."""
+    """Masks a batch.
+
+    Args:
+      batch: `video`, `regions` and `keys`; see PretextTask.inputs_and_target.
+
+    Returns:
+      The autoencoder's inputs (patches, visible, masked), its target, and B jax
+      keys for the gradient penalty.
+    """
     mask_keys, penalty_keys = pretext_task.split_keys(batch["keys"])
     inputs, target = self.task.inputs_and_target(
       batch["video"], batch["regions"], mask_keys, self.decoder_ratio
@@ -169,7 +176,7 @@ class Trainer:
     return loss, metrics | {"loss_disc": loss}
 
   def mae_grad(self, prediction, target, disc_params):
-    """Returns the gradient of the autoencoder's loss in its prediction.
+    """Returns the gradient of the loss with respect to the prediction.
 
     The loss is loss_rec + weight * loss_adv. The gradients of the two terms are
     computed separately, because their ratio is a metric and can be limited.
@@ -238,7 +245,7 @@ class Trainer:
     )
 
   def update_ema(self, state):
-    """Returns the state with `params` taken into the average."""
+    """Returns the state with the average moved towards `params`."""
     if not self.ema_decay:
       return state
     ema = jax.tree.map(
@@ -279,23 +286,24 @@ def split_model(model: MAE | Discriminator):
 def train_step(
   trainer: Trainer, state: TrainState, batch: dict, rng: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """Takes one step of both networks, or of neither.
+  """Updates both networks, or neither if a value is not finite.
 
   If a loss or the norm of a gradient is not finite, only the counters change.
   That keeps the whole state finite: if the norm of a gradient is finite, so is
   the square of each of its elements, the largest value that Adam stores.
 
   Args:
-    trainer: the static half.
+    trainer: structure, optimisers and settings.
     state: the state.
     batch: `video` uint8 (B, T, H, W, 3) and `regions` uint16 (B, T/2, h, w);
       B is a multiple of `trainer.num_microbatches`.
     rng: the run's key, the same at every step.
 
   Returns:
-    The new state, and float32 scalars: loss_rec, loss_adv, loss_disc, d_real,
-    d_fake, gradient norms, `num_skipped` so far and, where they apply, the
-    others named above.
+    The new state, and float32 scalars: `loss_rec`, `grad_norm`, `num_skipped`
+    (so far) and, with the adversarial loss, `loss`, `loss_adv`, `loss_disc`,
+    `d_real`, `d_fake`, `adv_pull`, `grad_norm_disc` and, with its penalty,
+    `gradient_penalty`.
   """
   step_rng = jax.random.fold_in(rng, state.step)
   # A key per clip, so that masks do not depend on devices or microbatches.
@@ -315,7 +323,11 @@ def train_step(
 
 
 def _step_whole_batch(trainer: Trainer, state: TrainState, batch):
-  """Updates both networks; the first of the g_steps shares the only forward."""
+  """Updates both networks on a whole batch.
+
+  The discriminator's updates and the first of the g_steps share one forward
+  pass.
+  """
   inputs, target, keys = trainer.prepare(batch)
   metrics = {}
 
@@ -344,12 +356,12 @@ def _step_whole_batch(trainer: Trainer, state: TrainState, batch):
 def _step_microbatches(trainer: Trainer, state: TrainState, batch):
   """Updates both networks with gradients accumulated over microbatches.
 
-  The discriminator must see the whole batch before the autoencoder's loss can
-  be taken, and the forward passes of all microbatches do not fit in memory
-  until then: each update runs its own, as in the reference.
+  The autoencoder's loss needs the discriminator after its update on the whole
+  batch. Memory does not hold the forward passes of all microbatches until then,
+  so each update runs its own forward passes, as in the authors' code.
   """
   microbatches = jax.tree.map(
-    # Microbatch-minor, so that each device splits the clips it already has.
+    # Microbatch is the minor axis, so that each device splits its own clips.
     lambda x: x.reshape(-1, trainer.num_microbatches, *x.shape[1:]).swapaxes(
       0, 1
     ),
@@ -407,7 +419,7 @@ def reconstruct(
   """Masks and reconstructs clips with the state's best parameters.
 
   Args:
-    trainer: the static half.
+    trainer: structure, optimisers and settings.
     state: the state.
     batch: see `train_step`.
     rng: key of the masks.

@@ -112,8 +112,8 @@ def _check_sizes(weights: Weights, ours: Architecture) -> None:
   ]
   if differences:
     raise WeightsError(
-      f"init_from: {weights.source} is another network:\n"
-      + "\n".join(differences)
+      f"init_from: {weights.source} has other sizes than the configuration; "
+      "set these keys to the sizes of the weights:\n" + "\n".join(differences)
     )
 
 

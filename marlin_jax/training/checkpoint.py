@@ -56,9 +56,8 @@ def steps(directory: epath.PathLike) -> list[int]:
 def set_damaged_aside(directory: epath.PathLike) -> list[str]:
   """Moves all checkpoints newer than the last intact one to `damaged/`.
 
-  Deletes what a killed run has left half written, which has another name.
-
-  Call it in one process, before a `Checkpoints` is opened.
+  Also deletes the partial checkpoint of a killed run, which has a temporary
+  name. Call it in one process, before a `Checkpoints` is opened.
 
   Args:
     directory: directory of the checkpoints; need not exist.
@@ -202,7 +201,7 @@ class Checkpoints:
       self._manager.save(step, args=args)
       if jax.default_backend() == "cpu":
         self._manager.wait_until_finished()
-    # Disks, buckets and orbax raise many kinds of errors.
+    # Disks, buckets and Orbax raise many classes of errors.
     except Exception as e:
       raise self._failed(step, e) from e
     self._saving = self._pool.submit(self._finish, step)
@@ -220,8 +219,8 @@ class Checkpoints:
     return SaveError(
       f"the checkpoint of step {step} could not be saved in "
       f"{self._manager.directory}: {error}\nThe last saved checkpoint is "
-      f"{last}. Is the disk full, or a quota reached? The same command goes on "
-      "from there."
+      f"{last}. Check for a full disk or an exceeded quota, then run the same "
+      "command again to resume."
     )
 
   def poll(self) -> int | None:

@@ -1,25 +1,26 @@
-"""Goodput: where the time of a run goes, over all of its processes in turn.
+"""Goodput: how a run spends its time, over all of its restarts.
 
-Every second since the process started belongs to exactly one kind:
+Every second since the process started is assigned to exactly one kind:
 
-  start       imports, processes meeting, opening data, restoring a checkpoint
+  start       imports, waiting for all processes, opening data, restoring a
+              checkpoint
   compile     compiling the training step
-  step        the devices train, or the loop around them runs
+  step        the devices train, or the host runs the loop
   data        waiting for a batch while no step runs
   checkpoint  saving
   eval        evaluations and pictures, their compilation included
   profile     starting or writing a profile
-  lost        steps done after the last checkpoint and done again, with their
-              data waits, checkpoints and evaluations
+  lost        steps that a run repeats because it ended before they were saved,
+              with their data waits, checkpoints and evaluations
 
-A step may run on the devices while the host waits for data or saves: until the
-step is done, that time counts as step.
+A step may run on the devices while the host waits for data or saves. That time
+counts as `step` until the step is done.
 
 The sums are written with the metrics, `goodput/<kind>_secs`, and a resumed run
-continues them. Time between two processes, `goodput/down_secs`, is part neither
-of `goodput/total_secs` nor of `goodput/ratio`, which is step / total. It begins
-with the last line of metrics.jsonl, so it includes up to log_steps of a killed
-run.
+continues them. `goodput/ratio` is step / total. The time between the end of a
+process and the next start, `goodput/down_secs`, is not part of the total. It is
+measured from the last line of metrics.jsonl, so it includes up to log_steps
+steps of a killed run.
 """
 
 from __future__ import annotations
@@ -76,12 +77,11 @@ class Timer:
     Args:
       clips_per_step: clips of the whole batch.
       carried: seconds of earlier processes, from `carried_over`.
-      peak_clips_per_sec: rate at a utilisation of 1; None: unknown.
+      peak_clips_per_sec: rate at a model FLOPs utilisation of 1; None: unknown.
       age_secs: age of this process; None: `process_age_secs`.
       clock: returns seconds.
       watch: maps the result of a step to a future of the time at which it is
-        ready; None: a thread waits for it. (The host may be busy and would
-        notice too late.)
+        ready; None: a thread waits for it, because the host may be busy.
     """
     self._clips_per_step = clips_per_step
     self._carried = carried or {}
@@ -107,7 +107,10 @@ class Timer:
 
   @contextlib.contextmanager
   def on(self, kind: str) -> Iterator[None]:
-    """Assigns the time inside to a kind, once no step runs; does not nest."""
+    """Assigns the time of a block to a kind; does not nest.
+
+    Time during which a step still runs is assigned to `step`.
+    """
     self._assign(self._kind, self._clock())
     try:
       yield
@@ -121,7 +124,9 @@ class Timer:
       self._assign(kind, end)
 
   def step_started(self, result: Any) -> None:
-    """Notes a step and waits for the one before: at most one runs ahead.
+    """Registers a dispatched step and waits for the previous one.
+
+    The host is therefore at most one step ahead of the devices.
 
     Args:
       result: arrays that are ready when the step is done.
@@ -203,8 +208,8 @@ def carried_over(
 ) -> dict[str, float]:
   """Returns the seconds that earlier processes of a run have spent.
 
-  The time of steps after `start_step`, which will be done again, is lost. Call
-  it before `MetricWriter` removes these steps from the file.
+  The time of steps after `start_step`, which the run repeats, becomes `lost`.
+  Call it before `MetricWriter` removes these steps from the file.
 
   Args:
     path: metrics.jsonl; may be missing, or of a version without these sums.

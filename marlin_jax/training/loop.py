@@ -1,7 +1,8 @@
 """Training loop that pretraining and lip synchronisation share.
 
 `train` is the whole loop: batch, step, guard, log, checkpoint, evaluate, end. A
-`Course` says what is trained, a list of `Evaluation`s what is measured.
+`Course` defines network, data and training step; a list of `Evaluation`s
+defines the measurements.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Course(Protocol):
     mesh: devices.
     shapes: state, as arrays or shapes.
     shardings: sharding of each array of the state.
-    identity: flat dict that survives JSON; a resumed run must agree in it.
+    identity: flat dict of JSON values, saved with each checkpoint; a run
+      resumes only if its values are the same.
     peak_clips_per_sec: rate at a model FLOPs utilisation of 1; None: unknown.
   """
 
@@ -66,15 +68,16 @@ class Course(Protocol):
   peak_clips_per_sec: float | None
 
   def describe(self) -> list[cli.Row]:
-    """Returns the start-up text."""
+    """Returns the rows that are printed when the run starts."""
 
   def first_state(self) -> State:
     """Returns the state before the first step, on the devices."""
 
   def make_step(self) -> Callable[[State, dict], tuple[State, Scalars]]:
-    """Returns the training step; it may give the old state's memory away.
+    """Returns the training step: (state, batch) -> (new state, scalars).
 
-    The scalars include `num_skipped`, the updates not applied so far.
+    The step may donate the old state's memory. The scalars include
+    `num_skipped`, the number of updates not applied so far.
     """
 
   def learning_rates(self, state: State) -> dict[str, float]:
@@ -92,7 +95,7 @@ class Picture:
   Attributes:
     name: name in TensorBoard.
     image: uint8 (rows, columns, 3), saved as PNG.
-    save_animation: writes a GIF of the same to a path; None: there is none.
+    save_animation: writes the picture as a GIF to a path; None: no animation.
   """
 
   name: str
@@ -106,10 +109,10 @@ class Result:
 
   Attributes:
     scalars: metrics by full name, such as 'eval/val/loss_rec'.
-    sentence: the main numbers in words; '': nothing is printed.
-    picture: None without one.
+    sentence: the main numbers in one sentence, printed; '': nothing is printed.
+    picture: picture to save; None: no picture.
     events: objects for metrics.jsonl by name.
-    state: state as changed by the evaluation; None: unchanged.
+    state: state after the evaluation; None: unchanged.
   """
 
   scalars: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -123,8 +126,8 @@ class Evaluation(NamedTuple):
   """Evaluator with its schedule.
 
   Attributes:
-    every: steps between two evaluations; the last step has one too, unless a
-      signal ends the run.
+    every: steps from one evaluation to the next. The last step is evaluated
+      too, unless a signal ends the run.
     evaluator: maps a state to its result, in all processes together.
     before_save: evaluate before the checkpoint of the step, at multiples of
       `every` even when a signal ends the run. For evaluators that change the
@@ -178,13 +181,14 @@ def train(
 ) -> tuple[State, int | None]:
   """Trains until the last step or a signal.
 
-  Run again with the same workdir, it resumes from the last checkpoint with the
-  same bits as an uninterrupted run.
+  With the workdir of an earlier run, it resumes from the last checkpoint and
+  gives the same bits as an uninterrupted run.
 
   Args:
     course: course to train.
-    make_evaluations: called with the workdir and with a function that tells the
-      watchdog what an evaluation that takes minutes is doing.
+    make_evaluations: maps the workdir and a callback to the evaluations. An
+      evaluation that takes minutes calls the callback with a description of its
+      work, such as 'the probe', to reset the watchdog.
     config: configuration; see configs/pretrain_b.py.
     path: workdir; created, or resumed from.
 
@@ -192,7 +196,7 @@ def train(
     The last state, and the signal that ended the run early or None.
 
   Raises:
-    UserError: the run cannot start, resume, save or go on.
+    UserError: the run cannot start, resume, save or continue.
   """
   is_process_0 = jax.process_index() == 0
   if is_process_0:
@@ -237,7 +241,7 @@ def train(
       **config.get("profile", {}),
     )
 
-    def tell_skipped():
+    def report_skipped():
       if skip := skipped.check():
         writer.event("skipped", **skip._asdict())
         progress.say(str(skip))
@@ -261,15 +265,15 @@ def train(
           with profiler.step(step):
             inputs = {field: batch[field] for field in course.fields}
             state, scalars = take_step(state, inputs)
-            timer.step_started(scalars)  # waits for the step before it
+            timer.step_started(scalars)  # waits for the previous step
 
-          # Guard: a step's metrics are looked at when the next one runs.
+          # Guard: a step's metrics are checked while the next step runs.
           progress.step()
-          tell_skipped()
+          report_skipped()
           skipped.follow(step, scalars, batch["_id"])
           if saved := checkpoints.poll():
             progress.say(f"step {saved} is saved")
-          # Read once: a signal later in this round ends the next one.
+          # Read once per step: a signal that arrives later stops the next step.
           signum = stop_together(stop.received)
           is_last = step == course.num_steps or signum is not None
           saves = is_last or step % config.checkpoint_steps == 0
@@ -278,7 +282,7 @@ def train(
           # step too.
           is_first = step == start_step + 1
           if is_last or is_first or step % config.log_steps == 0:
-            tell_skipped()
+            report_skipped()
             row = {f"train/{k}": float(v) for k, v in scalars.items()}
             for name, rate in course.learning_rates(state).items():
               row[f"train/{name}"] = rate
@@ -305,7 +309,7 @@ def train(
               evaluate(step, evaluator)
 
           if saves:
-            # The time that a run resumed from this checkpoint has spent.
+            # A run that resumes from this checkpoint continues these sums.
             writer.write(step, timer.totals())
             with timer.on("checkpoint"):
               workdir.files.publish()
@@ -331,7 +335,7 @@ def train(
 
 
 def _batches(course: Course, config: ConfigDict, workdir: Workdir):
-  """Yields the batches of the steps to come, on the devices."""
+  """Yields the batches of the remaining steps, on the devices."""
   split = sharding.batch_sharding(course.mesh)
   return loader.to_devices(
     loader.train_batches(
@@ -377,7 +381,7 @@ def _write(
 
 
 def _summary(workdir: Any, step: int, num_steps: int) -> str:
-  """Returns a text that says what a run has left and where."""
+  """Returns the last step and the paths of the run's output."""
   lines = [
     f"step {step} of {num_steps} is saved in {workdir / 'checkpoints'}",
     f"  metrics: {workdir / 'metrics.jsonl'}",
@@ -386,12 +390,12 @@ def _summary(workdir: Any, step: int, num_steps: int) -> str:
     kind = "animation" if path.suffix == ".gif" else "picture"
     lines.append(f"  {kind}: {path}")
   if step < num_steps:
-    lines.append("the same command goes on from there")
+    lines.append("to resume, run the same command again")
   return "\n".join(lines)
 
 
 class StopSignal:
-  """Notes SIGINT and SIGTERM, so that the loop can save before it ends.
+  """Records SIGINT and SIGTERM, so that the loop can save before it ends.
 
   A second SIGINT (Ctrl-C) raises KeyboardInterrupt.
 

@@ -1,4 +1,4 @@
-"""Steps not applied because a loss or a gradient was not finite."""
+"""Reports steps that were skipped because a loss or gradient was not finite."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class SkippedStep(NamedTuple):
 
 
 class SkippedSteps:
-  """Finds skipped steps, one step late: the metrics are then ready."""
+  """Detects skipped steps, one step late, when their metrics are ready."""
 
   def __init__(self, dataset: Dataset, *, max_in_row: int, num_before: int):
-    """Starts to count.
+    """Initialises the counters.
 
     Args:
       dataset: data set of the clips.
@@ -78,13 +78,14 @@ class SkippedSteps:
       raise NotFiniteError(
         f"{skipped}\nThis was the last of {self._in_row} in a row, and "
         f"config.max_skipped_steps is {self._max_in_row}. All checkpoints are "
-        "finite. A lower optim.base_lr or adv.weight, adv.max_pull=10 or dtype "
-        "float32 may help, from the last checkpoint with config.allow_change."
+        "finite. To resume from the last one with a lower optim.base_lr or "
+        "adv.weight, with adv.max_pull=10 or with dtype=float32, name the keys "
+        "that change in config.allow_change."
       )
     return skipped
 
   def follow(self, step: int, scalars: dict[str, jax.Array], ids: jax.Array):
-    """Notes a step that has been dispatched.
+    """Registers a dispatched step for the next call of `check`.
 
     Args:
       step: number of the step.

@@ -24,7 +24,7 @@ class Profiler:
   def __init__(
     self,
     folder: Path,
-    shown: str,
+    displayed_folder: str,
     timer: goodput.Timer,
     say: Callable[[str], None],
     *,
@@ -35,14 +35,15 @@ class Profiler:
 
     Args:
       folder: folder to write to; each profile gets a subfolder.
-      shown: the same folder in messages; it may be copied to a bucket.
-      timer: gets the time that starting and writing takes.
+      displayed_folder: path of `folder` in messages; differs if the workdir is
+        in a bucket.
+      timer: the time to start and write a profile is assigned to 'profile'.
       say: prints a line.
       start_step: first step to profile; 0: on SIGUSR1 only.
       num_steps: steps in a profile.
     """
     self._folder = folder
-    self._shown = shown
+    self._displayed_folder = displayed_folder
     self._timer = timer
     self._say = say
     self._start_step = start_step
@@ -78,7 +79,7 @@ class Profiler:
   def step(self, step: int) -> Iterator[None]:
     """Surrounds the dispatch of a training step.
 
-    On entering, the step before is dispatched; on leaving, it is done.
+    On entry, the previous step has been dispatched; on exit, it is done.
 
     Args:
       step: number of the step.
@@ -101,7 +102,7 @@ class Profiler:
     options = jax.profiler.ProfileOptions()
     # Tracing Python calls slows the steps down and may exceed the buffer.
     options.python_tracer_level = 0
-    self._timer.wait()  # keeps the step before out of the profile
+    self._timer.wait()  # keeps the previous step out of the profile
     with self._timer.on("profile"):
       try:
         # Created now, to fail before the steps rather than after them.
@@ -122,6 +123,7 @@ class Profiler:
         self._say(f"{steps}: the profile could not be written: {e}")
         return
     self._say(
-      f"{steps}: profile in {self._shown}/{self._path.name}; to look at it: "
-      f"pip install xprof, then xprof --logdir={self._shown}"
+      f"{steps}: profile in {self._displayed_folder}/{self._path.name}; to "
+      "view it: pip install xprof, then xprof "
+      f"--logdir={self._displayed_folder}"
     )

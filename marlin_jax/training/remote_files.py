@@ -31,7 +31,7 @@ def check_reachable(*paths: str) -> None:
     scheme = path.partition("://")[0]
     if scheme != "gs":
       raise ConfigError(
-        f"{path}: expected a local path or gs://BUCKET/..., found {scheme}://"
+        f"{path}: expected a local path or gs://BUCKET/..., but the scheme is {scheme}://"
       )
     if importlib.util.find_spec("gcsfs") is None:
       raise ConfigError(
@@ -61,22 +61,23 @@ class RunFiles:
     path: the folder; a local workdir itself.
   """
 
-  def __init__(self, workdir: epath.Path, *, apart: bool):
+  def __init__(self, workdir: epath.Path, *, is_temporary: bool):
     """Opens the folder.
 
     Args:
       workdir: workdir of the run; exists.
-      apart: use a temporary folder and copy it, for a workdir in a bucket.
+      is_temporary: write to a temporary folder and copy it to the workdir, as
+        a workdir in a bucket needs.
     """
     self._workdir = workdir
     self._copied: dict[Path, tuple[int, int]] = {}
     self._folder = None
-    if not apart:
+    if not is_temporary:
       self.path = Path(workdir)
       return
     self._folder = tempfile.TemporaryDirectory(prefix="marlin_jax_")
     self.path = Path(self._folder.name)
-    # The only file that a resumed run continues; others get new names.
+    # The only file that a resumed run appends to; the others get new names.
     metrics = workdir / "metrics.jsonl"
     if metrics.exists():
       (self.path / metrics.name).write_bytes(metrics.read_bytes())

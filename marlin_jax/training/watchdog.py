@@ -48,7 +48,7 @@ class Watchdog:
       self._thread.join()
 
   def alive(self, doing: str) -> None:
-    """Gives a sign of life.
+    """Resets the time limits.
 
     Args:
       doing: operation that starts now, such as 'step 7', for the message.
@@ -72,13 +72,13 @@ class Watchdog:
 
   def _report(self, waited: float, *, ends: bool) -> None:
     advice = (
-      f"The process ends with exit code {TRY_AGAIN}; the same command goes on "
-      "from the last checkpoint."
+      f"The process ends with exit code {TRY_AGAIN}; run the same command "
+      "again to resume from the last checkpoint."
       if ends
       else "config.watchdog sets how long to wait."
     )
     print(
-      f"\n{self._doing} has not come to an end for {waited:.0f} s. Stacks of "
+      f"\n{self._doing} has not ended for {waited:.0f} s. Stacks of "
       "all threads, the main thread last:",
       file=sys.stderr,
       flush=True,
@@ -86,6 +86,6 @@ class Watchdog:
     faulthandler.dump_traceback(sys.stderr, all_threads=True)
     print(advice, file=sys.stderr, flush=True)
     if ends:
-      # The main thread is inside a call that does not return: nothing milder
-      # ends the process.
+      # The main thread is inside a call that does not return: sys.exit would
+      # not end the process.
       os._exit(TRY_AGAIN)

@@ -36,7 +36,7 @@ class Workdir:
   def __init__(
     self, path: str, config: ConfigDict, dataset: Dataset, num_params: int
   ):
-    """Does not touch the directory; entering the context does.
+    """Stores the arguments; entering the context opens the directory.
 
     Args:
       path: a local path or gs://BUCKET/FOLDER.
@@ -103,14 +103,15 @@ class Workdir:
     )
 
   def begin(self) -> None:
-    """Writes the configuration: from now on the workdir is this run's."""
+    """Writes config.json, after which the workdir belongs to this run."""
     if self._is_process_0:
       if self.start_step:
         print(f"resumed from step {self.start_step} in {self.path}", flush=True)
       text = self._config.to_json(indent=2) + "\n"
       (self.path / "config.json").write_text(text)
     self.files = remote_files.RunFiles(
-      self.path, apart=self._is_process_0 and folders.is_remote(self.path)
+      self.path,
+      is_temporary=self._is_process_0 and folders.is_remote(self.path),
     )
 
   def earlier_secs(self) -> dict[str, float] | None:
@@ -126,8 +127,9 @@ class Workdir:
 
   @functools.cached_property
   def bad_records(self) -> loader.BadRecords:
-    """This process's list of unreadable records; one for training and all
-    evaluators, as it rewrites the whole file.
+    """List of unreadable records of this process.
+
+    Training and all evaluators share it, because it rewrites the whole file.
     """
     index = jax.process_index()
     return loader.BadRecords(

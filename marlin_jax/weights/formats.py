@@ -1,4 +1,4 @@
-"""The file formats of weights, and how one is recognised."""
+"""The table of weight formats; recognises the format of a path."""
 
 from __future__ import annotations
 

@@ -40,10 +40,10 @@ def load(path: Path):
   """
   torch = import_torch()
   try:
-    # VideoMAE stores its command line beside the weights.
+    # VideoMAE's files store the parsed command line beside the weights.
     with torch.serialization.safe_globals([argparse.Namespace]):
       return torch.load(path, map_location="cpu", weights_only=True)
-  # Errors of torch, pickle and zipfile, a dozen classes.
+  # torch, pickle and zipfile raise a dozen classes of errors.
   except Exception as e:
     reason = str(e).strip().splitlines()[0] if str(e).strip() else repr(e)
     raise WeightsError(

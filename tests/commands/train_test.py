@@ -179,7 +179,7 @@ def test_sigterm_saves_and_says_how_to_go_on(sample_dataset, tmp_path):
       break
   rest, _ = process.communicate(timeout=120)
   assert process.returncode == 128 + signal.SIGTERM
-  assert "the same command goes on from there" in rest
+  assert "run the same command again" in rest
   last = max(metrics_of(tmp_path))
   assert (tmp_path / "checkpoints" / str(last)).is_dir()
 

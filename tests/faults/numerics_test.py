@@ -241,9 +241,9 @@ def test_a_process_that_hangs_shows_where_and_ends():
     timeout=60,
   )
   assert result.returncode == distributed.TRY_AGAIN
-  assert result.stderr.count("step 3 has not come to an end for 0 s") == 2
+  assert result.stderr.count("step 3 has not ended for 0 s") == 2
   assert result.stderr.count("read_from_a_disk_that_does_not_answer") == 2
-  assert "the same command goes on from the last checkpoint" in result.stderr
+  assert "to resume from the last checkpoint" in result.stderr
 
 
 def test_a_watchdog_that_is_told_never_to_bark_does_not():
@@ -284,5 +284,5 @@ def test_a_run_that_waits_for_a_dead_process_ends_to_be_started_again(
   assert "step 2 not applied" in output
   # Of eight, four of them read by the other.
   assert "and 4 more" in output
-  assert "has not come to an end for 15 s" in output
+  assert "has not ended for 15 s" in output
   assert "Thread 0x" in output

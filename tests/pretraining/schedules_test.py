@@ -70,7 +70,7 @@ def rates_of_updates(optimizer, num_updates):
 @pytest.mark.parametrize(("d_steps", "g_steps"), [(1, 1), (3, 2)])
 def test_every_update_of_a_step_has_the_rate_of_the_step(d_steps, g_steps):
   config, made = experiment(**{"adv.d_steps": d_steps, "adv.g_steps": g_steps})
-  schedule = build.make_schedule(config, NUM_STEPS)
+  schedule = build.make_schedule(config.optim, config.batch_size, NUM_STEPS)
   want = np.array([float(schedule(step)) for step in range(NUM_STEPS)])
   rates, states = rates_of_updates(made.trainer.optimizer, NUM_STEPS * g_steps)
   disc_rates, disc_states = rates_of_updates(
@@ -105,7 +105,7 @@ def test_with_one_update_a_step_all_bits_are_those_of_adamw(decay):
   config, made = experiment(**{"optim.weight_decay": decay})
   optim = config.optim
   reference = optax.adamw(
-    build.make_schedule(config, NUM_STEPS),
+    build.make_schedule(config.optim, config.batch_size, NUM_STEPS),
     b1=optim.b1,
     b2=optim.b2,
     eps=optim.eps,

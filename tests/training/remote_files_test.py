@@ -10,7 +10,7 @@ from marlin_jax.training.configuration import ConfigError
 
 
 def test_a_local_workdir_is_written_directly(tmp_path):
-  files = remote_files.RunFiles(epath.Path(tmp_path), apart=False)
+  files = remote_files.RunFiles(epath.Path(tmp_path), is_temporary=False)
   assert files.path == tmp_path
   files.close()
   assert tmp_path.exists()
@@ -20,7 +20,7 @@ def test_a_remote_workdir_gets_what_changed_and_a_resumed_run_gets_it_back(
   tmp_path,
 ):
   workdir = epath.Path(tmp_path)
-  files = remote_files.RunFiles(workdir, apart=True)
+  files = remote_files.RunFiles(workdir, is_temporary=True)
   local, board = files.path / "metrics.jsonl", files.path / "tensorboard/events"
   board.parent.mkdir()
   board.write_bytes(b"1")
@@ -38,7 +38,7 @@ def test_a_remote_workdir_gets_what_changed_and_a_resumed_run_gets_it_back(
   assert os.listdir(tmp_path / "tensorboard") == []
   assert not files.path.exists()
 
-  files = remote_files.RunFiles(workdir, apart=True)
+  files = remote_files.RunFiles(workdir, is_temporary=True)
   assert (files.path / "metrics.jsonl").read_text() == "one\ntwo\n"
   files.close()
 

@@ -109,7 +109,7 @@ class InceptionFeatures:
     if not os.path.isfile(path):
       raise FeatureError(
         f"there is no feature network {path}; the docstring of "
-        "marlin_jax/lipsync/scoring/frame_features.py tells how to export it"
+        "marlin_jax/lipsync/scoring/frame_features.py says how to export it"
       )
     try:
       self._session = onnxruntime.InferenceSession(

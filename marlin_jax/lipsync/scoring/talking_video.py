@@ -80,15 +80,15 @@ def read(
 ) -> TalkingVideo:
   """Reads a whole video and crops the face with the longest track.
 
-  Frames are without a face where that face is lost for more than half a second,
-  and possibly at both ends. All tracks are taken for the same person, except
+  Frames have no face where that face is lost for more than half a second, and
+  possibly at both ends. All tracks are assumed to show the same person, except
   those that overlap a longer track (of equally long tracks, the one with the
   larger face), which are left out.
 
   Args:
     path: a video file in any format that FFmpeg decodes.
-    crop_face: track the face and crop it; else each frame is taken for a face
-      crop, as in LRS2, with black bars where it is no square.
+    crop_face: track the face and crop it. If False, each frame is used as a
+      face crop, as in LRS2, padded to a square with black bars.
     models: open face models; None: opens them.
     progress: called with the share of the video that has been read.
 

@@ -46,7 +46,7 @@ class LipsyncCourse:
     dataset: Dataset,
     eval_dataset: Dataset,
   ):
-    """Sets all that does not depend on the networks.
+    """Sets the attributes that do not depend on the networks.
 
     Args:
       config: a valid configuration; see configs/eval_ls.py.
@@ -134,7 +134,7 @@ def train(
     The last state, and the signal that ended the run early or None.
 
   Raises:
-    UserError: the run cannot start, resume, save or go on.
+    UserError: the run cannot start, resume, save or continue.
   """
   remote_files.check_reachable(str(workdir), data)
   loop.start_processes(config)
