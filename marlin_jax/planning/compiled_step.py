@@ -70,7 +70,7 @@ class Step:
     clips_at_once: clips of one microbatch on one device.
     num_params: parameters of both networks.
     clip_bytes: bytes of one clip's uint8 frames.
-    flops_per_clip: FLOPs of a step per clip, see flops.train_step.
+    flops_per_clip: FLOPs of a step per clip, see flops.training_step.
     repeated_flops_per_clip: further FLOPs, see flops.repeated_by_remat.
     state_bytes: memory of one device by purpose: parameters, optimisers, batch.
     needed_bytes: memory of one device in total.
@@ -195,7 +195,7 @@ def compile_step(config: ConfigDict, topology: Topology, busy: Busy) -> Step:
     clips_at_once=config.batch_size // num_shards // num_microbatches,
     num_params=build.count((shapes.params, shapes.disc_params)),
     clip_bytes=tubelets.num_tokens * tubelets.pixels,
-    flops_per_clip=flops.train_step(
+    flops_per_clip=flops.training_step(
       architecture,
       trainer,
       config.batch_size,

@@ -66,7 +66,7 @@ class PretrainingCourse:
       config, dataset.fingerprint, self.num_steps
     )
     self.peak_clips_per_sec = flops.peak_clips_per_sec(
-      flops.train_step(self.architecture, self.trainer, self.batch_size),
+      flops.training_step(self.architecture, self.trainer, self.batch_size),
       mesh,
       config.dtype,
     )

@@ -19,7 +19,7 @@ from marlin_jax.pretraining.train_step import Trainer
 from marlin_jax.weights.architecture import Architecture
 
 
-def train_step(
+def training_step(
   architecture: Architecture,
   trainer: Trainer,
   batch_size: int,
@@ -97,7 +97,7 @@ def peak_clips_per_sec(
   """Returns clips per second at a model FLOPs utilisation of 1.
 
   Args:
-    flops_per_clip: from `train_step`.
+    flops_per_clip: from `training_step`.
     mesh: the devices.
     dtype: dtype of the matrix products.
 

@@ -36,11 +36,10 @@ class Masking:
   """A masking strategy over a token grid.
 
   Attributes:
-    strategy: one of MASKING_STRATEGIES. Each chooses candidates, of
-      which V are drawn at random to be visible. fasking and fasking_opp: the
-      patches of some regions; random: all tokens; tube: ceil((1 - ratio) * S)
-      spatial positions at all times; frame: ceil((1 - ratio) * T) whole
-      tubelets.
+    strategy: one of MASKING_STRATEGIES. Each chooses candidates, of which V are
+      drawn at random to be visible. fasking and fasking_opp: the patches of
+      some regions; random: all tokens; tube: ceil((1 - ratio) * S) spatial
+      positions at all times; frame: ceil((1 - ratio) * T) whole tubelets.
     ratio: share of masked tokens, in (0, 1).
     grid: tokens along t, h, w.
 

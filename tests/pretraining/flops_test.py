@@ -32,7 +32,7 @@ SMALL = {
 def our_count(config, num_microbatches=1):
   """Returns our FLOPs per clip and step."""
   experiment = build.make_experiment(config, num_steps=10)
-  return flops.train_step(
+  return flops.training_step(
     experiment.architecture,
     experiment.trainer,
     config.batch_size,
