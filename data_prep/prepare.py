@@ -161,7 +161,7 @@ def _sandbox_line(settings: video_to_records.Settings) -> str:
 
 
 def fetch_models(choice: ParserChoice) -> None:
-  """Downloads models before the workers start, so that an error comes once."""
+  """Downloads models before the workers start, so an error is shown once."""
   from data_prep import assets
   from data_prep.faces import face_finder
 
@@ -281,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
   add(
     "--test_ratio",
     type=_ratio,
-    help="share of people in the split test, as --val_ratio",
+    help="share of people (or videos) in the split test; see --val_ratio",
   )
   add(
     "--num_shards",
@@ -314,7 +314,7 @@ def _parser() -> argparse.ArgumentParser:
     default=0.0,
     help="resample every video to this number of frames per second, by "
     "repeating or dropping frames; 0 keeps the video's own rate (lip "
-    "synchronization needs 25)",
+    "synchronisation needs 25)",
   )
   add("--name", type=_name, default="faces", help="prefix of file names")
   add(

@@ -61,7 +61,8 @@ def make(dataset_dir: Path, max_records: int) -> str:
 
   Args:
     dataset_dir: a folder written by data_prep.prepare.
-    max_records: least number of records to read, if there are so many.
+    max_records: minimum number of records to read; fewer if the data set holds
+      fewer.
 
   Raises:
     InspectionError: there is no such data set, or it is damaged.

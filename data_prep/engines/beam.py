@@ -73,6 +73,8 @@ def _read(file: str) -> Iterator[ShardJob]:
 
 
 class _DoJob(beam.DoFn):
+  """Does a shard job unless its shard is written; yields the shard's name."""
+
   def __init__(
     self, settings: video_to_records.Settings, num_workers: int
   ) -> None:

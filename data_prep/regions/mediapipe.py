@@ -83,8 +83,8 @@ class MediaPipeParser:
     """See `SteadyParser.look`.
 
     Returns:
-      uint8 (S, S, 4), confidence times 255 of hair, of forehead, of a fringe,
-      and that the pixel is inside the picture.
+      uint8 (S, S, 4), in [0, 255]: confidence that a pixel is hair, forehead,
+      fringe, and inside the frame.
     """
     import cv2
 

@@ -106,7 +106,7 @@ class ParserChoice:
 
   Attributes:
     name: a key of `PARSERS`.
-    path: file of the model; None for that of the assets.
+    path: file of the model; None: the downloaded one.
 
   Raises:
     ValueError: there is no such parser.

@@ -96,8 +96,8 @@ def dataset(prepared, tmp_path) -> Path:
 
 
 def test_short_clips_are_one_record_each_with_all_frames(prepared):
-  found = {r.video_id: len(r) for r in read_records(prepared[0])}
-  assert found == {f"{length:02d} frames.mp4": length for length in LENGTHS}
+  lengths = {r.video_id: len(r) for r in read_records(prepared[0])}
+  assert lengths == {f"{length:02d} frames.mp4": length for length in LENGTHS}
 
 
 def test_bad_videos_are_quarantined_with_reason_and_hash(prepared):
@@ -180,9 +180,9 @@ def test_metadata_counts_what_the_shards_hold(prepared):
 def test_qualities_for_the_trainer_are_those_of_the_records(prepared):
   path, _ = prepared
   rows = quality_index.unpack((path / "faces-train.quality.npy").read_bytes())
-  found = read_records(path)
-  assert rows["video"].tolist() == [*range(len(found))]
-  for row, record in zip(rows, found, strict=True):
+  records = read_records(path)
+  assert rows["video"].tolist() == [*range(len(records))]
+  for row, record in zip(rows, records, strict=True):
     assert row["quality"] == record.quality
     terms = [row[name] for name in schema.QUALITY_TERMS]
     np.testing.assert_array_equal(terms, record.quality_terms)
@@ -226,8 +226,8 @@ def test_tfds_reads_the_same_as_our_own_reader(sample_dataset):
 
 
 def test_sample_keeps_the_man_and_leaves_out_bikes_and_bunny(sample_dataset):
-  found = read_records(sample_dataset)
-  assert [(r.video_id, len(r)) for r in found] == [
+  records = read_records(sample_dataset)
+  assert [(r.video_id, len(r)) for r in records] == [
     ("carphone_pristine.mp4", 60),
     ("carphone_pristine.mp4", 60),
   ]
@@ -244,12 +244,12 @@ def test_shared_footage_gives_nearly_all_frames(face_models, tmp_path):
     shutil.copy(shared_video(name), tmp_path)
   result = run_prepare("--input", tmp_path, "--output", tmp_path / "out")
   assert result.returncode == 0, result.stderr
-  found = collections.defaultdict(list)
+  lengths = collections.defaultdict(list)
   for record in read_records(tmp_path / "out"):
-    found[record.video_id].append(len(record))
+    lengths[record.video_id].append(len(record))
   for name, num in num_frames.items():
-    assert sum(found[name]) >= 0.95 * num
-  assert found["cropped04.mp4"] == [15]
+    assert sum(lengths[name]) >= 0.95 * num
+  assert lengths["cropped04.mp4"] == [15]
 
 
 # --- Repeated runs ------------------------------------------------------------
@@ -376,9 +376,9 @@ def test_new_video_touches_only_its_shard(dataset, videos, carphone, tmp_path):
     assert untouched == (int(shard.name[-14:-9]) != index)
   for name in ("settings.json", "quarantine.jsonl", "features.json"):
     assert (dataset / name).read_bytes() == before[name]
-  found = {r.video_id: len(r) for r in read_records(dataset)}
-  assert found.pop("new.mp4") == 20
-  assert found == {f"{length:02d} frames.mp4": length for length in LENGTHS}
+  lengths = {r.video_id: len(r) for r in read_records(dataset)}
+  assert lengths.pop("new.mp4") == 20
+  assert lengths == {f"{length:02d} frames.mp4": length for length in LENGTHS}
   rows = quality_index.unpack(
     (dataset / "faces-train.quality.npy").read_bytes()
   )
@@ -391,9 +391,9 @@ def test_changed_video_is_processed_again(dataset, videos, carphone, tmp_path):
   carphone(folder / "16 frames.mp4", 17)
   result = run_prepare("--input", folder, "--output", dataset)
   assert result.returncode == 0, result.stderr
-  found = {r.video_id: len(r) for r in read_records(dataset)}
-  assert found["16 frames.mp4"] == 17
-  assert len(found) == len(LENGTHS)
+  lengths = {r.video_id: len(r) for r in read_records(dataset)}
+  assert lengths["16 frames.mp4"] == 17
+  assert len(lengths) == len(LENGTHS)
 
 
 def test_quarantined_videos_are_tried_again_under_other_limits(dataset, videos):
@@ -414,9 +414,9 @@ def test_quarantined_videos_are_tried_again_under_other_limits(dataset, videos):
 def test_quarantined_videos_can_be_tried_again_in_any_case(dataset, videos):
   recipe = json.loads((dataset / "settings.json").read_text())
   recipe.pop("num_shards")
-  found = manifest.read_input(videos)
+  inputs = manifest.read_input(videos)
   settings = video_to_records.Settings()
-  with dataset_folder.DatasetFolder(dataset, recipe, None, found) as folder:
+  with dataset_folder.DatasetFolder(dataset, recipe, None, inputs) as folder:
     assert folder.plan(settings, retry_quarantined=False).todo == []
     todo = folder.plan(settings, retry_quarantined=True).todo
   # A video without a face is not tried again: the result would be the same.
@@ -449,11 +449,11 @@ def test_worker_that_is_killed_costs_one_video(videos, prepared, tmp_path):
   (line,) = read_lines(output / "quarantine.jsonl")
   assert "the worker process was killed by SIGKILL" in line["reason"]
   assert len(line["sha256"]) == 64
-  kept = {r.video_id: r.frames for r in read_records(output)}
-  assert len(kept) == 2
+  frames_of = {r.video_id: r.frames for r in read_records(output)}
+  assert len(frames_of) == 2
   for record in read_records(prepared[0]):
-    if record.video_id in kept:
-      assert record.frames == kept[record.video_id]
+    if record.video_id in frames_of:
+      assert record.frames == frames_of[record.video_id]
 
 
 # --- Splits -------------------------------------------------------------------
@@ -548,8 +548,8 @@ def test_folder_of_something_else_is_not_written_to(videos):
 def test_two_runs_into_one_folder_do_not_mix(dataset, videos):
   settings = json.loads((dataset / "settings.json").read_text())
   settings.pop("num_shards")
-  found = manifest.read_input(videos)
-  with dataset_folder.DatasetFolder(dataset, settings, None, found):
+  inputs = manifest.read_input(videos)
+  with dataset_folder.DatasetFolder(dataset, settings, None, inputs):
     message = failure("--input", videos, "--output", dataset)
   assert "another run is writing" in message
 

@@ -139,19 +139,19 @@ def test_a_split_or_a_label_that_is_missing_is_told_before_any_compute(
 @pytest.fixture(scope="module")
 def celebvhq(film, tmp_path_factory) -> Path:
   tree = tmp_path_factory.mktemp("celebvhq") / "tree"
-  wanted = {"train": 2, "val": 1, "test": 1}
+  num_missing = {"train": 2, "val": 1, "test": 1}
   clips = {}
   for i in itertools.count():
     source = f"source{i}"
     split = split_of(source, 0.1, 0.1)  # as the layout has them
-    if not wanted.get(split):
+    if not num_missing.get(split):
       continue
-    wanted[split] -= 1
+    num_missing[split] -= 1
     for labelled in (0, 1):
       look = [labelled, 0] * 20
       clips[f"{source}_{labelled}"] = celebvhq_clip(source, look, look[:35])
       film(tree / f"35666/{source}_{labelled}.mp4", bool(labelled))
-    if not any(wanted.values()):
+    if not any(num_missing.values()):
       break
   write_celebvhq_info(tree, clips)
   return prepared("celebvhq", tree)
@@ -163,9 +163,9 @@ def test_celebvhq_goes_to_attributes(celebvhq):
   assert results["data"]["warnings"] == []
   sizes = {name: len(t["names"]) for name, t in results["tasks"].items()}
   assert sizes == {"appearance": 40, "action": 35}
-  found = {c["task"]: c for c in results["cells"] if c["mode"] == "linear"}
-  assert found["appearance"]["test"]["metrics"]["auc"]["value"] == 1.0
-  labels = found["appearance"]["test"]["per_class"]
+  cells = {c["task"]: c for c in results["cells"] if c["mode"] == "linear"}
+  assert cells["appearance"]["test"]["metrics"]["auc"]["value"] == 1.0
+  labels = cells["appearance"]["test"]["per_class"]
   assert [row["auc"] for row in labels] == [1.0, None] * 20
   assert labels[0]["name"] == "look_0"
 
@@ -198,12 +198,12 @@ def test_mosei_goes_to_emotion_and_sentiment(mosei):
   results = results_of(eval_fer, mosei, tasks="emotion,sentiment,sentiment7")
   assert num_videos(results) == {"train": 4, "val": 2, "test": 2}
   assert results["data"]["splits"]["test"]["people"] == 1
-  found = {
+  scores = {
     c["task"]: c["test"] for c in results["cells"] if c["mode"] == "linear"
   }
   for task in ("emotion", "sentiment"):
-    assert found[task]["metrics"]["auc"]["value"] == 1.0
-  assert found["sentiment7"]["confusion"][0] == [0] * 7
+    assert scores[task]["metrics"]["auc"]["value"] == 1.0
+  assert scores["sentiment7"]["confusion"][0] == [0] * 7
   rows = truth(mosei, "sentiment-linear-1-0")
   assert rows[f"{MOSEI_SEGMENTS}/d_0.mp4"]["true:sentiment>=0"] == "1"
   assert rows[f"{MOSEI_SEGMENTS}/d_1.mp4"]["true:sentiment>=0"] == "0"
@@ -232,10 +232,10 @@ def test_faceforensics_goes_to_all_manipulations_and_each(ffpp):
   results = results_of(eval_dfd, ffpp, tasks="deepfake,FaceSwap")
   assert num_videos(results) == {"train": 3, "val": 3, "test": 3}
   assert results["data"]["splits"]["test"]["people"] == 1
-  found = {
+  scores = {
     c["task"]: c["test"] for c in results["cells"] if c["mode"] == "linear"
   }
-  together = found["deepfake"]
+  together = scores["deepfake"]
   assert together["metrics"]["auc"]["value"] == 1.0
   assert {
     name: part["auc"]["value"]
@@ -243,4 +243,4 @@ def test_faceforensics_goes_to_all_manipulations_and_each(ffpp):
     if name in ("Deepfakes", "FaceSwap")
   } == {"Deepfakes": 1.0, "FaceSwap": 1.0}
   assert together["num_videos"] == 3
-  assert found["FaceSwap"]["num_videos"] == 2
+  assert scores["FaceSwap"]["num_videos"] == 2

@@ -153,22 +153,22 @@ def test_fer_derives_sentiment_and_follows_the_papers_protocol(
     num_seeds=1,
     plots=False,
   )
-  found = {
+  cells = {
     cell["task"]: cell for cell in results["cells"] if cell["mode"] == "linear"
   }
-  assert found["sentiment"]["chosen"] == {"num_rounds": 3}
-  assert found["sentiment"]["test"]["num_videos"] == 16
-  assert [row["name"] for row in found["sentiment"]["test"]["per_class"]] == [
+  assert cells["sentiment"]["chosen"] == {"num_rounds": 3}
+  assert cells["sentiment"]["test"]["num_videos"] == 16
+  assert [row["name"] for row in cells["sentiment"]["test"]["per_class"]] == [
     "sentiment>=0"
   ]
-  matrix = np.array(found["sentiment7"]["test"]["confusion"])
+  matrix = np.array(cells["sentiment7"]["test"]["confusion"])
   assert matrix.shape == (7, 7)
   # Three of the seven classes occur: -1, 0 and 1.
   np.testing.assert_array_equal(
     matrix.sum(axis=1) > 0, [False, False, True, True, True, False, False]
   )
   assert [
-    row["threshold"] for row in found["emotion"]["test"]["per_class"]
+    row["threshold"] for row in cells["emotion"]["test"]["per_class"]
   ] == [
     0.5,
     0.5,
@@ -272,7 +272,7 @@ def test_a_workdir_gives_the_same_scores_as_its_exported_weights(
   )
   safetensors_folder.write(weights, tmp_path / "folder")
   orbax.write(weights, tmp_path / "workdir")
-  found = [
+  runs = [
     run(
       eval_far,
       tmp_path / f"w{i}",
@@ -283,13 +283,13 @@ def test_a_workdir_gives_the_same_scores_as_its_exported_weights(
     )
     for i, path in enumerate((tmp_path / "folder", tmp_path / "workdir"))
   ]
-  assert found[0]["checkpoint"]["sha256"] == found[1]["checkpoint"]["sha256"]
-  for result in found:
+  assert runs[0]["checkpoint"]["sha256"] == runs[1]["checkpoint"]["sha256"]
+  for result in runs:
     assert result["checkpoint"]["architecture"]["width"] == 16
     for cell in result["cells"]:
       cell.pop("secs", None)
-  assert found[0]["cells"] == found[1]["cells"]
-  assert metric(found[0], "knn") > 0.9
+  assert runs[0]["cells"] == runs[1]["cells"]
+  assert metric(runs[0], "knn") > 0.9
 
 
 def test_a_command_reports_errors_without_a_traceback(face_data, tmp_path):

@@ -45,7 +45,7 @@ def test_features_do_not_depend_on_the_batch_size(face_data, tmp_path):
   split = splits.open_split(str(face_data), "val", tmp_path)
   clip = weights.architecture.clip
   windows = split.windows(clip)
-  found = [
+  computed = [
     feature_cache.window_features(
       encoder, split, windows, tmp_path / f"{n}", batch_size=n, num_threads=2
     )
@@ -53,7 +53,7 @@ def test_features_do_not_depend_on_the_batch_size(face_data, tmp_path):
   ]
   clips = clip_batches.ClipReader(split, clip).read(windows)
   expected = marlin.Marlin(weights).extract_features(clips)
-  for features in found:
+  for features in computed:
     np.testing.assert_allclose(features, expected, atol=1e-5)
 
 

@@ -132,18 +132,18 @@ def test_nothing_here_runs_what_a_file_says():
         if not isinstance(node, ast.Call):
           continue
         name = name_of(node.func)
-        given = {
+        arguments = {
           k.arg: k.value.value
           for k in node.keywords
           if isinstance(k.value, ast.Constant)
         }
         assert name not in FORBIDDEN, f"{path}: {name}"
-        assert not given.get("allow_pickle"), path
-        assert not given.get("shell"), path
-        assert not given.get("trust_remote_code"), path
+        assert not arguments.get("allow_pickle"), path
+        assert not arguments.get("shell"), path
+        assert not arguments.get("trust_remote_code"), path
         if name == "torch.load":
           num_loads += 1
-          assert given.get("weights_only") is True, path
+          assert arguments.get("weights_only") is True, path
         if name.startswith("yaml."):
           assert name == "yaml.safe_load", path
   assert num_loads  # the search finds what it looks for

@@ -73,12 +73,12 @@ def run(tasks, open_work=open_double, num_workers=2, **kwargs):
 
 def ends(events) -> dict[int, object]:
   """Returns how each task ended, by number; each must end once."""
-  found = {}
+  endings = {}
   for event in events:
     if event.kind != "report":
-      assert event.task not in found
-      found[event.task] = event.value
-  return found
+      assert event.task not in endings
+      endings[event.task] = event.value
+  return endings
 
 
 def test_every_task_is_done_once_and_reports():
@@ -106,8 +106,8 @@ def test_dead_worker_costs_its_own_task_only():
 
 
 def test_hanging_worker_costs_its_own_task_only():
-  found = ends(run([1, "hang", 2, 3], stall_secs=6))
-  assert found == {
+  endings = ends(run([1, "hang", 2, 3], stall_secs=6))
+  assert endings == {
     0: 2,
     1: "the worker process said nothing for 6 s",
     2: 4,

@@ -24,8 +24,8 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def record():
-  said = talking_mouths.talk(0, 50)
-  (one,) = talking_mouths.records_of(said, "a.mp4")
+  talk = talking_mouths.talk(0, 50)
+  (one,) = talking_mouths.records_of(talk, "a.mp4")
   return one
 
 
@@ -33,17 +33,17 @@ def served(dataset, take, num_batches=3):
   batches = loader.train_batches(
     dataset, take, batch_size=8, seed=0, start_step=0, num_threads=1
   )
-  found = [next(batches) for _ in range(num_batches)]
-  return {key: np.concatenate([b[key] for b in found]) for key in found[0]}
+  drawn = [next(batches) for _ in range(num_batches)]
+  return {key: np.concatenate([b[key] for b in drawn]) for key in drawn[0]}
 
 
 @functools.cache
 def sound_of(dataset, index):
   """The mel of the whole video, the record's first frame in it, the record."""
   _, record = prepared_dataset.RecordSource(dataset)[index]
-  said = talking_mouths.talk(int(record.video_id.split(".")[0]), 107)
+  talk = talking_mouths.talk(int(record.video_id.split(".")[0]), 107)
   first_frame = round(record.start_secs * 25)
-  return mel_spectrogram.mel_spectrogram(said.sound), first_frame, record
+  return mel_spectrogram.mel_spectrogram(talk.sound), first_frame, record
 
 
 # --- Windows ------------------------------------------------------------------
@@ -52,9 +52,9 @@ def sound_of(dataset, index):
 def test_windows_are_those_of_wav2lip():
   mel = np.repeat(np.arange(400, dtype=np.float32)[:, None], 80, axis=1)
   frames = np.arange(1, 100)
-  found = mel_windows.windows(mel, frames, 5)[..., 0]
+  cut = mel_windows.windows(mel, frames, 5)[..., 0]
   around = mel_windows.frame_windows(mel, frames)[..., 0]
-  for f, window, of_frame in zip(frames, found, around, strict=True):
+  for f, window, of_frame in zip(frames, cut, around, strict=True):
     # crop_audio_window, and get_segmented_mels which begins a frame earlier.
     first, before = int(80.0 * (f / 25.0)), int(80.0 * ((f - 1) / 25.0))
     np.testing.assert_array_equal(window, np.arange(first, first + 16))
@@ -177,9 +177,9 @@ def test_records_that_cannot_be_used_say_why(record, changes, message):
 
 
 def test_unusable_records_are_left_out_and_written_down(tmp_path):
-  said = talking_mouths.talk(0, 40)
+  talk = talking_mouths.talk(0, 40)
   videos = {
-    "good.mp4": talking_mouths.records_of(said, "good.mp4"),
+    "good.mp4": talking_mouths.records_of(talk, "good.mp4"),
     "mute.mp4": [made_dataset.a_record("mute.mp4", num_frames=40, audio=b"")],
   }
   path = made_dataset.make(tmp_path / "data", videos, has_sound=True)

@@ -74,12 +74,12 @@ def tiny(**overrides):
 
 def last_of(workdir, prefix):
   """The last numbers of a kind, by name."""
-  found = {}
+  numbers = {}
   for row in rows_of(workdir):
-    found |= {
+    numbers |= {
       k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)
     }
-  return found
+  return numbers
 
 
 def assert_same_bits(got, want):
