@@ -11,6 +11,7 @@ source pixels, where pixel (i, j) covers [j, j+1) x [i, i+1).
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import itertools
 from collections.abc import Iterable
@@ -32,8 +33,7 @@ MIN_RATE = 20.0
 # A gap of at most this many frames without the face is bridged.
 MAX_GAP = 12
 MIN_FACE_PIXELS = 24
-# A face is compared with the thumbnails (looks) of its last meshes, LOOK_STEPS
-# frames apart, over about the length of a dissolve.
+# A mesh is compared with the last looks at its face, LOOK_STEPS frames apart.
 LOOKS = 3
 LOOK_STEPS = 4
 # Sharpness is measured in every 10th frame of a track, and in its first.
@@ -114,7 +114,8 @@ def find_tracks(
 
   def end(tracks: list[_OpenTrack]) -> None:
     # At once, so that a long video's false detections do not pile up.
-    kept.extend(t for t in tracks if t.is_face(min_frames, min_face_pixels))
+    people = [part for track in tracks for part in track.people(frame_rate)]
+    kept.extend(t for t in people if t.is_face(min_frames, min_face_pixels))
 
   steps = MESH_STEPS if frame_rate >= MIN_RATE else 1
   is_cut = shots.CutTest()
@@ -164,6 +165,7 @@ class _Sighting:
     frame: number of the frame.
     box: (4,), bounds of the mesh, else the box of the detector.
     landmarks: float32 (478, 2) in source pixels; None without a mesh.
+    look: int8 (468,), see `shots.Look`; None without a mesh.
     frontality: see `quality.frontality`; None without a mesh.
     sharpness: see `quality.sharpness`; None where it was not measured.
   """
@@ -171,6 +173,7 @@ class _Sighting:
   frame: int
   box: np.ndarray
   landmarks: np.ndarray | None = None
+  look: np.ndarray | None = None
   frontality: float | None = None
   sharpness: float | None = None
 
@@ -190,7 +193,7 @@ class _OpenTrack:
     # Box of the detector and bounds of the mesh, of frames that have both.
     self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
     self.num_meshes = 0
-    # Thumbnails, LOOK_STEPS frames apart, and the frame of the last one.
+    # LOOK_STEPS frames apart, and the frame of the last one.
     self._looks: collections.deque[shots.Look] = collections.deque(maxlen=LOOKS)
     self._look_frame = 0
 
@@ -222,16 +225,17 @@ class _OpenTrack:
       taken its place for good.
     """
     box = boxes.bounds(mesh[:, :2])
-    look = shots.Look(frame, box)
-    is_other = (before.is_other_face(frame, look) for before in self._looks)
+    look = shots.Look(frame, mesh[:, :2])
+    others = sum(before.is_other_face(frame, look) for before in self._looks)
     # After a gap one look that fits is enough: the last may show what hid the
     # face.
-    if self._looks and (any(is_other) if goes_on else all(is_other)):
+    num_looks = len(self._looks)
+    if others > (num_looks // 2 if goes_on else max(num_looks - 1, 0)):
       return False
     if not self._looks or i - self._look_frame >= LOOK_STEPS:
       self._looks.append(look)
       self._look_frame = i
-    sighting = _Sighting(i, box, mesh[:, :2].copy())
+    sighting = _Sighting(i, box, mesh[:, :2].copy(), look.normalised())
     sighting.frontality = quality.frontality(mesh)
     if i % SHARPNESS_STEPS == 0 or not self.num_meshes:
       sighting.sharpness = quality.sharpness(frame, mesh)
@@ -255,6 +259,33 @@ class _OpenTrack:
     if is_added:
       self.pairs.append((box, boxes.bounds(mesh[:, :2])))
     return is_added
+
+  def people(self, frame_rate: float) -> list[_OpenTrack]:
+    """Returns a track for each person that the mesh showed, in order.
+
+    The track ends at the last frame that matched the person; frames of a
+    dissolve that match neither person are in no track.
+    """
+    rows = [n for n, s in enumerate(self.observed) if s.look is not None]
+    if not rows:
+      return [self]
+    spans = shots.people(
+      np.array([self.observed[row].frame for row in rows]),
+      np.array([self.observed[row].look for row in rows]),
+      frame_rate,
+    )
+    if len(spans) == 1:
+      return [self]
+    parts = []
+    for start, stop in spans:
+      part = copy.copy(self)
+      # The first and the last person keep frames without a mesh.
+      first = rows[start] if start else 0
+      last = rows[stop - 1] + 1 if stop < len(rows) else len(self.observed)
+      part.observed = self.observed[first:last]
+      part.num_meshes = stop - start
+      parts.append(part)
+    return parts
 
   def mesh_ratio(self) -> float:
     """Returns the share of visited frames, gaps included, with a mesh."""
