@@ -8,7 +8,8 @@
              edge
   pose       cosine of the angle between the normal of the face and the
              direction to the camera: 1 from the front, 0.5 turned by 60
-             degrees, 0 in profile
+             degrees, 0 in profile; times how upright it is: 1 up to a tilt of
+             30 degrees, 0 for a face that lies on its side
   landmarks  share of the frames that have a mesh, times the steadiness of the
              mesh on the head
 
@@ -43,6 +44,9 @@ _STEADY = (33, 133, 263, 362, 168, 6)
 # Mean jump of these points between frames, over the height of the face, that
 # halves the score. Steady meshes have 0.002, those beside a face 0.05.
 HALF_JITTER = 0.02
+
+# A head of one who talks tilts by up to so many degrees.
+FREE_TILT = 30.0
 
 _RIGHT_SIDE, _LEFT_SIDE, _TOP, _CHIN = 234, 454, 10, 152
 
@@ -108,6 +112,24 @@ def frontality(mesh: np.ndarray) -> float:
   return max(float(normal[2]) / length, 0.0) if length else 0.0
 
 
+def uprightness(mesh: np.ndarray) -> float:
+  """Returns how upright a face is in the picture, in [0, 1].
+
+  Args:
+    mesh: (478, 2 or 3), x and y in source pixels.
+
+  Returns:
+    1 up to FREE_TILT degrees; beyond it the cosine of the tilt over that of
+    FREE_TILT, and 0 from 90 degrees on.
+  """
+  x, y = np.asarray(mesh, np.float64)[_CHIN, :2] - mesh[_TOP, :2]
+  length = math.hypot(x, y)
+  if not length:
+    return 0.0
+  cosine = y / length / math.cos(math.radians(FREE_TILT))
+  return min(max(float(cosine), 0.0), 1.0)
+
+
 def steadiness(landmarks: np.ndarray) -> float:
   """Returns the steadiness of a mesh on a head.
 
@@ -145,7 +167,8 @@ def terms(
     face_heights: (N,), heights of the mesh in source pixels, estimated where
       there is none.
     sharpnesses: (M,), of some frames; the term is 0 where M is 0.
-    frontalities: (K,), of the frames with a mesh; the term is 0 where K is 0.
+    frontalities: (K,), frontality times uprightness, of the frames with a
+      mesh; the term is 0 where K is 0.
     landmarks: float32 (T, 478, 2), NaN in frames without a mesh.
     steps: distance in frames between meshes that were not interpolated.
   """

@@ -23,32 +23,55 @@ from data_prep.faces.face_finder import Detection, FaceFinder
 
 NUM_LANDMARKS = 478
 
-# Detectors run on every 8th frame of a shot.
-DETECT_STEPS = 8
+# Times are in seconds: a face moves as fast at any frame rate. In the comments,
+# the same in frames at 30 per second.
+#
+# Rate that is assumed where it is unknown, and the range that is believed:
+# files of a variable rate may announce 1,000 or 90,000.
+USUAL_RATE = 30.0
+RATE_RANGE = (1.0, 240.0)
+# Detectors run this often in a shot: 8 frames.
+DETECT_SECS = 0.27
 # In videos of at least MIN_RATE frames per second the mesh model runs on every
 # second frame of a shot and on its last; between them landmarks are
 # interpolated. In slower videos it runs on every frame.
 MESH_STEPS = 2
 MIN_RATE = 20.0
-# A gap of at most this many frames without the face is bridged.
-MAX_GAP = 12
+# A gap of at most so long without the face is bridged: 12 frames.
+MAX_GAP_SECS = 0.4
 MIN_FACE_PIXELS = 24
-# A mesh is compared with the last looks at its face, LOOK_STEPS frames apart.
+# A mesh is compared with the last looks at its face, LOOK_SECS apart: 4 frames.
 LOOKS = 3
-LOOK_STEPS = 4
-# Sharpness is measured in every 10th frame of a track, and in its first.
-SHARPNESS_STEPS = 10
+LOOK_SECS = 0.13
+# Sharpness is measured this often in a track: 10 frames. The first time is half
+# of it after the first mesh, which a cut or a dissolve may blur.
+SHARPNESS_SECS = 0.33
 # Faces tracked at a time: each costs a run of the mesh model per frame, and a
-# crowd shows nobody well.
+# crowd shows nobody well. The largest are tracked.
 MAX_FACES = 8
 # A track is dropped where fewer of its frames have a mesh, or where fewer of
 # its detections are believed.
 MIN_MESH_RATIO = 0.5
 MIN_BELIEVED_RATIO = 0.5
-# Standard deviations in frames of the Gaussians that smooth a track's box. A
-# face's size changes slower than its place.
-CENTRE_SIGMA = 4.0
-SIDE_SIGMA = 12.0
+# Standard deviations of the Gaussians that smooth a track's box: 4 and 12
+# frames. A face's size changes slower than its place.
+CENTRE_SECS = 4 / 30
+SIDE_SECS = 12 / 30
+
+
+def frames_of(secs: float, frame_rate: float) -> int:
+  """Returns the whole number of frames nearest to a time, at least 1.
+
+  Args:
+    secs: the time in seconds.
+    frame_rate: frames per second; replaced by 30 where it is not believable.
+  """
+  return max(round(secs * _believed_rate(frame_rate)), 1)
+
+
+def _believed_rate(frame_rate: float) -> float:
+  least, most = RATE_RANGE
+  return frame_rate if least <= frame_rate <= most else USUAL_RATE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +115,12 @@ def find_tracks(
   """Tracks every face of a video, in one pass that keeps no frame.
 
   A cut ends all tracks. A track also ends where its face is not seen for more
-  than `MAX_GAP` frames; a face that returns starts a new track. A face that
+  than `MAX_GAP_SECS`; a face that returns starts a new track. A face that
   turns away or is covered is tracked by the detectors as long as they see it,
   without landmarks in these frames. Another face in its place, after a dissolve
   or a cut within one room or as people cross, is another track. At most
-  `MAX_FACES` are tracked at a time. Tracks that are short, small, mostly
-  without a mesh or not believed by the detectors are dropped.
+  `MAX_FACES` are tracked at a time, the largest first. Tracks that are short,
+  small, mostly without a mesh or not believed by the detectors are dropped.
 
   Args:
     frames: uint8 (H, W, 3) RGB frames in order, all of one size.
@@ -114,10 +137,14 @@ def find_tracks(
 
   def end(tracks: list[_OpenTrack]) -> None:
     # At once, so that a long video's false detections do not pile up.
-    people = [part for track in tracks for part in track.people(frame_rate)]
+    people = [part for track in tracks for part in track.people()]
     kept.extend(t for t in people if t.is_face(min_frames, min_face_pixels))
 
   steps = MESH_STEPS if frame_rate >= MIN_RATE else 1
+  rate = _believed_rate(frame_rate)
+  max_gap = frames_of(MAX_GAP_SECS, rate)
+  # A multiple of the frames that are visited.
+  detect_steps = steps * max(round(DETECT_SECS * rate / steps), 1)
   is_cut = shots.CutTest()
   shot_start = 0
   # Number of the last frame in which faces were looked for: others are skipped.
@@ -142,10 +169,10 @@ def find_tracks(
     # A track without any mesh is most likely no face, and can wait.
     with_mesh = [track for track in active if track.num_meshes]
     is_lost = any(track.last_frame < i for track in with_mesh)
-    if (i - shot_start) % DETECT_STEPS == 0 or is_lost or not with_mesh:
-      active += _detect(active, frame, i, last_visited, steps, finder)
-    end([track for track in active if i - track.last_frame > MAX_GAP])
-    active = [track for track in active if i - track.last_frame <= MAX_GAP]
+    if (i - shot_start) % detect_steps == 0 or is_lost or not with_mesh:
+      active += _detect(active, frame, i, last_visited, steps, rate, finder)
+    end([track for track in active if i - track.last_frame > max_gap])
+    active = [track for track in active if i - track.last_frame <= max_gap]
     last_visited, previous = i, frame
   if last_visited < i:
     _follow(active, previous, i, last_visited, finder)
@@ -166,8 +193,10 @@ class _Sighting:
     box: (4,), bounds of the mesh, else the box of the detector.
     landmarks: float32 (478, 2) in source pixels; None without a mesh.
     look: int8 (468,), see `shots.Look`; None without a mesh.
-    frontality: see `quality.frontality`; None without a mesh.
+    frontality: `quality.frontality` times `quality.uprightness`; None without
+      a mesh.
     sharpness: see `quality.sharpness`; None where it was not measured.
+    first_sharpness: of the first mesh, which may be blurred.
   """
 
   frame: int
@@ -176,6 +205,7 @@ class _Sighting:
   look: np.ndarray | None = None
   frontality: float | None = None
   sharpness: float | None = None
+  first_sharpness: float | None = None
 
 
 class _OpenTrack:
@@ -183,19 +213,22 @@ class _OpenTrack:
 
   Args:
     steps: distance in frames between runs of the mesh model.
+    rate: frames per second.
   """
 
-  def __init__(self, steps: int) -> None:
+  def __init__(self, steps: int, rate: float) -> None:
     self._steps = steps
+    self._rate = rate
     self.observed: list[_Sighting] = []
     # For each frame in which the detectors ran.
     self.believed: list[bool] = []
     # Box of the detector and bounds of the mesh, of frames that have both.
     self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
     self.num_meshes = 0
-    # LOOK_STEPS frames apart, and the frame of the last one.
+    # LOOK_SECS apart, and the frame of the last one.
     self._looks: collections.deque[shots.Look] = collections.deque(maxlen=LOOKS)
     self._look_frame = 0
+    self._sharpness_frame: int | None = None
 
   @property
   def first_frame(self) -> int:
@@ -227,18 +260,27 @@ class _OpenTrack:
     box = boxes.bounds(mesh[:, :2])
     look = shots.Look(frame, mesh[:, :2])
     others = sum(before.is_other_face(frame, look) for before in self._looks)
-    # After a gap one look that fits is enough: the last may show what hid the
-    # face.
+    # After frames without a mesh one look that fits is enough: the last may
+    # show what hid the face, or the face half turned.
+    goes_on = goes_on and self._looks and self.observed[-1].look is not None
     num_looks = len(self._looks)
     if others > (num_looks // 2 if goes_on else max(num_looks - 1, 0)):
       return False
-    if not self._looks or i - self._look_frame >= LOOK_STEPS:
+    look_steps = frames_of(LOOK_SECS, self._rate)
+    if not self._looks or i - self._look_frame >= look_steps:
       self._looks.append(look)
       self._look_frame = i
     sighting = _Sighting(i, box, mesh[:, :2].copy(), look.normalised())
-    sighting.frontality = quality.frontality(mesh)
-    if i % SHARPNESS_STEPS == 0 or not self.num_meshes:
+    sighting.frontality = quality.frontality(mesh) * quality.uprightness(mesh)
+    sharpness_steps = frames_of(SHARPNESS_SECS, self._rate)
+    if self._sharpness_frame is None:
+      self._sharpness_frame = i - sharpness_steps // 2
+    if i - self._sharpness_frame >= sharpness_steps:
       sighting.sharpness = quality.sharpness(frame, mesh)
+      self._sharpness_frame = i
+    elif not self.num_meshes:
+      # Counts only where it remains the only one.
+      sighting.first_sharpness = quality.sharpness(frame, mesh)
     self.num_meshes += 1
     self.observed.append(sighting)
     return True
@@ -260,7 +302,7 @@ class _OpenTrack:
       self.pairs.append((box, boxes.bounds(mesh[:, :2])))
     return is_added
 
-  def people(self, frame_rate: float) -> list[_OpenTrack]:
+  def people(self) -> list[_OpenTrack]:
     """Returns a track for each person that the mesh showed, in order.
 
     The track ends at the last frame that matched the person; frames of a
@@ -272,7 +314,7 @@ class _OpenTrack:
     spans = shots.people(
       np.array([self.observed[row].frame for row in rows]),
       np.array([self.observed[row].look for row in rows]),
-      frame_rate,
+      self._rate,
     )
     if len(spans) == 1:
       return [self]
@@ -309,14 +351,17 @@ class _OpenTrack:
     squares = np.array([self._square_of(s) for s in self.observed])
     all_rows = np.arange(num_frames)
     x, y, side = (np.interp(all_rows, rows, values) for values in squares.T)
-    x, y = (boxes.smooth(values, CENTRE_SIGMA) for values in (x, y))
-    half = boxes.CROP_RATIO / 2 * boxes.smooth(side, SIDE_SIGMA)
+    x, y = (boxes.smooth(values, CENTRE_SECS * self._rate) for values in (x, y))
+    half = boxes.CROP_RATIO / 2 * boxes.smooth(side, SIDE_SECS * self._rate)
     crops = np.stack([x - half, y - half, x + half, y + half], axis=1)
 
     landmarks = self._landmarks(num_frames)
+    sharpnesses = self._values("sharpness")
+    if not len(sharpnesses):
+      sharpnesses = self._values("first_sharpness")
     terms = quality.terms(
       face_heights=2 * half / boxes.CROP_RATIO,
-      sharpnesses=self._values("sharpness"),
+      sharpnesses=sharpnesses,
       frontalities=self._values("frontality"),
       landmarks=landmarks,
       steps=self._steps,
@@ -417,11 +462,14 @@ def _detect(
   i: int,
   last_visited: int,
   steps: int,
+  rate: float,
   finder: FaceFinder,
 ) -> list[_OpenTrack]:
   """Runs the detectors; extends the tracks that fit and returns new ones."""
   detections = finder.detect(frame)
-  track_of = _match(active, detections)
+  # The largest get the room that there is.
+  detections.sort(key=lambda d: (not d.believed, -boxes.square(d.box)[2]))
+  track_of = _match(active, detections, i)
   for track in active:
     if track.last_frame == i and track not in track_of.values():
       track.believed.append(False)
@@ -449,7 +497,7 @@ def _detect(
       continue
     # No track fits, or another face has taken the place of the track's.
     if has_room:
-      track = _OpenTrack(steps)
+      track = _OpenTrack(steps, rate)
       track.believed.append(detection.believed)
       track.add_detection(frame, i, detection.box, mesh, goes_on=False)
       started.append(track)
@@ -457,23 +505,31 @@ def _detect(
 
 
 def _match(
-  active: list[_OpenTrack], detections: list[Detection]
+  active: list[_OpenTrack], detections: list[Detection], i: int
 ) -> dict[int, _OpenTrack]:
   """Returns the track of each detection that fits one, by its number.
 
-  Pairs that overlap most are matched first; each track and each detection is
-  matched once.
+  Tracks that are seen in frame i come before those that are lost, whose face
+  may have given way to theirs; then pairs that overlap most. Each track and
+  each detection is matched once.
   """
   pairs = [
-    (boxes.overlap(track.box, detection.box), t, d)
+    (
+      track.last_frame < i,
+      -boxes.overlap(track.box, detection.box),
+      t,
+      d,
+    )
     for t, track in enumerate(active)
     for d, detection in enumerate(detections)
   ]
-  pairs.sort(key=lambda pair: (-pair[0], pair[1], pair[2]))
+  pairs.sort()
   track_of: dict[int, _OpenTrack] = {}
-  for overlap, t, d in pairs:
+  for _, overlap, t, d in pairs:
     if (
-      overlap > 0.2 and d not in track_of and active[t] not in track_of.values()
+      -overlap > 0.2
+      and d not in track_of
+      and active[t] not in track_of.values()
     ):
       track_of[d] = active[t]
   return track_of

@@ -12,6 +12,8 @@ from tests.support import scenes
 from tests.support.videos import shared_video, write_video
 
 HEIGHT, WIDTH = 288, 512
+# At 30 frames per second.
+MAX_GAP = 12
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +163,8 @@ def test_gap_longer_than_the_limit_ends_a_track_and_a_shorter_one_does_not(
       frames.append(frame)
     return tracking.find_tracks(frames, finder)
 
-  assert spans(with_gap(tracking.MAX_GAP - 2)) == [(0, 30 + tracking.MAX_GAP)]
-  longer = tracking.MAX_GAP + 4
+  assert spans(with_gap(MAX_GAP - 2)) == [(0, 30 + MAX_GAP)]
+  longer = MAX_GAP + 4
   assert spans(with_gap(longer)) == [(0, 16), (16 + longer, 16)]
 
 
