@@ -24,6 +24,7 @@ import math
 import numpy as np
 
 from data_prep.faces import boxes
+from data_prep.faces.meshes import Meshes
 from marlin_jax.records.schema import FRAME_SIZE
 
 # Standard deviations, in crop pixels, of the Gaussians of the two Laplacians
@@ -143,11 +144,17 @@ def steadiness(landmarks: np.ndarray) -> float:
   Returns:
     A number in (0, 1]; 1 where no three frames in a row have a mesh.
   """
-  points = landmarks[:, list(_STEADY)].astype(np.float64)
-  height = np.ptp(landmarks[..., 1], axis=1)[1:-1]
+  return _steadiness(
+    landmarks[:, list(_STEADY)], np.ptp(landmarks[..., 1], axis=1)
+  )
+
+
+def _steadiness(points: np.ndarray, heights: np.ndarray) -> float:
+  """Returns the steadiness of points (T, 6, 2) of faces of heights (T,)."""
+  points = points.astype(np.float64)
   bend = points[1:-1] - (points[:-2] + points[2:]) / 2
   bend -= bend.mean(axis=1, keepdims=True)
-  jitter = np.linalg.norm(bend, axis=2).mean(axis=1) / height
+  jitter = np.linalg.norm(bend, axis=2).mean(axis=1) / heights[1:-1]
   jitter = jitter[np.isfinite(jitter)]
   if not len(jitter):
     return 1.0
@@ -158,7 +165,7 @@ def terms(
   face_heights: np.ndarray,
   sharpnesses: np.ndarray,
   frontalities: np.ndarray,
-  landmarks: np.ndarray,
+  meshes: Meshes,
   steps: int = 1,
 ) -> np.ndarray:
   """Returns the terms of a track, float32 (4,), in the order of the module.
@@ -169,17 +176,18 @@ def terms(
     sharpnesses: (M,), of some frames; the term is 0 where M is 0.
     frontalities: (K,), frontality times uprightness, of the frames with a
       mesh; the term is 0 where K is 0.
-    landmarks: float32 (T, 478, 2), NaN in frames without a mesh.
+    meshes: landmarks of the T frames.
     steps: distance in frames between meshes that were not interpolated.
   """
-  has_mesh = np.isfinite(landmarks[:, 0, 0])
+  points, heights = meshes.picked(_STEADY), meshes.heights()
   full_height = FRAME_SIZE / boxes.CROP_RATIO
   return np.array(
     [
       min(float(np.median(face_heights)) / full_height, 1.0),
       float(np.median(sharpnesses)) if len(sharpnesses) else 0.0,
       float(np.median(frontalities)) if len(frontalities) else 0.0,
-      float(has_mesh.mean()) * steadiness(landmarks[::steps]),
+      float(np.isfinite(heights).mean())
+      * _steadiness(points[::steps], heights[::steps]),
     ],
     np.float32,
   )

@@ -20,8 +20,8 @@ import numpy as np
 
 from data_prep.faces import boxes, quality, shots
 from data_prep.faces.face_finder import Detection, FaceFinder
-
-NUM_LANDMARKS = 478
+from data_prep.faces.meshes import NUM_LANDMARKS as NUM_LANDMARKS
+from data_prep.faces.meshes import Meshes, PackedMesh
 
 # Times are in seconds: a face moves as fast at any frame rate. In the comments,
 # the same in frames at 30 per second.
@@ -82,8 +82,8 @@ class Track:
     track_id: number within the video, by first frame, then left to right.
     first_frame: number of its first frame in the video.
     boxes: float32 (T, 4), the smoothed square crop; may reach past the frame.
-    landmarks: float32 (T, 478, 2), x and y in source pixels; NaN in frames
-      where the mesh was not found.
+    meshes: landmarks of each frame, float32 (478, 2), x and y in source pixels;
+      NaN in frames where the mesh was not found.
     quality: in [0, 1], see `quality.combine`.
     quality_terms: float32 (4,), each in [0, 1], as `schema.QUALITY_TERMS`; see
       the module `quality`.
@@ -92,12 +92,17 @@ class Track:
   track_id: int
   first_frame: int
   boxes: np.ndarray
-  landmarks: np.ndarray
+  meshes: Meshes
   quality: float
   quality_terms: np.ndarray
 
   def __len__(self) -> int:
     return len(self.boxes)
+
+  @property
+  def landmarks(self) -> np.ndarray:
+    """All of `meshes`, unpacked: float32 (T, 478, 2), 3.8 KB a frame."""
+    return self.meshes.unpacked()
 
   @property
   def side(self) -> float:
@@ -133,12 +138,17 @@ def find_tracks(
     The tracks by first frame, then left to right.
   """
   active: list[_OpenTrack] = []
-  kept: list[_OpenTrack] = []
+  # With the left edge where they begin.
+  kept: list[tuple[float, Track]] = []
 
   def end(tracks: list[_OpenTrack]) -> None:
     # At once, so that a long video's false detections do not pile up.
     people = [part for track in tracks for part in track.people()]
-    kept.extend(t for t in people if t.is_face(min_frames, min_face_pixels))
+    kept.extend(
+      (float(track.observed[0].box[0]), track.finish())
+      for track in people
+      if track.is_face(min_frames, min_face_pixels)
+    )
 
   steps = MESH_STEPS if frame_rate >= MIN_RATE else 1
   rate = _believed_rate(frame_rate)
@@ -177,21 +187,24 @@ def find_tracks(
   if last_visited < i:
     _follow(active, previous, i, last_visited, finder)
   end(active)
-  kept.sort(key=lambda track: (track.first_frame, track.observed[0].box[0]))
-  return [track.finish(track_id) for track_id, track in enumerate(kept)]
+  kept.sort(key=lambda item: (item[1].first_frame, item[0]))
+  return [
+    dataclasses.replace(track, track_id=track_id)
+    for track_id, (_, track) in enumerate(kept)
+  ]
 
 
 # --- Following faces ----------------------------------------------------------
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class _Sighting:
   """A face in one frame: its mesh, or only the box of the detector.
 
   Attributes:
     frame: number of the frame.
     box: (4,), bounds of the mesh, else the box of the detector.
-    landmarks: float32 (478, 2) in source pixels; None without a mesh.
+    mesh: its landmarks; None without a mesh.
     look: int8 (468,), see `shots.Look`; None without a mesh.
     frontality: `quality.frontality` times `quality.uprightness`; None without
       a mesh.
@@ -201,7 +214,7 @@ class _Sighting:
 
   frame: int
   box: np.ndarray
-  landmarks: np.ndarray | None = None
+  mesh: PackedMesh | None = None
   look: np.ndarray | None = None
   frontality: float | None = None
   sharpness: float | None = None
@@ -270,7 +283,7 @@ class _OpenTrack:
     if not self._looks or i - self._look_frame >= look_steps:
       self._looks.append(look)
       self._look_frame = i
-    sighting = _Sighting(i, box, mesh[:, :2].copy(), look.normalised())
+    sighting = _Sighting(i, box, PackedMesh.of(mesh[:, :2]), look.normalised())
     sighting.frontality = quality.frontality(mesh) * quality.uprightness(mesh)
     sharpness_steps = frames_of(SHARPNESS_SECS, self._rate)
     if self._sharpness_frame is None:
@@ -344,8 +357,8 @@ class _OpenTrack:
       and float(np.mean(self.believed)) >= MIN_BELIEVED_RATIO
     )
 
-  def finish(self, track_id: int) -> Track:
-    """Returns the track with its gaps bridged and its box smoothed."""
+  def finish(self) -> Track:
+    """Returns the track, without a number, bridged and with a smoothed box."""
     num_frames = self.last_frame - self.first_frame + 1
     rows = np.array([s.frame - self.first_frame for s in self.observed])
     squares = np.array([self._square_of(s) for s in self.observed])
@@ -355,7 +368,7 @@ class _OpenTrack:
     half = boxes.CROP_RATIO / 2 * boxes.smooth(side, SIDE_SECS * self._rate)
     crops = np.stack([x - half, y - half, x + half, y + half], axis=1)
 
-    landmarks = self._landmarks(num_frames)
+    meshes = self._meshes(num_frames)
     sharpnesses = self._values("sharpness")
     if not len(sharpnesses):
       sharpnesses = self._values("first_sharpness")
@@ -363,37 +376,30 @@ class _OpenTrack:
       face_heights=2 * half / boxes.CROP_RATIO,
       sharpnesses=sharpnesses,
       frontalities=self._values("frontality"),
-      landmarks=landmarks,
+      meshes=meshes,
       steps=self._steps,
     )
     return Track(
-      track_id=track_id,
+      track_id=0,
       first_frame=self.first_frame,
       boxes=crops.astype(np.float32),
-      landmarks=landmarks,
+      meshes=meshes,
       quality=quality.combine(terms),
       quality_terms=terms,
     )
 
-  def _landmarks(self, num_frames: int) -> np.ndarray:
-    """Returns float32 (T, 478, 2), interpolated in skipped frames."""
-    landmarks = np.full((num_frames, NUM_LANDMARKS, 2), np.nan, np.float32)
+  def _meshes(self, num_frames: int) -> Meshes:
+    """Returns the meshes; those of skipped frames are interpolated."""
+    rows, packed, goes_on = [], [], []
     before: _Sighting | None = None
     for sighting in self.observed:
-      if sighting.landmarks is None:
-        before = None
-        continue
-      i = sighting.frame - self.first_frame
-      landmarks[i] = sighting.landmarks
-      gap = sighting.frame - before.frame if before is not None else 0
-      if 1 < gap <= self._steps:
-        for back in range(1, gap):
-          share = np.float32(back / gap)
-          landmarks[i - back] = (
-            share * before.landmarks + (1 - share) * sighting.landmarks
-          )
-      before = sighting
-    return landmarks
+      if sighting.mesh is not None:
+        gap = sighting.frame - before.frame if before is not None else 0
+        rows.append(sighting.frame - self.first_frame)
+        packed.append(sighting.mesh)
+        goes_on.append(1 < gap <= self._steps)
+      before = sighting if sighting.mesh is not None else None
+    return Meshes(num_frames, rows, packed, goes_on)
 
   def _values(self, name: str) -> np.ndarray:
     """Returns an attribute of the sightings where it is not None."""
@@ -407,7 +413,7 @@ class _OpenTrack:
     median relation of the two in other frames of the track.
     """
     x, y, side = boxes.square(sighting.box)
-    if sighting.landmarks is not None:
+    if sighting.mesh is not None:
       return x, y, side
     shifts = []
     for box, bounds in self.pairs:
@@ -481,7 +487,7 @@ def _detect(
     if track is not None:
       track.believed.append(detection.believed)
       if track.last_frame == i:
-        if track.observed[-1].landmarks is not None:
+        if track.observed[-1].mesh is not None:
           track.pairs.append((detection.box, track.box))
         continue
     elif not has_room:

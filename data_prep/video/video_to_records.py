@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +23,13 @@ from data_prep.regions import parsers, track_labels
 from data_prep.sources.manifest import Source
 from data_prep.video import decode
 from data_prep.video.tracked import TrackedVideo, VideoFrames
-from marlin_jax.records import mel_spectrogram, quality_index, schema
+from marlin_jax.records import (
+  cgroups,
+  cli,
+  mel_spectrogram,
+  quality_index,
+  schema,
+)
 
 JPEG_QUALITY = 95
 # Longest sound of a record. The times of frames can be anything: a leap of a
@@ -33,12 +38,7 @@ MAX_SOUND_SECS = 600
 # The first pass keeps the frames of a video that needs at most this much
 # memory, which spares a second decoding: 12 s of 1280x720 at 30 frames per
 # second. Each worker has a core, and leaves most of its share of the memory.
-KEPT_BYTES = min(
-  1 << 30,
-  os.sysconf("SC_PAGE_SIZE")
-  * os.sysconf("SC_PHYS_PAGES")
-  // (4 * (os.cpu_count() or 1)),
-)
+KEPT_BYTES = min(1 << 30, cgroups.usable_memory() // (4 * cli.num_cores()))
 # Seconds between two reports of progress.
 REPORT_SECS = 0.25
 
@@ -340,7 +340,7 @@ class _Segment:
     self.last_secs = secs
 
     row = i - self._track.first_frame
-    box, landmarks = self._track.boxes[row], self._track.landmarks[row]
+    box, landmarks = self._track.boxes[row], self._track.meshes[row]
     crop = boxes.crop_frame(frame, box)
     self._jpegs.append(
       simplejpeg.encode_jpeg(

@@ -9,6 +9,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 
+from marlin_jax.records import cgroups
+
 _RESUMABLE = "Finished work is kept; run the same command to resume."
 
 
@@ -96,10 +98,13 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def num_cores() -> int:
-  """Returns the number of cores that this process may use."""
+  """Returns the number of cores that this process may use, at least 1."""
   if sys.platform == "linux":
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
+  else:
+    cores = os.cpu_count() or 1
+  limit = cgroups.core_limit()
+  return cores if limit is None else min(cores, limit)
 
 
 def counted(number: int, noun: str) -> str:

@@ -202,7 +202,7 @@ def agreement(source: manifest.Source, models: video_to_records.Models) -> dict:
     labeller = Labeller(models.parser, len(track))
     for i in range(len(track)):
       frame = frames[track.first_frame + i]
-      labeller.add(frame, boxes[i], track.landmarks[i])
+      labeller.add(frame, boxes[i], track.meshes[i])
     label_maps = labeller.finish()
     blank = np.full((schema.FRAME_SIZE,) * 2, 255, np.uint8)
     return np.stack([blank if m is None else m for m in label_maps]), track

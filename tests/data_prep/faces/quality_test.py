@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from data_prep import assets
-from data_prep.faces import boxes, quality, tracking
+from data_prep.faces import boxes, meshes, quality, tracking
 from tests.support import scenes
 from tests.support.videos import shared_video
 
@@ -153,11 +153,14 @@ def test_frontality_is_the_cosine_of_the_turn():
 
 
 def test_frames_without_a_mesh_count_against_the_landmarks(track):
-  landmarks = track.landmarks.copy()
-  landmarks[5:9] = np.nan
+  packed = [meshes.PackedMesh.of(mesh) for mesh in track.landmarks]
   ones = np.ones(3)
-  whole = quality.terms(ones, ones, ones, track.landmarks)[LANDMARKS]
-  holes = quality.terms(ones, ones, ones, landmarks)[LANDMARKS]
+
+  def term(rows):
+    some = meshes.Meshes(15, rows, [packed[i] for i in rows], [False] * 15)
+    return quality.terms(ones, ones, ones, some)[LANDMARKS]
+
+  whole, holes = term(range(15)), term([*range(5), *range(9, 15)])
   assert holes == pytest.approx(whole * 11 / 15, abs=0.03)
 
 

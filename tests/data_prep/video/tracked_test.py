@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from data_prep.faces import boxes, tracking
+from data_prep.faces import boxes, meshes, tracking
 from data_prep.video import tracked
 from data_prep.video.decode import DecodeError, Limits
 from data_prep.video.tracked import TrackedVideo, VideoFrames
@@ -158,7 +158,7 @@ def test_tracks_too_short_are_left_out_and_the_rest_are_numbered(
       track_id=number,
       first_frame=0,
       boxes=np.zeros((num_frames, 4), np.float32),
-      landmarks=np.zeros((num_frames, 478, 2), np.float32),
+      meshes=meshes.Meshes(num_frames, [], [], []),
       quality=1.0,
       quality_terms=np.ones(4, np.float32),
     )

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep.faces import tracking
+from data_prep.faces import meshes, tracking
 from data_prep.sources.manifest import Source
 from data_prep.video import video_to_records
 from marlin_jax.inference.face_windows import FaceVideoError, NoFaceError
@@ -163,7 +163,7 @@ def test_of_several_faces_the_longest_track_is_followed():
       track_id=0,
       first_frame=first_frame,
       boxes=np.tile(box, (num_frames, 1)),
-      landmarks=np.zeros((num_frames, 478, 2), np.float32),
+      meshes=meshes.Meshes(num_frames, [], [], []),
       quality=1.0,
       quality_terms=np.ones(4, np.float32),
     )
