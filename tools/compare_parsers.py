@@ -136,7 +136,7 @@ def tracked_faces(
     frames = _frames(source, numbers) if numbers else {}
     for track, row in own:
       number = track.first_frame + row
-      landmarks = track.landmarks[row]
+      landmarks = track.meshes[row]
       yield Face(
         f"{source.path.name} #{track.track_id} frame {number}",
         frames[number],

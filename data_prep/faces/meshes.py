@@ -98,6 +98,22 @@ class Meshes:
     share = np.float32((after - row) / (after - before))
     return share * self._at(i - 1) + (1 - share) * self._at(i)
 
+  def part(self, start: int, stop: int) -> Meshes:
+    """Returns the meshes of frames start to stop - 1, without a copy.
+
+    Landmarks before its first mesh and after its last are not interpolated.
+    """
+    first, last = np.searchsorted(self._rows, (start, stop))
+    part = Meshes(stop - start, [], [], [])
+    part._rows = self._rows[first:last] - start
+    part._codes, part._bounds = (
+      self._codes[first:last],
+      self._bounds[first:last],
+    )
+    part._goes_on = self._goes_on[first:last].copy()
+    part._goes_on[:1] = False
+    return part
+
   def unpacked(self) -> np.ndarray:
     """Returns float32 (T, 478, 2): 3.8 KB a frame."""
     return self.picked(range(NUM_LANDMARKS))

@@ -250,7 +250,7 @@ def _split(track: tracking.Track, starts: list[int]) -> list[tracking.Track]:
       track,
       first_frame=track.first_frame + start,
       boxes=track.boxes[start:stop],
-      landmarks=track.landmarks[start:stop],
+      meshes=track.meshes.part(start, stop),
     )
     for start, stop in itertools.pairwise(edges)
   ]

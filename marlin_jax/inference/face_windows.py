@@ -364,7 +364,7 @@ class _WindowReader:
         continue
       regions = None
       if i - first in rows_to_parse:
-        regions = self._parse(frame, boxes[i], track.landmarks[i - first])
+        regions = self._parse(frame, boxes[i], track.meshes[i - first])
       yield _Frame(fit_square(crop, self._settings.image_size), secs, regions)
 
   def _rows_to_parse(self, total: int) -> set[int]:

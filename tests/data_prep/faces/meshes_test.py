@@ -46,6 +46,11 @@ def test_skipped_frames_are_interpolated_and_gaps_are_not():
   heights = np.ptp(landmarks[..., 1], axis=1)
   np.testing.assert_allclose(track.heights()[[0, 2, 6]], heights[[0, 2, 6]])
   assert (np.isfinite(track.heights()) == has_mesh).all()
+  part = track.part(2, 8)
+  assert len(part) == 6
+  np.testing.assert_array_equal(part.unpacked(), landmarks[2:8])
+  # Between two meshes of which one is cut off.
+  assert np.isnan(track.part(1, 8).unpacked()[0]).all()
 
 
 def test_track_without_a_mesh_has_none():

@@ -119,15 +119,18 @@ def test_tracks_end_at_a_pause_that_is_not_filled(
     track_id=0,
     first_frame=0,
     boxes=np.arange(400, dtype=np.float32).reshape(100, 4),
-    landmarks=np.zeros((100, 478, 2), np.float32),
+    meshes=meshes.Meshes(100, [], [], []),
     quality=1.0,
     quality_terms=np.ones(4, np.float32),
   )
 
   def find_tracks(frames, *_, **__):
     stop = len(list(frames))
-    boxes, landmarks = whole.boxes[:stop], whole.landmarks[:stop]
-    return [dataclasses.replace(whole, boxes=boxes, landmarks=landmarks)]
+    return [
+      dataclasses.replace(
+        whole, boxes=whole.boxes[:stop], meshes=whole.meshes.part(0, stop)
+      )
+    ]
 
   monkeypatch.setattr(tracked.tracking, "find_tracks", find_tracks)
   path = write_pause(tmp_path / "v.mkv", pause_secs)
