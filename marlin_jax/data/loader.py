@@ -293,12 +293,18 @@ class _Draws:
   def __init__(self, num_records: int, seed: int):
     self._num_records, self._seed = num_records, seed
     # Reader threads may be on both sides of the end of a pass.
-    self._order = functools.lru_cache(maxsize=2)(self._shuffled)
+    self._cached_order = functools.lru_cache(maxsize=2)(self._shuffled)
+    # lru_cache lets every thread that misses compute.
+    self._lock = threading.Lock()
 
   def __getitem__(self, position: int) -> _Draw:
     num_passes, place = divmod(position, self._num_records)
     record_position = int(self._order(num_passes)[place])
     return _Draw(record_position, (self._seed, 1, position))
+
+  def _order(self, num_passes: int) -> np.ndarray:
+    with self._lock:
+      return self._cached_order(num_passes)
 
   def _shuffled(self, num_passes: int) -> np.ndarray:
     np_rng = np.random.default_rng((self._seed, 0, num_passes))
@@ -377,9 +383,8 @@ def train_batches(
   Raises:
     DatasetError: a record is unreadable, or `bad` holds more than its limit.
   """
-  source = RecordSource(dataset)
   batches = _Batches(
-    _Reader(dataset, source, take_clip, bad, clips_per_record),
+    _Reader(dataset, dataset.source, take_clip, bad, clips_per_record),
     _Draws(dataset.num_records, seed),
     batch_size,
     range(batch_size) if rows is None else rows,
@@ -419,7 +424,7 @@ def eval_batches(
   Raises:
     DatasetError: as for `train_batches`.
   """
-  read = _Reader(dataset, RecordSource(dataset), take_clip, bad)
+  read = _Reader(dataset, dataset.source, take_clip, bad)
   num_clips = batch_size * num_batches
   chosen = np.arange(num_clips) * dataset.num_records // num_clips
   rows = range(batch_size) if rows is None else rows

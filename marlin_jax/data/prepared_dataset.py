@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import functools
 import hashlib
 import json
+import os
+import resource
+import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import grain
 from etils import epath
 
-from marlin_jax.records import folders, quality_index, schema
+from marlin_jax.records import cli, folders, quality_index, schema
 from marlin_jax.records.cli import UserError
 from marlin_jax.records.quality_index import Selection
+
+# In the name of each shard, between split and number.
+_SHARD_MARK = ".array_record-"
+# Room for files beside the shards: libraries, checkpoints, sockets.
+_NUM_OTHER_FILES = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +57,15 @@ class Dataset:
     left_out = self.selection.num_left_out if self.selection else 0
     return self.num_records + left_out
 
+  @functools.cached_property
+  def source(self) -> RecordSource:
+    """The stored records; opened once.
+
+    Raises:
+      DatasetError, OpenFilesError: see `RecordSource`.
+    """
+    return RecordSource(self)
+
   def record_number(self, position: int) -> int:
     """Returns the number in the split of the served record at a position."""
     return int(self.selection.numbers[position]) if self.selection else position
@@ -52,6 +73,10 @@ class Dataset:
 
 class DatasetError(UserError):
   """Data set that is missing, damaged or not as requested."""
+
+
+class OpenFilesError(UserError):
+  """More open files are needed than a process may have; nothing is damaged."""
 
 
 def open_dataset(path: str, split: str, min_quality: float = 0.0) -> Dataset:
@@ -66,6 +91,7 @@ def open_dataset(path: str, split: str, min_quality: float = 0.0) -> Dataset:
   Raises:
     DatasetError: the folder holds no complete data set of this schema version
       or no such split, or all records have a lower quality.
+    OpenFilesError: there are more shards than files that may be open.
   """
   root = epath.Path(path)
   advice = "Make one with: python -m data_prep.prepare --input DIR --output DIR"
@@ -94,6 +120,8 @@ def open_dataset(path: str, split: str, min_quality: float = 0.0) -> Dataset:
       "config.data.split, or prepare with --val_ratio"
     )
   lengths = [int(n) for n in splits[split].get("shardLengths", ())]
+  if not folders.is_remote(root):
+    allow_open_files(len(lengths))
   shards = _shards(root, split, len(lengths))
   if not sum(lengths):
     raise DatasetError(f"split '{split}' of {path} holds no records. {advice}")
@@ -154,10 +182,11 @@ def _filtered(dataset: Dataset, min_quality: float) -> Dataset:
 
 def _shards(root: epath.Path, split: str, expected: int) -> tuple[str, ...]:
   names = sorted(
-    p.name for p in root.iterdir() if f"-{split}.array_record-" in p.name
+    p.name for p in root.iterdir() if f"-{split}{_SHARD_MARK}" in p.name
   )
-  suffixes = [f"-{i:05d}-of-{expected:05d}" for i in range(expected)]
-  missing = [s for s in suffixes if not any(n.endswith(s) for n in names)]
+  present = {name.partition(_SHARD_MARK)[2] for name in names}
+  suffixes = [f"{i:05d}-of-{expected:05d}" for i in range(expected)]
+  missing = [f"-{s}" for s in suffixes if s not in present]
   if missing or len(names) != expected:
     raise DatasetError(
       f"split '{split}' of {root} should have {expected} shards and has "
@@ -168,6 +197,52 @@ def _shards(root: epath.Path, split: str, expected: int) -> tuple[str, ...]:
   return tuple(str(root / name) for name in names)
 
 
+def allow_open_files(num_files: int) -> None:
+  """Raises this process's limit of open files as far as it may.
+
+  Args:
+    num_files: files to be open at the same time, apart from a few others.
+
+  Raises:
+    OpenFilesError: that many are not allowed.
+  """
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  unlimited = resource.RLIM_INFINITY
+  if soft != hard:
+    with contextlib.suppress(ValueError, OSError):  # macOS allows fewer
+      resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+      soft = hard
+  if soft != unlimited and soft < num_files + _NUM_OTHER_FILES:
+    raise OpenFilesError(_open_files_message(num_files, soft))
+
+
+def _open_files_message(num_files: int, limit: int) -> str:
+  return (
+    f"too many open files: the data set has {cli.counted(num_files, 'shard')}, "
+    f"each of which is an open file, and this process may have {limit}. Raise "
+    f"the limit with 'ulimit -n {2 * num_files + _NUM_OTHER_FILES}' before the "
+    "start (systemd: LimitNOFILE, docker: --ulimit nofile=), or prepare fewer, "
+    "larger shards"
+  )
+
+
+# Readers of shards that are in use. A training split is often an evaluation
+# split too, and each open shard takes a file descriptor.
+_readers: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+_readers_lock = threading.Lock()
+
+
+def _reader_of(dataset: Dataset) -> grain.sources.ArrayRecordDataSource:
+  """Returns the reader that has the shards open, or opens them."""
+  key = dataset.shards, dataset.num_stored
+  with _readers_lock:
+    reader = _readers.get(key)
+    if reader is None:
+      reader = grain.sources.ArrayRecordDataSource(list(dataset.shards))
+      _readers[key] = reader
+    return reader
+
+
 class RecordSource:
   """Random access to all records of a split, as grain's sources.
 
@@ -175,11 +250,19 @@ class RecordSource:
   """
 
   def __init__(self, dataset: Dataset):
+    """Opens the shards.
+
+    Raises:
+      DatasetError: a shard is damaged, or the number of records is not the one
+        announced.
+      OpenFilesError: there are more shards than files that may be open.
+    """
     self._dataset = dataset
     try:
-      self._source = grain.sources.ArrayRecordDataSource(list(dataset.shards))
+      self._source = _reader_of(dataset)
     # array_record raises plain RuntimeErrors.
     except Exception as e:
+      self._check_open_files(e)
       raise DatasetError(
         f"a shard of {dataset.path} cannot be opened ({e}); copy the folder "
         "again, or run data_prep.prepare on it again"
@@ -211,10 +294,18 @@ class RecordSource:
     try:
       return function(argument)
     except (RuntimeError, ValueError) as e:
+      self._check_open_files(e)
       raise DatasetError(
         f"record {index} of split '{self._dataset.split}' in "
         f"{self._dataset.path} is damaged: {e}"
       ) from e
+
+  def _check_open_files(self, error: Exception) -> None:
+    """Raises OpenFilesError if a shard could not be opened for that reason."""
+    if os.strerror(errno.EMFILE) in str(error):
+      limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+      num_files = len(self._dataset.shards)
+      raise OpenFilesError(_open_files_message(num_files, limit)) from error
 
   def __repr__(self) -> str:
     # Grain's messages include it.

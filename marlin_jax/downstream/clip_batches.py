@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from marlin_jax.data.clip_geometry import Clip
-from marlin_jax.data.prepared_dataset import DatasetError, RecordSource
+from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.devices import sharding
 from marlin_jax.downstream.splits import Split, TrackRecords, TrackWindow
 from marlin_jax.records import schema
@@ -31,7 +31,7 @@ class ClipReader:
   def __init__(self, split: Split, clip: Clip):
     """Opens the shards; raises DatasetError if one is missing or damaged."""
     self._split, self._clip = split, clip
-    self._source = RecordSource(split.dataset)
+    self._source = split.dataset.source
 
   def read(self, windows: Sequence[TrackWindow]) -> np.ndarray:
     """Decodes the clips of B windows.

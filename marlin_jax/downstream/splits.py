@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from marlin_jax.data import prepared_dataset
 from marlin_jax.data.clip_geometry import Clip
-from marlin_jax.data.prepared_dataset import Dataset, DatasetError, RecordSource
+from marlin_jax.data.prepared_dataset import Dataset, DatasetError
 from marlin_jax.downstream.tasks import Task, TaskError
 from marlin_jax.records import schema
 from marlin_jax.records.folders import write_bytes
@@ -187,7 +187,7 @@ def _read_index(dataset: Dataset, cache: Path | None) -> list[dict]:
 
 
 def _read_records(dataset: Dataset) -> list[dict]:
-  source = RecordSource(dataset)
+  source = dataset.source
   with futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
     return list(
       tqdm(

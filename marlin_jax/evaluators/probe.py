@@ -16,7 +16,7 @@ from marlin_jax.inference import clip_features
 from marlin_jax.models import partition
 from marlin_jax.pretraining.course import PretrainingCourse
 from marlin_jax.pretraining.train_step import TrainState
-from marlin_jax.records import cli, folders
+from marlin_jax.records import cli
 from marlin_jax.training.loop import Result
 from marlin_jax.training.workdir import Workdir
 
@@ -41,7 +41,7 @@ class Probe:
       course: network and devices.
       config: configuration of the run.
       path: folder of the labelled data set.
-      workdir: workdir of the run; caches the labels unless it is in a bucket.
+      workdir: workdir of the run; caches the labels.
       alive: resets the watchdog; takes a description of the work.
 
     Raises:
@@ -50,9 +50,9 @@ class Probe:
       StartError: processes see different data sets.
     """
     architecture = course.architecture
-    cache = None
-    if not folders.is_remote(workdir.path):
-      cache = workdir.files.path / "probe"
+    # Process 0 reads all records for their labels and writes them to the
+    # workdir, which may be in a bucket; the others and later runs read that.
+    cache = workdir.path / "probe"
     with distributed.process_0_first():
       data = quick_probe.open_data(config.probe, architecture.clip, path, cache)
     distributed.check_same(

@@ -28,9 +28,8 @@ from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.devices import coordination, distributed, sharding
 from marlin_jax.records import cli
 from marlin_jax.records.cli import UserError
-from marlin_jax.training import goodput, metrics, nonfinite
+from marlin_jax.training import goodput, metrics, nonfinite, profiler
 from marlin_jax.training.configuration import flat
-from marlin_jax.training.profiler import Profiler
 from marlin_jax.training.watchdog import Watchdog
 from marlin_jax.training.workdir import Workdir
 
@@ -146,6 +145,7 @@ def run_training(run: Callable[[], tuple[Any, int | None]]) -> None:
     run: returns the last state and the signal that ended the run early, or
       None.
   """
+  profiler.accept_signals()
   with distributed.leaving_on_errors():
     try:
       _, signum = run()
@@ -233,7 +233,7 @@ def train(
       max_in_row=config.max_skipped_steps,
       num_before=int(state.num_skipped),
     )
-    profiler = Profiler(
+    profiles = profiler.Profiler(
       workdir.files.path / "profile",
       str(workdir.path / "profile"),
       timer,
@@ -257,12 +257,12 @@ def train(
     stop_together = distributed.StopTogether(course.mesh)
     with watchdog, contextlib.closing(writer), contextlib.closing(progress):
       timer.enter("step")
-      with StopSignal() as stop, profiler:
+      with StopSignal() as stop, profiles:
         for step in range(start_step + 1, course.num_steps + 1):
           watchdog.alive(f"step {step}")
           with timer.on("data"):
             batch = next(batches)
-          with profiler.step(step):
+          with profiles.step(step):
             inputs = {field: batch[field] for field in course.fields}
             state, scalars = take_step(state, inputs)
             timer.step_started(scalars)  # waits for the previous step

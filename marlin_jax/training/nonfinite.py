@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -9,8 +10,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from marlin_jax.data.prepared_dataset import Dataset, DatasetError, RecordSource
+from marlin_jax.data.prepared_dataset import Dataset, DatasetError
 from marlin_jax.records.cli import UserError
+
+_MAX_NAMES = 16
 
 
 class NotFiniteError(UserError):
@@ -23,17 +26,20 @@ class SkippedStep(NamedTuple):
   Attributes:
     step: number of the step.
     not_finite: the metrics that were not finite, as text, by name.
-    clips: names of the records of its clips.
+    clips: names of the records of its first clips, at most 16; only their
+      numbers on processes other than process 0.
+    num_clips: number of its clips.
   """
 
   step: int
   not_finite: dict[str, str]
   clips: list[str]
+  num_clips: int
 
   def __str__(self) -> str:
     numbers = ", ".join(f"{k} {v}" for k, v in self.not_finite.items())
     clips = ", ".join(self.clips[:4])
-    more = f" and {len(self.clips) - 4} more" if len(self.clips) > 4 else ""
+    more = f" and {self.num_clips - 4} more" if self.num_clips > 4 else ""
     return f"step {self.step} not applied: {numbers}; clips of {clips}{more}"
 
 
@@ -73,7 +79,7 @@ class SkippedSteps:
     self._in_row += 1
     values = {name: float(value) for name, value in scalars.items()}
     not_finite = {k: str(v) for k, v in values.items() if not math.isfinite(v)}
-    skipped = SkippedStep(step, not_finite, self._names(ids))
+    skipped = SkippedStep(step, not_finite, self._names(ids), ids.size)
     if self._in_row >= self._max_in_row:
       raise NotFiniteError(
         f"{skipped}\nThis was the last of {self._in_row} in a row, and "
@@ -96,11 +102,12 @@ class SkippedSteps:
 
   def _names(self, ids: jax.Array) -> list[str]:
     ids = multihost_utils.process_allgather(ids, tiled=True)
-    source = RecordSource(self._dataset)
-    return [self._name(source, int(i)) for i in np.ravel(ids)]
+    return [self._name(int(i)) for i in np.ravel(ids)[:_MAX_NAMES]]
 
-  def _name(self, source: RecordSource, index: int) -> str:
-    try:
-      return source[index][1].name
-    except DatasetError:
-      return f"record {index}"
+  def _name(self, index: int) -> str:
+    # A name is in the record, which takes reading all of it. Process 0 alone
+    # writes the names.
+    if jax.process_index() == 0:
+      with contextlib.suppress(DatasetError):
+        return self._dataset.source[index][1].name
+    return f"record {index}"

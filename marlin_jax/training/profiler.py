@@ -14,6 +14,22 @@ from tqdm import tqdm
 from marlin_jax.training import goodput
 
 
+def accept_signals() -> None:
+  """Answers SIGUSR1, which otherwise ends the process, until a `Profiler` does.
+
+  The start of a run takes minutes on a large machine.
+  """
+  signal.signal(signal.SIGUSR1, _too_early)
+
+
+def _too_early(signum, frame):
+  print(
+    "SIGUSR1: no step has run yet; send it again then to get a profile",
+    file=sys.stderr,
+    flush=True,
+  )
+
+
 class Profiler:
   """Context manager that profiles a few steps, at a given step and on SIGUSR1.
 
@@ -72,8 +88,10 @@ class Profiler:
         self._timer.wait()
       self._stop()
     # A late SIGUSR1 must not end a run that is still saving.
-    ours = self._previous if callable(self._previous) else signal.SIG_IGN
-    signal.signal(signal.SIGUSR1, ours)
+    previous = self._previous
+    if previous is _too_early or not callable(previous):
+      previous = signal.SIG_IGN
+    signal.signal(signal.SIGUSR1, previous)
 
   @contextlib.contextmanager
   def step(self, step: int) -> Iterator[None]:

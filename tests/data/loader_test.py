@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import time
+from concurrent import futures
 
 import jax
 import numpy as np
@@ -186,3 +188,20 @@ def test_batches_reach_the_devices_unchanged_and_all(dataset):
   host = take(dataset, 4)
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   assert_same(list(loader.to_devices(host, sharding)), host)
+
+
+def test_reader_threads_that_meet_a_new_pass_shuffle_once(monkeypatch):
+  calls = []
+  shuffled = loader._Draws._shuffled
+
+  def slow(self, num_passes):
+    calls.append(num_passes)
+    time.sleep(0.05)
+    return shuffled(self, num_passes)
+
+  monkeypatch.setattr(loader._Draws, "_shuffled", slow)
+  draws = loader._Draws(100, seed=0)
+  with futures.ThreadPoolExecutor(6) as pool:
+    drawn = list(pool.map(draws.__getitem__, range(6)))
+  assert calls == [0]
+  assert len({draw.position for draw in drawn}) == 6

@@ -1,12 +1,20 @@
 """Served records of a data set, and reasons to refuse one."""
 
+import contextlib
+import dataclasses
 import json
+import os
+import resource
 import shutil
+import time
+import weakref
 
 import numpy as np
 import pytest
+from etils import epath
 
-from marlin_jax.data import prepared_dataset
+from marlin_jax.data import loader, prepared_dataset
+from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.records import quality_index
 from tests.support import made_dataset
 from tests.support.made_dataset import a_record
@@ -204,3 +212,110 @@ def test_a_flipped_bit_names_the_record(damaged):
     prepared_dataset.DatasetError, match=r"record \d+ of split 'train'"
   ):
     list(map(source.__getitem__, range(len(source))))
+
+
+# --- many shards --------------------------------------------------------------
+
+
+def test_twenty_thousand_shards_are_listed_in_no_time():
+  """A comparison of each with each would take 20 s."""
+  names = [f"faces-train.array_record-{i:05d}-of-20000" for i in range(20_000)]
+
+  class Root(type(epath.Path())):
+    def iterdir(self):
+      return iter([epath.Path(name) for name in names])
+
+  start = time.perf_counter()
+  shards = prepared_dataset._shards(Root("/data"), "train", 20_000)
+  assert time.perf_counter() - start < 5
+  assert len(shards) == 20_000
+  del names[-1]
+  with pytest.raises(prepared_dataset.DatasetError, match="-19999-of-20000"):
+    prepared_dataset._shards(Root("/data"), "train", 20_000)
+
+
+def test_the_shards_are_opened_once_for_all_that_read(
+  sample_dataset, monkeypatch
+):
+  opened = []
+  real = prepared_dataset.grain.sources.ArrayRecordDataSource
+
+  def noted(paths):
+    opened.append(paths)
+    return real(paths)
+
+  monkeypatch.setattr(
+    prepared_dataset.grain.sources, "ArrayRecordDataSource", noted
+  )
+  monkeypatch.setattr(
+    prepared_dataset, "_readers", weakref.WeakValueDictionary()
+  )
+  take_clip = loader.TakeClip(Clip(2, 1), tubelet_size=2)
+  # As two splits that are the same.
+  for _ in range(2):
+    dataset = prepared_dataset.open_dataset(str(sample_dataset), "train")
+    read = dataset.source
+    for _ in range(2):
+      list(loader.eval_batches(dataset, take_clip, batch_size=1, num_batches=1))
+  assert len(read) == len(dataset.source)
+  assert len(opened) == 1
+
+
+@pytest.fixture
+def file_limit():
+  """Restores the limit of open files."""
+  limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+  yield limits
+  resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_the_limit_of_open_files_is_raised(sample_dataset, file_limit):
+  _, hard = file_limit
+  resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1024) - 1, hard))
+  prepared_dataset.open_dataset(str(sample_dataset), "train")
+  assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+
+
+def test_more_shards_than_open_files_are_refused(monkeypatch):
+  monkeypatch.setattr(
+    prepared_dataset.resource, "getrlimit", lambda _: (1024, 1024)
+  )
+  prepared_dataset.allow_open_files(500)
+  with pytest.raises(prepared_dataset.OpenFilesError, match="ulimit -n"):
+    prepared_dataset.allow_open_files(1000)
+
+
+def test_too_many_open_files_are_no_damage(
+  sample_dataset, file_limit, tmp_path, monkeypatch
+):
+  """Neither when shards are opened nor when a record is read."""
+  shutil.copytree(sample_dataset, tmp_path / "data")
+  dataset = prepared_dataset.open_dataset(str(tmp_path / "data"), "train")
+  assert len(dataset.source)  # the first read opens the shard again
+  bad = loader.BadRecords(tmp_path / "quarantine.jsonl", limit=100)
+  batches = loader.eval_batches(
+    dataset,
+    loader.TakeClip(Clip(2, 1), tubelet_size=2),
+    batch_size=1,
+    num_batches=1,
+    bad=bad,
+  )
+  again = dataclasses.replace(dataset, path=str(tmp_path))
+  monkeypatch.setattr(
+    prepared_dataset, "_readers", weakref.WeakValueDictionary()
+  )
+  _, hard = file_limit
+  resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+  taken = []
+  try:
+    with contextlib.suppress(OSError):
+      while True:
+        taken.append(os.open("/dev/null", os.O_RDONLY))
+    with pytest.raises(prepared_dataset.OpenFilesError, match="1 shard,"):
+      next(batches)
+    with pytest.raises(prepared_dataset.OpenFilesError):
+      again.source  # noqa: B018
+  finally:
+    for descriptor in taken:
+      os.close(descriptor)
+  assert not (tmp_path / "quarantine.jsonl").exists()

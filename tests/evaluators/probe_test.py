@@ -1,14 +1,19 @@
 """The probe in training: the numbers of the weights, whatever the mesh."""
 
+import types
+
 import numpy as np
 import pytest
+from etils import epath
 
 from configs import pretrain_b
 from data_prep.sources.listing import CLASS, Label
 from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.devices import sharding
-from marlin_jax.downstream import feature_cache, quick_probe
+from marlin_jax.downstream import feature_cache, quick_probe, splits
 from marlin_jax.downstream.tasks import TaskError
+from marlin_jax.evaluators.probe import Probe
+from marlin_jax.records import folders
 from marlin_jax.weights import formats
 from marlin_jax.weights.architecture import Architecture
 from tests.support.files import rows_of
@@ -72,6 +77,29 @@ def test_a_run_on_eight_devices_tells_what_its_checkpoint_is_worth_on_one(
     np.testing.assert_allclose(
       rows[1][f"eval/{name}"], value, rtol=1e-3, err_msg=name
     )
+
+
+def test_the_labels_are_read_once_also_for_a_workdir_in_a_bucket(
+  face_data, tmp_path, monkeypatch
+):
+  """By process 0; the others and restarted runs read what it found."""
+  config = pretrain_b.get_config()
+  config.update_from_flattened_dict(PROBE)
+  course = types.SimpleNamespace(
+    mesh=sharding.make_mesh(), trainer=None, architecture=TINY
+  )
+  workdir = types.SimpleNamespace(path=epath.Path(tmp_path / "bucket"))
+  monkeypatch.setattr(
+    folders, "is_remote", lambda path: str(path).startswith(str(workdir.path))
+  )
+  read = splits._read_records
+  reads = []
+  monkeypatch.setattr(
+    splits, "_read_records", lambda data: reads.append(data.split) or read(data)
+  )
+  for _ in range(2):
+    Probe(course, config, str(face_data), workdir, alive=print)
+  assert reads == ["train", "val"]
 
 
 def test_videos_are_bounded_with_every_classs_share_and_windows_spread(

@@ -7,13 +7,15 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from marlin_jax.data.prepared_dataset import RecordSource, open_dataset
 from marlin_jax.devices import distributed
 from marlin_jax.pretraining import masking, train_step
-from marlin_jax.training import watchdog
+from marlin_jax.training import nonfinite, watchdog
 from tests.support.files import arrays_of, rows_of
 from tests.support.processes import ROOT
 from tests.support.trainers import BATCH_SIZE, TUBELETS, make, step_of
@@ -130,6 +132,27 @@ def test_skipped_steps_are_in_the_metrics_with_their_clips(diverged):
   for event in events:
     assert len(event["clips"]) == TINY["batch_size"]
     assert event["not_finite"]["loss_rec"] in ("inf", "nan")
+
+
+@pytest.mark.parametrize(("process", "num_reads"), [(0, 16), (1, 0)])
+def test_the_clips_of_a_large_skipped_batch_are_not_all_read(
+  sample_dataset, monkeypatch, process, num_reads
+):
+  dataset = open_dataset(str(sample_dataset), "train")
+  reads = []
+  read = RecordSource.read
+  monkeypatch.setattr(
+    RecordSource, "read", lambda *args: reads.append(args) or read(*args)
+  )
+  skipped = nonfinite.SkippedSteps(dataset, max_in_row=3, num_before=0)
+  scalars = {"num_skipped": jnp.int32(1), "loss_rec": jnp.float32(np.nan)}
+  skipped.follow(7, scalars, jnp.zeros(4096, jnp.int32))
+  monkeypatch.setattr(nonfinite.jax, "process_index", lambda: process)
+  skip = skipped.check()
+  assert len(reads) == num_reads
+  assert len(skip.clips) == 16
+  assert "and 4092 more" in str(skip)
+  assert (skip.clips[0] == "record 0") == (process == 1)
 
 
 def test_what_a_diverging_run_saved_is_finite(diverged):

@@ -43,6 +43,8 @@ def profiled(sample_dataset, tmp_path_factory):
   )
   output = ""
   for line in process.stdout:
+    if not output:
+      process.send_signal(signal.SIGUSR1)
     output += line
     if line.startswith("step 5/"):
       process.send_signal(signal.SIGUSR1)
@@ -52,6 +54,11 @@ def profiled(sample_dataset, tmp_path_factory):
   output += process.communicate(timeout=120)[0]
   assert process.returncode == 128 + signal.SIGTERM, output
   return workdir, output
+
+
+def test_sigusr1_before_the_first_step_does_not_end_the_run(profiled):
+  _, output = profiled
+  assert "SIGUSR1: no step has run yet" in output
 
 
 def test_a_profile_holds_the_steps_from_the_one_in_the_configuration(profiled):
