@@ -88,9 +88,32 @@ def _decode(limits: Limits, pipe: int) -> None:
     if clock.num_restarts:
       note = f"its times start again {clock.num_restarts} times"
       send(pipe, b"W", note.encode())
+    elif note := _shortfall(stream, num_frames, last_secs):
+      send(pipe, b"W", note.encode())
   if num_frames == 0:
     raise Refused("no frame could be decoded")
   send(pipe, b"E")
+
+
+# Headers round, and sound may outlast the frames a little.
+_MAX_MISSING_SHARE = 0.05
+_MAX_MISSING_FRAMES = 2
+_MAX_MISSING_SECS = 1.0
+
+
+def _shortfall(stream, num_frames: int, last_secs: float) -> str:
+  """Returns a note if frames are missing that the container announces."""
+  missing = stream.frames - num_frames
+  if missing > max(_MAX_MISSING_FRAMES, _MAX_MISSING_SHARE * stream.frames):
+    return f"it has {num_frames} of the {stream.frames} frames it announces"
+  # Matroska announces a length only, that of frames and sound together.
+  secs = (stream.container.duration or 0) / 1e6
+  missing_secs = secs - last_secs
+  if not stream.frames and missing_secs > max(
+    _MAX_MISSING_SECS, _MAX_MISSING_SHARE * secs
+  ):
+    return f"its frames end at {last_secs:.1f} s of {secs:.1f} s"
+  return ""
 
 
 def _sound_of(container):
