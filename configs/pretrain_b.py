@@ -138,11 +138,17 @@ def get_config():
   config.optim.eps = 1e-8
   # Decoupled weight decay.
   config.optim.weight_decay = 0.0
+  # Parameters that decay: all, or kernels: no norms, biases and mask token, as
+  # in VideoMAE.
+  config.optim.decay_params = "all"
   # Dtype of the first moment; bfloat16 halves its memory.
   config.optim.mu_dtype = "float32"
   # Decay of the moving average of the weights, which evaluation and export use;
   # 0: no average.
   config.ema_decay = 0.0
+  # Limit the decay to (1 + t) / (10 + t) at update t. Without that, the average
+  # is mostly the random start for the first 1 / (1 - ema_decay) steps.
+  config.ema_warmup = False
   # The run ends after so many steps in a row with a loss or gradient that is
   # not finite. Such steps are not applied.
   config.max_skipped_steps = 10

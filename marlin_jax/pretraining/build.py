@@ -118,6 +118,7 @@ def make_experiment(
     optimizer=make_optimizer(config.optim, schedule),
     disc_optimizer=make_optimizer(config.optim, disc_schedule),
     ema_decay=config.ema_decay,
+    ema_warmup=config.ema_warmup,
     decoder_ratio=config.mask.decoder_ratio,
     num_microbatches=memory.num_microbatches(
       config.batch_size // num_shards,
@@ -205,13 +206,25 @@ def make_optimizer(
     settings: section `optim` of a configuration.
     schedule: number of updates so far -> learning rate.
   """
-  return optax.adamw(
-    schedule,
-    b1=settings.b1,
-    b2=settings.b2,
-    eps=settings.eps,
-    weight_decay=settings.weight_decay,
-    mu_dtype=settings.mu_dtype,
+  adam = {
+    "b1": settings.b1,
+    "b2": settings.b2,
+    "eps": settings.eps,
+    "mu_dtype": settings.mu_dtype,
+  }
+  if settings.decay_params == "all":
+    return optax.adamw(schedule, weight_decay=settings.weight_decay, **adam)
+
+  def decay(path, update, param):
+    is_kernel = path[-1].key == "kernel"
+    return update + settings.weight_decay * param if is_kernel else update
+
+  # adamw's mask would change the structure of its state, and with it that of
+  # checkpoints.
+  return optax.chain(
+    optax.scale_by_adam(**adam),
+    optax.stateless(functools.partial(jax.tree_util.tree_map_with_path, decay)),
+    optax.scale_by_learning_rate(schedule),
   )
 
 

@@ -105,6 +105,8 @@ class Trainer:
     disc_optimizer: updates the discriminator.
     ema_decay: decay of the average of the autoencoder's parameters; 0: no
       average is kept.
+    ema_warmup: True limits the decay to (1 + t) / (10 + t) at update t, from 0,
+      so that the average soon forgets the start.
     decoder_ratio: share of the masked tokens that are not predicted.
     num_microbatches: microbatches per batch, processed one after the other with
       accumulated gradients; above 1 if the batch does not fit in memory.
@@ -118,6 +120,7 @@ class Trainer:
   optimizer: optax.GradientTransformation
   disc_optimizer: optax.GradientTransformation
   ema_decay: float = 0.0
+  ema_warmup: bool = False
   decoder_ratio: float = 0.0
   num_microbatches: int = 1
   placement: partition.Placement | None = None
@@ -248,8 +251,12 @@ class Trainer:
     """Returns the state with the average moved towards `params`."""
     if not self.ema_decay:
       return state
+    weight = 1 - self.ema_decay
+    if self.ema_warmup:
+      num_updates = (state.step - state.num_skipped).astype(jnp.float32)
+      weight = jnp.maximum(weight, 9 / (10 + num_updates))
     ema = jax.tree.map(
-      lambda mean, new: mean + (1 - self.ema_decay) * (new - mean),
+      lambda mean, new: mean + weight * (new - mean),
       state.ema,
       state.params,
     )

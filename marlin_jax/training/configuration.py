@@ -74,15 +74,23 @@ class Key:
     rule: the values that the key accepts.
     is_fixed: a resumed run must have the value of the run that it resumes,
       because the value changes what is learned, or from which data.
+    before: value of the runs that were saved before the key existed; a
+      checkpoint does not record it. None: every checkpoint records the key.
   """
 
   rule: Rule
   is_fixed: bool
+  before: Any = None
 
 
-def fixed(rule: Rule = ANY) -> Key:
-  """Returns a key whose value a resumed run must share."""
-  return Key(rule, is_fixed=True)
+def fixed(rule: Rule = ANY, before: Any = None) -> Key:
+  """Returns a key whose value a resumed run must share.
+
+  Args:
+    rule: the values that the key accepts.
+    before: see `Key`; for a key that is added to the table.
+  """
+  return Key(rule, is_fixed=True, before=before)
 
 
 def free(rule: Rule = ANY) -> Key:
@@ -203,12 +211,17 @@ def flat(config: ConfigDict) -> dict[str, Any]:
 def fixed_values(config: ConfigDict, keys: Mapping[str, Key]) -> dict[str, Any]:
   """Returns the values that a resumed run must share, under dotted keys.
 
-  Keys without a rule, such as those below `derive`, are fixed. Values are as
-  JSON returns them: lists in place of tuples.
+  Keys without a rule, such as those below `derive`, are fixed. A key with its
+  value from before it existed is left out. Values are as JSON returns them:
+  lists in place of tuples.
   """
-  values = {
-    key: value
-    for key, value in flat(config).items()
-    if key not in keys or keys[key].is_fixed
-  }
+
+  def is_shared(key, value):
+    if key not in keys:
+      return True
+    entry = keys[key]
+    is_implied = entry.before is not None and value == entry.before
+    return entry.is_fixed and not is_implied
+
+  values = {k: v for k, v in flat(config).items() if is_shared(k, v)}
   return json.loads(json.dumps(values))

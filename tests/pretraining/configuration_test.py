@@ -95,6 +95,15 @@ def test_a_run_that_differs_in_a_fixed_value_is_another():
   assert changed == saved | {"mask.ratio": 0.75}
 
 
+def test_a_checkpoint_from_before_a_key_existed_fits_its_old_value():
+  config = pretrain_b.get_config()
+  saved = configuration.identity(config, "abc", 7)
+  later = {"optim.decay_params": "kernels", "ema_warmup": True}
+  assert not saved.keys() & later.keys()
+  config.update_from_flattened_dict(later)
+  assert configuration.identity(config, "abc", 7) == saved | later
+
+
 def test_only_keys_may_be_allowed_to_change():
   config = pretrain_b.get_config()
   config.allow_change = "dtype,optim.b1,data.fingerprint"

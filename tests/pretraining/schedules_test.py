@@ -122,3 +122,49 @@ def test_with_one_update_a_step_all_bits_are_those_of_adamw(decay):
     ]
     assert names[0] == names[1]
     jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_of_a_network_kernels_alone_decay(scan):
+  _, made = experiment(
+    scan=scan,
+    **{"optim.weight_decay": 0.05, "optim.decay_params": "kernels"},
+  )
+  _, all_decay = experiment(scan=scan, **{"optim.weight_decay": 0.05})
+  shapes = jax.eval_shape(made.initialise)
+  trainer, expected = made.trainer, all_decay.trainer
+  for params, optimizer, reference in (
+    (shapes.params, trainer.optimizer, expected.optimizer),
+    (shapes.disc_params, trainer.disc_optimizer, expected.disc_optimizer),
+  ):
+    states = [jax.eval_shape(x.init, params) for x in (optimizer, reference)]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+    zeros, opt_state = (
+      jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
+      for tree in (params, states[0])
+    )
+    ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), params)
+    updates, _ = jax.jit(optimizer.update)(zeros, opt_state, ones)
+    decayed = {
+      jax.tree_util.keystr(path, simple=True, separator="/"): bool(x.any())
+      for path, x in jax.tree_util.tree_leaves_with_path(updates)
+    }
+    assert len(set(decayed.values())) == 2
+    for name, does_decay in decayed.items():
+      assert does_decay == name.endswith("/kernel"), name
+
+
+def test_kernels_decay_as_in_adamw():
+  changes = {"optim.weight_decay": 0.05}
+  _, all_decay = experiment(**changes)
+  _, made = experiment(**changes | {"optim.decay_params": "kernels"})
+  params = {"kernel": jnp.full(3, 2.0), "bias": jnp.full(3, 2.0)}
+  grads = {"kernel": jnp.array([1.0, -1.0, 0.5]), "bias": jnp.ones(3)}
+  got, want = (
+    x.trainer.optimizer.update(grads, x.trainer.optimizer.init(params), params)[
+      0
+    ]
+    for x in (made, all_decay)
+  )
+  np.testing.assert_array_equal(got["kernel"], want["kernel"])
+  assert (np.abs(got["bias"]) < np.abs(want["bias"])).all()

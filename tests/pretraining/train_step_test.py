@@ -1,5 +1,6 @@
 """The step with one forward, against the reference's with two."""
 
+import dataclasses
 import functools
 
 import jax
@@ -245,3 +246,26 @@ def test_normalised_targets_have_no_mean_and_unit_deviation(batch):
   colours = np.asarray(target).reshape(*target.shape[:2], 3, -1)
   np.testing.assert_allclose(colours.mean(-1), 0, atol=1e-4)
   np.testing.assert_allclose(colours.std(-1, ddof=1), 1, atol=1e-3)
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_the_average_weighs_a_new_value_more_at_first_with_warm_up(
+  recipe, warmup
+):
+  trainer, state, _ = recipe
+  trainer = dataclasses.replace(trainer, ema_decay=0.99, ema_warmup=warmup)
+  state = state.replace(
+    params={"x": jnp.full(2, 3.0)}, ema={"x": jnp.full(2, 1.0)}
+  )
+  # Skipped steps update nothing: they do not count.
+  for step, num_skipped, decay in (
+    (0, 0, 0.1),
+    (10, 2, 0.5),
+    (10_000, 0, 0.99),
+  ):
+    state = state.replace(
+      step=jnp.int32(step), num_skipped=jnp.int32(num_skipped)
+    )
+    new = trainer.update_ema(state).ema["x"]
+    expected = 3 - 2 * (decay if warmup else 0.99)
+    np.testing.assert_allclose(new, expected, rtol=1e-6)
