@@ -114,7 +114,7 @@ class TakeClip:
   tubelet_size: int
 
   def empty(self, num_clips: int) -> Batch:
-    """See `ClipTaker.empty`."""
+    """Returns an empty batch; see `ClipTaker.empty`."""
     num_frames, grid = self.clip.num_frames, 2 * (schema.GRID_SIZE,)
     num_tubelets = num_frames // self.tubelet_size
     frame = (schema.FRAME_SIZE, schema.FRAME_SIZE, 3)

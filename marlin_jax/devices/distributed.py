@@ -169,7 +169,7 @@ def _initialise_by_cluster(timeout_secs: int) -> None:
 
 @contextlib.contextmanager
 def process_0_first() -> Iterator[None]:
-  """Context manager whose body the other processes run after process 0."""
+  """Yields to process 0 first, then to the other processes."""
   is_process_0 = jax.process_index() == 0
   if not is_process_0:
     coordination.wait_for_all()
@@ -283,7 +283,7 @@ def leave(
 
 @contextlib.contextmanager
 def leaving_on_errors() -> Iterator[None]:
-  """Context manager that exits with TRY_AGAIN on an unforeseen exception.
+  """Exits with TRY_AGAIN if its block raises an unforeseen exception.
 
   The loss of another process raises one, for example; see `leave`.
   """

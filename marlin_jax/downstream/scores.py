@@ -367,14 +367,14 @@ def _checked(labels, others):
 
 
 def _decisions(labels, predicted):
-  """One-hot true and false positives, false and true negatives: (N, 4)."""
+  """Returns one-hot (N, 4): true, false positives; false, true negatives."""
   yes, true, false = predicted.astype(bool), labels == 1, labels == 0
   kinds = (true & yes, false & yes, true & ~yes, false & ~yes)
   return np.stack(kinds, axis=-1).astype(np.float64)
 
 
 def _gaps(labels, probabilities):
-  """Prediction minus label, in the bin of the prediction: (N, NUM_BINS)."""
+  """Returns prediction minus label in the prediction's bin: (N, NUM_BINS)."""
   edges = np.linspace(0, 1, NUM_BINS + 1)[1:-1]
   bins = np.searchsorted(edges, probabilities)[:, None] == np.arange(NUM_BINS)
   return bins * np.nan_to_num(probabilities - labels)[:, None]

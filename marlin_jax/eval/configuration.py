@@ -30,7 +30,7 @@ MODES = ("linear", "attentive", "finetune", "knn")
 
 
 def split_names(text: str) -> list[str]:
-  """'a, b' -> ['a', 'b']."""
+  """Splits a comma-separated list: 'a, b' -> ['a', 'b']."""
   return [name.strip() for name in text.split(",") if name.strip()]
 
 

@@ -24,7 +24,7 @@ def to_tokens(x: jax.Array, architecture: Architecture) -> jax.Array:
 
   Args:
     x: (B, T, H, W, 3), uint8, or floating point in [0, 1].
-    architecture: says how tokens are cut and whether pixels are normalised.
+    architecture: sets the token grid and the input convention.
 
   Returns:
     float32 (B, N, P).

@@ -60,7 +60,7 @@ KEYS = TRAINING_KEYS | {
   "random.patch_size": free(),
 }
 
-# What a checkpoint records about a run that is no key.
+# Recorded in checkpoints, but not a key of the configuration.
 _EXTRA = (
   "data.fingerprint",
   "eval_data.fingerprint",

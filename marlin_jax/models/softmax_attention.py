@@ -125,7 +125,7 @@ def _chunked(at_once, q, k, v):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scaled_chunked(at_once, q, k, v):
-  """q (B, M, H, K), scaled; k and v (B, N, H, K)."""
+  """Attends with q (B, M, H, K), scaled; k and v (B, N, H, K)."""
   return _chunked_forward(at_once, q, k, v)[0]
 
 

@@ -277,7 +277,7 @@ def drop_path(
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-  """Exact GELU: x times the normal CDF of x.
+  """Returns the exact GELU: x times the normal CDF of x.
 
   Equal to jax.nn.gelu(x, approximate=False) to rounding, but its gradient keeps
   only x for the backward pass, where jax.nn.gelu's keeps four arrays of that

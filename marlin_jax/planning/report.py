@@ -49,9 +49,7 @@ def _microbatches_text(step: Step) -> str:
   )
   default = step.default_microbatches
   if step.config.clips_per_device and default != step.num_microbatches:
-    text += (
-      f", as clips_per_device says; by itself training would take {default}"
-    )
+    text += f", set by clips_per_device; the default is {default}"
   return text
 
 

@@ -97,7 +97,7 @@ KEYS = TRAINING_KEYS | {
   "profile.num_steps": free(at_least(1)),
 }
 
-# What a checkpoint records about a run that is no key.
+# Recorded in checkpoints, but not a key of the configuration.
 _FINGERPRINT = "data.fingerprint"
 
 

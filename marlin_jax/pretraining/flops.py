@@ -2,8 +2,8 @@
 
 Only matrix products count, a fused multiply-add as 2, as model FLOPs
 utilisation (MFU) defines it. Everything else that a step does is about 1 %.
-XLA's own count is no substitute: it includes what remat repeats and counts the
-body of a loop once.
+XLA's own count cannot replace it: it includes the recomputation of remat and
+counts the body of a loop once.
 """
 
 from __future__ import annotations

@@ -152,14 +152,14 @@ def training_violations(
   Args:
     config: a configuration with all TRAINING_KEYS.
     keys: the table of its family.
-    extra: names that `allow_change` accepts beside the configuration's keys:
-      what a checkpoint records about a run that is no key.
+    extra: names that `allow_change` accepts in addition to the keys: values
+      that a checkpoint records but that are not in the configuration.
   """
   yield from violations(config, keys)
   names = {*flat(config), *extra}
   for name in filter(None, config.allow_change.split(",")):
     if name not in names:
-      yield f"allow_change names {name!r}, which is no key"
+      yield f"allow_change names {name!r}, which is not a key"
   yield from _distributed_violations(config.distributed)
 
 

@@ -184,7 +184,7 @@ def generate(
     progress: called with a stage and the fraction of it that is done.
 
   Raises:
-    GenerationError: `output` is no possible path, or the video shows no face
+    GenerationError: `output` cannot be written, or the video shows no face
       while the sound lasts.
     FaceVideoError: the video cannot be read or shows no face, or the sound
       cannot be read or is empty.

@@ -143,7 +143,7 @@ class GeneratorCourse(course.LipsyncCourse):
 
 
 def _generator(config: ConfigDict, checkpoint: str | None):
-  """The network, what describes it, and the hash of its encoder."""
+  """Returns the network, its metadata and the hash of its encoder."""
   settings, weights, encoder_hash = config.generator, None, None
   if settings.kind == "marlin":
     weights = formats.open_encoder(checkpoint, config.random).encoder_only()
@@ -166,7 +166,7 @@ def _generator(config: ConfigDict, checkpoint: str | None):
 
 
 def _trainer(config: ConfigDict, generator, judge):
-  """The step's static half, and its first state."""
+  """Returns the static half of the step and its first state."""
   settings = config.generator
   frozen = () if settings.train_encoder else ("encoder",)
   structure, arrays = split_network(generator, frozen=frozen)

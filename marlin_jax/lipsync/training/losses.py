@@ -10,7 +10,7 @@ _MIN_LIKELIHOOD = 1e-3
 
 
 def sync_loss(cosine: jax.Array, in_sync: jax.Array) -> jax.Array:
-  """Binary cross-entropy with the cosine similarity as the probability.
+  """Returns the binary cross-entropy of cosines taken as probabilities.
 
   As github.com/Rudrabha/Wav2Lip, color_syncnet_train.py (cosine_loss), except
   where the likelihood of the true label is below 0.001: there the logarithm is
