@@ -235,24 +235,27 @@ def test_the_others_wait_for_slow_checksums_of_the_last_step(
   sample_dataset, tmp_path
 ):
   """All end with 0, and each process has summed up its own files."""
-  processes = start_two(
-    tmp_path,
-    ["-m", "tests.support.slow_sums"],
-    num_devices=1,
-    **{
-      "data.path": sample_dataset,
-      "batch_size": 2,
-      "mask.strategy": "random",
-      "checkpoint_steps": 1000,
-    },
-  )
-  for process in processes:
+  values = {
+    "data.path": sample_dataset,
+    "batch_size": 2,
+    "mask.strategy": "random",
+    "checkpoint_steps": 1000,
+  }
+  program = ["-m", "tests.support.slow_sums"]
+  for process in start_two(tmp_path, program, num_devices=1, **values):
     finish(process)
   step = tmp_path / "checkpoints" / "6"
   assert checksums.problem(step) is None
   sums = json.loads((step / checksums.NAME).read_text())["sha256"]
   for index in (0, 1):
     assert any(f"/ocdbt.process_{index}/" in name for name in sums)
+
+  # As if it had been killed before: process 0 reads what both have saved.
+  (step / checksums.NAME).unlink()
+  first, second = start_two(tmp_path, num_devices=1, **values)
+  assert "checkpoint 6 had no checksums" in finish(first)
+  finish(second)
+  assert checksums.problem(step) is None
 
 
 def test_one_process_that_is_refused_ends_all_with_its_message(
