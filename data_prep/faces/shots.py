@@ -221,13 +221,7 @@ def people(
   Returns:
     First and last + 1 of the looks of each person, in order.
   """
-  # Rounded up to whole frames, with a margin for rates such as 29.97.
-  step = max(round(LOOK_SECS * frame_rate), 1)
-  sparse: list[int] = []
-  for i, frame in enumerate(frames):
-    if not sparse or frame - frames[sparse[-1]] >= step:
-      sparse.append(i)
-  rows = np.array(sparse, int)
+  rows = _sparse(frames, frame_rate)
   reach = max(BETWEEN) + 2 * STRETCH
   distances = _distances(looks[rows], reach)
   spans = []
@@ -276,6 +270,45 @@ def _change(
       if least > strongest:
         best, strongest = (before, after), least
   return best
+
+
+def parted(
+  frames: np.ndarray, looks: np.ndarray, num_old: int, frame_rate: float
+) -> tuple[int, int] | None:
+  """Parts the looks of two tracks, of which one took the place of the other.
+
+  Args:
+    frames: int (N,), ascending numbers of the frames.
+    looks: int8 (N, 468), those of the first track before those of the second.
+    num_old: number of looks of the first track.
+    frame_rate: frames per second.
+
+  Returns:
+    The end of the first person's looks, at most `num_old`, and the start of the
+    second one's, at least `num_old`; None where both tracks show one person.
+  """
+  rows = _sparse(frames, frame_rate)
+  first = int(np.searchsorted(rows, num_old))
+  # Before a dissolve, and as late as there is.
+  old_rows = rows[max(first - STRETCH - BETWEEN[-2], 0) : first][:STRETCH]
+  new_rows = rows[first:][-STRETCH:]
+  if not len(new_rows):
+    return None
+  between = np.abs(looks[old_rows].astype(np.int16)[:, None] - looks[new_rows])
+  if np.median(between, axis=-1).min() <= OTHER_PERSON:
+    return None
+  end, start = _parted(looks, old_rows, new_rows)
+  return min(end, num_old), max(start, num_old)
+
+
+def _sparse(frames: np.ndarray, frame_rate: float) -> np.ndarray:
+  """Returns int (M,), rows of frames that are at least LOOK_SECS apart."""
+  step = max(round(LOOK_SECS * frame_rate), 1)
+  rows: list[int] = []
+  for row, frame in enumerate(frames):
+    if not rows or frame - frames[rows[-1]] >= step:
+      rows.append(row)
+  return np.array(rows, int)
 
 
 def _parted(

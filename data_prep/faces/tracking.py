@@ -137,12 +137,16 @@ def find_tracks(
   Returns:
     The tracks by first frame, then left to right.
   """
+  rate = _believed_rate(frame_rate)
+  max_gap = frames_of(MAX_GAP_SECS, rate)
   active: list[_OpenTrack] = []
   # With the left edge where they begin.
   kept: list[tuple[float, Track]] = []
 
   def end(tracks: list[_OpenTrack]) -> None:
     # At once, so that a long video's false detections do not pile up.
+    for track in tracks:
+      _part_from_next(track, active, max_gap)
     people = [part for track in tracks for part in track.people()]
     kept.extend(
       (float(track.observed[0].box[0]), track.finish())
@@ -151,8 +155,6 @@ def find_tracks(
     )
 
   steps = MESH_STEPS if frame_rate >= MIN_RATE else 1
-  rate = _believed_rate(frame_rate)
-  max_gap = frames_of(MAX_GAP_SECS, rate)
   # A multiple of the frames that are visited.
   detect_steps = steps * max(round(DETECT_SECS * rate / steps), 1)
   is_cut = shots.CutTest()
@@ -321,7 +323,7 @@ class _OpenTrack:
     The track ends at the last frame that matched the person; frames of a
     dissolve that match neither person are in no track.
     """
-    rows = [n for n, s in enumerate(self.observed) if s.look is not None]
+    rows = self._rows_with_look()
     if not rows:
       return [self]
     spans = shots.people(
@@ -341,6 +343,32 @@ class _OpenTrack:
       part.num_meshes = stop - start
       parts.append(part)
     return parts
+
+  def part_from(self, later: _OpenTrack) -> None:
+    """Cuts frames that match neither person where a track took over this one.
+
+    In a dissolve, the last frames of the one and the first of the other show
+    both faces.
+    """
+    mine, its = self._rows_with_look(), later._rows_with_look()
+    sightings = [self.observed[row] for row in mine]
+    sightings += [later.observed[row] for row in its]
+    parted = shots.parted(
+      np.array([sighting.frame for sighting in sightings]),
+      np.array([sighting.look for sighting in sightings]),
+      len(mine),
+      self._rate,
+    )
+    if parted is None:
+      return
+    end, start = parted
+    self.observed = self.observed[: mine[end - 1] + 1]
+    self.num_meshes = end
+    later.observed = later.observed[its[start - len(mine)] :]
+    later.num_meshes = len(its) + len(mine) - start
+
+  def _rows_with_look(self) -> list[int]:
+    return [n for n, s in enumerate(self.observed) if s.look is not None]
 
   def mesh_ratio(self) -> float:
     """Returns the share of visited frames, gaps included, with a mesh."""
@@ -437,6 +465,22 @@ def _are_close(active: list[_OpenTrack]) -> bool:
   return any(
     boxes.overlap(a, b) > 0 for a, b in itertools.combinations(near, 2)
   )
+
+
+def _part_from_next(
+  track: _OpenTrack, others: list[_OpenTrack], max_gap: int
+) -> None:
+  """Parts a track that ends from the one that took its place, if any."""
+  for other in others:
+    gap = other.first_frame - track.last_frame
+    if (
+      0 < gap <= max_gap
+      and track.num_meshes
+      and other.num_meshes
+      and boxes.overlap(track.box, other.observed[0].box) > 0.2
+    ):
+      track.part_from(other)
+      return
 
 
 def _follow(

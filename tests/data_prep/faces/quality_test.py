@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from data_prep import assets
-from data_prep.faces import boxes, meshes, quality, tracking
+from data_prep.faces import boxes, face_finder, meshes, quality, tracking
 from tests.support import scenes
 from tests.support.videos import shared_video
 
@@ -150,6 +150,70 @@ def test_frontality_is_the_cosine_of_the_turn():
     assert quality.frontality(mesh @ yaw) == pytest.approx(c, abs=1e-9)
     assert quality.frontality(mesh @ pitch) == pytest.approx(c, abs=1e-9)
   assert quality.frontality(mesh @ np.diag([-1, 1, -1])) == 0
+
+
+def test_uprightness_falls_beyond_a_tilt_of_30_degrees():
+  expected = {0: 1, 29: 1, 45: 0.816, 60: 0.577, 90: 0, 120: 0, 180: 0}
+  for degrees, value in expected.items():
+    for turn in (np.deg2rad(degrees), -np.deg2rad(degrees)):
+      mesh = np.zeros((478, 3))
+      mesh[152, :2] = 70 * np.sin(turn), 70 * np.cos(turn)
+      assert quality.uprightness(mesh) == pytest.approx(value, abs=1e-3)
+  assert quality.uprightness(np.zeros((478, 3))) == 0
+
+
+def test_face_on_its_side_is_worse_than_upright(track, frames, finder):
+  lying = [np.rot90(frame).copy() for frame in frames]
+  tracks = tracking.find_tracks(lying, finder)
+  # Or not found at all. The mesh of a large face tilts less than the face.
+  assert all(t.quality_terms[POSE] < 0.8 for t in tracks)
+  assert all(t.quality < 0.8 * track.quality for t in tracks)
+
+
+class OneStillFace:
+  """Finds one face, in frames that are not black."""
+
+  def __init__(self):
+    self._mesh = np.float32(60 * np.random.default_rng(0).random((478, 3)))
+
+  def detect(self, frame):
+    box = np.array([20, 20, 80, 80.0])
+    return [face_finder.Detection(box, 0.9, True)] if frame.any() else []
+
+  def mesh_3d(self, frame, box):
+    return self._mesh + 20 if frame.any() else None
+
+
+@pytest.mark.parametrize(
+  ("rate", "num_frames", "expected"),
+  [(30.0, 60, 6), (60.0, 120, 6), (10.0, 20, 6), (30.0, 4, 1), (30.0, 1, 1)],
+)
+@pytest.mark.parametrize("lead", [0, 20, 21])
+def test_sharpness_is_sampled_evenly_wherever_a_shot_begins(
+  lead, rate, num_frames, expected, monkeypatch
+):
+  measured = []
+
+  def sharpness(frame, mesh):
+    measured.append(frame[0, 0, 0])
+    return 0.2 if frame[0, 0, 0] == 100 else 0.6
+
+  monkeypatch.setattr(tracking.quality, "sharpness", sharpness)
+  face = np.random.default_rng(0).integers(110, 140, (100, 100, 3), np.uint8)
+  frames = [np.zeros_like(face)] * lead
+  for i in range(num_frames):
+    frames.append(face.copy())
+    frames[-1][0, 0, 0] = 100 + i
+  (track,) = tracking.find_tracks(
+    frames, OneStillFace(), frame_rate=rate, min_frames=1
+  )
+  # The first frame, which may be blurred, counts only where it is the only one.
+  value = 0.2 if num_frames <= 4 else 0.6
+  assert track.quality_terms[SHARPNESS] == np.float32(value)
+  counted = [number for number in measured if number != 100]
+  assert len(counted) == (expected if num_frames > 4 else 0)
+  if len(counted) > 1:
+    assert np.ptp(np.diff(np.int64(counted))) <= 2
 
 
 def test_frames_without_a_mesh_count_against_the_landmarks(track):

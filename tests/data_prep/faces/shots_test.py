@@ -204,3 +204,20 @@ def test_gap_in_the_looks_is_no_change():
   assert people([person(0)] * 60, frames) == [(0, 60)]
   means = [person(0)] * 30 + [person(1)] * 30
   assert people(means, frames) == [(0, 30), (30, 60)]
+
+
+def test_tracks_are_parted_where_each_shows_its_own_person():
+  shares = np.concatenate([np.zeros(30), np.linspace(0, 1, 30), np.ones(12)])
+  looks = looks_of([(1 - w) * person(0) + w * person(1) for w in shares])
+  # The first track was followed into the dissolve until most was the other.
+  end, start = shots.parted(np.arange(len(looks)), looks, 52, RATE)
+  assert 30 <= end <= 44
+  assert start == 52
+  end, start = shots.parted(np.arange(len(looks)), looks, 38, RATE)
+  assert end == 38
+  assert 45 <= start <= 60
+
+
+def test_two_tracks_of_one_person_are_not_parted():
+  looks = looks_of([person(0)] * 60)
+  assert shots.parted(np.arange(60), looks, 30, RATE) is None

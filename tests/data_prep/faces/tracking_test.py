@@ -95,6 +95,60 @@ def test_crowd_costs_a_bounded_number_of_tracks(carphone_frames, finder):
   assert all(len(track) == 5 for track in tracks)
 
 
+def test_of_a_crowd_the_largest_faces_are_tracked(carphone_frames, finder):
+  small = np.tile(carphone_frames[0], (3, 4, 1))
+  large = cv2.resize(carphone_frames[0], None, fx=2, fy=2)
+  crowd = small.copy()
+  height, width = large.shape[:2]
+  crowd[-height:, -width:] = large
+  detected = finder.detect(crowd)
+  assert len(detected) > tracking.MAX_FACES
+  tracks = tracking.find_tracks([crowd] * 5, finder, min_frames=5)
+  assert max(track.side for track in tracks) > 1.6 * np.median(
+    [track.side for track in tracks]
+  )
+
+
+@pytest.mark.parametrize(
+  ("rate", "secs", "frames"),
+  [(30, 0.4, 12), (60, 0.4, 24), (10, 0.4, 4), (1, 0.1, 1), (0, 0.4, 12),
+   (1000, 0.4, 12), (90000, 0.4, 12)],
+)  # fmt: skip
+def test_times_become_frames_at_a_rate_that_is_believed(rate, secs, frames):
+  assert tracking.frames_of(secs, rate) == frames
+
+
+@pytest.mark.parametrize("rate", [15.0, 30.0, 60.0])
+def test_path_of_the_crop_is_smoothed_over_the_same_time(rate, finder):
+  # A face that shakes 3 times a second, by 4 pixels.
+  shakes = 4 * np.sin(2 * np.pi * 3 * np.arange(2 * rate) / rate)
+
+  class Shaken:
+    def __init__(self):
+      self._mesh = np.float32(60 * np.random.default_rng(0).random((478, 3)))
+
+    def detect(self, frame):
+      return [face_finder.Detection(np.array([60, 60, 120, 120.0]), 0.9, True)]
+
+    def mesh_3d(self, frame, box):
+      return self._mesh + np.float32([60 + shakes[frame[0, 0, 0]], 60, 0])
+
+  picture = scenes.room(200, 200)
+  frames = []
+  for i in range(len(shakes)):
+    frames.append(cv2.warpAffine(
+      picture, np.float32([[1, 0, shakes[i]], [0, 1, 0]]), (200, 200),
+      borderMode=cv2.BORDER_REFLECT,
+    ))  # fmt: skip
+    frames[-1][0, 0] = i
+  (track,) = tracking.find_tracks(frames, Shaken(), frame_rate=rate)
+  assert len(track) == len(shakes)
+  x = (track.boxes[:, 0] + track.boxes[:, 2]) / 2
+  left = np.ptp(x[len(x) // 4 : -len(x) // 4]) / np.ptp(shakes)
+  # A Gaussian of 4/30 s leaves exp(-(2 pi 3 x 0.133)^2 / 2) = 4%.
+  assert left < 0.15
+
+
 def test_hard_cut_between_two_faces_splits_the_track(carphone_frames, finder):
   # The second shot shows a face in the same place, so overlap would join them.
   other = [255 - frame[:, ::-1] // 2 for frame in carphone_frames[:16]]
