@@ -94,6 +94,9 @@ BETWEEN = (0, 2, 6, 11, 15)
 # A look belongs to a stretch if it differs from it at most this share of what
 # it differs from the other: in a dissolve, at most a third is the other face.
 OWN_SHARE = 0.5
+# A dissolve of two seconds has at most so many that match neither: where there
+# are more, a person turned, and nothing is left out.
+MAX_NEITHER_SECS = 1.0
 
 
 class Look:
@@ -233,7 +236,11 @@ def people(
     if found is None:
       spans.append((start, stop))
       continue
-    old, new = _parted(looks, *(rows[stretch] for stretch in found))
+    stretches = [rows[stretch] for stretch in found]
+    old, new = _parted(looks, *stretches)
+    if frames[new] - frames[old - 1] > MAX_NEITHER_SECS * frame_rate:
+      old, _ = _parted(looks, *stretches, own_share=1.0)
+      new = old
     waiting += [(start, old), (new, stop)]
   return sorted(spans)
 
@@ -312,7 +319,10 @@ def _sparse(frames: np.ndarray, frame_rate: float) -> np.ndarray:
 
 
 def _parted(
-  looks: np.ndarray, old_rows: np.ndarray, new_rows: np.ndarray
+  looks: np.ndarray,
+  old_rows: np.ndarray,
+  new_rows: np.ndarray,
+  own_share: float = OWN_SHARE,
 ) -> tuple[int, int]:
   """Returns the end of one person's looks and the start of the next one's.
 
@@ -320,6 +330,7 @@ def _parted(
     looks: int8 (N, 468).
     old_rows: ascending rows of looks of the first person.
     new_rows: ascending rows of looks of the second.
+    own_share: see OWN_SHARE.
   """
   start, stop = old_rows[0], new_rows[-1] + 1
   span = looks[start:stop].astype(np.int16)
@@ -329,7 +340,7 @@ def _parted(
     )
     for rows in (old_rows, new_rows)
   )
-  not_old = np.flatnonzero(old > OWN_SHARE * new)
-  not_new = np.flatnonzero(new > OWN_SHARE * old)
+  not_old = np.flatnonzero(old > own_share * new)
+  not_new = np.flatnonzero(new > own_share * old)
   end = int(start + not_old[0])
   return end, max(int(start + not_new[-1]) + 1, end)

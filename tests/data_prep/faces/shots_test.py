@@ -221,3 +221,11 @@ def test_tracks_are_parted_where_each_shows_its_own_person():
 def test_two_tracks_of_one_person_are_not_parted():
   looks = looks_of([person(0)] * 60)
   assert shots.parted(np.arange(60), looks, 30, RATE) is None
+
+
+def test_long_turn_leaves_nothing_out():
+  # What lies between matches neither for longer than in a dissolve.
+  shares = np.concatenate([np.zeros(30), np.full(40, 0.5), np.ones(30)])
+  means = [(1 - w) * person(0) + w * person(1) for w in shares]
+  spans = people(means)
+  assert sum(stop - start for start, stop in spans) == 100
