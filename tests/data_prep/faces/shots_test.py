@@ -223,9 +223,12 @@ def test_two_tracks_of_one_person_are_not_parted():
   assert shots.parted(np.arange(60), looks, 30, RATE) is None
 
 
-def test_long_turn_leaves_nothing_out():
-  # What lies between matches neither for longer than in a dissolve.
-  shares = np.concatenate([np.zeros(30), np.full(40, 0.5), np.ones(30)])
+def test_nothing_is_left_out_where_too_much_would_be(monkeypatch):
+  shares = np.concatenate([np.zeros(30), np.linspace(0, 1, 45), np.ones(30)])
   means = [(1 - w) * person(0) + w * person(1) for w in shares]
-  spans = people(means)
-  assert sum(stop - start for start, stop in spans) == 100
+  (_, end), (start, _) = people(means)
+  assert start - end > 5
+  monkeypatch.setattr(shots, "MAX_NEITHER_SECS", 0.1)
+  (_, end), (start, _) = people(means)
+  assert end == start
+  assert 0.3 < shares[end] < 0.7
