@@ -274,12 +274,16 @@ class _OpenTrack:
     """
     box = boxes.bounds(mesh[:, :2])
     look = shots.Look(frame, mesh[:, :2])
-    others = sum(before.is_other_face(frame, look) for before in self._looks)
     # After frames without a mesh one look that fits is enough: the last may
     # show what hid the face, or the face half turned.
     goes_on = goes_on and self._looks and self.observed[-1].look is not None
     num_looks = len(self._looks)
-    if others > (num_looks // 2 if goes_on else max(num_looks - 1, 0)):
+    needed = num_looks - num_looks // 2 if goes_on else min(num_looks, 1)
+    # The latest first, and no more of them than are needed.
+    fits = (
+      not before.is_other_face(frame, look) for before in reversed(self._looks)
+    )
+    if sum(itertools.islice(filter(None, fits), needed)) < needed:
       return False
     look_steps = frames_of(LOOK_SECS, self._rate)
     if not self._looks or i - self._look_frame >= look_steps:
