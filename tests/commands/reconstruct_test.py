@@ -205,8 +205,8 @@ def test_without_a_decoder_the_error_says_so(weights, batch):
     ({"strategy": "cube"}, "strategy is 'cube', expected one of fasking"),
     ({"ratio": 1.0}, "ratio is 1.0, expected a value between 0 and 1"),
     (
-      {"strategy": "frame"},
-      r"ratio is 0\.9, .*\(2, 4, 4\) with strategy frame",
+      {"strategy": "tube", "ratio": 0.98},
+      r"ratio is 0\.98, .*\(2, 4, 4\) with strategy tube",
     ),
   ],
   ids=["regions_missing", "regions_shape", "strategy", "ratio", "nothing_left"],
