@@ -467,12 +467,14 @@ def _recipe(args: argparse.Namespace, videos: Input) -> dict[str, Any]:
   """Returns all settings that the bytes of a record and its shard depend on."""
   from data_prep import assets
   from data_prep.faces import face_finder
+  from data_prep.output import dataset_folder
   from data_prep.video import video_to_records
   from marlin_jax.records import schema
 
   return {
     "name": args.name,
     "schema_version": schema.SCHEMA_VERSION,
+    dataset_folder.ALGORITHM_VERSION: video_to_records.ALGORITHM_VERSION,
     "segment_frames": args.segment_frames,
     "jpeg_quality": video_to_records.JPEG_QUALITY,
     "dataset": args.dataset,

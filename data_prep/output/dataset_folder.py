@@ -43,6 +43,8 @@ from marlin_jax.records.folders import Lock, OutputFolderError
 
 # About 100 MB of short clips.
 VIDEOS_PER_SHARD = 32
+# Setting with the version of decoding, tracking and labelling.
+ALGORITHM_VERSION = "algorithm_version"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +145,7 @@ class DatasetFolder:
       # Settings on disk before this run.
       self._stored = ledger.read_json(path / folders.SETTINGS)
       self._settings = self._agree(recipe, num_shards, sources)
+      self._version = recipe.get(ALGORITHM_VERSION)
       self._sources = {source.video_id: source for source in sources}
       self._shards: dict[str, dict[str, Source]] = {
         self._shard_name(split, i): {}
@@ -197,7 +200,7 @@ class DatasetFolder:
     counts = stored["num_shards"]
     differences = [
       f"{key} was {stored.get(key)!r} and is now {recipe.get(key)!r}"
-      for key in sorted({*recipe, *stored} - {"num_shards"})
+      for key in sorted({*recipe, *stored} - {"num_shards", ALGORITHM_VERSION})
       if stored.get(key) != recipe.get(key)
     ]
     if counts and num_shards not in (None, max(counts.values())):
@@ -215,7 +218,12 @@ class DatasetFolder:
       if num_shards is not None:
         split_shards = round(num_shards * num / max(num_videos.values()))
       counts.setdefault(split, max(1, split_shards))
-    return {**recipe, "num_shards": dict(sorted(counts.items()))}
+    settings = {**recipe, "num_shards": dict(sorted(counts.items()))}
+    # A folder keeps its version: `begin` refuses to mix two.
+    settings.pop(ALGORITHM_VERSION, None)
+    if ALGORITHM_VERSION in stored:
+      settings[ALGORITHM_VERSION] = stored[ALGORITHM_VERSION]
+    return settings
 
   def _holds_results(self) -> bool:
     return (self.path / folders.VIDEOS).exists() or any(
@@ -393,8 +401,17 @@ class DatasetFolder:
     """Marks the data set as unfinished.
 
     Raises:
-      OutputFolderError: another task has just begun it with other settings.
+      OutputFolderError: another version of the algorithms prepared the folder,
+        or another task has just begun it with other settings.
     """
+    # Folders from before there were versions are of version 1.
+    version = self._settings.get(ALGORITHM_VERSION, 1)
+    if plan.shards and self._version not in (None, version):
+      raise OutputFolderError(
+        f"{self.path} was prepared by version {version} of decoding and "
+        f"tracking; this is version {self._version}, whose records differ. "
+        "Prepare the whole input into another --output"
+      )
     stored = ledger.read_json(self.path / folders.SETTINGS)
     if self._is_task and stored not in (None, self._stored, self._settings):
       raise OutputFolderError(

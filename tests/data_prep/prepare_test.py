@@ -532,6 +532,29 @@ def test_other_settings_are_refused_with_the_difference(dataset, videos):
   assert times(dataset) == before
 
 
+def test_records_of_two_algorithm_versions_are_not_mixed(
+  dataset, videos, tmp_path
+):
+  path = dataset / "settings.json"
+  settings = json.loads(path.read_text())
+  assert settings.pop("algorithm_version") == video_to_records.ALGORITHM_VERSION
+  old, more = tmp_path / "old", tmp_path / "more"
+  shutil.copytree(dataset, old)
+  (old / "settings.json").write_text(json.dumps(settings))
+  before = content(old)
+  # A complete data set of version 1 needs nothing.
+  result = run_prepare("--input", videos, "--output", old)
+  assert result.returncode == 0
+  assert "is complete" in result.stdout
+  assert content(old) == before
+  shutil.copytree(videos, more)
+  shutil.copy(more / "01 frames.mp4", more / "new.mp4")
+  message = failure("--input", more, "--output", old)
+  assert "version 1" in message
+  assert f"version {video_to_records.ALGORITHM_VERSION}" in message
+  assert content(old) == before
+
+
 def test_input_that_lost_videos_is_refused(dataset, videos):
   message = failure("--input", videos / "01 frames.mp4", "--output", dataset)
   assert "12 videos of" in message
