@@ -3,9 +3,9 @@
   {"video": "a.mp4", "frame": 12, "box": [x0, y0, x1, y1],
    "polygons": [{"region": "hair", "points": [[x, y], ...]}, ...]}
 
-`frame` is the number of the frame in the video, from 0; `box` is its crop in
-source pixels; `points` are in the 224x224 pixels of the crop. A later polygon
-covers an earlier one; "background" cuts a hole.
+`frame` is the number of the frame in the video, from 0; `box` is its square
+crop in pixels of the frame as it is shown; `points` are in the 224x224 pixels
+of the crop. A later polygon covers an earlier one; "background" cuts a hole.
 """
 
 from __future__ import annotations

@@ -230,6 +230,8 @@ def test_decoder_starts_while_python_is_ending(tmp_path):
   assert result.stdout == "3\n"
 
 
+# JAX warns of forks, if an earlier test has started it.
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 def test_decoder_starts_in_a_forked_process(tmp_path):
   path = write_video(tmp_path / "v.mp4", moving_noise(3))
   with open_video(path) as video:

@@ -373,8 +373,8 @@ def test_impossible_requests_are_refused(talk, voice, models, tmp_path):
   broken = tmp_path / "broken.mp4"
   broken.write_bytes(bytes(1000))
   missing = tmp_path / "missing.wav"
-  assert f"{talk}: no sound" in refusal(FaceVideoError, talk, None)
-  assert f"{talk}: no sound" in refusal(FaceVideoError, noise, talk)
+  assert f"{talk}: it has no sound" in refusal(FaceVideoError, talk, None)
+  assert f"{talk}: it has no sound" in refusal(FaceVideoError, noise, talk)
   assert "in 50 frames" in refusal(FaceVideoError, noise, voice)
   assert "the first is at 0.5 s" in refusal(GenerationError, talk, noise)
   assert str(broken) in refusal(FaceVideoError, broken, voice)
