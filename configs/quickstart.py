@@ -13,7 +13,7 @@ def get_config():
   config = pretrain_b.get_config()
   config.batch_size = 8
   config.num_epochs = 0.0
-  config.num_steps = 800
+  config.num_steps = 1200
 
   config.data.num_frames = 4
   config.data.stride = 4
