@@ -474,7 +474,7 @@ def _recipe(args: argparse.Namespace, videos: Input) -> dict[str, Any]:
   return {
     "name": args.name,
     "schema_version": schema.SCHEMA_VERSION,
-    dataset_folder.ALGORITHM_VERSION: video_to_records.ALGORITHM_VERSION,
+    dataset_folder.ALGORITHM_VERSION: schema.ALGORITHM_VERSION,
     "segment_frames": args.segment_frames,
     "jpeg_quality": video_to_records.JPEG_QUALITY,
     "dataset": args.dataset,

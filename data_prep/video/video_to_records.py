@@ -31,9 +31,6 @@ from marlin_jax.records import (
   schema,
 )
 
-# Version of decoding, tracking and labelling: raised when the same video gives
-# other records. 2: pixels as a viewer sees them, looks normalised for light.
-ALGORITHM_VERSION = 2
 JPEG_QUALITY = 95
 # Longest sound of a record. The times of frames can be anything: a leap of a
 # day would be gigabytes of silence.

@@ -33,9 +33,10 @@ def prepare_sample() -> str:
   Raises:
     SampleError: the preparation failed; it has printed the reason.
   """
-  # The schema version is part of the name: an older version of this code still
-  # finds its own data set.
-  folder = folders.cache_home() / f"sample-v{schema.SCHEMA_VERSION}"
+  # Both versions are part of the name: an older version of this code still
+  # finds its own data set, and this one does not train on old crops.
+  versions = f"{schema.SCHEMA_VERSION}.{schema.ALGORITHM_VERSION}"
+  folder = folders.cache_home() / f"sample-v{versions}"
   if not (folder / folders.DATASET_INFO).exists():
     print(f"Preparing the sample data set in {folder} ...", flush=True)
     command = [sys.executable, "-m", "data_prep.prepare"]

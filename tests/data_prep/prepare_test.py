@@ -537,7 +537,7 @@ def test_records_of_two_algorithm_versions_are_not_mixed(
 ):
   path = dataset / "settings.json"
   settings = json.loads(path.read_text())
-  assert settings.pop("algorithm_version") == video_to_records.ALGORITHM_VERSION
+  assert settings.pop("algorithm_version") == schema.ALGORITHM_VERSION
   old, more = tmp_path / "old", tmp_path / "more"
   shutil.copytree(dataset, old)
   (old / "settings.json").write_text(json.dumps(settings))
@@ -551,7 +551,7 @@ def test_records_of_two_algorithm_versions_are_not_mixed(
   shutil.copy(more / "01 frames.mp4", more / "new.mp4")
   message = failure("--input", more, "--output", old)
   assert "version 1" in message
-  assert f"version {video_to_records.ALGORITHM_VERSION}" in message
+  assert f"version {schema.ALGORITHM_VERSION}" in message
   assert content(old) == before
 
 
