@@ -83,24 +83,23 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
 
   # --- Training ---------------------------------------------------------------
   def make_evaluations(workdir, alive):
-    return _evaluations(
-      config, course, eval_dataset, probe_path, workdir, alive
-    )
+    return _evaluations(course, eval_dataset, probe_path, workdir, alive)
 
-  return loop.train(course, make_evaluations, config, workdir)
+  return loop.train(course, make_evaluations, workdir)
 
 
-def _evaluations(config, course, dataset, probe_path, workdir, alive):
+def _evaluations(course, dataset, probe_path, workdir, alive):
   """Returns the evaluations: reconstruction losses, probe, pictures."""
   from marlin_jax.evaluators import probe, reconstruction
   from marlin_jax.training.loop import Evaluation
 
+  config = course.config
   reconstructed = reconstruction.Reconstruction(
-    course, dataset, config, workdir.bad_records
+    course, dataset, workdir.bad_records
   )
   evaluations = [Evaluation(config.eval_steps, reconstructed.losses)]
   if config.probe.steps:
-    encoder_probe = probe.Probe(course, config, probe_path, workdir, alive)
+    encoder_probe = probe.Probe(course, probe_path, workdir, alive)
     evaluations.append(Evaluation(config.probe.steps, encoder_probe))
   evaluations.append(Evaluation(config.picture_steps, reconstructed.picture))
   return evaluations

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
 from marlin_jax.devices import distributed, sharding
 from marlin_jax.downstream import quick_probe
@@ -30,7 +29,6 @@ class Probe:
   def __init__(
     self,
     course: PretrainingCourse,
-    config: ConfigDict,
     path: str,
     workdir: Workdir,
     alive: Callable[[str], None],
@@ -39,7 +37,6 @@ class Probe:
 
     Args:
       course: network and devices.
-      config: configuration of the run.
       path: folder of the labelled data set.
       workdir: workdir of the run; caches the labels.
       alive: resets the watchdog; takes a description of the work.
@@ -49,7 +46,7 @@ class Probe:
       TaskError: see `quick_probe.open_data`.
       StartError: processes see different data sets.
     """
-    architecture = course.architecture
+    config, architecture = course.config, course.architecture
     # Process 0 reads all records for their labels and writes them to the
     # workdir, which may be in a bucket; the others and later runs read that.
     cache = workdir.path / "probe"

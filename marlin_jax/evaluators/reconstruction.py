@@ -6,7 +6,6 @@ import functools
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from marlin_jax.data import loader
 from marlin_jax.data.prepared_dataset import Dataset
@@ -32,7 +31,6 @@ class Reconstruction:
     self,
     course: PretrainingCourse,
     dataset: Dataset,
-    config: ConfigDict,
     bad: loader.BadRecords | None = None,
   ):
     """Chooses the clips; reads nothing.
@@ -40,10 +38,9 @@ class Reconstruction:
     Args:
       course: network and devices.
       dataset: evaluation split.
-      config: configuration of the run.
       bad: list of unreadable records; see `loader.eval_batches`.
     """
-    trainer = course.trainer
+    trainer, config = course.trainer, course.config
     self._task, self._config = trainer.task, config
     self._split_name = dataset.split
     self._split = sharding.batch_sharding(course.mesh)

@@ -153,22 +153,21 @@ def compile_step(config: ConfigDict, topology: Topology, busy: Busy) -> Step:
   device_bytes = chips.usable_bytes(
     topology.memory_bytes, topology.devices[0].platform
   )
-  experiment = build.make_experiment(
+  experiment = build.Experiment(
     config,
     config.num_steps or 1000,  # only the schedule depends on it
     mesh,
     device_bytes,
   )
   trainer, architecture = experiment.trainer, experiment.architecture
-  shapes = jax.eval_shape(experiment.initialise)
-  layout = build.lay_out(architecture, mesh, shapes)
-  lowered = build.lower_step(trainer, shapes, layout, mesh, config.batch_size)
+  shapes = experiment.shapes
+  lowered = experiment.lower_step()
   traced_at = time.perf_counter()
   num_microbatches = trainer.num_microbatches
   tubelets = trainer.task.tubelets
   # uint8 pixels and uint16 region bits.
   batch_bytes = config.batch_size * tubelets.num_tokens * (tubelets.pixels + 2)
-  state_bytes = _state_bytes(shapes, layout)
+  state_bytes = _state_bytes(shapes, experiment.layout.shardings)
   state_bytes["batch"] = batch_bytes // num_shards
   step_memory, collectives, hbm_bytes = None, [], 0
   with busy(f"compiling for {topology.name}"):
@@ -214,11 +213,11 @@ def compile_step(config: ConfigDict, topology: Topology, busy: Busy) -> Step:
   )
 
 
-def _state_bytes(shapes, layout) -> dict[str, int]:
+def _state_bytes(shapes, shardings) -> dict[str, int]:
   """Returns bytes of one device's part of the state, by purpose."""
 
   def size(*names):
-    trees = [{n: getattr(x, n) for n in names} for x in (shapes, layout[0])]
+    trees = [{n: getattr(x, n) for n in names} for x in (shapes, shardings)]
     return sharding.bytes_per_device(*trees)
 
   return {

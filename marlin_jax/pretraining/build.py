@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,156 +24,241 @@ from marlin_jax.records.schema import FRAME_SIZE
 from marlin_jax.weights.architecture import Architecture
 
 
-class Experiment(NamedTuple):
+class Experiment:
   """The parts of a run that its configuration determines.
 
+  The configuration is read here: each part is built when it is first used, and
+  is given the values that it needs.
+
   Attributes:
-    trainer: static half of the training step; holds the pretext task.
-    initialise: () -> the first TrainState; call it under jit.
-    learning_rates: TrainState -> learning rate of each optimiser's last update,
-      by metric name.
-    take_clip: turns records into clips.
-    architecture: sizes of both networks.
-    clips_that_fit: clips that are estimated to fit in the memory of a device at
-      once; `config.clips_per_device` overrides it.
-  """
-
-  trainer: train_step.Trainer
-  initialise: Callable[[], train_step.TrainState]
-  learning_rates: Callable[[train_step.TrainState], dict[str, float]]
-  take_clip: TakeClip
-  architecture: Architecture
-  clips_that_fit: int
-
-
-def make_experiment(
-  config: ConfigDict,
-  num_steps: int,
-  mesh: Mesh | None = None,
-  device_bytes: int | None = None,
-) -> Experiment:
-  """Builds the parts of a run; allocates no arrays.
-
-  Args:
-    config: a valid configuration, see configs/pretrain_b.py.
+    config: the configuration.
+    batch_size: clips per step over all devices.
     num_steps: steps of the whole run.
-    mesh: the devices, from sharding.make_mesh; None: one device.
-    device_bytes: memory that training may use on each device, the same on every
-      process; None: `chips.device_bytes` of this process's first device.
+    mesh: the devices.
   """
-  architecture = Architecture.from_config(config)
-  task = PretextTask.from_architecture(
-    architecture, config.mask.strategy, config.mask.ratio
-  )
-  execution = choose_execution(config, mesh)
 
-  def draw_networks():
-    return make_networks(
-      architecture,
-      execution,
-      seed=config.seed,
-      start_grey=config.model.start_grey,
+  def __init__(
+    self,
+    config: ConfigDict,
+    num_steps: int,
+    mesh: Mesh | None = None,
+    device_bytes: int | None = None,
+  ):
+    """Builds nothing yet.
+
+    Args:
+      config: a valid configuration, see configs/pretrain_b.py.
+      num_steps: steps of the whole run.
+      mesh: the devices, from sharding.make_mesh; None: one device.
+      device_bytes: memory that training may use on each device, the same on
+        every process; None: `chips.device_bytes` of this process's first
+        device.
+    """
+    self.config, self.num_steps = config, num_steps
+    self.batch_size = config.batch_size
+    if mesh is None:
+      mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+    self.mesh = mesh
+    self._device_bytes = device_bytes
+
+  # --- Clips and networks -----------------------------------------------------
+
+  @functools.cached_property
+  def architecture(self) -> Architecture:
+    """Sizes of both networks."""
+    return Architecture.from_config(self.config)
+
+  @functools.cached_property
+  def take_clip(self) -> TakeClip:
+    """Turns records into clips."""
+    return TakeClip(self.architecture.clip, self.architecture.tubelet_size)
+
+  @functools.cached_property
+  def task(self) -> PretextTask:
+    """Masking, and the form of input and target."""
+    mask = self.config.mask
+    return PretextTask.from_architecture(
+      self.architecture, mask.strategy, mask.ratio
     )
 
-  # --- Structure, without arrays ----------------------------------------------
-  mae, discriminator = nnx.eval_shape(draw_networks)
-  mae_graph, params, fixed = train_step.split_model(mae)
-  disc_graph, disc_params, _ = train_step.split_model(discriminator)
-  shapes = {"params": params, "fixed": fixed, "disc_params": disc_params}
+  @functools.cached_property
+  def execution(self) -> vit.Execution:
+    """How the networks are computed; attention 'auto' depends on the platform.
 
-  # --- Microbatches -----------------------------------------------------------
-  if device_bytes is None:
-    device_bytes = chips.device_bytes(jax.local_devices()[0])
-  clips_that_fit = memory.clips_that_fit(
-    device_bytes
-    - _state_bytes(architecture, mesh, shapes, has_ema=bool(config.ema_decay)),
-    memory.clip_bytes(
-      architecture,
-      task.masking.num_visible,
-      execution,
-      num_tensor=mesh.shape["tensor"] if mesh else 1,
-    ),
-  )
-  num_shards = sharding.num_shards(mesh) if mesh else 1
+    Raises:
+      ValueError: the attention does not run there in this dtype.
+    """
+    config = self.config
+    attention = softmax_attention.choose(
+      config.attention, self.mesh.devices.flat[0].platform, config.dtype
+    )
+    return vit.Execution(config.dtype, attention, config.scan, config.remat)
 
-  # --- Training step ----------------------------------------------------------
-  adversarial = train_step.Adversarial(
-    weight=config.adv.weight,
-    gp_weight=config.adv.gp_weight,
-    d_steps=config.adv.d_steps,
-    g_steps=config.adv.g_steps,
-    max_pull=config.adv.max_pull,
-  )
-  rate_of_step = make_schedule(config.optim, config.batch_size, num_steps)
-  schedule = schedules.per_update(rate_of_step, adversarial.g_steps)
-  disc_schedule = schedules.per_update(rate_of_step, adversarial.d_steps)
-  on_mesh = mesh is not None and mesh.size > 1
-  trainer = train_step.Trainer(
-    task=task,
-    adversarial=adversarial,
-    mae=mae_graph,
-    discriminator=disc_graph,
-    optimizer=make_optimizer(config.optim, schedule),
-    disc_optimizer=make_optimizer(config.optim, disc_schedule),
-    ema_decay=config.ema_decay,
-    ema_warmup=config.ema_warmup,
-    decoder_ratio=config.mask.decoder_ratio,
-    num_microbatches=memory.num_microbatches(
-      config.batch_size // num_shards,
-      config.clips_per_device or clips_that_fit,
-    ),
-    placement=sharding.MeshPlacement(mesh, config.dtype) if on_mesh else None,
-  )
+  def draw_networks(self) -> tuple[MAE, Discriminator]:
+    """Draws autoencoder and discriminator, each by a key of its own."""
+    key = jax.random.key(self.config.seed)
+    mae = self.architecture.make_autoencoder(
+      rngs=nnx.Rngs(jax.random.fold_in(key, 0)),
+      start_grey=self.config.model.start_grey,
+      **dataclasses.asdict(self.execution),
+    )
+    discriminator = self.architecture.make_discriminator(
+      rngs=nnx.Rngs(jax.random.fold_in(key, 1)), dtype=self.execution.dtype
+    )
+    return mae, discriminator
 
-  def initialise():
-    mae, discriminator = draw_networks()
-    _, params, fixed = train_step.split_model(mae)
-    _, disc_params, _ = train_step.split_model(discriminator)
-    return train_step.init_state(trainer, params, fixed, disc_params)
+  @functools.cached_property
+  def _structure(self) -> tuple[tuple, tuple]:
+    """Both networks, see `train_step.split_model`, without arrays."""
+    return tuple(
+      map(train_step.split_model, nnx.eval_shape(self.draw_networks))
+    )
 
-  def learning_rates(state):
+  # --- Optimisers -------------------------------------------------------------
+
+  @functools.cached_property
+  def adversarial(self) -> train_step.Adversarial:
+    """Settings of the adversarial loss."""
+    adv = self.config.adv
+    return train_step.Adversarial(
+      weight=adv.weight,
+      gp_weight=adv.gp_weight,
+      d_steps=adv.d_steps,
+      g_steps=adv.g_steps,
+      max_pull=adv.max_pull,
+    )
+
+  @functools.cached_property
+  def _rates(self) -> tuple[optax.Schedule, optax.Schedule]:
+    """Learning rates of autoencoder and discriminator by number of updates."""
+    rate_of_step = make_schedule(
+      self.config.optim, self.batch_size, self.num_steps
+    )
+    adversarial = self.adversarial
+    return (
+      schedules.per_update(rate_of_step, adversarial.g_steps),
+      schedules.per_update(rate_of_step, adversarial.d_steps),
+    )
+
+  def learning_rates(self, state: train_step.TrainState) -> dict[str, float]:
+    """Returns the rate of each optimiser's last update, by metric name."""
+    schedule, disc_schedule = self._rates
     rates = {"lr": schedules.last_rate(schedule, state.opt_state)}
-    if adversarial.weight:
+    if self.adversarial.weight:
       rates["lr_disc"] = schedules.last_rate(
         disc_schedule, state.disc_opt_state
       )
     return rates
 
-  return Experiment(
-    trainer,
-    initialise,
-    learning_rates,
-    TakeClip(architecture.clip, architecture.tubelet_size),
-    architecture,
-    clips_that_fit,
-  )
+  # --- Memory -----------------------------------------------------------------
 
+  @functools.cached_property
+  def clips_that_fit(self) -> int:
+    """Clips that are estimated to fit in the memory of a device at once.
 
-def make_networks(
-  architecture: Architecture,
-  execution: vit.Execution,
-  *,
-  seed: int,
-  start_grey: bool,
-) -> tuple[MAE, Discriminator]:
-  """Draws autoencoder and discriminator.
+    `config.clips_per_device` overrides it.
+    """
+    device_bytes = self._device_bytes
+    if device_bytes is None:
+      device_bytes = chips.device_bytes(jax.local_devices()[0])
+    return memory.clips_that_fit(
+      device_bytes - self._state_bytes(),
+      memory.clip_bytes(
+        self.architecture,
+        self.task.masking.num_visible,
+        self.execution,
+        num_tensor=self.mesh.shape["tensor"],
+      ),
+    )
 
-  Args:
-    architecture: sizes of both networks.
-    execution: dtype, attention, scan and remat.
-    seed: seed of the parameters; each network has its own key.
-    start_grey: see models.mae.MAE.
-  """
-  key = jax.random.key(seed)
-  mae = architecture.make_autoencoder(
-    rngs=nnx.Rngs(jax.random.fold_in(key, 0)),
-    start_grey=start_grey,
-    **dataclasses.asdict(execution),
-  )
-  discriminator = architecture.make_discriminator(
-    rngs=nnx.Rngs(jax.random.fold_in(key, 1)), dtype=execution.dtype
-  )
-  return mae, discriminator
+  def _state_bytes(self) -> int:
+    """Estimates the memory of one device that state and gradients take."""
+    (_, params, fixed), (_, disc_params, _) = self._structure
+    shapes = {"params": params, "fixed": fixed, "disc_params": disc_params}
+    shardings = lay_out(self.architecture, self.mesh, shapes).shardings
+    num_params = sharding.bytes_per_device(shapes, shardings) // 4
+    fsdp = self.mesh.shape["fsdp"]
+    return memory.state_bytes(
+      num_params,
+      num_gathered=num_params * fsdp if fsdp > 1 else 0,
+      has_ema=bool(self.config.ema_decay),
+    )
+
+  # --- Training step ----------------------------------------------------------
+
+  @functools.cached_property
+  def trainer(self) -> train_step.Trainer:
+    """Static half of the training step."""
+    config, mesh = self.config, self.mesh
+    (mae, *_), (discriminator, *_) = self._structure
+    schedule, disc_schedule = self._rates
+    return train_step.Trainer(
+      task=self.task,
+      adversarial=self.adversarial,
+      mae=mae,
+      discriminator=discriminator,
+      optimizer=make_optimizer(config.optim, schedule),
+      disc_optimizer=make_optimizer(config.optim, disc_schedule),
+      ema_decay=config.ema_decay,
+      ema_warmup=config.ema_warmup,
+      decoder_ratio=config.mask.decoder_ratio,
+      num_microbatches=memory.num_microbatches(
+        self.batch_size // sharding.num_shards(mesh),
+        config.clips_per_device or self.clips_that_fit,
+      ),
+      placement=(
+        sharding.MeshPlacement(mesh, config.dtype) if mesh.size > 1 else None
+      ),
+    )
+
+  def initialise(self) -> train_step.TrainState:
+    """Returns the first state; call it under jit."""
+    (_, params, fixed), (_, disc_params, _) = map(
+      train_step.split_model, self.draw_networks()
+    )
+    return train_step.init_state(self.trainer, params, fixed, disc_params)
+
+  @functools.cached_property
+  def shapes(self) -> train_step.TrainState:
+    """Shapes of the state."""
+    return jax.eval_shape(self.initialise)
+
+  @functools.cached_property
+  def layout(self) -> sharding.Layout:
+    """Layout of the state on the mesh."""
+    return lay_out(self.architecture, self.mesh, self.shapes)
+
+  def lower_step(self) -> jax.stages.Lowered:
+    """Traces the training step for the mesh, which may be of another machine.
+
+    Returns:
+      The lowered step. `.compile()` gives step(state, batch, rng) -> (state,
+      scalars), where batch holds `video` and `regions` alone. The old state is
+      donated.
+    """
+    replicated = sharding.replicated(self.mesh)
+    over_batch = sharding.batch_sharding(self.mesh)
+    tubelets, shardings = self.task.tubelets, self.layout.shardings
+
+    def struct(shape, dtype, where):
+      return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    frames = (tubelets.num_frames, FRAME_SIZE, FRAME_SIZE, 3)
+    batch = {
+      "video": struct((self.batch_size, *frames), jnp.uint8, over_batch),
+      "regions": struct(
+        (self.batch_size, *tubelets.grid), jnp.uint16, over_batch
+      ),
+    }
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.tree.map(
+      lambda x, where: struct(x.shape, x.dtype, where), self.shapes, shardings
+    )
+    return jax.jit(
+      functools.partial(train_step.train_step, self.trainer),
+      donate_argnums=0,
+      out_shardings=(shardings, replicated),
+    ).lower(state, batch, struct(rng.shape, rng.dtype, replicated))
 
 
 def make_schedule(
@@ -228,37 +311,6 @@ def make_optimizer(
   )
 
 
-def choose_execution(config: ConfigDict, mesh: Mesh | None) -> vit.Execution:
-  """Returns how the networks are computed.
-
-  Attention 'auto' depends on the platform of the mesh; without a mesh, on that
-  of this process.
-  """
-  platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
-  attention = softmax_attention.choose(config.attention, platform, config.dtype)
-  return vit.Execution(config.dtype, attention, config.scan, config.remat)
-
-
-def _state_bytes(
-  architecture: Architecture, mesh: Mesh | None, shapes, *, has_ema: bool
-) -> int:
-  """Estimates the memory of one device that state and gradients take.
-
-  Args:
-    architecture: sizes of both networks.
-    mesh: the devices; None: one device.
-    shapes: parameters and position tables of both networks.
-    has_ema: an average of the parameters is kept.
-  """
-  num_params, num_gathered = count(shapes), 0
-  if mesh is not None:
-    shardings = lay_out(architecture, mesh, shapes).shardings
-    num_params = sharding.bytes_per_device(shapes, shardings) // 4
-    if mesh.shape["fsdp"] > 1:
-      num_gathered = num_params * mesh.shape["fsdp"]
-  return memory.state_bytes(num_params, num_gathered, has_ema=has_ema)
-
-
 def lay_out(architecture: Architecture, mesh: Mesh, shapes) -> sharding.Layout:
   """Places each array of a TrainState, or of its shapes, on the mesh."""
   num_heads = {
@@ -266,50 +318,6 @@ def lay_out(architecture: Architecture, mesh: Mesh, shapes) -> sharding.Layout:
     "decoder": architecture.dec_num_heads,
   }
   return sharding.lay_out(mesh, shapes, num_heads)
-
-
-def lower_step(
-  trainer: train_step.Trainer,
-  shapes: train_step.TrainState,
-  layout: sharding.Layout,
-  mesh: Mesh,
-  batch_size: int,
-) -> jax.stages.Lowered:
-  """Traces the training step for a mesh, which may be of another machine.
-
-  Args:
-    trainer: from `make_experiment`.
-    shapes: shapes of the state: jax.eval_shape(initialise).
-    layout: layout of the state, from `lay_out`.
-    mesh: the devices.
-    batch_size: clips per step over all devices.
-
-  Returns:
-    The lowered step. `.compile()` gives step(state, batch, rng) -> (state,
-    scalars), where batch holds `video` and `regions` alone. The old state is
-    donated.
-  """
-  replicated = sharding.replicated(mesh)
-  over_batch = sharding.batch_sharding(mesh)
-  tubelets = trainer.task.tubelets
-
-  def struct(shape, dtype, where):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-
-  frames = (batch_size, tubelets.num_frames, FRAME_SIZE, FRAME_SIZE, 3)
-  batch = {
-    "video": struct(frames, jnp.uint8, over_batch),
-    "regions": struct((batch_size, *tubelets.grid), jnp.uint16, over_batch),
-  }
-  rng = jax.eval_shape(lambda: jax.random.key(0))
-  state = jax.tree.map(
-    lambda x, where: struct(x.shape, x.dtype, where), shapes, layout.shardings
-  )
-  return jax.jit(
-    functools.partial(train_step.train_step, trainer),
-    donate_argnums=0,
-    out_shardings=(layout.shardings, replicated),
-  ).lower(state, batch, struct(rng.shape, rng.dtype, replicated))
 
 
 def count(tree) -> int:

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -14,61 +15,58 @@ from ml_collections import ConfigDict
 
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.devices import chips, distributed, sharding
-from marlin_jax.pretraining import build, configuration, flops, warm_start
+from marlin_jax.pretraining import configuration, flops, warm_start
+from marlin_jax.pretraining.build import Experiment, count
 from marlin_jax.pretraining.train_step import TrainState
 from marlin_jax.records import cli
 from marlin_jax.weights import formats
 
 
-class PretrainingCourse:
-  """Pretraining of a masked autoencoder; a `training.loop.Course`.
+class PretrainingCourse(Experiment):
+  """An experiment on a data set; a `training.loop.Course`.
 
   Attributes:
-    trainer: static half of the training step; holds the pretext task.
-    architecture: sizes of both networks.
+    dataset: training split.
 
-  The other attributes are those of `training.loop.Course`.
+  The other attributes are those of `Experiment`.
   """
 
   fields = ("video", "regions")
 
   def __init__(self, config: ConfigDict, dataset: Dataset, mesh: Mesh):
-    """Builds the networks' structure; allocates nothing.
+    """Builds nothing yet.
 
     Args:
       config: a valid configuration; see configs/pretrain_b.py.
       dataset: training split.
       mesh: devices.
     """
-    self._config, self.dataset, self.mesh = config, dataset, mesh
-    self.batch_size = config.batch_size
-    self.num_steps = config.num_steps or math.ceil(
+    num_steps = config.num_steps or math.ceil(
       config.num_epochs * dataset.num_videos / config.batch_size
     )
-    experiment = build.make_experiment(
-      config,
-      self.num_steps,
-      mesh,
-      # The smallest of all processes, so that they split a batch alike.
-      distributed.smallest(chips.device_bytes(jax.local_devices()[0])),
+    # The smallest of all processes, so that they split a batch alike.
+    device_bytes = distributed.smallest(
+      chips.device_bytes(jax.local_devices()[0])
     )
-    self.trainer, self.architecture = (
-      experiment.trainer,
-      experiment.architecture,
+    super().__init__(config, num_steps, mesh, device_bytes)
+    self.dataset = dataset
+
+  @property
+  def shardings(self) -> TrainState:
+    return self.layout.shardings
+
+  @property
+  def identity(self) -> dict[str, Any]:
+    return configuration.identity(
+      self.config, self.dataset.fingerprint, self.num_steps
     )
-    self.take_clip = experiment.take_clip
-    self.learning_rates = experiment.learning_rates
-    self._initialise = experiment.initialise
-    self.shapes = jax.eval_shape(self._initialise)
-    self._layout = build.lay_out(self.architecture, mesh, self.shapes)
-    self.shardings = self._layout.shardings
-    self.identity = configuration.identity(
-      config, dataset.fingerprint, self.num_steps
-    )
-    self.peak_clips_per_sec = flops.peak_clips_per_sec(
+
+  @property
+  def peak_clips_per_sec(self) -> float | None:
+    return flops.peak_clips_per_sec(
       flops.training_step(self.architecture, self.trainer, self.batch_size),
-      mesh,
-      config.dtype,
+      self.mesh,
+      self.config.dtype,
     )
 
   def first_state(self) -> TrainState:
@@ -77,9 +75,9 @@ class PretrainingCourse:
     Raises:
       WeightsError: the weights cannot be read or do not fit.
     """
-    state = jax.jit(self._initialise, out_shardings=self.shardings)()
-    if self._config.init_from:
-      weights = formats.read(self._config.init_from)
+    state = jax.jit(self.initialise, out_shardings=self.shardings)()
+    if self.config.init_from:
+      weights = formats.read(self.config.init_from)
       state, notices = warm_start.apply(
         weights,
         state,
@@ -92,13 +90,11 @@ class PretrainingCourse:
 
   def make_step(self):
     """Returns the compiled step: (state, batch) -> (state, scalars)."""
-    make_key = functools.partial(jax.random.key, self._config.seed)
+    make_key = functools.partial(jax.random.key, self.config.seed)
     everywhere = sharding.replicated(self.mesh)
     rng = jax.jit(make_key, out_shardings=everywhere)()
     start = time.monotonic()
-    step = build.lower_step(
-      self.trainer, self.shapes, self._layout, self.mesh, self.batch_size
-    ).compile()
+    step = self.lower_step().compile()
     if jax.process_index() == 0:
       secs = time.monotonic() - start
       print(f"compiled the step in {secs:.1f} s", flush=True)
@@ -106,11 +102,8 @@ class PretrainingCourse:
 
   def describe(self) -> list[cli.Row]:
     """Returns data, model, masking, devices, batch and steps."""
-    config, dataset, masking = (
-      self._config,
-      self.dataset,
-      self.trainer.task.masking,
-    )
+    config, dataset = self.config, self.dataset
+    masking = self.task.masking
     data = cli.Row(
       "data",
       f"{dataset.path}: split '{dataset.split}', records: "
@@ -134,7 +127,7 @@ class PretrainingCourse:
         f"{sizes}; each holds {state_bytes / 1e6:.1f} MB of parameters and "
         "optimiser states"
       )
-      devices.notes.extend(self._layout.notes)
+      devices.notes.extend(self.layout.notes)
     on_cpu = self.mesh.devices.flat[0].platform == "cpu"
     if on_cpu and sys.platform == "linux":
       if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
@@ -150,7 +143,7 @@ class PretrainingCourse:
       batch += (
         f", in {num_microbatches} microbatches with accumulated gradients"
       )
-    num_params = build.count(self.shapes.params)
+    num_params = count(self.shapes.params)
     return [
       data,
       cli.Row("model", f"{num_params / 1e6:.1f}M parameters, {config.dtype}"),

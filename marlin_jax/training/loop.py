@@ -42,6 +42,7 @@ class Course(Protocol):
   """Network, data and training step of a run.
 
   Attributes:
+    config: configuration of the run; see configs/pretrain_b.py.
     dataset: training split.
     take_clip: turns records into clips; see `loader.train_batches`.
     fields: keys of a batch that the training step gets.
@@ -55,6 +56,7 @@ class Course(Protocol):
     peak_clips_per_sec: rate at a model FLOPs utilisation of 1; None: unknown.
   """
 
+  config: ConfigDict
   dataset: Dataset
   take_clip: loader.ClipTaker
   fields: tuple[str, ...]
@@ -176,7 +178,6 @@ def train(
   make_evaluations: Callable[
     [Workdir, Callable[[str], None]], Sequence[Evaluation]
   ],
-  config: ConfigDict,
   path: str,
 ) -> tuple[State, int | None]:
   """Trains until the last step or a signal.
@@ -189,7 +190,6 @@ def train(
     make_evaluations: maps the workdir and a callback to the evaluations. An
       evaluation that takes minutes calls the callback with a description of its
       work, such as 'the probe', to reset the watchdog.
-    config: configuration; see configs/pretrain_b.py.
     path: workdir; created, or resumed from.
 
   Returns:
@@ -198,6 +198,7 @@ def train(
   Raises:
     UserError: the run cannot start, resume, save or continue.
   """
+  config = course.config
   is_process_0 = jax.process_index() == 0
   if is_process_0:
     print(cli.format_rows(course.describe()), flush=True)
@@ -221,7 +222,7 @@ def train(
       peak_clips_per_sec=course.peak_clips_per_sec,
       carried=workdir.earlier_secs(),
     )
-    batches = _batches(course, config, workdir)
+    batches = _batches(course, workdir)
     with timer.on("compile"):
       take_step = course.make_step()
 
@@ -334,8 +335,9 @@ def train(
     return state, signum if last_step < course.num_steps else None
 
 
-def _batches(course: Course, config: ConfigDict, workdir: Workdir):
+def _batches(course: Course, workdir: Workdir):
   """Yields the batches of the remaining steps, on the devices."""
+  config = course.config
   split = sharding.batch_sharding(course.mesh)
   return loader.to_devices(
     loader.train_batches(

@@ -81,16 +81,14 @@ def _ours(size, video, flags):
     new = value == "True" if isinstance(old, bool) else type(old)(value)
     config.update_from_flattened_dict({key: new})
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  parts = build.make_experiment(config, num_steps=1000, mesh=mesh)
-  shapes = jax.eval_shape(parts.initialise)
-  layout = build.lay_out(parts.architecture, mesh, shapes)
-  step = build.lower_step(
-    parts.trainer, shapes, layout, mesh, len(video)
-  ).compile()
+  experiment = build.Experiment(config, num_steps=1000, mesh=mesh)
+  step = experiment.lower_step().compile()
   temporaries = step.memory_analysis().temp_size_in_bytes
   print(f"{size} {' '.join(flags)}: {temporaries / 1e6:.0f} MB of temporaries")
-  state = jax.jit(parts.initialise, out_shardings=layout.shardings)()
-  grid = parts.trainer.task.tubelets.grid
+  state = jax.jit(
+    experiment.initialise, out_shardings=experiment.layout.shardings
+  )()
+  grid = experiment.task.tubelets.grid
   regions = np.random.default_rng(1).integers(0, 2**11, (len(video), *grid))
   batch = jax.device_put(
     {"video": video, "regions": regions.astype(np.uint16)},

@@ -67,7 +67,7 @@ def test_devices_hold_what_was_planned(results, case):
 
 def learned(config):
   """Returns the shapes of parameters and optimiser states."""
-  shapes = jax.eval_shape(build.make_experiment(config, 10).initialise)
+  shapes = build.Experiment(config, 10).shapes
   return {
     name: getattr(shapes, name)
     for name in ("params", "opt_state", "disc_params", "disc_opt_state")
@@ -119,7 +119,7 @@ def test_what_does_not_divide_is_kept_whole_and_told():
 def test_every_matrix_has_a_rule_of_its_own(name):
   config = importlib.import_module(f"configs.{name}").get_config()
   config.model.depth = config.model.dec_depth = 1
-  shapes = jax.eval_shape(build.make_experiment(config, 10).initialise)
+  shapes = build.Experiment(config, 10).shapes
   mesh = AbstractMesh((1, 2, 2), sharding.AXES)
   layout = build.lay_out(Architecture.from_config(config), mesh, shapes)
   assert not layout.notes

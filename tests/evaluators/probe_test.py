@@ -86,7 +86,10 @@ def test_the_labels_are_read_once_also_for_a_workdir_in_a_bucket(
   config = pretrain_b.get_config()
   config.update_from_flattened_dict(PROBE)
   course = types.SimpleNamespace(
-    mesh=sharding.make_mesh(), trainer=None, architecture=TINY
+    config=config,
+    mesh=sharding.make_mesh(),
+    trainer=None,
+    architecture=TINY,
   )
   workdir = types.SimpleNamespace(path=epath.Path(tmp_path / "bucket"))
   monkeypatch.setattr(
@@ -98,7 +101,7 @@ def test_the_labels_are_read_once_also_for_a_workdir_in_a_bucket(
     splits, "_read_records", lambda data: reads.append(data.split) or read(data)
   )
   for _ in range(2):
-    Probe(course, config, str(face_data), workdir, alive=print)
+    Probe(course, str(face_data), workdir, alive=print)
   assert reads == ["train", "val"]
 
 

@@ -2,12 +2,11 @@
 
 import types
 
-import jax
 import numpy as np
 import pytest
 
 from configs import pretrain_b, pretrain_h, pretrain_l, pretrain_s
-from marlin_jax.devices import chips, sharding
+from marlin_jax.devices import chips
 from marlin_jax.pretraining import build, flops
 from marlin_jax.weights.architecture import Architecture
 
@@ -31,7 +30,7 @@ SMALL = {
 
 def our_count(config, num_microbatches=1):
   """Returns our FLOPs per clip and step."""
-  experiment = build.make_experiment(config, num_steps=10)
+  experiment = build.Experiment(config, num_steps=10)
   return flops.training_step(
     experiment.architecture,
     experiment.trainer,
@@ -42,17 +41,12 @@ def our_count(config, num_microbatches=1):
 
 def xlas_count(config, compiled=False):
   """Returns XLA's FLOPs per clip and step, and the number of microbatches."""
-  experiment = build.make_experiment(config, num_steps=10)
-  trainer = experiment.trainer
-  shapes = jax.eval_shape(experiment.initialise)
-  mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  layout = build.lay_out(experiment.architecture, mesh, shapes)
-  step = build.lower_step(trainer, shapes, layout, mesh, config.batch_size)
+  experiment = build.Experiment(config, num_steps=10)
+  step = experiment.lower_step()
   if compiled:
     step = step.compile()
-  return step.cost_analysis()[
-    "flops"
-  ] / config.batch_size, trainer.num_microbatches
+  per_clip = step.cost_analysis()["flops"] / config.batch_size
+  return per_clip, experiment.trainer.num_microbatches
 
 
 def mesh_of(device_kind, num_devices):
@@ -96,7 +90,7 @@ def test_a_step_has_the_flops_that_xla_counts(overrides):
   config.update_from_flattened_dict(SMALL | overrides)
   found, num_microbatches = xlas_count(config)
   assert num_microbatches == 1
-  experiment = build.make_experiment(config, num_steps=10)
+  experiment = build.Experiment(config, num_steps=10)
   expected = our_count(config) + flops.repeated_by_remat(
     experiment.architecture, experiment.trainer, config.remat
   )

@@ -1,10 +1,8 @@
 """The memory estimate, against what the compiler allocates."""
 
-import jax
 import pytest
 
 from configs import pretrain_s
-from marlin_jax.devices import sharding
 from marlin_jax.models import vit
 from marlin_jax.pretraining import build, memory
 
@@ -27,19 +25,14 @@ def test_the_estimate_is_on_the_safe_side_and_no_more_than_double(
   config.attention, config.remat = attention, remat
   config.batch_size = 2
   config.clips_per_device = 2
-  made = build.make_experiment(config, num_steps=10)
-  trainer = made.trainer
-  state = jax.eval_shape(made.initialise)
-  mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  layout = build.lay_out(made.architecture, mesh, state)
-  compiled = build.lower_step(
-    trainer, state, layout, mesh, config.batch_size
-  ).compile()
+  made = build.Experiment(config, num_steps=10)
+  state = made.shapes
+  compiled = made.lower_step().compile()
   gradients = 4 * build.count((state.params, state.disc_params))
   found = compiled.memory_analysis().temp_size_in_bytes - gradients
   estimate = 2 * memory.clip_bytes(
     made.architecture,
-    trainer.task.masking.num_visible,
+    made.task.masking.num_visible,
     vit.Execution(config.dtype, attention, config.scan, config.remat),
   )
   assert found <= estimate <= 2 * found, (found / 2e6, estimate / 2e6)

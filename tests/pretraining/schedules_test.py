@@ -49,7 +49,7 @@ def experiment(num_steps=NUM_STEPS, **changes):
   config = quickstart.get_config()
   config.optim.warmup_ratio = 0.25
   config.update_from_flattened_dict(changes)
-  return config, build.make_experiment(config, num_steps)
+  return config, build.Experiment(config, num_steps)
 
 
 def rates_of_updates(optimizer, num_updates):
@@ -131,11 +131,10 @@ def test_of_a_network_kernels_alone_decay(scan):
     **{"optim.weight_decay": 0.05, "optim.decay_params": "kernels"},
   )
   _, all_decay = experiment(scan=scan, **{"optim.weight_decay": 0.05})
-  shapes = jax.eval_shape(made.initialise)
   trainer, expected = made.trainer, all_decay.trainer
   for params, optimizer, reference in (
-    (shapes.params, trainer.optimizer, expected.optimizer),
-    (shapes.disc_params, trainer.disc_optimizer, expected.disc_optimizer),
+    (made.shapes.params, trainer.optimizer, expected.optimizer),
+    (made.shapes.disc_params, trainer.disc_optimizer, expected.disc_optimizer),
   ):
     states = [jax.eval_shape(x.init, params) for x in (optimizer, reference)]
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])

@@ -51,7 +51,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def state(config):
-  return build.make_experiment(config, 10).initialise()
+  return build.Experiment(config, 10).initialise()
 
 
 def start_from(weights, state, config):

@@ -67,10 +67,9 @@ class Case:
     config.clips_per_device = clips_at_once
     self.num_steps = num_steps
     self.mesh = sharding.make_mesh(*sizes, jax.devices()[: math.prod(sizes)])
-    experiment = build.make_experiment(config, 100, self.mesh)
+    experiment = build.Experiment(config, 100, self.mesh)
     self.trainer, self.initialise = experiment.trainer, experiment.initialise
-    self.shapes = jax.eval_shape(self.initialise)
-    self.layout = build.lay_out(experiment.architecture, self.mesh, self.shapes)
+    self.shapes, self.layout = experiment.shapes, experiment.layout
     everywhere = sharding.replicated(self.mesh)
     np_rng = np.random.default_rng(0)
     grid = self.trainer.task.tubelets.grid
@@ -83,9 +82,7 @@ class Case:
       sharding.batch_sharding(self.mesh),
     )
     self.rng = jax.device_put(jax.random.key(0), everywhere)
-    self.lowered = build.lower_step(
-      self.trainer, self.shapes, self.layout, self.mesh, BATCH_SIZE
-    )
+    self.lowered = experiment.lower_step()
 
   def run(self, step, state) -> dict:
     """Returns losses, bytes per device, and bytes exchanged per step."""

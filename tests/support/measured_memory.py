@@ -46,18 +46,17 @@ def main(argv):
     config, devices, lambda what: contextlib.nullcontext()
   )
   mesh = sharding.make_mesh(**config.mesh)
-  experiment = build.make_experiment(config, 1000, mesh)
-  trainer, initialise = experiment.trainer, experiment.initialise
-  shapes = jax.eval_shape(initialise)
-  layout = build.lay_out(experiment.architecture, mesh, shapes)
-  start = jax.jit(initialise, out_shardings=layout.shardings).lower().compile()
-  step = build.lower_step(
-    trainer, shapes, layout, mesh, config.batch_size
-  ).compile()
+  experiment = build.Experiment(config, 1000, mesh)
+  start = (
+    jax.jit(experiment.initialise, out_shardings=experiment.layout.shardings)
+    .lower()
+    .compile()
+  )
+  step = experiment.lower_step().compile()
   rng = jax.device_put(jax.random.key(0), sharding.replicated(mesh))
 
   before = _settle()
-  tubelets = trainer.task.tubelets
+  tubelets = experiment.task.tubelets
   np_rng = np.random.default_rng(0)
   frames = (config.batch_size, tubelets.num_frames, 224, 224, 3)
   batch = jax.device_put(

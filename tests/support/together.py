@@ -39,9 +39,8 @@ def main(workdir, step, target, fsdp, tensor, coordinator, num, number):
   config = ConfigDict(json.loads((Path(workdir) / "config.json").read_text()))
   config.scan = not config.scan
   mesh = sharding.make_mesh(-1, int(fsdp), int(tensor))
-  made = build.make_experiment(config, config.num_steps, mesh)
-  shapes = jax.eval_shape(made.initialise)
-  layout = build.lay_out(made.architecture, mesh, shapes)
+  experiment = build.Experiment(config, config.num_steps, mesh)
+  shapes, layout = experiment.shapes, experiment.layout
   source = checkpoint.Checkpoints(f"{workdir}/checkpoints", keep=9)
   meta_file = Path(workdir) / "checkpoints" / str(step) / "meta" / "metadata"
   meta = json.loads(meta_file.read_text())

@@ -40,8 +40,8 @@ class AddingCourse:
   identity = {"seed": 0}
   peak_clips_per_sec = None
 
-  def __init__(self, dataset, num_steps):
-    self.dataset, self.num_steps = dataset, num_steps
+  def __init__(self, config, dataset, num_steps):
+    self.config, self.dataset, self.num_steps = config, dataset, num_steps
     self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
     self.shapes = Sum(*(jnp.int32(x) for x in (0, 0, 1, 0)))
     everywhere = sharding.replicated(self.mesh)
@@ -116,13 +116,12 @@ def train(dataset, workdir, num_steps, events, *, kill_at=None):
     return loop.Result()
 
   return loop.train(
-    AddingCourse(dataset, num_steps),
+    AddingCourse(config, dataset, num_steps),
     lambda workdir, alive: [
       loop.Evaluation(2, double, before_save=True),
       loop.Evaluation(3, look),
       loop.Evaluation(1, kill),
     ],
-    config,
     str(workdir),
   )
 

@@ -143,4 +143,4 @@ def train(
   mesh = sharding.make_mesh(config.mesh.data)
   course = make_course(config, mesh, dataset, eval_dataset)
   sharding.check_batch(mesh, course.batch_size, f"{course.section}.batch_size")
-  return loop.train(course, course.evaluations, config, workdir)
+  return loop.train(course, course.evaluations, workdir)
