@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
   from data_prep import storage
-  from data_prep.output import dataset_folder
+  from data_prep.output import dataset_folder, own_files
   from data_prep.sources import manifest
 
   # --- Plan -------------------------------------------------------------------
@@ -66,12 +66,16 @@ def _run(args: argparse.Namespace) -> None:
   )
   if args.sound:
     videos = dataclasses.replace(videos, has_sound=True)
+  output = storage.path_of(args.output)
+  own_files.check_apart(
+    output, storage.path_of(args.input), (v.path for v in videos.sources)
+  )
   settings = _settings(args, videos)
   for note in videos.notes:
     print(f"note: {note}")
   task = (args.task_index, args.task_count)
   with dataset_folder.DatasetFolder(
-    storage.path_of(args.output),
+    output,
     _recipe(args, videos),
     args.num_shards,
     videos,

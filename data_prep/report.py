@@ -26,7 +26,7 @@ from data_prep.inspection import (
 )
 from data_prep.inspection.html_page import Html, file_name, section, table, tag
 from data_prep.sources import listing
-from marlin_jax.records import cli, schema
+from marlin_jax.records import cli, folders, schema
 from marlin_jax.records.cli import counted
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   def work() -> None:
     text = make(args.dataset_dir, args.max_records)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(text, encoding="utf-8")
+    folders.write_bytes(args.output, text.encode())
     print(f"{args.output}: {len(text) / 1e6:.1f} MB; open it in a browser")
 
   return cli.run_command(work, interrupted="No page was written.")
@@ -345,6 +345,12 @@ def _legend() -> Html:
 # --- Command line -------------------------------------------------------------
 
 
+def _page(text: str) -> Path:
+  if not text.lower().endswith((".html", ".htm")):
+    raise argparse.ArgumentTypeError(f"{text} does not end with .html")
+  return Path(text)
+
+
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="python -m data_prep.report",
@@ -359,7 +365,7 @@ def _parser() -> argparse.ArgumentParser:
     help="folder on a disk, written by data_prep.prepare",
   )
   parser.add_argument(
-    "--output", type=Path, required=True, help="page to write (.html)"
+    "--output", type=_page, required=True, help="page to write (.html)"
   )
   parser.add_argument(
     "--max_records",

@@ -46,7 +46,10 @@ class _NothingToVerify(UserError):
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Returns the exit code: 0 whole, 1 damaged, 2 no data set, 130 Ctrl-C."""
-  args = _parser().parse_args(argv)
+  parser = _parser()
+  args = parser.parse_args(argv)
+  if args.json and args.json.resolve().parent == args.dataset_dir.resolve():
+    parser.error(f"--json={args.json} is in the data set")
   try:
     report = verify(args.dataset_dir, args.num_workers)
     if args.json is not None:

@@ -65,7 +65,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     help="format of DST (default: %(default)s)",
   )
   parser.add_argument(
-    "--overwrite", action="store_true", help="replace DST if it exists"
+    "--overwrite",
+    action="store_true",
+    help="replace DST if it exists and is the result of a conversion",
   )
   parser.add_argument(
     "--encoder_only",
@@ -170,6 +172,8 @@ _HF_CLASSES = {
 }
 
 
+# Files that the formats write to a folder.
+_FOLDER_FILES = {"config.json", "model.safetensors", "preprocessor_config.json"}
 # Arguments of a format's `read` that its files do not hold.
 _NOT_IN_FILE = {
   "marlin": ("num_heads", "dec_num_heads", "image_size"),
@@ -191,11 +195,12 @@ def describe(architecture) -> str:
 
 
 def _remove_target(target: Path, source: Path, *, overwrite: bool) -> None:
-  """Removes what the conversion overwrites.
+  """Removes the result of an earlier conversion, and nothing else.
 
   Raises:
     WeightsError: the target exists and may not be replaced.
   """
+  from marlin_jax.weights import formats
   from marlin_jax.weights.weights import WeightsError
 
   if not target.exists():
@@ -204,10 +209,28 @@ def _remove_target(target: Path, source: Path, *, overwrite: bool) -> None:
     raise WeightsError(f"{target} exists: choose another name, or --overwrite")
   if source.resolve().is_relative_to(target.resolve()):
     raise WeightsError(f"{target} holds SRC itself: choose another name")
-  if target.is_dir():
-    shutil.rmtree(target)
-  else:
+  if not target.is_dir():
+    if target.suffix not in formats.FILE_SUFFIXES:
+      raise WeightsError(f"{target} is no file of weights: choose another name")
     target.unlink()
+    return
+  names = {entry.name for entry in target.iterdir()}
+  if names == {"checkpoints"}:
+    # A converted checkpoint is of step 0; those of a run are kept.
+    inner = {entry.name for entry in (target / "checkpoints").iterdir()}
+    foreign = inner - {"0"}
+  else:
+    foreign = names - _FOLDER_FILES
+  if foreign or target.is_symlink():
+    raise WeightsError(
+      f"{target} is not the result of a conversion"
+      + (f", it holds {min(foreign)!r}" if foreign else "")
+      + ": choose another name"
+    )
+  for name in names - {"checkpoints"}:
+    (target / name).unlink()
+  if "checkpoints" in names:
+    shutil.rmtree(target / "checkpoints")
 
 
 # --- The check ----------------------------------------------------------------

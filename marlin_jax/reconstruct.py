@@ -55,6 +55,9 @@ def _reconstruct(args: argparse.Namespace) -> None:
   from marlin_jax.pretraining.pretext_task import PretextTask
   from marlin_jax.records.schema import FRAME_SIZE, PATCH_SIZE
 
+  if args.output.resolve() == Path(args.video).resolve():
+    raise ArgumentError(f"--output={args.output} is the video itself")
+
   # --- Network ----------------------------------------------------------------
   marlin = Marlin.from_pretrained(
     args.checkpoint, full_model=not args.attention

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from data_prep import storage
-from data_prep.output import ledger, shards
+from data_prep.output import ledger, own_files, shards
 from data_prep.output.ledger import Entry
 from data_prep.output.shard_job import ShardJob, note_path, ready_path
 from data_prep.sources.manifest import Input, Source, stable_hash
@@ -135,6 +135,7 @@ class DatasetFolder:
     self._parts = path / folders.PARTS
     index, count = task
     self._is_task = count > 1
+    own_files.check_folder(path, ledger.read_json(path / folders.SETTINGS))
     # A bucket has no locks.
     has_locks = not folders.is_remote(path)
     self._locks = [Lock(path, shared=self._is_task)] if has_locks else []
@@ -184,17 +185,6 @@ class DatasetFolder:
   ) -> dict[str, Any]:
     """Returns the settings after comparing them with those of the folder."""
     stored = ledger.read_json(self.path / folders.SETTINGS)
-    # Another task may be about to write the settings.
-    other_files = [
-      entry
-      for entry in storage.listing(self.path)
-      if entry != self._parts and entry.suffix != folders.PARTIAL_SUFFIX
-    ]
-    if stored is None and other_files:
-      raise OutputFolderError(
-        f"{self.path} holds files but no settings.json, so it is not a data "
-        "set of this program; choose an empty or new folder as --output"
-      )
     if stored is None or not (self._is_task or self._holds_results()):
       stored = {**recipe, "num_shards": {}}
     counts = stored["num_shards"]
@@ -273,12 +263,7 @@ class DatasetFolder:
 
   def _leftovers(self) -> Iterator[Path]:
     """Yields half-written files of a run that was killed."""
-    partials = [
-      path
-      for folder in (self.path, self._parts)
-      for path in storage.listing(folder)
-      if path.suffix == folders.PARTIAL_SUFFIX
-    ]
+    partials = own_files.leftovers(self.path)
     if not self._is_task:
       yield from partials
       return
@@ -529,4 +514,4 @@ class DatasetFolder:
 
   def remove_parts(self) -> None:
     """Removes the files of an unfinished run."""
-    storage.remove_folder(self._parts)
+    own_files.remove_parts(self.path)

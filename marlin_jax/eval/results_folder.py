@@ -47,7 +47,8 @@ class ResultsFolder:
         same.
 
     Raises:
-      OutputFolderError: the folder is in use, or has other settings.
+      OutputFolderError: the folder is in use, has other settings, or holds
+        something else.
     """
     self.path = path
     self._lock = Lock(path, "lock")
@@ -66,6 +67,17 @@ class ResultsFolder:
   def _check_settings(self, settings: dict[str, Any]) -> None:
     file = self.path / SETTINGS
     if not file.exists():
+      names = {entry.name for entry in self.path.iterdir()}
+      if foreign := sorted(
+        name
+        for name in names - {"lock"}
+        if not name.startswith(f"{SETTINGS}.")  # half-written
+      ):
+        raise OutputFolderError(
+          f"{self.path} holds files, such as {foreign[0]!r}, but no "
+          f"{SETTINGS}, so it is not of an evaluation; choose an empty or new "
+          "--workdir"
+        )
       write_bytes(file, to_json(settings))
       return
     earlier = json.loads(file.read_text())

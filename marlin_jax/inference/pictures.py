@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from marlin_jax.records import folders
+
 SUFFIXES = (".png", ".gif", ".mp4")
 _MASKED = 128  # grey
 _MARGIN = 4
@@ -167,7 +169,8 @@ def save(
   path.parent.mkdir(parents=True, exist_ok=True)
   joined = join_clips(views, frame_numbers)
   if path.suffix == ".png":
-    Image.fromarray(picture(joined)).save(path)
+    with folders.atomic_path(path) as partial:
+      Image.fromarray(picture(joined)).save(partial, "png")
   else:
     # Limits that keep time-lapses and videos with broken timestamps watchable.
     save_animation(joined, path, fps=min(max(fps, 1.0), 120.0))
@@ -214,16 +217,18 @@ def save_animation(views: Views, path: Path, *, fps: float) -> None:
     for clip in range(views.frames.shape[1]):
       rows += [captions, side_by_side(list(views.frames[:, clip, time]))]
     frames.append(np.concatenate(rows))
-  if path.suffix == ".mp4":
-    _save_mp4(frames, path, fps)
-  else:
-    _save_gif(frames, path, fps)
+  with folders.atomic_path(path) as partial:
+    if path.suffix == ".mp4":
+      _save_mp4(frames, partial, fps)
+    else:
+      _save_gif(frames, partial, fps)
 
 
 def _save_gif(frames: list[np.ndarray], path: Path, fps: float) -> None:
   first, *others = map(Image.fromarray, frames)
   first.save(
     path,
+    "gif",
     save_all=True,
     append_images=others,
     duration=round(1000 / fps),
@@ -237,12 +242,12 @@ def _save_mp4(frames: list[np.ndarray], path: Path, fps: float) -> None:
 
   if "libx264" not in av.codecs_available:
     raise OSError(
-      f"{path}: this build of PyAV has no H.264 encoder (libx264); write a "
+      "this build of PyAV has no H.264 encoder (libx264); write a "
       ".gif, or install PyAV from the Python package index"
     )
   height, width = (side + side % 2 for side in frames[0].shape[:2])
   options = {"movflags": "faststart"}
-  with av.open(str(path), "w", options=options) as container:
+  with av.open(str(path), "w", format="mp4", options=options) as container:
     rate = Fraction(fps).limit_denominator(1000)
     stream = container.add_stream("libx264", rate=rate)
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"

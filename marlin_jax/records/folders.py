@@ -7,6 +7,7 @@ import datetime
 import fcntl
 import hashlib
 import os
+import re
 import socket
 import uuid
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ DATASET_INFO = "dataset_info.json"
 PARTS = "parts"
 
 PARTIAL_SUFFIX = ".partial"
+# Content of a lock file, as far as it was written.
+_SIGNATURE = re.compile(rb"process \d+ on [^\n]* since [^\n]*\n?")
 
 
 class OutputFolderError(UserError):
@@ -68,13 +71,15 @@ class Lock:
     try:
       path.mkdir(parents=True, exist_ok=True)
       self._descriptor = (
-        os.open(path / file_name, os.O_RDWR | os.O_CREAT, 0o644)
+        os.open(path / file_name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         if file_name
         else os.open(path, os.O_RDONLY | os.O_DIRECTORY)
       )
     except OSError as e:
       raise OutputFolderError(f"cannot use {path}: {e.strerror}") from e
     try:
+      if file_name:
+        self._check_file(path / file_name)
       kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
       fcntl.flock(self._descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError as e:
@@ -89,6 +94,15 @@ class Lock:
       pass  # a network disk without locks
     if file_name:
       self._sign(path)
+
+  def _check_file(self, file: Path) -> None:
+    """Raises OutputFolderError for a file that is not of a lock."""
+    text = os.pread(self._descriptor, 200, 0)
+    if text and not _SIGNATURE.fullmatch(text):
+      self.close()
+      raise OutputFolderError(
+        f"{file} was not written by this program; choose another folder"
+      )
 
   def _sign(self, path: Path) -> None:
     since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")

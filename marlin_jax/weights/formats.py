@@ -34,6 +34,8 @@ FORMATS = {
   "videomae": videomae,
   "orbax": run_checkpoint,
 }
+# Suffixes of formats that are one file.
+FILE_SUFFIXES = (".pt", ".ckpt", ".pth")
 
 
 def format_of(path: Path) -> str:

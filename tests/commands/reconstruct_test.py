@@ -1,6 +1,8 @@
 """Masking and reconstruction of videos by `Marlin` and by the command."""
 
+import errno
 import functools
+import os
 import signal
 
 import av
@@ -12,6 +14,7 @@ from flax import nnx
 from PIL import Image
 
 from marlin_jax import Marlin, reconstruct
+from marlin_jax.inference import pictures
 from marlin_jax.inference.attention_maps import SHARES
 from marlin_jax.inference.clips import read_clips
 from marlin_jax.pretraining import train_step
@@ -275,6 +278,32 @@ def test_a_gif_shows_every_second_frame_once(folder, noise, tmp_path, capsys):
   assert "frames 0 to 11 in 2 clip(s) of 4" in printed
   assert "pixel loss" in printed
   assert printed.endswith(f"{path}\n")
+
+
+def test_the_video_itself_is_not_overwritten(folder, noise, tmp_path, capsys):
+  video = tmp_path / "clip.mp4"
+  video.write_bytes(noise.read_bytes())
+  (tmp_path / "link.mp4").symlink_to(video)
+  args = (video, "--checkpoint", folder, "--output", tmp_path / "link.mp4")
+  assert run(*args) == 1
+  assert "is the video itself" in capsys.readouterr().err
+  assert video.read_bytes() == noise.read_bytes()
+
+
+@pytest.mark.parametrize("suffix", pictures.SUFFIXES)
+def test_no_half_file_is_left_and_an_old_one_stays(
+  folder, noise, tmp_path, monkeypatch, suffix
+):
+  def full(descriptor):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(os, "fsync", full)
+  path = tmp_path / f"a{suffix}"
+  path.write_text("of an earlier run")
+  args = (noise, "--checkpoint", folder, "--output", path)
+  assert run(*args, "--strategy=tube") == 1
+  assert [*tmp_path.iterdir()] == [path]
+  assert path.read_text() == "of an earlier run"
 
 
 def test_an_mp4_has_the_speed_of_the_video(folder, noise, tmp_path):

@@ -241,8 +241,9 @@ def test_sample_keeps_the_man_and_leaves_out_bikes_and_bunny(sample_dataset):
 def test_shared_footage_gives_nearly_all_frames(face_models, tmp_path):
   num_frames = {"video01.mp4": 300, "video03.mp4": 240, "cropped04.mp4": 15}
   for name in num_frames:
-    shutil.copy(shared_video(name), tmp_path)
-  result = run_prepare("--input", tmp_path, "--output", tmp_path / "out")
+    (tmp_path / "in").mkdir(exist_ok=True)
+    shutil.copy(shared_video(name), tmp_path / "in")
+  result = run_prepare("--input", tmp_path / "in", "--output", tmp_path / "out")
   assert result.returncode == 0, result.stderr
   lengths = collections.defaultdict(list)
   for record in read_records(tmp_path / "out"):
@@ -330,7 +331,7 @@ def test_kill_between_ledger_and_shard_is_completed_without_work(
     note = {"sha256": digest, "videos": lines}
     (parts / f"{name}.json").write_text(json.dumps(note))
     (dataset / name).rename(parts / f"{name}.ready")
-  (parts / "half.partial").write_bytes(b"half a part")
+  (parts / f"{0:032x}.json.0123abcd.partial").write_bytes(b"half a part")
   for name in ("videos.jsonl", "hashes.json", "dataset_info.json"):
     (dataset / name).unlink()
   result = run_prepare("--input", videos, "--output", dataset)
@@ -561,10 +562,10 @@ def test_input_that_lost_videos_is_refused(dataset, videos):
   assert "missing in the input" in message
 
 
-def test_folder_of_something_else_is_not_written_to(videos):
+def test_folder_of_the_input_is_not_written_to(videos):
   before = content(videos)
   message = failure("--input", videos, "--output", videos)
-  assert "holds files but no settings.json" in message
+  assert "is or lies in the input" in message
   assert content(videos) == before
 
 

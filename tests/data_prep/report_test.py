@@ -226,6 +226,13 @@ def test_sample_data_set_has_its_page(sample_dataset, tmp_path):
   assert "carphone_pristine.mp4" in found.text
 
 
+def test_page_does_not_replace_a_file_of_the_data_set(tmp_path, capsys):
+  output = tmp_path / "videos.jsonl"
+  with pytest.raises(SystemExit):
+    report.main([str(tmp_path), "--output", str(output)])
+  assert "does not end with .html" in capsys.readouterr().err
+
+
 def test_folder_without_a_data_set_is_an_error(tmp_path, capsys):
   output = tmp_path / "a.html"
   assert report.main([str(tmp_path), "--output", str(output)]) == 1

@@ -106,6 +106,12 @@ def test_sample_data_set_is_whole(sample_dataset):
   assert problems(sample_dataset) == []
 
 
+def test_report_does_not_replace_a_file_of_the_data_set(dataset, capsys):
+  with pytest.raises(SystemExit):
+    verify.main([str(dataset), "--json", str(dataset / "settings.json")])
+  assert "is in the data set" in capsys.readouterr().err
+
+
 def test_binary_tells_by_its_exit_code_and_writes_a_report(dataset, tmp_path):
   def run(path):
     report = tmp_path / "new" / "report.json"

@@ -11,6 +11,7 @@ from configs import eval_dfd, eval_far, eval_fer
 from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.devices.sharding import MeshError
 from marlin_jax.downstream import clip_batches, splits, tasks
+from marlin_jax.eval.results_folder import ResultsFolder
 from marlin_jax.records.folders import OutputFolderError
 from marlin_jax.training.configuration import ConfigError
 from marlin_jax.weights import formats, safetensors_folder
@@ -290,6 +291,14 @@ def test_a_workdir_gives_the_same_scores_as_its_exported_weights(
       cell.pop("secs", None)
   assert runs[0]["cells"] == runs[1]["cells"]
   assert metric(runs[0], "knn") > 0.9
+
+
+def test_a_folder_of_something_else_is_no_workdir(tmp_path):
+  (tmp_path / "results.json").write_text("of the user")
+  with pytest.raises(OutputFolderError, match=r"results\.json"):
+    ResultsFolder(tmp_path, {"a": 1})
+  assert (tmp_path / "results.json").read_text() == "of the user"
+  assert not (tmp_path / "settings.json").exists()
 
 
 def test_a_command_reports_errors_without_a_traceback(face_data, tmp_path):

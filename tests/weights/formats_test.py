@@ -347,6 +347,27 @@ def test_convert_goes_round_and_checks(weights, carphone, tmp_path, capsys):
     run_convert(tmp_path / "a", tmp_path / "c", *clip)
 
 
+@pytest.mark.parametrize(
+  "name", ["a/notes.txt", "a/checkpoints/100/x", "a.txt"]
+)
+def test_only_results_of_a_conversion_are_overwritten(tmp_path, name):
+  source, file = tmp_path / "source", tmp_path / name
+  file.parent.mkdir(parents=True, exist_ok=True)
+  file.write_text("of the user")
+  target = tmp_path / name.split("/")[0]
+  with pytest.raises(WeightsError, match="choose another name"):
+    convert._remove_target(target, source, overwrite=True)
+  assert file.read_text() == "of the user"
+
+
+def test_results_of_a_conversion_are_overwritten(weights, tmp_path):
+  target = tmp_path / "a"
+  for write in (safetensors_folder.write, run_checkpoint.write):
+    write(weights, target)
+    convert._remove_target(target, tmp_path / "b", overwrite=True)
+    assert not [*target.iterdir()]
+
+
 def test_a_conversion_that_went_wrong_fails_its_check(weights, clips, tmp_path):
   wrong = weights.arrays | {"head.bias": weights.arrays["head.bias"] + 1e-3}
   marlin_pytorch.write(weights, tmp_path / "a.ckpt")

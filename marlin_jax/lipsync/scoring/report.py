@@ -18,8 +18,9 @@ from marlin_jax.lipsync.scoring import offsets
 from marlin_jax.lipsync.scoring.judges import Judge
 from marlin_jax.lipsync.scoring.offsets import VideoScore
 from marlin_jax.records import cli
-from marlin_jax.records.folders import write_bytes
+from marlin_jax.records.folders import OutputFolderError, write_bytes
 
+FILES = ("scores.json", "scores.csv", "scores.txt", "offsets.png")
 # Rows of the table on screen; scores.csv has all of them.
 _MAX_ROWS = 40
 _MAX_CURVES = 12
@@ -87,6 +88,22 @@ def results(
     "videos": videos,
     "left_out": dict(left_out),
   }
+
+
+def check_folder(folder: Path) -> None:
+  """Raises OutputFolderError if `write` would replace files of others."""
+  try:
+    scores = json.loads((folder / "scores.json").read_bytes())
+    is_own = isinstance(scores, dict) and "judge" in scores
+  except FileNotFoundError:
+    is_own = not any((folder / name).exists() for name in FILES)
+  except ValueError:
+    is_own = False
+  if not is_own:
+    raise OutputFolderError(
+      f"{folder} holds {' or '.join(FILES)}, but not of an earlier score; "
+      "choose another --output"
+    )
 
 
 def write(folder: Path, results: Mapping[str, Any]) -> None:

@@ -53,7 +53,7 @@ def score(
   Args:
     videos: files, folders or manifests of data_prep.
     output: folder of scores.json, scores.csv, scores.txt and offsets.png;
-      created if missing; existing files are replaced.
+      created if missing; those of an earlier score are replaced.
     judge: SyncNet, for LSE-D and LSE-C, or an expert.
     reals: real videos, for the Frechet distance; not computed if empty.
     features: features for the Frechet distance; None: mean colours, which is
@@ -69,8 +69,10 @@ def score(
     ScoreError: no video can be scored.
     InputError: an input names no videos.
     FeatureError: the feature network does not work.
+    OutputFolderError: `output` holds files of these names by others.
     UserError: a face model or a system library is missing.
   """
+  report.check_folder(Path(output))
   listed = video_folder.list_videos(videos)
   reals = list(reals)
   listed_reals = video_folder.list_videos(reals) if reals else []

@@ -20,6 +20,7 @@ from marlin_jax.lipsync.scoring import (
   talking_video,
 )
 from marlin_jax.records import mel_spectrogram
+from marlin_jax.records.folders import OutputFolderError
 from marlin_jax.weights.architecture import Architecture
 from tests.support import labelled_data, talking_mouths
 
@@ -69,6 +70,15 @@ def shifted(samples, num_frames):
 def score_videos(videos, output, **options):
   options = {"crop_face": False} | options
   return score.score([videos], output, MouthJudge(), **options)
+
+
+def test_files_of_others_are_not_replaced(tmp_path):
+  (tmp_path / "scores.csv").write_text("of the user")
+  with pytest.raises(OutputFolderError, match=r"scores\.csv"):
+    score_videos(tmp_path / "none", tmp_path)
+  (tmp_path / "scores.json").write_text('{"goals": 3}')
+  with pytest.raises(OutputFolderError, match=r"scores\.json"):
+    score_videos(tmp_path / "none", tmp_path)
 
 
 # --- Offsets of files ---------------------------------------------------------
