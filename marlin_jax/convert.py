@@ -33,7 +33,6 @@ from marlin_jax.records.cli import UserError
 # Largest difference of features and predictions; float32 gives about 1e-5.
 TOLERANCE = 1e-4
 
-_FORMATS = ("safetensors", "marlin", "hf", "videomae", "orbax")
 _READ_OPTIONS = {
   "num_heads": "heads of the encoder, if no published network has its width",
   "dec_num_heads": "heads of the decoder, likewise",
@@ -53,14 +52,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
   parser.add_argument(
     "--from",
     dest="source_format",
-    choices=_FORMATS,
+    metavar="FORMAT",
     default="",
     help="format of SRC (default: recognised from SRC)",
   )
   parser.add_argument(
     "--to",
     dest="target_format",
-    choices=_FORMATS,
+    metavar="FORMAT",
     default="safetensors",
     help="format of DST (default: %(default)s)",
   )
@@ -112,10 +111,12 @@ def convert(args: argparse.Namespace) -> None:
     WeightsError: the weights cannot be read or written, see weights.formats, or
       the check failed.
   """
-  from marlin_jax.weights import formats, published
+  from marlin_jax.weights import formats
+
+  target_module = formats.module_of(args.target_format)
 
   # --- Read -------------------------------------------------------------------
-  source = published.resolve(args.src, full=not args.encoder_only)
+  source = formats.resolve(args.src, full=not args.encoder_only)
   options = {
     name: getattr(args, name)
     for name in _READ_OPTIONS
@@ -136,9 +137,8 @@ def convert(args: argparse.Namespace) -> None:
     write_options["kind"] = _HF_CLASSES[args.hf_class]
   if args.fold_input:
     write_options["fold_input"] = True
-  module = formats.FORMATS[args.target_format]
   notices = formats.call(
-    module.write,
+    target_module.write,
     target,
     f"writing {args.target_format}",
     write_options,

@@ -27,7 +27,7 @@ from marlin_jax.inference.clips import as_clips, read_clips, window_settings
 from marlin_jax.models import softmax_attention
 from marlin_jax.models.mae import MAE, Encoder
 from marlin_jax.pretraining.pretext_task import PretextTask
-from marlin_jax.weights import formats, published
+from marlin_jax.weights import formats
 from marlin_jax.weights.architecture import Architecture
 from marlin_jax.weights.weights import Weights, WeightsError
 
@@ -84,7 +84,7 @@ class Marlin:
         not fit; the message says what to do.
     """
     return cls(
-      formats.read(published.resolve(source, full=full_model)), **options
+      formats.read(formats.resolve(source, full=full_model)), **options
     )
 
   @property

@@ -1,20 +1,24 @@
-"""The table of weight formats; recognises the format of a path."""
+"""Opens weights: of any format, by path or by the name of a published model."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import shutil
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from flax import nnx
+from tqdm import tqdm
 
+from marlin_jax.records import folders
 from marlin_jax.records.schema import FRAME_SIZE
 from marlin_jax.weights import (
   huggingface,
   marlin_pytorch,
-  published,
   run_checkpoint,
   safetensors_folder,
   videomae,
@@ -36,6 +40,33 @@ FORMATS = {
 }
 # Suffixes of formats that are one file.
 FILE_SUFFIXES = (".pt", ".ckpt", ".pth")
+
+# Models that the MARLIN authors published.
+PUBLISHED = tuple(
+  f"marlin_vit_{size}_ytf" for size in ("small", "base", "large")
+)
+_ADDRESS = "https://github.com/ControlNet/MARLIN/releases/download/model_v1/"
+_TIMEOUT_SECS = 20
+_BLOCK_BYTES = 1 << 20
+
+
+# --- formats ------------------------------------------------------------------
+
+
+def module_of(format: str) -> ModuleType:
+  """Returns the module that reads and writes a format.
+
+  Args:
+    format: a key of FORMATS.
+
+  Raises:
+    WeightsError: there is no such format.
+  """
+  if format not in FORMATS:
+    raise WeightsError(
+      f"no format '{format}': expected one of {', '.join(FORMATS)}"
+    )
+  return FORMATS[format]
 
 
 def format_of(path: Path) -> str:
@@ -75,11 +106,11 @@ def read(path: str | Path, format: str = "", **options) -> Weights:
 
   Raises:
     WeightsError: there are no weights, they cannot be read or do not fit, or
-      the format has no such option.
+      there is no such format or option.
   """
   path = Path(path).expanduser()
   format = format or format_of(path)
-  return call(FORMATS[format].read, path, f"reading {format}", options)
+  return call(module_of(format).read, path, f"reading {format}", options)
 
 
 def open_encoder(source: str, random_sizes: Mapping[str, Any]) -> Weights:
@@ -99,7 +130,7 @@ def open_encoder(source: str, random_sizes: Mapping[str, Any]) -> Weights:
     encoder = architecture.make_autoencoder()
     weights = of_modules(architecture, nnx.to_pure_dict(nnx.state(encoder)))
     return dataclasses.replace(weights, source=RANDOM)
-  weights = read(published.resolve(source, full=False))
+  weights = read(resolve(source, full=False))
   size = weights.architecture.image_size
   if size != FRAME_SIZE:
     raise WeightsError(
@@ -128,3 +159,59 @@ def call(function, path, action: str, options: dict, *args):
     flags = ", ".join(f"--{name}" for name in unknown)
     raise WeightsError(f"{flags} has no meaning for {action}")
   return function(*args, path, **options)
+
+
+# --- published models ---------------------------------------------------------
+
+
+def resolve(source: str, *, full: bool = False) -> Path:
+  """Returns the file of a published model, downloaded on first use, or a path.
+
+  The file is kept in `$MARLIN_HOME/models` (by default in
+  ~/.cache/marlin_jax/models). Without a network, put it there by hand.
+
+  Args:
+    source: one of PUBLISHED, or a path, which is returned as it is.
+    full: use the file with the decoder instead of the encoder alone.
+
+  Raises:
+    WeightsError: the file does not exist and cannot be downloaded.
+  """
+  if source not in PUBLISHED:
+    if Path(source).expanduser().exists():
+      return Path(source).expanduser()
+    raise WeightsError(
+      f"no weights at '{source}': neither a file nor a folder, nor one of the "
+      f"published models {', '.join(PUBLISHED)}"
+    )
+  name = f"{source}.{'full' if full else 'encoder'}.pt"
+  path = folders.cache_home() / "models" / name
+  if not path.is_file():
+    _download(_ADDRESS + name, path)
+  return path
+
+
+def _download(address: str, path: Path) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  print(
+    f"Downloading {address}\n(by the MARLIN authors, CC BY-NC 4.0: not for "
+    "commercial use)",
+    flush=True,
+  )
+  try:
+    with (
+      urllib.request.urlopen(address, timeout=_TIMEOUT_SECS) as response,
+      folders.atomic_path(path) as partial,
+      partial.open("wb") as file,
+    ):
+      size = int(response.headers.get("Content-Length", 0)) or None
+      with tqdm.wrapattr(file, "write", size, desc=path.name) as progress:
+        shutil.copyfileobj(response, progress, _BLOCK_BYTES)
+      if size and file.tell() != size:
+        raise OSError(f"received {file.tell()} of {size} bytes")
+  except OSError as e:  # URLError is one
+    raise WeightsError(
+      f"{path.name} could not be downloaded from {address}: {e}\nWithout a "
+      f"network, download that file elsewhere and put it at {path}, or give "
+      "its path instead of the name."
+    ) from e

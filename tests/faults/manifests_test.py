@@ -28,7 +28,7 @@ import pytest
 from data_prep import report, verify
 from data_prep.sources import manifest
 from marlin_jax.inference import feature_folder
-from marlin_jax.weights import published
+from marlin_jax.weights import formats
 from marlin_jax.weights.weights import WeightsError
 from tests.support.processes import ROOT, run_prepare
 
@@ -192,11 +192,11 @@ def test_download_of_weights_that_breaks_off_leaves_nothing_behind(
     thread.start()
     try:
       address = f"http://127.0.0.1:{server.server_port}/"
-      monkeypatch.setattr(published, "_ADDRESS", address)
+      monkeypatch.setattr(formats, "_ADDRESS", address)
       with pytest.raises(WeightsError, match="400 of 1000 bytes"):
-        published.resolve("marlin_vit_base_ytf")
+        formats.resolve("marlin_vit_base_ytf")
       assert list((tmp_path / "models").iterdir()) == []
-      path = published.resolve("marlin_vit_base_ytf")
+      path = formats.resolve("marlin_vit_base_ytf")
       assert path.read_bytes() == bytes(1000)
       assert list((tmp_path / "models").iterdir()) == [path]
     finally:

@@ -15,7 +15,6 @@ from marlin_jax.weights import (
   formats,
   huggingface,
   marlin_pytorch,
-  published,
   run_checkpoint,
   safetensors_folder,
   videomae,
@@ -315,16 +314,16 @@ def test_a_published_name_without_a_network_says_where_to_put_the_file(
 ):
   monkeypatch.setenv("MARLIN_HOME", str(tmp_path))
   # No server listens on this port.
-  monkeypatch.setattr(published, "_ADDRESS", "http://127.0.0.1:9/")
+  monkeypatch.setattr(formats, "_ADDRESS", "http://127.0.0.1:9/")
   with pytest.raises(WeightsError) as error:
-    published.resolve("marlin_vit_base_ytf")
+    formats.resolve("marlin_vit_base_ytf")
   path = tmp_path / "models" / "marlin_vit_base_ytf.encoder.pt"
   assert str(path) in str(error.value)
   assert "http://127.0.0.1:9/marlin_vit_base_ytf.encoder.pt" in str(error.value)
   path.write_bytes(b"put there by hand")
-  assert published.resolve("marlin_vit_base_ytf") == path
+  assert formats.resolve("marlin_vit_base_ytf") == path
   with pytest.raises(WeightsError, match="nor one of the published"):
-    published.resolve("marlin_vit_huge")
+    formats.resolve("marlin_vit_huge")
 
 
 # --- The command --------------------------------------------------------------
@@ -366,6 +365,14 @@ def test_results_of_a_conversion_are_overwritten(weights, tmp_path):
     write(weights, target)
     convert._remove_target(target, tmp_path / "b", overwrite=True)
     assert not [*target.iterdir()]
+
+
+def test_convert_refuses_a_format_that_it_does_not_know(weights, tmp_path):
+  safetensors_folder.write(weights, tmp_path / "a")
+  for flag in ("--from=pickle", "--to=pickle"):
+    with pytest.raises(SystemExit, match="expected one of safetensors, marlin"):
+      run_convert(flag, tmp_path / "a", tmp_path / "b")
+  assert not (tmp_path / "b").exists()
 
 
 def test_a_conversion_that_went_wrong_fails_its_check(weights, clips, tmp_path):
