@@ -70,8 +70,27 @@ class Clip:
     Returns:
       int (num_clips,).
     """
-    num_starts = max(total - self.span, 0) + 1
+    num_starts = self.num_starts(total)
     first = int(np_rng.integers(num_starts))
+    return self.spread_starts(first, num_starts, num_clips)
+
+  def num_starts(self, total: int | np.ndarray) -> int | np.ndarray:
+    """Returns how many clips fit into `total` frames, at least 1."""
+    return np.maximum(total - self.span, 0) + 1
+
+  def spread_starts(
+    self, first: int, num_starts: int, num_clips: int
+  ) -> np.ndarray:
+    """Returns `num_clips` starts: `first`, and others spread cyclically.
+
+    Args:
+      first: a start, in [0, num_starts).
+      num_starts: number of possible starts.
+      num_clips: number of starts.
+
+    Returns:
+      int (num_clips,), as described at `random_starts`.
+    """
     step = self.stride if num_starts // self.stride >= num_clips else 1
     starts = np.arange(first % step, num_starts, step)
     offsets = np.arange(num_clips) * len(starts) // num_clips

@@ -1,9 +1,10 @@
 """Input pipeline: records on disk to batches on devices.
 
-The clips of a step are a function of the seed and the step alone, independent
-of the number of processes or threads and of earlier restarts. A run therefore
-resumes by starting at its step, and no iterator state is saved (grain's own is
-tied to the number of workers and accepts another data set silently).
+The clips of a step are a function of the seed and the step alone (sampling.py),
+independent of the number of processes or threads and of earlier restarts. A run
+therefore resumes by starting at its step, and no iterator state is saved
+(grain's own is tied to the number of workers and accepts another data set
+silently).
 
 Axes: B batch, T frames, H W pixels.
 """
@@ -12,12 +13,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import json
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import grain
 import jax
@@ -25,7 +25,8 @@ import numpy as np
 from etils import epath
 
 from marlin_jax.data.clip_geometry import Clip
-from marlin_jax.data.prepared_dataset import Dataset, DatasetError, RecordSource
+from marlin_jax.data.prepared_dataset import Dataset, DatasetError
+from marlin_jax.data.sampling import Draw, Draws, SpreadDraws
 from marlin_jax.records import schema
 
 Batch = dict[str, np.ndarray]
@@ -133,9 +134,19 @@ class TakeClip:
     np_rng: np.random.Generator,
   ) -> list[int]:
     """Draws clips from random starts; see `ClipTaker.choose`."""
-    total = len(record)
-    starts = self.clip.random_starts(total, len(clips["start"]), np_rng)
-    frames = self.clip.indices(starts[:, None], total)  # (B, T)
+    num_clips = len(clips["start"])
+    starts = self.clip.random_starts(len(record), num_clips, np_rng)
+    return self.place(clips, index, record, starts)
+
+  def place(
+    self,
+    clips: Batch,
+    index: int,
+    record: schema.Record,
+    starts: np.ndarray,
+  ) -> list[int]:
+    """Takes the clips that begin at `starts`; else as `ClipTaker.choose`."""
+    frames = self.clip.indices(starts[:, None], len(record))  # (B, T)
     clips["regions"][:] = record.regions[frames[:, :: self.tubelet_size]]
     clips["_id"][:] = index
     clips["start"][:] = starts
@@ -208,40 +219,34 @@ def _key(row: dict) -> tuple[str, int]:
   return row["data"], row["record"]
 
 
-class _Draw(NamedTuple):
-  """Position of a record among the served ones, and a seed for its clips."""
-
-  position: int
-  seed: tuple[int, ...]
-
-
 # Phases of a record: read, parse, choose, decode.
 _NUM_PHASES = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-  """Reads a batch of `num_clips` clips for each of a list of draws.
+  """Reads a batch of clips for a list of draws.
 
-  A record that cannot be read is replaced by the next readable one. The clips
-  are a function of the draw alone, whether or not a record is listed as
-  unusable already, so that a resumed run reads the same clips.
+  Records that cannot be read are replaced: the draw is repeated until its
+  records can be. The clips are a function of the draw alone, whether or not a
+  record is listed as unusable already, so that a resumed run reads the same
+  clips.
   """
 
-  dataset: Dataset
-  source: RecordSource
+  draws: Draws
   take_clip: ClipTaker
   bad: BadRecords | None = None
-  num_clips: int = 1
 
-  def __call__(self, draws: Sequence[_Draw]) -> Batch:
-    n = self.num_clips
-    batch = self.take_clip.empty(n * len(draws))
+  def __call__(self, positions: Sequence[int]) -> Batch:
+    n = self.draws.num_clips
+    batch = self.take_clip.empty(n * len(positions))
     # Phase by phase for all records: decoding a clip evicts the CPU caches, and
     # the phases after it would take up to 8 times as long.
     fillers = [
-      self._fill({k: x[i * n : (i + 1) * n] for k, x in batch.items()}, draw)
-      for i, draw in enumerate(draws)
+      self._fill(
+        {k: x[i * n : (i + 1) * n] for k, x in batch.items()}, position
+      )
+      for i, position in enumerate(positions)
     ]
     for _ in range(_NUM_PHASES):
       for filler in fillers:
@@ -251,27 +256,52 @@ class _Reader:
       collections.deque(filler, maxlen=0)
     return batch
 
-  def _fill(self, clips: Batch, draw: _Draw) -> Iterator[None]:
+  def _fill(self, clips: Batch, position: int) -> Iterator[None]:
     """Fills a batch slice; yields after each phase of a record but the last."""
-    num_records = self.dataset.num_records
-    for i in range(num_records):
-      number = self.dataset.record_number((draw.position + i) % num_records)
+    for attempt in range(self.draws.num_attempts):
+      draw = self.draws(position, attempt)
+      dataset = self.draws.datasets[draw.dataset]
+      source, (number, *_) = dataset.source, draw.records
+      records: list[schema.Record] = []
       try:
-        data = self.source.read(number)
+        data = [source.read(i) for i in draw.records]
         yield
-        record = self.source.parse(number, data)
+        records += map(source.parse, draw.records, data)
         del data
+        record = schema.joined(records)
         yield
-        np_rng = np.random.default_rng((*draw.seed, i))
-        frames = self.take_clip.choose(clips, number, record, np_rng)
+        frames = self._choose(clips, number, record, draw)
         yield
         self.take_clip.decode(clips, number, record, frames)
         return
       except DatasetError as e:
         if self.bad is None:
           raise
-        self.bad.add(self.dataset, number, e)
-    raise DatasetError(f"{self.source} has no record that can be read")
+        self.bad.add(dataset, _blamed(draw.records, records), e)
+    raise DatasetError(f"{source} has no record that can be read")
+
+  def _choose(self, clips, number, record, draw: Draw) -> list[int]:
+    if draw.starts is not None:
+      return self.take_clip.place(clips, number, record, draw.starts)
+    np_rng = np.random.default_rng(draw.seed)
+    return self.take_clip.choose(clips, number, record, np_rng)
+
+
+def _blamed(numbers: Sequence[int], records: Sequence[schema.Record]) -> int:
+  """Returns the number of the record that is damaged.
+
+  Args:
+    numbers: records of a draw that cannot be used.
+    records: those among them, from the first, that could be parsed.
+  """
+  if len(records) < len(numbers):
+    return numbers[len(records)]
+  for number, record in zip(numbers[1:], records[1:], strict=True):
+    try:
+      schema.decode_frames(record, range(len(record)))
+    except ValueError:
+      return number
+  return numbers[0]
 
 
 def own_rows(sharding: jax.sharding.Sharding, batch_size: int) -> list[int]:
@@ -283,50 +313,19 @@ def own_rows(sharding: jax.sharding.Sharding, batch_size: int) -> list[int]:
   return sorted({i for (rows,) in slices for i in range(batch_size)[rows]})
 
 
-class _Draws:
-  """Endless sequence of draws; each pass over the records has its own order.
-
-  It does not use grain's shuffle, which tries 65,536 / n positions for one of n
-  records: with two records that takes longer than decoding a clip.
-  """
-
-  def __init__(self, num_records: int, seed: int):
-    self._num_records, self._seed = num_records, seed
-    # Reader threads may be on both sides of the end of a pass.
-    self._cached_order = functools.lru_cache(maxsize=2)(self._shuffled)
-    # lru_cache lets every thread that misses compute.
-    self._lock = threading.Lock()
-
-  def __getitem__(self, position: int) -> _Draw:
-    num_passes, place = divmod(position, self._num_records)
-    record_position = int(self._order(num_passes)[place])
-    return _Draw(record_position, (self._seed, 1, position))
-
-  def _order(self, num_passes: int) -> np.ndarray:
-    with self._lock:
-      return self._cached_order(num_passes)
-
-  def _shuffled(self, num_passes: int) -> np.ndarray:
-    np_rng = np.random.default_rng((self._seed, 0, num_passes))
-    return np_rng.permutation(self._num_records)
-
-
 class _Batches:
   """Grain source: maps a step to this process's rows of the batch."""
 
-  def __init__(
-    self, read: _Reader, draws: _Draws, batch_size: int, rows: Sequence[int]
-  ):
-    """Determines which records of a batch this process reads.
+  def __init__(self, read: _Reader, batch_size: int, rows: Sequence[int]):
+    """Determines which draws of a batch this process reads.
 
     Args:
-      read: reads draws; each gives `read.num_clips` consecutive rows.
-      draws: records by their position in the run.
+      read: reads draws; each gives `draws.num_clips` consecutive rows.
       batch_size: clips per step over all processes.
       rows: this process's rows of each batch, from `own_rows`.
     """
-    self._read, self._draws = read, draws
-    n = read.num_clips
+    self._read = read
+    n = read.draws.num_clips
     self._per_step = batch_size // n
     # Processes that share a draw read all of it, so that they agree on whether
     # it is readable.
@@ -342,37 +341,32 @@ class _Batches:
 
   def __getitem__(self, step: int) -> Batch:
     first = step * self._per_step
-    batch = self._read([self._draws[first + i] for i in self._draw_numbers])
+    batch = self._read([first + i for i in self._draw_numbers])
     if self._own is None:
       return batch
     return {key: x[self._own] for key, x in batch.items()}
 
 
 def train_batches(
-  dataset: Dataset,
+  draws: Draws,
   take_clip: ClipTaker,
   *,
   batch_size: int,
-  seed: int,
   start_step: int,
   num_threads: int,
-  clips_per_record: int = 1,
   rows: Sequence[int] | None = None,
   bad: BadRecords | None = None,
 ) -> Iterator[Batch]:
   """Yields this process's rows of every global batch, endlessly.
 
   Args:
-    dataset: data set to read. If it is smaller than a batch, records repeat
-      within the batch with other starts.
+    draws: the clips of the run. `draws.num_clips` consecutive clips are from
+      one record (repeated sampling: Hoffer et al., CVPR 2020; MAE-ST, NeurIPS
+      2022; VideoMAE, NeurIPS 2022); it divides batch_size.
     take_clip: turns records into clips.
     batch_size: clips per step over all processes.
-    seed: seed of the order and of the starts.
     start_step: steps already taken.
     num_threads: reader threads; each makes whole batches.
-    clips_per_record: number of consecutive clips from one record (repeated
-      sampling: Hoffer et al., CVPR 2020; MAE-ST, NeurIPS 2022; VideoMAE,
-      NeurIPS 2022); a divisor of batch_size.
     rows: rows of this process, from `own_rows`; None: all.
     bad: list for unreadable records, which are then replaced by other records;
       None: the first unreadable record raises.
@@ -384,8 +378,7 @@ def train_batches(
     DatasetError: a record is unreadable, or `bad` holds more than its limit.
   """
   batches = _Batches(
-    _Reader(dataset, dataset.source, take_clip, bad, clips_per_record),
-    _Draws(dataset.num_records, seed),
+    _Reader(draws, take_clip, bad),
     batch_size,
     range(batch_size) if rows is None else rows,
   )
@@ -424,17 +417,11 @@ def eval_batches(
   Raises:
     DatasetError: as for `train_batches`.
   """
-  read = _Reader(dataset, dataset.source, take_clip, bad)
   num_clips = batch_size * num_batches
-  chosen = np.arange(num_clips) * dataset.num_records // num_clips
+  read = _Reader(SpreadDraws(dataset, num_clips), take_clip, bad)
   rows = range(batch_size) if rows is None else rows
   for first in range(0, num_clips, batch_size):
-    yield read(
-      [
-        _Draw(int(chosen[i]), (int(np.random.default_rng(i).integers(2**63)),))
-        for i in (first + row for row in rows)
-      ]
-    )
+    yield read([first + row for row in rows])
 
 
 def to_devices(

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from marlin_jax.data.prepared_dataset import Dataset
+from marlin_jax.data.sampling import RecordDraws, StoredOrder
 from marlin_jax.devices import chips, distributed, sharding
 from marlin_jax.pretraining import configuration, flops, warm_start
 from marlin_jax.pretraining.build import Experiment, count
@@ -50,6 +51,12 @@ class PretrainingCourse(Experiment):
     )
     super().__init__(config, num_steps, mesh, device_bytes)
     self.dataset = dataset
+    self.draws = RecordDraws(
+      dataset,
+      config.seed,
+      order=StoredOrder,
+      num_clips=config.data.clips_per_record,
+    )
 
   @property
   def shardings(self) -> TrainState:

@@ -11,7 +11,9 @@ Axes: T frames, H W pixels (224), h w patches (14).
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -116,6 +118,36 @@ class Record:
   def name(self) -> str:
     """Unique name in the data set, for logs and errors."""
     return f"{self.video_id}#{self.track_id}.{self.segment}"
+
+
+class _JoinedFrames(Sequence):
+  """Frames of several records; none is copied before it is read."""
+
+  def __init__(self, parts: Sequence[Sequence[bytes]]):
+    self._parts = parts
+    self._ends = list(itertools.accumulate(map(len, parts)))
+
+  def __len__(self) -> int:
+    return self._ends[-1]
+
+  def __getitem__(self, index: int) -> bytes:
+    i = bisect.bisect_right(self._ends, index)
+    first = self._ends[i] - len(self._parts[i])
+    return self._parts[i][index - first]
+
+
+def joined(records: Sequence[Record]) -> Record:
+  """Returns consecutive records of a track as one, for its frames and regions.
+
+  All else is that of the first record.
+  """
+  if len(records) == 1:
+    return records[0]
+  return dataclasses.replace(
+    records[0],
+    frames=_JoinedFrames([record.frames for record in records]),
+    regions=np.concatenate([record.regions for record in records]),
+  )
 
 
 def region_bits(label_maps: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from marlin_jax.data import loader
 from marlin_jax.data.prepared_dataset import Dataset
+from marlin_jax.data.sampling import Draws
 from marlin_jax.devices import coordination, distributed, sharding
 from marlin_jax.records import cli
 from marlin_jax.records.cli import UserError
@@ -44,6 +45,7 @@ class Course(Protocol):
   Attributes:
     config: configuration of the run; see configs/pretrain_b.py.
     dataset: training split.
+    draws: its clips by their place in the run.
     take_clip: turns records into clips; see `loader.train_batches`.
     fields: keys of a batch that the training step gets.
     batch_size: clips per step over all devices.
@@ -58,6 +60,7 @@ class Course(Protocol):
 
   config: ConfigDict
   dataset: Dataset
+  draws: Draws
   take_clip: loader.ClipTaker
   fields: tuple[str, ...]
   batch_size: int
@@ -341,13 +344,11 @@ def _batches(course: Course, workdir: Workdir):
   split = sharding.batch_sharding(course.mesh)
   return loader.to_devices(
     loader.train_batches(
-      course.dataset,
+      course.draws,
       course.take_clip,
       batch_size=course.batch_size,
-      seed=config.seed,
       start_step=workdir.start_step,
       num_threads=config.data.num_threads,
-      clips_per_record=config.data.get("clips_per_record", 1),
       rows=loader.own_rows(split, course.batch_size),
       bad=workdir.bad_records,
     ),

@@ -25,7 +25,7 @@ import simplejpeg
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from data_prep.output import shards
-from marlin_jax.data import loader, prepared_dataset, sample
+from marlin_jax.data import loader, prepared_dataset, sample, sampling
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.records import schema
 from tests.benchmarks import timing
@@ -94,13 +94,11 @@ def stages(
 
   def batches(clips_per_record):
     return loader.train_batches(
-      dataset,
+      sampling.RecordDraws(dataset, seed=0, num_clips=clips_per_record),
       TAKE_CLIP,
       batch_size=batch_size,
-      seed=0,
       start_step=0,
       num_threads=num_threads,
-      clips_per_record=clips_per_record,
     )
 
   made = batches(1)

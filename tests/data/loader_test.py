@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import time
-from concurrent import futures
 
 import jax
 import numpy as np
 import pytest
 
-from marlin_jax.data import loader, prepared_dataset
+from marlin_jax.data import loader, prepared_dataset, sampling
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.records import schema
 from tests.support import made_dataset
@@ -30,13 +28,15 @@ def take(
   seed=0,
   num_threads=2,
   batch_size=3,
+  num_clips=1,
+  order=sampling.StoredOrder,
   **k,
 ):
+  draws = sampling.RecordDraws(dataset, seed, order=order, num_clips=num_clips)
   batches = loader.train_batches(
-    dataset,
+    draws,
     TAKE_CLIP,
     batch_size=batch_size,
-    seed=seed,
     start_step=start_step,
     num_threads=num_threads,
     **k,
@@ -93,29 +93,8 @@ def test_every_record_is_seen_once_per_pass(dataset):
     assert set(ids[first : first + n]) == set(range(n))
 
 
-@pytest.fixture
-def many():
-  """Returns the draws of 1000 records, without the records."""
-  return loader._Draws(1000, seed=3)
-
-
-def test_every_pass_over_many_records_has_an_order_of_its_own(many):
-  passes = [
-    [many[position].position for position in range(first, first + 1000)]
-    for first in range(0, 3000, 1000)
-  ]
-  for order in passes:
-    assert sorted(order) == list(range(1000))
-    # Neighbours on disk are not neighbours in the order.
-    assert np.mean(np.abs(np.diff(order)) < 10) < 0.05
-  assert np.mean(np.equal(passes[0], passes[1])) < 0.05
-  assert np.mean(np.equal(passes[1], passes[2])) < 0.05
-  # Draws do not depend on the order of access.
-  assert many[0].position == passes[0][0]
-
-
 def test_clips_of_one_record_follow_each_other_and_differ(dataset):
-  whole = take(dataset, 4, batch_size=6, clips_per_record=3)
+  whole = take(dataset, 4, batch_size=6, num_clips=3)
   assert len({int(i) for batch in whole for i in batch["_id"]}) == 2
   source = prepared_dataset.RecordSource(dataset)
   for batch in whole:
@@ -129,7 +108,7 @@ def test_clips_of_one_record_follow_each_other_and_differ(dataset):
         np.testing.assert_array_equal(
           video, schema.decode_frames(record, frames)
         )
-  again = take(dataset, 2, start_step=2, batch_size=6, clips_per_record=3)
+  again = take(dataset, 2, start_step=2, batch_size=6, num_clips=3)
   assert_same(again, whole[2:])
 
 
@@ -188,20 +167,3 @@ def test_batches_reach_the_devices_unchanged_and_all(dataset):
   host = take(dataset, 4)
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   assert_same(list(loader.to_devices(host, sharding)), host)
-
-
-def test_reader_threads_that_meet_a_new_pass_shuffle_once(monkeypatch):
-  calls = []
-  shuffled = loader._Draws._shuffled
-
-  def slow(self, num_passes):
-    calls.append(num_passes)
-    time.sleep(0.05)
-    return shuffled(self, num_passes)
-
-  monkeypatch.setattr(loader._Draws, "_shuffled", slow)
-  draws = loader._Draws(100, seed=0)
-  with futures.ThreadPoolExecutor(6) as pool:
-    drawn = list(pool.map(draws.__getitem__, range(6)))
-  assert calls == [0]
-  assert len({draw.position for draw in drawn}) == 6

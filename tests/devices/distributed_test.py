@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from configs import pretrain_b
-from marlin_jax.data import loader, prepared_dataset
+from marlin_jax.data import loader, prepared_dataset, sampling
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.devices import distributed
 from marlin_jax.records import folders
@@ -206,13 +206,11 @@ def test_the_clips_of_a_batch_do_not_depend_on_who_reads_them(
 
   def batches(rows):
     made = loader.train_batches(
-      dataset,
+      sampling.RecordDraws(dataset, seed=0, num_clips=clips_per_record),
       transform,
       batch_size=6,
-      seed=0,
       start_step=1,
       num_threads=1,
-      clips_per_record=clips_per_record,
       rows=rows,
     )
     evaluated = loader.eval_batches(

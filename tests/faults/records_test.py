@@ -16,6 +16,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from marlin_jax.data import loader, prepared_dataset
 from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.data.sampling import RecordDraws, StoredOrder
 from marlin_jax.records import schema
 from tests.support.training_runs import metrics_of, refused, train
 
@@ -50,11 +51,10 @@ def write(directory, contents):
   )
 
 
-def batches(dataset, quarantine, limit, start_step=0, **k):
+def batches(dataset, quarantine, limit, start_step=0, num_clips=1, **k):
   return loader.train_batches(
-    dataset,
+    RecordDraws(dataset, seed=0, order=StoredOrder, num_clips=num_clips),
     TAKE_CLIP,
-    seed=0,
     start_step=start_step,
     num_threads=2,
     bad=loader.BadRecords(quarantine, limit),
@@ -150,7 +150,7 @@ def test_processes_agree_on_what_replaces_a_record_that_is_bad_in_part(
 
   def take(name, rows):
     made = batches(
-      dataset, tmp_path / name, 1, batch_size=6, clips_per_record=3, rows=rows
+      dataset, tmp_path / name, 1, batch_size=6, num_clips=3, rows=rows
     )
     return list(itertools.islice(made, 40))
 

@@ -76,6 +76,20 @@ def a_record(
   return dataclasses.replace(record, **changes)
 
 
+def showing(record: schema.Record, numbers: Sequence[int]) -> schema.Record:
+  """Returns the record with frames that show numbers, in [0, 255]."""
+  frames = [
+    simplejpeg.encode_jpeg(np.full((224, 224, 3), number, np.uint8), 95)
+    for number in numbers
+  ]
+  return dataclasses.replace(record, frames=frames)
+
+
+def shown(video: np.ndarray) -> list[int]:
+  """Returns the numbers that frames (T, H, W, 3) show; see `showing`."""
+  return np.rint(video.mean((1, 2, 3))).astype(int).tolist()
+
+
 def make(
   path: Path,
   videos: Mapping[str, Sequence[schema.Record]],

@@ -13,6 +13,7 @@ from configs import pretrain_b
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.data.loader import TakeClip
 from marlin_jax.data.prepared_dataset import open_dataset
+from marlin_jax.data.sampling import RecordDraws
 from marlin_jax.devices import sharding
 from marlin_jax.records import cli
 from marlin_jax.training import loop, remote_files
@@ -42,6 +43,7 @@ class AddingCourse:
 
   def __init__(self, config, dataset, num_steps):
     self.config, self.dataset, self.num_steps = config, dataset, num_steps
+    self.draws = RecordDraws(dataset, config.seed)
     self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
     self.shapes = Sum(*(jnp.int32(x) for x in (0, 0, 1, 0)))
     everywhere = sharding.replicated(self.mesh)

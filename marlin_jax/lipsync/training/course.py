@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from marlin_jax.data import prepared_dataset
 from marlin_jax.data.prepared_dataset import Dataset
+from marlin_jax.data.sampling import RecordDraws, StoredOrder
 from marlin_jax.devices import sharding
 from marlin_jax.lipsync import configuration
 from marlin_jax.pretraining.build import count
@@ -56,6 +57,7 @@ class LipsyncCourse:
     """
     self.config, self.mesh = config, mesh
     self.dataset, self.eval_dataset = dataset, eval_dataset
+    self.draws = RecordDraws(dataset, config.seed, order=StoredOrder)
     self.settings = config[self.section]
     self.batch_size = self.settings.batch_size
     self.num_steps = self.settings.num_steps

@@ -8,6 +8,7 @@ import pytest
 
 from marlin_jax.data import loader, prepared_dataset
 from marlin_jax.data.prepared_dataset import DatasetError
+from marlin_jax.data.sampling import RecordDraws, StoredOrder
 from marlin_jax.lipsync import mel_windows
 from marlin_jax.lipsync.training import clips
 from marlin_jax.records import mel_spectrogram, schema
@@ -29,9 +30,13 @@ def record():
   return one
 
 
+def draws_of(dataset):
+  return RecordDraws(dataset, seed=0, order=StoredOrder)
+
+
 def served(dataset, take, num_batches=3):
   batches = loader.train_batches(
-    dataset, take, batch_size=8, seed=0, start_step=0, num_threads=1
+    draws_of(dataset), take, batch_size=8, start_step=0, num_threads=1
   )
   drawn = [next(batches) for _ in range(num_batches)]
   return {key: np.concatenate([b[key] for b in drawn]) for key in drawn[0]}
@@ -186,10 +191,9 @@ def test_unusable_records_are_left_out_and_written_down(tmp_path):
   dataset = prepared_dataset.open_dataset(str(path), "train")
   bad = loader.BadRecords(tmp_path / "quarantine.jsonl", limit=1)
   batches = loader.train_batches(
-    dataset,
+    draws_of(dataset),
     clips.TakePairs(5),
     batch_size=4,
-    seed=0,
     start_step=0,
     num_threads=1,
     bad=bad,

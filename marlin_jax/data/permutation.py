@@ -1,0 +1,60 @@
+"""Pseudo-random permutations that are computed point by point.
+
+A Feistel network permutes the numbers of 2k bits; numbers beyond the size are
+permuted again until one is within it (cycle walking; Black and Rogaway,
+"Ciphers with Arbitrary Finite Domains", CT-RSA 2002). A permutation of any size
+takes no memory, and a few microseconds for each number.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+_MASK = (1 << 64) - 1
+# Luby and Rackoff prove 4 for large halves; small ones need more.
+_NUM_ROUNDS = 8
+# Halves of fewer bits give too few different permutations.
+_MIN_HALF_BITS = 3
+
+
+class Permutation:
+  """Permutation of range(size).
+
+  >>> sorted(map(Permutation(3, (0,)), range(3)))
+  [0, 1, 2]
+  """
+
+  def __init__(self, size: int, key: tuple[int, ...]):
+    """Selects the permutation.
+
+    Args:
+      size: numbers to permute, at least 1.
+      key: integers of at least 0; another key gives another permutation.
+    """
+    self._size = size
+    half_bits = ((size - 1).bit_length() + 1) // 2
+    self._half_bits = max(half_bits, _MIN_HALF_BITS)
+    sequence = np.random.SeedSequence(key)
+    self._keys = sequence.generate_state(_NUM_ROUNDS, np.uint64).tolist()
+
+  def __call__(self, number: int) -> int:
+    """Returns the number that takes the place of `number` in range(size)."""
+    bits = self._half_bits
+    mask = (1 << bits) - 1
+    while True:
+      left, right = number >> bits, number & mask
+      for key in self._keys:
+        left, right = right, left ^ (mixed(right ^ key) & mask)
+      number = left << bits | right
+      if number < self._size:
+        return number
+
+
+def mixed(number: int) -> int:
+  """Returns 64 bits that each depend on every bit of a 64-bit number.
+
+  The finaliser of SplitMix64 (Steele et al., OOPSLA 2014), a bijection.
+  """
+  number = ((number ^ number >> 30) * 0xBF58476D1CE4E5B9) & _MASK
+  number = ((number ^ number >> 27) * 0x94D049BB133111EB) & _MASK
+  return number ^ number >> 31

@@ -1,0 +1,235 @@
+"""Which clips a step reads: a function of the seed and the step alone.
+
+A run is a sequence of draws, of which each step takes the next few. A draw
+gives one clip, or several of one record. Draws are computed from the data set's
+description: no record is read, no state is kept, and the numbers of processes
+and threads do not enter.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.data.permutation import Permutation, mixed
+from marlin_jax.data.prepared_dataset import Dataset
+from marlin_jax.records import segment_index
+from marlin_jax.records.segment_index import SegmentIndex
+
+# Purposes of random numbers, so that each is used once.
+_ORDER, _CLIPS = 0, 1
+
+
+class Draw(NamedTuple):
+  """Clips to read.
+
+  Attributes:
+    records: numbers of the records that hold the clips: consecutive records of
+      one track, nearly always one or two.
+    seed: seed of what is drawn after reading.
+    starts: int (num_clips,), first frame of each clip, counted from the first
+      frame of the first record; None: drawn after reading.
+    dataset: number of the data set in `Draws.datasets`.
+  """
+
+  records: tuple[int, ...]
+  seed: tuple[int, ...]
+  starts: np.ndarray | None = None
+  dataset: int = 0
+
+
+class Draws(Protocol):
+  """Endless sequence of draws; picklable.
+
+  Attributes:
+    datasets: data sets of the records.
+    num_clips: clips of each draw.
+    num_attempts: number of attempts after which nothing else can be read.
+  """
+
+  datasets: tuple[Dataset, ...]
+  num_clips: int
+  num_attempts: int
+
+  def __call__(self, position: int, attempt: int = 0) -> Draw:
+    """Returns the draw at a position, from 0.
+
+    Args:
+      position: number of earlier draws of the run.
+      attempt: number of draws for this position that could not be read.
+    """
+
+
+class HashedOrder:
+  """Order of the units in each pass; takes no memory."""
+
+  def __init__(self, size: int, seed: int):
+    self._size, self._seed = size, seed
+
+  def __call__(self, position: int) -> int:
+    """Returns the unit at a position of an endless sequence of passes."""
+    num_passes, place = divmod(position, self._size)
+    return _permutation(self._size, self._seed, num_passes)(place)
+
+
+# Threads may be on both sides of the end of a pass, in several data sets.
+@functools.lru_cache(maxsize=64)
+def _permutation(size: int, seed: int, num_passes: int) -> Permutation:
+  return Permutation(size, (seed, _ORDER, num_passes))
+
+
+class StoredOrder:
+  """Order of the units in each pass, stored as a table.
+
+  Runs that began before `HashedOrder` existed resume with it.
+  """
+
+  def __init__(self, size: int, seed: int):
+    self._size, self._seed = size, seed
+
+  def __call__(self, position: int) -> int:
+    """Returns the unit at a position of an endless sequence of passes."""
+    num_passes, place = divmod(position, self._size)
+    return int(_table(self._size, self._seed, num_passes)[place])
+
+
+def _table(size: int, seed: int, num_passes: int) -> np.ndarray:
+  # lru_cache lets every thread that misses compute.
+  with _table_lock:
+    return _cached_table(size, seed, num_passes)
+
+
+_table_lock = threading.Lock()
+
+
+@functools.lru_cache(maxsize=2)
+def _cached_table(size: int, seed: int, num_passes: int) -> np.ndarray:
+  np_rng = np.random.default_rng((seed, _ORDER, num_passes))
+  return np_rng.permutation(size)
+
+
+ORDERS = {"hashed": HashedOrder, "stored": StoredOrder}
+
+
+class RecordDraws:
+  """Draws records: each once per pass, whatever video it is of."""
+
+  def __init__(
+    self,
+    dataset: Dataset,
+    seed: int,
+    *,
+    order: Callable[[int, int], Callable[[int], int]] = HashedOrder,
+    num_clips: int = 1,
+  ):
+    """Shuffles the records.
+
+    Args:
+      dataset: data set of the records.
+      seed: seed of the order and of the clips.
+      order: HashedOrder or StoredOrder.
+      num_clips: clips of each record.
+    """
+    self._dataset, self._seed = dataset, seed
+    self._order = order(dataset.num_records, seed)
+    self.datasets, self.num_clips = (dataset,), num_clips
+    self.num_attempts = dataset.num_records
+
+  def __call__(self, position: int, attempt: int = 0) -> Draw:
+    """Returns a draw; see `Draws`."""
+    place = (self._order(position) + attempt) % self._dataset.num_records
+    number = self._dataset.record_number(place)
+    return Draw((number,), (self._seed, _CLIPS, position, attempt))
+
+
+class SpreadDraws:
+  """Draws a fixed number of records, evenly spread over the data set."""
+
+  def __init__(self, dataset: Dataset, num_draws: int):
+    self._dataset, self._num_draws = dataset, num_draws
+    self.datasets, self.num_clips = (dataset,), 1
+    self.num_attempts = dataset.num_records
+
+  def __call__(self, position: int, attempt: int = 0) -> Draw:
+    """Returns a draw; see `Draws`. There are no others than `num_draws`."""
+    num_records = self._dataset.num_records
+    place = position * num_records // self._num_draws + attempt
+    number = self._dataset.record_number(place % num_records)
+    seed = int(np.random.default_rng(position).integers(2**63))
+    return Draw((number,), (seed, attempt))
+
+
+class VideoDraws:
+  """Draws videos or subjects: each once per pass.
+
+  Of a subject a video is drawn, each with equal probability. Of a video a clip
+  is drawn, each start in each of its tracks with equal probability: a clip may
+  begin in one record of a track and end in the next.
+  """
+
+  def __init__(
+    self,
+    dataset: Dataset,
+    index: SegmentIndex,
+    clip: Clip,
+    seed: int,
+    *,
+    by_subject: bool = False,
+    num_clips: int = 1,
+  ):
+    """Shuffles the videos or subjects.
+
+    Args:
+      dataset: data set of the records.
+      index: index of the split.
+      clip: number of frames and stride.
+      seed: seed of the order and of the clips.
+      by_subject: draw subjects, not videos.
+      num_clips: clips of a draw. They begin in the same record.
+    """
+    self._index, self._clip, self._seed = index, clip, seed
+    self._by_subject = by_subject
+    self.datasets, self.num_clips = (dataset,), num_clips
+    self._num_units = index.num_subjects if by_subject else index.num_videos
+    self._order = HashedOrder(self._num_units, seed)
+    sequence = np.random.SeedSequence((seed, _CLIPS))
+    (self._key,) = sequence.generate_state(1, np.uint64).tolist()
+    # Random, unlike those of records: more are needed to try all.
+    self.num_attempts = 8 * dataset.num_records
+
+  def __call__(self, position: int, attempt: int = 0) -> Draw:
+    """Returns a draw; see `Draws`."""
+    unit = (self._order(position) + attempt) % self._num_units
+    random = mixed(mixed(self._key ^ position) ^ attempt)
+    video = unit
+    if self._by_subject:
+      first, stop = self._index.first_videos[unit : unit + 2].tolist()
+      video = int(self._index.videos[first + random % (stop - first)])
+    return self._clips_of(video, mixed(random), position, attempt)
+
+  def _clips_of(self, video, random, position, attempt) -> Draw:
+    first, stop = self._index.first_records[video : video + 2].tolist()
+    tracks, frames = (
+      x[first:stop] for x in (self._index.tracks, self._index.frames)
+    )
+    begins, totals = segment_index.places_in_tracks(tracks, frames)
+    # Clips that begin in each record.
+    num_starts = np.clip(self._clip.num_starts(totals) - begins, 0, frames)
+    ends = np.cumsum(num_starts)
+    drawn = random % int(ends[-1])
+    i = int(np.searchsorted(ends, drawn, "right"))
+    starts = self._clip.spread_starts(
+      drawn - int(ends[i] - num_starts[i]), int(num_starts[i]), self.num_clips
+    )
+    # Records of the track up to the last frame of the last clip.
+    stop = begins[i] + starts.max() + self._clip.span
+    is_needed = (tracks == tracks[i]) & (begins >= begins[i]) & (begins < stop)
+    records = first + np.flatnonzero(is_needed)
+    return Draw(
+      tuple(records.tolist()), (self._seed, _CLIPS, position, attempt), starts
+    )

@@ -1,0 +1,188 @@
+"""Index of the tracks, videos and subjects of a split's records.
+
+NAME-SPLIT.segments.npy lies beside the split's shards. Training draws clips of
+videos and subjects by it, without reading a record and without loading the
+index: it is memory-mapped. The file holds five int32 arrays, one after the
+other as np.save writes them; each call of np.load reads the next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import mmap
+import os
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+_DTYPE = np.dtype("<i4")
+
+
+class Video(NamedTuple):
+  """Records of a video.
+
+  Attributes:
+    subject_id: identity of the person; '' if unknown.
+    segments: (track_id, number of frames) of each record, in order.
+  """
+
+  subject_id: str
+  segments: Sequence[tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SegmentIndex:
+  """Arrays of a split; N records of V videos of S subjects, all int32.
+
+  A copy in another process maps the file again.
+
+  Records are numbered in the order of shards and of records in a shard. The
+  records of a video follow each other, and those of a track are in the order of
+  time. A video of an unknown person counts as a subject of its own.
+
+  Attributes:
+    tracks: (N,), track of each record, numbered in its video.
+    frames: (N,), frames of each record.
+    first_records: (V + 1,), first record of each video, and N.
+    videos: (V,), videos ordered by subject.
+    first_videos: (S + 1,), first place in `videos` of each subject, and V.
+    path: the file.
+  """
+
+  tracks: np.ndarray
+  frames: np.ndarray
+  first_records: np.ndarray
+  videos: np.ndarray
+  first_videos: np.ndarray
+  path: str
+
+  def __reduce__(self):
+    return open_index, (self.path,)
+
+  @property
+  def num_records(self) -> int:
+    return len(self.frames)
+
+  @property
+  def num_videos(self) -> int:
+    return len(self.videos)
+
+  @property
+  def num_subjects(self) -> int:
+    return len(self.first_videos) - 1
+
+
+def name_for(shard: str) -> str:
+  """Returns the name of the index, given any shard of its split."""
+  return f"{shard.partition('.array_record-')[0]}.segments.npy"
+
+
+def pack(videos: Iterable[Video]) -> bytes:
+  """Returns the bytes of the index.
+
+  Args:
+    videos: videos with records, in the order of the records.
+  """
+  segments, num_segments = [], []
+  subjects: dict[str, int] = {}
+  subject_of = []
+  for i, video in enumerate(videos):
+    segments.append(np.array(video.segments, _DTYPE).reshape(-1, 2))
+    num_segments.append(len(video.segments))
+    # No subject_id is an int.
+    subject = subjects.setdefault(video.subject_id or i, len(subjects))
+    subject_of.append(subject)
+  tracks, frames = np.concatenate([np.zeros((0, 2), _DTYPE), *segments]).T
+  file = io.BytesIO()
+  for array in (
+    tracks,
+    frames,
+    np.cumsum([0, *num_segments]),
+    np.argsort(np.array(subject_of, int), kind="stable"),
+    np.cumsum([0, *np.bincount(np.array(subject_of, int))]),
+  ):
+    np.save(file, array.astype(_DTYPE), allow_pickle=False)
+  return file.getvalue()
+
+
+def open_index(path: str | os.PathLike) -> SegmentIndex:
+  """Returns a memory-mapped index.
+
+  Args:
+    path: a local file.
+
+  Raises:
+    ValueError: the file is not an index, or it is damaged.
+    OSError: the file cannot be read.
+  """
+  with open(path, "rb") as file:
+    data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    arrays = [_next_array(file, data) for _ in range(5)]
+  index = SegmentIndex(*arrays, path=os.fspath(path))
+  lengths = {
+    "tracks": len(index.tracks) == index.num_records,
+    "first_records": len(index.first_records) == index.num_videos + 1
+    and index.first_records[-1] == index.num_records,
+    "first_videos": len(index.first_videos) > 0
+    and index.first_videos[-1] == index.num_videos,
+  }
+  wrong = [name for name, is_right in lengths.items() if not is_right]
+  if wrong:
+    raise ValueError(f"its arrays do not fit each other: {', '.join(wrong)}")
+  return index
+
+
+def _next_array(file: io.BufferedReader, data: mmap.mmap) -> np.ndarray:
+  """Returns the array at the file's position, and moves on to the next."""
+  version = np.lib.format.read_magic(file)
+  if version != (1, 0):
+    raise ValueError(f"it holds an array of format {version}, expected 1.0")
+  shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+  if dtype != _DTYPE or len(shape) != 1:
+    raise ValueError(f"it holds {dtype} {shape}, expected rows of {_DTYPE}")
+  start = file.tell()
+  file.seek(shape[0] * dtype.itemsize, os.SEEK_CUR)
+  return np.frombuffer(data, dtype, shape[0], start)
+
+
+def places_in_tracks(
+  tracks: np.ndarray, frames: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns where each record begins in its track, and the track's length.
+
+  Args:
+    tracks: (K,), tracks of the records of a video.
+    frames: (K,), frames of each.
+
+  Returns:
+    Two int arrays (K,), in frames.
+  """
+  order = np.argsort(tracks, kind="stable")
+  ordered, ends = tracks[order], np.cumsum(frames[order])
+  last = np.flatnonzero(np.r_[ordered[1:] != ordered[:-1], True])
+  num_records = np.diff(last, prepend=-1)
+  track_ends = ends[last]
+  lengths = np.diff(track_ends, prepend=0)
+  first, total = np.empty((2, len(frames)), int)
+  first[order] = (
+    ends - frames[order] - np.repeat(track_ends - lengths, num_records)
+  )
+  total[order] = np.repeat(lengths, num_records)
+  return first, total
+
+
+def grouped(rows: Iterable[tuple[str, str, int, int]]) -> list[Video]:
+  """Returns the videos of records.
+
+  Args:
+    rows: (video_id, subject_id, track_id, number of frames) of each record, in
+      order.
+  """
+  videos = []
+  for _, group in itertools.groupby(rows, key=lambda row: row[0]):
+    group = list(group)
+    videos.append(Video(group[0][1], [row[2:] for row in group]))
+  return videos

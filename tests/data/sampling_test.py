@@ -1,0 +1,262 @@
+"""Draws: which clips a step reads, by record, video and subject."""
+
+import collections
+import pickle
+import time
+from concurrent import futures
+
+import numpy as np
+import pytest
+
+from marlin_jax.data import loader, prepared_dataset, sampling
+from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.data.sampling import RecordDraws, StoredOrder, VideoDraws
+from marlin_jax.records import schema, segment_index
+from marlin_jax.records.segment_index import Video
+from tests.support import made_dataset
+
+CLIP = Clip(16, 2)  # 31 frames
+
+
+def described(num_records, num_videos=1):
+  """Returns a data set without its files."""
+  return prepared_dataset.Dataset(
+    "data", "train", (), num_records, num_videos, "f" * 64
+  )
+
+
+# --- records ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", sampling.ORDERS.values())
+def test_every_pass_over_many_records_has_an_order_of_its_own(order):
+  draws = RecordDraws(described(1000), seed=3, order=order)
+
+  def record(position):
+    (number,) = draws(position).records
+    return number
+
+  passes = [[record(1000 * i + j) for j in range(1000)] for i in range(3)]
+  for numbers in passes:
+    assert sorted(numbers) == list(range(1000))
+    # Neighbours on disk are not neighbours in the order.
+    assert np.mean(np.abs(np.diff(numbers)) < 10) < 0.05
+  assert np.mean(np.equal(passes[0], passes[1])) < 0.05
+  assert np.mean(np.equal(passes[1], passes[2])) < 0.05
+  # Draws do not depend on the order of access.
+  assert record(0) == passes[0][0]
+
+
+def test_runs_of_earlier_versions_keep_their_order():
+  draws = RecordDraws(described(5), seed=3, order=StoredOrder)
+  found = [draws(i) for i in range(10)]
+  for num_passes in range(2):
+    np_rng = np.random.default_rng((3, 0, num_passes))
+    of_pass = found[5 * num_passes :][:5]
+    assert [draw.records[0] for draw in of_pass] == [*np_rng.permutation(5)]
+  assert draws(7, 2).seed == (3, 1, 7, 2)
+  assert draws(7, 2).records == ((found[7].records[0] + 2) % 5,)
+
+
+def test_reader_threads_that_meet_a_new_pass_shuffle_once(monkeypatch):
+  calls = []
+  default_rng = np.random.default_rng
+
+  def slow(seed):
+    calls.append(seed)
+    time.sleep(0.05)
+    return default_rng(seed)
+
+  monkeypatch.setattr(np.random, "default_rng", slow)
+  order = StoredOrder(100, seed=71)
+  with futures.ThreadPoolExecutor(6) as pool:
+    drawn = list(pool.map(order, range(6)))
+  assert calls == [(71, 0, 0)]
+  assert len(set(drawn)) == 6
+
+
+# --- videos -------------------------------------------------------------------
+
+# Records in the order of their last frames, as data_prep writes them: tracks 0
+# and 1 are seen together.
+TRACKS = {0: [35, 35, 34], 1: [20], 2: [40]}
+SEGMENTS = [(0, 35), (1, 20), (0, 35), (0, 34), (2, 40)]
+
+
+@pytest.fixture
+def opened(tmp_path):
+  """Returns a function that writes and opens an index."""
+
+  def open_index(*videos):
+    path = tmp_path / "index.npy"
+    path.write_bytes(segment_index.pack(videos))
+    return segment_index.open_index(path)
+
+  return open_index
+
+
+def video_of(index, draw):
+  return int(np.searchsorted(index.first_records, draw.records[0], "right")) - 1
+
+
+def test_each_video_is_drawn_once_per_pass_however_long_it_is(opened):
+  np_rng = np.random.default_rng(0)
+  # As many frames as the videos of YouTube Faces: 48 to 2157.
+  lengths = np.geomspace(48, 2157, 200).astype(int)
+  np_rng.shuffle(lengths)
+  videos = [Video("", [(0, 64)] * -(-n // 64)) for n in lengths.tolist()]
+  index = opened(*videos)
+  draws = VideoDraws(described(index.num_records), index, CLIP, seed=0)
+  for num_passes in range(3):
+    drawn = [video_of(index, draws(200 * num_passes + i)) for i in range(200)]
+    assert sorted(drawn) == list(range(200))
+
+
+def test_every_start_in_a_video_is_equally_likely(opened):
+  index = opened(Video("", [(0, 64)]), Video("", SEGMENTS))
+  draws = VideoDraws(described(6), index, CLIP, seed=0)
+  counts = collections.Counter()
+  for position in range(16_000):
+    draw = draws(position)
+    first = draw.records[0] - 1
+    if first < 0:
+      assert draw.records == (0,)
+      assert 0 <= draw.starts[0] <= 64 - CLIP.span
+      continue
+    (start,) = draw.starts.tolist()
+    track, length = SEGMENTS[first]
+    assert 0 <= start < length
+    before = sum(n for t, n in SEGMENTS[:first] if t == track)
+    counts[track, before + start] += 1
+    # The records up to the clip's last frame, all of one track.
+    held = [SEGMENTS[number - 1] for number in draw.records]
+    assert {t for t, _ in held} == {track}
+    lengths = [n for _, n in held]
+    end = start + CLIP.span
+    assert sum(lengths[:-1]) < end
+    assert sum(lengths) >= end or track == 1  # shorter than a clip
+  possible = [
+    (track, start)
+    for track, lengths in TRACKS.items()
+    for start in range(max(sum(lengths) - CLIP.span, 0) + 1)
+  ]
+  assert set(counts) == set(possible)
+  assert len(possible) == 74 + 1 + 10
+  expected = 8000 / len(possible)
+  chi_square = sum((counts[p] - expected) ** 2 / expected for p in possible)
+  # 84 degrees of freedom: mean 84, standard deviation 13.
+  assert chi_square < 84 + 5 * 13
+
+
+def test_a_subject_is_drawn_once_per_pass_and_each_of_its_videos_as_often(
+  opened,
+):
+  index = opened(
+    Video("ann", [(0, 64)]),
+    Video("", [(0, 64)]),
+    Video("bob", [(0, 64)] * 10),
+    Video("ann", [(0, 64)] * 30),
+    Video("", [(0, 64)]),
+    Video("ann", [(0, 31)]),
+  )
+  draws = VideoDraws(
+    described(index.num_records), index, CLIP, seed=0, by_subject=True
+  )
+  assert index.num_subjects == 4
+  counts = collections.Counter()
+  for num_passes in range(900):
+    drawn = [video_of(index, draws(4 * num_passes + i)) for i in range(4)]
+    assert len({min(video, 3) if video != 5 else 0 for video in drawn}) >= 3
+    counts.update(drawn)
+  assert [counts[video] for video in (1, 2, 4)] == [900] * 3
+  for video in (0, 3, 5):
+    assert 220 < counts[video] < 380  # 300, sd 14
+
+
+def test_other_records_are_tried_for_a_draw_that_cannot_be_read(opened):
+  index = opened(Video("", [(0, 40)]), Video("", [(0, 64)] * 5))
+  draws = VideoDraws(described(6), index, CLIP, seed=0)
+  attempts = [draws(0, attempt) for attempt in range(60)]
+  assert {draw.records[0] for draw in attempts} == set(range(6))
+  assert draws(0, 3).records == attempts[3].records
+
+
+def test_draws_travel_to_other_processes(opened):
+  index = opened(Video("ann", SEGMENTS), Video("", [(0, 64)]))
+  for draws in (
+    VideoDraws(described(6), index, CLIP, seed=0),
+    RecordDraws(described(6), seed=0),
+    RecordDraws(described(6), seed=0, order=StoredOrder),
+  ):
+    copy = pickle.loads(pickle.dumps(draws))
+    for position in range(20):
+      assert repr(copy(position)) == repr(draws(position))
+
+
+def test_the_draws_of_a_seed_never_change(opened):
+  """Runs that have begun go on with them."""
+  index = opened(Video("", SEGMENTS), Video("", [(0, 64)] * 9))
+  draws = VideoDraws(described(14), index, CLIP, seed=0)
+  found = [(draw.records, *draw.starts) for draw in map(draws, range(4))]
+  assert found == [((9,), 32), ((2, 3), 23), ((0, 2), 12), ((11,), 0)]
+  draws = RecordDraws(described(14), seed=0)
+  assert [draws(i).records[0] for i in range(14)] == [
+    3,
+    10,
+    9,
+    6,
+    8,
+    0,
+    7,
+    12,
+    2,
+    5,
+    13,
+    11,
+    1,
+    4,
+  ]
+
+
+# --- reading ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def counting(tmp_path_factory):
+  """Two videos whose tracks show their frame numbers; two records of each."""
+  videos = {}
+  for i, name in enumerate(("a.mp4", "b.mp4")):
+    segments = []
+    for segment in range(2):
+      record = made_dataset.a_record(name, 0, segment, num_frames=32)
+      numbers = 100 * i + 32 * segment + np.arange(32)
+      segments.append(made_dataset.showing(record, numbers))
+    videos[name] = segments
+  path = tmp_path_factory.mktemp("counting") / "dataset"
+  return made_dataset.make(path, videos)
+
+
+def test_a_clip_goes_on_from_one_record_to_the_next(counting, opened):
+  dataset = prepared_dataset.open_dataset(str(counting), "train")
+  index = opened(*2 * [Video("", [(0, 32)] * 2)])
+  clip = Clip(4, 3)
+  batches = loader.train_batches(
+    VideoDraws(dataset, index, clip, seed=0),
+    loader.TakeClip(clip, tubelet_size=2),
+    batch_size=40,
+    start_step=0,
+    num_threads=1,
+  )
+  batch = next(batches)
+  source = dataset.source
+  num_spanning = 0
+  for number, start, video, regions in zip(
+    *(batch[key] for key in ("_id", "start", "video", "regions")), strict=True
+  ):
+    _, record = source[int(number)]
+    frames = made_dataset.shown(video)
+    first = made_dataset.shown(schema.decode_frames(record, [start]))[0]
+    assert frames == [first + 3 * i for i in range(4)]
+    assert regions.shape == (2, 14, 14)
+    num_spanning += start + clip.span > 32
+  assert 2 <= num_spanning < 20
