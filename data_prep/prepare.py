@@ -243,7 +243,8 @@ def _parser() -> argparse.ArgumentParser:
     "--input",
     required=True,
     help="a folder of videos, a manifest (.csv with the column path and "
-    "optionally subject_id, split and label_NAME, or .txt with one path per "
+    "optionally subject_id, split, label_NAME, start_secs, end_secs and the "
+    "box x0 y0 x1 y1 in fractions of the frame, or .txt with one path per "
     "line), one video, or the word sample for three sample videos; with "
     "--dataset the folder of that data set",
   )
@@ -297,6 +298,14 @@ def _parser() -> argparse.ArgumentParser:
     action="store_true",
     help="store the sound, 16 kHz, and its mel spectrogram; always on with "
     "--dataset lrs2",
+  )
+  add(
+    "--faces",
+    choices=("main", "all"),
+    help="main: one track of each video, that of the largest side x length, or "
+    "all of the person where the input says where that is; all: every track. "
+    "By default main where the input has labels or subjects, since they are of "
+    "one person, else all",
   )
   add(
     "--parser",
@@ -458,7 +467,21 @@ def _settings(
     has_sound=videos.has_sound,
     fps=args.fps,
     parser=_parser_choice(args),
+    faces=_faces(args, videos),
   )
+
+
+def _faces(args: argparse.Namespace, videos: Input) -> str:
+  """Returns whose tracks are kept: as asked, as in the folder, or default."""
+  from data_prep import storage
+  from data_prep.output import dataset_folder, ledger
+
+  if args.faces:
+    return args.faces
+  stored = ledger.read_json(storage.path_of(args.output) / folders.SETTINGS)
+  if stored:
+    return dataset_folder.with_old_settings(stored)["faces"]
+  return "main" if videos.is_labelled else "all"
 
 
 def _parser_choice(args: argparse.Namespace) -> ParserChoice:
@@ -489,6 +512,7 @@ def _recipe(args: argparse.Namespace, videos: Input) -> dict[str, Any]:
     },
     "has_sound": videos.has_sound,
     "fps": args.fps,
+    "faces": _faces(args, videos),
     "parser": args.parser,
     "models": {name: assets.ASSETS[name].sha256 for name in face_finder.MODELS}
     | _parser_choice(args).model_hash(),

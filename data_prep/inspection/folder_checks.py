@@ -14,6 +14,7 @@ from data_prep.inspection import record_checks
 from data_prep.inspection.record_checks import Expected, Problems, ShardContent
 from data_prep.output import dataset_folder, ledger
 from data_prep.output.shards import features as tfds_features
+from data_prep.sources import listing
 from data_prep.sources.listing import Label
 from marlin_jax.records import folders, quality_index, schema
 from marlin_jax.records.cli import counted
@@ -130,11 +131,13 @@ def check_ledger(
 def notes(entries: dict[str, ledger.Entry]) -> list[str]:
   """Returns remarks that are not damage, such as copies of a video."""
   notes = []
-  by_content: dict[str, ledger.Entry] = {}
+  # With the part of the file: others are no copies.
+  by_content: dict[tuple[str, str], ledger.Entry] = {}
   num_copies = num_across_splits = 0
   for entry in entries.values():
     if entry.num_records and entry.sha256:
-      other = by_content.setdefault(entry.sha256, entry)
+      part = listing.fragment_of(entry.video_id)
+      other = by_content.setdefault((entry.sha256, part), entry)
       if other is not entry:
         num_copies += 1
         num_across_splits += other.split != entry.split

@@ -64,6 +64,11 @@ class Plan:
   num_done: int
 
 
+def with_old_settings(stored: dict[str, Any]) -> dict[str, Any]:
+  """Returns a folder's settings, with those that it is older than."""
+  return {"faces": "all", **stored}
+
+
 def shard_index(video_id: str, num_shards: int) -> int:
   """Returns the number of a video's shard in its split."""
   return stable_hash(f"shard:{video_id}") % num_shards
@@ -187,6 +192,7 @@ class DatasetFolder:
     stored = ledger.read_json(self.path / folders.SETTINGS)
     if stored is None or not (self._is_task or self._holds_results()):
       stored = {**recipe, "num_shards": {}}
+    stored = with_old_settings(stored)
     counts = stored["num_shards"]
     differences = [
       f"{key} was {stored.get(key)!r} and is now {recipe.get(key)!r}"

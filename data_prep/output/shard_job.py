@@ -15,6 +15,7 @@ from pathlib import Path
 from data_prep import storage
 from data_prep.output import ledger, shards
 from data_prep.output.ledger import Entry
+from data_prep.sources.listing import Part
 from data_prep.sources.manifest import Source
 from marlin_jax.records import folders
 
@@ -57,6 +58,7 @@ class ShardJob:
         | {
           "path": storage.path_of(source["path"]),
           "labels": {k: tuple(v) for k, v in source["labels"].items()},
+          "part": Part.from_json(source["part"]),
         }
       )
       for source in fields["todo"]

@@ -1,12 +1,20 @@
-"""A CSV manifest: path, and optionally subject_id, split and labels.
+"""A CSV manifest: path, and optionally subject, split, labels and a part.
 
   path,subject_id,split,label_mood,label_face.glasses,label_face.beard
   a.mp4,Ann,train,happy,1,0
   b.mp4,Bob,test,sad,0,
 
+  path,start_secs,end_secs,x0,y0,x1,y1
+  c.mp4,81.62,86.17,0.2,0,0.7,0.88
+  c.mp4,90,,,,,
+
 `label_NAME` is a label of one number or class; `label_NAME.PART` is one number
 of a label with several. Words are classes; 0 and 1 alone are a binary
 attribute; other numbers are values. An empty cell or `nan` is unknown.
+
+`start_secs` and `end_secs` are a span of the file, `x0 y0 x1 y1` the box of a
+person, see `listing.Part`. Each row is a video of its own; an empty cell is the
+file's beginning or end, or the whole frame.
 """
 
 from __future__ import annotations
@@ -25,10 +33,13 @@ from data_prep.sources.listing import (
   Label,
   Listing,
   ManifestError,
+  Part,
   Row,
 )
 
 COLUMNS = ("path", "subject_id", "split")
+BOX = ("x0", "y0", "x1", "y1")
+PART = ("start_secs", "end_secs", *BOX)
 LABEL = "label_"
 
 
@@ -61,14 +72,19 @@ def table(manifest: Path, root: Path) -> Listing:
     problems.append((reader.line_num, f"{e}; nothing after it was read"))
   notes: list[str] = []
   labels, numbers = _labels(header, [row for _, row in cells], notes)
-  rows = [
-    Row(
-      number,
-      **{name: row[name] for name in COLUMNS if name in row},
-      labels={name: numbers[name][i] for name in labels},
-    )
-    for i, (number, row) in enumerate(cells)
-  ]
+  rows = []
+  for i, (number, row) in enumerate(cells):
+    try:
+      rows.append(
+        Row(
+          number,
+          **{name: row[name] for name in COLUMNS if name in row},
+          labels={name: numbers[name][i] for name in labels},
+          part=_part(row),
+        )
+      )
+    except ValueError as e:
+      problems.append((number, str(e)))
   return Listing(root, rows, labels, problems, notes)
 
 
@@ -76,17 +92,43 @@ def _check(manifest: Path, header: list[str]) -> None:
   unknown = [
     name
     for name in header
-    if name not in COLUMNS and not name.startswith(LABEL)
+    if name not in (*COLUMNS, *PART) and not name.startswith(LABEL)
   ]
   # label_a, label_a. and label_a.a are one column.
   columns = {
     _label_part(name) if name.startswith(LABEL) else name for name in header
   }
-  if "path" not in header or unknown or len(columns) < len(header):
+  num_sides = len({*BOX} & {*header})
+  if (
+    "path" not in header
+    or unknown
+    or len(columns) < len(header)
+    or num_sides not in (0, len(BOX))
+  ):
     raise ManifestError(
       f"{manifest}: the header is {header}, expected `path` and optionally "
-      "`subject_id`, `split` and `label_NAME`, separated by commas"
+      "`subject_id`, `split`, `label_NAME`, `start_secs`, `end_secs` and "
+      "all of `x0`, `y0`, `x1`, `y1`, separated by commas"
     )
+
+
+def _part(row: dict[str, str]) -> Part:
+  """Returns the part of the file that a row names.
+
+  Raises:
+    ValueError: a cell is no number, or only some sides of the box are given.
+  """
+  given = {}
+  for name in PART:
+    text = row.get(name, "").strip()
+    if text and (not _is_number(text)):
+      raise ValueError(f"{name} is {text!r}, expected a number")
+    if text:
+      given[name] = float(text)
+  box = tuple(given.pop(name) for name in BOX if name in given)
+  if len(box) not in (0, len(BOX)):
+    raise ValueError("only some of x0, y0, x1, y1 are given")
+  return Part(**given, box=box)
 
 
 def _label_part(column: str) -> tuple[str, str]:

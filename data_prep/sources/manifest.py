@@ -19,7 +19,14 @@ from data_prep import storage
 from data_prep.sources import csv_table, files
 from data_prep.sources.files import is_below
 from data_prep.sources.layouts import LAYOUTS
-from data_prep.sources.listing import Label, Listing, ManifestError, Row
+from data_prep.sources.listing import (
+  WHOLE,
+  Label,
+  Listing,
+  ManifestError,
+  Part,
+  Row,
+)
 from marlin_jax.records import folders
 from marlin_jax.records.cli import counted
 
@@ -41,12 +48,14 @@ class Source:
   """A video to prepare.
 
   Attributes:
-    video_id: path below the root, with forward slashes; unique.
+    video_id: path below the root, with forward slashes, and the part of the
+      file; unique.
     path: path of the video file, or of a folder of pictures.
     subject_id: identity of the person if known, else ''.
     split: 'train', 'val', or another name given by the input.
     labels: numbers by label; NaN if unknown.
     frame_rate: frames per second of a folder of pictures; 0 for a video.
+    part: part of the file that is the video.
   """
 
   video_id: str
@@ -57,6 +66,7 @@ class Source:
     default_factory=dict
   )
   frame_rate: float = 0.0
+  part: Part = WHOLE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +86,11 @@ class Input:
   has_sound: bool
   split_ratios: tuple[float, float]
   notes: list[str]
+
+  @property
+  def is_labelled(self) -> bool:
+    """True if something is said of the person in a video."""
+    return bool(self.labels) or any(s.subject_id for s in self.sources)
 
 
 def read_sources(
@@ -141,13 +156,15 @@ def read_input(
     )
   sources = [
     Source(
-      video_id=_video_id(row.path),
+      video_id=row.video_id,
       path=listing.root / row.path,
       subject_id=row.subject_id,
       split=row.split
-      or split_of(row.subject_id or _video_id(row.path), *ratios),
+      # The parts of a file stay together.
+      or split_of(row.subject_id or Path(row.path).as_posix(), *ratios),
       labels=row.labels,
       frame_rate=row.frame_rate,
+      part=row.part,
     )
     for row in listing.rows
   ]
@@ -272,20 +289,24 @@ def _text_problem(row: Row) -> str | None:
     return f"{shown} is absolute, expected a path relative to the root"
   if ".." in row.path.split("/"):
     return f"{shown} leads out of the root"
-  return None
+  problem = row.part.problem()
+  return f"{shown}: {problem}" if problem else None
 
 
 def _group_problems(rows: list[Row]) -> list[tuple[int, str]]:
   """Returns the problems of rows taken together."""
   problems = []
-  paths: dict[str, Row] = {}
+  videos: dict[str, Row] = {}
   subjects: dict[str, Row] = {}
   with_split = next((row for row in rows if row.split), None)
   for row in rows:
-    same = paths.setdefault(_video_id(row.path), row)
+    same = videos.setdefault(row.video_id, row)
     if same is not row:
       problems.append(
-        (row.number, f"{_shown(row.path)} is listed twice{_in(same)}")
+        (
+          row.number,
+          f"{_shown(row.path + row.part.fragment)} is listed twice{_in(same)}",
+        )
       )
     if with_split is not None and not row.split:
       problem = (
@@ -332,11 +353,6 @@ def _label_problems(listing: Listing) -> list[tuple[int, str]]:
           )
         )
   return problems
-
-
-def _video_id(path: str) -> str:
-  """Normalizes './a//b.mp4' to 'a/b.mp4'."""
-  return Path(path).as_posix()
 
 
 def _is_plain(text: str) -> bool:

@@ -1,6 +1,7 @@
 """YouTube Faces (Wolf, Hassner and Maoz, CVPR 2011): folders of frames.
 
   frame_images_DB/NAME/K/K.FRAME.jpg     the frames of video K of a person
+  frame_images_DB/NAME.labeled_faces.txt where the person's face is (optional)
   splits.txt                             ten folds of pairs, no person in two
   train_set.csv, val_set.csv             MARLIN's split (optional): path,len
 
@@ -10,19 +11,24 @@ github.com/ControlNet/MARLIN, dataset/misc/youtube_face/. If both files lie
 beside the frames, they give the split, and unlisted videos are left out.
 Otherwise the official folds give a split of the same kind and nearly the same
 size: people of the last two folds go to val, all others to train.
+
+Frames have the numbers that they have in the video; at a gap tracks end.
 """
 
 from __future__ import annotations
 
 import csv
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from data_prep.sources.files import read_text
-from data_prep.sources.listing import Listing, ManifestError, Row
+from data_prep.sources.listing import Listing, ManifestError, Part, Row
 
 FRAMES = "frame_images_DB"
 FRAME_RATE = 24.0  # the videos' own, as the paper says
 VAL_FOLDS = (9, 10)
+LABELLED_FACES = ".labeled_faces.txt"
+# Points of a face that are kept: enough to tell it from others.
+MAX_POINTS = 16
 MARLINS_SPLIT = {"train": "train_set.csv", "val": "val_set.csv"}
 
 
@@ -47,24 +53,33 @@ def read(root: Path) -> Listing:
       return marlins.get(f"{person}/{video}", "")
     return "val" if folds.get(person) in VAL_FOLDS else "train"
 
-  rows = [
-    Row(
-      0,
-      video.relative_to(root).as_posix(),
-      subject_id=person.name,
-      split=split_of(person.name, video.name),
-      frame_rate=FRAME_RATE,
-    )
-    for person in folder_of_frames.iterdir()
-    if person.is_dir()
-    for video in person.iterdir()
-    if video.is_dir()
-  ]
+  rows = []
+  num_unlabelled = 0
+  for person in filter(Path.is_dir, folder_of_frames.iterdir()):
+    faces = _labelled_faces(person.with_name(person.name + LABELLED_FACES))
+    num_unlabelled += not faces
+    rows += [
+      Row(
+        0,
+        video.relative_to(root).as_posix(),
+        subject_id=person.name,
+        split=split_of(person.name, video.name),
+        frame_rate=FRAME_RATE,
+        part=Part(face_at=faces.get(video.name, ())),
+      )
+      for video in person.iterdir()
+      if video.is_dir()
+    ]
   if not rows:
     raise ManifestError(
       f"{folder_of_frames} has no folder NAME/K; unpack YouTube Faces there"
     )
   notes = []
+  if num_unlabelled:
+    notes.append(
+      f"NAME{LABELLED_FACES} of {num_unlabelled} people are missing: their "
+      "main face is taken for them."
+    )
   if marlins:
     listed = [row for row in rows if row.split]
     notes.append(
@@ -73,6 +88,34 @@ def read(root: Path) -> Listing:
     )
     rows = listed
   return Listing(root, rows, notes=notes)
+
+
+def _labelled_faces(path: Path) -> dict[str, tuple[tuple[float, ...], ...]]:
+  """Returns the points of `Part.face_at` of each video; {} without the file.
+
+  A line is `NAME\\K\\K.FRAME.jpg,0,x,y,width,height,0.0,1`, x and y the centre.
+  """
+  if not path.is_file():
+    return {}
+  centres: dict[str, dict[int, tuple[float, float]]] = {}
+  for number, line in enumerate(read_text(path).splitlines(), 1):
+    try:
+      name, _, x, y, *_ = line.split(",")
+      _, video, picture = PurePosixPath(name.replace("\\", "/")).parts
+      frame = int(picture.split(".")[-2])
+      centres.setdefault(video, {})[frame] = float(x), float(y)
+    except (ValueError, IndexError) as e:
+      raise ManifestError(
+        f"{path}, line {number} is {line!r}, expected "
+        "'NAME\\K\\K.FRAME.jpg,0,x,y,width,height,0.0,1'"
+      ) from e
+  return {
+    video: tuple(
+      ((frame - min(of)) / FRAME_RATE, *of[frame])
+      for frame in sorted(of)[:: -(-len(of) // MAX_POINTS)]
+    )
+    for video, of in centres.items()
+  }
 
 
 def _marlins_split(root: Path) -> dict[str, str]:

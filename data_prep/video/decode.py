@@ -34,7 +34,9 @@ from data_prep.video.protocol import (
   FRAME,
   MAX_SOUND_SECS,
   SAMPLE_RATE,
+  WHOLE,
   Limits,
+  Span,
   most_frames,
   too_large,
   too_many_frames,
@@ -72,6 +74,7 @@ def open_video(
   limits: Limits = DEFAULT_LIMITS,
   frame_rate: float = 0.0,
   require_sandbox: bool = False,
+  span: Span = WHOLE,
 ) -> Video:
   """Starts the decoder and reads the video's header.
 
@@ -82,6 +85,7 @@ def open_video(
     limits: what the video may cost.
     frame_rate: frames per second of a folder of pictures; 0 for a video.
     require_sandbox: refuse to decode where a layer of the sandbox is missing.
+    span: frames to read; not for a folder of pictures.
 
   Returns:
     The video, a context manager: leaving it ends the decoder.
@@ -90,7 +94,7 @@ def open_video(
     DecodeError: the file is no video that can be opened, or is over a limit.
     DecoderSetupError: PyAV does not load, or the sandbox is not whole.
   """
-  return Video(path, limits, frame_rate, require_sandbox)
+  return Video(path, limits, frame_rate, require_sandbox, span)
 
 
 def read_sound(
@@ -230,10 +234,12 @@ class Video(Decoder):
     limits: Limits,
     frame_rate: float,
     require_sandbox: bool = False,
+    span: Span = WHOLE,
   ) -> None:
     output = str(frame_rate) if frame_rate else "video"
-    super().__init__(path, limits, output, require_sandbox)
+    super().__init__(path, limits, output, require_sandbox, span)
     self._secs: list[float] = []
+    self._has_fixed_rate = frame_rate > 0
     try:
       kind, length = self.read_header()
       self._take_header(self.read_json(length) if kind == b"I" else {})
@@ -290,11 +296,11 @@ class Video(Decoder):
 
     The rate of the container, unless the times of the frames differ from it by
     more than 5% (a variable rate, a wrong or missing header); 0.0 where neither
-    is known.
+    is known. That of a folder of pictures, whatever its gaps.
     """
     rate = self.info.rate
     duration = max(self._secs, default=0.0) - min(self._secs, default=0.0)
-    if duration <= 0:
+    if duration <= 0 or self._has_fixed_rate:
       return rate
     measured = (len(self._secs) - 1) / duration
     return rate if abs(measured - rate) <= 0.05 * rate else measured

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
-from data_prep.video.protocol import MESSAGE, Limits
+from data_prep.video.protocol import MESSAGE, WHOLE, Limits, Span
 from marlin_jax.records.cli import UserError
 
 # Bytes of a message that is not pixels or samples, and notes of one video.
@@ -59,6 +59,7 @@ class Decoder:
     limits: what it may cost.
     output: what the child sends, as the argument of `decoder_process.main`.
     require_sandbox: as for `open_video`.
+    span: span of the video that it sends.
 
   Attributes:
     pid: process and process group of the decoder.
@@ -72,6 +73,7 @@ class Decoder:
     limits: Limits,
     output: str,
     require_sandbox: bool = False,
+    span: Span = WHOLE,
   ) -> None:
     self._limits = limits
     self._secs_left = limits.secs
@@ -79,7 +81,7 @@ class Decoder:
     self.notes: list[str] = []
     file = _open_file(path, output)
     try:
-      self._process = _start_in_thread(file, limits, output)
+      self._process = _start_in_thread(file, limits, output, span)
     finally:
       os.close(file)
     self.pid = self._process.pid
@@ -232,16 +234,16 @@ def _open_file(path: str | os.PathLike, output: str) -> int:
 
 
 def _start_in_thread(
-  file: int, limits: Limits, output: str
+  file: int, limits: Limits, output: str, span: Span
 ) -> subprocess.Popen:
   """Starts the child in a thread that lives as long as this process.
 
   The kernel ends the child with the thread that started it.
   """
   try:
-    started = _starter(os.getpid()).submit(_start, file, limits, output)
+    started = _starter(os.getpid()).submit(_start, file, limits, output, span)
   except RuntimeError:  # Python is ending, and starts no thread
-    return _start(file, limits, output)
+    return _start(file, limits, output, span)
   return started.result()
 
 
@@ -254,7 +256,9 @@ def _starter(pid: int) -> concurrent.futures.ThreadPoolExecutor:
   return concurrent.futures.ThreadPoolExecutor(1, "decoder starter")
 
 
-def _start(file: int, limits: Limits, output: str) -> subprocess.Popen:
+def _start(
+  file: int, limits: Limits, output: str, span: Span
+) -> subprocess.Popen:
   """Starts the child, which inherits `file`, a file descriptor."""
   search = [_ROOT, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
   return subprocess.Popen(
@@ -264,6 +268,7 @@ def _start(file: int, limits: Limits, output: str) -> subprocess.Popen:
       json.dumps(dataclasses.asdict(limits)),
       output,
       str(file),
+      *map(str, span),
     ],
     pass_fds=(file,),
     stdin=subprocess.DEVNULL,

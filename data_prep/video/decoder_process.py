@@ -24,7 +24,7 @@ from data_prep.video import (
   sandbox,
   sound,
 )
-from data_prep.video.protocol import Limits, Refused, send
+from data_prep.video.protocol import WHOLE, Limits, Refused, Span, send
 
 # Decoding is cheaper than finding faces: two threads keep a worker busy, and a
 # fixed number makes the use of memory equal on all machines.
@@ -33,8 +33,8 @@ _NUM_THREADS = 2
 SOUND, ORIGINAL_SOUND, VIDEO, PROBE = "sound", "original_sound", "video", "none"
 
 
-def _decode(limits: Limits, pipe: int) -> None:
-  """Writes the whole video to the pipe.
+def _decode(limits: Limits, span: Span, pipe: int) -> None:
+  """Writes the frames of a span of the video to the pipe.
 
   Raises:
     Refused: the video cannot be decoded to its end.
@@ -44,7 +44,7 @@ def _decode(limits: Limits, pipe: int) -> None:
   with packets.open_input() as container:
     stream = packets.video_stream(container)
     clock = packets.Clock(container, stream, _sound_of(container))
-    _check_size(stream, limits)
+    _check_size(stream, limits, span)
     # By default libav conceals damage and returns the frame as a good one.
     stream.codec_context.options = {"err_detect": "explode"}
     stream.codec_context.thread_count = _NUM_THREADS
@@ -56,12 +56,12 @@ def _decode(limits: Limits, pipe: int) -> None:
     last_secs = -math.inf
     notes = set()
     try:
-      for frame in packets.frames(container, stream, clock):
+      for frame, secs in packets.frames_of(container, stream, clock, span):
         if num_frames == 0:
           size = frame.width, frame.height
           shown_size = converter.width(frame), frame.height
           _check_pixels(*shown_size, limits)
-          _send_info(pipe, frame, stream, shown_size)
+          _send_info(pipe, frame, stream, span, shown_size)
         elif (frame.width, frame.height) != size:
           raise Refused(
             f"frame size changes from {size[0]}x{size[1]} to "
@@ -69,11 +69,7 @@ def _decode(limits: Limits, pipe: int) -> None:
           )
         if num_frames == protocol.most_frames(*shown_size, limits):
           raise Refused(protocol.too_many_frames(*shown_size, limits))
-        secs = math.nan
-        if frame.time is not None:
-          secs = frame.time - (container.start_time or 0) / 1e6
-          # A millisecond on where the file's times go back.
-          secs = last_secs = max(secs, last_secs + 1e-3)
+        last_secs = secs
         pixels.send_frame(pipe, converter(frame), secs)
         for note in _notes(frame, size, shown_size) - notes:
           send(pipe, b"W", note.encode())
@@ -88,8 +84,12 @@ def _decode(limits: Limits, pipe: int) -> None:
     if clock.num_restarts:
       note = f"its times start again {clock.num_restarts} times"
       send(pipe, b"W", note.encode())
-    elif note := _shortfall(stream, num_frames, last_secs):
+    elif note := _shortfall(stream, span, num_frames, last_secs):
       send(pipe, b"W", note.encode())
+  if num_frames == 0 and span != WHOLE:
+    raise Refused(
+      f"no frame from {span.start:g} s to {span.end:g} s; is it the right file?"
+    )
   if num_frames == 0:
     raise Refused("no frame could be decoded")
   send(pipe, b"E")
@@ -101,8 +101,12 @@ _MAX_MISSING_FRAMES = 2
 _MAX_MISSING_SECS = 1.0
 
 
-def _shortfall(stream, num_frames: int, last_secs: float) -> str:
-  """Returns a note if frames are missing that the container announces."""
+def _shortfall(stream, span: Span, num_frames: int, last_secs: float) -> str:
+  """Returns a note if frames are missing that were announced or asked for."""
+  if span.end < math.inf and span.end - last_secs > _MAX_MISSING_SECS:
+    return f"its frames end at {last_secs:.1f} s, before {span.end:g} s"
+  if span != WHOLE:
+    return ""
   missing = stream.frames - num_frames
   if missing > max(_MAX_MISSING_FRAMES, _MAX_MISSING_SHARE * stream.frames):
     return f"it has {num_frames} of the {stream.frames} frames it announces"
@@ -142,18 +146,22 @@ def _notes(
   return notes
 
 
-def _check_size(stream, limits: Limits) -> None:
+def _check_size(stream, limits: Limits, span: Span) -> None:
   """Refuses a video that is too large, before any frame is decoded."""
   _check_pixels(stream.width, stream.height, limits)
+  if span != WHOLE:
+    return
   # Only what the header counts: length times rate is a guess.
   if stream.frames > protocol.most_frames(stream.width, stream.height, limits):
     reason = protocol.too_many_frames(stream.width, stream.height, limits)
     raise Refused(f"{reason}: the container announces {stream.frames}")
 
 
-def _announced_frames(stream) -> int:
+def _announced_frames(stream, span: Span) -> int:
   """Returns the number of frames by the container, 0 where it is unknown."""
   rate = _rate(stream)
+  if span.end < math.inf:
+    return round((span.end - span.start) * rate)
   if stream.frames or not rate:
     return stream.frames
   # Matroska has only the duration of the file, in microseconds.
@@ -181,13 +189,15 @@ def _check_pixels(width: int, height: int, limits: Limits) -> None:
     raise Refused(reason)
 
 
-def _send_info(pipe: int, frame, stream, shown_size: tuple[int, int]) -> None:
+def _send_info(
+  pipe: int, frame, stream, span: Span, shown_size: tuple[int, int]
+) -> None:
   info = {
     "width": shown_size[0],
     "height": shown_size[1],
     "orientation": pixels.orientation(frame),
     "rate": _rate(stream),
-    "announced_frames": _announced_frames(stream),
+    "announced_frames": _announced_frames(stream, span),
   }
   send(pipe, b"I", json.dumps(info).encode())
 
@@ -240,6 +250,9 @@ def main() -> None:
   parser.add_argument(
     "file", type=int, help="descriptor of the open file, or folder"
   )
+  parser.add_argument(
+    "span", type=float, nargs=2, help="start and end in seconds"
+  )
   args = parser.parse_args()
   limits = Limits(**json.loads(args.limits))
   is_folder = args.output not in (SOUND, ORIGINAL_SOUND, VIDEO, PROBE)
@@ -259,7 +272,7 @@ def main() -> None:
     _load_libraries()
     send(pipe, b"L", json.dumps(sandbox.enter(pipe)).encode())
     if args.output == VIDEO:
-      _decode(limits, pipe)
+      _decode(limits, Span(*args.span), pipe)
     elif args.output in (SOUND, ORIGINAL_SOUND):
       sound.decode(pipe, args.output == ORIGINAL_SOUND)
     elif is_folder:

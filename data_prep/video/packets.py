@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import errno
 import heapq
+import itertools
+import math
 from collections.abc import Iterator
 
-from data_prep.video.protocol import Refused
+from data_prep.video.protocol import Refused, Span
 
 # Demuxers of self-contained video files. Playlists (hls, concat, image2, ...)
 # are left out: they make the demuxer open further files.
@@ -29,6 +31,13 @@ MAX_STEP_BACK_SECS = 0.1
 # A longer leap is none of time, in formats of broadcasts.
 MAX_LEAP_SECS = 10.0
 _TIMES_MAY_START_AGAIN = 0x0200  # AVFMT_TS_DISCONT
+
+# Formats with times of presentation and an index of key frames. The times of
+# decoding that it holds are at most so much earlier.
+_INDEXED = ("mov", "matroska")
+_MAX_DELAY_SECS = 1.0
+# Containers round times to milliseconds.
+_ROUNDING_SECS = 1e-3
 
 
 def open_input():
@@ -158,6 +167,82 @@ def frames(container, stream, clock: Clock) -> Iterator:
       yield frame
 
 
+def frames_of(container, stream, clock: Clock, span: Span) -> Iterator[tuple]:
+  """Yields the decoded frames of a span with their times in seconds.
+
+  They are the same, with the same times, as if the file were decoded from its
+  beginning. That is what happens where the format has no index, and where the
+  frames before the span that the index leads to are none or cannot be decoded.
+
+  Args:
+    container: the open file, at its beginning.
+    stream: one of its streams.
+    clock: clock of the file.
+    span: the span.
+
+  Yields:
+    A frame, and its time from the start of the file; NaN where the file has no
+    times, in which case the span has to be all of it.
+
+  Raises:
+    Refused: as for `frames`.
+  """
+  import av
+
+  timed = _timed(container, stream, clock)
+  first: list[tuple] | None = []
+  if span.start and container.format.name.split(",")[0] in _INDEXED:
+    try:
+      _seek(container, stream, span.start - _MAX_DELAY_SECS)
+      first = _first_in(timed, span)
+    except (av.FFmpegError, ValueError, Refused) as e:
+      if isinstance(e, MemoryError):
+        raise
+      first = None
+    if first is None:
+      _seek(container, stream, -_MAX_DELAY_SECS)
+      clock.begin()
+      timed = _timed(container, stream, clock)
+  for frame, secs in itertools.chain(first or [], timed):
+    if secs >= span.end - _ROUNDING_SECS:
+      return
+    if math.isnan(secs) and span != Span():
+      raise Refused("it has no times, so that no span can be taken")
+    if not secs < span.start - _ROUNDING_SECS:
+      yield frame, secs
+
+
+def _first_in(timed: Iterator[tuple], span: Span) -> list[tuple] | None:
+  """Returns the first frame of a span, in a list; [] if there is none.
+
+  None if there is no frame before it: then others may be missing, too.
+  """
+  is_found = False
+  for frame, secs in timed:
+    if not secs < span.start - _ROUNDING_SECS:
+      return [(frame, secs)] if is_found else None
+    is_found = True
+  return []
+
+
+def _seek(container, stream, secs: float) -> None:
+  """Moves to the last key frame at a time, or to the first one."""
+  secs += (container.start_time or 0) / 1e6
+  container.seek(int(secs / stream.time_base), stream=stream)
+
+
+def _timed(container, stream, clock: Clock) -> Iterator[tuple]:
+  """Yields the decoded frames with their times in seconds, which ascend."""
+  last_secs = -math.inf
+  for frame in frames(container, stream, clock):
+    secs = math.nan
+    if frame.time is not None:
+      secs = frame.time - (container.start_time or 0) / 1e6
+      # A millisecond on where the file's times go back.
+      secs = last_secs = max(secs, last_secs + 1e-3)
+    yield frame, secs
+
+
 def _is_mp3(data: bytes) -> bool:
   """Returns whether data begins as a frame of MPEG audio does."""
   if len(data) < 4:
@@ -191,6 +276,10 @@ class Clock:
   def __init__(self, container, *streams) -> None:
     self.streams = [stream for stream in streams if stream is not None]
     self._may_leap = bool(container.format.flags & _TIMES_MAY_START_AGAIN)
+    self.begin()
+
+  def begin(self) -> None:
+    """Forgets all packets, for a file that is read again from its beginning."""
     # Seconds to add, for each part.
     self._shifts = [0.0]
     self._part = {stream.index: 0 for stream in self.streams}

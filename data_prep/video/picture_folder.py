@@ -1,5 +1,8 @@
 """Decodes a folder whose pictures are the frames of a video.
 
+The last numbers in their names are those of the frames: a missing number is a
+pause.
+
 The decoder may open no file, so another process opens them: `start_reader`
 forks one, which decodes nothing and sends their bytes through a pipe.
 """
@@ -90,6 +93,7 @@ def decode(frame_rate: float, limits: Limits, pipe: int) -> None:
   size = 0, 0
   with open(0, "rb", closefd=False) as file:
     (num_pictures,) = _COUNT.unpack(file.read(_COUNT.size))
+    numbers = _Numbers()
     for i, (name, data) in enumerate(_pictures(file, num_pictures)):
       try:
         with av.open(
@@ -120,10 +124,31 @@ def decode(frame_rate: float, limits: Limits, pipe: int) -> None:
           f"picture {name} is {frame.width}x{frame.height}, the first is "
           f"{size[0]}x{size[1]}"
         )
-      pixels.send_frame(pipe, converter(frame), i / frame_rate)
+      pixels.send_frame(pipe, converter(frame), numbers.next(name) / frame_rate)
   if not num_pictures:
     raise Refused(f"no picture in the folder (by suffix: {' '.join(PICTURES)})")
   send(pipe, b"E")
+
+
+class _Numbers:
+  """Numbers of frames from 0 on, from the names of their pictures."""
+
+  def __init__(self) -> None:
+    self._last: tuple[int, int] | None = None
+
+  def next(self, name: str) -> int:
+    """Returns the number of the next frame.
+
+    It is the next one also where the name has no number, or none that ascends.
+    """
+    written = re.findall("[0-9]+", PurePath(name).stem)[-1:]
+    at = int(written[0]) if written else -1
+    number = 0
+    if self._last is not None:
+      last, last_at = self._last
+      number = last + (at - last_at if at > last_at >= 0 else 1)
+    self._last = number, at
+    return number
 
 
 def _pictures(

@@ -16,8 +16,10 @@ A message is a kind (one byte), a length, and so many bytes:
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import struct
+from typing import NamedTuple
 
 SAMPLE_RATE = 16_000
 # Two hours: 230 MB of samples in the parent.
@@ -25,6 +27,21 @@ MAX_SOUND_SECS = 7200
 
 MESSAGE = struct.Struct("<cI")
 FRAME = struct.Struct("<dI")
+
+
+class Span(NamedTuple):
+  """A span of a video.
+
+  Attributes:
+    start: time in seconds of its first frame.
+    end: time in seconds from which on frames are no longer part of it.
+  """
+
+  start: float = 0.0
+  end: float = math.inf
+
+
+WHOLE = Span()
 
 
 @dataclasses.dataclass(frozen=True)

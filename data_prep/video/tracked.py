@@ -19,12 +19,17 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from data_prep.faces import boxes, tracking
+from data_prep.faces import boxes, main_face, tracking
 from data_prep.faces.face_finder import FaceFinder
+from data_prep.sources.listing import WHOLE, Part
 from data_prep.video import decode, frame_rate
+from data_prep.video.protocol import Span
 
 # A shorter track is noise, unless the whole video is no longer.
 MIN_TRACK_FRAMES = 15
+# The frames of a part hold its box, and around it this share of its longer
+# side: detectors and crops need more than the face.
+BOX_MARGIN = 0.25
 # Share of the time that finding a face takes; the second decoding and the
 # cropping take the rest.
 FINDING_SHARE = 0.9
@@ -44,6 +49,8 @@ class VideoFrames:
       them as they are.
     limits: what the video may cost.
     frame_rate: frames per second of a folder of pictures; 0 for a video.
+    part: part of the file that is the video. Of a box, frames hold the
+      `region_of`.
     max_secs: longest video in seconds; checked where `fps` is set.
     fill_pauses: repeat a frame through each pause, see `frame_rate.resampled`;
       else tracks end at a pause of more than `frame_rate.MAX_PAUSE_SECS`. Only
@@ -55,6 +62,7 @@ class VideoFrames:
   fps: float = 0.0
   limits: decode.Limits = decode.DEFAULT_LIMITS
   frame_rate: float = 0.0
+  part: Part = WHOLE
   max_secs: float = math.inf
   fill_pauses: bool = False
   require_sandbox: bool = False
@@ -75,14 +83,44 @@ class VideoFrames:
       decode.DecoderSetupError: no video can be decoded on this machine.
     """
     with decode.open_video(
-      self.path, self.limits, self.frame_rate, self.require_sandbox
+      self.path,
+      self.limits,
+      self.frame_rate,
+      self.require_sandbox,
+      Span(self.part.start_secs, self.part.end_secs),
     ) as video:
-      yield video, self._resampled(video) if self.fps else iter(video)
+      frames = iter(video)
+      if self.part.box:
+        frames = self._cut(video)
+      yield video, self._resampled(video, frames) if self.fps else frames
+
+  def region_of(self, info: decode.VideoInfo) -> tuple[int, int, int, int]:
+    """Returns the pixels that frames hold, x0, y0, x1, y1 in the file's frames.
+
+    Of a part with a box, it and `BOX_MARGIN`.
+    """
+    if not self.part.box:
+      return 0, 0, info.width, info.height
+    scale = np.array([info.width, info.height] * 2)
+    x0, y0, x1, y1 = np.array(self.part.box) * scale
+    margin = BOX_MARGIN * max(x1 - x0, y1 - y0)
+    return (
+      max(math.floor(x0 - margin), 0),
+      max(math.floor(y0 - margin), 0),
+      min(math.ceil(x1 + margin), info.width),
+      min(math.ceil(y1 + margin), info.height),
+    )
+
+  def _cut(self, video: decode.Video) -> Iterator[tuple[np.ndarray, float]]:
+    x0, y0, x1, y1 = self.region_of(video.info)
+    for frame, secs in video:
+      # A copy, so that the whole frame is freed.
+      yield np.ascontiguousarray(frame[y0:y1, x0:x1]), secs
 
   def _resampled(
-    self, video: decode.Video
+    self, video: decode.Video, frames: Iterator[tuple[np.ndarray, float]]
   ) -> Iterator[tuple[np.ndarray, float]]:
-    frames = frame_rate.resampled(video, self.fps, self.fill_pauses)
+    frames = frame_rate.resampled(frames, self.fps, self.fill_pauses)
     size = video.info.width, video.info.height
     most = decode.most_frames(*size, self.limits)
     for num_frames, frame in enumerate(frames):
@@ -116,11 +154,15 @@ class TrackedVideo:
   Attributes:
     num_frames: N, at the rate that `source` brings them to.
     num_decoded_frames: frames of the file.
-    size: width and height in pixels.
+    size: width and height of the frames in pixels.
+    offset: x and y of the frames within those of the file.
     fps: frames per second.
     notes: see `decode.Video`.
+    secs: N times of the frames in seconds.
     tracks: the tracks of at least `MIN_TRACK_FRAMES` frames, or of all frames
-      of a shorter video, numbered from 0.
+      of a shorter video, numbered from 0; those of the person, where `source`
+      says where that is.
+    num_others: number of the tracks of others.
 
   Raises:
     decode.DecodeError, decode.DecoderSetupError: as for `VideoFrames.open`.
@@ -141,6 +183,7 @@ class TrackedVideo:
     # Frames and their times; None where they do not fit into memory.
     self._kept: list[tuple[np.ndarray, float]] | None = []
     self.num_frames = 0
+    self.secs: list[float] = []
     # Frames that follow a pause which is not filled.
     self._after_pauses: list[int] = []
     with source.open() as (video, frames):
@@ -151,7 +194,9 @@ class TrackedVideo:
         min_frames=1,
       )
       self.num_decoded_frames = video.num_frames
-      self.size = video.info.width, video.info.height
+      self._file_size = video.info.width, video.info.height
+      x0, y0, x1, y1 = source.region_of(video.info)
+      self.size, self.offset = (x1 - x0, y1 - y0), (x0, y0)
       self.fps = source.fps or video.fps
       self.notes = video.notes
     min_frames = min(MIN_TRACK_FRAMES, self.num_frames)
@@ -160,10 +205,19 @@ class TrackedVideo:
     ]
     parts.sort(key=lambda track: track.first_frame)
     long_enough = [track for track in parts if len(track) >= min_frames]
-    self.tracks: list[tracking.Track] = [
-      dataclasses.replace(track, track_id=track_id)
-      for track_id, track in enumerate(long_enough)
-    ]
+    of_person = self._of_person(long_enough)
+    self.num_others = len(long_enough) - len(of_person)
+    self.tracks = main_face.numbered(of_person)
+
+  def _of_person(self, tracks: list[tracking.Track]) -> list[tracking.Track]:
+    """Returns the tracks of the person of the part, if it names one."""
+    part = self._source.part
+    if part.face_at:
+      tracks = main_face.at_points(tracks, self.secs, part.face_at)
+    if part.box:
+      box = np.array(part.box) * np.tile(self._file_size, 2)
+      tracks = main_face.in_box(tracks, box - np.tile(self.offset, 2))
+    return tracks
 
   def _first_pass(
     self,
@@ -172,12 +226,12 @@ class TrackedVideo:
     keep_bytes: int,
   ) -> Iterator[np.ndarray]:
     """Yields frames, counts them, and keeps them while they fit."""
-    last_secs = math.inf
+    rate = self._source.fps or self._source.frame_rate
     for frame, secs in frames:
-      # The first frame, and constant rates without a skip, are no pause.
-      if self._source.fps and (secs - last_secs) * self._source.fps > 1.5:
+      # Constant rates without a skip are no pause.
+      if rate and self.secs and (secs - self.secs[-1]) * rate > 1.5:
         self._after_pauses.append(self.num_frames)
-      last_secs = secs
+      self.secs.append(secs)
       self.num_frames += 1
       if self.num_frames * frame.nbytes > keep_bytes:
         self._kept = None

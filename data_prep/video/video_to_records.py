@@ -18,8 +18,9 @@ from typing import Self
 
 import numpy as np
 
-from data_prep.faces import boxes, face_finder, tracking
+from data_prep.faces import boxes, face_finder, main_face, tracking
 from data_prep.regions import parsers, track_labels
+from data_prep.sources.listing import Part
 from data_prep.sources.manifest import Source
 from data_prep.video import decode
 from data_prep.video.tracked import TrackedVideo, VideoFrames
@@ -46,6 +47,11 @@ KEPT = "kept"
 NO_FACE = "without a face"
 QUARANTINED = "quarantined"
 NO_FACE_REASON = "no face found"
+NO_PERSON_REASON = "no face where the input says that the person is"
+
+# Whose tracks are kept: those of all faces, or one track of the main face.
+ALL, MAIN = FACES = ("all", "main")
+OTHERS_NOTE = "tracks of other faces than the main one are left out"
 
 # Called with the share of the video that is done and the number of frames.
 Progress = Callable[[float, float], None]
@@ -63,6 +69,8 @@ class Settings:
     fps: frames per second that every video is brought to; 0 leaves them as
       they are.
     parser: parser that labels the faces.
+    faces: ALL, or MAIN for the track with the largest side x length. Where the
+      source says where its person is, MAIN keeps all tracks of that person.
     require_sandbox: refuse to decode where the decoder's sandbox is not whole.
   """
 
@@ -71,6 +79,7 @@ class Settings:
   has_sound: bool = False
   fps: float = 0.0
   parser: parsers.ParserChoice = parsers.DEFAULT
+  faces: str = ALL
   require_sandbox: bool = False
 
   def __post_init__(self) -> None:
@@ -176,7 +185,7 @@ def process_video(
   if not video.tracks:
     return Outcome(
       NO_FACE,
-      NO_FACE_REASON,
+      NO_PERSON_REASON if video.num_others else NO_FACE_REASON,
       num_decoded_frames=video.num_decoded_frames,
       notes=video.notes,
     )
@@ -262,6 +271,7 @@ class _RecordCutter:
         settings.fps,
         settings.limits,
         source.frame_rate,
+        self._part(),
         require_sandbox=settings.require_sandbox,
       ),
       self._models.finder,
@@ -270,9 +280,25 @@ class _RecordCutter:
       finding_share=1.0,
     )
     if self.video.tracks:
+      self._keep_main_face()
       yield from self._cut()
     if _version(source.path) != version:
       raise decode.DecodeError("the file was changed while it was read")
+
+  def _part(self) -> Part:
+    part = self._source.part
+    if self._settings.faces == ALL:
+      # The whole of a video: also those who are beside the person.
+      part = dataclasses.replace(part, face_at=())
+    return part
+
+  def _keep_main_face(self) -> None:
+    video = self.video
+    num_tracks = len(video.tracks)
+    if self._settings.faces == MAIN and not self._source.part.face_at:
+      video.tracks = main_face.numbered(main_face.largest(video.tracks))
+    if len(video.tracks) < num_tracks + video.num_others:
+      video.notes.append(OTHERS_NOTE)
 
   def _cut(self) -> Iterator[bytes]:
     source, video = self._source, self.video
@@ -291,7 +317,7 @@ class _RecordCutter:
         segment.add(frame, i, secs)
       for segment in [s for s in active if s.is_full]:
         active.remove(segment)
-        record = segment.record(source, video.fps)
+        record = segment.record(source, video.fps, video.offset)
         if sound is not None:
           record = sound.added_to(record, segment.last_secs)
         self.quality.append(quality_index.row_of(record))
@@ -352,8 +378,16 @@ class _Segment:
     )
     self._labeller.add(frame, box, landmarks)
 
-  def record(self, source: Source, fps: float) -> schema.Record:
-    """Returns the segment as a record, without sound."""
+  def record(
+    self, source: Source, fps: float, offset: tuple[int, int]
+  ) -> schema.Record:
+    """Returns the segment as a record, without sound.
+
+    Args:
+      source: the video.
+      fps: its frames per second.
+      offset: x and y of its frames within those of the file.
+    """
     parsed = self._labeller.finish()
     size = schema.FRAME_SIZE
     label_maps = np.zeros((len(parsed), size, size), np.uint8)
@@ -367,7 +401,7 @@ class _Segment:
       frames=self._jpegs,
       regions=bits,
       parsing=schema.compress_parsing(label_maps),
-      boxes=self._track.boxes[self._rows],
+      boxes=self._track.boxes[self._rows] + np.float32([*offset, *offset]),
       video_id=source.video_id,
       track_id=self._track.track_id,
       segment=self._number,

@@ -91,6 +91,11 @@ def list_videos(inputs: Iterable[str | os.PathLike]) -> list[Video]:
       raise InputError(str(e)) from e
     for source in sources:
       name, path = source.video_id, source.path
+      if source.part.fragment:
+        raise InputError(
+          f"{input_path} names parts of videos, such as {name!r}, which only "
+          "data_prep.prepare reads; give its data set instead"
+        )
       video = Video(name, path, path.stat().st_size)
       other = videos.setdefault(name, video)
       if not other.path.samefile(path):

@@ -14,7 +14,8 @@ import grain
 import numpy as np
 import pytest
 
-from data_prep.output import dataset_folder
+from data_prep.inspection import folder_checks
+from data_prep.output import dataset_folder, ledger
 from data_prep.sources import manifest
 from data_prep.video import decode, decoder_child, video_to_records
 from marlin_jax.records import quality_index, schema
@@ -484,6 +485,50 @@ def test_manifest_gives_subjects_and_splits(videos, tmp_path):
     "train": ["1"],
     "val": ["1"],
   }
+
+
+# --- Parts, and whose face ----------------------------------------------------
+
+
+def test_parts_of_a_file_are_videos_and_labels_are_of_the_main_face(
+  videos, tmp_path
+):
+  table, output = tmp_path / "m.csv", tmp_path / "out"
+  table.write_text(
+    "path,start_secs,end_secs,label_mood\n"
+    "16 frames.mp4,0,0.2,calm\n16 frames.mp4,0.2,,loud\n"
+  )
+  args = ("--input", table, "--root", videos, "--output", output)
+  result = run_prepare(*args)
+  assert result.returncode == 0, result.stderr
+  records = read_records(output)
+  assert [(r.video_id, len(r)) for r in records] == [
+    ("16 frames.mp4#t=0,0.2", 6),
+    ("16 frames.mp4#t=0.2", 10),
+  ]
+  assert [r.labels["mood"].tolist() for r in records] == [[0], [1]]
+  assert json.loads((output / "settings.json").read_text())["faces"] == "main"
+  assert "Nothing to do" in run_prepare(*args).stdout
+  # They are no copies of each other.
+  lines = read_lines(output / "videos.jsonl")
+  assert lines[0]["sha256"] == lines[1]["sha256"]
+  entries = {line["video_id"]: ledger.Entry(**line) for line in lines}
+  assert folder_checks.notes(entries) == []
+
+
+def test_data_sets_older_than_the_choice_of_faces_keep_all(
+  dataset, videos, tmp_path
+):
+  path = dataset / "settings.json"
+  settings = json.loads(path.read_text())
+  assert settings.pop("faces") == "all"
+  path.write_text(json.dumps(settings))
+  before = content(dataset)
+  result = run_prepare("--input", videos, "--output", dataset)
+  assert "is complete" in result.stdout
+  assert content(dataset) == before
+  message = failure("--input", videos, "--output", dataset, "--faces", "main")
+  assert "faces was 'all' and is now 'main'" in message
 
 
 # --- Errors -------------------------------------------------------------------

@@ -18,6 +18,7 @@ RECIPE = {
   "schema_version": schema.SCHEMA_VERSION,
   "segment_frames": 64,
   "has_sound": False,
+  "faces": "all",
 }
 
 

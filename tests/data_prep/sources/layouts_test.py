@@ -152,7 +152,13 @@ def ytf(tmp_path) -> Path:
     for k in (0, 3):
       folder = f"frame_images_DB/{person}/{k}"
       touch(tmp_path, f"{folder}/{k}.9.jpg", f"{folder}/{k}.10.jpg")
-    touch(tmp_path, f"frame_images_DB/{person}.labeled_faces.txt")
+    faces = [
+      f"{person}\\{k}\\{k}.{frame}.jpg,0,{frame},165,132,132,0.0,1"
+      for k in (0, 3)
+      for frame in (9, 10)
+    ]
+    path = tmp_path / f"frame_images_DB/{person}.labeled_faces.txt"
+    path.write_text("\r\n".join(faces))
   touch(tmp_path, "frame_images_DB/Nobody_Paired/1/1.1.jpg")
   pairs = [
     f"{fold}, {name}/0, {name}/3, 1" for fold, name in enumerate(people, 1)
@@ -171,6 +177,12 @@ def test_youtube_faces_are_split_by_the_official_folds(ytf):
     last = person in ("Person_I", "Person_J")
     assert source.split == ("val" if last else "train")
     assert source.frame_rate == 24
+    points = ((0, 9, 165), (pytest.approx(1 / 24), 10, 165))
+    assert source.part.face_at == (() if person == "Nobody_Paired" else points)
+  assert found.notes == [
+    "NAME.labeled_faces.txt of 1 people are missing: their main face is taken "
+    "for them."
+  ]
 
 
 def test_youtube_faces_are_split_as_marlins_authors_did(ytf):
@@ -184,9 +196,15 @@ def test_youtube_faces_are_split_as_marlins_authors_did(ytf):
     "frame_images_DB/Person_I/0": "train",
     "frame_images_DB/Person_I/3": "train",
   }
-  assert found.notes == [
+  assert found.notes[-1:] == [
     "MARLIN's split: 3 of its 4 videos exist; 18 others are left out."
   ]
+
+
+def test_youtube_faces_whose_labels_are_malformed_are_refused(ytf):
+  path = ytf / "frame_images_DB/Person_B.labeled_faces.txt"
+  path.write_text("Person_B\\0\\0.9.jpg,0,x\n")
+  assert "Person_B.labeled_faces.txt, line 1 is" in error(ytf, "ytf")
 
 
 def test_youtube_faces_with_a_person_in_two_folds_are_refused(ytf):

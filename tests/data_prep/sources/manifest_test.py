@@ -1,10 +1,13 @@
 """Inputs become safe paths, unique ids and stable splits, or one error."""
 
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from data_prep.sources.listing import Part, fragment_of
 from data_prep.sources.manifest import ManifestError, read_input, read_sources
 
 
@@ -189,10 +192,56 @@ def test_long_lists_of_bad_rows_are_cut(folder):
       "path,subject_id,split\nb.mp4,s,a\na.MKV,s,b\n",
       "row 3: subject 's' is in split 'b', but in 'a' (row 2)",
     ),
+    ("path,x0,y0,x1\nb.mp4,0,0,1\n", "the header is"),
+    ("path,end_secs\nb.mp4,1:20\n", "row 2: end_secs is '1:20', expected a"),
+    ("path,start_secs\nb.mp4,inf\n", "row 2: start_secs is 'inf'"),
+    (
+      "path,start_secs,end_secs\nb.mp4,5,2\n",
+      "row 2: 'b.mp4': it starts at 5 s and ends at 2 s",
+    ),
+    (
+      "path,x0,y0,x1,y1\nb.mp4,10,20,100,200\n",
+      "row 2: 'b.mp4': its box is 10, 20, 100, 200, expected x0 < x1",
+    ),
+    ("path,x0,y0,x1,y1\nb.mp4,0,0,1,\n", "row 2: only some of x0, y0, x1, y1"),
+    (
+      "path,start_secs\nb.mp4,1\nb.mp4,1.0\n",
+      "row 3: 'b.mp4#t=1' is listed twice (row 2)",
+    ),
   ],
 )
 def test_malformed_csv_is_an_error_with_row_number(folder, text, problem):
   assert problem in error(write(folder / "m.csv", text))
+
+
+def test_rows_of_one_file_are_videos_with_ids_of_their_own(folder):
+  manifest = write(
+    folder / "m.csv",
+    "path,start_secs,end_secs,x0,y0,x1,y1\n"
+    "b.mp4,81.62,86.17,0.1964,0,.6922,0.8815\nb.mp4,90,,,,,\nb.mp4,,5,,,,\n"
+    "a.MKV,,,,,,\n",
+  )
+  found = {s.video_id: s for s in read_input(manifest, val_ratio=0.5).sources}
+  assert [*found] == [
+    "a.MKV",
+    "b.mp4#t=0,5",
+    "b.mp4#t=81.62,86.17&box=0.1964,0,0.6922,0.8815",
+    "b.mp4#t=90",
+  ]
+  parts = [source.part for source in found.values()]
+  assert parts == [
+    Part(),
+    Part(end_secs=5),
+    Part(81.62, 86.17, (0.1964, 0, 0.6922, 0.8815)),
+    Part(90),
+  ]
+  for source in found.values():
+    assert Part.from_json(json.loads(json.dumps(asdict(source.part)))) == (
+      source.part
+    )
+    assert fragment_of(source.video_id) == source.part.fragment
+  # The parts of a file do not come apart.
+  assert len({s.split for s in found.values() if s.path.name == "b.mp4"}) == 1
 
 
 def test_manifest_that_is_no_text_is_an_error(folder):

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import simplejpeg
 
+from data_prep.faces import boxes
+from data_prep.sources.listing import Part
 from data_prep.sources.manifest import Source
 from data_prep.video import decode, video_to_records
 from data_prep.video.video_to_records import segment_lengths
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.records import mel_spectrogram, quality_index, schema
+from tests.support import scenes
 from tests.support.videos import moving_noise, shared_video, write_video
 
 
@@ -215,6 +218,113 @@ def test_a_folder_of_pictures_gives_what_its_video_gives(
     schema.decode_frames(r, range(20)).astype(int) for r in (record, expected)
   ]
   assert np.abs(crops[0] - crops[1]).mean() < 4
+
+
+def test_a_missing_picture_is_a_pause_that_ends_tracks(
+  carphone_frames, models, tmp_path
+):
+  for i, frame in enumerate(carphone_frames[:40]):
+    number = 100 + i + 7 * (i >= 20)
+    jpeg = simplejpeg.encode_jpeg(frame, 95, colorsubsampling="444")
+    (tmp_path / f"3.{number}.jpg").write_bytes(jpeg)
+  source = Source("Ann/3", tmp_path, "Ann", "val", frame_rate=24.0)
+  outcome, records = run(tmp_path, models, source=source)
+  assert outcome.num_tracks == len(records) == 2
+  starts = [record.start_secs for record in records]
+  assert starts == pytest.approx([0, 27 / 24])
+  assert [record.fps for record in records] == [24, 24]
+  assert [len(record) for record in records] == [20, 20]
+
+
+# --- Whose face ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_faces(carphone_frames, tmp_path_factory):
+  """A large and a small face, side by side in 480x240, for 30 frames."""
+  frames = []
+  for picture in carphone_frames[:30]:
+    frame = scenes.room(240, 480)
+    scenes.paste(frame, picture, 10, 40)
+    scenes.paste(frame, scenes.scaled(picture, 1.5), 210, 10)
+    frames.append(frame)
+  path = tmp_path_factory.mktemp("two") / "v.mp4"
+  return write_video(path, frames, rate=25, crf="10", preset="veryfast")
+
+
+@pytest.fixture(scope="module")
+def all_faces(two_faces, models):
+  """The outcome and both records."""
+  return run(two_faces, models)
+
+
+def centres(records):
+  """Returns the x of each record's crops."""
+  return [float(r.boxes[:, [0, 2]].mean()) for r in records]
+
+
+def test_the_main_face_is_the_largest_and_others_are_told(
+  two_faces, models, all_faces
+):
+  outcome, records = all_faces
+  assert centres(records) == pytest.approx([97, 340], abs=25)
+  assert outcome.notes == []
+  outcome, (record,) = run(two_faces, models, faces=video_to_records.MAIN)
+  np.testing.assert_array_equal(record.boxes, records[1].boxes)
+  assert record.frames == records[1].frames
+  assert (record.track_id, outcome.num_tracks) == (0, 1)
+  assert outcome.notes == [video_to_records.OTHERS_NOTE]
+
+
+def test_the_main_face_is_where_the_source_says(two_faces, models, all_faces):
+  points = Part(face_at=((0.0, 95, 105), (1.0, 95, 105)))
+  source = Source("id", two_faces, "Ann", "train", part=points)
+  _, (record,) = run(two_faces, models, source=source, faces="main")
+  assert record.frames == all_faces[1][0].frames
+  # All faces are all.
+  _, records = run(two_faces, models, source=source)
+  assert len(records) == 2
+  nobody = Part(face_at=((0.0, 200, 5),))
+  source = Source("id", two_faces, "Ann", "train", part=nobody)
+  outcome, _ = run(two_faces, models, source=source, faces="main")
+  assert outcome.status == video_to_records.NO_FACE
+  assert "no face where the input says" in outcome.reason
+
+
+@pytest.mark.parametrize("fps", [0.0, 10.0])
+def test_a_part_gives_its_frames_of_the_face_in_its_box(two_faces, models, fps):
+  _, (left, _) = run(two_faces, models, fps=fps)
+  # Around the face of 56 pixels, in fractions of 480x240.
+  box = (60 / 480, 70 / 240, 130 / 480, 145 / 240)
+  part = Part(0.4, 1.0, box)
+  source = Source("id", two_faces, "", "train", part=part)
+  outcome, (record,) = run(two_faces, models, source=source, fps=fps)
+  rate = fps or 25
+  assert len(record) == round(0.6 * rate)
+  assert outcome.num_decoded_frames == 15
+  assert record.start_secs == pytest.approx(0.4)
+  # The same face in pixels of the whole frame.
+  rows = slice(round(0.4 * rate), round(1.0 * rate))
+  np.testing.assert_allclose(record.boxes, left.boxes[rows], atol=3)
+  with decode.open_video(two_faces) as video:
+    whole = {round(secs, 2): frame for frame, secs in video}
+  # 4 frames at 10 per second are 10 of the file's 25.
+  for i in (0, 4):
+    frame = whole[round(0.4 + i / rate, 2)]
+    expected = boxes.crop_frame(frame, record.boxes[i]).astype(int)
+    crop = schema.decode_frames(record, [i])[0]
+    assert np.abs(crop - expected).mean() < 3
+
+
+def test_a_part_has_its_own_sound(models):
+  path = shared_video("video01.mp4")
+  source = Source("id", path, "", "train", part=Part(2.0, 3.5))
+  _, (record,) = run(path, models, source=source, has_sound=True)
+  start = round(16_000 * record.start_secs)
+  assert record.start_secs == pytest.approx(2.0, abs=1 / 30)
+  samples = np.frombuffer(record.audio, "<i2")
+  whole = decode.read_sound(path)
+  np.testing.assert_array_equal(samples, whole[start:][: len(samples)])
 
 
 def test_damaged_and_missing_pictures_are_refused(models, tmp_path):
