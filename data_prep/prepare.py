@@ -15,6 +15,7 @@ import importlib.util
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 
 # Kinds of notes in the summary.
 MAX_NOTES = 5
+
+
+class _TooManyFailedError(UserError):
+  """Too many videos failed because of this machine."""
 
 
 class _NothingKept(UserError):
@@ -81,6 +86,7 @@ def _run(args: argparse.Namespace) -> None:
     videos,
     task,
   ) as folder:
+    storage.remove_scratch()
     plan = folder.plan(settings, args.retry_quarantined)
     num_videos = counted(plan.num_videos, "video")
     if args.task_count > 1:
@@ -110,6 +116,7 @@ def _run(args: argparse.Namespace) -> None:
     else:
       _run_pool(folder, plan, settings, args.num_workers)
     if args.task_count > 1:
+      _check_failed(folder.own_entries, args.max_failed_ratio)
       print(
         f"Task {args.task_index} of {args.task_count} is done. After all "
         f"tasks, complete {args.output} with the same command without "
@@ -122,6 +129,7 @@ def _run(args: argparse.Namespace) -> None:
     # --- Ledgers and TFDS -----------------------------------------------------
     folder.write_ledgers()
     entries = folder.entries
+    _check_failed(entries, args.max_failed_ratio)
     if not any(entry.num_records for entry in entries):
       folder.remove_parts()
       raise _NothingKept(_nothing_kept(folder.path, entries))
@@ -174,6 +182,23 @@ def fetch_models(choice: ParserChoice) -> None:
   choice.model_file()
 
 
+def _check_failed(entries: Sequence[ledger.Entry], max_ratio: float) -> None:
+  """Raises _TooManyFailedError if more videos failed than may."""
+  failed = {e.video_id: e.reason for e in entries if e.is_failed}
+  if len(failed) > max_ratio * len(entries):
+    raise _TooManyFailedError(
+      "\n".join(
+        [
+          f"{len(failed)} of {counted(len(entries), 'video')} failed, which is "
+          f"more than --max_failed_ratio={max_ratio:g}. Not the videos are to "
+          "blame, but this machine:",
+          *cli.reasons(failed),
+          "The same command tries them again, and only them.",
+        ]
+      )
+    )
+
+
 # --- Messages -----------------------------------------------------------------
 
 
@@ -197,8 +222,13 @@ def _summary(
       f"  {split}: "
       + ", ".join(counted(number, noun) for noun, number in counts.items())
     )
-  refused = len(entries) - statuses[video_to_records.KEPT]
-  if refused:
+  if statuses[video_to_records.FAILED]:
+    lines.append(
+      f"  failed: {statuses[video_to_records.FAILED]}, because of this "
+      "machine; the same command tries them again:"
+    )
+    lines += cli.reasons({e.video_id: e.reason for e in entries if e.is_failed})
+  if statuses.keys() & {video_to_records.QUARANTINED, video_to_records.NO_FACE}:
     lines.append(
       f"  left out: {statuses[video_to_records.QUARANTINED]} quarantined, "
       f"{statuses[video_to_records.NO_FACE]} without a face; see "
@@ -335,6 +365,14 @@ def _parser() -> argparse.ArgumentParser:
     action="store_true",
     help="process quarantined videos again",
   )
+  add(
+    "--max_failed_ratio",
+    type=_share,
+    default=0.05,
+    help="share of videos that may fail because of this machine (a full disk, "
+    "a killed process, a network), after two more tries; beyond it the exit "
+    "code is 1 and the data set stays unfinished. Every run tries them again",
+  )
   _add_many_machines(parser)
   _add_limits(parser)
   return parser
@@ -423,6 +461,13 @@ def _ratio(text: str) -> float:
   value = float(text)
   if not 0 <= value < 1:
     raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+  return value
+
+
+def _share(text: str) -> float:
+  value = float(text)
+  if not 0 <= value <= 1:
+    raise argparse.ArgumentTypeError(f"{text} is not in [0, 1]")
   return value
 
 

@@ -10,10 +10,16 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import errno
+import fcntl
+import functools
 import os
+import re
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Sequence
+from multiprocessing import util
 from pathlib import Path
 
 from marlin_jax.records import folders
@@ -67,7 +73,8 @@ def status(path: Path) -> tuple[bool, int, float]:
   Raises:
     OSError: there is no such file.
   """
-  info = path.stat()
+  with _bucket_errors(path):
+    info = path.stat()
   if folders.is_remote(path):
     return info.is_directory, info.length or 0, float(info.mtime)
   return stat.S_ISDIR(info.st_mode), info.st_size, info.st_mtime
@@ -93,14 +100,15 @@ def local(path: Path) -> Iterator[Path]:
   if not folders.is_remote(path):
     yield path
     return
-  with tempfile.TemporaryDirectory() as scratch:
-    target = Path(scratch) / path.name
-    if path.is_dir():
-      target.mkdir()
-      for file in path.iterdir():
-        file.copy(target / file.name)
-    else:
-      path.copy(target)
+  with tempfile.TemporaryDirectory(dir=scratch_folder()) as folder:
+    target = Path(folder) / path.name
+    with _bucket_errors(path):
+      if path.is_dir():
+        target.mkdir()
+        for file in path.iterdir():
+          file.copy(target / file.name)
+      else:
+        path.copy(target)
     yield target
 
 
@@ -111,7 +119,7 @@ def partial_path(path: Path) -> Path:
   """
   name = folders.partial_name(path.name)
   if folders.is_remote(path):
-    return Path(tempfile.gettempdir()) / name
+    return scratch_folder() / name
   return path.with_name(name)
 
 
@@ -126,7 +134,8 @@ def publish(source: Path, target: Path) -> None:
   if folders.is_remote(target):
     from etils import epath
 
-    epath.Path(source).copy(target, overwrite=True)
+    with _bucket_errors(target):
+      epath.Path(source).copy(target, overwrite=True)
     source.unlink()
   else:
     os.replace(source, target)
@@ -146,4 +155,75 @@ def remove(paths: Sequence[Path]) -> None:
 def listing(folder: Path) -> list[Path]:
   """Returns the paths in a folder; an empty list if there is no folder."""
   # A bucket has no empty folders.
-  return list(folder.iterdir()) if folder.exists() else []
+  with _bucket_errors(folder):
+    return list(folder.iterdir()) if folder.exists() else []
+
+
+@contextlib.contextmanager
+def _bucket_errors(path: Path) -> Iterator[None]:
+  """Turns errors of the package for buckets into OSErrors that name the path.
+
+  A full disk for temporary files is named too.
+  """
+  try:
+    yield
+  except OSError as e:
+    if e.errno == errno.ENOSPC:
+      raise no_space(e) from e
+    raise
+  except Exception as e:
+    if not folders.is_remote(path):
+      raise
+    raise OSError(f"{path}: {type(e).__name__}: {e}") from e
+
+
+# --- Temporary files ----------------------------------------------------------
+
+_SCRATCH = "marlin_prepare-"
+_SCRATCH_NAME = re.compile(rf"{_SCRATCH}[a-z0-9_]{{8}}")
+
+
+def scratch_folder() -> Path:
+  """Returns the folder for temporary files of this process; made when needed.
+
+  It is removed as the process ends, or by `remove_scratch` if it is killed.
+  """
+  return _scratch_folder(os.getpid())
+
+
+@functools.cache
+def _scratch_folder(pid: int) -> Path:
+  del pid  # a forked process has a folder of its own
+  new = Path(tempfile.mkdtemp(prefix=f"new_{_SCRATCH}"))
+  # Held until the process ends: the lock tells that the folder is in use.
+  fcntl.flock(os.open(new, os.O_RDONLY | os.O_DIRECTORY), fcntl.LOCK_EX)
+  folder = new.rename(new.with_name(new.name.removeprefix("new_")))
+  # Unlike atexit, also where a worker process ends.
+  util.Finalize(None, shutil.rmtree, (folder, True), exitpriority=0)
+  return folder
+
+
+def remove_scratch() -> None:
+  """Removes temporary files of processes of this user that were killed."""
+  for entry in os.scandir(tempfile.gettempdir()):
+    if not _SCRATCH_NAME.fullmatch(entry.name):
+      continue
+    with contextlib.suppress(OSError):  # a link, or in use
+      flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+      descriptor = os.open(entry.path, flags)
+      try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(descriptor).st_uid == os.getuid():
+          shutil.rmtree(entry.path)
+      finally:
+        os.close(descriptor)
+
+
+def no_space(error: OSError) -> OSError:
+  """Returns an error that names the full folder of temporary files."""
+  folder = tempfile.gettempdir()
+  return OSError(
+    errno.ENOSPC,
+    f"{error.strerror} in {folder}, the folder for temporary files; set TMPDIR "
+    "to another one",
+  )

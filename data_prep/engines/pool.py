@@ -13,13 +13,16 @@ from data_prep.engines import workers
 from data_prep.engines.progress import ProgressBar
 from data_prep.output import ledger, shards
 from data_prep.sources.manifest import Source
-from data_prep.video import video_to_records
+from data_prep.video import decode, video_to_records
+from data_prep.video.video_to_records import FAILED, QUARANTINED, Outcome
 
 # A worker is replaced after so many videos. This bounds what native libraries
 # leak; opening the models again costs a few hundredths of a second per video.
 VIDEOS_PER_WORKER = 50
 # Time beyond the decoder's limit after which a silent worker counts as hung.
 EXTRA_STALL_SECS = 300.0
+# Tries of a video that fails by no fault of its own; the last is made alone.
+NUM_TRIES = 3
 
 
 def run(
@@ -31,7 +34,9 @@ def run(
 ) -> Iterator[ledger.Entry]:
   """Processes videos; yields the ledger line of each as it is finished.
 
-  A video whose worker process dies is quarantined.
+  A video that fails by no fault of its own is tried again after all others. It
+  counts as failed if that does not help, and as quarantined if it crashed its
+  worker, or its decoder was killed, each time.
 
   Args:
     output: folder of the data set.
@@ -43,36 +48,62 @@ def run(
   Raises:
     workers.WorkerError: this machine cannot process any video.
   """
-  with (
-    contextlib.closing(
-      workers.run_tasks(
-        todo,
-        open_work,
-        (output, settings),
-        num_workers=num_workers,
-        tasks_per_worker=VIDEOS_PER_WORKER,
-        stall_secs=settings.limits.secs + EXTRA_STALL_SECS,
-      )
-    ) as events,
-    bar or contextlib.nullcontext(),
-  ):
-    for event in events:
-      if event.kind == "report":
-        if bar is not None:
-          bar.report(event.task, *event.value)
-        continue
-      entry = event.value
-      if event.kind == "died":
-        source = todo[event.task]
-        outcome = video_to_records.Outcome(
-          video_to_records.QUARANTINED, event.value
-        )
-        entry = ledger.Entry.of(source, settings, outcome)
-        with shards.PartWriter(shards.Part(output, entry.video_id)) as part:
-          part.commit(entry)
-      if bar is not None:
-        bar.done(event.task, entry)
-      yield entry
+  left = [*enumerate(todo)]
+  with bar or contextlib.nullcontext():
+    for tries_left in reversed(range(NUM_TRIES)):
+      tasks, left = left, []
+      videos = [source for _, source in tasks]
+      num = num_workers if tries_left else 1
+      with contextlib.closing(_start(output, videos, settings, num)) as events:
+        for event in events:
+          number, source = tasks[event.task]
+          if event.kind == "report":
+            if bar is not None:
+              bar.report(number, *event.value)
+            continue
+          entry = event.value
+          if event.kind == "died":
+            outcome = Outcome(FAILED, event.value)
+            entry = ledger.Entry.of(source, settings, outcome)
+          if entry.is_failed and tries_left:
+            left.append((number, source))
+            continue
+          is_crash = event.kind == "died" and not event.is_hosts
+          if is_crash or entry.reason == decode.KILLED:
+            entry = _quarantine(output, source, settings, entry.reason)
+          if bar is not None:
+            bar.done(number, entry)
+          yield entry
+
+
+def _start(
+  output: Path,
+  videos: list[Source],
+  settings: video_to_records.Settings,
+  num_workers: int,
+) -> Iterator[workers.Event]:
+  return workers.run_tasks(
+    videos,
+    open_work,
+    (output, settings),
+    num_workers=num_workers,
+    tasks_per_worker=VIDEOS_PER_WORKER,
+    stall_secs=settings.limits.secs + EXTRA_STALL_SECS,
+  )
+
+
+def _quarantine(
+  output: Path,
+  source: Source,
+  settings: video_to_records.Settings,
+  reason: str,
+) -> ledger.Entry:
+  """Writes the part of a video that ends its process whenever it is tried."""
+  reason = f"in the last of {NUM_TRIES} tries, alone: {reason}"
+  entry = ledger.Entry.of(source, settings, Outcome(QUARANTINED, reason))
+  with shards.PartWriter(shards.Part(output, entry.video_id)) as part:
+    part.commit(entry)
+  return entry
 
 
 @contextlib.contextmanager
@@ -81,7 +112,8 @@ def open_work(
 ) -> Iterator[Any]:
   """Opens the models in a worker; yields a function that processes a video.
 
-  The function writes the part of a source and returns its ledger line.
+  The function writes the part of a source, unless it failed, and returns its
+  ledger line.
   """
   import cv2
 
@@ -98,7 +130,8 @@ def open_work(
         emit=part.add,
         progress=lambda share, num_frames: report((share, num_frames)),
       )
-      part.commit(entry)
+      if not entry.is_failed:
+        part.commit(entry)
     return entry
 
   with video_to_records.Models(settings.parser) as models:
@@ -117,9 +150,7 @@ def _process(
     try:
       path = stack.enter_context(storage.local(source.path))
     except OSError as e:
-      outcome = video_to_records.Outcome(
-        video_to_records.QUARANTINED, f"cannot fetch: {e}"
-      )
+      outcome = Outcome(FAILED, f"cannot fetch: {e}")
       return ledger.Entry.of(source, settings, outcome)
     source = dataclasses.replace(source, path=path)
     outcome = video_to_records.process_video(

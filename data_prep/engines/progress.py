@@ -118,8 +118,13 @@ class ProgressBar(TaskBar):
       video_to_records.KEPT,
       video_to_records.QUARANTINED,
       video_to_records.NO_FACE,
+      video_to_records.FAILED,
     )
-    counts = [f"{self._statuses[status]} {status}" for status in statuses]
+    counts = [
+      f"{self._statuses[status]} {status}"
+      for status in statuses
+      if status != video_to_records.FAILED or self._statuses[status]
+    ]
     self.note(", ".join([f"{rate:.0f} frames/s", *counts]))
 
 

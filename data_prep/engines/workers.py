@@ -30,6 +30,11 @@ Work = Callable[[Any, Callable[[Any], None]], Any]
 OpenWork = Callable[[Any], contextlib.AbstractContextManager[Work]]
 
 _SECS_TO_STOP = 5.0
+# Exit codes of processes that the system or a person ended.
+_SENT_SIGNALS = (
+  *(-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, -signal.SIGHUP),
+  *(-signal.SIGINT, -signal.SIGQUIT, -signal.SIGBUS),
+)
 
 
 class WorkerError(UserError):
@@ -44,11 +49,14 @@ class Event:
     kind: 'report', 'done' or 'died'.
     task: number of the task.
     value: the reported value, the result, or how the worker died.
+    is_hosts: True if the worker died as the system or a person ended it, or as
+      it was silent: not by a crash, for which the task may be to blame.
   """
 
   kind: str
   task: int
   value: Any
+  is_hosts: bool = False
 
 
 def run_tasks(
@@ -96,7 +104,7 @@ def run_tasks(
         if worker.pipe in ready:
           events = worker.listen()
         elif now - worker.heard_at > stall_secs:
-          events = worker.kill(f"said nothing for {stall_secs:g} s")
+          events = worker.kill(f"said nothing for {stall_secs:g} s", True)
         for event in events:
           num_left -= event.kind != "report"
           yield event
@@ -157,7 +165,8 @@ class _Worker:
       kind, value = self.pipe.recv()
     except (EOFError, ConnectionResetError):
       self._process.join(_SECS_TO_STOP)
-      return self.kill(_ending(self._process.exitcode))
+      code = self._process.exitcode
+      return self.kill(_ending(code), code in _SENT_SIGNALS)
     if kind == "failed":
       raise WorkerError(value)
     if kind == "ready":
@@ -170,13 +179,13 @@ class _Worker:
       self.is_idle = True
     return [event]
 
-  def kill(self, reason: str) -> list[Event]:
+  def kill(self, reason: str, is_hosts: bool) -> list[Event]:
     """Ends a dead or silent worker; returns the event of its task."""
     self._process.kill()
     self.is_idle, self.has_left = False, True
     if self._task is None:
       raise WorkerError(f"a worker process {reason} while it started")
-    return [Event("died", self._task, f"the worker process {reason}")]
+    return [Event("died", self._task, f"the worker process {reason}", is_hosts)]
 
   def reap(self) -> bool:
     """Releases an ended process; returns False if it is still alive."""

@@ -22,6 +22,7 @@ into place if a run was killed between the two.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import json
 import math
@@ -87,11 +88,14 @@ def shard_of(settings: dict[str, Any], split: str, video_id: str) -> str:
 
 
 def refused(entries: Iterable[Entry]) -> list[dict[str, str]]:
-  """Returns the lines of quarantine.jsonl: the left-out videos."""
+  """Returns the lines of quarantine.jsonl: the left-out videos.
+
+  Those that failed are not among them: the next run tries them again.
+  """
   return [
     {key: getattr(entry, key) for key in ("video_id", "reason", "sha256")}
     for entry in entries
-    if not entry.is_kept
+    if entry.status not in (video_to_records.KEPT, video_to_records.FAILED)
   ]
 
 
@@ -166,6 +170,8 @@ class DatasetFolder:
       # Ledger lines of parts, and videos still to process.
       self._processed: dict[str, Entry] = {}
       self._todo: set[str] = set()
+      # Shards on disk that hold what their ledger lines say.
+      self._whole: set[str] = set()
       self._own = {*[*self._shards][index::count]}
       self._recover()
     except BaseException:
@@ -303,14 +309,14 @@ class DatasetFolder:
 
     Args:
       settings: settings of this run. A quarantined video is tried again if its
-        limits differ from these.
+        limits differ from these; a video that failed, in any case.
       retry_quarantined: try quarantined videos again in any case.
     """
     limits = dataclasses.asdict(settings.limits)
 
     def holds(entry: Entry | None, source: Source, since: float) -> bool:
       """Returns True if an entry, written at `since`, is still valid."""
-      if entry is None:
+      if entry is None or entry.is_failed:
         return False
       if entry.status == video_to_records.QUARANTINED and (
         retry_quarantined or entry.limits != limits
@@ -329,7 +335,9 @@ class DatasetFolder:
       if note.name in self._names:
         since = ledger.modified(note)
       whole = self._is_whole(shard)
-      if not whole:
+      if whole:
+        self._whole.add(shard)
+      else:
         # Its records are lost; ledger lines without records remain valid.
         self._written[shard] = {
           video_id: entry
@@ -373,6 +381,12 @@ class DatasetFolder:
     """The ledger, sorted by video_id."""
     lines = itertools.chain(*(e.values() for e in self._written.values()))
     return sorted(lines, key=lambda entry: entry.video_id)
+
+  @property
+  def own_entries(self) -> list[Entry]:
+    """The ledger lines of this task's videos."""
+    lines = (self._written.get(shard, {}).values() for shard in self._own)
+    return [*itertools.chain(*lines)]
 
   def _quality_files(self) -> Iterator[tuple[Path, bytes]]:
     """Yields path and content of each split's quality index."""
@@ -419,11 +433,13 @@ class DatasetFolder:
         part.remove()
 
   def add(self, entry: Entry) -> str | None:
-    """Adds a processed video.
+    """Adds a processed video; notes at once that it is left out.
 
     Returns:
       Its shard if that can be written now, else None.
     """
+    if not folders.is_remote(self.path):  # objects cannot grow
+      ledger.append_lines(self.path / folders.QUARANTINE, refused([entry]))
     self._processed[entry.video_id] = entry
     self._todo.discard(entry.video_id)
     shard = self._shard_of(self._sources[entry.video_id])
@@ -440,6 +456,7 @@ class DatasetFolder:
       job_id=uuid.uuid4().hex,
       output=self.path,
       shard=shard,
+      sha256=self._hashes[shard] if shard in self._whole else "",
       video_ids=[*videos],
       written=self._written[shard],
       processed={
@@ -510,13 +527,20 @@ class DatasetFolder:
       "splits": by_split,
       "labels": {n: dataclasses.asdict(v) for n, v in self._labels.items()},
     }
-    with tempfile.TemporaryDirectory() as staging:
-      for name in shards.write_tfds_metadata(
-        Path(staging), splits, metadata, self._labels, self._has_sound
-      ):
-        data = (Path(staging) / name).read_bytes()
-        folders.write_bytes(self.path / name, data)
+    for name, data in self._tfds_files(splits, metadata):
+      folders.write_bytes(self.path / name, data)
     self.remove_parts()
+
+  def _tfds_files(self, splits, metadata) -> list[tuple[str, bytes]]:
+    """Returns name and content of the files of TFDS, in order."""
+    try:
+      with tempfile.TemporaryDirectory(dir=storage.scratch_folder()) as staging:
+        names = shards.write_tfds_metadata(
+          Path(staging), splits, metadata, self._labels, self._has_sound
+        )
+        return [(name, (Path(staging) / name).read_bytes()) for name in names]
+    except OSError as e:
+      raise storage.no_space(e) if e.errno == errno.ENOSPC else e from e
 
   def remove_parts(self) -> None:
     """Removes the files of an unfinished run."""

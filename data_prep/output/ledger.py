@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,15 @@ from data_prep import storage
 from data_prep.sources.manifest import Source
 from data_prep.video import video_to_records
 from marlin_jax.records import folders
+
+# Reasons for which earlier versions quarantined videos that had only failed.
+_FAILED_BEFORE = (
+  "cannot fetch: ",
+  "decoder passed its deadline of ",
+  "decoder was killed by SIGKILL",
+  "the worker process was killed by SIGKILL",
+  "the worker process said nothing for ",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +34,7 @@ class Entry:
     labels: numbers by label, as in `manifest.Source`; None for an unknown
       number.
     num_bytes, sha256: size and hash of the video file, or of a folder's
-      pictures; 0 and '' if unreadable.
+      pictures; 0 and '' if it failed.
     status, reason, num_..., quality: as in `video_to_records.Outcome`.
     limits: limits under which the video was quarantined, else None. Under
       other limits it is tried again.
@@ -53,6 +62,14 @@ class Entry:
     """True if the data set holds records of the video."""
     return self.status == video_to_records.KEPT
 
+  @property
+  def is_failed(self) -> bool:
+    """True if the machine is to blame, so that every run tries again."""
+    return self.status == video_to_records.FAILED or (
+      self.status == video_to_records.QUARANTINED
+      and self.reason.startswith(_FAILED_BEFORE)
+    )
+
   @classmethod
   def of(
     cls,
@@ -60,12 +77,20 @@ class Entry:
     settings: video_to_records.Settings,
     outcome: video_to_records.Outcome,
   ) -> Entry:
-    """Returns the ledger line of a processed video; hashes the file."""
+    """Returns the ledger line of a processed video; hashes the file.
+
+    A file that cannot be read makes it the line of a failed video.
+    """
     num_bytes, digest = 0, ""
-    # If the file cannot be read, the outcome's reason says so.
-    with contextlib.suppress(OSError):
-      digest = folders.sha256_of(source.path)
-      num_bytes, _ = _size_and_change(source.path)
+    if outcome.status != video_to_records.FAILED:
+      try:
+        digest = folders.sha256_of(source.path)
+        num_bytes, _ = _size_and_change(source.path)
+      except OSError as e:
+        outcome = video_to_records.Outcome(
+          video_to_records.FAILED, f"cannot read: {e.strerror or e}"
+        )
+        num_bytes, digest = 0, ""
     limits = None
     if outcome.status == video_to_records.QUARANTINED:
       limits = dataclasses.asdict(settings.limits)
@@ -149,6 +174,19 @@ def as_lines(values: Iterable[Any]) -> str:
 def write_lines(path: Path, values: Iterable[Any]) -> None:
   """Writes a .jsonl file atomically; an equal file is left alone."""
   write_if_new(path, as_lines(values).encode())
+
+
+def append_lines(path: Path, values: Iterable[Any]) -> None:
+  """Appends to a .jsonl file, of which the last line may be half-written."""
+  text = as_lines(values)
+  if not text:
+    return
+  with open(path, "a+b") as file:
+    if size := file.seek(0, os.SEEK_END):
+      file.seek(size - 1)
+      if file.read(1) != b"\n":
+        text = "\n" + text
+    file.write(text.encode())
 
 
 def write_if_new(path: Path, data: bytes) -> None:

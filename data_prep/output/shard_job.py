@@ -28,6 +28,7 @@ class ShardJob:
     job_id: unique; another job for the same shard has another id.
     output: folder of the data set.
     shard: file name of the shard.
+    sha256: hash of the shard on disk; '' if it is missing or damaged.
     video_ids: all videos of the shard.
     written: ledger lines of the shard on disk.
     processed: ledger lines of videos that have a part.
@@ -37,6 +38,7 @@ class ShardJob:
   job_id: str
   output: Path
   shard: str
+  sha256: str
   video_ids: list[str]
   written: dict[str, Entry]
   processed: dict[str, Entry]
@@ -69,6 +71,8 @@ class ShardJob:
   def write(self) -> tuple[str, dict[str, Entry]]:
     """Writes the shard from parts and from the old shard.
 
+    A shard whose records stay the same is left alone.
+
     Returns:
       The shard's SHA-256, and the ledger lines of its videos by id.
 
@@ -85,12 +89,9 @@ class ShardJob:
       path = shards.Part(self.output, video_id).records
       sources[video_id] = entry, path, 0
     in_order = [sources[video_id] for video_id in sorted(self.video_ids)]
-
-    ready = ready_path(self.output, self.shard)
-    partial = storage.partial_path(ready)
-    shards.write_shard(partial, in_order)
-    digest = folders.sha256_of(partial)
-    storage.publish(partial, ready)
+    digest = self.sha256
+    if not (digest and self._records_stay(in_order)):
+      digest = self._write_ready(in_order)
     entries = {entry.video_id: entry for entry, _, _ in in_order}
     lines = [dataclasses.asdict(entry) for entry in entries.values()]
     ledger.write_json(
@@ -99,6 +100,22 @@ class ShardJob:
     )
     self._publish()
     return digest, entries
+
+  def _records_stay(self, in_order: list[tuple[Entry, Path, int]]) -> bool:
+    """Returns True if the shard holds the records of these videos already."""
+    kept = [path for entry, path, _ in in_order if entry.num_records]
+    num_before = sum(bool(e.num_records) for e in self.written.values())
+    shard = self.output / self.shard
+    return len(kept) == num_before and all(path == shard for path in kept)
+
+  def _write_ready(self, in_order: list[tuple[Entry, Path, int]]) -> str:
+    """Writes the shard under another name; returns its hash."""
+    ready = ready_path(self.output, self.shard)
+    partial = storage.partial_path(ready)
+    shards.write_shard(partial, in_order)
+    digest = folders.sha256_of(partial)
+    storage.publish(partial, ready)
+    return digest
 
   def is_done(self) -> bool:
     """Returns True if an earlier attempt at this job has written the shard.

@@ -179,7 +179,7 @@ class Part:
 class PartWriter:
   """Writes the part of one video; a context manager.
 
-  Leaving it without `commit` removes the part.
+  Leaving it without `commit` writes no part.
   """
 
   def __init__(self, part: Part) -> None:

@@ -23,11 +23,13 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from data_prep.video.decoder_child import KILLED as KILLED
 from data_prep.video.decoder_child import (
   DecodeError,
   Decoder,
 )
 from data_prep.video.decoder_child import DecoderSetupError as DecoderSetupError
+from data_prep.video.decoder_child import HostError as HostError
 from data_prep.video.decoder_child import sandbox_summary as sandbox_summary
 from data_prep.video.protocol import (
   DEFAULT_LIMITS,
@@ -92,6 +94,7 @@ def open_video(
 
   Raises:
     DecodeError: the file is no video that can be opened, or is over a limit.
+    HostError: it could not be read, by no fault of its own.
     DecoderSetupError: PyAV does not load, or the sandbox is not whole.
   """
   return Video(path, limits, frame_rate, require_sandbox, span)

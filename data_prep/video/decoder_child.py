@@ -9,6 +9,7 @@ import fcntl
 import functools
 import json
 import os
+import resource
 import select
 import signal
 import stat
@@ -24,8 +25,21 @@ from marlin_jax.records.cli import UserError
 # Bytes of a message that is not pixels or samples, and notes of one video.
 MAX_TEXT_BYTES = 1000
 MAX_NOTES = 20
+# Share of its deadline that a decoder computes if the video is to blame: it has
+# two threads.
+_BUSY_SHARE = 0.5
+# CPU time of a decoder that starts.
+_START_SECS = 1.0
 # Seconds in which a decoder ends that is told to.
 END_SECS = 5.0
+
+# Signals of the system and of people; others are the decoder's own crashes.
+_SENT_SIGNALS = (
+  *(signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
+  *(signal.SIGQUIT, signal.SIGBUS),
+)
+# Reason of a video whose decoder was killed, as for want of memory.
+KILLED = "decoder was killed by SIGKILL (out of memory?)"
 
 # The child's program. -P keeps the current folder off its import path.
 PROGRAM = ("-P", "-m", "data_prep.video.decoder_process")
@@ -39,6 +53,10 @@ class DecodeError(UserError):
   """A video is refused; the message is the reason for the quarantine."""
 
 
+class HostError(DecodeError):
+  """A video could not be read, by no fault of its own: another try may do."""
+
+
 class DecoderSetupError(UserError):
   """The decoder does not run on this machine, for any video."""
 
@@ -49,6 +67,10 @@ def sandbox_summary(layers: dict[str, str]) -> str:
   line = "decoder sandbox: " + (", ".join(held) or "none")
   missing = [f"{name} ({reason})" for name, reason in layers.items() if reason]
   return line + ("; missing: " + ", ".join(missing) if missing else "")
+
+
+# Error of each message that is the last one, and bad news.
+_ENDS = {b"X": DecodeError, b"H": HostError, b"N": DecoderSetupError}
 
 
 class Decoder:
@@ -113,13 +135,14 @@ class Decoder:
 
     Raises:
       DecodeError: for a message X.
+      HostError: for a message H.
       DecoderSetupError: for a message N.
     """
     while True:
       kind, length = MESSAGE.unpack(self.read(MESSAGE.size))
-      if kind in (b"X", b"N"):
+      if kind in _ENDS:
         reason = self._read_text(min(length, MAX_TEXT_BYTES))
-        raise (DecodeError if kind == b"X" else DecoderSetupError)(reason)
+        raise _ENDS[kind](reason)
       # The lengths of frames and samples are checked where they are read.
       if kind not in (b"F", b"S") and length > MAX_TEXT_BYTES:
         raise DecodeError("decoder sent no header")
@@ -159,19 +182,28 @@ class Decoder:
 
     Raises:
       DecodeError: the decoder ended, or passed its deadline.
+      HostError: the system ended the decoder, or kept it from working.
     """
     while len(view):
       before = time.monotonic()
       ready = self._poll.poll(max(self._secs_left, 0.0) * 1000)
       self._secs_left -= time.monotonic() - before
       if not ready:
-        raise DecodeError(
-          f"decoder passed its deadline of {self._limits.secs:g} s"
-        )
+        raise self._deadline_error()
       num_read = os.readv(self._pipe, [view])
       if num_read == 0:
         raise self._death()
       view = view[num_read:]
+
+  def _deadline_error(self) -> DecodeError:
+    """Ends the decoder; returns whether it worked or waited all the time."""
+    before = _cpu_secs_of_children()
+    self.close()
+    secs = self._limits.secs
+    busy_secs = _cpu_secs_of_children() - before
+    if busy_secs > _START_SECS + _BUSY_SHARE * secs:
+      return DecodeError(f"decoding takes more than {secs:g} s")
+    return HostError(f"decoder passed its deadline of {secs:g} s")
 
   def _death(self) -> UserError:
     """Returns how the decoder ended that closed its pipe without a message."""
@@ -187,8 +219,9 @@ class Decoder:
     if -code == signal.SIGXCPU:
       return DecodeError("decoder used up its CPU time")
     if -code == signal.SIGKILL:
-      return DecodeError(f"decoder was killed by {name} (out of memory?)")
-    return DecodeError(f"decoder died of {name}")
+      return HostError(KILLED)
+    kind = HostError if -code in _SENT_SIGNALS else DecodeError
+    return kind(f"decoder died of {name}")
 
   def close(self) -> None:
     """Kills the decoder and all processes it may have started."""
@@ -210,18 +243,25 @@ class Decoder:
     self.close()
 
 
+def _cpu_secs_of_children() -> float:
+  """Returns the CPU time of ended child processes and their children."""
+  usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return usage.ru_utime + usage.ru_stime
+
+
 def _open_file(path: str | os.PathLike, output: str) -> int:
   """Opens the file, or the folder of pictures, that the child reads.
 
   Raises:
-    DecodeError: it cannot be opened, or is neither.
+    HostError: it cannot be opened.
+    DecodeError: it is neither.
   """
   is_folder = output not in ("video", "sound", "original_sound", "none")
   try:
     # A named pipe without a writer must not block.
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
   except OSError as e:
-    raise DecodeError(f"cannot open: {e.strerror}") from e
+    raise HostError(f"cannot open: {e.strerror}") from e
   mode = os.fstat(file).st_mode
   if is_folder != stat.S_ISDIR(mode):
     os.close(file)

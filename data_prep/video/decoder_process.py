@@ -10,6 +10,7 @@ nothing. The messages are those of `protocol`.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -29,6 +30,11 @@ from data_prep.video.protocol import WHOLE, Limits, Refused, Span, send
 # Decoding is cheaper than finding faces: two threads keep a worker busy, and a
 # fixed number makes the use of memory equal on all machines.
 _NUM_THREADS = 2
+# Errors of disks and networks, which libav returns for no content of a file.
+_HOST_ERRORS = (
+  *(errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ETIMEDOUT),
+  *(errno.EHOSTDOWN, errno.ECONNRESET),
+)
 # What the parent may ask for, besides the frame rate of a folder of pictures.
 SOUND, ORIGINAL_SOUND, VIDEO, PROBE = "sound", "original_sound", "video", "none"
 
@@ -280,7 +286,8 @@ def main() -> None:
     else:
       send(pipe, b"E")
   except Refused as e:
-    _send_text(pipe, b"X", str(e))
+    is_hosts = getattr(e.__cause__, "errno", None) in _HOST_ERRORS
+    _send_text(pipe, b"H" if is_hosts else b"X", str(e))
   except BrokenPipeError:
     sys.exit(1)  # the parent has closed the pipe
   except MemoryError:

@@ -10,6 +10,7 @@ A message is a kind (one byte), a length, and so many bytes:
   W  a note on the video, for its reader; at any time
   E  nothing: the video has ended; last
   X  why the video is refused; last
+  H  why it could not be read, by no fault of its own; last
   N  why no video can be decoded on this machine; last
 """
 

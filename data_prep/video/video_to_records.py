@@ -46,6 +46,7 @@ REPORT_SECS = 0.25
 KEPT = "kept"
 NO_FACE = "without a face"
 QUARANTINED = "quarantined"
+FAILED = "failed"
 NO_FACE_REASON = "no face found"
 NO_PERSON_REASON = "no face where the input says that the person is"
 
@@ -96,7 +97,8 @@ class Outcome:
   """Result of processing one video.
 
   Attributes:
-    status: KEPT, NO_FACE or QUARANTINED.
+    status: KEPT, NO_FACE, QUARANTINED, or FAILED where not the video is to
+      blame but the machine: such as a disk that is full, or a killed process.
     reason: why it was not kept, else ''.
     num_decoded_frames: frames of the video, as decoded.
     num_tracks: face tracks that were kept.
@@ -164,8 +166,8 @@ def process_video(
 
   Raises:
     decode.DecoderSetupError: no video can be decoded on this machine.
-    Exception: raised by `emit`. Any other error is the fault of the video and
-      becomes the reason of the outcome.
+    Exception: raised by `emit`. Any other error is the fault of the video or of
+      this machine, and becomes the reason of the outcome.
   """
   cutter = _RecordCutter(source, settings, models, progress)
   records = cutter.records()
@@ -175,7 +177,10 @@ def process_video(
     except decode.DecoderSetupError:
       raise
     except decode.DecodeError as e:
-      return Outcome(QUARANTINED, str(e))
+      is_hosts = isinstance(e, decode.HostError)
+      return Outcome(FAILED if is_hosts else QUARANTINED, str(e))
+    except (OSError, MemoryError) as e:
+      return Outcome(FAILED, f"{type(e).__name__}: {e}")
     except Exception as e:  # one bad video must not end a run of thousands
       return Outcome(QUARANTINED, f"unexpected error: {type(e).__name__}: {e}")
     if data is None:
@@ -283,7 +288,7 @@ class _RecordCutter:
       self._keep_main_face()
       yield from self._cut()
     if _version(source.path) != version:
-      raise decode.DecodeError("the file was changed while it was read")
+      raise decode.HostError("the file was changed while it was read")
 
   def _part(self) -> Part:
     part = self._source.part

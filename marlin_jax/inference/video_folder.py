@@ -46,7 +46,8 @@ class Outcome:
   Attributes:
     reason: why it has no windows, '' where it was read to its end. Windows
       yielded before an outcome with a reason are void.
-    sha256: hash of the file, '' where it cannot be read.
+    sha256: hash of the file, '' where it cannot be read or another try may
+      succeed.
     num_bytes: size of the file.
   """
 
@@ -148,7 +149,9 @@ def read_many(
   ) as events:
     try:
       for event in events:
-        if event.kind == "died":
+        if event.is_hosts:
+          yield event.task, _failed(event.value)
+        elif event.kind == "died":
           yield event.task, _outcome(paths[event.task], event.value)
         else:
           yield event.task, event.value
@@ -179,9 +182,13 @@ def _open_work(settings: WindowSettings) -> Iterator[Callable]:
       for window in read_windows(path, settings, models, progress):
         report(window)
     except FaceVideoError as e:
+      if isinstance(e.__cause__, decode.HostError):
+        return _failed(e.reason)
       return _outcome(path, e.reason)
     except (decode.DecoderSetupError, BrokenPipeError, EOFError):
       raise  # these affect all videos
+    except (OSError, MemoryError) as e:
+      return _failed(f"{type(e).__name__}: {e}")
     except Exception as e:  # one bad video must not end a run of thousands
       return _outcome(path, f"unexpected error: {type(e).__name__}: {e}")
     return _outcome(path, "")
@@ -192,6 +199,14 @@ def _open_work(settings: WindowSettings) -> Iterator[Callable]:
   else:
     models = None
     yield work
+
+
+def _failed(reason: str) -> Outcome:
+  """Returns the outcome of a video that is not to blame for its failure.
+
+  Without a hash it is not taken for one that failed before, and tried again.
+  """
+  return Outcome(reason, "", 0)
 
 
 def _outcome(path: Path, reason: str) -> Outcome:

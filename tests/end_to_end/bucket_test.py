@@ -105,12 +105,19 @@ def test_a_manifest_may_name_videos_in_a_bucket(bucket, videos, tmp_path):
   bucket.pipe_file("faces/more/x.mp4", (videos / "a/one.mp4").read_bytes())
   table = tmp_path / "m.csv"
   table.write_text("path,label_mood\nx.mp4,calm\nnone.mp4,\n")
-  result = start_prepare(
+  flags = (
     *("--input", table, "--root", "gs://faces/more"),
     *("--output", tmp_path / "out", "--num_workers=1"),
   )
+  result = start_prepare(*flags)
+  assert result.returncode == 1
+  assert "1 of 2 videos failed" in result.stderr
+  assert "cannot fetch" in result.stderr
+  assert "none.mp4" in result.stderr
+  assert (tmp_path / "out/quarantine.jsonl").read_text() == ""
+  assert not (tmp_path / "out/dataset_info.json").exists()
+  bucket.pipe_file("faces/more/none.mp4", b"no video")
+  result = start_prepare(*flags)
   assert result.returncode == 0, result.stderr
+  assert "2 videos, 1 of them already done" in result.stdout
   assert "1 quarantined" in result.stdout
-  quarantine = (tmp_path / "out/quarantine.jsonl").read_text()
-  assert "cannot fetch" in quarantine
-  assert "none.mp4" in quarantine

@@ -314,14 +314,15 @@ def decoders() -> list[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-  ("number", "reason"),
+  ("number", "status", "reason"),
   [
-    (signal.SIGSEGV, "decoder died of SIGSEGV"),
-    (signal.SIGSTOP, "decoder passed its deadline of 3 s"),
+    (signal.SIGSEGV, "quarantined", "decoder died of SIGSEGV"),
+    (signal.SIGSTOP, "failed", "decoder passed its deadline of 3 s"),
+    (signal.SIGKILL, "failed", decode.KILLED),
   ],
 )
 def test_decoder_that_dies_or_hangs_costs_its_video_alone(
-  carphone, models, tmp_path, number, reason
+  carphone, models, tmp_path, number, status, reason
 ):
   path = carphone(tmp_path / "v.mp4", 90)
   hit = []
@@ -333,10 +334,7 @@ def test_decoder_that_dies_or_hangs_costs_its_video_alone(
 
   outcome, _ = run(path, models, progress, secs=3)
   assert len(hit) == 1
-  assert (outcome.status, outcome.reason) == (
-    video_to_records.QUARANTINED,
-    reason,
-  )
+  assert (outcome.status, outcome.reason) == (status, reason)
   assert decoders() == []
   outcome, found = run(path, models)
   assert outcome.status == video_to_records.KEPT
@@ -361,7 +359,7 @@ def test_file_that_is_swapped_between_the_passes_is_refused(
   outcome, _ = run(path, models, progress)
   assert swapped
   assert outcome == video_to_records.Outcome(
-    video_to_records.QUARANTINED, "the file was changed while it was read"
+    video_to_records.FAILED, "the file was changed while it was read"
   )
 
 

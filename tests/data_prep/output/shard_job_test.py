@@ -14,6 +14,7 @@ from data_prep.video import video_to_records
 from marlin_jax.records import folders
 from marlin_jax.records.folders import OutputFolderError
 from tests.support import made_dataset
+from tests.support.files import content, read_lines
 
 SETTINGS = video_to_records.Settings()
 
@@ -134,6 +135,56 @@ def test_growth_cut_off_before_the_ledger_lines_are_there(growing, expected):
     assert (plan.todo, plan.shards) == ([], [job.shard])
     folder.write_shard(job.shard)
   assert (path / job.shard).read_bytes() == expected
+
+
+def process_badly(path: Path, status: str) -> None:
+  """Runs over all that is left to do, and gets that outcome each time."""
+  with open_folder(path) as folder:
+    plan = folder.plan(SETTINGS, retry_quarantined=False)
+    folder.begin(plan)
+    for source in plan.todo:
+      outcome = video_to_records.Outcome(status, "a reason")
+      if shard := folder.add(ledger.Entry.of(source, SETTINGS, outcome)):
+        lines = read_lines(path / "quarantine.jsonl")
+        folder.write_shard(shard)
+    folder.write_ledgers()
+    folder.finish()
+  # The quarantine grows during the run.
+  assert [line["video_id"] for line in lines] == (
+    [] if status == video_to_records.FAILED else ["b.mp4"]
+  )
+
+
+def test_failed_videos_are_tried_by_every_run_until_there_is_a_result(tmp_path):
+  path = tmp_path / "dataset"
+  (tmp_path / "videos").mkdir()
+  (tmp_path / "videos/a.mp4").write_text("a")
+  write_all(path)
+  (tmp_path / "videos/b.mp4").write_text("b")
+  (shard,) = path.glob("*.array_record-*")
+  before = shard.stat().st_mtime_ns, content(path)
+  for status in (*2 * [video_to_records.FAILED], video_to_records.QUARANTINED):
+    process_badly(path, status)
+    # A shard whose records stay the same is not written again.
+    assert shard.stat().st_mtime_ns == before[0]
+    found = content(path)
+    assert found[shard.name] == before[1][shard.name]
+    assert found["hashes.json"] == before[1]["hashes.json"]
+    assert [line["status"] for line in read_lines(path / "videos.jsonl")] == [
+      *("kept", status)
+    ]
+  with open_folder(path) as folder:
+    plan = folder.plan(SETTINGS, retry_quarantined=False)
+    assert (plan.todo, plan.shards) == ([], [])
+
+
+def test_quarantine_goes_on_after_half_a_line(tmp_path):
+  path = tmp_path / "quarantine.jsonl"
+  path.write_text('{"a": 1}\n{"b"')
+  ledger.append_lines(path, [])
+  ledger.append_lines(path, [{"c": 3}])
+  ledger.append_lines(path, [{"d": 4}])
+  assert path.read_text() == '{"a": 1}\n{"b"\n{"c": 3}\n{"d": 4}\n'
 
 
 def test_tasks_that_begin_at_once_must_agree(tmp_path):
