@@ -122,14 +122,26 @@ def get_config():
   # gradient; 0: no limit. The metric train/adv_pull is the ratio it limits.
   config.adv.max_pull = 0.0
 
-  # AdamW, with a linear warm-up and a cosine decay.
+  # AdamW, with a linear warm-up.
   config.optim = ConfigDict()
   # Peak learning rate at batch 256; it is scaled with the batch size.
   config.optim.base_lr = 1.5e-4
   # Final learning rate at batch 256, scaled likewise.
   config.optim.min_lr = 1e-5
+  # Rate after the warm-up: cosine, which falls to min_lr at the last step; or
+  # constant, for runs of unknown length: the number of steps may then change
+  # when the run resumes.
+  config.optim.schedule = "cosine"
   # Share of the steps spent on warm-up; 0.02 is 40 of 2000 epochs.
   config.optim.warmup_ratio = 0.02
+  # Steps of the warm-up, in place of the share; 0: the share.
+  config.optim.warmup_steps = 0
+  # Last steps of a constant schedule, over which the rate falls linearly to
+  # min_lr.
+  config.optim.cooldown_steps = 0
+  # Factor of the encoder's learning rate from each block to the one before, for
+  # warm starts; 1: all rates are equal. BEiT uses 0.65 to 0.95.
+  config.optim.layer_decay = 1.0
   # Decay of the first moment.
   config.optim.b1 = 0.9
   # Decay of the second moment.
@@ -143,6 +155,13 @@ def get_config():
   config.optim.decay_params = "all"
   # Dtype of the first moment; bfloat16 halves its memory.
   config.optim.mu_dtype = "float32"
+  # Limit of the norm of each network's gradient; larger ones are scaled down.
+  # 0: no limit. VideoMAE V2 uses 0.02, MAE-ST 0.02.
+  config.optim.clip_norm = 0.0
+  # Steps are not applied if their reconstruction loss or gradient norm is more
+  # than so many standard deviations above the mean of the last 128 steps; OLMo
+  # uses 6. 0: no limit.
+  config.optim.spike_sigmas = 0.0
   # Decay of the moving average of the weights, which evaluation and export use;
   # 0: no average.
   config.ema_decay = 0.0
@@ -155,6 +174,9 @@ def get_config():
 
   # Dtype of matmuls; bfloat16 on TPU and GPU.
   config.dtype = "float32"
+  # Precision of float32 matmuls: default, the fastest, which rounds their
+  # inputs to bfloat16 on TPU and to TF32 on GPU; high; or highest: float32.
+  config.matmul_precision = "default"
   # auto, cudnn (GPU, bfloat16), flash (TPU), by_head (CPU), chunked (any
   # device) or plain (most memory). auto: the first that the device supports.
   config.attention = "auto"

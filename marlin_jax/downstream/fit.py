@@ -14,7 +14,7 @@ import numpy as np
 from marlin_jax.downstream.learner import Learner
 from marlin_jax.downstream.protocols import Plateau, TrainingPlan
 from marlin_jax.training.checkpoint import Checkpoints
-from marlin_jax.training.nonfinite import NotFiniteError
+from marlin_jax.training.skipped_steps import NotFiniteError
 
 Pytree = Any
 # x, labels, known; see Learner.step.

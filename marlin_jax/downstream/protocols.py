@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +26,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from marlin_jax.pretraining import schedules
+from marlin_jax.pretraining import optimizer
 
 Pytree = Any
 
@@ -116,10 +115,10 @@ def plan_training(config: ConfigDict, num_videos: int) -> TrainingPlan:
   )
   round_steps = math.ceil(num_steps / config.num_rounds)
   num_steps = round_steps * config.num_rounds
-  schedule = schedules.learning_rate(
+  schedule = optimizer.learning_rate(
     base_lr=config.base_lr,
     min_lr=config.min_lr,
-    warmup_ratio=config.warmup_ratio,
+    warmup_steps=round(config.warmup_ratio * num_steps),
     batch_size=config.batch_size,
     num_steps=num_steps,
   )
@@ -149,21 +148,23 @@ def layer_factors(params: Pytree, depth: int, decay: float) -> Pytree:
 
   Args:
     params: nested dicts by name, with unstacked blocks.
-    depth: number of blocks.
-    decay: factor from each layer to the one before; 1: all rates are equal.
+    depth, decay: see optimizer.layer_factor.
 
   Returns:
     Tree of float32 scalars with the structure of `params`.
   """
 
-  def factor(path, _):
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    if block := re.search(r"blocks/(\d+)/", name):
-      return jnp.float32(decay ** (depth - int(block[1])))
-    first = "patch_embedding/" in name
-    return jnp.float32(decay ** (depth + 1) if first else 1.0)
-
-  return jax.tree_util.tree_map_with_path(factor, params)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: jnp.float32(
+      optimizer.layer_factor(
+        jax.tree_util.keystr(path, simple=True, separator="/"),
+        x.ndim,
+        depth,
+        decay,
+      )
+    ),
+    params,
+  )
 
 
 def _is_decayed(params: Pytree) -> Pytree:

@@ -133,32 +133,17 @@ class Task:
     labels = np.where(known, targets, 0.0)
     return labels.astype(np.float32), known.astype(np.float32)
 
-  def cross_entropies(
+  def cross_entropy(
     self, targets: np.ndarray, probabilities: np.ndarray
-  ) -> np.ndarray:
-    """Returns the mean loss of each label over the videos where it is known.
-
-    Returns:
-      float64 (K,), or (1,) for classes; NaN where no video is known.
-    """
+  ) -> float:
+    """Returns the mean over known labels, as the training loss; NaN if none."""
     labels, known = self.encode(targets)
     p = np.clip(probabilities, 1e-7, 1 - 1e-7)
     losses = -labels * np.log(p)
     if self.is_class:
-      losses, known = losses.sum(axis=1, keepdims=True), known[:, :1]
-    else:
-      losses -= (1 - labels) * np.log(1 - p)
-    num_known = known.sum(axis=0)
-    means = (losses * known).sum(axis=0) / np.maximum(num_known, 1)
-    return np.where(num_known > 0, means, np.nan)
-
-  def cross_entropy(
-    self, targets: np.ndarray, probabilities: np.ndarray
-  ) -> float:
-    """Returns the mean over the labels of `cross_entropies`; NaN if none."""
-    means = self.cross_entropies(targets, probabilities)
-    means = means[np.isfinite(means)]
-    return float(means.mean()) if len(means) else float("nan")
+      return float(losses.sum() / known[:, 0].sum())
+    losses -= (1 - labels) * np.log(1 - p)
+    return float((losses * known).sum() / known.sum())
 
   def auc(
     self, targets: np.ndarray, probabilities: np.ndarray, *, micro: bool

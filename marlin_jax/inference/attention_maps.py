@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from marlin_jax.models import vit
 from marlin_jax.models.mae import Encoder
 from marlin_jax.records.schema import REGIONS
 
@@ -65,11 +66,12 @@ def attention_maps(encoder: Encoder, patches: jax.Array) -> AttentionMaps:
 def _follow(graphdef, params, x, flow):
   """Returns a block's output, the rollout and the attention (B, H, N)."""
   block = nnx.merge(graphdef, params)
-  weights = block.attention.weights(block.norm1(x))  # (B, H, N, N)
-  mean = weights.mean(axis=1)
-  flow = (jnp.matmul(mean, flow, precision="highest") + flow) / 2
-  # XLA computes the attention weights once for this and for the block.
-  return block(x), flow, weights.mean(axis=2)
+  with vit.exact_matmuls(block.mlp_in.dtype):
+    weights = block.attention.weights(block.norm1(x))  # (B, H, N, N)
+    mean = weights.mean(axis=1)
+    flow = (jnp.matmul(mean, flow, precision="highest") + flow) / 2
+    # XLA computes the attention weights once for this and for the block.
+    return block(x), flow, weights.mean(axis=2)
 
 
 def region_shares(attention: np.ndarray, regions: np.ndarray) -> np.ndarray:

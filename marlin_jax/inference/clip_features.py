@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from marlin_jax.data.clip_geometry import imagenet_normalised
-from marlin_jax.models import partition
+from marlin_jax.models import partition, vit
 from marlin_jax.models.mae import Encoder
 from marlin_jax.weights.architecture import Architecture
 
@@ -74,15 +74,16 @@ def jitted_features(
     out_shardings: sharding of the features.
 
   Returns:
-    A jitted function (params, x, keep_seq=False) -> features.
+    A jitted function (params, x, keep_seq=False) -> features. Matmuls of a
+    float32 encoder are exact on every device.
   """
 
   @functools.partial(
     jax.jit, static_argnames="keep_seq", out_shardings=out_shardings
   )
   def apply(params, x, keep_seq=False):
-    with partition.use(placement):
-      encoder = nnx.merge(graphdef, params)
+    encoder = nnx.merge(graphdef, params)
+    with partition.use(placement), vit.exact_matmuls(encoder.dtype):
       return features(encoder, architecture, x, keep_seq=keep_seq)
 
   return apply

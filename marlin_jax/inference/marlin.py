@@ -52,8 +52,10 @@ class Marlin:
 
     Args:
       weights: see `weights.formats.read`.
-      dtype: dtype of matrix products; 'bfloat16' is faster on TPU and GPU and
-        accurate to about two digits. Results are float32.
+      dtype: dtype of matrix products. 'float32' products are exact on every
+        device, see `vit.exact_matmuls` for the price; 'bfloat16' is several
+        times faster on TPU and GPU and accurate to about two digits. Results
+        are float32.
       attention: one of models.options.ATTENTION.
     """
     self.weights = weights

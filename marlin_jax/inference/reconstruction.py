@@ -20,7 +20,8 @@ from marlin_jax.inference.clips import Clips
 from marlin_jax.pretraining.pretext_task import PretextTask, reconstruct_batch
 
 if TYPE_CHECKING:
-  from marlin_jax.models.mae import MAE
+  from marlin_jax.models import vit
+from marlin_jax.models.mae import MAE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,9 @@ def reconstruct(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _reconstruct(task, graphdef, params, batch):
-  return reconstruct_batch(task, nnx.merge(graphdef, params), batch)
+  mae = nnx.merge(graphdef, params)
+  with vit.exact_matmuls(mae.dtype):
+    return reconstruct_batch(task, mae, batch)
 
 
 def _regions(clips: Clips, task: PretextTask) -> np.ndarray:

@@ -18,7 +18,7 @@ from marlin_jax.devices import chips, sharding
 from marlin_jax.models import softmax_attention, vit
 from marlin_jax.models.discriminator import Discriminator
 from marlin_jax.models.mae import MAE
-from marlin_jax.pretraining import memory, schedules, train_step
+from marlin_jax.pretraining import memory, optimizer, train_step
 from marlin_jax.pretraining.pretext_task import PretextTask
 from marlin_jax.records.schema import FRAME_SIZE
 from marlin_jax.weights.architecture import Architecture
@@ -131,21 +131,21 @@ class Experiment:
   @functools.cached_property
   def _rates(self) -> tuple[optax.Schedule, optax.Schedule]:
     """Learning rates of autoencoder and discriminator by number of updates."""
-    rate_of_step = make_schedule(
+    rate_of_step = optimizer.make_schedule(
       self.config.optim, self.batch_size, self.num_steps
     )
     adversarial = self.adversarial
     return (
-      schedules.per_update(rate_of_step, adversarial.g_steps),
-      schedules.per_update(rate_of_step, adversarial.d_steps),
+      optimizer.per_update(rate_of_step, adversarial.g_steps),
+      optimizer.per_update(rate_of_step, adversarial.d_steps),
     )
 
   def learning_rates(self, state: train_step.TrainState) -> dict[str, float]:
     """Returns the rate of each optimiser's last update, by metric name."""
     schedule, disc_schedule = self._rates
-    rates = {"lr": schedules.last_rate(schedule, state.opt_state)}
+    rates = {"lr": optimizer.last_rate(schedule, state.opt_state)}
     if self.adversarial.weight:
-      rates["lr_disc"] = schedules.last_rate(
+      rates["lr_disc"] = optimizer.last_rate(
         disc_schedule, state.disc_opt_state
       )
     return rates
@@ -192,13 +192,16 @@ class Experiment:
     config, mesh = self.config, self.mesh
     (mae, *_), (discriminator, *_) = self._structure
     schedule, disc_schedule = self._rates
+    make_optimizer = functools.partial(
+      optimizer.make_optimizer, config.optim, depth=self.architecture.depth
+    )
     return train_step.Trainer(
       task=self.task,
       adversarial=self.adversarial,
       mae=mae,
       discriminator=discriminator,
-      optimizer=make_optimizer(config.optim, schedule),
-      disc_optimizer=make_optimizer(config.optim, disc_schedule),
+      optimizer=make_optimizer(schedule),
+      disc_optimizer=make_optimizer(disc_schedule),
       ema_decay=config.ema_decay,
       ema_warmup=config.ema_warmup,
       decoder_ratio=config.mask.decoder_ratio,
@@ -209,6 +212,8 @@ class Experiment:
       placement=(
         sharding.MeshPlacement(mesh, config.dtype) if mesh.size > 1 else None
       ),
+      matmul_precision=config.matmul_precision,
+      spike_sigmas=config.optim.spike_sigmas,
     )
 
   def initialise(self) -> train_step.TrainState:
@@ -259,56 +264,6 @@ class Experiment:
       donate_argnums=0,
       out_shardings=(shardings, replicated),
     ).lower(state, batch, struct(rng.shape, rng.dtype, replicated))
-
-
-def make_schedule(
-  settings: ConfigDict, batch_size: int, num_steps: int
-) -> optax.Schedule:
-  """Returns the learning rate of each step; see schedules.learning_rate.
-
-  Args:
-    settings: section `optim` of a configuration.
-    batch_size: clips per step over all devices.
-    num_steps: steps of the whole run.
-  """
-  return schedules.learning_rate(
-    base_lr=settings.base_lr,
-    min_lr=settings.min_lr,
-    warmup_ratio=settings.warmup_ratio,
-    batch_size=batch_size,
-    num_steps=num_steps,
-  )
-
-
-def make_optimizer(
-  settings: ConfigDict, schedule: optax.Schedule
-) -> optax.GradientTransformation:
-  """Returns AdamW with the settings of section `optim`.
-
-  Args:
-    settings: section `optim` of a configuration.
-    schedule: number of updates so far -> learning rate.
-  """
-  adam = {
-    "b1": settings.b1,
-    "b2": settings.b2,
-    "eps": settings.eps,
-    "mu_dtype": settings.mu_dtype,
-  }
-  if settings.decay_params == "all":
-    return optax.adamw(schedule, weight_decay=settings.weight_decay, **adam)
-
-  def decay(path, update, param):
-    is_kernel = path[-1].key == "kernel"
-    return update + settings.weight_decay * param if is_kernel else update
-
-  # adamw's mask would change the structure of its state, and with it that of
-  # checkpoints.
-  return optax.chain(
-    optax.scale_by_adam(**adam),
-    optax.stateless(functools.partial(jax.tree_util.tree_map_with_path, decay)),
-    optax.scale_by_learning_rate(schedule),
-  )
 
 
 def lay_out(architecture: Architecture, mesh: Mesh, shapes) -> sharding.Layout:

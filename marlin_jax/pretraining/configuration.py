@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from marlin_jax.models.options import DTYPES
 from marlin_jax.records.schema import FRAME_SIZE, PATCH_SIZE
 from marlin_jax.training.configuration import (
+  ABOVE_0_TO_1,
   BELOW_1,
   BETWEEN_0_AND_1,
   FROM_0_TO_1,
@@ -69,13 +70,22 @@ KEYS = TRAINING_KEYS | {
   "adv.max_pull": fixed(at_least(0)),
   "optim.base_lr": fixed(above(0)),
   "optim.min_lr": fixed(at_least(0)),
+  "optim.schedule": fixed(one_of("cosine", "constant"), before="cosine"),
   "optim.warmup_ratio": fixed(BELOW_1),
+  "optim.warmup_steps": fixed(at_least(0), before=0),
+  "optim.cooldown_steps": free(at_least(0)),
+  "optim.layer_decay": fixed(ABOVE_0_TO_1, before=1.0),
   "optim.b1": fixed(BELOW_1),
   "optim.b2": fixed(BELOW_1),
   "optim.eps": fixed(),
   "optim.weight_decay": fixed(at_least(0)),
   "optim.decay_params": fixed(one_of("all", "kernels"), before="all"),
   "optim.mu_dtype": fixed(one_of(*DTYPES)),
+  "optim.clip_norm": fixed(at_least(0), before=0.0),
+  "optim.spike_sigmas": fixed(at_least(0), before=0.0),
+  "matmul_precision": fixed(
+    one_of("default", "high", "highest"), before="default"
+  ),
   "ema_decay": fixed(BELOW_1),
   "ema_warmup": fixed(before=False),
   "scan": free(),
@@ -123,10 +133,14 @@ def identity(
   Returns:
     Values by dotted key, ready for JSON.
   """
-  return fixed_values(config, KEYS) | {
+  values = fixed_values(config, KEYS) | {
     "num_steps": num_steps,
     _FINGERPRINT: fingerprint,
   }
+  if config.optim.schedule == "constant":
+    # Nothing depends on the end of the run until it cools down.
+    del values["num_steps"]
+  return values
 
 
 def _problems(config: ConfigDict) -> Iterator[str]:
@@ -149,8 +163,24 @@ def _problems(config: ConfigDict) -> Iterator[str]:
         f"model.{prefix}width={width}: expected a multiple of twice "
         f"model.{prefix}num_heads={heads}"
       )
+  yield from _schedule_problems(config.optim)
   yield from _probe_problems(config.probe)
   yield from _mask_problems(config)
+
+
+def _schedule_problems(settings: ConfigDict) -> Iterator[str]:
+  if settings.schedule == "cosine" and settings.cooldown_steps:
+    yield (
+      f"optim.cooldown_steps={settings.cooldown_steps}: expected 0 with "
+      "optim.schedule='cosine', which falls from the warm-up on"
+    )
+  by_share = settings.warmup_ratio and not settings.warmup_steps
+  if settings.schedule == "constant" and by_share:
+    yield (
+      f"optim.warmup_ratio={settings.warmup_ratio}: expected "
+      "optim.warmup_steps, or a ratio of 0, with optim.schedule='constant': "
+      "the number of steps may change"
+    )
 
 
 def _probe_problems(settings: ConfigDict) -> Iterator[str]:

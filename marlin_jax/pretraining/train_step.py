@@ -15,6 +15,7 @@ pixels per token.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from marlin_jax.models.discriminator import Discriminator
 from marlin_jax.models.mae import MAE
 from marlin_jax.models.prediction import Prediction
 from marlin_jax.models.vit import Fixed
-from marlin_jax.pretraining import losses, pretext_task
+from marlin_jax.pretraining import losses, pretext_task, spikes
 from marlin_jax.pretraining.pretext_task import PretextTask
 
 Pytree = Any
@@ -44,13 +45,15 @@ class TrainState:
   Attributes:
     step: int32, steps taken.
     num_skipped: int32, steps among them that changed nothing because a loss or
-      a gradient was not finite.
+      a gradient was not finite or a spike.
     params: the autoencoder's trained parameters, nested dicts by path.
     ema: exponential moving average of `params`; {} if none is kept.
     fixed: the autoencoder's position tables.
     opt_state: state of the autoencoder's optimiser.
     disc_params: the discriminator's parameters.
     disc_opt_state: state of the discriminator's optimiser.
+    recent: loss and gradient norm of the last steps, see `spikes`; {} if spikes
+      are not skipped.
   """
 
   step: jax.Array
@@ -61,6 +64,7 @@ class TrainState:
   opt_state: Pytree
   disc_params: Pytree
   disc_opt_state: Pytree
+  recent: Pytree = flax.struct.field(default_factory=dict)
 
   @property
   def best_params(self) -> Pytree:
@@ -111,6 +115,10 @@ class Trainer:
     num_microbatches: microbatches per batch, processed one after the other with
       accumulated gradients; above 1 if the batch does not fit in memory.
     placement: placement of tokens and weights on a mesh; None: on one device.
+    matmul_precision: precision of float32 matmuls, as jax names it; 'default':
+      that of jax's configuration.
+    spike_sigmas: a step changes nothing if its loss or gradient norm is more
+      than so many standard deviations above the recent mean; 0: no limit.
   """
 
   task: PretextTask
@@ -124,6 +132,14 @@ class Trainer:
   decoder_ratio: float = 0.0
   num_microbatches: int = 1
   placement: partition.Placement | None = None
+  matmul_precision: str = "default"
+  spike_sigmas: float = 0.0
+
+  def precision(self) -> contextlib.AbstractContextManager:
+    """Returns the context to trace the networks and their gradients in."""
+    if self.matmul_precision == "default":
+      return contextlib.nullcontext()
+    return jax.default_matmul_precision(self.matmul_precision)
 
   def prepare(self, batch):
     """Masks a batch.
@@ -281,6 +297,7 @@ def init_state(trainer: Trainer, params, fixed, disc_params) -> TrainState:
     opt_state=trainer.optimizer.init(params),
     disc_params=disc_params,
     disc_opt_state=trainer.disc_optimizer.init(disc_params),
+    recent=spikes.no_steps() if trainer.spike_sigmas else {},
   )
 
 
@@ -293,7 +310,7 @@ def split_model(model: MAE | Discriminator):
 def train_step(
   trainer: Trainer, state: TrainState, batch: dict, rng: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """Updates both networks, or neither if a value is not finite.
+  """Updates both networks, or neither if a value is not finite or a spike.
 
   If a loss or the norm of a gradient is not finite, only the counters change.
   That keeps the whole state finite: if the norm of a gradient is finite, so is
@@ -310,22 +327,34 @@ def train_step(
     The new state, and float32 scalars: `loss_rec`, `grad_norm`, `num_skipped`
     (so far) and, with the adversarial loss, `loss`, `loss_adv`, `loss_disc`,
     `d_real`, `d_fake`, `adv_pull`, `grad_norm_disc` and, with its penalty,
-    `gradient_penalty`.
+    `gradient_penalty`; with `trainer.spike_sigmas` also `loss_rec_limit` and
+    `grad_norm_limit`, infinite until there are enough steps.
   """
   step_rng = jax.random.fold_in(rng, state.step)
   # A key per clip, so that masks do not depend on devices or microbatches.
   keys = jax.random.split(step_rng, batch["video"].shape[0])
   batch = {"video": batch["video"], "regions": batch["regions"], "keys": keys}
-  if trainer.num_microbatches == 1:
-    new, metrics = _step_whole_batch(trainer, state, batch)
-  else:
-    new, metrics = _step_microbatches(trainer, state, batch)
-  finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
+  with trainer.precision():
+    if trainer.num_microbatches == 1:
+      new, metrics = _step_whole_batch(trainer, state, batch)
+    else:
+      new, metrics = _step_microbatches(trainer, state, batch)
+  applied = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
+  recent = state.recent
+  if trainer.spike_sigmas:
+    recent, limits = spikes.follow(
+      recent, metrics, applied, trainer.spike_sigmas
+    )
+    for name, limit in limits.items():
+      applied &= metrics[name] <= limit
+      metrics |= {f"{name}_limit": limit}
   new = jax.tree.map(
-    lambda new, old: jnp.where(finite, new, old), trainer.update_ema(new), state
+    lambda new, old: jnp.where(applied, new, old),
+    trainer.update_ema(new),
+    state,
   )
-  num_skipped = state.num_skipped + ~finite
-  new = new.replace(step=state.step + 1, num_skipped=num_skipped)
+  num_skipped = state.num_skipped + ~applied
+  new = new.replace(step=state.step + 1, num_skipped=num_skipped, recent=recent)
   return new, metrics | {"num_skipped": num_skipped.astype(jnp.float32)}
 
 
@@ -440,8 +469,9 @@ def reconstruct(
     return prediction.pixels.astype(jnp.float32)
 
   keys = jax.random.split(rng, batch["video"].shape[0])
-  return pretext_task.reconstruct_batch(
-    trainer.task,
-    predict,
-    {"video": batch["video"], "regions": batch["regions"], "keys": keys},
-  )
+  with trainer.precision():
+    return pretext_task.reconstruct_batch(
+      trainer.task,
+      predict,
+      {"video": batch["video"], "regions": batch["regions"], "keys": keys},
+    )

@@ -29,6 +29,9 @@ Pytree = Any
 
 # Directory beside the checkpoints, for damaged ones.
 DAMAGED = "damaged"
+# Field of a state with statistics of recent steps. A checkpoint without them
+# restores them as zeros; a state without them ignores those of a checkpoint.
+_RECENT = "recent"
 # Files of a complete checkpoint.
 _MARKS = ("commit_success.txt", "state/_METADATA", "meta/metadata")
 
@@ -285,17 +288,32 @@ class Checkpoints:
     )
     handler = ocp.PyTreeCheckpointHandler()
     tree = handler.metadata(path / "state").tree
-    handler.close()
     # The checkpoint may have been saved with the other value of config.scan.
     convert = None
     if stacking.are_stacked(tree) and not stacking.are_stacked(like):
       convert, abstract = stacking.unstack, stacking.stack(abstract, _joined)
     elif stacking.are_stacked(like) and not stacking.are_stacked(tree):
       convert, abstract = stacking.stack, stacking.unstack(abstract, _block)
-    _check_leaves(path, tree, abstract)
-    state = self._manager.restore(
-      step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-    )["state"]
+    item = abstract
+    recent = getattr(abstract, _RECENT, None)
+    if recent is not None and not (recent and tree.get(_RECENT)):
+      item = {k: v for k, v in vars(abstract).items() if k != _RECENT}
+      tree.pop(_RECENT, None)
+    _check_leaves(path, tree, item)
+    state = handler.restore(
+      path / "state",
+      args=ocp.args.PyTreeRestore(
+        item=item,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+        partial_restore=True,
+      ),
+    )
+    handler.close()
+    if item is not abstract:
+      zeros = jax.tree.map(
+        lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), recent
+      )
+      state = abstract.replace(**state, **{_RECENT: zeros})
     if convert is not None:
       state = jax.jit(convert, out_shardings=shardings)(state)
     return state

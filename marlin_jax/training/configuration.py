@@ -42,6 +42,7 @@ class Rule:
 
 ANY = Rule("any value", lambda value: True)
 BELOW_1 = Rule("0 <= value < 1", lambda value: 0 <= value < 1)
+ABOVE_0_TO_1 = Rule("0 < value <= 1", lambda value: 0 < value <= 1)
 FROM_0_TO_1 = Rule("0 <= value <= 1", lambda value: 0 <= value <= 1)
 BETWEEN_0_AND_1 = Rule("0 < value < 1", lambda value: 0 < value < 1)
 SPLIT = Rule("the name of a split", bool)

@@ -29,7 +29,7 @@ from marlin_jax.data.sampling import Draws
 from marlin_jax.devices import coordination, distributed, sharding
 from marlin_jax.records import cli
 from marlin_jax.records.cli import UserError
-from marlin_jax.training import goodput, metrics, nonfinite, profiler
+from marlin_jax.training import goodput, metrics, profiler, skipped_steps
 from marlin_jax.training.configuration import flat
 from marlin_jax.training.watchdog import Watchdog
 from marlin_jax.training.workdir import Workdir
@@ -232,7 +232,7 @@ def train(
     # --- Output ---------------------------------------------------------------
     writer = metrics.MetricWriter(workdir.files.path, start_step=start_step)
     progress = metrics.Progress(course.num_steps, start=start_step)
-    skipped = nonfinite.SkippedSteps(
+    skipped = skipped_steps.SkippedSteps(
       course.dataset,
       max_in_row=config.max_skipped_steps,
       num_before=int(state.num_skipped),

@@ -15,7 +15,7 @@ import pytest
 from marlin_jax.data.prepared_dataset import RecordSource, open_dataset
 from marlin_jax.devices import distributed
 from marlin_jax.pretraining import masking, train_step
-from marlin_jax.training import nonfinite, watchdog
+from marlin_jax.training import skipped_steps, watchdog
 from tests.support.files import arrays_of, rows_of
 from tests.support.processes import ROOT
 from tests.support.trainers import BATCH_SIZE, TUBELETS, make, step_of
@@ -144,10 +144,10 @@ def test_the_clips_of_a_large_skipped_batch_are_not_all_read(
   monkeypatch.setattr(
     RecordSource, "read", lambda *args: reads.append(args) or read(*args)
   )
-  skipped = nonfinite.SkippedSteps(dataset, max_in_row=3, num_before=0)
+  skipped = skipped_steps.SkippedSteps(dataset, max_in_row=3, num_before=0)
   scalars = {"num_skipped": jnp.int32(1), "loss_rec": jnp.float32(np.nan)}
   skipped.follow(7, scalars, jnp.zeros(4096, jnp.int32))
-  monkeypatch.setattr(nonfinite.jax, "process_index", lambda: process)
+  monkeypatch.setattr(skipped_steps.jax, "process_index", lambda: process)
   skip = skipped.check()
   assert len(reads) == num_reads
   assert len(skip.clips) == 16

@@ -63,6 +63,15 @@ def test_all_problems_are_reported_together():
     ({"mesh.data": 0}, "mesh.data=0"),
     ({"optim.base_lr": 0.0}, "optim.base_lr=0.0"),
     ({"dtype": "float16"}, "dtype='float16'"),
+    ({"optim.layer_decay": 1.5}, "layer_decay=1.5: expected 0 < value <= 1"),
+    (
+      {"optim.cooldown_steps": 5},
+      "optim.cooldown_steps=5: expected 0 with optim.schedule='cosine'",
+    ),
+    (
+      {"optim.schedule": "constant"},
+      "expected optim.warmup_steps, or a ratio of 0",
+    ),
     ({"probe.steps": 5}, "probe.label='' with probe.steps=5: name a label"),
     (
       {"probe.steps": 5, "probe.label": "x", "probe.eval_split": "train"},
@@ -93,6 +102,14 @@ def test_a_run_that_differs_in_a_fixed_value_is_another():
   config.mask.ratio = 0.75
   changed = configuration.identity(config, "abc", 7)
   assert changed == saved | {"mask.ratio": 0.75}
+
+
+def test_the_length_of_a_run_with_a_constant_rate_may_change():
+  config = pretrain_b.get_config()
+  config.optim.schedule = "constant"
+  saved = configuration.identity(config, "abc", 7)
+  config.optim.cooldown_steps = 2
+  assert configuration.identity(config, "abc", 9) == saved
 
 
 def test_a_checkpoint_from_before_a_key_existed_fits_its_old_value():

@@ -10,14 +10,14 @@ import pytest
 
 from configs import quickstart
 from marlin_jax.pretraining import build
-from marlin_jax.pretraining.schedules import learning_rate
+from marlin_jax.pretraining.optimizer import learning_rate, make_schedule
 
 
 def make(**changes):
   values = {
     "base_lr": 1.5e-4,
     "min_lr": 1e-5,
-    "warmup_ratio": 0.02,
+    "warmup_steps": 20,
     "batch_size": 32,
     "num_steps": 1000,
   }
@@ -36,7 +36,35 @@ def test_it_rises_to_the_scaled_rate_and_falls_to_the_scaled_minimum():
 
 
 def test_without_warm_up_it_starts_at_the_top():
-  np.testing.assert_allclose(make(warmup_ratio=0)(0), 1.5e-4 / 8, rtol=1e-6)
+  np.testing.assert_allclose(make(warmup_steps=0)(0), 1.5e-4 / 8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("cooldown_steps", [0, 100])
+def test_a_constant_rate_falls_at_the_end_alone(cooldown_steps):
+  schedule = make(cooldown_steps=cooldown_steps)
+  rates = np.array([float(schedule(step)) for step in range(1000)])
+  top = 1000 - cooldown_steps
+  np.testing.assert_array_equal(
+    rates[:20], [float(make()(step)) for step in range(20)]
+  )
+  np.testing.assert_allclose(rates[20:top], 1.5e-4 / 8, rtol=1e-6)
+  np.testing.assert_allclose(
+    rates[top:],
+    np.linspace(1.5e-4, 1e-5, cooldown_steps, endpoint=False) / 8,
+    rtol=1e-5,
+  )
+  # Before it falls, nothing depends on when it does.
+  other = make(cooldown_steps=cooldown_steps, num_steps=5000)
+  assert [float(other(step)) for step in (0, 10, top)] == [
+    *rates[[0, 10]],
+    rates[20],
+  ]
+
+
+def test_a_cool_down_longer_than_the_run_begins_after_the_warm_up():
+  rates = [float(make(cooldown_steps=2000)(step)) for step in range(1000)]
+  assert np.argmax(rates) == 20 - 1
+  assert (np.diff(rates[20:]) < 0).all()
 
 
 # --- both players -------------------------------------------------------------
@@ -70,7 +98,7 @@ def rates_of_updates(optimizer, num_updates):
 @pytest.mark.parametrize(("d_steps", "g_steps"), [(1, 1), (3, 2)])
 def test_every_update_of_a_step_has_the_rate_of_the_step(d_steps, g_steps):
   config, made = experiment(**{"adv.d_steps": d_steps, "adv.g_steps": g_steps})
-  schedule = build.make_schedule(config.optim, config.batch_size, NUM_STEPS)
+  schedule = make_schedule(config.optim, config.batch_size, NUM_STEPS)
   want = np.array([float(schedule(step)) for step in range(NUM_STEPS)])
   rates, states = rates_of_updates(made.trainer.optimizer, NUM_STEPS * g_steps)
   disc_rates, disc_states = rates_of_updates(
@@ -105,7 +133,7 @@ def test_with_one_update_a_step_all_bits_are_those_of_adamw(decay):
   config, made = experiment(**{"optim.weight_decay": decay})
   optim = config.optim
   reference = optax.adamw(
-    build.make_schedule(config.optim, config.batch_size, NUM_STEPS),
+    make_schedule(config.optim, config.batch_size, NUM_STEPS),
     b1=optim.b1,
     b2=optim.b2,
     eps=optim.eps,
@@ -122,48 +150,3 @@ def test_with_one_update_a_step_all_bits_are_those_of_adamw(decay):
     ]
     assert names[0] == names[1]
     jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
-@pytest.mark.parametrize("scan", [False, True])
-def test_of_a_network_kernels_alone_decay(scan):
-  _, made = experiment(
-    scan=scan,
-    **{"optim.weight_decay": 0.05, "optim.decay_params": "kernels"},
-  )
-  _, all_decay = experiment(scan=scan, **{"optim.weight_decay": 0.05})
-  trainer, expected = made.trainer, all_decay.trainer
-  for params, optimizer, reference in (
-    (made.shapes.params, trainer.optimizer, expected.optimizer),
-    (made.shapes.disc_params, trainer.disc_optimizer, expected.disc_optimizer),
-  ):
-    states = [jax.eval_shape(x.init, params) for x in (optimizer, reference)]
-    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
-    zeros, opt_state = (
-      jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
-      for tree in (params, states[0])
-    )
-    ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), params)
-    updates, _ = jax.jit(optimizer.update)(zeros, opt_state, ones)
-    decayed = {
-      jax.tree_util.keystr(path, simple=True, separator="/"): bool(x.any())
-      for path, x in jax.tree_util.tree_leaves_with_path(updates)
-    }
-    assert len(set(decayed.values())) == 2
-    for name, does_decay in decayed.items():
-      assert does_decay == name.endswith("/kernel"), name
-
-
-def test_kernels_decay_as_in_adamw():
-  changes = {"optim.weight_decay": 0.05}
-  _, all_decay = experiment(**changes)
-  _, made = experiment(**changes | {"optim.decay_params": "kernels"})
-  params = {"kernel": jnp.full(3, 2.0), "bias": jnp.full(3, 2.0)}
-  grads = {"kernel": jnp.array([1.0, -1.0, 0.5]), "bias": jnp.ones(3)}
-  got, want = (
-    x.trainer.optimizer.update(grads, x.trainer.optimizer.init(params), params)[
-      0
-    ]
-    for x in (made, all_decay)
-  )
-  np.testing.assert_array_equal(got["kernel"], want["kernel"])
-  assert (np.abs(got["bias"]) < np.abs(want["bias"])).all()

@@ -1,4 +1,4 @@
-"""Reports steps that were skipped because a loss or gradient was not finite."""
+"""Reports steps that were skipped: a value was not finite, or a spike."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ from marlin_jax.records.cli import UserError
 _MAX_NAMES = 16
 
 
+# Metrics NAME with this suffix are the highest value of NAME that is applied.
+_LIMIT = "_limit"
+
+
 class NotFiniteError(UserError):
   """Too many steps in a row without a finite loss and gradient."""
 
@@ -26,6 +30,7 @@ class SkippedStep(NamedTuple):
   Attributes:
     step: number of the step.
     not_finite: the metrics that were not finite, as text, by name.
+    spikes: the metrics that were above their limits, and the limits, by name.
     clips: names of the records of its first clips, at most 16; only their
       numbers on processes other than process 0.
     num_clips: number of its clips.
@@ -33,11 +38,18 @@ class SkippedStep(NamedTuple):
 
   step: int
   not_finite: dict[str, str]
+  spikes: dict[str, tuple[float, float]]
   clips: list[str]
   num_clips: int
 
   def __str__(self) -> str:
-    numbers = ", ".join(f"{k} {v}" for k, v in self.not_finite.items())
+    numbers = ", ".join(
+      [f"{name} {value}" for name, value in self.not_finite.items()]
+      + [
+        f"{name} {value:.4g} is above {limit:.4g}"
+        for name, (value, limit) in self.spikes.items()
+      ]
+    )
     clips = ", ".join(self.clips[:4])
     more = f" and {self.num_clips - 4} more" if self.num_clips > 4 else ""
     return f"step {self.step} not applied: {numbers}; clips of {clips}{more}"
@@ -78,8 +90,18 @@ class SkippedSteps:
       return None
     self._in_row += 1
     values = {name: float(value) for name, value in scalars.items()}
-    not_finite = {k: str(v) for k, v in values.items() if not math.isfinite(v)}
-    skipped = SkippedStep(step, not_finite, self._names(ids), ids.size)
+    limits = {k: values.pop(k) for k in list(values) if k.endswith(_LIMIT)}
+    skipped = SkippedStep(
+      step,
+      {k: str(v) for k, v in values.items() if not math.isfinite(v)},
+      {
+        name: (value, limit)
+        for name, value in values.items()
+        if (limit := limits.get(name + _LIMIT, math.inf)) < value < math.inf
+      },
+      self._names(ids),
+      ids.size,
+    )
     if self._in_row >= self._max_in_row:
       raise NotFiniteError(
         f"{skipped}\nThis was the last of {self._in_row} in a row, and "
