@@ -52,10 +52,11 @@ def get_config():
 
   # Logistic regression on standardised features, solved to the optimum.
   config.linear = ConfigDict()
-  # L2 penalties to choose from on the validation split.
-  config.linear.penalties = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+  # L2 penalties to choose from on the validation split, for each label by
+  # itself. The grid grows while the best one is its first or last.
+  config.linear.penalties = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
   # Most iterations of the solver.
-  config.linear.max_iterations = 500
+  config.linear.max_iterations = 1000
 
   # Nearest neighbours, as DINO.
   config.knn = ConfigDict()

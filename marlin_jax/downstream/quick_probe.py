@@ -209,7 +209,7 @@ class QuickProbe:
       x,
       train.targets,
       (self._config.penalty,),
-      lambda probe: 0.0,  # a single penalty: nothing to choose
+      lambda probe: np.zeros(1),  # a single penalty: nothing to choose
       _MAX_ITERATIONS,
     )
     neighbours = knn.predict(

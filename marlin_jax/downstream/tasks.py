@@ -133,17 +133,32 @@ class Task:
     labels = np.where(known, targets, 0.0)
     return labels.astype(np.float32), known.astype(np.float32)
 
-  def cross_entropy(
+  def cross_entropies(
     self, targets: np.ndarray, probabilities: np.ndarray
-  ) -> float:
-    """Returns the mean over known labels, as the training loss; NaN if none."""
+  ) -> np.ndarray:
+    """Returns the mean loss of each label over the videos where it is known.
+
+    Returns:
+      float64 (K,), or (1,) for classes; NaN where no video is known.
+    """
     labels, known = self.encode(targets)
     p = np.clip(probabilities, 1e-7, 1 - 1e-7)
     losses = -labels * np.log(p)
     if self.is_class:
-      return float(losses.sum() / known[:, 0].sum())
-    losses -= (1 - labels) * np.log(1 - p)
-    return float((losses * known).sum() / known.sum())
+      losses, known = losses.sum(axis=1, keepdims=True), known[:, :1]
+    else:
+      losses -= (1 - labels) * np.log(1 - p)
+    num_known = known.sum(axis=0)
+    means = (losses * known).sum(axis=0) / np.maximum(num_known, 1)
+    return np.where(num_known > 0, means, np.nan)
+
+  def cross_entropy(
+    self, targets: np.ndarray, probabilities: np.ndarray
+  ) -> float:
+    """Returns the mean over the labels of `cross_entropies`; NaN if none."""
+    means = self.cross_entropies(targets, probabilities)
+    means = means[np.isfinite(means)]
+    return float(means.mean()) if len(means) else float("nan")
 
   def auc(
     self, targets: np.ndarray, probabilities: np.ndarray, *, micro: bool

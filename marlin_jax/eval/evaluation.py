@@ -277,6 +277,8 @@ def _run(
     settings | {"cell": cell.name},
   )
   predicted = runner.run(cell.mode, job)
+  for warning in predicted.warnings:
+    print(f"WARNING: {cell.name}: {warning}", flush=True)
   val = _predictions(videos["val"], predicted.val)
   test = _predictions(videos["test"], predicted.test)
   thresholds = measures.thresholds(task, val, config.protocol)

@@ -70,11 +70,13 @@ class ModeResult:
   Attributes:
     val, test: probabilities, float64 (V, K).
     chosen: hyperparameters selected on the validation split.
+    warnings: lines for the user about the choice.
   """
 
   val: np.ndarray
   test: np.ndarray
   chosen: dict[str, Any]
+  warnings: tuple[str, ...] = ()
 
 
 class ModeRunner:
@@ -150,10 +152,10 @@ class ModeRunner:
   def _linear(self, job: Job) -> ModeResult:
     task, val = job.task, self._features_of(job.val)
 
-    def score(probe: logistic.LinearProbe) -> float:
+    def score(probe: logistic.LinearProbe) -> np.ndarray:
       probabilities = task.probabilities(probe.logits(val))
       # Not the AUC: with few videos many penalties tie.
-      return -task.cross_entropy(job.val.targets, probabilities)
+      return -task.cross_entropies(job.val.targets, probabilities)
 
     probe = logistic.fit(
       task,
@@ -166,7 +168,8 @@ class ModeRunner:
     return ModeResult(
       task.probabilities(probe.logits(val)),
       task.probabilities(probe.logits(self._features_of(job.test))),
-      {"penalty": probe.penalty},
+      {"penalty": dict(zip(task.names, probe.penalty.tolist(), strict=True))},
+      tuple(_probe_warnings(task, probe)),
     )
 
   def _linear_by_steps(self, job: Job) -> ModeResult:
@@ -307,6 +310,29 @@ class ModeRunner:
     probabilities = model.task.probabilities(logits)
     return feature_cache.pooled(
       probabilities, np.array(owners), len(videos), "mean"
+    )
+
+
+def _probe_warnings(task: Task, probe: logistic.LinearProbe) -> Iterator[str]:
+  for edge in np.unique(probe.penalty[probe.at_edge]):
+    names = [
+      name
+      for name, penalty in zip(task.names, probe.penalty, strict=True)
+      if penalty == edge
+    ]
+    yield (
+      f"the best penalty is the last one tried, {edge:.0e}, for "
+      f"{', '.join(names)}: "
+      + (
+        "the features separate the training and validation videos"
+        if edge < 1
+        else "the features tell nothing about the validation videos"
+      )
+    )
+  if not probe.converged:
+    yield (
+      "the linear probe has not reached its optimum: raise "
+      "config.linear.max_iterations"
     )
 
 

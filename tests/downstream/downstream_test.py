@@ -24,7 +24,7 @@ from marlin_jax.downstream.tasks import Task, TaskError
 from marlin_jax.eval import configuration, measures
 from marlin_jax.models import heads, vit
 from marlin_jax.training.configuration import ConfigError
-from marlin_jax.training.skipped_steps import NotFiniteError
+from marlin_jax.training.nonfinite import NotFiniteError
 
 KNOWN = {
   "face": {"kind": "binary", "names": ["hat", "beard"]},
@@ -148,25 +148,83 @@ def drawn(num: int, seed: int, noise: float = 0.5):
   return x, y
 
 
-def never(probe) -> float:
-  return 0.0
+def never(probe) -> np.ndarray:
+  return np.zeros(1)
 
 
-def test_the_probe_equals_sklearns_logistic_regression():
+@pytest.mark.parametrize("penalty", [1.0, 1e-2, 1e-4])
+def test_the_probe_equals_sklearns_logistic_regression(penalty):
   x, y = drawn(200, 0, noise=4.0)
   y[:30, 1] = np.nan
-  probe = logistic.fit(BINARY, x, y, (0.01,), never, 500)
+  probe = logistic.fit(BINARY, x, y, (penalty,), never, 500)
+  assert probe.converged
+  assert not probe.at_edge.any()
   for k, known in ((0, slice(None)), (1, slice(30, None))):
-    z = (x - x.mean(0)) / x.std(0)
-    # Our loss is the mean over known labels, sklearn's is the sum: C = 1 / sum.
-    total = 200 + 170
+    z = (x - x.mean(0, np.float64)) / x.std(0, dtype=np.float64)
+    # Our loss is the mean over known videos, sklearn's the sum.
     theirs = linear_model.LogisticRegression(
-      C=1 / (0.01 * total), tol=1e-10, max_iter=5000
+      C=1 / (penalty * len(z[known])), tol=1e-10, max_iter=5000
     ).fit(z[known], y[known, k])
     np.testing.assert_allclose(
-      probe.kernel[:, k], theirs.coef_[0], atol=2e-3, rtol=2e-3
+      probe.kernel[:, k], theirs.coef_[0], atol=1e-4, rtol=1e-4
     )
-    assert probe.bias[k] == pytest.approx(theirs.intercept_[0], abs=2e-3)
+    assert probe.bias[k] == pytest.approx(theirs.intercept_[0], abs=1e-4)
+
+
+def test_classes_equal_sklearns_logistic_regression():
+  np_rng = np.random.default_rng(0)
+  x = np_rng.normal(size=(300, 8))
+  targets = (x[:, :3] + np_rng.normal(size=(300, 3))).argmax(axis=1)
+  probe = logistic.fit(CLASSES, x, targets.astype(float), (1e-3,), never, 500)
+  theirs = linear_model.LogisticRegression(
+    C=1 / (1e-3 * 300), tol=1e-10, max_iter=5000
+  ).fit((x - x.mean(0)) / x.std(0), targets)
+  np.testing.assert_allclose(probe.kernel, theirs.coef_.T, atol=1e-4, rtol=1e-4)
+
+
+def test_a_label_has_the_same_probe_alone_and_beside_others():
+  (x, y), (val_x, val_y) = drawn(300, 0, noise=4.0), drawn(300, 1, noise=4.0)
+  # Another label that needs the largest penalty, as it is drawn by lot.
+  y[:, 1] = np.random.default_rng(2).integers(0, 2, 300)
+  alone = Task("a", "a", False, ("one",))
+
+  def fit(task, k):
+    def score(probe):
+      found = task.probabilities(probe.logits(val_x))
+      return -task.cross_entropies(val_y[:, :k], found)
+
+    return logistic.fit(task, x, y[:, :k], (1e-3, 1e-2, 1e-1), score, 500)
+
+  one, both = fit(alone, 1), fit(BINARY, 2)
+  assert both.penalty[0] == one.penalty[0] != both.penalty[1]
+  np.testing.assert_allclose(both.kernel[:, :1], one.kernel, atol=1e-4)
+
+
+@pytest.mark.parametrize("noise", [0.5, 1e3])
+def test_the_grid_grows_while_the_best_penalty_is_its_last(noise):
+  (x, y), (val_x, val_y) = drawn(200, 0, noise), drawn(400, 1, noise)
+
+  def score(probe):
+    found = BINARY.probabilities(probe.logits(val_x))
+    return -BINARY.cross_entropies(val_y, found)
+
+  narrow = logistic.fit(BINARY, x, y, (1e-2, 2e-2), score, 500)
+  beyond = narrow.penalty < 1e-2 if noise < 1 else narrow.penalty > 2e-2
+  assert beyond.all()
+  wide = 1e-2 * 2.0 ** np.arange(-40, 17)
+  known = logistic.fit(BINARY, x, y, wide, score, 500)
+  np.testing.assert_allclose(score(narrow), score(known), atol=1e-3)
+
+
+def test_a_penalty_at_the_end_of_the_search_is_told():
+  x, y = drawn(60, 0, noise=0.0)
+
+  def score(probe):
+    return -BINARY.cross_entropies(y, BINARY.probabilities(probe.logits(x)))
+
+  probe = logistic.fit(BINARY, x, y, (1e-2, 1e-6), score, 1000)
+  assert probe.at_edge.all()
+  assert (probe.penalty <= 1e-6).all()
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e3])
@@ -191,15 +249,15 @@ def test_the_penalty_is_selected_on_the_validation_split():
 
   def score(probe):
     found = BINARY.probabilities(probe.logits(new_x))
-    return -BINARY.cross_entropy(new_y, found)
+    return -BINARY.cross_entropies(new_y, found)
 
-  penalties = (1e-6, 1e-2, 1.0)
+  penalties = (1e-6, 1e-2, 1.0, 100.0)
   best = logistic.fit(BINARY, x, y, penalties, score, 500)
-  each = {
-    p: score(logistic.fit(BINARY, x, y, (p,), never, 500)) for p in penalties
-  }
-  assert best.penalty == max(each, key=each.get)
-  assert best.penalty > 1e-6
+  each = np.array(
+    [score(logistic.fit(BINARY, x, y, (p,), never, 500)) for p in penalties]
+  )
+  assert best.penalty.tolist() == [penalties[i] for i in each.argmax(axis=0)]
+  assert (best.penalty > 1e-6).all()
 
 
 def test_the_probe_separates_classes():
@@ -257,7 +315,7 @@ def test_a_loss_that_is_not_finite_ends_a_training():
       probe,
       protocols.plan_training(config, 32),
       lambda _: batches,
-      never,
+      lambda trained: 0.0,
       seed=0,
     )
 
@@ -316,7 +374,11 @@ def test_the_papers_training_ends_at_the_lowest_rate():
   # No label is known: the loss is 0 and never falls.
   batches = iter([(x, labels, 0 * known)] * 99)
   fitted = fit.fit(
-    probe, protocols.plan_training(config, 8), lambda _: batches, never, seed=0
+    probe,
+    protocols.plan_training(config, 8),
+    lambda _: batches,
+    lambda trained: 0.0,
+    seed=0,
   )
   # One best round, two without gain, then half the rate.
   assert fitted.num_rounds == 3
