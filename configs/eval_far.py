@@ -171,6 +171,8 @@ def get_config():
   config.random.num_frames = 16
   # A clip shows every stride-th frame.
   config.random.stride = 2
+  # Side of a frame in pixels, at most 224.
+  config.random.image_size = 224
   # Frames per token.
   config.random.tubelet_size = 2
   # Side of a patch in pixels.

@@ -48,6 +48,9 @@ def get_config():
   config.data.num_frames = 16
   # A clip shows every stride-th frame.
   config.data.stride = 2
+  # Height and width of the network's picture in pixels, a multiple of
+  # model.patch_size. Records hold 224 pixels; fewer are scaled down.
+  config.data.frame_size = 224
   # Clips drawn from each record that is read (repeated sampling). Above 1 there
   # is less to read and to decode per clip; batch_size must be a multiple of it.
   config.data.clips_per_record = 1
@@ -57,16 +60,31 @@ def get_config():
   # record. The run ends at the next one.
   config.data.max_bad_records = 0
 
+  # Random changes of the training clips, drawn for each clip as a whole. Region
+  # bits follow the pixels.
+  config.augment = ConfigDict()
+  # Share of the clips that are mirrored.
+  config.augment.flip_ratio = 0.0
+  # Least share of the frame's area that a clip shows, scaled to the whole
+  # picture; 1: no crops.
+  config.augment.min_crop_ratio = 1.0
+  # Greatest ratio of the sides of what a clip shows, at least 1.
+  config.augment.max_crop_aspect = 1.0
+  # Greatest change of data.stride, up or down.
+  config.augment.stride_jitter = 0
+
   # Initial weights: a workdir, or any checkpoint that marlin_jax.convert reads,
   # such as VideoMAE's .pth. '': random.
   config.init_from = ""
   # Comma-separated keys that may differ from those of the run that is resumed.
   config.allow_change = ""
 
-  # The autoencoder; patches are 16 x 16 pixels.
+  # The autoencoder.
   config.model = ConfigDict()
   # Frames per token.
   config.model.tubelet_size = 2
+  # Height and width of a token in pixels.
+  config.model.patch_size = 16
   # Encoder: embedding width.
   config.model.width = 768
   # Encoder: transformer blocks.

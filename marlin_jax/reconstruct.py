@@ -53,7 +53,7 @@ def _reconstruct(args: argparse.Namespace) -> None:
   from marlin_jax.inference import pictures, reconstruction
   from marlin_jax.inference.marlin import Marlin
   from marlin_jax.pretraining.pretext_task import PretextTask
-  from marlin_jax.records.schema import FRAME_SIZE, PATCH_SIZE
+  from marlin_jax.records.schema import FRAME_SIZE
 
   if args.output.resolve() == Path(args.video).resolve():
     raise ArgumentError(f"--output={args.output} is the video itself")
@@ -65,8 +65,7 @@ def _reconstruct(args: argparse.Namespace) -> None:
   architecture = marlin.architecture
   if args.attention:
     _check_head(args.head, architecture)
-    sizes = architecture.image_size, architecture.patch_size
-    needs_regions = sizes == (FRAME_SIZE, PATCH_SIZE)
+    needs_regions = architecture.image_size <= FRAME_SIZE
   else:
     mae = marlin.mae
     task = PretextTask.from_architecture(

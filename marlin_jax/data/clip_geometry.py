@@ -144,6 +144,11 @@ class Tubelets:
     return (self.num_frames // self.tubelet_size, side, side)
 
   @property
+  def video_shape(self) -> tuple[int, int, int, int]:
+    """Shape of a clip, (T, H, W, 3)."""
+    return (self.num_frames, self.image_size, self.image_size, 3)
+
+  @property
   def num_tokens(self) -> int:
     return int(np.prod(self.grid))
 

@@ -6,12 +6,13 @@ therefore resumes by starting at its step, and no iterator state is saved
 (grain's own is tied to the number of workers and accepts another data set
 silently).
 
-Axes: B batch, T frames, H W pixels.
+Axes: B batch, T frames, H W pixels, S pixels of a square picture.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 import sys
@@ -24,6 +25,8 @@ import jax
 import numpy as np
 from etils import epath
 
+from marlin_jax.data import augmentation
+from marlin_jax.data.augmentation import Augmentation, View
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.data.prepared_dataset import Dataset, DatasetError
 from marlin_jax.data.sampling import Draw, Draws, SpreadDraws
@@ -93,8 +96,15 @@ def decode_video(
   Raises:
     DatasetError: the record is damaged.
   """
-  try:
+  with _damage_named(index):
     schema.decode_frames(record, frames, video.reshape(-1, *video.shape[2:]))
+
+
+@contextlib.contextmanager
+def _damage_named(index: int) -> Iterator[None]:
+  """Turns ValueErrors into DatasetErrors that name the record."""
+  try:
+    yield
   except ValueError as e:
     raise DatasetError(f"record {index} is damaged: {e}") from e
 
@@ -103,27 +113,51 @@ def decode_video(
 class TakeClip:
   """Takes clips of decoded frames and their regions; a `ClipTaker`.
 
-  A batch also holds `video` uint8 (B, T, H, W, 3), and `regions` uint16
-  (B, T / tubelet_size, h, w), the region bits of each tubelet's first frame.
+  A batch also holds `video` uint8 (B, T, S, S, 3), `regions` uint16
+  (B, T / tubelet_size, h, w), the region bits of each tubelet's first frame,
+  and `_view` int32 (B, 5), the view of each clip as a row.
 
   Attributes:
     clip: number of frames and stride.
     tubelet_size: frames per token.
+    frame_size: S, height and width of a frame in pixels.
+    patch_size: height and width of a token in pixels.
+    needs_regions: if False, `regions` is 0: label maps need not be read.
+    augmentation: random changes of the clips.
   """
 
   clip: Clip
   tubelet_size: int
+  frame_size: int = schema.FRAME_SIZE
+  patch_size: int = schema.PATCH_SIZE
+  needs_regions: bool = True
+  augmentation: Augmentation = Augmentation()
+
+  def without_augmentation(self) -> TakeClip:
+    return dataclasses.replace(self, augmentation=Augmentation())
+
+  @property
+  def longest_clip(self) -> Clip:
+    """The clip of the greatest stride."""
+    stride = self.clip.stride + self.augmentation.stride_jitter
+    return dataclasses.replace(self.clip, stride=stride)
+
+  @property
+  def grid_size(self) -> int:
+    """Patches along a side of a frame."""
+    return self.frame_size // self.patch_size
 
   def empty(self, num_clips: int) -> Batch:
     """Returns an empty batch; see `ClipTaker.empty`."""
-    num_frames, grid = self.clip.num_frames, 2 * (schema.GRID_SIZE,)
+    num_frames, grid = self.clip.num_frames, 2 * (self.grid_size,)
     num_tubelets = num_frames // self.tubelet_size
-    frame = (schema.FRAME_SIZE, schema.FRAME_SIZE, 3)
+    frame = (self.frame_size, self.frame_size, 3)
     return {
       "video": np.empty((num_clips, num_frames, *frame), np.uint8),
-      "regions": np.empty((num_clips, num_tubelets, *grid), np.uint16),
+      "regions": np.zeros((num_clips, num_tubelets, *grid), np.uint16),
       "_id": np.empty(num_clips, np.int32),
       "start": np.empty(num_clips, np.int32),
+      "_view": np.empty((num_clips, len(View().row)), np.int32),
     }
 
   def choose(
@@ -134,9 +168,10 @@ class TakeClip:
     np_rng: np.random.Generator,
   ) -> list[int]:
     """Draws clips from random starts; see `ClipTaker.choose`."""
+    clip = self.augmentation.draw_clip(self.clip, np_rng)
     num_clips = len(clips["start"])
-    starts = self.clip.random_starts(len(record), num_clips, np_rng)
-    return self.place(clips, index, record, starts)
+    starts = clip.random_starts(len(record), num_clips, np_rng)
+    return self._take(clips, index, record, clip, starts, np_rng)
 
   def place(
     self,
@@ -144,12 +179,23 @@ class TakeClip:
     index: int,
     record: schema.Record,
     starts: np.ndarray,
+    np_rng: np.random.Generator,
   ) -> list[int]:
     """Takes the clips that begin at `starts`; else as `ClipTaker.choose`."""
-    frames = self.clip.indices(starts[:, None], len(record))  # (B, T)
-    clips["regions"][:] = record.regions[frames[:, :: self.tubelet_size]]
+    clip = self.augmentation.draw_clip(self.clip, np_rng)
+    return self._take(clips, index, record, clip, starts, np_rng)
+
+  def _take(self, clips, index, record, clip, starts, np_rng) -> list[int]:
+    frames = clip.indices(starts[:, None], len(record))  # (B, T)
+    views = [self.augmentation.draw_view(np_rng) for _ in frames]
+    if self.needs_regions:
+      with _damage_named(index):
+        clips["regions"][:] = augmentation.region_bits(
+          record, frames[:, :: self.tubelet_size], views, self.grid_size
+        )
     clips["_id"][:] = index
     clips["start"][:] = starts
+    clips["_view"][:] = [view.row for view in views]
     return frames.ravel().tolist()
 
   def decode(
@@ -160,7 +206,12 @@ class TakeClip:
     frames: Sequence[int],
   ) -> None:
     """Decodes `video`; see `ClipTaker.decode`."""
-    decode_video(clips["video"], index, record, frames)
+    video = clips["video"]
+    views = [View.from_row(row) for row in clips["_view"]]
+    with _damage_named(index):
+      augmentation.decode(
+        record, np.reshape(frames, video.shape[:2]), views, video
+      )
 
 
 class BadRecords:
@@ -281,9 +332,9 @@ class _Reader:
     raise DatasetError(f"{source} has no record that can be read")
 
   def _choose(self, clips, number, record, draw: Draw) -> list[int]:
-    if draw.starts is not None:
-      return self.take_clip.place(clips, number, record, draw.starts)
     np_rng = np.random.default_rng(draw.seed)
+    if draw.starts is not None:
+      return self.take_clip.place(clips, number, record, draw.starts, np_rng)
     return self.take_clip.choose(clips, number, record, np_rng)
 
 

@@ -28,9 +28,20 @@ def rounded_batch_size(batch_size: int, mesh: Mesh) -> int:
 class ClipReader:
   """Reads the pixels of windows."""
 
-  def __init__(self, split: Split, clip: Clip):
-    """Opens the shards; raises DatasetError if one is missing or damaged."""
-    self._split, self._clip = split, clip
+  def __init__(
+    self, split: Split, clip: Clip, image_size: int = schema.FRAME_SIZE
+  ):
+    """Opens the shards.
+
+    Args:
+      split: split of the windows.
+      clip: frames of a window.
+      image_size: S.
+
+    Raises:
+      DatasetError: a shard is missing or damaged.
+    """
+    self._split, self._clip, self._image_size = split, clip, image_size
     self._source = split.dataset.source
 
   def read(self, windows: Sequence[TrackWindow]) -> np.ndarray:
@@ -42,7 +53,7 @@ class ClipReader:
     Raises:
       DatasetError: a record is damaged.
     """
-    size = schema.FRAME_SIZE
+    size = self._image_size
     shape = (len(windows), self._clip.num_frames, size, size, 3)
     video = np.empty(shape, np.uint8)
     for out, window in zip(video, windows, strict=True):

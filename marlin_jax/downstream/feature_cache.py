@@ -116,7 +116,10 @@ def window_features(
     parts[start] = _read(folder / _name(start), (num, width))
   missing = [start for start in starts if parts[start] is None]
   if missing:
-    reader = clip_batches.ClipReader(split, encoder.architecture.clip)
+    architecture = encoder.architecture
+    reader = clip_batches.ClipReader(
+      split, architecture.clip, architecture.image_size
+    )
     todo = {s: windows[s : s + PART_WINDOWS] for s in missing}
     with tqdm(
       desc=f"features of {split.name}",

@@ -6,7 +6,7 @@ training it is the network being trained, on any mesh and with any number of
 processes. With weights from a file:
 
   weights = formats.read(path)
-  data = quick_probe.open_data(config.probe, weights.architecture.clip, DATASET)
+  data = quick_probe.open_data(config.probe, weights.architecture, DATASET)
   encode = feature_cache.FrozenEncoder(weights, mesh, "float32", "auto")
   quick_probe.QuickProbe(data, config.probe, mesh, num_threads=4).scores(encode)
 
@@ -25,7 +25,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from marlin_jax.data import loader, prepared_dataset
-from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.devices import sharding
 from marlin_jax.downstream import (
   clip_batches,
@@ -39,6 +38,7 @@ from marlin_jax.downstream import (
 )
 from marlin_jax.downstream.splits import Split, TrackWindow
 from marlin_jax.downstream.tasks import Task, TaskError
+from marlin_jax.weights.architecture import Architecture
 
 _TEMPERATURE = 0.07  # of the neighbours' weights, as in DINO
 _MAX_ITERATIONS = 200
@@ -77,14 +77,14 @@ class Data:
   Attributes:
     task: label to predict.
     train, test: videos to fit on, and videos to score.
-    clip: geometry of the windows.
+    architecture: sets the windows and the size of their frames.
     warnings: a line for each problem with the splits, such as shared people.
   """
 
   task: Task
   train: Examples
   test: Examples
-  clip: Clip
+  architecture: Architecture
   warnings: list[str]
 
 
@@ -111,13 +111,16 @@ def open_task(config: ConfigDict, path: str) -> Task:
 
 
 def open_data(
-  config: ConfigDict, clip: Clip, path: str, cache: Path | None = None
+  config: ConfigDict,
+  architecture: Architecture,
+  path: str,
+  cache: Path | None = None,
 ) -> Data:
   """Chooses the videos; reads all records of both splits for their labels.
 
   Args:
     config, path: see `open_task`.
-    clip: clips that the encoder takes.
+    architecture: architecture of the encoder.
     cache: see `splits.open_split`.
 
   Raises:
@@ -130,11 +133,13 @@ def open_data(
     for split in (config.split, config.eval_split)
   )
   train_examples, test_examples = (
-    _examples(task, split, clip, config.num_videos, config.num_windows)
+    _examples(
+      task, split, architecture.clip, config.num_videos, config.num_windows
+    )
     for split in (train, test)
   )
   warnings = splits.split_warnings((train, test))
-  return Data(task, train_examples, test_examples, clip, warnings)
+  return Data(task, train_examples, test_examples, architecture, warnings)
 
 
 def _examples(task, split, clip, num_videos, num_windows) -> Examples:
@@ -231,8 +236,11 @@ class QuickProbe:
 
   def _features(self, encode, examples: Examples, report) -> np.ndarray:
     """Returns float32 (V, D), means over the windows of each video."""
+    architecture = self._data.architecture
     batches = clip_batches.window_batches(
-      clip_batches.ClipReader(examples.split, self._data.clip),
+      clip_batches.ClipReader(
+        examples.split, architecture.clip, architecture.image_size
+      ),
       examples.windows,
       self._batch_size,
       self._num_threads,

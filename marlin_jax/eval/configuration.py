@@ -11,8 +11,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from marlin_jax.models.options import ATTENTION, DTYPES, REMAT
+from marlin_jax.records.schema import FRAME_SIZE
 from marlin_jax.training.configuration import (
   BELOW_1,
+  FRAME_SIZES,
   NUM_DEVICES,
   SPLIT,
   Rule,
@@ -111,7 +113,8 @@ KEYS = {
   "random.num_frames": fixed(),
   "random.stride": fixed(),
   "random.tubelet_size": fixed(),
-  "random.patch_size": fixed(),
+  "random.patch_size": fixed(at_least(1)),
+  "random.image_size": fixed(FRAME_SIZES, before=FRAME_SIZE),
   "batch_size": free(at_least(1)),
   "cache": free(),
   "dtype": fixed(one_of(*DTYPES)),

@@ -96,6 +96,7 @@ class ModeRunner:
     self._config, self._weights, self._mesh = config, weights, mesh
     self._cache = cache
     self._clip = weights.architecture.clip
+    self._image_size = weights.architecture.image_size
     self._split_features: dict[str, np.ndarray] = {}
     self._batch_size = clip_batches.rounded_batch_size(config.batch_size, mesh)
 
@@ -268,7 +269,7 @@ class ModeRunner:
 
     def batches(step: int) -> Iterator[fit.Batch]:
       for videos, clips in clip_batches.drawn_batches(
-        clip_batches.ClipReader(split, self._clip),
+        clip_batches.ClipReader(split, self._clip, self._image_size),
         split,
         self._clip,
         clip_batches.Order(job.train.rows, job.seed),
@@ -297,7 +298,7 @@ class ModeRunner:
         windows.append(window)
         owners.append(index_of[int(video)])
     batches = clip_batches.window_batches(
-      clip_batches.ClipReader(videos.split, self._clip),
+      clip_batches.ClipReader(videos.split, self._clip, self._image_size),
       windows,
       self._batch_size,
       self._config.data.num_threads,

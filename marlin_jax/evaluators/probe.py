@@ -51,7 +51,7 @@ class Probe:
     # workdir, which may be in a bucket; the others and later runs read that.
     cache = workdir.path / "probe"
     with distributed.process_0_first():
-      data = quick_probe.open_data(config.probe, architecture.clip, path, cache)
+      data = quick_probe.open_data(config.probe, architecture, path, cache)
     distributed.check_same(
       {f"the data set in {path}": data.train.split.dataset.fingerprint}
     )

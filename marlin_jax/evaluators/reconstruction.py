@@ -57,7 +57,7 @@ class Reconstruction:
     self._batches = functools.partial(
       loader.eval_batches,
       dataset,
-      course.take_clip,
+      course.take_clip.without_augmentation(),
       batch_size=batch_size,
       rows=loader.own_rows(self._split, batch_size),
       bad=bad,

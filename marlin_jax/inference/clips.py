@@ -1,6 +1,6 @@
 """Which windows of a video a network takes, and the first ones as a batch.
 
-Axes: B clips, T frames, S pixels of the square picture.
+Axes: B clips, T frames, S pixels of the square picture, h w patches.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Clips:
     video: uint8 (B, T, S, S, 3), RGB.
     frame_numbers: int (B, T), the frames' numbers in the source video.
     fps: frames per second of `video`: half of the source's at a stride of 2.
-    regions: uint16 (B, T/2, 14, 14), or None: bit k is set where LaPa class k
+    regions: uint16 (B, T/2, h, w), or None: bit k is set where LaPa class k
       touches the patch; 0 where no face was parsed.
   """
 
@@ -92,12 +92,13 @@ def read_clips(
     crop_face: crop the face, following it over time; else whole frames are
       taken.
     regions: also parse the face regions.
-    num_clips: maximum number of clips; None: all, at 2.4 MB each.
+    num_clips: maximum number of clips; None: all, at 2.4 MB each of 224
+      pixels.
     progress: called with the share of the video that has been read.
 
   Raises:
     UserError: as for `face_windows.read_windows`.
-    ValueError: regions were asked for at an image size other than 224 pixels.
+    ValueError: regions were asked for at an image size above 224 pixels.
   """
   settings = dataclasses.replace(
     window_settings(
@@ -109,6 +110,7 @@ def read_clips(
     ),
     regions=regions,
     tubelet_size=architecture.tubelet_size,
+    patch_size=architecture.patch_size,
   )
   # Closed at once, so that the rest of the video is not decoded.
   with contextlib.closing(

@@ -10,7 +10,7 @@ first video is read.
 `video_folder` reads many videos in worker processes.
 
 Axes: T frames of a window, S pixels of the model's square picture, H W pixels
-of the video, N patches.
+of the video, N patches, h w patches of a picture.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Window:
       last one is then repeated in `frames`.
     start_secs: time of the first of them in the video.
     end_secs: time of the last of them.
-    regions: uint16 (T/2, 14, 14) where `WindowSettings.regions` is set, else
+    regions: uint16 (T/2, h, w) where `WindowSettings.regions` is set, else
       None: bit k is set where LaPa class k touches the patch in the first frame
       of the tubelet; 0 where no face was parsed.
   """
@@ -117,6 +117,7 @@ class WindowSettings:
       the video is no longer than one window.
     regions: parse the face too, which is slow.
     tubelet_size: frames per tubelet; the first of them is parsed.
+    patch_size: pixels of a patch, for the regions.
 
   Raises:
     ValueError: the settings contradict each other, or windows would not cover
@@ -130,6 +131,7 @@ class WindowSettings:
   window_rule: str = "cover"
   regions: bool = False
   tubelet_size: int = 2
+  patch_size: int = schema.PATCH_SIZE
 
   def __post_init__(self) -> None:
     if self.window_rule not in WINDOW_RULES:
@@ -137,16 +139,21 @@ class WindowSettings:
         f"window_rule is {self.window_rule!r}, expected one of "
         f"{', '.join(WINDOW_RULES)}"
       )
-    if self.regions and self.image_size != schema.FRAME_SIZE:
+    if self.regions and self.image_size > schema.FRAME_SIZE:
       raise ValueError(
-        f"regions need pictures of {schema.FRAME_SIZE} pixels, and image_size "
-        f"is {self.image_size}"
+        f"regions need pictures of at most {schema.FRAME_SIZE} pixels, and "
+        f"image_size is {self.image_size}"
       )
     if self.clip.num_frames < 1 or self.clip.stride < 1 or self.step < 1:
       raise ValueError(
         f"{self.clip} with a hop of {self.hop} frames: all must be at least 1"
       )
     self.starts(1)
+
+  @property
+  def grid_size(self) -> int:
+    """Patches along a side of a picture."""
+    return self.image_size // self.patch_size
 
   @property
   def step(self) -> int:
@@ -229,12 +236,12 @@ def read_windows(
 
 @dataclasses.dataclass(slots=True)
 class _Frame:
-  """Frame as the encoder sees it.
+  """Frame of the windows.
 
   Attributes:
-    picture: uint8 (S, S, 3).
+    picture: uint8 (S, S, 3), or at the size of records.
     secs: its time.
-    regions: uint16 (14, 14); None until the face is parsed.
+    regions: uint16 (h, w); None until the face is parsed.
   """
 
   picture: np.ndarray
@@ -304,7 +311,9 @@ class _WindowReader:
       first = shown[:: settings.tubelet_size]
       regions = np.stack([self._regions_of(frame) for frame in first])
     return Window(
-      frames=np.stack([frame.picture for frame in shown]),
+      frames=np.stack(
+        [schema.resized(frame.picture, settings.image_size) for frame in shown]
+      ),
       first_frame=offset + start,
       num_frames=num_frames,
       start_secs=kept[start - num_dropped].secs,
@@ -317,7 +326,10 @@ class _WindowReader:
   def _whole_frames(self) -> Iterator[_Frame]:
     from data_prep.video import decode
 
+    # Faces are parsed at the size of records.
     size = self._settings.image_size
+    if self._settings.regions:
+      size = schema.FRAME_SIZE
     with decode.open_video(self._path) as video:
       for frame, secs in video:
         yield _Frame(fit_square(frame, size), secs)
@@ -330,7 +342,7 @@ class _WindowReader:
     """
     if frame.regions is None:
       picture, finder = frame.picture, self._models.finder
-      size = self._settings.image_size
+      size = schema.FRAME_SIZE
       landmarks = None
       for detection in finder.detect(picture)[:1]:
         landmarks = finder.mesh(picture, detection.box)
@@ -365,7 +377,8 @@ class _WindowReader:
       regions = None
       if i - first in rows_to_parse:
         regions = self._parse(frame, boxes[i], track.meshes[i - first])
-      yield _Frame(fit_square(crop, self._settings.image_size), secs, regions)
+      size = max(self._settings.image_size, schema.FRAME_SIZE)
+      yield _Frame(fit_square(crop, size), secs, regions)
 
   def _rows_to_parse(self, total: int) -> set[int]:
     """Returns the first frames of all tubelets of all windows.
@@ -385,12 +398,13 @@ class _WindowReader:
   def _parse(
     self, frame: np.ndarray, box: np.ndarray, landmarks: np.ndarray | None
   ) -> np.ndarray:
-    """Returns region bits, uint16 (14, 14), 0 where no face was parsed."""
+    """Returns region bits, uint16 (h, w), 0 where no face was parsed."""
+    size = self._settings.grid_size
     labels = self._models.parser.parse(frame, box, landmarks)
     if labels is None:
       # Not even background: the trainer's rule for frames without a face.
-      return np.zeros((schema.GRID_SIZE, schema.GRID_SIZE), np.uint16)
-    return schema.region_bits(labels[None])[0]
+      return np.zeros((size, size), np.uint16)
+    return schema.region_bits(labels[None], size)[0]
 
 
 def fit_square(frame: np.ndarray, size: int) -> np.ndarray:

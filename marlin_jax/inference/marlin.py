@@ -276,8 +276,7 @@ class Marlin:
 
 
 def _check_clips(x, tubelets: Tubelets) -> None:
-  size = tubelets.image_size
-  expected = (tubelets.num_frames, size, size, 3)
+  expected = tubelets.video_shape
   if x.ndim != 5 or x.shape[1:] != expected:
     raise ValueError(
       f"clips of shape {x.shape}, expected (B, T, H, W, C) = "

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from marlin_jax.data.augmentation import Augmentation
 from marlin_jax.data.loader import TakeClip
 from marlin_jax.devices import chips, sharding
 from marlin_jax.models import softmax_attention, vit
@@ -20,7 +21,6 @@ from marlin_jax.models.discriminator import Discriminator
 from marlin_jax.models.mae import MAE
 from marlin_jax.pretraining import memory, optimizer, train_step
 from marlin_jax.pretraining.pretext_task import PretextTask
-from marlin_jax.records.schema import FRAME_SIZE
 from marlin_jax.weights.architecture import Architecture
 
 
@@ -71,7 +71,14 @@ class Experiment:
   @functools.cached_property
   def take_clip(self) -> TakeClip:
     """Turns records into clips."""
-    return TakeClip(self.architecture.clip, self.architecture.tubelet_size)
+    return TakeClip(
+      self.architecture.clip,
+      self.architecture.tubelet_size,
+      self.architecture.image_size,
+      self.architecture.patch_size,
+      needs_regions=self.task.masking.needs_regions,
+      augmentation=Augmentation(**self.config.augment),
+    )
 
   @functools.cached_property
   def task(self) -> PretextTask:
@@ -248,9 +255,10 @@ class Experiment:
     def struct(shape, dtype, where):
       return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
-    frames = (tubelets.num_frames, FRAME_SIZE, FRAME_SIZE, 3)
     batch = {
-      "video": struct((self.batch_size, *frames), jnp.uint8, over_batch),
+      "video": struct(
+        (self.batch_size, *tubelets.video_shape), jnp.uint8, over_batch
+      ),
       "regions": struct(
         (self.batch_size, *tubelets.grid), jnp.uint16, over_batch
       ),

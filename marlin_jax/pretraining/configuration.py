@@ -17,6 +17,7 @@ from marlin_jax.training.configuration import (
   ABOVE_0_TO_1,
   BELOW_1,
   BETWEEN_0_AND_1,
+  FRAME_SIZES,
   FROM_0_TO_1,
   TRAINING_KEYS,
   above,
@@ -46,8 +47,14 @@ KEYS = TRAINING_KEYS | {
   "data.num_frames": fixed(at_least(1)),
   "data.stride": fixed(at_least(1)),
   "data.clips_per_record": fixed(at_least(1)),
+  "data.frame_size": fixed(FRAME_SIZES, before=FRAME_SIZE),
+  "augment.flip_ratio": fixed(FROM_0_TO_1, before=0.0),
+  "augment.min_crop_ratio": fixed(ABOVE_0_TO_1, before=1.0),
+  "augment.max_crop_aspect": fixed(at_least(1), before=1.0),
+  "augment.stride_jitter": fixed(at_least(0), before=0),
   "init_from": fixed(),
   "model.tubelet_size": fixed(at_least(1)),
+  "model.patch_size": fixed(at_least(1), before=PATCH_SIZE),
   "model.width": fixed(at_least(1)),
   "model.depth": fixed(at_least(1)),
   "model.num_heads": fixed(at_least(1)),
@@ -206,8 +213,14 @@ def _mask_problems(config: ConfigDict) -> Iterator[str]:
       f"model.tubelet_size={tubelet}"
     )
     return
+  size, patch = config.data.frame_size, max(config.model.patch_size, 1)
+  if size % patch:
+    yield (
+      f"data.frame_size={size}: expected a multiple of model.patch_size={patch}"
+    )
+    return
   ratio = config.mask.ratio
-  num_tokens = (FRAME_SIZE // PATCH_SIZE) ** 2 * frames // tubelet
+  num_tokens = (size // patch) ** 2 * frames // tubelet
   if 0 < ratio < 1 and int((1 - ratio) * num_tokens + 1e-6) < 1:
     highest = math.floor((1 - 1 / num_tokens) * 1e4) / 1e4
     yield (

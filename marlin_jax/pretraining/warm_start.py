@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -12,6 +14,7 @@ from marlin_jax.pretraining.train_step import TrainState
 from marlin_jax.weights.architecture import (
   CONFIG_KEYS,
   DISCRIMINATOR,
+  POSITIONS,
   Architecture,
   unflatten,
 )
@@ -27,9 +30,9 @@ def apply(
 ) -> tuple[TrainState, list[str]]:
   """Replaces the arrays of a new state that the weights hold.
 
-  Position tables are replaced too, since the weights were trained with theirs.
-  If the weights expect another input convention than the run, it is folded into
-  the patch embedding.
+  Position tables are replaced too, since the weights were trained with theirs;
+  for frames of another size they are interpolated. If the weights expect
+  another input convention than the run, it is folded into the patch embedding.
 
   Args:
     weights: initial weights, see weights.formats.
@@ -46,8 +49,10 @@ def apply(
   notices = eps_notice(weights.architecture, NORM_EPS, "a run")
   weights, input_notices = _with_input_of(weights, ours)
   notices += input_notices
-  theirs = weights.architecture
   _check_sizes(weights, ours)
+  weights, size_notices = _at_frame_size(weights, ours)
+  notices += size_notices
+  theirs = weights.architecture
 
   # Field of TrainState -> prefix of its arrays' names in the weights.
   prefixes = {"params": "", "ema": "", "fixed": ""}
@@ -97,6 +102,41 @@ def _with_input_of(
     f"the encoder of the weights expects {before}; the normalisation is folded "
     f"into its patch embedding, which now takes {after}"
   ]
+
+
+def _at_frame_size(
+  weights: Weights, ours: Architecture
+) -> tuple[Weights, list[str]]:
+  """Interpolates the position tables if frames have another size.
+
+  Linear in h and w, between the centres of patches, as is usual for tables of
+  vision transformers (Dosovitskiy et al. 2021, section 3.2).
+  """
+  theirs = weights.architecture
+  if theirs.image_size == ours.image_size:
+    return weights, []
+  adapted = dataclasses.replace(theirs, image_size=ours.image_size)
+  tables = {
+    name: np.asarray(
+      jax.image.resize(
+        weights.arrays[name].reshape(*theirs.tubelets.grid, -1),
+        (*adapted.tubelets.grid, weights.arrays[name].shape[-1]),
+        "linear",
+        antialias=False,
+      )
+    ).reshape(adapted.tubelets.num_tokens, -1)
+    for name in POSITIONS
+    if name in weights.arrays
+  }
+  return Weights(adapted, weights.arrays | tables, weights.source), [
+    f"the weights were trained on frames of {theirs.image_size} pixels: their "
+    f"positions are interpolated from {_patches(theirs)} to "
+    f"{_patches(ours)} patches"
+  ]
+
+
+def _patches(architecture: Architecture) -> str:
+  return "{1} x {2}".format(*architecture.tubelets.grid)
 
 
 def _check_sizes(weights: Weights, ours: Architecture) -> None:

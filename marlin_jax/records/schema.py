@@ -6,7 +6,8 @@ it is a `tf.train.Example` in an ArrayRecord shard of a TFDS data set directory,
 so that `tfds.builder_from_directory(...)` reads it too. This module parses it
 without TensorFlow or TFDS and decodes only the frames asked for.
 
-Axes: T frames, H W pixels (224), h w patches (14).
+Axes: T frames, H W pixels (224), h w patches (14), S pixels of the network's
+square picture.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from google.protobuf import (
@@ -51,6 +53,13 @@ REGIONS = (
   "lower_lip",
   "hair",
 )
+# Codes of a mirrored picture: what was left is right.
+MIRRORED = tuple(
+  REGIONS.index(
+    {"right": "left", "left": "right"}.get(side, side) + joint + rest
+  )
+  for side, joint, rest in (name.partition("_") for name in REGIONS)
+)
 
 # Terms of a track's quality, each in [0, 1]; see data_prep.faces.quality.
 QUALITY_TERMS = ("size", "sharpness", "pose", "landmarks")
@@ -64,6 +73,29 @@ SAMPLE_RATE = 16_000
 NUM_MELS = 80
 
 _LABEL = "label_"
+
+
+class Box(NamedTuple):
+  """Part of a frame, in whole pixels.
+
+  Attributes:
+    x, y: left upper corner.
+    width, height: size.
+  """
+
+  x: int
+  y: int
+  width: int
+  height: int
+
+  def of(self, pictures: np.ndarray) -> np.ndarray:
+    """Returns the part: (T, H, W) -> (T, height, width)."""
+    return pictures[
+      :, self.y : self.y + self.height, self.x : self.x + self.width
+    ]
+
+
+WHOLE = Box(0, 0, FRAME_SIZE, FRAME_SIZE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +169,9 @@ class _JoinedFrames(Sequence):
 
 
 def joined(records: Sequence[Record]) -> Record:
-  """Returns consecutive records of a track as one, for its frames and regions.
+  """Returns consecutive records of a track as one.
 
-  All else is that of the first record.
+  It has their frames, regions and label maps. All else is that of the first.
   """
   if len(records) == 1:
     return records[0]
@@ -147,22 +179,43 @@ def joined(records: Sequence[Record]) -> Record:
     records[0],
     frames=_JoinedFrames([record.frames for record in records]),
     regions=np.concatenate([record.regions for record in records]),
+    parsing=b"".join(record.parsing for record in records),
   )
 
 
-def region_bits(label_maps: np.ndarray) -> np.ndarray:
+def region_bits(
+  label_maps: np.ndarray, grid_size: int = GRID_SIZE
+) -> np.ndarray:
   """Returns the regions that touch each patch, as bits.
 
   Args:
-    label_maps: uint8 (T, H, W) of LaPa codes; H and W are multiples of 16.
+    label_maps: uint8 (T, H, W) of LaPa codes.
+    grid_size: h = w, patches along a side. Where it does not divide the pixels,
+      a pixel on the edge of two patches touches both.
 
   Returns:
-    uint16 (T, H/16, W/16); bit k is set if any pixel of the patch has code k.
+    uint16 (T, h, w); bit k is set if any pixel of the patch has code k.
   """
-  t, height, width = label_maps.shape
-  grid = (t, height // PATCH_SIZE, PATCH_SIZE, width // PATCH_SIZE, PATCH_SIZE)
   bits = np.left_shift(np.uint16(1), label_maps, dtype=np.uint16)
-  return np.bitwise_or.reduce(bits.reshape(grid), axis=(2, 4))
+  for axis in (1, 2):
+    num_pixels, patch = bits.shape[axis], np.arange(grid_size)
+    first = patch * num_pixels // grid_size
+    last = ((patch + 1) * num_pixels - 1) // grid_size
+    reach = np.arange((last - first).max() + 1)
+    pixels = np.minimum(first[:, None] + reach, last[:, None])
+    touched = bits.take(pixels, axis=axis)
+    bits = np.bitwise_or.reduce(touched, axis=axis + 1)
+  return bits
+
+
+def mirrored_bits(bits: np.ndarray) -> np.ndarray:
+  """Returns the region bits of mirrored pictures, uint16 (..., h, w)."""
+  mirrored = np.zeros_like(bits)
+  for code, new_code in enumerate(MIRRORED):
+    mirrored |= ((bits >> np.uint16(code)) & np.uint16(1)) << np.uint16(
+      new_code
+    )
+  return mirrored[..., ::-1]
 
 
 def compress_parsing(label_maps: np.ndarray) -> bytes:
@@ -178,46 +231,59 @@ def decode_parsing(record: Record) -> np.ndarray:
   """Returns the record's label maps, uint8 (T, 224, 224).
 
   Raises:
-    ValueError: the maps have another size.
+    ValueError: there are none, they are damaged, or they have another size.
   """
   import zstandard
 
   shape = (len(record), FRAME_SIZE, FRAME_SIZE)
   size = int(np.prod(shape))
-  raw = zstandard.ZstdDecompressor().decompress(
-    record.parsing, max_output_size=size
-  )
+  try:
+    # Joined records have several zstd frames.
+    raw = (
+      zstandard.ZstdDecompressor()
+      .stream_reader(record.parsing, read_across_frames=True)
+      .read(size + 1)
+    )
+  except zstandard.ZstdError as e:
+    raise ValueError(
+      f"record {record.name}: its label maps, {len(record.parsing)} bytes, "
+      f"cannot be decompressed ({e}); prepare the data set again"
+    ) from e
   if len(raw) != size:
     raise ValueError(
       f"record {record.name}: label maps hold {len(raw)} bytes, "
-      f"expected {size} for {shape}"
+      f"expected {size} for {shape}; prepare the data set again"
     )
   return np.frombuffer(raw, np.uint8).reshape(shape)
 
 
 def decode_frames(
-  record: Record, indices: Iterable[int], out: np.ndarray | None = None
+  record: Record,
+  indices: Iterable[int],
+  out: np.ndarray | None = None,
+  box: Box = WHOLE,
 ) -> np.ndarray:
-  """Decodes the chosen frames.
+  """Decodes the chosen frames, or a part of them, at the size of `out`.
+
+  Smaller pictures are antialiased. At half the size or less, JPEG files are
+  decoded from fewer of their frequencies, which is faster.
 
   Args:
     record: record that holds the frames.
-    indices: frame numbers in [0, T); a repeated number is decoded once.
-    out: contiguous uint8 (len(indices), 224, 224, 3) to write to; None for a
-      new array.
+    indices: N frame numbers in [0, T); a repeated number is decoded once.
+    out: contiguous uint8 (N, S, S, 3) to write to, S at most 224; None for a
+      new array of 224 pixels.
+    box: part of the frames that fills the picture; by default all.
 
   Returns:
-    uint8 (len(indices), 224, 224, 3), RGB.
+    uint8 (N, S, S, 3), RGB.
 
   Raises:
     ValueError: a frame is not a JPEG of 224x224; names record and frame.
   """
-  import simplejpeg
-
   indices = list(indices)
-  shape = (FRAME_SIZE, FRAME_SIZE, 3)
   if out is None:
-    out = np.empty((len(indices), *shape), np.uint8)
+    out = np.empty((len(indices), FRAME_SIZE, FRAME_SIZE, 3), np.uint8)
   first_at: dict[int, int] = {}
   for i, index in enumerate(indices):
     if index in first_at:
@@ -225,18 +291,61 @@ def decode_frames(
       continue
     first_at[index] = i
     try:
-      frame = simplejpeg.decode_jpeg(record.frames[index], buffer=out[i])
+      _decode_frame(record.frames[index], out[i], box)
     except ValueError as e:
       raise ValueError(
         f"record {record.name}: frame {index} is not a "
         f"{FRAME_SIZE}x{FRAME_SIZE} JPEG ({e}); prepare the data set again"
       ) from e
-    if frame.shape != shape:
-      raise ValueError(
-        f"record {record.name}: frame {index} has shape {frame.shape}, "
-        f"expected {shape}; prepare the data set again"
-      )
   return out
+
+
+def _decode_frame(data: bytes, out: np.ndarray, box: Box) -> None:
+  """Decodes a frame into uint8 (S, S, 3); raises ValueError if it cannot."""
+  import simplejpeg
+
+  height, width, *_ = simplejpeg.decode_jpeg_header(data)
+  if (height, width) != (FRAME_SIZE, FRAME_SIZE):
+    raise ValueError(f"it has {width}x{height} pixels")
+  size, shown = len(out), min(box.width, box.height)
+  # libjpeg is slower at other factors than at full size.
+  factor = max(n for n in (1, 2, 4, 8) if n == 1 or n * size <= shown)
+  decoded_size = FRAME_SIZE // factor
+  fits = decoded_size == size and box == WHOLE
+  pixels = simplejpeg.decode_jpeg(
+    data,
+    min_height=decoded_size,
+    min_width=decoded_size,
+    buffer=out if fits else None,
+  )
+  if not fits:
+    x, y, width, height = (side / factor for side in box)
+    out[:] = resized(pixels, size, (x, y, x + width, y + height))
+
+
+def resized(
+  pixels: np.ndarray, size: int, box: tuple[float, ...] | None = None
+) -> np.ndarray:
+  """Scales a picture, or a part of it, to a square; antialiased.
+
+  Args:
+    pixels: uint8 (H, W, 3).
+    size: S.
+    box: x0, y0, x1, y1 of the part in pixels; None: all.
+
+  Returns:
+    uint8 (S, S, 3); a picture of that size is returned as it is.
+  """
+  from PIL import Image
+
+  if box is None and pixels.shape[:2] == (size, size):
+    return pixels
+
+  # Of Pillow's filters the one nearest to libjpeg's scaling by a half.
+  bicubic = Image.Resampling.BICUBIC
+  return np.asarray(
+    Image.fromarray(pixels).resize((size, size), bicubic, box=box)
+  )
 
 
 # --- tf.train.Example ---------------------------------------------------------

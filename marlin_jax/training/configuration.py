@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from marlin_jax.models.options import ATTENTION, DTYPES, REMAT
 from marlin_jax.records.cli import UserError
+from marlin_jax.records.schema import FRAME_SIZE
 
 
 class ConfigError(UserError):
@@ -44,7 +45,12 @@ ANY = Rule("any value", lambda value: True)
 BELOW_1 = Rule("0 <= value < 1", lambda value: 0 <= value < 1)
 ABOVE_0_TO_1 = Rule("0 < value <= 1", lambda value: 0 < value <= 1)
 FROM_0_TO_1 = Rule("0 <= value <= 1", lambda value: 0 <= value <= 1)
+ABOVE_0_TO_1 = Rule("0 < value <= 1", lambda value: 0 < value <= 1)
 BETWEEN_0_AND_1 = Rule("0 < value < 1", lambda value: 0 < value < 1)
+# Records hold frames of FRAME_SIZE, which are scaled down.
+FRAME_SIZES = Rule(
+  f"1 <= value <= {FRAME_SIZE}", lambda value: 1 <= value <= FRAME_SIZE
+)
 SPLIT = Rule("the name of a split", bool)
 NUM_DEVICES = Rule(
   "-1 (all) or at least 1", lambda value: value == -1 or value >= 1

@@ -17,15 +17,17 @@ from marlin_jax.models import stacking, vit
 from marlin_jax.models.discriminator import Discriminator
 from marlin_jax.models.mae import MAE, Encoder
 
-# Field of Architecture -> key of a training configuration. The other fields are
-# constants there: frame and patch size of a record, and vit.NORM_EPS.
+# Field of Architecture -> key of a training configuration. The other field,
+# norm_eps, is a constant there.
 CONFIG_KEYS = {
   "num_frames": "data.num_frames",
   "stride": "data.stride",
+  "image_size": "data.frame_size",
   "disc_hidden": "adv.hidden",
   "norm_pix": "target.norm_pix",
   "imagenet_input": "input.imagenet_norm",
   "tubelet_size": "model.tubelet_size",
+  "patch_size": "model.patch_size",
   "width": "model.width",
   "depth": "model.depth",
   "num_heads": "model.num_heads",
@@ -35,8 +37,12 @@ CONFIG_KEYS = {
   "dec_num_heads": "model.dec_num_heads",
   "dec_mlp_dim": "model.dec_mlp_dim",
 }
+# Fields that older checkpoints lack: they have the default value.
+_ADDED = ("image_size", "patch_size")
 # Prefix of the discriminator's arrays in Weights and Architecture.shapes.
 DISCRIMINATOR = "discriminator."
+# Names of the position tables.
+POSITIONS = ("encoder.positions", "dec_positions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +108,13 @@ class Architecture:
     Raises:
       KeyError: one of CONFIG_KEYS is missing.
     """
-    return cls(**{name: settings[key] for name, key in CONFIG_KEYS.items()})
+    return cls(
+      **{
+        name: settings[key]
+        for name, key in CONFIG_KEYS.items()
+        if key in settings or name not in _ADDED
+      }
+    )
 
   @property
   def settings(self) -> dict[str, Any]:

@@ -122,8 +122,8 @@ def open_encoder(source: str, random_sizes: Mapping[str, Any]) -> Weights:
     random_sizes: fields of the Architecture of such an encoder.
 
   Raises:
-    WeightsError: there are no such weights, or the encoder takes frames of
-      another size than FRAME_SIZE.
+    WeightsError: there are no such weights, or the encoder takes frames that
+      are larger than FRAME_SIZE.
   """
   if source == RANDOM:
     architecture = Architecture(**random_sizes)
@@ -132,7 +132,7 @@ def open_encoder(source: str, random_sizes: Mapping[str, Any]) -> Weights:
     return dataclasses.replace(weights, source=RANDOM)
   weights = read(resolve(source, full=False))
   size = weights.architecture.image_size
-  if size != FRAME_SIZE:
+  if size > FRAME_SIZE:
     raise WeightsError(
       f"{source} takes frames of {size} pixels, but records hold face crops of "
       f"{FRAME_SIZE} pixels"

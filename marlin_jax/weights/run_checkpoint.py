@@ -16,10 +16,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from marlin_jax.models.vit import NORM_EPS
-from marlin_jax.records.schema import FRAME_SIZE, PATCH_SIZE
+from marlin_jax.records.schema import FRAME_SIZE
 from marlin_jax.training import checksums
 from marlin_jax.weights.architecture import (
   DISCRIMINATOR,
+  POSITIONS,
   Architecture,
   flatten,
   unflatten,
@@ -160,16 +161,15 @@ def write(weights: Weights, path: Path) -> list[str]:
 
   Raises:
     WeightsError: the folder holds a run already, decoder or discriminator are
-      missing, or frames and patches have other sizes than those of records.
+      missing, or frames are larger than those of records.
   """
   architecture = weights.architecture
   if (path / "checkpoints").exists():
     raise WeightsError(f"{path} already holds a run: choose another name")
-  sizes = (architecture.image_size, architecture.patch_size)
-  if sizes != (FRAME_SIZE, PATCH_SIZE):
+  if architecture.image_size > FRAME_SIZE:
     raise WeightsError(
-      f"{weights.source} has frames and patches of {sizes} pixels, a run has "
-      f"{(FRAME_SIZE, PATCH_SIZE)}"
+      f"{weights.source} takes frames of {architecture.image_size} pixels, a "
+      f"run has at most {FRAME_SIZE}"
     )
   missing = [] if architecture.has_decoder else ["decoder"]
   if not architecture.has_discriminator:
@@ -180,13 +180,12 @@ def write(weights: Weights, path: Path) -> list[str]:
       "checkpoint needs; --to=safetensors writes an encoder alone, and "
       "config.init_from reads that too"
     )
-  fixed = ("encoder.positions", "dec_positions")
   flat = {part: {} for part in _PARTS}
   for name, array in weights.arrays.items():
     if name.startswith(DISCRIMINATOR):
       flat["disc_params"][name.removeprefix(DISCRIMINATOR)] = array
     else:
-      flat["fixed" if name in fixed else "params"][name] = array
+      flat["fixed" if name in POSITIONS else "params"][name] = array
   state = {part: unflatten(arrays) for part, arrays in flat.items()}
   with ocp.CheckpointManager((path / "checkpoints").absolute()) as manager:
     manager.save(

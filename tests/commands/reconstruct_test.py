@@ -317,19 +317,20 @@ def test_an_mp4_has_the_speed_of_the_video(folder, noise, tmp_path):
   assert (frames[0].height, frames[0].width) == SIZE
 
 
+@pytest.mark.parametrize("size", [224, 112])
 def test_attention_is_rendered_and_shared_among_regions(
-  face_models, tmp_path, capsys
+  face_models, tmp_path, capsys, size
 ):
   video = shared_video("cropped04.mp4")
   path = tmp_path / "heat.gif"
   safetensors_folder.write(
-    make_weights(image_size=224, depth=2), tmp_path / "model"
+    make_weights(image_size=size, depth=2), tmp_path / "model"
   )
   args = [video, "--checkpoint", tmp_path / "model", "--output", path]
   assert run(*args, "--attention", "--head=1,0", "--num_clips=1") == 0
   with Image.open(path) as animation:
     assert animation.n_frames == 4
-    assert animation.size == (2 * 224 + 4, 224 + 22)
+    assert animation.size == (2 * size + 4, size + 22)
   lines = capsys.readouterr().out.splitlines()
   head = next(i for i, line in enumerate(lines) if "layer 1 head 0" in line)
   table = {line.split()[0]: line.split()[1:] for line in lines[head + 1 : -1]}
@@ -344,16 +345,16 @@ def test_attention_is_rendered_and_shared_among_regions(
   assert "no face" not in capsys.readouterr().out
 
 
-def test_attention_needs_neither_decoder_nor_regions(
-  weights, noise, tmp_path, capsys
-):
+def test_attention_needs_neither_decoder_nor_regions(noise, tmp_path, capsys):
+  """Faces are parsed at 224 pixels, not for larger pictures."""
+  weights = make_weights(image_size=256)
   safetensors_folder.write(weights.encoder_only(), tmp_path / "encoder")
   args = [noise, "--checkpoint", tmp_path / "encoder"]
   args += ["--output", tmp_path / "heat.png"]
   assert run(*args, "--attention") == 0
   assert "patches" not in capsys.readouterr().out
   with Image.open(tmp_path / "heat.png") as picture:
-    assert picture.width == 6 * 64 + 5 * 4
+    assert picture.width == 6 * 256 + 5 * 4
   assert run(*args) == 1
   assert "encoder has no decoder" in capsys.readouterr().err
   assert run(*args, "--attention", "--head=0,2") == 1

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from marlin_jax.data.clip_geometry import Tubelets
+from marlin_jax.inference.marlin import Marlin
 from tests.support import compile_cache, made_dataset
 from tests.support.files import arrays_of, rows_of
 from tests.support.made_dataset import a_record
@@ -24,6 +27,7 @@ from tests.support.training_runs import (
   run,
   train,
 )
+from tests.support.videos import shared_video
 
 PART_OF_TIME = "goodput/(?!total|down).*_secs"
 
@@ -135,6 +139,46 @@ def test_the_time_of_both_processes_adds_up(finished, halved):
   for kind in ("start", "compile"):
     assert both[f"goodput/{kind}_secs"] > first[f"goodput/{kind}_secs"] > 0
   assert re.search(r"^time 0:0.*lost \d.*down", halved[1], re.MULTILINE)
+
+
+def test_other_sizes_and_augmented_clips_resume_to_the_same_bits(
+  sample_dataset, tmp_path
+):
+  settings = {
+    "data.path": sample_dataset,
+    "num_steps": 4,
+    "checkpoint_steps": 2,
+    "data.frame_size": 48,
+    "model.patch_size": 8,
+    "data.clips_per_record": 2,
+    "augment.flip_ratio": 0.5,
+    "augment.min_crop_ratio": 0.5,
+    "augment.max_crop_aspect": 1.3,
+    "augment.stride_jitter": 1,
+  }
+  whole, halved = tmp_path / "whole", tmp_path / "halved"
+  result = train(whole, **settings)
+  assert result.returncode == 0, result.stderr
+  assert "7 of 72 tokens are visible" in result.stdout
+  shutil.copytree(whole, halved)
+  shutil.rmtree(halved / "checkpoints" / "4")
+  result = train(halved, **settings | {"data.num_threads": 3})
+  assert "resumed from step 2" in result.stdout, result.stderr
+  assert metrics_of(halved) == metrics_of(whole)
+  got, want = arrays_of(halved, 4), arrays_of(whole, 4)
+  for key, value in want.items():
+    assert value.tobytes() == got[key].tobytes(), key
+  changes = {"data.frame_size": 64, "augment.flip_ratio": 0.0}
+  message = refused(train(halved, **settings | changes))
+  assert all(key in message for key in changes)
+
+  # What reads checkpoints follows.
+  marlin = Marlin.from_pretrained(str(whole))
+  assert marlin.architecture.tubelets == Tubelets(4, 48, 2, 8)
+  windows = marlin.extract_video(shared_video("cropped04.mp4"), keep_seq=True)
+  assert windows.shape[1:] == (72, TINY["model.width"])
+  with Image.open(whole / "pictures" / "step_0000004.png") as image:
+    assert image.width == 4 * 48 + 3 * 4
 
 
 def test_a_finished_run_has_nothing_to_do(finished, sample_dataset):

@@ -240,11 +240,11 @@ def test_wrong_checkpoints_fail_before_any_work(face_data, tmp_path):
   config = tiny(eval_far.get_config())
   weights = formats.open_encoder("random", config.random)
   write_random(
-    tmp_path / "small",
-    dataclasses.replace(weights.architecture, image_size=32, patch_size=16),
+    tmp_path / "large",
+    dataclasses.replace(weights.architecture, image_size=256),
   )
-  with pytest.raises(WeightsError, match="takes frames of 32 pixels"):
-    run(eval_far, tmp_path / "w", face_data, tmp_path / "small", tasks="mood")
+  with pytest.raises(WeightsError, match="takes frames of 256 pixels"):
+    run(eval_far, tmp_path / "w", face_data, tmp_path / "large", tasks="mood")
   assert not (tmp_path / "w").exists()
 
 

@@ -57,6 +57,21 @@ def test_features_do_not_depend_on_the_batch_size(face_data, tmp_path):
     np.testing.assert_allclose(features, expected, atol=1e-5)
 
 
+def test_clips_have_the_encoders_size(face_data, tmp_path):
+  weights, encoder = frozen(
+    tiny(eval_far.get_config(), **{"random.image_size": 112})
+  )
+  split = splits.open_split(str(face_data), "val", tmp_path)
+  windows = split.windows(weights.architecture.clip)[:3]
+  computed = feature_cache.window_features(
+    encoder, split, windows, tmp_path, batch_size=2, num_threads=1
+  )
+  full = clip_batches.ClipReader(split, weights.architecture.clip).read(windows)
+  clips = full.reshape(3, -1, 112, 2, 112, 2, 3).mean((3, 5))
+  expected = marlin.Marlin(weights).extract_features(clips / 255)
+  np.testing.assert_allclose(computed, expected, atol=0.02)
+
+
 def test_missing_and_damaged_features_are_computed_again(
   face_data, tmp_path, monkeypatch
 ):

@@ -61,9 +61,7 @@ def test_a_run_on_eight_devices_tells_what_its_checkpoint_is_worth_on_one(
   # The average of the weights, as every reader of a run takes it.
   weights = formats.read(tmp_path)
   mesh = sharding.make_mesh()
-  data = quick_probe.open_data(
-    settings(), weights.architecture.clip, str(face_data)
-  )
+  data = quick_probe.open_data(settings(), weights.architecture, str(face_data))
   encode = feature_cache.FrozenEncoder(weights, mesh, "float32", "auto")
   seen = []
   alone = quick_probe.QuickProbe(data, settings(), mesh, num_threads=2).scores(
@@ -121,7 +119,7 @@ def test_videos_are_bounded_with_every_classs_share_and_windows_spread(
     settings(
       **{"probe.label": "mood", "probe.num_videos": 8, "probe.num_windows": 3}
     ),
-    TINY.clip,
+    TINY,
     str(path),
   )
   assert (data.train.targets == 1).sum() == 2
@@ -151,7 +149,7 @@ def test_people_in_both_splits_are_told_loudly(face_data, tmp_path, capsys):
     {"mood": LABELS["mood"]},
   )
   data = quick_probe.open_data(
-    settings(**{"probe.label": "mood"}), TINY.clip, str(path)
+    settings(**{"probe.label": "mood"}), TINY, str(path)
   )
   assert any("share 1 people" in line for line in data.warnings)
 

@@ -90,7 +90,7 @@ def no_record(record):
 
 BAD = {
   not_a_jpeg: "is not a 224x224 JPEG",
-  small_frames: "has shape (64, 64, 3), expected (224, 224, 3)",
+  small_frames: "64x64 pixels",
   regions_of_another_shape: "'regions' holds",
   no_record: "not a tf.train.Example",
 }

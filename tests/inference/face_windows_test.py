@@ -268,13 +268,23 @@ def test_no_face_is_an_error_that_says_what_to_do(tmp_path, models):
     list(read_windows(path, WindowSettings(crop_face=True), models))
 
 
-@pytest.mark.parametrize("crop_face", [False, True])
-def test_regions_of_a_real_face(models, crop_face):
+@pytest.mark.parametrize(
+  ("crop_face", "image_size", "patch_size"),
+  [(False, 224, 16), (True, 224, 16), (False, 112, 16), (True, 160, 8)],
+)
+def test_regions_of_a_real_face(models, crop_face, image_size, patch_size):
   path = shared_video("cropped04.mp4")
-  settings = WindowSettings(crop_face=crop_face, regions=True)
+  settings = WindowSettings(
+    crop_face=crop_face,
+    regions=True,
+    image_size=image_size,
+    patch_size=patch_size,
+  )
   (window,) = read_windows(path, settings, models)
+  side = image_size // patch_size
+  assert window.frames.shape == (16, image_size, image_size, 3)
   assert window.regions.dtype == np.uint16
-  assert window.regions.shape == (8, 14, 14)
+  assert window.regions.shape == (8, side, side)
   rows = {}
   for name in ("left_brow", "nose", "lower_lip"):
     bit = np.uint16(1 << schema.REGIONS.index(name))
@@ -288,8 +298,8 @@ def test_regions_are_zero_without_a_face(tmp_path, models):
   path = write_video(tmp_path / "v.mp4", moving_noise(2, 224, 224))
   (window,) = read_windows(path, WindowSettings(regions=True), models)
   np.testing.assert_array_equal(window.regions, np.zeros((8, 14, 14)))
-  with pytest.raises(ValueError, match="regions .* 224 pixels, .* is 32"):
-    small(regions=True)
+  with pytest.raises(ValueError, match="regions .* 224 pixels, .* is 256"):
+    WindowSettings(image_size=256, regions=True)
 
 
 # --- Faults and threads -------------------------------------------------------

@@ -52,6 +52,18 @@ def test_all_problems_are_reported_together():
       {"mask.ratio": 0.9995, "mask.strategy": "frame"},
       "nothing visible of 1568 tokens; expected at most 0.9993",
     ),
+    (
+      {"mask.ratio": 0.999, "data.frame_size": 112},
+      "nothing visible of 392 tokens; expected at most 0.9974",
+    ),
+    (
+      {"data.frame_size": 100},
+      "data.frame_size=100: expected a multiple of model.patch_size=16",
+    ),
+    ({"data.frame_size": 256}, "data.frame_size=256: expected 1 <= value <="),
+    ({"model.patch_size": 0}, "model.patch_size=0: expected at least 1"),
+    ({"augment.min_crop_ratio": 0.0}, "augment.min_crop_ratio=0.0: expected"),
+    ({"augment.max_crop_aspect": 0.5}, "augment.max_crop_aspect=0.5: exp"),
     ({"mask.ratio": 1.0}, "mask.ratio=1.0: expected"),
     (
       {"data.clips_per_record": 3},
@@ -115,7 +127,16 @@ def test_the_length_of_a_run_with_a_constant_rate_may_change():
 def test_a_checkpoint_from_before_a_key_existed_fits_its_old_value():
   config = pretrain_b.get_config()
   saved = configuration.identity(config, "abc", 7)
-  later = {"optim.decay_params": "kernels", "ema_warmup": True}
+  later = {
+    "optim.decay_params": "kernels",
+    "ema_warmup": True,
+    "data.frame_size": 112,
+    "model.patch_size": 8,
+    "augment.flip_ratio": 0.5,
+    "augment.min_crop_ratio": 0.5,
+    "augment.max_crop_aspect": 1.5,
+    "augment.stride_jitter": 1,
+  }
   assert not saved.keys() & later.keys()
   config.update_from_flattened_dict(later)
   assert configuration.identity(config, "abc", 7) == saved | later

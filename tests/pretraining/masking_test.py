@@ -1,5 +1,7 @@
 """Fasking against a plain transcription of the paper's rule."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -13,13 +15,16 @@ GRID = (8, 14, 14)
 NUM_VISIBLE = 156
 
 
-def candidates_by_hand(label_maps, components, ratio, *, opposite=False):
-  """Applies METHOD's rule to pixels in loops: bool (T, 14, 14).
+def candidates_by_hand(
+  label_maps, components, ratio, *, size=14, opposite=False
+):
+  """Applies METHOD's rule to pixels in loops: bool (T, size, size).
 
   Args:
     label_maps: uint8 (T, 224, 224), one a tubelet; None where no face.
     components: permutation of 0..4.
     ratio: share to hide.
+    size: patches along a side.
     opposite: fasking_opp.
   """
   groups = [[2, 4], [3, 5], [6], [7, 8, 9], [10]]
@@ -27,19 +32,24 @@ def candidates_by_hand(label_maps, components, ratio, *, opposite=False):
   order = [*inner, 1, 0] if opposite else [0, 1, *inner]
   result = []
   for labels in label_maps:
-    chosen = np.zeros((14, 14), bool)
+    chosen = np.zeros((size, size), bool)
     if labels is None:
       chosen[:] = True
     else:
       for label in order:
-        for h in range(14):
-          for w in range(14):
-            patch = labels[16 * h : 16 * h + 16, 16 * w : 16 * w + 16]
+        for h in range(size):
+          for w in range(size):
+            patch = labels[pixels(h, size), pixels(w, size)]
             chosen[h, w] |= (patch == label).any()
-        if chosen.sum() >= round((1 - ratio) * 196, 6):
+        if chosen.sum() >= round((1 - ratio) * size**2, 6):
           break
     result.append(chosen)
   return np.stack(result)
+
+
+def pixels(place, size):
+  """Returns the pixels of 224 that a patch touches."""
+  return slice(int(224 * place / size), math.ceil(224 * (place + 1) / size))
 
 
 def invented_label_maps():
@@ -75,12 +85,12 @@ def real_label_maps(sample_dataset):
   return clips
 
 
-def bits_of(clip):
+def bits_of(clip, size=14):
   return np.concatenate(
     [
-      np.zeros((1, 14, 14), np.uint16)
+      np.zeros((1, size, size), np.uint16)
       if labels is None
-      else schema.region_bits(labels[None])
+      else schema.region_bits(labels[None], size)
       for labels in clip
     ]
   )
@@ -110,6 +120,28 @@ def test_candidates_equal_the_rule_written_in_loops(
     want = candidates_by_hand(clip, components, ratio, opposite=opposite)
     got = compute(bits_of(clip).reshape(8, 196), components)
     np.testing.assert_array_equal(np.asarray(got).reshape(8, 14, 14), want)
+
+
+@pytest.mark.parametrize("size", [7, 10, 20, 28])
+def test_other_grids_follow_the_same_rule(real_label_maps, size):
+  """112 and 160 pixels at patch 16, 160 and 224 at patch 8."""
+  np_rng = np.random.default_rng(2)
+  masks = masking.Masking("fasking", 0.9, (8, size, size))
+  num_tokens = 8 * size**2
+  assert masks.num_visible == num_tokens // 10
+  clips = [*real_label_maps[:2], *invented_label_maps()[-2:]]
+  for clip in clips:
+    components = np_rng.permutation(5)
+    want = candidates_by_hand(clip, components, 0.9, size=size)
+    bits = bits_of(clip, size)
+    got = masking.fasking_candidates(
+      bits.reshape(8, -1), masking.label_order(components), 0.1 * size**2
+    )
+    np.testing.assert_array_equal(np.asarray(got).reshape(want.shape), want)
+    visible, masked = split(masks, bits[None])
+    assert visible.shape == (1, masks.num_visible)
+    both = np.sort(np.concatenate([visible[0], masked[0]]))
+    np.testing.assert_array_equal(both, np.arange(num_tokens))
 
 
 def split(masks, regions, seed=0):

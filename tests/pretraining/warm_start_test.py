@@ -129,6 +129,44 @@ def test_a_videomae_file_is_a_warm_start(config, state, tmp_path):
   )
 
 
+def test_frames_of_another_size_get_interpolated_positions(config, state):
+  """Each of 7 x 7 patches lies between four of 14 x 14."""
+  weights = random_weights()
+  config = config.copy_and_resolve_references()
+  config.data.frame_size = 112
+  small = build.Experiment(config, 10).initialise()
+  got, notices = start_from(weights, small, config)
+  assert len(notices) == 1
+  assert "224 pixels" in notices[0]
+  assert "14 x 14 to 7 x 7" in notices[0]
+  for name, array in (
+    ("encoder.positions", got.fixed["encoder"]["positions"]),
+    ("dec_positions", got.fixed["dec_positions"]),
+  ):
+    four = weights.arrays[name].reshape(2, 7, 2, 7, 2, 16)
+    want = four.mean((2, 4)).reshape(98, 16)
+    np.testing.assert_allclose(array, want, atol=1e-6)
+  for part in ("params", "disc_params"):
+    assert jax.tree.structure(getattr(got, part)) == jax.tree.structure(
+      getattr(small, part)
+    )
+  np.testing.assert_array_equal(
+    got.params["head"]["kernel"], weights.arrays["head.kernel"]
+  )
+  # The other way too, from a run at 112 pixels to one at 224.
+  config.data.frame_size = 224
+  weights = random_weights(image_size=112)
+  back, notices = start_from(weights, state, config)
+  assert "7 x 7 to 14 x 14" in notices[0]
+  assert back.fixed["dec_positions"].shape == (392, 16)
+
+
+def test_patches_of_another_size_are_refused(config, state):
+  with pytest.raises(WeightsError) as error:
+    start_from(random_weights(patch_size=8), state, config)
+  assert "config.model.patch_size=16, in the weights 8" in str(error.value)
+
+
 def test_another_network_is_refused_with_every_difference(config, state):
   with pytest.raises(WeightsError) as error:
     start_from(random_weights(width=32, depth=2), state, config)

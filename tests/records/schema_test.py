@@ -1,11 +1,13 @@
 """The record schema."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 import simplejpeg
 
+from marlin_jax.data import prepared_dataset
 from marlin_jax.records import schema
 
 
@@ -81,6 +83,87 @@ def test_region_bits_say_which_labels_touch_a_patch():
   assert bits.dtype == np.uint16
   assert bits[0, 1, 2] == (1 << 1) | (1 << 10)
   assert bits[0, 0, 0] == 1
+
+
+def touching_labels(labels, size, h, w):
+  """Returns the labels that overlap patch (h, w) of size x size patches."""
+  rows, columns = (
+    slice(int(224 * i / size), math.ceil(224 * (i + 1) / size)) for i in (h, w)
+  )
+  return set(np.unique(labels[rows, columns]).tolist())
+
+
+@pytest.mark.parametrize("size", [7, 10, 20, 28])
+def test_region_bits_of_any_grid_say_which_labels_touch_a_patch(size):
+  labels = np.random.default_rng(0).integers(0, 11, (1, 56, 56), np.uint8)
+  labels = labels.repeat(4, 1).repeat(4, 2)
+  bits = schema.region_bits(labels, size)
+  assert bits.shape == (1, size, size)
+  for h in range(size):
+    for w in range(size):
+      want = touching_labels(labels[0], size, h, w)
+      assert bits[0, h, w] == sum(1 << label for label in want)
+  code = np.array(schema.MIRRORED, np.uint8)
+  mirrored = schema.region_bits(code[labels[:, :, ::-1]], size)
+  np.testing.assert_array_equal(schema.mirrored_bits(bits), mirrored)
+
+
+def test_left_and_right_are_exchanged_in_a_mirrored_picture():
+  names = [schema.REGIONS[code] for code in schema.MIRRORED]
+  assert names[2:6] == ["left_brow", "right_brow", "left_eye", "right_eye"]
+  assert names[:2] + names[6:] == [*schema.REGIONS[:2], *schema.REGIONS[6:]]
+
+
+def test_missing_label_maps_are_an_error_that_names_the_record(record):
+  for parsing in (b"", b"not zstd", schema.compress_parsing(np.zeros(3))):
+    bad = dataclasses.replace(record, parsing=parsing)
+    with pytest.raises(ValueError, match=r"ünï.mp4#2.1: .*prepare"):
+      schema.decode_parsing(bad)
+
+
+def decode_at(record, size, **box):
+  out = np.empty((len(record), size, size, 3), np.uint8)
+  return schema.decode_frames(record, range(len(record)), out, **box)
+
+
+@pytest.mark.parametrize("size", [160, 112, 96])
+def test_smaller_frames_are_antialiased(record, size):
+  """Stripes of one pixel become grey."""
+  stripes = np.zeros((224, 224, 3), np.uint8)
+  stripes[:, ::2] = 255
+  striped = dataclasses.replace(
+    record, frames=[simplejpeg.encode_jpeg(stripes, 98)]
+  )
+  inside = decode_at(striped, size)[0, 8:-8, 8:-8].astype(int)
+  assert abs(inside - 127).max() < 40
+  assert schema.decode_frames(striped, [0]).std() > 110
+
+
+def test_frames_are_scaled_as_pictures_are(sample_dataset):
+  """Training decodes JPEG files at the size that inference scales crops to.
+
+  Below 224 pixels the difference is that of libjpeg's own scaling, which is
+  used for half the size and less.
+  """
+  record = first_record(sample_dataset)
+  full = schema.decode_frames(record, range(len(record)))
+  for size, mean, most in ((160, 0, 0), (112, 0.6, 12), (96, 0.9, 12)):
+    want = np.stack([schema.resized(frame, size) for frame in full])
+    difference = abs(decode_at(record, size).astype(int) - want)
+    assert difference.mean() <= mean
+    assert difference.max() <= most
+  box = schema.Box(20, 30, 150, 120)
+  want = np.stack(
+    [schema.resized(frame[30:150, 20:170].copy(), 112) for frame in full]
+  )
+  # Edges see pixels beyond the part.
+  got = decode_at(record, 112, box=box)[:, 3:-3, 3:-3].astype(int)
+  assert abs(got - want[:, 3:-3, 3:-3]).max() <= 1
+
+
+def first_record(sample_dataset) -> schema.Record:
+  dataset = prepared_dataset.open_dataset(str(sample_dataset), "train")
+  return dataset.source[0][1]
 
 
 def test_decode_frames_returns_the_chosen_frames_in_order(record):

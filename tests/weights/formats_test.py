@@ -1,6 +1,7 @@
 """Weights in every format: round trips and refused files."""
 
 import dataclasses
+import json
 import pickle
 from pathlib import Path
 
@@ -96,6 +97,40 @@ def test_videomae_files_give_the_same_bits(weights, tmp_path):
   assert_same(formats.read(tmp_path / "a.pth", **HEADS), theirs)
   assert not huggingface.write(theirs, tmp_path / "hf")
   assert_same(formats.read(tmp_path / "hf"), theirs)
+
+
+def test_other_sizes_survive_in_every_format(tmp_path):
+  """112 pixels in patches of 8."""
+  architecture = dataclasses.replace(
+    TINY, image_size=112, patch_size=8, num_frames=4, norm_eps=1e-6
+  )
+  np_rng = np.random.default_rng(0)
+  arrays = {
+    name: np_rng.normal(size=shape).astype(np.float32) * 0.1
+    for name, shape in architecture.shapes().items()
+  }
+  ours = Weights(architecture, arrays | videomae.position_tables(architecture))
+  encoder = ours.encoder_only()
+  size = {"image_size": 112}
+  marlin_pytorch.write(ours, tmp_path / "a.full.pt")
+  read = formats.read(tmp_path / "a.full.pt", **HEADS, **size)
+  assert read.architecture == dataclasses.replace(
+    architecture, disc_hidden=0, norm_eps=1e-5
+  )
+  safetensors_folder.write(ours, tmp_path / "folder")
+  assert_same(formats.read(tmp_path / "folder"), ours)
+  run_checkpoint.write(ours, tmp_path / "run")
+  assert formats.read(tmp_path / "run").architecture == dataclasses.replace(
+    architecture, norm_eps=1e-5
+  )
+  theirs = encoder.with_imagenet_input()
+  videomae.write(ours.without_discriminator(), tmp_path / "a.pth")
+  read = formats.read(tmp_path / "a.pth", **HEADS, **size, num_frames=4)
+  assert read.architecture.tubelets == architecture.tubelets
+  huggingface.write(theirs, tmp_path / "hf")
+  assert_same(formats.read(tmp_path / "hf"), theirs)
+  config = json.loads((tmp_path / "hf" / "config.json").read_text())
+  assert (config["image_size"], config["patch_size"]) == (112, 8)
 
 
 def test_the_authors_package_opens_what_is_written(weights, tmp_path):

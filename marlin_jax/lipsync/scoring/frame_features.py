@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from marlin_jax.records import schema
 from marlin_jax.records.cli import UserError
 
 if TYPE_CHECKING:
@@ -183,11 +184,13 @@ class MarlinFeatures:
 
   def __init__(self, marlin: Marlin):
     self._marlin = marlin
-    self._num_frames = marlin.architecture.tubelets.num_frames
+    self._num_frames = marlin.architecture.num_frames
+    self._image_size = marlin.architecture.image_size
 
   def __call__(self, frames: np.ndarray) -> np.ndarray:
     """See `FrameFeatures`: returns one row per clip."""
-    t = self._num_frames
+    t, size = self._num_frames, self._image_size
+    frames = np.stack([schema.resized(frame, size) for frame in frames])
     clips = frames[: len(frames) // t * t].reshape(-1, t, *frames.shape[1:])
     rows = [np.zeros((0, self._marlin.architecture.width), np.float32)]
     rows += [
