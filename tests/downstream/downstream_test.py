@@ -24,7 +24,7 @@ from marlin_jax.downstream.tasks import Task, TaskError
 from marlin_jax.eval import configuration, measures
 from marlin_jax.models import heads, vit
 from marlin_jax.training.configuration import ConfigError
-from marlin_jax.training.nonfinite import NotFiniteError
+from marlin_jax.training.skipped_steps import NotFiniteError
 
 KNOWN = {
   "face": {"kind": "binary", "names": ["hat", "beard"]},
