@@ -31,7 +31,7 @@ def get_config():
   config.num_seeds = 3
 
   config.data = ConfigDict()
-  # Split to train on.
+  # Split to train on; several as fold1+fold2.
   config.data.train = "train"
   # Split on which penalties, rounds and thresholds are chosen.
   config.data.val = "val"

@@ -67,7 +67,13 @@ def _run(args: argparse.Namespace) -> None:
 
   # --- Plan -------------------------------------------------------------------
   videos = manifest.read_input(
-    args.input, args.root, args.dataset, args.val_ratio, args.test_ratio
+    args.input,
+    args.root,
+    args.dataset,
+    args.val_ratio,
+    args.test_ratio,
+    follow_links=args.follow_links,
+    skip_missing=args.skip_missing,
   )
   if args.sound:
     videos = dataclasses.replace(videos, has_sound=True)
@@ -294,6 +300,18 @@ def _parser() -> argparse.ArgumentParser:
     "--root",
     help="folder that a manifest's paths are relative to; by default the "
     "manifest's own folder",
+  )
+  add(
+    "--follow_links",
+    action="store_true",
+    help="read links that lead out of the input, too, such as those of a "
+    "snapshot of the Hugging Face hub; only for an input that you trust",
+  )
+  add(
+    "--skip_missing",
+    action="store_true",
+    help="leave out rows of a manifest whose file is missing, and print their "
+    "number; else a missing file is an error",
   )
   add(
     "--num_workers",

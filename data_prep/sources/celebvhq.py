@@ -1,7 +1,12 @@
 """CelebV-HQ (Zhu et al., ECCV 2022): clips with attributes.
 
-  celebvhq_info.json         labels of each clip
-  .../CLIP.mp4               the clips, in any folder (35666/, processed/, ...)
+  celebvhq_info.json     labels of each clip
+  .../CLIP.mp4           the clips, in any folder (35666/, processed/, ...)
+  raw/YTB_ID.mp4         or the downloaded videos: a clip is a span and a box
+
+The official download_and_process.py makes raw/ and, on request, the clips:
+boxes widened by 0.02 of the frame and cut to a square. Of raw videos the box
+itself is taken, see `listing.Part`; the tracker makes the square.
 
 Labels: appearance (40 attributes), action (35 attributes), emotion (one class;
 unknown if it changes within the clip). There is no official split: 80% of the
@@ -11,74 +16,148 @@ of the source video's id selects the split, so its clips stay together.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_prep.sources.files import video_paths
+from data_prep.sources.files import read_json, video_paths
 from data_prep.sources.listing import (
   BINARY,
   CLASS,
+  WHOLE,
   Label,
   Listing,
   ManifestError,
+  Part,
   Row,
   missing_notes,
 )
+from data_prep.sources.patterns import needed, only_once
 
 INFO = "celebvhq_info.json"
+RAW = "raw"
 
 
-def read(root: Path) -> Listing:
+def read(root: Path, follow_links: bool = False) -> Listing:
   """Lists the clips in a folder.
 
   Raises:
-    ManifestError: the file of labels is missing or malformed, or the folder
-      holds no clip.
+    ManifestError: the file of labels is missing or malformed, two folders hold
+      the same clip, or the folder holds none.
   """
-  path = root / INFO
-  if not path.is_file():
-    raise ManifestError(
-      f"{root} has no {INFO}; expected the labels of CelebV-HQ, with its "
-      "clips below that folder"
-    )
+  info = _Info(root)
+  paths = _by_stem(root, info.clips, follow_links)
+  return info.listing(
+    root,
+    ((clip, path, WHOLE) for clip, path in paths.items()),
+    [f"{clip}.mp4" for clip in [*info.clips][:2]],
+  )
+
+
+def read_raw(root: Path, follow_links: bool = False) -> Listing:
+  """Lists the clips in the downloaded videos, raw/YTB_ID.mp4.
+
+  Raises:
+    ManifestError: as for `read`.
+  """
+  info = _Info(root)
+  folder = root / RAW if (root / RAW).is_dir() else root
+  ids = {str(clip.get("ytb_id")) for clip in info.clips.values()}
+  paths = _by_stem(folder, ids, follow_links)
   try:
-    info = json.loads(path.read_bytes())
-    names = {
-      "appearance": tuple(info["meta_info"]["appearance_mapping"]),
-      "action": tuple(info["meta_info"]["action_mapping"]),
-    }
-    clips: Mapping[str, Any] = dict(info["clips"])
-  except (ValueError, KeyError, TypeError) as e:
+    found = [
+      (name, paths[clip["ytb_id"]], _part(clip))
+      for name, clip in info.clips.items()
+      if clip["ytb_id"] in paths
+    ]
+  except (KeyError, TypeError, ValueError) as e:
     raise ManifestError(
-      f"{path} is malformed, expected meta_info and clips: "
+      f"{info.path}: duration or bbox of a clip is malformed: "
       f"{type(e).__name__} {e}"
     ) from e
-  labels = {name: Label(BINARY, parts) for name, parts in names.items()}
-  rows, problems = [], []
-  emotions = _emotions(path, clips)
-  labels["emotion"] = Label(CLASS, emotions)
-  for video in video_paths(root):
-    clip = PurePosixPath(video).stem
-    if clip not in clips:
-      continue
+  return info.listing(
+    folder, found, [f"{RAW}/{ytb_id}.mp4" for ytb_id in sorted(ids)[:2]]
+  )
+
+
+def _by_stem(
+  root: Path, names: Collection[str], follow_links: bool
+) -> dict[str, str]:
+  """Returns the path of each of these names that is below a folder."""
+  return only_once(
+    (stem, path)
+    for path in video_paths(root, follow_links)
+    if (stem := PurePosixPath(path).stem) in names
+  )
+
+
+def _part(clip: Mapping[str, Any]) -> Part:
+  box, duration = clip["bbox"], clip["duration"]
+  sides = (
+    min(max(float(box[side]), 0.0), 1.0)
+    for side in ("left", "top", "right", "bottom")
+  )
+  return Part(
+    float(duration["start_sec"]), float(duration["end_sec"]), (*sides,)
+  )
+
+
+class _Info:
+  """The file of labels, found in a folder or one above it.
+
+  Attributes:
+    path: the file.
+    clips: entry of each clip.
+  """
+
+  def __init__(self, root: Path) -> None:
+    self.path = needed(root, INFO, "github.com/CelebV-HQ/CelebV-HQ")
+    info = read_json(self.path)
     try:
-      rows.append(_row(video, clips[clip], emotions))
-    except (KeyError, TypeError, ValueError) as e:
-      problems.append((0, f"{INFO}, clip {clip!r}: {type(e).__name__} {e}"))
-  if not rows and not problems:
-    raise ManifestError(
-      f"none of the {len(clips)} clips in {path} is below {root}; expected "
-      "files such as " + ", ".join(f"{clip}.mp4" for clip in [*clips][:2])
+      names = {
+        "appearance": tuple(info["meta_info"]["appearance_mapping"]),
+        "action": tuple(info["meta_info"]["action_mapping"]),
+      }
+      self.clips: Mapping[str, Any] = dict(info["clips"])
+    except (ValueError, KeyError, TypeError) as e:
+      raise ManifestError(
+        f"{self.path} is malformed, expected meta_info and clips: "
+        f"{type(e).__name__} {e}"
+      ) from e
+    self._emotions = _emotions(self.path, self.clips)
+    self._labels = {n: Label(BINARY, parts) for n, parts in names.items()}
+    self._labels["emotion"] = Label(CLASS, self._emotions)
+
+  def listing(
+    self,
+    root: Path,
+    found: Iterable[tuple[str, str, Part]],
+    examples: Sequence[str],
+  ) -> Listing:
+    """Returns the listing of clips, each with its path and part."""
+    rows, problems = [], []
+    for clip, path, part in found:
+      try:
+        rows.append(_row(path, self.clips[clip], self._emotions, part))
+      except (KeyError, TypeError, ValueError) as e:
+        problems.append((0, f"{INFO}, clip {clip!r}: {type(e).__name__} {e}"))
+    if not rows and not problems:
+      raise ManifestError(
+        f"none of the {len(self.clips)} clips in {self.path} is below {root}; "
+        "expected files such as " + ", ".join(examples)
+      )
+    notes = missing_notes(
+      max(len(self.clips) - len(rows), 0), len(self.clips), f"clips in {INFO}"
     )
-  num_missing = max(len(clips) - len(rows), 0)
-  notes = missing_notes(num_missing, len(clips), f"clips in {INFO}")
-  return Listing(root, rows, labels, problems, notes, split_ratios=(0.1, 0.1))
+    return Listing(
+      root, rows, self._labels, problems, notes, split_ratios=(0.1, 0.1)
+    )
 
 
-def _row(video: str, clip: Mapping[str, Any], emotions: Sequence[str]) -> Row:
+def _row(
+  video: str, clip: Mapping[str, Any], emotions: Sequence[str], part: Part
+) -> Row:
   attributes = clip["attributes"]
   names = _emotion_names(clip)
   # Several emotions, one after another: the clip has no single class.
@@ -92,6 +171,7 @@ def _row(video: str, clip: Mapping[str, Any], emotions: Sequence[str]) -> Row:
       "action": tuple(map(float, attributes["action"])),
       "emotion": (float(emotion),),
     },
+    part=part,
   )
 
 

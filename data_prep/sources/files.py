@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import collections
+import json
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePath
+from typing import Any
 
 from data_prep.sources.listing import CLASS, Label, Listing, ManifestError, Row
 from marlin_jax.records import folders
+from marlin_jax.records.cli import counted
 
 VIDEO_SUFFIXES = (
   *(".mp4", ".m4v", ".mov", ".3gp", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"),
-  *(".mts", ".m2ts", ".flv", ".wmv", ".ogv"),
+  *(".mts", ".m2ts", ".ts", ".vob", ".flv", ".wmv", ".asf", ".ogv", ".3g2"),
+  ".qt",
 )
+# Suffixes that a note names.
+MAX_SUFFIXES = 6
 # Folder name -> split.
 SPLIT_FOLDERS = {
   "train": "train",
@@ -23,23 +30,42 @@ SPLIT_FOLDERS = {
 }
 
 
-def folder(root: Path) -> Listing:
+def folder(root: Path, follow_links: bool = False) -> Listing:
   """Lists all video files below a folder, except hidden ones."""
-  rows = [Row(0, path) for path in video_paths(root)]
+  others: collections.Counter[str] = collections.Counter()
+  rows = [Row(0, path) for path in video_paths(root, follow_links, others)]
   if not rows:
     raise ManifestError(
       f"{root} has no video file (by suffix: {' '.join(VIDEO_SUFFIXES)})"
+      + (f"; it has {_of_suffixes(others)}" if others else "")
     )
-  return Listing(root, rows)
+  notes = []
+  if others:
+    notes.append(
+      f"{counted(others.total(), 'file')} of {root.name} left out for other "
+      f"suffixes: {_of_suffixes(others)}."
+    )
+  return Listing(root, rows, notes=notes)
 
 
-def class_folders(root: Path) -> Listing:
+def _of_suffixes(others: collections.Counter[str]) -> str:
+  """Returns '3 .txt, 1 .json': the most frequent suffixes with their counts."""
+  shown = [
+    f"{number} {suffix or 'without a suffix'}"
+    for suffix, number in sorted(others.items(), key=lambda o: (-o[1], o[0]))
+  ]
+  more = len(shown) - MAX_SUFFIXES
+  shown[MAX_SUFFIXES:] = [f"{more} more suffixes"] if more > 0 else []
+  return ", ".join(shown)
+
+
+def class_folders(root: Path, follow_links: bool = False) -> Listing:
   """Lists [SPLIT/]CLASS/.../VIDEO; the folder is the label `class`.
 
   Raises:
     ManifestError: a video has no class folder, or there is only one class.
   """
-  listing = folder(root)
+  listing = folder(root, follow_links)
   in_class: list[tuple[Row, str, str]] = []
   problems = []
   for row in listing.rows:
@@ -65,7 +91,8 @@ def class_folders(root: Path) -> Listing:
     for row, split, name in in_class
   ]
   # Two classes stay classes: nothing tells which one is the positive.
-  return Listing(root, rows, {"class": Label(CLASS, names)}, problems)
+  labels = {"class": Label(CLASS, names)}
+  return Listing(root, rows, labels, problems, listing.notes)
 
 
 def text(manifest: Path, root: Path) -> Listing:
@@ -78,47 +105,127 @@ def text(manifest: Path, root: Path) -> Listing:
 
 
 def read_text(path: Path) -> str:
-  """Returns the content; raises ManifestError if it is not UTF-8."""
+  """Returns the content; raises ManifestError if it is no UTF-8 text."""
   try:
     # utf-8-sig: spreadsheets write a byte order mark before the header.
     return path.read_bytes().decode("utf-8-sig")
   except UnicodeDecodeError as e:
     raise ManifestError(f"{path} is not UTF-8 text: {e}") from e
+  except FileNotFoundError as e:
+    raise ManifestError(f"{path} is missing") from e
 
 
-def video_paths(root: Path) -> Iterator[str]:
-  """Yields the videos below a folder, and links to folders outside it."""
+def read_json(path: Path) -> Any:
+  """Returns the content; raises ManifestError if it is not JSON."""
+  try:
+    return json.loads(path.read_bytes())
+  except (ValueError, RecursionError) as e:
+    raise ManifestError(f"{path} is not JSON: {e or type(e).__name__}") from e
+
+
+def video_paths(
+  root: Path,
+  follow_links: bool = False,
+  others: collections.Counter[str] | None = None,
+) -> Iterator[str]:
+  """Yields the videos below a folder, and links to folders outside it.
+
+  Args:
+    root: the folder.
+    follow_links: enter linked folders, each real folder once.
+    others: counts the suffixes of other files.
+  """
   if folders.is_remote(root):
-    yield from _remote_paths(root, "")
+    yield from _remote_paths(root, "", others)
     return
-  real_root = os.path.realpath(root)
-  for parent, folder_names, names in os.walk(root, onerror=_raise):
-    inner = Path(parent)
-    folder_names[:] = [n for n in folder_names if not n.startswith(".")]
-    # os.walk does not enter linked folders. A target below the root is listed
-    # there; a target outside is reported like a file.
-    linked = [
-      name
-      for name in folder_names
-      if (inner / name).is_symlink() and not is_below(inner / name, real_root)
-    ]
-    videos = [
-      name
-      for name in names
-      if name.lower().endswith(VIDEO_SUFFIXES) and not name.startswith(".")
-    ]
+  for inner, folder_names, names in _walk(root, follow_links):
+    # Links that are not entered are reported like files.
+    linked = [n for n in folder_names if (inner / n).is_symlink()]
+    if follow_links:
+      linked = []
+    videos = [n for n in names if _counted(n, others)]
     for name in (*linked, *videos):
       yield (inner / name).relative_to(root).as_posix()
 
 
-def _remote_paths(folder: Path, prefix: str) -> Iterator[str]:
+def folder_paths(
+  root: Path, is_video: Callable[[str], Any], follow_links: bool = False
+) -> Iterator[str]:
+  """Yields the folders of pictures below a folder.
+
+  Args:
+    root: the folder, on a disk.
+    is_video: tells a folder of pictures by its path; it is not entered.
+    follow_links: enter linked folders, each real folder once.
+  """
+  if folders.is_remote(root):
+    raise ManifestError(f"{root}: folders of pictures are read from disks only")
+  for inner, folder_names, _ in _walk(root, follow_links):
+    for name in list(folder_names):
+      path = (inner / name).relative_to(root).as_posix()
+      if is_video(path):
+        folder_names.remove(name)
+        yield path
+
+
+def _walk(
+  root: Path, follow_links: bool
+) -> Iterator[tuple[Path, list[str], list[str]]]:
+  """Yields folders as os.walk does, without hidden ones.
+
+  A link to a folder below the root is left out: the folder is listed there. One
+  to a folder outside is entered where links are followed, else only named.
+  """
+  real_root = os.path.realpath(root)
+  entered = {real_root}
+  walk = os.walk(root, onerror=_raise, followlinks=follow_links)
+  for parent, folder_names, names in walk:
+    inner = Path(parent)
+    kept = []
+    for name in folder_names:
+      if name.startswith("."):
+        continue
+      if (inner / name).is_symlink():
+        real = os.path.realpath(inner / name)
+        if is_below(real, real_root) or real in entered:
+          continue
+        entered.add(real)
+      kept.append(name)
+    folder_names[:] = kept
+    yield inner, folder_names, [n for n in names if not n.startswith(".")]
+
+
+def is_video(name: str) -> bool:
+  """Returns True for the name of a video file, by its suffix."""
+  return name.lower().endswith(VIDEO_SUFFIXES)
+
+
+def _counted(name: str, others: collections.Counter[str] | None) -> bool:
+  """Returns `is_video`; counts the suffixes of others."""
+  if not is_video(name) and others is not None:
+    others[PurePath(name).suffix.lower()] += 1
+  return is_video(name)
+
+
+def outside(path: str) -> str:
+  """Returns the problem of a link that leads out of the root."""
+  return (
+    f"{path!r} is a link that leads out of the root; --follow_links reads it"
+  )
+
+
+def _remote_paths(
+  folder: Path, prefix: str, others: collections.Counter[str] | None
+) -> Iterator[str]:
   for path in sorted(folder.iterdir()):
     if path.name.startswith("."):
       continue
-    if path.name.lower().endswith(VIDEO_SUFFIXES):
+    if is_video(path.name):
       yield prefix + path.name
     elif path.is_dir():
-      yield from _remote_paths(path, f"{prefix}{path.name}/")
+      yield from _remote_paths(path, f"{prefix}{path.name}/", others)
+    else:
+      _counted(path.name, others)
 
 
 def is_below(path: str | Path, real_root: str) -> bool:

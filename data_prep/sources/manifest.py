@@ -26,6 +26,7 @@ from data_prep.sources.listing import (
   ManifestError,
   Part,
   Row,
+  missing_notes,
 )
 from marlin_jax.records import folders
 from marlin_jax.records.cli import counted
@@ -106,6 +107,9 @@ def read_input(
   layout: str | None = None,
   val_ratio: float | None = None,
   test_ratio: float | None = None,
+  *,
+  follow_links: bool = False,
+  skip_missing: bool = False,
 ) -> Input:
   """Lists the videos of an input.
 
@@ -120,6 +124,9 @@ def read_input(
       the input has no splits. A hash of the name selects the split, so it does
       not change as videos are added. By default that of the layout, or 0.
     test_ratio: share of people in 'test', likewise.
+    follow_links: read links that lead out of the folder, too; only for an input
+      that is trusted.
+    skip_missing: leave out rows whose file is missing, and note their number.
 
   Raises:
     ManifestError: no video is found, or rows are bad; lists all of them.
@@ -131,14 +138,28 @@ def read_input(
     source = assets.fetch_sample_videos()
   source = storage.path_of(source)
   root = None if root is None else storage.path_of(root)
-  listing = _listing(source, root, layout)
+  listing = _listing(source, root, layout, follow_links)
   problems = list(listing.problems)
-  modes = _Modes(listing.root)
+  modes = _Modes(listing.root, follow_links)
+  rows, num_listed = [], len(listing.rows)
   for row in listing.rows:
-    problem = _problem(row, listing.root, modes)
+    try:
+      problem = _problem(row, listing.root, modes)
+    except FileNotFoundError as e:
+      if skip_missing:
+        continue
+      problem = f"{_shown(row.path)}: {e.strerror}"
+    rows.append(row)
     if problem is not None:
       problems.append((row.number, problem))
-  problems += _group_problems(listing.rows)
+  num_missing = num_listed - len(rows)
+  notes = [*listing.notes, *missing_notes(num_missing, num_listed, "files")]
+  if num_missing == num_listed > 0:
+    raise ManifestError(
+      f"{source}: none of its {num_listed} files is below {listing.root}"
+    )
+  listing = dataclasses.replace(listing, rows=rows, notes=notes)
+  problems += _group_problems(rows)
   problems += _label_problems(listing)
   if problems:
     raise ManifestError(_summary(source, problems))
@@ -174,7 +195,9 @@ def read_input(
   )
 
 
-def _listing(source: Path, root: Path | None, layout: str | None) -> Listing:
+def _listing(
+  source: Path, root: Path | None, layout: str | None, follow_links: bool
+) -> Listing:
   """Reads an input with the reader for its kind."""
   is_manifest = source.suffix.lower() in MANIFEST_SUFFIXES
   if root is not None and (layout or not (source.is_file() and is_manifest)):
@@ -187,9 +210,9 @@ def _listing(source: Path, root: Path | None, layout: str | None) -> Listing:
         f"{source} is not a folder; expected the folder of "
         f"the data set {layout}"
       )
-    return LAYOUTS[layout].read(source)
+    return LAYOUTS[layout].read(source, follow_links)
   if source.is_dir():
-    return files.folder(source)
+    return files.folder(source, follow_links)
   if not source.is_file():
     raise ManifestError(
       f"{source}: no such file or folder; expected a folder of videos, a "
@@ -228,7 +251,8 @@ def split_of(name: str, val_ratio: float, test_ratio: float = 0.0) -> str:
 class _Modes:
   """Reads file modes, each folder only once, since network disks are slow."""
 
-  def __init__(self, root: Path) -> None:
+  def __init__(self, root: Path, follow_links: bool) -> None:
+    self._follow_links = follow_links
     self._real_root = os.path.realpath(root)
     self._are_below: dict[str, bool] = {}  # by folder
 
@@ -238,6 +262,8 @@ class _Modes:
     Raises:
       OSError: there is no such file.
     """
+    if self._follow_links:
+      return os.stat(path).st_mode
     folder = os.path.dirname(path)
     if folder not in self._are_below:
       self._are_below[folder] = is_below(folder, self._real_root)
@@ -250,7 +276,11 @@ class _Modes:
 
 
 def _problem(row: Row, root: Path, modes: _Modes) -> str | None:
-  """Returns the problem of a row, if any; reads the mode, opens nothing."""
+  """Returns the problem of a row, if any; reads the mode, opens nothing.
+
+  Raises:
+    FileNotFoundError: its file is missing.
+  """
   problem = _text_problem(row)
   if problem is not None:
     return problem
@@ -265,9 +295,11 @@ def _problem(row: Row, root: Path, modes: _Modes) -> str | None:
     # A colon alone is valid: 'Part 1: the start.mp4' may exist.
     if _ADDRESS.match(row.path):
       return f"{shown} is an address, not a path"
+    if isinstance(e, FileNotFoundError):
+      raise
     return f"{shown}: {e.strerror}"
   if mode is None:
-    return f"{shown} is a link that leads out of the root"
+    return files.outside(row.path)
   if row.frame_rate:
     return None if stat.S_ISDIR(mode) else f"{shown} is not a folder"
   return None if stat.S_ISREG(mode) else f"{shown} is not a regular file"

@@ -7,7 +7,8 @@
 
 A table CMU_MOSEI_Labels.csv or label.csv may replace the first two. Its columns
 are video_id, clip_id, label (or sentiment), and optionally mode (the split) and
-happy, sad, anger, surprise, disgust, fear.
+happy, sad, anger, surprise, disgust, fear. The segments of MMSA, which has such
+a label.csv, are Raw/VIDEO/N.mp4.
 
 Labels: sentiment, a value from -3 to 3; emotion, six attributes, 1 for a score
 above 0, as in the paper. The official split is by video. It comes with the
@@ -25,7 +26,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.sources.files import read_text
+from data_prep.sources.files import read_text, video_paths
 from data_prep.sources.listing import (
   BINARY,
   VALUE,
@@ -64,7 +65,7 @@ class _Segment(NamedTuple):
   emotions: tuple[float, ...]
 
 
-def read(root: Path) -> Listing:
+def read(root: Path, follow_links: bool = False) -> Listing:
   """Lists the available labelled segments.
 
   Raises:
@@ -80,10 +81,18 @@ def read(root: Path) -> Listing:
       f"{root} has none of {', '.join((CSD, *TABLES))}, the labels of CMU-MOSEI"
     )
   folds = _folds(root / FOLDS)
+  # By one listing: a request for each of the segments takes long.
+  existing = {*video_paths(root, follow_links)}
   rows, num_missing = [], 0
   for segment in segments:
-    path = f"{VIDEOS}/{segment.video}_{segment.number}.mp4"
-    if not (root / path).exists():
+    paths = (
+      f"{VIDEOS}/{segment.video}_{segment.number}.mp4",
+      f"Raw/{segment.video}/{segment.number}.mp4",
+      # Tables may pad the number, and so may the files.
+      f"Raw/{segment.video}/{segment.number.zfill(4)}.mp4",
+    )
+    path = next((path for path in paths if path in existing), None)
+    if path is None:
       num_missing += 1
       continue
     evidence = tuple(
@@ -96,7 +105,7 @@ def read(root: Path) -> Listing:
   if not rows:
     raise ManifestError(
       f"none of the {len(segments)} labelled segments is in {root / VIDEOS}; "
-      "expected files VIDEO_NUMBER.mp4"
+      "expected files VIDEO_NUMBER.mp4, or Raw/VIDEO/NUMBER.mp4"
     )
   notes = missing_notes(num_missing, len(segments), "labelled segments")
   if folds:
@@ -134,9 +143,13 @@ def _csd_segments(root: Path) -> Iterator[_Segment]:
   try:
     with h5py.File(root / CSD, "r") as file:
       # The name of the single group varies.
-      (group,) = file.values()
-      for video, item in group["data"].items():
-        times, numbers = item["intervals"][()], item["features"][()]
+      (name,) = file
+      data = _own(_own(file, name), "data")
+      for video in data:
+        item = _own(data, video)
+        times, numbers = (
+          _own(item, name)[()] for name in ("intervals", "features")
+        )
         if numbers.shape != (len(times), 1 + len(EMOTIONS)):
           raise ValueError(
             f"{video} has numbers {numbers.shape}, expected {len(times)} x "
@@ -151,6 +164,19 @@ def _csd_segments(root: Path) -> Iterator[_Segment]:
             yield _Segment(video, number, "", scores[0], scores[1:])
   except (OSError, KeyError, ValueError) as e:
     raise ManifestError(f"{root / CSD} is malformed: {e}") from e
+
+
+def _own(group, name: str):
+  """Returns a member of an HDF5 group that is in this very file."""
+  import h5py
+
+  link = group.get(name, getlink=True)
+  if not isinstance(link, h5py.HardLink):
+    raise KeyError(f"{name!r} is missing, or a link")
+  member = group[name]
+  if isinstance(member, h5py.Dataset) and member.external:
+    raise ValueError(f"{name!r} is stored in another file")
+  return member
 
 
 def _starts(path: Path) -> list[tuple[str, float]]:

@@ -32,7 +32,7 @@ MAX_POINTS = 16
 MARLINS_SPLIT = {"train": "train_set.csv", "val": "val_set.csv"}
 
 
-def read(root: Path) -> Listing:
+def read(root: Path, follow_links: bool = False) -> Listing:
   """Lists every folder of frames.
 
   Raises:

@@ -104,6 +104,7 @@ def read_sound(
   path: str | os.PathLike,
   limits: Limits = DEFAULT_LIMITS,
   require_sandbox: bool = False,
+  end_secs: float = math.inf,
 ) -> np.ndarray:
   """Decodes the sound track of a video: the default one, or the first.
 
@@ -111,6 +112,7 @@ def read_sound(
     path: a video file.
     limits: what the video may cost.
     require_sandbox: as for `open_video`.
+    end_secs: end of what is needed: the sound ends there or somewhat later.
 
   Returns:
     int16 (S,), 16 kHz, all channels mixed into one. Sample 0 is at time 0 of
@@ -126,7 +128,8 @@ def read_sound(
 
   most_bytes = 2 * SAMPLE_RATE * MAX_SOUND_SECS
   samples = bytearray()
-  with Decoder(path, limits, "sound", require_sandbox) as child:
+  span = Span(end=end_secs)
+  with Decoder(path, limits, "sound", require_sandbox, span) as child:
     while True:
       kind, length = child.read_header()
       if kind == b"E":

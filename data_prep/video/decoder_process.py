@@ -280,7 +280,7 @@ def main() -> None:
     if args.output == VIDEO:
       _decode(limits, Span(*args.span), pipe)
     elif args.output in (SOUND, ORIGINAL_SOUND):
-      sound.decode(pipe, args.output == ORIGINAL_SOUND)
+      sound.decode(pipe, args.output == ORIGINAL_SOUND, args.span[1])
     elif is_folder:
       picture_folder.decode(float(args.output), limits, pipe)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -14,13 +15,18 @@ from data_prep.video.protocol import MAX_SOUND_SECS, SAMPLE_RATE, Refused, send
 MIN_GAP_SECS = 0.002
 
 
-def decode(pipe: int, is_original: bool) -> None:
+# Spectrograms of the last samples of a span need some of those behind it.
+SECS_BEHIND = 1.0
+
+
+def decode(pipe: int, is_original: bool, end_secs: float = math.inf) -> None:
   """Writes the sound track to the pipe, nothing where there is none.
 
   Args:
     pipe: file descriptor.
     is_original: keep its rate, and two channels where it has two or more; else
       convert to 16 kHz, mono.
+    end_secs: time from which on sound may be left out, but for SECS_BEHIND.
 
   Raises:
     Refused: the sound cannot be decoded to its end.
@@ -46,6 +52,8 @@ def decode(pipe: int, is_original: bool) -> None:
             )
           num_bytes = 2 * num_channels * samples.samples
           send(pipe, b"S", memoryview(samples.planes[0])[:num_bytes])
+          if num_sent > (end_secs + SECS_BEHIND) * rate:
+            break
       except (av.FFmpegError, ValueError) as e:
         if isinstance(e, MemoryError):
           raise

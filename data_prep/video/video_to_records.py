@@ -430,7 +430,10 @@ class _Sound:
       np.zeros(0, np.int16)
       if source.frame_rate
       else decode.read_sound(
-        source.path, settings.limits, settings.require_sandbox
+        source.path,
+        settings.limits,
+        settings.require_sandbox,
+        source.part.end_secs,
       )
     )
     # Of the whole sound: at a cut, a spectrogram needs samples beyond it.

@@ -138,6 +138,37 @@ def open_dataset(path: str, split: str, min_quality: float = 0.0) -> Dataset:
   return _filtered(dataset, min_quality) if min_quality else dataset
 
 
+def open_joined(path: str, splits: str) -> Dataset:
+  """Opens several splits of a data set as one, such as 'fold1+fold2'.
+
+  Args:
+    path: as for `open_dataset`.
+    splits: names of splits, joined by '+' as in TFDS; or a single name.
+
+  Raises:
+    DatasetError, OpenFilesError: as `open_dataset`; also if a split is named
+      twice.
+  """
+  names = [name.strip() for name in splits.split("+")]
+  if len(names) > len(set(names)):
+    raise DatasetError(f"'{splits}' names a split twice")
+  parts = [open_dataset(path, name) for name in names]
+  if len(parts) == 1:
+    return parts[0]
+  shards = tuple(shard for part in parts for shard in part.shards)
+  if not folders.is_remote(epath.Path(path)):
+    allow_open_files(len(shards))
+  content = json.dumps([part.fingerprint for part in parts]).encode()
+  return Dataset(
+    path=str(path),
+    split="+".join(names),
+    shards=shards,
+    num_records=sum(part.num_records for part in parts),
+    num_videos=sum(part.num_videos for part in parts),
+    fingerprint=hashlib.sha256(content).hexdigest(),
+  )
+
+
 def _filtered(dataset: Dataset, min_quality: float) -> Dataset:
   """Returns the data set without records of a lower quality."""
   path = epath.Path(dataset.shards[0])

@@ -99,14 +99,14 @@ def open_task(config: ConfigDict, path: str) -> Task:
     DatasetError: there is no data set, or it lacks a split.
     TaskError: the data set has no such label, or the label is a value.
   """
-  prepared_dataset.open_dataset(path, config.split)
+  prepared_dataset.open_joined(path, config.split)
   labels = tasks.read_labels(path)
   if labels.get(config.label, {"kind": "value"})["kind"] == "value":
     raise TaskError(
       f"config.probe.label={config.label!r}: expected a label of kind binary "
       f"or class, and {path} has {tasks.describe_labels(labels)}"
     )
-  prepared_dataset.open_dataset(path, config.eval_split)
+  prepared_dataset.open_joined(path, config.eval_split)
   return tasks.make_task(config.label, labels, {}, path)
 
 

@@ -116,7 +116,7 @@ def open_split(
 
   Args:
     path: directory of the data set.
-    split: 'train', 'val', 'test', ...
+    split: 'train', 'val', 'test', ..., or several as 'fold1+fold2'.
     cache: folder for the index of the records; None: it is not kept.
     all_tracks: take every track; by default the longest of each video, as
       `Marlin.extract_video` does.
@@ -125,7 +125,7 @@ def open_split(
     DatasetError: there is no such split, it is damaged, or the records of a
       video disagree on its subject or labels.
   """
-  dataset = prepared_dataset.open_dataset(path, split)
+  dataset = prepared_dataset.open_joined(path, split)
   rows = _read_index(dataset, cache)
   videos: dict[str, dict] = {}
   segments = collections.defaultdict(list)

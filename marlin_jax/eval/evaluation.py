@@ -99,7 +99,7 @@ def open_inputs(config: ConfigDict, checkpoint: str, data: str) -> Inputs:
   """Opens and checks everything but the records; see `evaluate`."""
   split_names = {role: config.data[role] for role in _ROLES}
   datasets = {
-    role: prepared_dataset.open_dataset(data, name)
+    role: prepared_dataset.open_joined(data, name)
     for role, name in split_names.items()
   }
   chosen = tasks.make_tasks(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from configs import eval_dfd, eval_far, eval_fer
+from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.devices.sharding import MeshError
 from marlin_jax.downstream import clip_batches, splits, tasks
@@ -324,6 +325,43 @@ def test_people_in_two_splits_give_a_warning(tmp_path, capsys):
   (warning,) = results["data"]["warnings"]
   assert "'train' and 'val' share 1 people (e.g. 'person 2')" in warning
   assert f"WARNING: {warning}" in capsys.readouterr().out
+
+
+def test_folds_are_joined_into_splits(tmp_path):
+  videos = labelled_data.make(24, draw_face)
+  folds = {f"fold{k}": videos[6 * k - 6 : 6 * k] for k in range(1, 5)}
+  path = labelled_data.write(tmp_path / "data", folds, LABELS)
+  joined = splits.open_split(str(path), "fold1+fold3", tmp_path)
+  assert joined.name == "fold1+fold3"
+  assert joined.video_ids == tuple(
+    video.video_id for video in videos[:6] + videos[12:18]
+  )
+  third = splits.open_split(str(path), "fold3", tmp_path)
+  np.testing.assert_array_equal(joined.labels["mood"][6:], third.labels["mood"])
+  clip = Clip(num_frames=4, stride=1)
+  windows = joined.windows(clip)[-2:]
+  both = [
+    clip_batches.ClipReader(split, clip).read(split.windows(clip)[-2:])
+    for split in (joined, third)
+  ]
+  assert len(windows) == 2
+  np.testing.assert_array_equal(*both)
+  results = run(
+    eval_far,
+    tmp_path / "w",
+    path,
+    tasks="mood",
+    modes="knn",
+    **{"data.train": "fold2+fold3", "data.val": "fold4", "data.test": "fold1"},
+  )
+  assert results["data"]["splits"]["train"]["videos"] == 12
+  assert results["data"]["warnings"] == []
+  for wrong, words in (
+    ("fold1+fold1", "a split twice"),
+    ("fold1+x", "no split"),
+  ):
+    with pytest.raises(DatasetError, match=words):
+      splits.open_split(str(path), wrong, tmp_path)
 
 
 def test_windows_cover_the_longest_track_across_records(face_data, tmp_path):

@@ -1,14 +1,17 @@
 """Miniature trees of published layouts give sources with labels."""
 
 import itertools
+import json
 import math
 import random
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
 from data_prep.sources.layouts import LAYOUTS
+from data_prep.sources.listing import Part
 from data_prep.sources.manifest import Input, ManifestError, read_input
 from tests.support.dataset_trees import (
   METHODS,
@@ -263,6 +266,43 @@ def test_celebvhq_splits_keep_a_source_video_together(celebvhq):
   assert set.union(*of_subject.values()) == {"train", "val", "test"}
 
 
+def test_celebvhq_clips_in_two_folders_are_refused(celebvhq):
+  touch(celebvhq, "cropped/clip_51_0.mp4")
+  message = error(celebvhq, "celebvhq")
+  assert "clip_51_0 is in 35666 and in cropped" in message
+  assert "give one of the folders as --input" in message
+  # The labels are found beside the folder.
+  found = read(celebvhq / "cropped", "celebvhq")
+  assert [source.video_id for source in found.sources] == ["clip_51_0.mp4"]
+  assert len(read(celebvhq / "35666", "celebvhq").sources) == 90
+
+
+def test_celebvhq_raw_videos_have_their_clips_by_time_and_box(celebvhq):
+  assert "expected files such as raw/video0.mp4" in error(
+    celebvhq, "celebvhq_raw"
+  )
+  touch(celebvhq, "raw/video20.mp4", "raw/of_something_else.mp4")
+  info = json.loads((celebvhq / "celebvhq_info.json").read_text())
+  info["clips"]["clip_41_0"]["duration"] = {"start_sec": 7.5, "end_sec": 8.25}
+  info["clips"]["clip_41_0"]["bbox"]["right"] = 1.0000001
+  (celebvhq / "celebvhq_info.json").write_text(json.dumps(info))
+  found = read(celebvhq, "celebvhq_raw")
+  assert found.notes == ["98 of 100 clips in celebvhq_info.json are missing."]
+  first, second = found.sources
+  assert first.video_id == "video20.mp4#t=1,4.5&box=0.2,0.1,0.7,0.9"
+  assert first.path == celebvhq / "raw/video20.mp4"
+  assert first.part == Part(1.0, 4.5, (0.2, 0.1, 0.7, 0.9))
+  assert second.part == Part(7.5, 8.25, (0.2, 0.1, 1.0, 0.9))
+  assert second.labels["appearance"] == (1.0,) * 40
+  assert first.subject_id == second.subject_id == "video20"
+  assert first.split == second.split
+
+
+def test_celebvhq_that_nests_too_deeply_is_refused(celebvhq):
+  (celebvhq / "celebvhq_info.json").write_text("[" * 200_000)
+  assert "is not JSON" in error(celebvhq, "celebvhq")
+
+
 def test_celebvhq_with_another_kind_of_json_is_refused(celebvhq):
   (celebvhq / "celebvhq_info.json").write_text('{"clips": {}}')
   assert "is malformed" in error(celebvhq, "celebvhq")
@@ -299,6 +339,16 @@ def test_faceforensics_has_official_splits_and_manipulations(ffpp):
   assert fake.labels == {"fake": (1.0,), "manipulation": (3.0,)}
   test = by_id["manipulated_sequences/Deepfakes/c23/videos/974_953.mp4"]
   assert test.split == "test"
+
+
+@pytest.mark.parametrize("folder", ["raw", "c0"])
+@pytest.mark.parametrize("layout", ["ffpp_raw", "ffpp_c0"])
+def test_faceforensics_raw_has_two_names(ffpp, folder, layout):
+  for path in [*ffpp.rglob("c23")]:
+    path.rename(path.with_name(folder))
+  found = read(ffpp, layout)
+  assert len(found.sources) == 40
+  assert f"original_sequences/youtube/{folder}/videos/054.mp4" in splits(found)
 
 
 def test_faceforensics_says_what_is_not_there(ffpp):
@@ -356,6 +406,25 @@ def test_mosei_labels_find_their_segments_by_time(mosei):
     "abc_d_2": ("abc_d", (-1.0,), (0, 0, 1, 0, 0, 0)),
   }
   assert found.split_ratios == (0.1, 0.2)
+
+
+def test_mosei_labels_that_lead_to_other_files_are_refused(mosei):
+  with h5py.File(mosei / "CMU_MOSEI_Labels.csd", "a") as file:
+    (group,) = file.values()
+    group["data/gone"].move("features", "moved")
+    group["data/gone/features"] = h5py.ExternalLink("/etc/passwd", "/x")
+  assert "'features' is missing, or a link" in error(mosei, "mosei")
+
+
+def test_mosei_segments_may_be_those_of_mmsa(tmp_path):
+  (tmp_path / "label.csv").write_text(
+    "video_id,clip_id,text,label,mode\nabc_d,7,a,-0.5,valid\nabc_d,8,a,1,valid\n"
+  )
+  touch(tmp_path, "Raw/abc_d/7.mp4", "Raw/abc_d/0008.mp4")
+  assert splits(read(tmp_path, "mosei")) == {
+    "Raw/abc_d/0008.mp4": "val",
+    "Raw/abc_d/7.mp4": "val",
+  }
 
 
 def test_mosei_takes_the_official_folds_without_running_them(mosei):

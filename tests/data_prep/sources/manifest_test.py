@@ -80,6 +80,64 @@ def test_links_that_leave_a_folder_are_refused_together(folder, tmp_path):
   assert "inner.mp4" not in message
 
 
+def test_links_are_followed_where_they_are_trusted(folder, tmp_path):
+  """As a snapshot of the Hugging Face hub: names that lead to blobs."""
+  blobs, other = tmp_path / "blobs", tmp_path / "other"
+  for outside in (blobs, other):
+    outside.mkdir()
+  write(blobs / "0a1b", "")
+  write(other / "c.mp4", "")
+  (folder / "one/linked.mp4").symlink_to("../../blobs/0a1b")
+  (folder / "more").symlink_to(other)
+  # Links in a circle end.
+  (other / "circle").symlink_to(folder)
+  (other / "again").symlink_to(other)
+  assert "2 bad rows" in error(folder)
+  assert "--follow_links reads it" in error(folder)
+  found = read_input(folder, follow_links=True).sources
+  assert {"one/linked.mp4", "more/c.mp4"} <= {s.video_id for s in found}
+  assert len(found) == 7
+  manifest = write(folder / "m.txt", "one/linked.mp4\n")
+  assert "is a link that leads out" in error(manifest)
+  assert len(read_input(manifest, follow_links=True).sources) == 1
+  (folder / "gone.mp4").symlink_to("nowhere")
+  assert "'gone.mp4': No such file" in error(folder)
+
+
+def test_missing_files_are_left_out_where_that_is_asked_for(folder):
+  manifest = write(folder / "m.csv", "path,split\nb.mp4,a\ngone.mp4,a\n")
+  assert "row 3: 'gone.mp4': No such file" in error(manifest)
+  found = read_input(manifest, skip_missing=True)
+  assert [source.video_id for source in found.sources] == ["b.mp4"]
+  assert found.notes == ["1 of 2 files are missing."]
+  write(folder / "m.csv", "path\ngone.mp4\nhttps://x.org/v.mp4\n")
+  with pytest.raises(ManifestError, match="is an address"):
+    read_input(manifest, skip_missing=True)
+  write(folder / "m.csv", "path\ngone.mp4\n")
+  with pytest.raises(ManifestError, match="none of its 1 files is below"):
+    read_input(manifest, skip_missing=True)
+
+
+def test_files_with_other_suffixes_are_counted(folder, tmp_path):
+  assert read_input(folder).notes == [
+    "1 file of root left out for other suffixes: 1 .txt."
+  ]
+  for name in ("a.ts", "b.vob", "c.asf", "d.3g2", "e.qt", "f.mp5", "g"):
+    write(folder / "two" / name, "")
+  found = read_input(folder)
+  assert len(found.sources) == 10
+  assert found.notes == [
+    "3 files of root left out for other suffixes: 1 without a suffix, 1 .mp5, "
+    "1 .txt."
+  ]
+  (tmp_path / "none").mkdir()
+  write(tmp_path / "none/x.doc", "")
+  with pytest.raises(
+    ManifestError, match=r"has no video file .*; it has 1 .doc"
+  ):
+    read_input(tmp_path / "none")
+
+
 def test_control_characters_in_a_folder_are_refused(folder):
   write(folder / "a\nb.mp4", "")
   assert r"'a\nb.mp4' contains a control character" in error(folder)

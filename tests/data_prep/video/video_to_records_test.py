@@ -325,6 +325,12 @@ def test_a_part_has_its_own_sound(models):
   samples = np.frombuffer(record.audio, "<i2")
   whole = decode.read_sound(path)
   np.testing.assert_array_equal(samples, whole[start:][: len(samples)])
+  mel = mel_spectrogram.mel_spectrogram(whole)
+  rows = mel[round(80 * record.start_secs) :][: len(record.mel)]
+  np.testing.assert_array_equal(record.mel, rows)
+  # No more is decoded than that, and a second.
+  part = decode.read_sound(path, end_secs=3.5)
+  assert 4.5 * 16_000 < len(part) < 4.8 * 16_000 < len(whole)
 
 
 def test_damaged_and_missing_pictures_are_refused(models, tmp_path):
