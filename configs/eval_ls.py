@@ -33,8 +33,12 @@ def get_config():
   config.data.train = "train"
   # Split for evaluation, of other people: an expert memorises voices.
   config.data.val = "val"
-  # Reader threads per process.
-  config.data.num_threads = 2
+  # Worker processes that read; 0: none, threads of the training's own process
+  # read; -1: by the cores and devices.
+  config.data.num_workers = -1
+  # Reader threads in each worker process, or in the training's own if there are
+  # no workers; 0: by the cores and devices.
+  config.data.num_threads = 0
   # Unusable records (silent, too short, damaged) to tolerate: each is reported
   # and replaced by another record. The run ends at the next one.
   config.data.max_bad_records = 0

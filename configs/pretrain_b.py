@@ -54,8 +54,12 @@ def get_config():
   # Clips drawn from each record that is read (repeated sampling). Above 1 there
   # is less to read and to decode per clip; batch_size must be a multiple of it.
   config.data.clips_per_record = 1
-  # Reader threads per process.
-  config.data.num_threads = 2
+  # Worker processes that read, for each process of the training; 0: none,
+  # threads of the training's own process read; -1: by the cores and devices.
+  config.data.num_workers = -1
+  # Reader threads in each worker process, or in the training's own if there are
+  # no workers; 0: by the cores and devices.
+  config.data.num_threads = 0
   # Unreadable records to tolerate: each is reported and replaced by another
   # record. The run ends at the next one.
   config.data.max_bad_records = 0

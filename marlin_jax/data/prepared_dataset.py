@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import grain
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 
 from marlin_jax.records import cli, folders, quality_index, schema
@@ -263,13 +263,15 @@ _readers: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 _readers_lock = threading.Lock()
 
 
-def _reader_of(dataset: Dataset) -> grain.sources.ArrayRecordDataSource:
+def _reader_of(
+  dataset: Dataset,
+) -> ArrayRecordDataSource:
   """Returns the reader that has the shards open, or opens them."""
   key = dataset.shards, dataset.num_stored
   with _readers_lock:
     reader = _readers.get(key)
     if reader is None:
-      reader = grain.sources.ArrayRecordDataSource(list(dataset.shards))
+      reader = ArrayRecordDataSource(list(dataset.shards))
       _readers[key] = reader
     return reader
 

@@ -283,9 +283,9 @@ def leave(
 
 @contextlib.contextmanager
 def leaving_on_errors() -> Iterator[None]:
-  """Exits with TRY_AGAIN if its block raises an unforeseen exception.
+  """Ends all processes with TRY_AGAIN if its block raises an unforeseen error.
 
-  The loss of another process raises one, for example; see `leave`.
+  The loss of another process raises one, for example.
   """
   try:
     yield
@@ -293,4 +293,4 @@ def leaving_on_errors() -> Iterator[None]:
     prefix = ""
     if jax.distributed.is_initialized():
       prefix = f"process {jax.process_index()} of {jax.process_count()}:\n"
-    leave(prefix + traceback.format_exc(), code=TRY_AGAIN)
+    coordination.end_all(prefix + traceback.format_exc(), TRY_AGAIN)

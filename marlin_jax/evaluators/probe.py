@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from marlin_jax.data import loader
 from marlin_jax.devices import distributed, sharding
 from marlin_jax.downstream import quick_probe
 from marlin_jax.inference import clip_features
@@ -62,7 +63,10 @@ class Probe:
         print(f"WARNING: {warning}")
     self._config, self._alive = config.probe, alive
     self._probe = quick_probe.QuickProbe(
-      data, config.probe, course.mesh, num_threads=config.data.num_threads
+      data,
+      config.probe,
+      course.mesh,
+      num_threads=loader.reading(0, config.data.num_threads).num_threads,
     )
     self._split = sharding.batch_sharding(course.mesh)
     self._features = jax.jit(

@@ -9,6 +9,7 @@ import numpy as np
 
 from marlin_jax.data import loader
 from marlin_jax.data.prepared_dataset import Dataset
+from marlin_jax.data.reader import BadRecords
 from marlin_jax.devices import sharding
 from marlin_jax.inference import pictures
 from marlin_jax.pretraining.course import PretrainingCourse
@@ -31,7 +32,7 @@ class Reconstruction:
     self,
     course: PretrainingCourse,
     dataset: Dataset,
-    bad: loader.BadRecords | None = None,
+    bad: BadRecords | None = None,
   ):
     """Chooses the clips; reads nothing.
 

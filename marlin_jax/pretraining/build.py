@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from marlin_jax.data.augmentation import Augmentation
-from marlin_jax.data.loader import TakeClip
+from marlin_jax.data.clips import TakeClip
 from marlin_jax.devices import chips, sharding
 from marlin_jax.models import softmax_attention, vit
 from marlin_jax.models.discriminator import Discriminator

@@ -108,7 +108,8 @@ def free(rule: Rule = ANY) -> Key:
 # Keys of every configuration that trains networks step by step.
 TRAINING_KEYS = {
   "seed": fixed(at_least(0)),
-  "data.num_threads": free(at_least(1)),
+  "data.num_workers": free(at_least(-1)),
+  "data.num_threads": free(at_least(0)),
   "data.max_bad_records": free(at_least(0)),
   "dtype": fixed(one_of(*DTYPES)),
   "attention": free(one_of(*ATTENTION)),

@@ -24,6 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from marlin_jax.data import loader
+from marlin_jax.data.clips import ClipTaker
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.data.sampling import Draws
 from marlin_jax.devices import coordination, distributed, sharding
@@ -61,7 +62,7 @@ class Course(Protocol):
   config: ConfigDict
   dataset: Dataset
   draws: Draws
-  take_clip: loader.ClipTaker
+  take_clip: ClipTaker
   fields: tuple[str, ...]
   batch_size: int
   num_steps: int
@@ -204,7 +205,8 @@ def train(
   config = course.config
   is_process_0 = jax.process_index() == 0
   if is_process_0:
-    print(cli.format_rows(course.describe()), flush=True)
+    rows = [*course.describe(), cli.Row("reading", str(_reading(config)))]
+    print(cli.format_rows(rows), flush=True)
   num_values = sum(math.prod(x.shape) for x in jax.tree.leaves(course.shapes))
   with Workdir(path, config, course.dataset, num_values) as workdir:
     # --- State ----------------------------------------------------------------
@@ -338,6 +340,10 @@ def train(
     return state, signum if last_step < course.num_steps else None
 
 
+def _reading(config: ConfigDict) -> loader.Reading:
+  return loader.reading(config.data.num_workers, config.data.num_threads)
+
+
 def _batches(course: Course, workdir: Workdir):
   """Yields the batches of the remaining steps, on the devices."""
   config = course.config
@@ -348,7 +354,7 @@ def _batches(course: Course, workdir: Workdir):
       course.take_clip,
       batch_size=course.batch_size,
       start_step=workdir.start_step,
-      num_threads=config.data.num_threads,
+      **_reading(config)._asdict(),
       rows=loader.own_rows(split, course.batch_size),
       bad=workdir.bad_records,
     ),

@@ -11,8 +11,8 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from marlin_jax.data import loader
 from marlin_jax.data.prepared_dataset import Dataset
+from marlin_jax.data.reader import BadRecords
 from marlin_jax.devices import distributed
 from marlin_jax.records import folders
 from marlin_jax.training import checkpoint, goodput, remote_files
@@ -126,13 +126,13 @@ class Workdir:
     )
 
   @functools.cached_property
-  def bad_records(self) -> loader.BadRecords:
+  def bad_records(self) -> BadRecords:
     """List of unreadable records of this process.
 
     Training and all evaluators share it, because it rewrites the whole file.
     """
     index = jax.process_index()
-    return loader.BadRecords(
+    return BadRecords(
       self.path / f"quarantine{f'.process_{index}' if index else ''}.jsonl",
       limit=self._config.data.max_bad_records,
     )

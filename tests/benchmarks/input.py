@@ -27,11 +27,12 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from data_prep.output import shards
 from marlin_jax.data import loader, prepared_dataset, sample, sampling
 from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.data.clips import TakeClip
 from marlin_jax.records import schema
 from tests.benchmarks import timing
 
 LIMIT = "JPEG decoding alone"
-TAKE_CLIP = loader.TakeClip(Clip(16, 2), tubelet_size=2)
+TAKE_CLIP = TakeClip(Clip(16, 2), tubelet_size=2)
 SPAN = TAKE_CLIP.clip.extent
 NUM_RECORDS = 256  # more bytes than fit in caches
 NUM_WARM = 5  # rounds until all queues and malloc's memory are filled

@@ -10,6 +10,7 @@ import simplejpeg
 from marlin_jax.data import augmentation, loader, prepared_dataset
 from marlin_jax.data.augmentation import Augmentation, View
 from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.data.clips import TakeClip
 from marlin_jax.data.sampling import RecordDraws
 from marlin_jax.records import schema
 from tests.support import made_dataset
@@ -52,8 +53,8 @@ def dataset(tmp_path_factory):
   return prepared_dataset.open_dataset(str(path), "train")
 
 
-def take_clip(**settings) -> loader.TakeClip:
-  return loader.TakeClip(Clip(4, 2), 2, **settings)
+def take_clip(**settings) -> TakeClip:
+  return TakeClip(Clip(4, 2), 2, **settings)
 
 
 def batches(dataset, take, num, *, seed=0, num_clips=1, **settings):

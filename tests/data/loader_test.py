@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -9,10 +10,13 @@ import pytest
 
 from marlin_jax.data import loader, prepared_dataset, sampling
 from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.data.clips import TakeClip
+from marlin_jax.data.prepared_dataset import DatasetError
+from marlin_jax.data.reader import BadRecords
 from marlin_jax.records import schema
 from tests.support import made_dataset
 
-TAKE_CLIP = loader.TakeClip(Clip(4, 2), tubelet_size=2)
+TAKE_CLIP = TakeClip(Clip(4, 2), tubelet_size=2)
 
 
 @pytest.fixture
@@ -140,7 +144,7 @@ def mixed(tmp_path_factory):
 
 def test_only_records_of_the_wanted_quality_are_served(mixed, tmp_path):
   def served(num_batches, **k):
-    bad = loader.BadRecords(tmp_path / "bad", limit=1)
+    bad = BadRecords(tmp_path / "bad", limit=1)
     return take(mixed, num_batches, bad=bad, **k)
 
   whole = served(4)
@@ -155,7 +159,7 @@ def test_only_records_of_the_wanted_quality_are_served(mixed, tmp_path):
 
 
 def test_evaluation_serves_only_records_of_the_wanted_quality(mixed, tmp_path):
-  bad = loader.BadRecords(tmp_path / "bad", limit=1)
+  bad = BadRecords(tmp_path / "bad", limit=1)
   batches = loader.eval_batches(
     mixed, TAKE_CLIP, batch_size=3, num_batches=2, bad=bad
   )
@@ -167,3 +171,63 @@ def test_batches_reach_the_devices_unchanged_and_all(dataset):
   host = take(dataset, 4)
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   assert_same(list(loader.to_devices(host, sharding)), host)
+
+
+# --- who reads ----------------------------------------------------------------
+
+
+def test_worker_processes_read_what_threads_read(dataset):
+  want = take(dataset, 4, start_step=2, batch_size=20)
+  got = take(dataset, 4, start_step=2, batch_size=20, num_workers=2)
+  assert_same(got, want)
+
+
+def test_bad_records_that_worker_processes_meet_are_listed(mixed, tmp_path):
+  def served(name, limit, **k):
+    return take(mixed, 3, bad=BadRecords(tmp_path / name, limit), **k)
+
+  assert_same(served("workers", 1, num_workers=1), served("threads", 1))
+  with pytest.raises(DatasetError, match="max_bad_records is 0"):
+    served("none", 0, num_workers=1)
+  for name in ("workers", "none"):
+    (row,) = map(json.loads, (tmp_path / name).read_text().splitlines())
+    assert row["record"] == 3
+    assert "is not a 224x224 JPEG" in row["reason"]
+
+
+class Device(NamedTuple):
+  platform: str
+  process_index: int = 0
+  slice_index: int | None = None
+
+
+@pytest.mark.parametrize(
+  ("local", "other", "num_cores", "expected"),
+  [
+    ([Device("cpu")], [], 64, "2 threads"),
+    ([Device("gpu")], [], 2, "2 threads"),
+    ([Device("gpu")], [], 8, "7 worker processes with 2 threads each"),
+    ([Device("gpu")], [], 64, "20 worker processes with 2 threads each"),
+    ([Device("tpu")] * 4, [], 64, "63 worker processes with 2 threads each"),
+    # Two of four processes are on this machine.
+    (
+      [Device("gpu", 0, 0)],
+      [Device("gpu", 1, 0), Device("gpu", 2, 1), Device("gpu", 3, 1)],
+      32,
+      "15 worker processes with 2 threads each",
+    ),
+  ],
+)
+def test_who_reads_follows_cores_and_devices(
+  local, other, num_cores, expected, monkeypatch
+):
+  monkeypatch.setattr(loader.jax, "local_devices", lambda: local)
+  monkeypatch.setattr(loader.jax, "devices", lambda: local + other)
+  monkeypatch.setattr(loader.os, "cpu_count", lambda: num_cores)
+  monkeypatch.setattr(loader.cli, "num_cores", lambda: num_cores)
+  assert str(loader.reading(-1, 0)) == expected
+  assert loader.reading(3, 5) == (5, 3)
+  # Cores of its own are not shared.
+  monkeypatch.setattr(loader.os, "cpu_count", lambda: 2 * num_cores)
+  if other:
+    assert loader.reading(-1, 0) == (2, 20)

@@ -15,6 +15,8 @@ from etils import epath
 
 from marlin_jax.data import loader, prepared_dataset
 from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.data.clips import TakeClip
+from marlin_jax.data.reader import BadRecords
 from marlin_jax.records import quality_index
 from tests.support import made_dataset
 from tests.support.made_dataset import a_record
@@ -238,19 +240,17 @@ def test_the_shards_are_opened_once_for_all_that_read(
   sample_dataset, monkeypatch
 ):
   opened = []
-  real = prepared_dataset.grain.sources.ArrayRecordDataSource
+  real = prepared_dataset.ArrayRecordDataSource
 
   def noted(paths):
     opened.append(paths)
     return real(paths)
 
-  monkeypatch.setattr(
-    prepared_dataset.grain.sources, "ArrayRecordDataSource", noted
-  )
+  monkeypatch.setattr(prepared_dataset, "ArrayRecordDataSource", noted)
   monkeypatch.setattr(
     prepared_dataset, "_readers", weakref.WeakValueDictionary()
   )
-  take_clip = loader.TakeClip(Clip(2, 1), tubelet_size=2)
+  take_clip = TakeClip(Clip(2, 1), tubelet_size=2)
   # As two splits that are the same.
   for _ in range(2):
     dataset = prepared_dataset.open_dataset(str(sample_dataset), "train")
@@ -292,10 +292,10 @@ def test_too_many_open_files_are_no_damage(
   shutil.copytree(sample_dataset, tmp_path / "data")
   dataset = prepared_dataset.open_dataset(str(tmp_path / "data"), "train")
   assert len(dataset.source)  # the first read opens the shard again
-  bad = loader.BadRecords(tmp_path / "quarantine.jsonl", limit=100)
+  bad = BadRecords(tmp_path / "quarantine.jsonl", limit=100)
   batches = loader.eval_batches(
     dataset,
-    loader.TakeClip(Clip(2, 1), tubelet_size=2),
+    TakeClip(Clip(2, 1), tubelet_size=2),
     batch_size=1,
     num_batches=1,
     bad=bad,

@@ -10,6 +10,7 @@ import pytest
 
 from marlin_jax.data import loader, prepared_dataset, sampling
 from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.data.clips import TakeClip
 from marlin_jax.data.sampling import RecordDraws, StoredOrder, VideoDraws
 from marlin_jax.records import schema, segment_index
 from marlin_jax.records.segment_index import Video
@@ -242,7 +243,7 @@ def test_a_clip_goes_on_from_one_record_to_the_next(counting, opened):
   clip = Clip(4, 3)
   batches = loader.train_batches(
     VideoDraws(dataset, index, clip, seed=0),
-    loader.TakeClip(clip, tubelet_size=2),
+    TakeClip(clip, tubelet_size=2),
     batch_size=40,
     start_step=0,
     num_threads=1,

@@ -14,6 +14,7 @@ import pytest
 from configs import pretrain_b
 from marlin_jax.data import loader, prepared_dataset, sampling
 from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.data.clips import TakeClip
 from marlin_jax.devices import distributed
 from marlin_jax.records import folders
 from marlin_jax.training import checksums
@@ -202,7 +203,7 @@ def test_the_clips_of_a_batch_do_not_depend_on_who_reads_them(
   sample_dataset, clips_per_record
 ):
   dataset = prepared_dataset.open_dataset(str(sample_dataset), "train")
-  transform = loader.TakeClip(Clip(4, 2), tubelet_size=2)
+  transform = TakeClip(Clip(4, 2), tubelet_size=2)
 
   def batches(rows):
     made = loader.train_batches(
@@ -268,6 +269,17 @@ def test_one_process_that_is_refused_ends_all_with_its_message(
     assert "Fatal" not in output
     assert "Traceback" not in output
   lock.close()
+
+
+def test_an_unforeseen_error_in_one_process_ends_all(sample_dataset, tmp_path):
+  workdir = tmp_path / "run"
+  (workdir / "quarantine.process_1.jsonl").mkdir(parents=True)
+  values = {"data.path": sample_dataset, "batch_size": 2}
+  for process in start_two(workdir, num_devices=1, **values):
+    output = finish(process, 75)
+    assert "IsADirectoryError" in output
+    assert "process 1 of 2" in output
+    assert "Fatal" not in output
 
 
 def test_a_damaged_record_that_one_process_meets_ends_all(

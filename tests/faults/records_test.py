@@ -16,11 +16,13 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from marlin_jax.data import loader, prepared_dataset
 from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.data.clips import TakeClip
+from marlin_jax.data.reader import BadRecords
 from marlin_jax.data.sampling import RecordDraws, StoredOrder
 from marlin_jax.records import schema
 from tests.support.training_runs import metrics_of, refused, train
 
-TAKE_CLIP = loader.TakeClip(Clip(4, 2), tubelet_size=2)
+TAKE_CLIP = TakeClip(Clip(4, 2), tubelet_size=2)
 BATCH_SIZE = 3
 
 
@@ -57,7 +59,7 @@ def batches(dataset, quarantine, limit, start_step=0, num_clips=1, **k):
     TAKE_CLIP,
     start_step=start_step,
     num_threads=2,
-    bad=loader.BadRecords(quarantine, limit),
+    bad=BadRecords(quarantine, limit),
     **{"batch_size": BATCH_SIZE} | k,
   )
 

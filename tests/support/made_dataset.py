@@ -118,7 +118,7 @@ def make(
     sources.append(
       Source(
         video_id,
-        Path("none"),
+        Path(__file__),  # any file that can be read
         first.subject_id,
         splits.get(video_id, "train"),
         {k: tuple(v.tolist()) for k, v in first.labels.items()},

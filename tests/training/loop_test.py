@@ -11,7 +11,7 @@ import pytest
 
 from configs import pretrain_b
 from marlin_jax.data.clip_geometry import Clip
-from marlin_jax.data.loader import TakeClip
+from marlin_jax.data.clips import TakeClip
 from marlin_jax.data.prepared_dataset import open_dataset
 from marlin_jax.data.sampling import RecordDraws
 from marlin_jax.devices import sharding

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from marlin_jax.data.loader import Batch, decode_video
+from marlin_jax.data.clips import decode_video
+from marlin_jax.data.prefetch import Batch
 from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.lipsync import mel_windows
 from marlin_jax.records import schema

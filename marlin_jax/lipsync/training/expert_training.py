@@ -13,6 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 from marlin_jax.data import loader
+from marlin_jax.data.reader import BadRecords
 from marlin_jax.devices import sharding
 from marlin_jax.lipsync import offset_chart
 from marlin_jax.lipsync.networks import build
@@ -77,9 +78,7 @@ class ExpertCourse(course.LipsyncCourse):
 class ExpertEvaluator:
   """Measures at each offset how well sound fits, on the same clips always."""
 
-  def __init__(
-    self, expert: ExpertCourse, bad: loader.BadRecords | None = None
-  ):
+  def __init__(self, expert: ExpertCourse, bad: BadRecords | None = None):
     """Chooses the clips; reads nothing.
 
     Args:

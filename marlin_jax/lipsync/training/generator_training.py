@@ -16,6 +16,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from marlin_jax.data import loader
+from marlin_jax.data.reader import BadRecords
 from marlin_jax.devices import sharding
 from marlin_jax.lipsync.networks import build
 from marlin_jax.lipsync.networks.functional import split_network
@@ -195,9 +196,7 @@ def _trainer(config: ConfigDict, generator, judge):
 class GeneratorEvaluator:
   """Generates the same clips at every call and sets the sync weight."""
 
-  def __init__(
-    self, generator: GeneratorCourse, bad: loader.BadRecords | None = None
-  ):
+  def __init__(self, generator: GeneratorCourse, bad: BadRecords | None = None):
     """Chooses the clips; reads nothing.
 
     Args:

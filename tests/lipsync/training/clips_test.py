@@ -8,6 +8,7 @@ import pytest
 
 from marlin_jax.data import loader, prepared_dataset
 from marlin_jax.data.prepared_dataset import DatasetError
+from marlin_jax.data.reader import BadRecords
 from marlin_jax.data.sampling import RecordDraws, StoredOrder
 from marlin_jax.lipsync import mel_windows
 from marlin_jax.lipsync.training import clips
@@ -189,7 +190,7 @@ def test_unusable_records_are_left_out_and_written_down(tmp_path):
   }
   path = made_dataset.make(tmp_path / "data", videos, has_sound=True)
   dataset = prepared_dataset.open_dataset(str(path), "train")
-  bad = loader.BadRecords(tmp_path / "quarantine.jsonl", limit=1)
+  bad = BadRecords(tmp_path / "quarantine.jsonl", limit=1)
   batches = loader.train_batches(
     draws_of(dataset),
     clips.TakePairs(5),

@@ -1,0 +1,392 @@
+"""Batches made ahead, by threads or by worker processes.
+
+A batch is made in parts, which are made at the same time, also those of later
+batches. Batches are views of a few slots of memory that are used in turns: in
+new memory the kernel would clear every page, which takes as long as a quarter
+of decoding. A slot is free again when no array of its last batch is left, be it
+the caller's or that of a copy to a device that has not finished.
+
+Worker processes map the same memory, and each of their threads has a pipe to a
+thread of this process, which waits for it. Signals to a group of processes do
+not reach the workers, so that a training that saves after SIGTERM has batches
+until then; they end when their pipes do, however this process ends. The memory
+has no name that could remain.
+"""
+
+from __future__ import annotations
+
+import atexit
+import collections
+import contextlib
+import ctypes
+import math
+import mmap
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from multiprocessing import connection, reduction, resource_tracker
+from multiprocessing.pool import ExceptionWithTraceback
+from typing import Any, Protocol
+
+import numpy as np
+
+from marlin_jax.records.cli import UserError
+
+Batch = dict[str, np.ndarray]
+
+# Batches in the hands of the caller, on average: one that it uses, one that is
+# on its way to the devices, one that it asks for.
+_NUM_IN_USE = 3
+# Of fields in memory: a CPU device uses such arrays without copying them.
+_ALIGNMENT = 64
+_SECS_TO_DIE = 5.0
+
+
+class WorkerError(UserError):
+  """A worker process died; a restart may help."""
+
+  exit_code = os.EX_TEMPFAIL
+
+
+class BatchSource(Protocol):
+  """Makes batches in parts; picklable, for worker processes.
+
+  Attributes:
+    num_parts: parts of each batch.
+  """
+
+  num_parts: int
+
+  def empty(self) -> Batch:
+    """Allocates a batch; all have the same shapes and dtypes."""
+
+  def fill(self, batch: Batch, step: int, part: int) -> Any:
+    """Makes a part of the batch of a step, in a thread or worker process.
+
+    Args:
+      batch: where to write. It holds what an earlier batch left, zeros at
+        first.
+      step: number of the batch.
+      part: number of the part.
+
+    Returns:
+      A report for `receive`, picklable.
+    """
+
+  def receive(self, report: Any) -> None:
+    """Takes the report of a part in this process, in some thread."""
+
+
+class Prefetcher(Iterator[Batch]):
+  """Endless iterator of batches, made ahead from when it is created."""
+
+  def __init__(
+    self,
+    source: BatchSource,
+    first_step: int,
+    *,
+    num_threads: int,
+    num_workers: int = 0,
+  ):
+    """Starts threads and worker processes.
+
+    Args:
+      source: makes the batches.
+      first_step: number of the first batch.
+      num_threads: threads that make parts, in this process or in each worker.
+      num_workers: worker processes; 0: the threads of this process do the work.
+    """
+    num_lanes = num_threads * max(num_workers, 1)
+    self._num_ahead = 2 + math.ceil(num_lanes / source.num_parts)
+    self._source, self._step = source, first_step
+    num_slots = self._num_ahead + _NUM_IN_USE
+    self._slots = _Slots(source.empty(), num_slots)
+    self._free = collections.deque(range(num_slots))
+    self._ahead: collections.deque = collections.deque()
+    workers = None
+    if num_workers:
+      workers = _Workers(source, self._slots, num_workers, num_threads)
+    self._make = _maker(source, self._slots, workers)
+    self._pool = futures.ThreadPoolExecutor(num_lanes, "batches")
+    self._stop = weakref.finalize(self, _stop, workers, self._pool)
+    # Workers are stopped before multiprocessing waits for them at exit.
+    self._stop.atexit = False
+    self._prepare()
+
+  def __next__(self) -> Batch:
+    """Returns the next batch.
+
+    Raises:
+      WorkerError: a worker process died.
+      Exception: whatever making the batch raised.
+    """
+    if not self._ahead:
+      raise StopIteration  # after `close`, or an error
+    slot, parts = self._ahead.popleft()
+    try:
+      for part in parts:
+        part.result()
+    except BaseException:
+      self.close()
+      raise
+    if self._free:
+      batch = self._slots.lend(slot, self._free)
+    else:  # the caller keeps all others
+      batch = {key: x.copy() for key, x in self._slots.batch(slot).items()}
+      self._free.append(slot)
+    self._prepare()
+    return batch
+
+  def close(self) -> None:
+    """Stops threads and processes; batches that were returned stay valid."""
+    self._ahead.clear()
+    self._stop()
+
+  def _prepare(self) -> None:
+    """Starts as many of the next batches as there is memory for."""
+    while self._free and len(self._ahead) < self._num_ahead:
+      slot = self._free.popleft()
+      parts = [
+        self._pool.submit(self._make, slot, self._step, part)
+        for part in range(self._source.num_parts)
+      ]
+      self._ahead.append((slot, parts))
+      self._step += 1
+
+
+def _maker(
+  source: BatchSource, slots: _Slots, workers: _Workers | None
+) -> Callable[[int, int, int], None]:
+  """Returns the function that makes a part; must not refer to a Prefetcher."""
+
+  def make(slot: int, step: int, part: int) -> None:
+    if workers:
+      report = workers.fill(slot, step, part)
+    else:
+      report = source.fill(slots.batch(slot), step, part)
+    source.receive(report)
+
+  return make
+
+
+def _stop(workers: _Workers | None, pool: futures.ThreadPoolExecutor) -> None:
+  pool.shutdown(wait=False, cancel_futures=True)
+  if workers:
+    workers.close()  # threads that wait for a worker go on
+  pool.shutdown()
+
+
+# --- Memory -------------------------------------------------------------------
+
+
+class _Slots:
+  """Memory of a few batches; picklable while worker processes are started."""
+
+  def __init__(self, template: Batch, num_slots: int):
+    self._fields = {}
+    size = 0
+    for key, x in template.items():
+      self._fields[key] = (size, x.nbytes, x.dtype, x.shape)
+      size += math.ceil(x.nbytes / _ALIGNMENT) * _ALIGNMENT
+    self._slot_size, self._size = size, size * num_slots
+    self._map(_nameless_file(self._size))
+
+  def _map(self, file: int) -> None:
+    self._file = file
+    self._memory = mmap.mmap(file, self._size)
+    weakref.finalize(self, os.close, file)
+
+  def batch(self, slot: int) -> Batch:
+    """Returns a slot's arrays."""
+    return self._views(slot)[1]
+
+  def lend(self, slot: int, free: collections.deque) -> Batch:
+    """Returns a slot's arrays; appends it to `free` when all are gone."""
+    root, batch = self._views(slot)
+    # Every array that shares the memory refers to the first one.
+    weakref.finalize(root, free.append, slot).atexit = False
+    return batch
+
+  def _views(self, slot: int) -> tuple[np.ndarray, Batch]:
+    root = np.frombuffer(
+      self._memory, np.uint8, self._slot_size, slot * self._slot_size
+    )
+    return root, {
+      key: root[start : start + size].view(dtype).reshape(shape)
+      for key, (start, size, dtype, shape) in self._fields.items()
+    }
+
+  def __getstate__(self):
+    state = self.__dict__ | {"_file": reduction.DupFd(self._file)}
+    del state["_memory"]
+    return state
+
+  def __setstate__(self, state):
+    file = state.pop("_file")
+    self.__dict__ |= state
+    self._map(file.detach())
+
+
+def _nameless_file(size: int) -> int:
+  """Returns a descriptor of zeros that are gone when nobody has it open."""
+  if hasattr(os, "memfd_create"):
+    # Not in /dev/shm, which containers limit to 64 MB.
+    file = os.memfd_create("marlin_jax-batches")
+  else:
+    with tempfile.TemporaryFile() as named:
+      file = os.dup(named.fileno())
+  os.truncate(file, size)
+  return file
+
+
+# --- Worker processes ---------------------------------------------------------
+
+
+class _Workers:
+  """Worker processes, seen from the parent; threads share them."""
+
+  def __init__(
+    self, source: BatchSource, slots: _Slots, num_workers: int, num_threads: int
+  ):
+    # Not fork: threads and devices of the parent do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    self._processes: list[multiprocessing.Process] = []
+    self._idle: queue.SimpleQueue = queue.SimpleQueue()
+    self._is_closed = False
+    self._lock = threading.Lock()
+    with _signals_blocked():  # and hence in the processes started here
+      for number in range(num_workers):
+        pipes = [context.Pipe() for _ in range(num_threads)]
+        ours, theirs = zip(*pipes, strict=True)
+        process = context.Process(
+          target=_serve,
+          args=(theirs, source, slots),
+          name=f"worker {number}",
+          daemon=True,
+        )
+        process.start()
+        for pipe in theirs:
+          pipe.close()
+        self._processes.append(process)
+        for pipe in ours:
+          self._idle.put((process, pipe))
+    # Later than multiprocessing's own, hence run earlier.
+    atexit.register(self.close)
+
+  def fill(self, slot: int, step: int, part: int) -> Any:
+    """Has a worker make a part; returns its report."""
+    process, pipe = self._idle.get()
+    try:
+      pipe.send((slot, step, part))
+      is_error, value = pipe.recv()
+    except (EOFError, OSError) as e:
+      raise WorkerError(self._death_of(process)) from e
+    finally:
+      self._idle.put((process, pipe))
+    if is_error:
+      raise value
+    return value
+
+  def _death_of(self, process: multiprocessing.Process) -> str:
+    if self._is_closed:
+      return "the batches were closed"
+    with self._lock:
+      process.join(_SECS_TO_DIE)
+    return (
+      f"{process.name}, one of {len(self._processes)} worker processes that "
+      f"read the data, {_ending(process.exitcode)}. To use less memory, lower "
+      "config.data.num_workers; 0 reads with threads of the training process"
+    )
+
+  def close(self) -> None:
+    """Ends the processes; they hold nothing that needs to be tidied up."""
+    self._is_closed = True
+    atexit.unregister(self.close)
+    for process in self._processes:
+      process.kill()
+    for process in self._processes:
+      process.join()
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+  """Blocks signals to a group of processes, such as Ctrl-C, meanwhile."""
+  # Would unblock them when it starts.
+  resource_tracker.ensure_running()
+  previous = signal.pthread_sigmask(
+    signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM)
+  )
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def _ending(code: int | None) -> str:
+  if code is None:
+    return "closed its pipe"
+  if code >= 0:
+    return f"ended with exit code {code}, its output says why"
+  name = signal.Signals(-code).name
+  more = " (out of memory?)" if -code == signal.SIGKILL else ""
+  return f"was killed by {name}{more}"
+
+
+def _serve(
+  pipes: Sequence[connection.Connection], source: BatchSource, slots: _Slots
+) -> None:
+  """Runs a worker process."""
+  _keep_freed_memory()
+  threads = [
+    threading.Thread(target=_answer, args=(pipe, source, slots))
+    for pipe in pipes
+  ]
+  for thread in threads:
+    thread.start()
+  for thread in threads:  # no pool can be made once the main thread has ended
+    thread.join()
+
+
+def _answer(
+  pipe: connection.Connection, source: BatchSource, slots: _Slots
+) -> None:
+  """Makes the parts that a thread of the parent asks for."""
+  with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+    while True:
+      slot, step, part = pipe.recv()
+      try:
+        answer = (False, source.fill(slots.batch(slot), step, part))
+      except Exception as e:
+        answer = (True, _portable(e))
+      pipe.send(answer)
+
+
+def _portable(error: Exception) -> Any:
+  """Returns an error that can be sent, with its traceback as the cause."""
+  traceback = error.__traceback__
+  try:
+    pickle.loads(pickle.dumps(error))
+  except Exception:
+    error = RuntimeError(f"{type(error).__name__}: {error}")
+  return ExceptionWithTraceback(error, traceback)
+
+
+def _keep_freed_memory() -> None:
+  """Lets malloc keep the memory of records for the next ones.
+
+  By default glibc returns such blocks to the kernel, which clears their pages
+  again for the next record: 1.3 ms of 1.5 for a record of 0.9 MB.
+  """
+  with contextlib.suppress(AttributeError, OSError):  # another C library
+    mallopt = ctypes.CDLL(None).mallopt
+    mmap_threshold, trim_threshold, arena_max = -3, -1, -8
+    mallopt(mmap_threshold, 32 << 20)  # the most that glibc accepts
+    mallopt(trim_threshold, 256 << 20)
+    mallopt(arena_max, 1)
