@@ -190,7 +190,10 @@ def describe(architecture) -> str:
   if a.has_discriminator:
     parts.append(f"discriminator {a.disc_hidden}")
   pixels = "ImageNet-normalised" if a.imagenet_input else "in [0, 1]"
-  parts.append(f"{a.num_frames} frames of {a.image_size}, pixels {pixels}")
+  parts.append(
+    f"{a.num_frames} frames of {a.image_size} in patches of {a.patch_size}, "
+    f"pixels {pixels}"
+  )
   return ", ".join(parts)
 
 

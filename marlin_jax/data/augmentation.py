@@ -128,8 +128,8 @@ def region_bits(
 ) -> np.ndarray:
   """Returns the region bits of the patches of clips of one record.
 
-  The stored bits are those of 14 x 14 patches. Other grids and crops are
-  computed from the label maps.
+  The stored bits are those of 14 x 14 patches, and give those of larger patches
+  that are made of them. Other grids and crops are computed from the label maps.
 
   Args:
     record: the record.
@@ -145,8 +145,11 @@ def region_bits(
     ValueError: label maps are needed, and the record has none.
   """
   has_crops = any(view.box != schema.WHOLE for view in views)
-  if grid_size == schema.GRID_SIZE and not has_crops:
-    bits = record.regions[frames]
+  joined, rest = divmod(schema.GRID_SIZE, grid_size)
+  if not rest and not has_crops:
+    cells = (*frames.shape, grid_size, joined, grid_size, joined)
+    stored = record.regions[frames].reshape(cells)
+    bits = np.bitwise_or.reduce(stored, axis=(3, 5))
   else:
     label_maps = schema.decode_parsing(record)
     bits = np.stack(

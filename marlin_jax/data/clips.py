@@ -141,7 +141,7 @@ class TakeClip:
     frame = (self.frame_size, self.frame_size, 3)
     return {
       "video": np.empty((num_clips, num_frames, *frame), np.uint8),
-      "regions": np.zeros((num_clips, num_tubelets, *grid), np.uint16),
+      "regions": np.empty((num_clips, num_tubelets, *grid), np.uint16),
       "_id": np.empty(num_clips, np.int32),
       "start": np.empty(num_clips, np.int32),
       "_view": np.empty((num_clips, len(View().row)), np.int32),
@@ -175,6 +175,7 @@ class TakeClip:
   def _take(self, clips, index, record, clip, starts, np_rng) -> list[int]:
     frames = clip.indices(starts[:, None], len(record))  # (B, T)
     views = [self.augmentation.draw_view(np_rng) for _ in frames]
+    clips["regions"][:] = 0
     if self.needs_regions:
       with _damage_named(index):
         clips["regions"][:] = augmentation.region_bits(

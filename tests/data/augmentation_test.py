@@ -96,6 +96,14 @@ def test_bits_are_those_of_the_pixels_shown(dataset, size, patch):
   assert num_known > 100
 
 
+@pytest.mark.parametrize("size", [7, 14])
+def test_stored_bits_give_those_of_the_label_maps(dataset, size):
+  record, frames = dataset.source[0][1], np.array([[0, 2, 4]])
+  got = augmentation.region_bits(record, frames, [View()], size)
+  label_maps = schema.decode_parsing(record)[frames[0]]
+  np.testing.assert_array_equal(got[0], schema.region_bits(label_maps, size))
+
+
 def test_frames_without_a_face_have_no_bits_on_any_grid(dataset):
   (record,) = (dataset.source[i][1] for i in range(1))
   for settings in ({}, {"frame_size": 160}, {"augmentation": ALL}):
