@@ -8,12 +8,15 @@ Any value of the configuration can be overridden, as in training:
 
   python -m marlin_jax.plan --config=configs/pretrain_l.py --topology=v5e:4x4 \
     --config.batch_size=128 --config.dtype=bfloat16 --config.mesh.fsdp=16
+  python -m marlin_jax.plan --config=configs/pretrain_l.py --topology=h200:8x4 \
+    --config.batch_size=1024 --config.dtype=bfloat16 --config.mesh.fsdp=8
   python -m marlin_jax.plan --config=configs/pretrain_b.py --topology=cpu:8
   python -m marlin_jax.plan --config=configs/quickstart.py --topology=here \
     --nosearch --json=plan.json
 
-It needs no data set, and for TPU no TPU but libtpu:
-pip install 'marlin-jax[plan]'. If the configuration does not fit, it prints
+It needs no data set, and for TPU no TPU but libtpu: pip install
+'marlin-jax[plan]'; for GPU no GPU but jax's CUDA plugin: pip install
+'marlin-jax[plan-gpu]'. If the configuration does not fit, it prints
 changes that make it fit, each compiled, and exits with status 1.
 """
 

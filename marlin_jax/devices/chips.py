@@ -12,6 +12,8 @@ import os
 import jax
 
 _GIB = 2**30
+# Share of a GPU's memory that jax allocates at start.
+_GPU_FRACTION = 0.75
 # Share of a device's memory that training may plan with. The rest is for other
 # programs and, on CPU, for the input pipeline.
 _USABLE = {"cpu": 0.5, "gpu": 0.8, "tpu": 0.9}
@@ -51,14 +53,14 @@ class Chip:
     return {"bfloat16": self.bfloat16, "float32": self.float32}[dtype]
 
 
-# TPU: https://docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, read in
+# TPU: https://docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, read in
 # November 2026. Their "ICI bandwidth per chip" counts both directions; older
 # revisions give one direction in Gbit/s (v4 2400, v5e 1600, v5p 4800, v6e
 # 3200). Memory is the limit that the compiler of libtpu 0.0.42 sets a program.
-# GPU: NVIDIA's data sheets of A100, H100 and H200 (SXM) and of DGX A100, H100
-# and H200, which have one port of 200, 400 and 400 Gbit/s per GPU; NVLink
-# figures there count both directions (600, 900 and 900 GB/s). Memory is the
-# nominal size.
+# GPU: NVIDIA's data sheets, and those of DGX A100, H100, H200 and B200, which
+# have one port of 200 or 400 Gbit/s per GPU; NVLink figures there count both
+# directions (600, 900, 900 and 1800 GB/s), as do those of PCIe. Memory is what
+# the driver reports, or the nominal size of those that plan does not know.
 CHIPS = (
   Chip(
     name="TPU v4",  # 275 TFLOP/s, 32 GiB, 1200 GB/s
@@ -104,10 +106,22 @@ CHIPS = (
     network_bandwidth=12.5e9,
     per_host=4,
   ),
+  # One of the two halves of a chip, each a device of its own.
+  Chip(
+    name="TPU7x",  # chip: 2307 TFLOP/s, 192 GiB, 7380 GB/s; 100 Gbit/s
+    device_kinds=("TPU7x",),
+    hbm_bytes=96 * _GIB,
+    hbm_bandwidth=3690e9,
+    bfloat16=1153.5e12,
+    float32=1153.5e12,
+    link_bandwidth=300e9,
+    network_bandwidth=6.25e9,
+    per_host=8,
+  ),
   Chip(
     name="A100 40GB",
     device_kinds=("NVIDIA A100-SXM4-40GB",),
-    hbm_bytes=40 * 10**9,
+    hbm_bytes=42_331_013_120,
     hbm_bandwidth=1555e9,
     bfloat16=312e12,
     float32=156e12,
@@ -118,7 +132,7 @@ CHIPS = (
   Chip(
     name="A100 80GB",
     device_kinds=("NVIDIA A100-SXM4-80GB",),
-    hbm_bytes=80 * 10**9,
+    hbm_bytes=85_100_068_864,
     hbm_bandwidth=2039e9,
     bfloat16=312e12,
     float32=156e12,
@@ -127,9 +141,20 @@ CHIPS = (
     per_host=8,
   ),
   Chip(
+    name="A100 80GB PCIe",
+    device_kinds=("NVIDIA A100 80GB PCIe",),
+    hbm_bytes=85_100_068_864,
+    hbm_bandwidth=1935e9,
+    bfloat16=312e12,
+    float32=156e12,
+    link_bandwidth=32e9,
+    network_bandwidth=None,
+    per_host=8,
+  ),
+  Chip(
     name="H100",
     device_kinds=("NVIDIA H100 80GB HBM3",),
-    hbm_bytes=80 * 10**9,
+    hbm_bytes=84_942_979_072,
     hbm_bandwidth=3350e9,
     bfloat16=989e12,
     float32=494e12,
@@ -138,14 +163,80 @@ CHIPS = (
     per_host=8,
   ),
   Chip(
+    name="H100 PCIe",
+    device_kinds=("NVIDIA H100 PCIe",),
+    hbm_bytes=84_942_979_072,
+    hbm_bandwidth=2039e9,
+    bfloat16=756e12,
+    float32=378e12,
+    link_bandwidth=64e9,
+    network_bandwidth=None,
+    per_host=8,
+  ),
+  Chip(
+    name="H100 NVL",
+    device_kinds=("NVIDIA H100 NVL",),
+    hbm_bytes=94 * 10**9,
+    hbm_bandwidth=3900e9,
+    bfloat16=835e12,
+    float32=417e12,
+    link_bandwidth=64e9,
+    network_bandwidth=None,
+    per_host=8,
+  ),
+  Chip(
+    name="GH200",
+    device_kinds=("NVIDIA GH200 480GB",),
+    hbm_bytes=96 * 10**9,
+    hbm_bandwidth=4000e9,
+    bfloat16=989e12,
+    float32=494e12,
+    link_bandwidth=450e9,
+    network_bandwidth=None,
+    per_host=1,
+  ),
+  Chip(
     name="H200",
     device_kinds=("NVIDIA H200",),
-    hbm_bytes=141 * 10**9,
+    hbm_bytes=151_397_597_184,
     hbm_bandwidth=4800e9,
     bfloat16=989e12,
     float32=494e12,
     link_bandwidth=450e9,
     network_bandwidth=50e9,
+    per_host=8,
+  ),
+  Chip(
+    name="B200",
+    device_kinds=("NVIDIA B200",),
+    hbm_bytes=191_514_411_008,
+    hbm_bandwidth=8000e9,
+    bfloat16=2250e12,
+    float32=1125e12,
+    link_bandwidth=900e9,
+    network_bandwidth=50e9,
+    per_host=8,
+  ),
+  Chip(
+    name="L4",
+    device_kinds=("NVIDIA L4",),
+    hbm_bytes=24 * 10**9,
+    hbm_bandwidth=300e9,
+    bfloat16=121e12,
+    float32=60e12,
+    link_bandwidth=32e9,
+    network_bandwidth=None,
+    per_host=8,
+  ),
+  Chip(
+    name="L40S",
+    device_kinds=("NVIDIA L40S",),
+    hbm_bytes=48 * 10**9,
+    hbm_bandwidth=864e9,
+    bfloat16=362e12,
+    float32=183e12,
+    link_bandwidth=32e9,
+    network_bandwidth=None,
     per_host=8,
   ),
 )
@@ -154,6 +245,14 @@ CHIPS = (
 def find(device_kind: str) -> Chip | None:
   """Returns the chip of a jax device kind; None if CHIPS has no such chip."""
   return next((c for c in CHIPS if device_kind in c.device_kinds), None)
+
+
+def gpu_memory_fraction() -> float:
+  """Returns the share of a GPU's memory that jax allocates for programs."""
+  for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+    if value := os.environ.get(name):
+      return float(value)
+  return _GPU_FRACTION
 
 
 def total_bytes(device: jax.Device) -> int:

@@ -158,7 +158,10 @@ def _grid(sizes: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
 
 
 def _slice(device: Any) -> int:
-  return getattr(device, "slice_index", 0)
+  # A GPU that is only compiled for has no slice_index, and is of its node's
+  # process.
+  other = device.process_index if device.platform == "gpu" else 0
+  return getattr(device, "slice_index", other)
 
 
 def _alternatives(tensor: int, devices: Sequence[Any]) -> str:

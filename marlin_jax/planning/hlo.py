@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 KINDS = (
   "all-gather",
   "all-reduce",
@@ -49,20 +51,26 @@ class Collective(NamedTuple):
     group_size: devices in a group.
     times: executions per step; a loop of unknown length counts as one
       iteration.
+    num_nodes: machines to which the devices of a group belong.
   """
 
   kind: str
   num_bytes: int
   group_size: int
   times: int
+  num_nodes: int = 1
 
 
-def collectives(text: str, num_devices: int) -> list[Collective]:
+def collectives(
+  text: str, num_devices: int, per_node: int | None = None
+) -> list[Collective]:
   """Lists the collective operations of a compiled program.
 
   Args:
     text: `jax.jit(...).lower(...).compile().as_text()`.
     num_devices: devices that the program is compiled for.
+    per_node: devices of each machine, which have consecutive numbers; None: all
+      are connected alike.
 
   Returns:
     The operations with groups of more than one device.
@@ -70,27 +78,59 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
   computations, entry = _computations(text)
   operations = []
   seen = set()
+  for line, times, computation in _executed(computations, entry):
+    match = _COLLECTIVE.search(line)
+    if not match:
+      continue
+    operation = _collective(match, line, num_devices, computation)
+    # The TPU compiler spreads an operation over several computations, all of
+    # which contain it, with results in different memory spaces.
+    channel = re.search(r"channel_id=(\d+)", line)
+    shapes = tuple(_SHAPE.findall(match["type"]))
+    key = channel and (channel[1], operation.kind, shapes)
+    if operation.group_size > 1 and (not key or key not in seen):
+      group = _first_group(line, num_devices)
+      nodes = {device // (per_node or num_devices) for device in group}
+      operations.append(operation._replace(times=times, num_nodes=len(nodes)))
+    seen.add(key)
+  return operations
 
-  def visit(name: str, times: int) -> None:
+
+def fused_attention(text: str) -> dict[str, int]:
+  """Counts the calls of cuDNN's or Pallas' fused attention in one step.
+
+  Args:
+    text: see `collectives`.
+
+  Returns:
+    Calls by 'forward' and 'backward'; Pallas needs two for a backward pass.
+    Blocks that are recomputed are called forward again.
+  """
+  counts = {"forward": 0, "backward": 0}
+  for line, times, _ in _executed(*_computations(text)):
+    if "__cudnn$fmha" in line or (
+      "tpu_custom_call" in line and "flash_attention" in line
+    ):
+      is_backward = "Backward" in line or "_bwd" in line
+      counts["backward" if is_backward else "forward"] += times
+  return counts
+
+
+def _executed(
+  computations: dict[str, list[str]], entry: str
+) -> Iterator[tuple[str, int, str]]:
+  """Yields each line that runs, how often, and its computation's name."""
+
+  def visit(name: str, times: int) -> Iterator[tuple[str, int, str]]:
     for line in computations.get(name, ()):
-      match = _COLLECTIVE.search(line)
-      if match:
-        operation = _collective(match, line, num_devices, name)
-        # The TPU compiler spreads an operation over several computations, all
-        # of which contain it, with results in different memory spaces.
-        channel = re.search(r"channel_id=(\d+)", line)
-        shapes = tuple(_SHAPE.findall(match["type"]))
-        key = channel and (channel[1], operation.kind, shapes)
-        if operation.group_size > 1 and (not key or key not in seen):
-          operations.append(operation._replace(times=times))
-        seen.add(key)
+      yield line, times, name
+      if _COLLECTIVE.search(line):
         continue
       inner = times * _trips(line, computations)
       for callee in _callees(line):
-        visit(callee, inner)
+        yield from visit(callee, inner)
 
-  visit(entry, 1)
-  return operations
+  return visit(entry, 1)
 
 
 def total_bytes(operations: list[Collective]) -> dict[str, int]:
@@ -284,7 +324,8 @@ def _collective(
   match: re.Match, line: str, num_devices: int, computation: str
 ) -> Collective:
   """Parses a collective operation, without how often it runs."""
-  kind, group = match["kind"], _group_size(line, num_devices)
+  kind = match["kind"]
+  group = len(_first_group(line, num_devices))
   size = sum(map(_num_bytes, _SHAPE.findall(match["type"])))
   if kind == "reduce-scatter":
     size *= group
@@ -308,20 +349,50 @@ def _num_bytes(shape: tuple[str, str]) -> int:
   return item * math.prod(int(d) for d in dims.split(",") if d)
 
 
-def _group_size(line: str, num_devices: int) -> int:
+# Device numbers as an array: [4,2]<=[2,4]T(1,0) transposes arange(8) as (2, 4).
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+
+
+def _first_group(line: str, num_devices: int) -> list[int]:
+  """Returns the devices of the first group of a collective."""
   pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)", line)
   if pairs:
-    return num_devices if pairs[1] != pairs[2] else 1
+    return list(range(num_devices)) if pairs[1] != pairs[2] else [0]
   lists = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
   if lists:
-    return len(lists[1].split(","))
-  iota = re.search(r"replica_groups=\[\d+,(\d+)\]<=", line)
+    return [int(device) for device in lists[1].split(",")]
+  iota = re.search(rf"replica_groups=\[\d+,(\d+)\]<={_IOTA}", line)
   if iota:
-    return int(iota[1])
-  mesh = re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{([^}]*)\}", line)
-  if mesh:
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-    # A mesh axis or a part of one: 'axis_0' or 'axis_0':(2)4.
-    axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
-    return math.prod(int(part or sizes[axis]) for axis, part in axes)
-  return num_devices
+    return _iota(iota[2], iota[3]).ravel()[: int(iota[1])].tolist()
+  mesh = re.search(
+    rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\))?.*?"
+    r"\{([^}]*)\}",
+    line,
+  )
+  if not mesh:
+    return list(range(num_devices))
+  sizes = {k: int(n) for k, n in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+  order = _iota(mesh[2] or str(math.prod(sizes.values())), mesh[3])
+  # A mesh axis or a part of one: 'axis_0', or 'axis_0':(2)4 for the middle of
+  # three axes, the first of size 2, of which axis_0 is the product.
+  varying = {
+    axis: (int(before or 1), int(part or sizes[axis]))
+    for axis, before, part in re.findall(
+      r"'(\w+)'(?::\((\d+)\)(\d+))?", mesh[4]
+    )
+  }
+  shape, index = [], []
+  for axis, size in sizes.items():
+    before, part = varying.get(axis, (size, 1))
+    shape += [before, part, size // (before * part)]
+    index += [0, slice(None), 0]
+  return order.reshape(shape)[tuple(index)].ravel().tolist()
+
+
+def _iota(shape: str, order: str | None) -> np.ndarray:
+  """Returns consecutive numbers, reshaped and transposed."""
+  sizes = [int(n) for n in shape.split(",")]
+  numbers = np.arange(math.prod(sizes)).reshape(sizes)
+  return numbers.transpose(
+    [int(i) for i in order.split(",")] if order else None
+  )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from marlin_jax.devices.chips import gpu_memory_fraction
 from marlin_jax.planning.compiled_step import Step
 from marlin_jax.training.configuration import flat
 
@@ -38,6 +39,11 @@ def step_text(step: Step) -> str:
     "",
     *_memory_lines(step),
   ]
+  if any(step.fused_attention.values()):
+    forward, backward = step.fused_attention.values()
+    lines[3:3] = [
+      f"attention {forward} fused calls forward, {backward} backward, per step"
+    ]
   if step.memory:
     lines += ["", *_communication_lines(step), "", *_rate_lines(step)]
   return "\n".join(lines)
@@ -74,6 +80,11 @@ def _memory_lines(step: Step) -> list[str]:
   lines.append(
     f"  {'all':14}{needed / _GIB:8.3f} of {available / _GIB:.2f}: {verdict}"
   )
+  if step.topology.gpus_per_node:
+    lines.append(
+      f"  jax allocates {gpu_memory_fraction():.0%} of a GPU for programs; "
+      "XLA_CLIENT_MEM_FRACTION changes it"
+    )
   if not step.memory:
     lines.append("  the compiler refused it")
   return lines
@@ -177,6 +188,7 @@ def numbers(step: Step) -> dict[str, Any]:
     "state_bytes": step.state_bytes,
     "memory": dataclasses.asdict(step.memory) if step.memory else None,
     "collectives": _collective_rows(step),
+    "fused_attention": step.fused_attention,
     "rate": _rate(step),
     "trace_secs": step.trace_secs,
     "compile_secs": step.compile_secs,

@@ -21,8 +21,8 @@ class Roofline:
     compute: seconds for the matrix products, recomputation by remat included.
     hbm: seconds for the bytes to and from the chip's memory.
     links: seconds for the bytes between chips of a slice or machine.
-    network: seconds for the bytes between slices; None if the network's speed
-      is unknown.
+    network: seconds for the bytes between slices or machines; None if the
+      network's speed is unknown.
   """
 
   compute: float
@@ -61,9 +61,11 @@ def estimate(
     flops: FLOPs of one chip in one step.
     hbm_bytes: bytes to and from the memory of one chip in one step.
     collectives: collectives of the step, see hlo.collectives.
-    network_bytes: bytes that one chip sends to other slices in one step.
+    network_bytes: bytes that one chip sends to other slices in one step, beside
+      those of the collectives.
   """
-  sent = sum(map(_sent_bytes, collectives))
+  sent = sum(_sent_bytes(c)[0] for c in collectives)
+  network_bytes += sum(_sent_bytes(c)[1] for c in collectives)
   network = 0.0
   if network_bytes:
     speed = chip.network_bandwidth
@@ -76,8 +78,17 @@ def estimate(
   )
 
 
-def _sent_bytes(collective: Collective) -> float:
-  """Returns the bytes that one device of a ring sends."""
+def _sent_bytes(collective: Collective) -> tuple[float, float]:
+  """Returns the bytes that one device of a ring sends: by link, by network.
+
+  The devices of a machine exchange first; then each exchanges its part with its
+  counterparts in the other machines.
+  """
   rounds = 2 if collective.kind == "all-reduce" else 1
-  n = collective.group_size
-  return rounds * collective.num_bytes * collective.times * (n - 1) / n
+  num_bytes = rounds * collective.num_bytes * collective.times
+  num_nodes = collective.num_nodes
+  per_node = collective.group_size // num_nodes
+  return (
+    num_bytes * (per_node - 1) / per_node,
+    num_bytes / per_node * (num_nodes - 1) / num_nodes,
+  )

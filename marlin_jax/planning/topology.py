@@ -1,7 +1,7 @@
 """Devices to compile for, which need not exist on this machine.
 
-libtpu, the compiler for TPU, works without a TPU; XLA can emulate any number of
-CPU devices.
+The compilers for TPU (libtpu) and GPU (jax's CUDA plugin) work without such
+devices; XLA can emulate any number of CPU devices.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from collections.abc import Sequence
 
 from marlin_jax.devices import chips
 from marlin_jax.devices.chips import Chip, find
+from marlin_jax.planning import gpus
+from marlin_jax.planning.gpus import GPUS
 from marlin_jax.records.cli import UserError
 
 FORMS = """\
   v5e:4x4    TPU slice by chip and shape: v5e and v6e, two sides up to 16x16;
   v5p:4x4x4  v4 and v5p, three sides
+  h200:8     GPUs of one machine: a100, h100, h200, b200
+  h200:8x4   8 GPUs in each of 4 machines
   cpu:8      that many CPU devices in this machine's memory
   here       the devices of this machine"""
 
@@ -30,6 +34,8 @@ _SLICES = {
   "v5p": (3, 6144),
   "v6e": (2, 256),
 }
+_MAX_NODES = 512
+_CUDA_PLUGINS = ("xla_cuda13", "xla_cuda12")
 # One device per chip with its two cores; libtpu's default for v4 is two.
 _OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 
@@ -47,9 +53,11 @@ class Topology:
     devices: jax devices; those that are not of this machine can only be
       compiled for.
     chip: None if it is not in chips.CHIPS.
-    memory_bytes: memory of each device.
+    memory_bytes: memory of each device that programs may use.
     num_slices: TPU slices, which are connected by the data centre's network
       alone.
+    gpus_per_node: GPUs of a machine, which NVLink connects; None if the devices
+      are no GPUs.
   """
 
   name: str
@@ -57,6 +65,7 @@ class Topology:
   chip: Chip | None
   memory_bytes: int
   num_slices: int = 1
+  gpus_per_node: int | None = None
 
   @property
   def num_hosts(self) -> int:
@@ -80,6 +89,15 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
     shape = tuple(int(n) for n in match[2].split("x"))
   if kind == "cpu" and len(shape) == 1 and shape[0] > 0:
     return kind, shape
+  if kind in GPUS and 0 not in shape:
+    most = GPUS[kind].chip.per_host
+    per_node, num_nodes = (*shape, 1)[:2]
+    if len(shape) > 2 or per_node > most or num_nodes > _MAX_NODES:
+      raise TopologyError(
+        f"--topology={name}: a machine has at most {most} {kind}, and there "
+        f"are at most {_MAX_NODES} machines, e.g. {kind}:{most}x4"
+      )
+    return kind, (per_node, num_nodes)
   if kind not in _SLICES or 0 in shape:
     raise TopologyError(f"--topology={name}: expected one of\n{FORMS}")
   num_sides, most = _SLICES[kind]
@@ -102,13 +120,15 @@ def find_devices(name: str, num_slices: int = 1) -> Topology:
     num_slices: number of slices of a TPU topology.
 
   Raises:
-    TopologyError: there is no such topology, or libtpu is missing.
+    TopologyError: there is no such topology, or its compiler is missing.
   """
   kind, shape = parse(name)
   if num_slices > 1 and kind not in _SLICES:
     raise TopologyError(f"--topology={name} has no slices; drop --num_slices")
   if kind in _SLICES:
     return _slices(name, kind, shape, num_slices)
+  if kind in GPUS:
+    return _nodes(name, kind, *shape)
   import jax
 
   if kind == "cpu":
@@ -120,6 +140,15 @@ def find_devices(name: str, num_slices: int = 1) -> Topology:
     devices,
     find(devices[0].device_kind),
     chips.total_bytes(jax.local_devices()[0]),
+  )
+
+
+def has_cuda_plugin() -> bool:
+  """Returns True if jax can compile for GPUs."""
+  if importlib.util.find_spec("jax_plugins") is None:
+    return False
+  return any(
+    importlib.util.find_spec(f"jax_plugins.{name}") for name in _CUDA_PLUGINS
   )
 
 
@@ -156,3 +185,31 @@ def _slices(name, kind, shape, num_slices) -> Topology:
   devices = description.devices
   chip = find(devices[0].device_kind)
   return Topology(name, devices, chip, chip.hbm_bytes, num_slices)
+
+
+def _nodes(name, kind, per_node, num_nodes) -> Topology:
+  if not has_cuda_plugin():
+    raise TopologyError(
+      f"--topology={name}: compiling for GPU needs jax's CUDA plugin, but no "
+      "GPU; it is not installed: pip install 'marlin-jax[plan-gpu]', or "
+      "pip install 'jax[cuda13]'"
+    )
+  import jax
+  from jax.experimental import topologies
+
+  jax.config.update("jax_platforms", "cpu")
+  gpu = GPUS[kind]
+  description = topologies.get_topology_desc(
+    platform="cuda",
+    topology_name=name,
+    target_config=gpus.target_config(gpu),
+    # Slices (connected by NVLink), hosts of each, devices of each.
+    topology=f"{num_nodes}x1x{per_node}",
+  )
+  return Topology(
+    name,
+    description.devices,
+    gpu.chip,
+    int(chips.gpu_memory_fraction() * gpu.chip.hbm_bytes),
+    gpus_per_node=per_node,
+  )

@@ -39,6 +39,12 @@ SMALL = {
 }
 
 
+needs_cuda_plugin = pytest.mark.skipif(
+  not topology.has_cuda_plugin(),
+  reason="needs jax's CUDA plugin: pip install 'marlin-jax[plan-gpu]'",
+)
+
+
 def run(*args, config="pretrain_b", binary=("-m", "marlin_jax.plan"), **values):
   """Runs the plan command or another script, by default on a small network."""
   values = (SMALL if config == "pretrain_b" else {}) | values
@@ -98,6 +104,28 @@ def test_a_step_is_compiled_for_tpus_that_are_not_there():
   assert rate["hbm_bytes_per_device"] > state
   assert rate["clips_per_sec"] == pytest.approx(8 / rate["step_secs"])
   assert found["compile_secs"] > 0
+
+
+@needs_cuda_plugin
+def test_a_step_is_compiled_for_gpu_nodes_that_are_not_there():
+  result = run(
+    "--topology=h200:4x2",
+    "--json=-",
+    "--nosearch",
+    dtype="bfloat16",
+    **{"mesh.fsdp": 4, "model.depth": 2},
+  )
+  assert result.returncode == 0, result.stderr
+  found = json.loads(result.stdout)
+  assert (found["num_devices"], found["num_hosts"]) == (8, 2)
+  assert found["device_kind"] == "NVIDIA H200"
+  assert found["memory_bytes"] == 0.75 * chips.find("NVIDIA H200").hbm_bytes
+  # Three blocks; an odd number of tokens is visible.
+  assert found["fused_attention"] == {"forward": 3, "backward": 3}
+  kinds = {(row["kind"], row["devices"]) for row in found["collectives"]}
+  assert {("all-gather", 4), ("reduce-scatter", 4), ("all-reduce", 2)} <= kinds
+  assert found["rate"]["least_secs"]["network"] > 0
+  assert found["fits"]
 
 
 def test_what_the_tpu_compiler_refuses_does_not_fit_by_so_much():
@@ -163,6 +191,8 @@ def test_bad_flags_are_told_before_anything_is_built(args, words):
     ("v5e:4x4", "v5e", (4, 4)),
     ("v6e:16x16", "v6e", (16, 16)),
     ("v5p:4x4x8", "v5p", (4, 4, 8)),
+    ("h200:8", "h200", (8, 1)),
+    ("a100:8x4", "a100", (8, 4)),
     ("cpu:8", "cpu", (8,)),
     ("here", "here", ()),
   ],
@@ -172,19 +202,29 @@ def test_topologies_are_read(name, kind, shape):
 
 
 @pytest.mark.parametrize(
-  "name", ["", "v5e", "v5e:4x4x4", "v5p:4x4", "v5e:32x16", "cpu:0", "tpu:8"]
+  "name",
+  [
+    *("", "v5e", "v5e:4x4x4", "v5p:4x4", "v5e:32x16", "cpu:0", "tpu:8"),
+    *("h100", "h100:0", "h100:16", "h100:8x4x4", "v100:8"),
+  ],
 )
 def test_a_bad_topology_is_answered_with_good_ones(name):
   with pytest.raises(topology.TopologyError) as e:
     topology.parse(name)
   assert name in str(e.value)
-  assert ":4x4" in str(e.value)
+  assert ":4x4" in str(e.value) or "h100:8x4" in str(e.value)
 
 
 def test_without_libtpu_the_error_says_how_to_get_it(monkeypatch):
   monkeypatch.setitem(sys.modules, "libtpu", None)
   with pytest.raises(topology.TopologyError, match=r"pip install 'marlin-jax"):
     topology.find_devices("v5e:2x2")
+
+
+def test_without_the_cuda_plugin_the_error_says_how_to_get_it(monkeypatch):
+  monkeypatch.setattr(topology, "_CUDA_PLUGINS", ("no_such_plugin",))
+  with pytest.raises(topology.TopologyError, match=r"marlin-jax\[plan-gpu\]"):
+    topology.find_devices("h200:8")
 
 
 # --- what fits ----------------------------------------------------------------
@@ -246,6 +286,21 @@ def test_the_slowest_resource_binds():
   assert roof.links == pytest.approx(2 * 2 * 0.75 * 1e9 / 200e9)
   assert (roof.binds, roof.secs) == ("links", roof.links)
   assert roof.network == 0
+
+
+def test_what_spans_machines_takes_their_network():
+  chip = chips.find("NVIDIA H200")
+  (secs_links, secs_network) = (
+    8e9 * 3 / 4 / chip.link_bandwidth,
+    8e9 / 4 * 1 / 2 / chip.network_bandwidth,
+  )
+  gathered = [hlo.Collective("all-gather", 8 * 10**9, 8, 1, num_nodes=2)]
+  roof = roofline.estimate(
+    chip, "bfloat16", flops=1, hbm_bytes=1, collectives=gathered
+  )
+  assert roof.links == pytest.approx(secs_links)
+  assert roof.network == pytest.approx(secs_network)
+  assert roof.binds == "network"
 
 
 def test_a_network_of_unknown_speed_is_no_bound():

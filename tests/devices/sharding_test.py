@@ -52,6 +52,18 @@ def test_penalty_parts_scan_and_remat_work_on_all_axes_at_once(results):
   assert_same_losses(got["losses"], want["losses"])
 
 
+@pytest.mark.parametrize(
+  "case", [case for case in layouts.CASES if case.startswith("cudnn")]
+)
+def test_cudnns_rules_allow_every_layout(results, case):
+  """Jax refuses layouts that its rules for cuDNN's attention do not know."""
+  rich = "rich" in case
+  want = results["rich, one device" if rich else "one device"]["losses"][:2]
+  assert results[case]["num_visible"] % 2 == 1
+  for got, exact in zip(results[case]["losses"], want, strict=True):
+    assert got["loss"] == pytest.approx(exact["loss"], rel=0.02)
+
+
 @pytest.mark.parametrize("case", layouts.CASES)
 def test_a_step_reuses_the_memory_of_the_state_before_it(results, case):
   assert results[case]["old_state_is_given_up"]

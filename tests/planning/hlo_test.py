@@ -216,3 +216,44 @@ def test_the_tpu_compilers_fused_operations_count_once_by_their_real_kind():
     "reduce-scatter": 32,
     "all-gather": 32,
   }
+
+
+@pytest.mark.parametrize(
+  ("groups", "num_nodes"),
+  [
+    ("replica_groups={{0,1,2,3},{4,5,6,7}}", 1),
+    ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", 2),
+    ("replica_groups=[2,4]<=[8]", 1),
+    ("replica_groups=[4,2]<=[2,4]T(1,0)", 2),
+    ("replica_groups=mesh['a'=2,'b'=4] {'b'}", 1),
+    ("replica_groups=mesh['a'=2,'b'=4] {'a'}", 2),
+    ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", 2),
+    ("replica_groups=mesh['a'=8] {'a':(2)4}", 1),
+    ("replica_groups=mesh['a'=8] {'a':(1)2}", 2),
+    ("replica_groups={}", 2),
+  ],
+)
+def test_groups_that_span_machines_are_told_from_others(groups, num_nodes):
+  text = program(f"%x = f32[8]{{0}} all-reduce(%p), {groups}, to_apply=%add")
+  (found,) = hlo.collectives(text, 8, per_node=4)
+  assert found.num_nodes == num_nodes
+  (found,) = hlo.collectives(text, 8)
+  assert found.num_nodes == 1
+
+
+def test_fused_attention_is_counted_as_often_as_it_runs():
+  """A scanned stack of blocks is a loop; its calls run once a block."""
+  body = computation(
+    "body (p: f32[8]) -> f32[8]",
+    '%f = bf16[8]{0} custom-call(%p), custom_call_target="__cudnn$fmhaSoftmax"',
+    "%b = bf16[8]{0} custom-call(%p), "
+    'custom_call_target="__cudnn$fmhaSoftmaxBackward"',
+  )
+  text = program(
+    "%w = f32[8]{0} while(%p), condition=%c, body=%body, "
+    'backend_config={"known_trip_count":{"n":"12"}}',
+    '%f = bf16[8]{0} custom-call(%p), custom_call_target="__cudnn$fmhaSoftmax"',
+    '%g = bf16[8]{0} custom-call(%p), custom_call_target="__cublas$gemm"',
+    others=body,
+  )
+  assert hlo.fused_attention(text) == {"forward": 13, "backward": 12}

@@ -17,6 +17,7 @@ from marlin_jax.devices import sharding
 from marlin_jax.models import stacking
 from marlin_jax.planning import hlo
 from marlin_jax.pretraining import build
+from tests.support import cudnn_on_cpu
 
 BATCH_SIZE = 8
 
@@ -43,6 +44,8 @@ RICH = SMALL | {
   "scan": True,
   "remat": "full",
 }
+# An odd number of tokens is visible.
+CUDNN = SMALL | {"attention": "cudnn", "dtype": "bfloat16"}
 # name: (overrides, clips at once, (data, fsdp, tensor), steps)
 CASES = {
   "one device": (SMALL, 8, (1, 1, 1), 5),
@@ -51,6 +54,14 @@ CASES = {
   "fsdp and tensor": (SMALL, 2, (1, 4, 2), 5),
   "rich, one device": (RICH, 4, (1, 1, 1), 3),
   "rich, all axes": (RICH, 1, (2, 2, 2), 3),
+  "cudnn, fsdp and tensor": (CUDNN, 2, (1, 4, 2), 2),
+  # The decoder's one head cannot be split.
+  "cudnn, rich, all axes": (
+    RICH | CUDNN | {"model.dec_num_heads": 1},
+    1,
+    (2, 2, 2),
+    2,
+  ),
 }
 
 
@@ -122,6 +133,7 @@ class Case:
 
 
 def main(names):
+  cudnn_on_cpu.install()
   cases = [Case(*CASES[name]) for name in names]
   with futures.ThreadPoolExecutor(2) as pool:
     steps = pool.map(lambda case: case.lowered.compile(), cases)

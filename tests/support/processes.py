@@ -82,7 +82,7 @@ def on_eight_devices(script: str) -> Any:
     cwd=ROOT,
     env=seeing_devices(8),
     check=False,
-    timeout=280,
+    timeout=500,
   )
   assert result.returncode == 0, result.stderr
   return json.loads(result.stdout)
