@@ -14,7 +14,7 @@ import dataclasses
 import importlib.util
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -240,13 +240,26 @@ def _summary(
       f"{statuses[video_to_records.NO_FACE]} without a face; see "
       f"{output / folders.QUARANTINE}"
     )
-  # The same note of many videos is a line.
-  notes = Counter(note for entry in entries for note in entry.notes)
-  for note, number in notes.most_common(MAX_NOTES):
-    lines.append(f"  note: {note}: {counted(number, 'video')}")
-  if len(notes) > MAX_NOTES:
-    lines.append(f"  and {len(notes) - MAX_NOTES} other notes, see the ledger")
-  return "\n".join(lines)
+  return "\n".join([*lines, *_noted(entries)])
+
+
+def _noted(entries: list[ledger.Entry]) -> list[str]:
+  """Returns a line for each kind of note, which ends at a colon."""
+  videos_of = defaultdict(list)
+  for entry in entries:
+    for note in entry.notes:
+      videos_of[note.partition(":")[0]].append((entry.video_id, note))
+  lines = []
+  for kind, noted in sorted(videos_of.items(), key=lambda item: -len(item[1])):
+    video_id, note = noted[0]
+    lines.append(
+      f"  note: {kind}: {counted(len(noted), 'video')}, such as {video_id!a}"
+      f"{note.removeprefix(kind)}"
+    )
+  if len(lines) > MAX_NOTES:
+    others = f"  and {len(lines) - MAX_NOTES} other notes, see the ledger"
+    lines[MAX_NOTES:] = [others]
+  return lines
 
 
 def _nothing_kept(output: Path, entries: list[ledger.Entry]) -> str:
@@ -432,11 +445,20 @@ def _add_many_machines(parser: argparse.ArgumentParser) -> None:
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
   from data_prep.video.decode import DEFAULT_LIMITS as limits
+  from data_prep.video.video_to_records import ON_DAMAGE, QUARANTINE
 
   group = parser.add_argument_group(
     "limits", "A video that exceeds a limit is quarantined."
   )
   add = group.add_argument
+  add(
+    "--on_damage",
+    choices=ON_DAMAGE,
+    default=QUARANTINE,
+    help="a damaged video is quarantined, or the frames before the damage are "
+    "kept; a note tells how many are lost. Quarantined videos are then tried "
+    "again",
+  )
   add(
     "--max_frame_pixels",
     type=cli.at_least(1),
@@ -531,6 +553,7 @@ def _settings(
     fps=args.fps,
     parser=_parser_choice(args),
     faces=_faces(args, videos),
+    on_damage=args.on_damage,
   )
 
 

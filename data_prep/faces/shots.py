@@ -13,7 +13,8 @@ CONTRAST = 40.0
 class CutTest:
   """Tests whether each frame of a video begins a new shot.
 
-  Called with the frames, uint8 (H, W, 3), in order.
+  Called with the frames, uint8 (H, W, 3), in order. One of another size than
+  the frame before begins a shot.
   """
 
   # At a cut, small thumbnails, normalised for light, differ by more than so
@@ -29,10 +30,13 @@ class CutTest:
   def __init__(self) -> None:
     self._previous: np.ndarray | None = None
     self._usual = 0.0
+    self._shape: tuple[int, ...] = ()
 
   def __call__(self, frame: np.ndarray) -> bool:
     import cv2
 
+    is_resized = self._shape not in ((), frame.shape)
+    self._shape = frame.shape
     # Averaging all pixels of a large frame would cost more than a detector.
     small = cv2.resize(frame, (160, 160), interpolation=cv2.INTER_NEAREST)
     small = cv2.resize(small, (32, 32), interpolation=cv2.INTER_AREA)
@@ -41,7 +45,8 @@ class CutTest:
     if previous is None:
       return False
     difference = self._difference(previous, small)
-    is_cut = difference > max(self.MIN_DIFFERENCE, self.MIN_RATIO * self._usual)
+    threshold = max(self.MIN_DIFFERENCE, self.MIN_RATIO * self._usual)
+    is_cut = is_resized or difference > threshold
     # A cut says nothing about the motion within a shot.
     if not is_cut:
       self._usual += 0.2 * (difference - self._usual)

@@ -119,16 +119,17 @@ def find_tracks(
 ) -> list[Track]:
   """Tracks every face of a video, in one pass that keeps no frame.
 
-  A cut ends all tracks. A track also ends where its face is not seen for more
-  than `MAX_GAP_SECS`; a face that returns starts a new track. A face that
-  turns away or is covered is tracked by the detectors as long as they see it,
-  without landmarks in these frames. Another face in its place, after a dissolve
-  or a cut within one room or as people cross, is another track. At most
-  `MAX_FACES` are tracked at a time, the largest first. Tracks that are short,
-  small, mostly without a mesh or not believed by the detectors are dropped.
+  A cut, or a change of the frame size, ends all tracks. A track also ends where
+  its face is not seen for more than `MAX_GAP_SECS`; a face that returns starts
+  a new track. A face that turns away or is covered is tracked by the detectors
+  as long as they see it, without landmarks in these frames. Another face in its
+  place, after a dissolve or a cut within one room or as people cross, is
+  another track. At most `MAX_FACES` are tracked at a time, the largest first.
+  Tracks that are short, small, mostly without a mesh or not believed by the
+  detectors are dropped.
 
   Args:
-    frames: uint8 (H, W, 3) RGB frames in order, all of one size.
+    frames: uint8 (H, W, 3) RGB frames in order.
     finder: the models.
     frame_rate: frames per second of the video; 0 where it is unknown.
     min_frames: shortest track that is kept.

@@ -308,11 +308,12 @@ class DatasetFolder:
     """Returns the work that is left.
 
     Args:
-      settings: settings of this run. A quarantined video is tried again if its
-        limits differ from these; a video that failed, in any case.
+      settings: settings of this run. A quarantined video is tried again if it
+        was so under others, see `Settings.strictness`; a video that failed, in
+        any case.
       retry_quarantined: try quarantined videos again in any case.
     """
-    limits = dataclasses.asdict(settings.limits)
+    limits = settings.strictness()
 
     def holds(entry: Entry | None, source: Source, since: float) -> bool:
       """Returns True if an entry, written at `since`, is still valid."""

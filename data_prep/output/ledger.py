@@ -36,8 +36,8 @@ class Entry:
     num_bytes, sha256: size and hash of the video file, or of a folder's
       pictures; 0 and '' if it failed.
     status, reason, num_..., quality: as in `video_to_records.Outcome`.
-    limits: limits under which the video was quarantined, else None. Under
-      other limits it is tried again.
+    limits: `Settings.strictness` under which the video was quarantined, else
+      None. Under another one it is tried again.
     notes: as in `video_to_records.Outcome`.
   """
 
@@ -54,7 +54,7 @@ class Entry:
   num_records: int
   num_frames: int
   quality: list[list[float]]
-  limits: dict[str, float] | None
+  limits: dict[str, float | str] | None
   notes: list[str] = dataclasses.field(default_factory=list)
 
   @property
@@ -93,7 +93,7 @@ class Entry:
         num_bytes, digest = 0, ""
     limits = None
     if outcome.status == video_to_records.QUARANTINED:
-      limits = dataclasses.asdict(settings.limits)
+      limits = settings.strictness()
     return cls(
       video_id=source.video_id,
       split=source.split,

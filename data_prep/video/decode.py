@@ -20,28 +20,29 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from data_prep.video.decoder_child import KILLED as KILLED
-from data_prep.video.decoder_child import (
-  DecodeError,
-  Decoder,
-)
+from data_prep.video.decoder_child import DamageError, DecodeError, Decoder
 from data_prep.video.decoder_child import DecoderSetupError as DecoderSetupError
 from data_prep.video.decoder_child import HostError as HostError
 from data_prep.video.decoder_child import sandbox_summary as sandbox_summary
 from data_prep.video.protocol import (
+  CHANGING_VIDEO,
   DEFAULT_LIMITS,
   FRAME,
   MAX_SOUND_SECS,
+  ORIGINAL_SOUND,
+  PROBE,
   SAMPLE_RATE,
+  SOUND,
+  VIDEO,
   WHOLE,
   Limits,
   Span,
-  most_frames,
+  Tally,
   too_large,
-  too_many_frames,
 )
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def open_video(
   frame_rate: float = 0.0,
   require_sandbox: bool = False,
   span: Span = WHOLE,
+  may_change_size: bool = False,
+  keep_damaged: bool = False,
 ) -> Video:
   """Starts the decoder and reads the video's header.
 
@@ -88,6 +91,8 @@ def open_video(
     frame_rate: frames per second of a folder of pictures; 0 for a video.
     require_sandbox: refuse to decode where a layer of the sandbox is missing.
     span: frames to read; not for a folder of pictures.
+    may_change_size: read frames of another size than the first, too.
+    keep_damaged: end a damaged video before the damage, with a note.
 
   Returns:
     The video, a context manager: leaving it ends the decoder.
@@ -97,7 +102,15 @@ def open_video(
     HostError: it could not be read, by no fault of its own.
     DecoderSetupError: PyAV does not load, or the sandbox is not whole.
   """
-  return Video(path, limits, frame_rate, require_sandbox, span)
+  return Video(
+    path,
+    limits,
+    frame_rate,
+    require_sandbox,
+    span,
+    may_change_size,
+    keep_damaged,
+  )
 
 
 def read_sound(
@@ -105,6 +118,7 @@ def read_sound(
   limits: Limits = DEFAULT_LIMITS,
   require_sandbox: bool = False,
   end_secs: float = math.inf,
+  on_damage: Callable[[str], None] | None = None,
 ) -> np.ndarray:
   """Decodes the sound track of a video: the default one, or the first.
 
@@ -113,6 +127,8 @@ def read_sound(
     limits: what the video may cost.
     require_sandbox: as for `open_video`.
     end_secs: end of what is needed: the sound ends there or somewhat later.
+    on_damage: called with the reason where the sound is damaged; what was
+      decoded before is then returned.
 
   Returns:
     int16 (S,), 16 kHz, all channels mixed into one. Sample 0 is at time 0 of
@@ -129,9 +145,15 @@ def read_sound(
   most_bytes = 2 * SAMPLE_RATE * MAX_SOUND_SECS
   samples = bytearray()
   span = Span(end=end_secs)
-  with Decoder(path, limits, "sound", require_sandbox, span) as child:
+  with Decoder(path, limits, SOUND, require_sandbox, span) as child:
     while True:
-      kind, length = child.read_header()
+      try:
+        kind, length = child.read_header()
+      except DamageError as e:
+        if on_damage is None:
+          raise
+        on_damage(str(e))
+        break
       if kind == b"E":
         break
       if kind != b"S" or length % 2 or len(samples) + length > most_bytes:
@@ -172,7 +194,7 @@ def sandbox_layers(require_sandbox: bool = False) -> dict[str, str]:
   Raises:
     DecoderSetupError: as for `open_video`.
   """
-  with Decoder(os.devnull, DEFAULT_LIMITS, "none", require_sandbox) as child:
+  with Decoder(os.devnull, DEFAULT_LIMITS, PROBE, require_sandbox) as child:
     return child.layers
 
 
@@ -185,7 +207,7 @@ class Sound(Decoder):
   """
 
   def __init__(self, path: str | os.PathLike, limits: Limits) -> None:
-    super().__init__(path, limits, "original_sound")
+    super().__init__(path, limits, ORIGINAL_SOUND)
     try:
       kind, length = self.read_header()
       if kind == b"E":
@@ -229,7 +251,7 @@ class Video(Decoder):
   """An open video; made by `open_video`, iterated once.
 
   Attributes:
-    info: the header.
+    info: the header; another one where the size of the frames changes.
     notes: what a user should know of the video, as told so far.
     num_frames: frames decoded so far.
   """
@@ -239,13 +261,22 @@ class Video(Decoder):
     path: str | os.PathLike,
     limits: Limits,
     frame_rate: float,
-    require_sandbox: bool = False,
-    span: Span = WHOLE,
+    require_sandbox: bool,
+    span: Span,
+    may_change_size: bool,
+    keep_damaged: bool,
   ) -> None:
-    output = str(frame_rate) if frame_rate else "video"
+    output = CHANGING_VIDEO if may_change_size else VIDEO
+    if frame_rate:
+      output = str(frame_rate)
     super().__init__(path, limits, output, require_sandbox, span)
-    self._secs: list[float] = []
     self._has_fixed_rate = frame_rate > 0
+    self._may_change_size = may_change_size
+    self._keep_damaged = keep_damaged
+    self._tally = Tally(limits)
+    self._secs: list[float] = []
+    # Frames before the latest header.
+    self._num_before = 0
     try:
       kind, length = self.read_header()
       self._take_header(self.read_json(length) if kind == b"I" else {})
@@ -321,10 +352,28 @@ class Video(Decoder):
       DecodeError: the decoder reported damage, died, or exceeded a limit.
     """
     while True:
-      kind, length = self.read_header()
+      try:
+        kind, length = self.read_header()
+      except DamageError as e:
+        if not (self._keep_damaged and self.num_frames):
+          raise
+        self.notes.append(self._salvage(e))
+        return
       if kind == b"E":
         return
-      yield self._read_frame(kind, length)
+      is_change = self._may_change_size and self.num_frames > self._num_before
+      if kind == b"I" and is_change:
+        self._take_header(self.read_json(length))
+        self._num_before = self.num_frames
+      else:
+        yield self._read_frame(kind, length)
+
+  def _salvage(self, damage: DamageError) -> str:
+    """Returns a note on what is lost of a damaged video."""
+    number = str(self.num_frames)
+    if self.info.announced_frames > self.num_frames:
+      number += f" of {self.info.announced_frames}"
+    return f"cut before damage: {number} frames are left; {damage}"
 
   def _read_frame(self, kind: bytes, length: int) -> tuple[np.ndarray, float]:
     import numpy as np
@@ -339,8 +388,8 @@ class Video(Decoder):
       or not 0 <= padding <= MAX_ROW_PADDING
     ):
       raise DecodeError(f"decoder sent a frame that is not {width}x{height}")
-    if self.num_frames == most_frames(width, height, self._limits):
-      raise DecodeError(too_many_frames(width, height, self._limits))
+    if reason := self._tally.add(width, height):
+      raise DecodeError(reason)
     rows = np.empty((height, row_bytes), np.uint8)
     self.read_into(memoryview(rows).cast("B"))
     frame = rows[:, : 3 * width].reshape(height, width, 3)

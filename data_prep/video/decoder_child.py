@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
+from data_prep.video import protocol
 from data_prep.video.protocol import MESSAGE, WHOLE, Limits, Span
 from marlin_jax.records.cli import UserError
 
@@ -57,6 +58,10 @@ class HostError(DecodeError):
   """A video could not be read, by no fault of its own: another try may do."""
 
 
+class DamageError(DecodeError):
+  """A video is damaged; what was read of it before is good."""
+
+
 class DecoderSetupError(UserError):
   """The decoder does not run on this machine, for any video."""
 
@@ -70,7 +75,12 @@ def sandbox_summary(layers: dict[str, str]) -> str:
 
 
 # Error of each message that is the last one, and bad news.
-_ENDS = {b"X": DecodeError, b"H": HostError, b"N": DecoderSetupError}
+_ENDS = {
+  b"D": DamageError,
+  b"X": DecodeError,
+  b"H": HostError,
+  b"N": DecoderSetupError,
+}
 
 
 class Decoder:
@@ -134,6 +144,7 @@ class Decoder:
     """Returns kind and length of the next message that is not a note.
 
     Raises:
+      DamageError: for a message D.
       DecodeError: for a message X.
       HostError: for a message H.
       DecoderSetupError: for a message N.
@@ -256,7 +267,7 @@ def _open_file(path: str | os.PathLike, output: str) -> int:
     HostError: it cannot be opened.
     DecodeError: it is neither.
   """
-  is_folder = output not in ("video", "sound", "original_sound", "none")
+  is_folder = output not in protocol.FILES
   try:
     # A named pipe without a writer must not block.
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -267,7 +278,7 @@ def _open_file(path: str | os.PathLike, output: str) -> int:
     os.close(file)
     kind = "folder of pictures" if is_folder else "regular file"
     raise DecodeError(f"cannot open: not a {kind}")
-  if not (is_folder or stat.S_ISREG(mode) or output == "none"):
+  if not (is_folder or stat.S_ISREG(mode) or output == protocol.PROBE):
     os.close(file)
     raise DecodeError("cannot open: not a regular file")
   return file

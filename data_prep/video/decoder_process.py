@@ -25,7 +25,18 @@ from data_prep.video import (
   sandbox,
   sound,
 )
-from data_prep.video.protocol import WHOLE, Limits, Refused, Span, send
+from data_prep.video.protocol import (
+  CHANGING_VIDEO,
+  ORIGINAL_SOUND,
+  SOUND,
+  VIDEO,
+  WHOLE,
+  Damaged,
+  Limits,
+  Refused,
+  Span,
+  send,
+)
 
 # Decoding is cheaper than finding faces: two threads keep a worker busy, and a
 # fixed number makes the use of memory equal on all machines.
@@ -35,15 +46,16 @@ _HOST_ERRORS = (
   *(errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ETIMEDOUT),
   *(errno.EHOSTDOWN, errno.ECONNRESET),
 )
-# What the parent may ask for, besides the frame rate of a folder of pictures.
-SOUND, ORIGINAL_SOUND, VIDEO, PROBE = "sound", "original_sound", "video", "none"
 
 
-def _decode(limits: Limits, span: Span, pipe: int) -> None:
+def _decode(
+  limits: Limits, span: Span, may_change_size: bool, pipe: int
+) -> None:
   """Writes the frames of a span of the video to the pipe.
 
   Raises:
-    Refused: the video cannot be decoded to its end.
+    Refused: the video cannot be decoded, or is over a limit.
+    Damaged: it cannot be decoded to its end.
   """
   import av
 
@@ -51,54 +63,112 @@ def _decode(limits: Limits, span: Span, pipe: int) -> None:
     stream = packets.video_stream(container)
     clock = packets.Clock(container, stream, _sound_of(container))
     _check_size(stream, limits, span)
-    # By default libav conceals damage and returns the frame as a good one.
-    stream.codec_context.options = {"err_detect": "explode"}
-    stream.codec_context.thread_count = _NUM_THREADS
-    stream.thread_type = "AUTO"
-    stream.codec_context.open(strict=False)
-    sandbox.forbid_threads()
-    converter = pixels.RgbConverter(stream.sample_aspect_ratio)
-    num_frames = 0
-    last_secs = -math.inf
-    notes = set()
+    writer = _FrameWriter(pipe, stream, span, limits, may_change_size)
     try:
-      for frame, secs in packets.frames_of(container, stream, clock, span):
-        if num_frames == 0:
-          size = frame.width, frame.height
-          shown_size = converter.width(frame), frame.height
-          _check_pixels(*shown_size, limits)
-          _send_info(pipe, frame, stream, span, shown_size)
-        elif (frame.width, frame.height) != size:
-          raise Refused(
-            f"frame size changes from {size[0]}x{size[1]} to "
-            f"{frame.width}x{frame.height}"
-          )
-        if num_frames == protocol.most_frames(*shown_size, limits):
-          raise Refused(protocol.too_many_frames(*shown_size, limits))
-        last_secs = secs
-        pixels.send_frame(pipe, converter(frame), secs)
-        for note in _notes(frame, size, shown_size) - notes:
-          send(pipe, b"W", note.encode())
-          notes.add(note)
-        num_frames += 1
-    except av.FFmpegError as e:
+      frames = packets.Frames(container, stream, clock, span)
+      _open_codec(stream, frames.begins_open)
+      for frame, secs in frames:
+        writer.write(frame, secs)
+    except (Damaged, av.FFmpegError) as e:
       if isinstance(e, MemoryError):
         raise
-      raise Refused(
-        f"decoder reported damage after {num_frames} frames: {e.strerror}"
+      reason = e.strerror if isinstance(e, av.FFmpegError) else e
+      raise Damaged(
+        f"decoder reported damage after {writer.num_frames} frames: {reason}"
       ) from e
+    if not writer.num_frames and span != WHOLE:
+      raise Refused(
+        f"no frame from {span.start:g} s to {span.end:g} s; is it the right "
+        "file?"
+      )
+    if not writer.num_frames:
+      raise Refused("no frame could be decoded")
+    if frames.num_left_out > 0:
+      writer.note(
+        "cut at its beginning: frames that refer to others before it are left "
+        f"out, {frames.num_left_out}"
+      )
     if clock.num_restarts:
-      note = f"its times start again {clock.num_restarts} times"
-      send(pipe, b"W", note.encode())
-    elif note := _shortfall(stream, span, num_frames, last_secs):
-      send(pipe, b"W", note.encode())
-  if num_frames == 0 and span != WHOLE:
-    raise Refused(
-      f"no frame from {span.start:g} s to {span.end:g} s; is it the right file?"
-    )
-  if num_frames == 0:
-    raise Refused("no frame could be decoded")
+      writer.note(f"times start again: {clock.num_restarts} times")
+    elif note := _shortfall(stream, span, writer.num_frames, writer.last_secs):
+      writer.note(note)
   send(pipe, b"E")
+
+
+def _open_codec(stream, is_open: bool) -> None:
+  """Opens the codec of a stream, with threads."""
+  # By default libav conceals damage and returns the frame as a good one.
+  stream.codec_context.options = {"err_detect": "explode"}
+  # An error in one of several threads would be that of all later frames.
+  stream.codec_context.thread_count = 1 if is_open else _NUM_THREADS
+  stream.thread_type = "AUTO"
+  stream.codec_context.open(strict=False)
+  sandbox.forbid_threads()
+
+
+class _FrameWriter:
+  """Writes frames, and notes on them, to the pipe.
+
+  Attributes:
+    num_frames: frames so far.
+    last_secs: time of the last frame.
+  """
+
+  def __init__(
+    self,
+    pipe: int,
+    stream,
+    span: Span,
+    limits: Limits,
+    may_change_size: bool,
+  ) -> None:
+    self._pipe = pipe
+    self._stream = stream
+    self._span = span
+    self._limits = limits
+    self._may_change_size = may_change_size
+    self._converter = pixels.RgbConverter(stream.sample_aspect_ratio)
+    self._tally = protocol.Tally(limits)
+    self._size = 0, 0
+    self._notes: set[str] = set()
+    self.num_frames = 0
+    self.last_secs = -math.inf
+
+  def write(self, frame, secs: float) -> None:
+    """Writes a frame and its time.
+
+    Raises:
+      Refused: it is over a limit, or of another size.
+    """
+    size = frame.width, frame.height
+    shown_size = self._converter.width(frame), frame.height
+    if size != self._size:
+      self._begin_size(frame, size, shown_size)
+    if reason := self._tally.add(*shown_size):
+      raise Refused(reason)
+    self.last_secs = secs
+    pixels.send_frame(self._pipe, self._converter(frame), secs)
+    for text in _notes(frame, size, shown_size):
+      self.note(text)
+    self.num_frames += 1
+
+  def _begin_size(
+    self, frame, size: tuple[int, int], shown_size: tuple[int, int]
+  ) -> None:
+    if self.num_frames:
+      change = f"{self._size[0]}x{self._size[1]} to {size[0]}x{size[1]}"
+      if not self._may_change_size:
+        raise Refused(f"frame size changes from {change}")
+      self.note(f"frame size changes: from {change}, where tracks end")
+    self._size = size
+    _check_pixels(*shown_size, self._limits)
+    _send_info(self._pipe, frame, self._stream, self._span, shown_size)
+
+  def note(self, text: str) -> None:
+    """Writes a note, once."""
+    if text not in self._notes:
+      self._notes.add(text)
+      send(self._pipe, b"W", text.encode())
 
 
 # Headers round, and sound may outlast the frames a little.
@@ -110,19 +180,21 @@ _MAX_MISSING_SECS = 1.0
 def _shortfall(stream, span: Span, num_frames: int, last_secs: float) -> str:
   """Returns a note if frames are missing that were announced or asked for."""
   if span.end < math.inf and span.end - last_secs > _MAX_MISSING_SECS:
-    return f"its frames end at {last_secs:.1f} s, before {span.end:g} s"
+    wanted = f"before {span.end:g} s"
+    return f"frames are missing: they end at {last_secs:.1f} s, {wanted}"
   if span != WHOLE:
     return ""
   missing = stream.frames - num_frames
   if missing > max(_MAX_MISSING_FRAMES, _MAX_MISSING_SHARE * stream.frames):
-    return f"it has {num_frames} of the {stream.frames} frames it announces"
+    return f"frames are missing: {num_frames} of {stream.frames} announced"
   # Matroska announces a length only, that of frames and sound together.
   secs = (stream.container.duration or 0) / 1e6
   missing_secs = secs - last_secs
-  if not stream.frames and missing_secs > max(
+  is_known = secs and math.isfinite(last_secs) and not stream.frames
+  if is_known and missing_secs > max(
     _MAX_MISSING_SECS, _MAX_MISSING_SHARE * secs
   ):
-    return f"its frames end at {last_secs:.1f} s of {secs:.1f} s"
+    return f"frames are missing: they end at {last_secs:.1f} s of {secs:.1f} s"
   return ""
 
 
@@ -250,8 +322,9 @@ def main() -> None:
   parser.add_argument("limits", help="the fields of Limits as JSON")
   parser.add_argument(
     "output",
-    help="video, sound (16 kHz, mono), original_sound (its own rate and one or "
-    "two channels), none, or the frame rate of a folder of pictures",
+    help="video, changing_video (whose frame size may change), sound (16 kHz, "
+    "mono), original_sound (its own rate and one or two channels), none, or "
+    "the frame rate of a folder of pictures",
   )
   parser.add_argument(
     "file", type=int, help="descriptor of the open file, or folder"
@@ -261,7 +334,7 @@ def main() -> None:
   )
   args = parser.parse_args()
   limits = Limits(**json.loads(args.limits))
-  is_folder = args.output not in (SOUND, ORIGINAL_SOUND, VIDEO, PROBE)
+  is_folder = args.output not in protocol.FILES
   sandbox.end_with_parent()
   if os.getppid() != args.parent_pid:
     sys.exit(1)
@@ -277,8 +350,9 @@ def main() -> None:
     _limit(limits)
     _load_libraries()
     send(pipe, b"L", json.dumps(sandbox.enter(pipe)).encode())
-    if args.output == VIDEO:
-      _decode(limits, Span(*args.span), pipe)
+    if args.output in (VIDEO, CHANGING_VIDEO):
+      may_change_size = args.output == CHANGING_VIDEO
+      _decode(limits, Span(*args.span), may_change_size, pipe)
     elif args.output in (SOUND, ORIGINAL_SOUND):
       sound.decode(pipe, args.output == ORIGINAL_SOUND, args.span[1])
     elif is_folder:
@@ -286,8 +360,10 @@ def main() -> None:
     else:
       send(pipe, b"E")
   except Refused as e:
-    is_hosts = getattr(e.__cause__, "errno", None) in _HOST_ERRORS
-    _send_text(pipe, b"H" if is_hosts else b"X", str(e))
+    kind = b"D" if isinstance(e, Damaged) else b"X"
+    if getattr(e.__cause__, "errno", None) in _HOST_ERRORS:
+      kind = b"H"
+    _send_text(pipe, kind, str(e))
   except BrokenPipeError:
     sys.exit(1)  # the parent has closed the pipe
   except MemoryError:

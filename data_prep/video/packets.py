@@ -11,9 +11,10 @@ import errno
 import heapq
 import itertools
 import math
+import re
 from collections.abc import Iterator
 
-from data_prep.video.protocol import Refused, Span
+from data_prep.video.protocol import Damaged, Refused, Span
 
 # Demuxers of self-contained video files. Playlists (hls, concat, image2, ...)
 # are left out: they make the demuxer open further files.
@@ -119,31 +120,119 @@ def sound_stream(container):
   return stream
 
 
-def frames(container, stream, clock: Clock) -> Iterator:
-  """Yields the decoded frames of a stream, with continuous times.
+def of_stream(container, stream, clock: Clock) -> Iterator:
+  """Yields the packets of a stream, with continuous times."""
+  for packet in container.demux(*clock.streams):
+    clock.adjust(packet)
+    if packet.stream.index == stream.index:
+      yield packet
+
+
+class Beginning:
+  """The first group of pictures of a video, which may be cut anywhere.
+
+  A cut without encoding leaves frames that refer to others before it: those
+  before the first key frame, and those after it that are shown before it. They
+  are left out, as players do.
+
+  Args:
+    packets: the packets of the stream.
+
+  Attributes:
+    num_left_out: frames that are left out so far.
+    is_open: whether the first key frame lets frames of H.264 after it refer to
+      ones before it. Frames after it may then also drop some of these, for
+      which the decoder reports an error with a good frame.
+  """
+
+  def __init__(self, packets: Iterator) -> None:
+    self.num_left_out = 0
+    self._packets = packets
+    self._first = None
+    for packet in packets:
+      self._first = packet
+      if packet.is_keyframe or not packet.size:
+        break
+      self.num_left_out += 1
+    self._key_time = self._first and self._first.pts
+    self.is_open = self._first is not None and _is_open(self._first)
+    self._num_groups = 0
+
+  def packets(self) -> Iterator:
+    """Yields the packets from the first key frame on."""
+    first = [] if self._first is None else [self._first]
+    for packet in itertools.chain(first, self._packets):
+      self._num_groups += packet.is_keyframe
+      if self._is_leading(packet.pts) and not packet.is_discard:
+        self.num_left_out += 1
+      yield packet
+
+  def allows_errors(self) -> bool:
+    """Returns whether errors of the latest packet are those of a cut."""
+    return self.is_open and self._num_groups < 2
+
+  def add(self, frame) -> bool:
+    """Returns whether a frame is good; to be called for each one."""
+    is_leading = self._is_leading(frame.pts)
+    if frame.is_corrupt and self.allows_errors():
+      self.num_left_out += not is_leading
+      return False
+    self.num_left_out -= is_leading
+    return True
+
+  def _is_leading(self, time: int | None) -> bool:
+    return None not in (time, self._key_time) and time < self._key_time
+
+
+_H264_SLICE, _H264_IDR_SLICE = 1, 5
+
+
+def _is_open(packet) -> bool:
+  """Returns whether a key frame of H.264 is none of instantaneous refresh."""
+  codec = packet.stream.codec_context
+  if codec.name != "h264":
+    return False
+  data, header = bytes(packet), codec.extradata or b""
+  starts = []
+  if header[:1] == b"\1":  # units with their lengths before them, as in MP4
+    num_bytes = (header[4] & 3) + 1
+    at = 0
+    while at + num_bytes < len(data):
+      starts.append(at + num_bytes)
+      at += num_bytes + int.from_bytes(data[at : at + num_bytes], "big")
+  else:
+    starts = [match.end() for match in re.finditer(b"\0\0\1(?=.)", data, re.S)]
+  kinds = {data[start] & 31 for start in starts}
+  return _H264_SLICE in kinds and _H264_IDR_SLICE not in kinds
+
+
+def frames(packets: Iterator, stream, beginning: Beginning | None = None):
+  """Yields the decoded frames of the packets of a stream.
+
+  Args:
+    packets: see `of_stream`.
+    stream: the stream.
+    beginning: where the packets are from, if frames may be missing there.
 
   Raises:
-    Refused: the decoder reports damage.
+    Damaged: the decoder reports damage.
   """
   import av
 
-  name = container.format.name
+  name = stream.container.format.name
   counters_may_leap = name == "mpegts"
   is_streamed = name in _STREAMED_SOUND
   # Times of decoding that no frame has taken yet, where the file has no times
   # of presentation. For AVI libav guesses those, wrongly with B-frames.
   has_presentation_times = name != "avi"
   decoding_times: list[int] = []
-  for packet in container.demux(*clock.streams):
-    clock.adjust(packet)
-    if packet.stream.index != stream.index:
-      continue
+  for packet in packets:
     is_cut = packet.is_corrupt
     # The container ends, or has a gap, within this packet. In a transport
     # stream its counters start again where recordings were joined: there the
     # decoder has to tell.
     if is_cut and not (counters_may_leap or is_streamed):
-      raise Refused("decoder reported damage: a packet is cut off")
+      raise Damaged("a packet is cut off")
     is_timed = packet.dts is not None and packet.size
     if not has_presentation_times and is_timed:
       heapq.heappush(decoding_times, packet.dts)
@@ -154,10 +243,14 @@ def frames(container, stream, clock: Clock) -> Iterator:
         return
       if name == "mp3" and not _is_mp3(bytes(packet)):
         continue  # padding, or the tags of another file joined to it
+      if beginning is not None and beginning.allows_errors():
+        continue
       raise
     for frame in decoded:
+      if beginning is not None and not beginning.add(frame):
+        continue
       if frame.is_corrupt:
-        raise Refused("decoder reported damage: a frame is incomplete")
+        raise Damaged("a frame is incomplete")
       if decoding_times:
         # Frames come in the order of presentation: theirs is the earliest.
         earliest = heapq.heappop(decoding_times)
@@ -167,8 +260,8 @@ def frames(container, stream, clock: Clock) -> Iterator:
       yield frame
 
 
-def frames_of(container, stream, clock: Clock, span: Span) -> Iterator[tuple]:
-  """Yields the decoded frames of a span with their times in seconds.
+class Frames:
+  """The decoded frames of a span of a video, with their times in seconds.
 
   They are the same, with the same times, as if the file were decoded from its
   beginning. That is what happens where the format has no index, and where the
@@ -176,39 +269,80 @@ def frames_of(container, stream, clock: Clock, span: Span) -> Iterator[tuple]:
 
   Args:
     container: the open file, at its beginning.
-    stream: one of its streams.
+    stream: one of its streams, whose codec is open once frames are read.
     clock: clock of the file.
     span: the span.
-
-  Yields:
-    A frame, and its time from the start of the file; NaN where the file has no
-    times, in which case the span has to be all of it.
-
-  Raises:
-    Refused: as for `frames`.
   """
-  import av
 
-  timed = _timed(container, stream, clock)
-  first: list[tuple] | None = []
-  if span.start and container.format.name.split(",")[0] in _INDEXED:
-    try:
+  def __init__(self, container, stream, clock: Clock, span: Span) -> None:
+    self._container, self._stream, self._clock = container, stream, clock
+    self._span = span
+    self._is_sought = (
+      span.start > 0 and container.format.name.split(",")[0] in _INDEXED
+    )
+    if self._is_sought:
       _seek(container, stream, span.start - _MAX_DELAY_SECS)
-      first = _first_in(timed, span)
-    except (av.FFmpegError, ValueError, Refused) as e:
-      if isinstance(e, MemoryError):
-        raise
-      first = None
+    self._beginning = Beginning(of_stream(container, stream, clock))
+
+  @property
+  def begins_open(self) -> bool:
+    """See `Beginning.is_open`."""
+    return self._beginning.is_open
+
+  @property
+  def num_left_out(self) -> int:
+    """Frames at the beginning of the file that cannot be decoded."""
+    return 0 if self._is_sought else self._beginning.num_left_out
+
+  def __iter__(self) -> Iterator[tuple]:
+    """Yields a frame, and its time from the start of the file.
+
+    The time is NaN where the file has none, in which case the span has to be
+    all of it.
+
+    Raises:
+      Damaged: the decoder reports damage.
+      Refused: the file has no times, and the span is not all of it.
+    """
+    import av
+
+    timed = self._timed()
+    first: list[tuple] | None = []
+    if self._is_sought:
+      try:
+        first = _first_in(timed, self._span)
+      except (av.FFmpegError, ValueError, Refused) as e:
+        if isinstance(e, MemoryError):
+          raise
+        first = None
     if first is None:
-      _seek(container, stream, -_MAX_DELAY_SECS)
-      clock.begin()
-      timed = _timed(container, stream, clock)
-  for frame, secs in itertools.chain(first or [], timed):
-    if secs >= span.end - _ROUNDING_SECS:
-      return
-    if math.isnan(secs) and span != Span():
-      raise Refused("it has no times, so that no span can be taken")
-    if not secs < span.start - _ROUNDING_SECS:
+      timed = self._from_beginning()
+    for frame, secs in itertools.chain(first or [], timed):
+      if secs >= self._span.end - _ROUNDING_SECS:
+        return
+      if math.isnan(secs) and self._span != Span():
+        raise Refused("it has no times, so that no span can be taken")
+      if not secs < self._span.start - _ROUNDING_SECS:
+        yield frame, secs
+
+  def _from_beginning(self) -> Iterator[tuple]:
+    self._is_sought = False
+    _seek(self._container, self._stream, -_MAX_DELAY_SECS)
+    self._clock.begin()
+    queue = of_stream(self._container, self._stream, self._clock)
+    self._beginning = Beginning(queue)
+    return self._timed()
+
+  def _timed(self) -> Iterator[tuple]:
+    """Yields the decoded frames with their times, which ascend."""
+    last_secs = -math.inf
+    start_secs = (self._container.start_time or 0) / 1e6
+    packets = self._beginning.packets()
+    for frame in frames(packets, self._stream, self._beginning):
+      secs = math.nan
+      if frame.time is not None:
+        # A millisecond on where the file's times go back.
+        secs = last_secs = max(frame.time - start_secs, last_secs + 1e-3)
       yield frame, secs
 
 
@@ -229,18 +363,6 @@ def _seek(container, stream, secs: float) -> None:
   """Moves to the last key frame at a time, or to the first one."""
   secs += (container.start_time or 0) / 1e6
   container.seek(int(secs / stream.time_base), stream=stream)
-
-
-def _timed(container, stream, clock: Clock) -> Iterator[tuple]:
-  """Yields the decoded frames with their times in seconds, which ascend."""
-  last_secs = -math.inf
-  for frame in frames(container, stream, clock):
-    secs = math.nan
-    if frame.time is not None:
-      secs = frame.time - (container.start_time or 0) / 1e6
-      # A millisecond on where the file's times go back.
-      secs = last_secs = max(secs, last_secs + 1e-3)
-    yield frame, secs
 
 
 def _is_mp3(data: bytes) -> bool:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 from data_prep.video import pixels, protocol, sandbox
-from data_prep.video.protocol import Limits, Refused, send
+from data_prep.video.protocol import Damaged, Limits, Refused, send
 
 # Suffixes of pictures, and their demuxers.
 PICTURES = {".jpg": "jpeg_pipe", ".jpeg": "jpeg_pipe", ".png": "png_pipe"}
@@ -84,7 +84,8 @@ def decode(frame_rate: float, limits: Limits, pipe: int) -> None:
   """Writes the pictures that `start_reader` sends to the pipe, as a video.
 
   Raises:
-    Refused: a picture is damaged, or a limit is exceeded.
+    Refused: the pictures differ in size, or a limit is exceeded.
+    Damaged: a picture is damaged.
   """
   import av
 
@@ -110,7 +111,7 @@ def decode(frame_rate: float, limits: Limits, pipe: int) -> None:
       except (av.FFmpegError, ValueError) as e:
         if isinstance(e, MemoryError):
           raise
-        raise Refused(f"picture {name} is damaged: {e}") from e
+        raise Damaged(f"picture {name} is damaged: {e}") from e
       if i == 0:
         size = frame.width, frame.height
         if num_pictures > protocol.most_frames(*size, limits):

@@ -98,7 +98,8 @@ class RgbConverter:
     )
 
   def _tone_mapper(self, frame):
-    key = frame.color_trc, frame.color_primaries
+    size = frame.width, frame.height
+    key = frame.color_trc, frame.color_primaries, size
     if key not in self._tone_mappers:
       self._tone_mappers[key] = _ToneMapper(frame)
     return self._tone_mappers[key]

@@ -2,13 +2,14 @@
 
 A message is a kind (one byte), a length, and so many bytes:
   L  JSON: the layers of the sandbox, see `sandbox.enter`; once, first
-  I  JSON: width, height, orientation, rate, announced_frames; once, before the
-     frames
+  I  JSON: width, height, orientation, rate, announced_frames; before the
+     frames, and again where their size changes
   F  time in seconds, bytes per row, rows of RGB; once per frame
   T  JSON: rate, num_channels; once, before original sound
   S  16-bit little-endian samples, channels interleaved; many
   W  a note on the video, for its reader; at any time
   E  nothing: the video has ended; last
+  D  how the video is damaged, after what was sent; last
   X  why the video is refused; last
   H  why it could not be read, by no fault of its own; last
   N  why no video can be decoded on this machine; last
@@ -21,6 +22,13 @@ import math
 import os
 import struct
 from typing import NamedTuple
+
+# What the parent asks for: the sound and the frames of a file, or nothing; else
+# the frame rate of a folder of pictures. The frame size of a changing video may
+# change.
+VIDEO, CHANGING_VIDEO, PROBE = "video", "changing_video", "none"
+SOUND, ORIGINAL_SOUND = "sound", "original_sound"
+FILES = (VIDEO, CHANGING_VIDEO, SOUND, ORIGINAL_SOUND, PROBE)
 
 SAMPLE_RATE = 16_000
 # Two hours: 230 MB of samples in the parent.
@@ -73,6 +81,29 @@ DEFAULT_LIMITS = Limits()
 
 class Refused(Exception):
   """A video is refused; the message is the reason."""
+
+
+class Damaged(Refused):
+  """A video is damaged; what was decoded before is good."""
+
+
+class Tally:
+  """Counts frames, whose size may change, against the limits."""
+
+  def __init__(self, limits: Limits) -> None:
+    self._limits = limits
+    self._num_frames = self._num_pixels = 0
+
+  def add(self, width: int, height: int) -> str:
+    """Counts a frame; returns the reason for refusing it, or ''."""
+    self._num_frames += 1
+    self._num_pixels += width * height
+    if (
+      self._num_frames > self._limits.frames
+      or self._num_pixels > self._limits.video_pixels
+    ):
+      return too_many_frames(width, height, self._limits)
+    return ""
 
 
 def most_frames(width: int, height: int, limits: Limits) -> int:

@@ -8,7 +8,13 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from data_prep.video import packets, sandbox
-from data_prep.video.protocol import MAX_SOUND_SECS, SAMPLE_RATE, Refused, send
+from data_prep.video.protocol import (
+  MAX_SOUND_SECS,
+  SAMPLE_RATE,
+  Damaged,
+  Refused,
+  send,
+)
 
 # Containers round times, many to milliseconds: a smaller gap, overlap or drift
 # is none.
@@ -29,7 +35,8 @@ def decode(pipe: int, is_original: bool, end_secs: float = math.inf) -> None:
     end_secs: time from which on sound may be left out, but for SECS_BEHIND.
 
   Raises:
-    Refused: the sound cannot be decoded to its end.
+    Refused: the sound cannot be decoded, or is too long.
+    Damaged: it cannot be decoded to its end.
   """
   import av
 
@@ -54,11 +61,11 @@ def decode(pipe: int, is_original: bool, end_secs: float = math.inf) -> None:
           send(pipe, b"S", memoryview(samples.planes[0])[:num_bytes])
           if num_sent > (end_secs + SECS_BEHIND) * rate:
             break
-      except (av.FFmpegError, ValueError) as e:
+      except (Damaged, av.FFmpegError, ValueError) as e:
         if isinstance(e, MemoryError):
           raise
         secs = num_sent / rate
-        raise Refused(
+        raise Damaged(
           f"decoder reported damaged sound after {secs:.1f} s: {e}"
         ) from e
   send(pipe, b"E")
@@ -78,7 +85,8 @@ def _samples(container, stream, is_original: bool) -> Iterator:
   clock = packets.Clock(container, video, stream)
   start = Fraction(container.start_time or 0, 1_000_000)
   resampler = None
-  for frame in packets.frames(container, stream, clock):
+  queue = packets.of_stream(container, stream, clock)
+  for frame in packets.frames(queue, stream):
     rate = frame.sample_rate
     if resampler is None:
       layout = "mono"

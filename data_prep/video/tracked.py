@@ -56,6 +56,8 @@ class VideoFrames:
       else tracks end at a pause of more than `frame_rate.MAX_PAUSE_SECS`. Only
       where `fps` is set.
     require_sandbox: refuse to decode where the decoder's sandbox is not whole.
+    may_change_size, keep_damaged: as for `decode.open_video`.
+    stop_secs: time at which the last frame that is read gives way to the next.
   """
 
   path: str | os.PathLike
@@ -66,6 +68,9 @@ class VideoFrames:
   max_secs: float = math.inf
   fill_pauses: bool = False
   require_sandbox: bool = False
+  may_change_size: bool = False
+  keep_damaged: bool = False
+  stop_secs: float = math.inf
 
   @contextlib.contextmanager
   def open(
@@ -88,11 +93,15 @@ class VideoFrames:
       self.frame_rate,
       self.require_sandbox,
       Span(self.part.start_secs, self.part.end_secs),
+      self.may_change_size,
+      self.keep_damaged,
     ) as video:
       frames = iter(video)
+      if self.stop_secs < math.inf:
+        frames = _before(frames, self.stop_secs)
       if self.part.box:
-        frames = self._cut(video)
-      yield video, self._resampled(video, frames) if self.fps else frames
+        frames = self._cut(video, frames)
+      yield video, self._resampled(frames) if self.fps else frames
 
   def region_of(self, info: decode.VideoInfo) -> tuple[int, int, int, int]:
     """Returns the pixels that frames hold, x0, y0, x1, y1 in the file's frames.
@@ -111,24 +120,23 @@ class VideoFrames:
       min(math.ceil(y1 + margin), info.height),
     )
 
-  def _cut(self, video: decode.Video) -> Iterator[tuple[np.ndarray, float]]:
+  def _cut(
+    self, video: decode.Video, frames: Iterator[tuple[np.ndarray, float]]
+  ) -> Iterator[tuple[np.ndarray, float]]:
     x0, y0, x1, y1 = self.region_of(video.info)
-    for frame, secs in video:
+    for frame, secs in frames:
       # A copy, so that the whole frame is freed.
       yield np.ascontiguousarray(frame[y0:y1, x0:x1]), secs
 
   def _resampled(
-    self, video: decode.Video, frames: Iterator[tuple[np.ndarray, float]]
+    self, decoded: Iterator[tuple[np.ndarray, float]]
   ) -> Iterator[tuple[np.ndarray, float]]:
-    frames = frame_rate.resampled(frames, self.fps, self.fill_pauses)
-    size = video.info.width, video.info.height
-    most = decode.most_frames(*size, self.limits)
+    frames = frame_rate.resampled(decoded, self.fps, self.fill_pauses)
+    tally = decode.Tally(self.limits)
     for num_frames, frame in enumerate(frames):
-      if num_frames == most:
-        raise decode.DecodeError(
-          f"{decode.too_many_frames(*size, self.limits)}, at {self.fps:g} "
-          "frames per second"
-        )
+      height, width, _ = frame[0].shape
+      if reason := tally.add(width, height):
+        raise decode.DecodeError(f"{reason}, at {self.fps:g} frames per second")
       if num_frames == self.max_secs * self.fps:
         raise decode.DecodeError(
           f"it is longer than {self.max_secs:g} s, and its faces would not fit "
@@ -154,7 +162,7 @@ class TrackedVideo:
   Attributes:
     num_frames: N, at the rate that `source` brings them to.
     num_decoded_frames: frames of the file.
-    size: width and height of the frames in pixels.
+    size: width and height of the frames in pixels, where they do not change.
     offset: x and y of the frames within those of the file.
     fps: frames per second.
     notes: see `decode.Video`.
@@ -182,6 +190,7 @@ class TrackedVideo:
     self._progress = progress
     # Frames and their times; None where they do not fit into memory.
     self._kept: list[tuple[np.ndarray, float]] | None = []
+    self._kept_bytes = 0
     self.num_frames = 0
     self.secs: list[float] = []
     # Frames that follow a pause which is not filled.
@@ -233,7 +242,8 @@ class TrackedVideo:
         self._after_pauses.append(self.num_frames)
       self.secs.append(secs)
       self.num_frames += 1
-      if self.num_frames * frame.nbytes > keep_bytes:
+      self._kept_bytes += frame.nbytes
+      if self._kept_bytes > keep_bytes:
         self._kept = None
       if self._kept is not None:
         self._kept.append((frame, secs))
@@ -293,6 +303,21 @@ class TrackedVideo:
       rest = (1 - self._finding_share) * done
       self._progress(self._finding_share + rest, i + 1)
       yield frame, secs, crop
+
+
+def _before(
+  frames: Iterator[tuple[np.ndarray, float]], stop_secs: float
+) -> Iterator[tuple[np.ndarray, float]]:
+  """Yields the frames that are shown to their end before a time."""
+  shown = None
+  for frame, secs in frames:
+    if secs > stop_secs:
+      return
+    if shown is not None:
+      yield shown
+    shown = frame, secs
+  if shown is not None:
+    yield shown
 
 
 def _split(track: tracking.Track, starts: list[int]) -> list[tracking.Track]:

@@ -53,6 +53,7 @@ NO_PERSON_REASON = "no face where the input says that the person is"
 # Whose tracks are kept: those of all faces, or one track of the main face.
 ALL, MAIN = FACES = ("all", "main")
 OTHERS_NOTE = "tracks of other faces than the main one are left out"
+KEEP, QUARANTINE = ON_DAMAGE = ("keep", "quarantine")
 
 # Called with the share of the video that is done and the number of frames.
 Progress = Callable[[float, float], None]
@@ -73,6 +74,7 @@ class Settings:
     faces: ALL, or MAIN for the track with the largest side x length. Where the
       source says where its person is, MAIN keeps all tracks of that person.
     require_sandbox: refuse to decode where the decoder's sandbox is not whole.
+    on_damage: `KEEP` what comes before damage, or `QUARANTINE` the video.
   """
 
   segment_frames: int = 64
@@ -82,6 +84,7 @@ class Settings:
   parser: parsers.ParserChoice = parsers.DEFAULT
   faces: str = ALL
   require_sandbox: bool = False
+  on_damage: str = QUARANTINE
 
   def __post_init__(self) -> None:
     if self.segment_frames < 2 * schema.CLIP_SPAN:
@@ -90,6 +93,17 @@ class Settings:
         f"{2 * schema.CLIP_SPAN}: no segment of a longer track is then shorter "
         f"than a clip's span of {schema.CLIP_SPAN} frames"
       )
+
+  def strictness(self) -> dict[str, float | str]:
+    """Returns the settings that decide whether a video is quarantined.
+
+    `on_damage` is among them where it is not the default, so that ledgers from
+    before it still hold.
+    """
+    strictness = dataclasses.asdict(self.limits)
+    if self.on_damage != QUARANTINE:
+      strictness["on_damage"] = self.on_damage
+    return strictness
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,6 +284,7 @@ class _RecordCutter:
     """Yields each encoded record once its last frame was read."""
     source, settings = self._source, self._settings
     version = _version(source.path)
+    sound = _Sound(source, settings) if settings.has_sound else None
     self.video = TrackedVideo(
       VideoFrames(
         source.path,
@@ -278,15 +293,20 @@ class _RecordCutter:
         source.frame_rate,
         self._part(),
         require_sandbox=settings.require_sandbox,
+        may_change_size=True,
+        keep_damaged=settings.on_damage == KEEP,
+        stop_secs=math.inf if sound is None else sound.good_secs,
       ),
       self._models.finder,
       keep_bytes=KEPT_BYTES,
       progress=self._report,
       finding_share=1.0,
     )
+    if sound is not None and sound.good_secs < source.part.end_secs:
+      self.video.notes.extend(sound.notes)
     if self.video.tracks:
       self._keep_main_face()
-      yield from self._cut()
+      yield from self._cut(sound)
     if _version(source.path) != version:
       raise decode.HostError("the file was changed while it was read")
 
@@ -305,11 +325,8 @@ class _RecordCutter:
     if len(video.tracks) < num_tracks + video.num_others:
       video.notes.append(OTHERS_NOTE)
 
-  def _cut(self) -> Iterator[bytes]:
+  def _cut(self, sound: _Sound | None) -> Iterator[bytes]:
     source, video = self._source, self.video
-    sound = None
-    if self._settings.has_sound:
-      sound = _Sound(source, self._settings)
     pending = [
       segment for track in video.tracks for segment in self._segments_of(track)
     ]
@@ -423,19 +440,29 @@ class _Segment:
 
 
 class _Sound:
-  """Sound of a video, cut into segments."""
+  """Sound of a video, cut into segments.
+
+  Attributes:
+    good_secs: time at which it is damaged; inf where it is not.
+    notes: what a user should know of it.
+  """
 
   def __init__(self, source: Source, settings: Settings) -> None:
-    self._samples = (
-      np.zeros(0, np.int16)
-      if source.frame_rate
-      else decode.read_sound(
+    self.notes: list[str] = []
+    self._samples = np.zeros(0, np.int16)
+    if not source.frame_rate:
+      keeps = settings.on_damage == KEEP
+      self._samples = decode.read_sound(
         source.path,
         settings.limits,
         settings.require_sandbox,
         source.part.end_secs,
+        self.notes.append if keeps else None,
       )
-    )
+    self.good_secs = math.inf
+    if self.notes:
+      self.good_secs = len(self._samples) / schema.SAMPLE_RATE
+      self.notes = [f"cut before damage: {note}" for note in self.notes]
     # Of the whole sound: at a cut, a spectrogram needs samples beyond it.
     self._mel = mel_spectrogram.mel_spectrogram(self._samples)
 

@@ -330,7 +330,7 @@ class _WindowReader:
     size = self._settings.image_size
     if self._settings.regions:
       size = schema.FRAME_SIZE
-    with decode.open_video(self._path) as video:
+    with decode.open_video(self._path, may_change_size=True) as video:
       for frame, secs in video:
         yield _Frame(fit_square(frame, size), secs)
         self._progress(video.share)
@@ -356,7 +356,7 @@ class _WindowReader:
     from data_prep.video import tracked
 
     video = tracked.TrackedVideo(
-      tracked.VideoFrames(self._path),
+      tracked.VideoFrames(self._path, may_change_size=True),
       self._models.finder,
       progress=lambda share, _: self._progress(share),
     )

@@ -413,6 +413,21 @@ def test_quarantined_videos_are_tried_again_under_other_limits(dataset, videos):
   assert "cannot open" in reasons["bad/empty.mp4"]
 
 
+def test_damaged_videos_are_tried_again_where_they_are_kept(dataset, videos):
+  inputs = manifest.read_input(videos)
+  recipe = json.loads((dataset / "settings.json").read_text())
+  del recipe["num_shards"]
+  strict = video_to_records.Settings()
+  keep = video_to_records.Settings(on_damage=video_to_records.KEEP)
+  with dataset_folder.DatasetFolder(dataset, recipe, None, inputs) as folder:
+    assert folder.plan(strict, retry_quarantined=False).todo == []
+    todo = folder.plan(keep, retry_quarantined=False).todo
+    reasons = {entry.video_id: entry.reason for entry in folder.entries}
+  assert {s.video_id for s in todo} == {
+    name for name in BAD if reasons[name] != "no face found"
+  }
+
+
 def test_quarantined_videos_can_be_tried_again_in_any_case(dataset, videos):
   recipe = json.loads((dataset / "settings.json").read_text())
   recipe.pop("num_shards")

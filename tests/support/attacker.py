@@ -44,7 +44,12 @@ def leave_out(layers: list[str]) -> None:
     )
 
 
-def follow_order(limits: protocol.Limits, pipe: int) -> None:
+def follow_order(
+  limits: protocol.Limits,
+  span: protocol.Span,
+  may_change_size: bool,
+  pipe: int,
+) -> None:
   order = json.loads(os.read(0, 1 << 20))
   for kind, text in order.get("messages", []):
     protocol.send(pipe, kind.encode(), text.encode())

@@ -184,7 +184,8 @@ def test_half_a_matroska_gives_only_what_was_decoded(tmp_path):
     assert container.duration == pytest.approx(2e6, rel=0.05)
   with open_video(path) as video:
     assert 0 < len(list(video)) < 60
-    assert [note.split(" at ")[0] for note in video.notes] == ["its frames end"]
+    (note,) = video.notes
+    assert note.startswith("frames are missing: they end at ")
 
 
 @pytest.mark.parametrize("codec", ["mpeg4", "libx264"])

@@ -70,7 +70,7 @@ def test_a_span_is_sought_where_there_is_an_index(tmp_path, monkeypatch):
     with av.open(str(path)) as container:
       stream = packets.video_stream(container)
       clock = packets.Clock(container, stream)
-      found = packets.frames_of(container, stream, clock, Span(8.0, 8.4))
+      found = packets.Frames(container, stream, clock, Span(8.0, 8.4))
       assert len(list(found)) == 10
   # A second before the span, and the rest of a group of pictures.
   assert max(counts["v.mp4"], counts["v.mkv"]) <= 25 + 10 + 10 + 1
@@ -83,7 +83,7 @@ def test_a_span_beyond_the_end_is_refused_or_told(tmp_path):
     read(path, Span(3.0, 4.0))
   video, part = read(path, Span(1.0, 9.0))
   assert len(part) == 25
-  assert video.notes == ["its frames end at 2.0 s, before 9 s"]
+  assert video.notes == ["frames are missing: they end at 2.0 s, before 9 s"]
 
 
 def test_a_span_of_a_file_without_times_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 import gc
 import math
 import weakref
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -375,6 +376,83 @@ def test_a_video_without_sound_has_empty_sound(carphone, models, tmp_path):
   _, (record,) = run(path, models, has_sound=True)
   assert record.audio == b""
   assert record.mel.shape == (0, 80)
+
+
+def test_segments_before_damage_are_kept_where_asked_for(
+  carphone_frames, models, tmp_path
+):
+  frames = carphone_frames[:80]
+  path = write_video(tmp_path / "v.mp4", frames, crf="10", g="8")
+  _, whole = run(path, models)
+  data = bytearray(path.read_bytes())
+  at = len(data) * 3 // 5
+  data[at : at + 2048] = bytes(2048)
+  path.write_bytes(data)
+  outcome, records = run(path, models)
+  assert (outcome.status, records) == (video_to_records.QUARANTINED, [])
+  outcome, records = run(path, models, on_damage=video_to_records.KEEP)
+  assert outcome.status == video_to_records.KEPT
+  assert 30 < outcome.num_frames < 70
+  number = outcome.num_decoded_frames
+  assert outcome.notes[-1].startswith(f"cut before damage: {number} of 80 fra")
+  before, kept = (
+    np.concatenate([schema.decode_frames(r, range(len(r))) for r in part])
+    for part in (whole, records)
+  )
+  assert len(kept) == outcome.num_frames
+  # The box is smoothed: near the end it is another one.
+  difference = np.abs(kept.astype(int) - before[: len(kept)])
+  assert difference[:20].mean() < 1
+  assert difference.mean() < 4
+
+
+def test_a_video_ends_where_its_sound_is_damaged(carphone, models, tmp_path):
+  silent = carphone(tmp_path / "silent.mkv", 60)
+  noise = np.random.default_rng(0).integers(-9000, 9000, 32_000)
+  path = tmp_path / "v.mkv"
+  with av.open(str(silent)) as source, av.open(str(path), "w") as container:
+    pictures = container.add_stream_from_template(source.streams.video[0])
+    sound = container.add_stream("flac", rate=16_000, layout="mono")
+    for packet in source.demux(video=0):
+      packet.stream = pictures
+      if packet.size:
+        container.mux(packet)
+    frame = av.AudioFrame.from_ndarray(noise.astype("<i2")[None], "s16", "mono")
+    frame.sample_rate = 16_000
+    frame.time_base, frame.pts = Fraction(1, 16_000), 0
+    container.mux(sound.encode(frame))
+    container.mux(sound.encode())
+  with av.open(str(path)) as container:
+    packets = [p for p in container.demux(audio=0) if p.size]
+  data = path.read_bytes()
+  victim = bytes(packets[len(packets) // 2])
+  path.write_bytes(data.replace(victim[9:], bytes(len(victim) - 9)))
+  outcome, _ = run(path, models, has_sound=True)
+  assert "damaged sound after" in outcome.reason
+  assert run(path, models)[0].num_frames == 60
+  outcome, records = run(
+    path, models, has_sound=True, on_damage=video_to_records.KEEP
+  )
+  assert outcome.notes[-1].startswith("cut before damage: decoder reported")
+  assert 20 < outcome.num_frames < 40
+  for record in records:
+    audio = np.frombuffer(record.audio, "<i2")
+    start = round(16_000 * record.start_secs)
+    heard = min(len(audio), 16_000 - start)
+    np.testing.assert_array_equal(audio[:heard], noise[start:][:heard])
+
+
+def test_tracks_end_where_the_frame_size_changes(
+  carphone_frames, models, tmp_path
+):
+  path = write_video(tmp_path / "a.h264", carphone_frames[:30])
+  narrow = [frame[:, :160] for frame in carphone_frames[:30]]
+  other = write_video(tmp_path / "b.h264", narrow)
+  path.write_bytes(path.read_bytes() + other.read_bytes())
+  outcome, records = run(path, models)
+  assert [len(record) for record in records] == [30, 30]
+  assert outcome.num_tracks == 2
+  assert outcome.notes[0].startswith("frame size changes: from 176x144 to 160x")
 
 
 def test_a_video_is_brought_to_another_rate_with_its_sound(models):
