@@ -116,8 +116,8 @@ def tracked_faces(
 
   rows_of_source = []
   for source in sources:
-    with _opened(source) as video:
-      frames = (frame for frame, _ in video)
+    with _opened(source) as (_, all_frames):
+      frames = (frame for frame, _ in all_frames)
       try:
         tracks = tracking.find_tracks(frames, finder, min_frames=1)
       except decode.DecodeError as e:
@@ -213,16 +213,19 @@ def table(reference: str, scores: dict[str, dict[str, float | None]]) -> str:
 
 
 def _opened(source: Source):
-  from data_prep.video import decode
+  from data_prep.video import tracked
 
-  return decode.open_video(source.path, frame_rate=source.frame_rate)
+  frames = tracked.VideoFrames(
+    source.path, frame_rate=source.frame_rate, part=source.part
+  )
+  return frames.open()
 
 
 def _frames(source: Source, numbers: set[int]) -> dict[int, np.ndarray]:
   """Returns frames of a video by number; leaves out numbers past its end."""
   frames = {}
-  with _opened(source) as video:
-    for i, (frame, _) in enumerate(video):
+  with _opened(source) as (_, all_frames):
+    for i, (frame, _) in enumerate(all_frames):
       if i in numbers:
         frames[i] = frame
       if i >= max(numbers):

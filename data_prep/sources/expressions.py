@@ -19,7 +19,7 @@ None of these has an official split: 10% of the actors go to val, 20% to test.
 DFEW (Jiang et al., ACM MM 2020), MAFW (Liu et al., ACM MM 2022) and FERV39k
 (Wang et al., CVPR 2022), clips of films and television with official splits:
 
-  Clip/clip_224x224_avi/00001.avi, or any folder of NUMBER.mp4
+  Clip/original/1.mp4, or Clip/clip_224x224_avi/00001.avi
   EmoLabel_DataSplit/test(single-labeled)/set_K.csv       video_name,label
 
   data/clips/00001.mp4
@@ -36,8 +36,8 @@ second.
 
 Names and lists of DFEW, MAFW and FERV39k are those that the preparation of
 github.com/sunlicai/MAE-DFER reads, those of RAVDESS of its own description at
-zenodo.org/record/1188976, of CREMA-D of its own repository, of MEAD of loaders
-of others. The file names of DFEW's videos could not be verified.
+zenodo.org/record/1188976, of CREMA-D of its own repository, of MEAD and of
+DFEW's videos of loaders of others.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def _pairs(path: Path, clip: str) -> Iterable[tuple[str, str]]:
 DFEW = Tree(
   "DFEW",
   path=r"0*(?P<clip>\d+)\.(?:mp4|avi)",
-  example="Clip/clip_224x224_avi/00001.avi",
+  example="Clip/original/1.mp4",
   key="{clip}",
   official=_dfew_lists,
 )

@@ -138,14 +138,14 @@ def video_paths(
   if folders.is_remote(root):
     yield from _remote_paths(root, "", others)
     return
-  for inner, folder_names, names in _walk(root, follow_links):
-    # Links that are not entered are reported like files.
-    linked = [n for n in folder_names if (inner / n).is_symlink()]
-    if follow_links:
-      linked = []
-    videos = [n for n in names if _counted(n, others)]
-    for name in (*linked, *videos):
-      yield (inner / name).relative_to(root).as_posix()
+  for prefix, folder_names, names in _walk(root, follow_links):
+    for name in () if follow_links else folder_names:
+      # Links that are not entered are reported like files.
+      if os.path.islink(os.path.join(root, prefix, name)):
+        yield prefix + name
+    for name in names:
+      if _counted(name, others):
+        yield prefix + name
 
 
 def folder_paths(
@@ -160,39 +160,42 @@ def folder_paths(
   """
   if folders.is_remote(root):
     raise ManifestError(f"{root}: folders of pictures are read from disks only")
-  for inner, folder_names, _ in _walk(root, follow_links):
-    for name in list(folder_names):
-      path = (inner / name).relative_to(root).as_posix()
-      if is_video(path):
-        folder_names.remove(name)
-        yield path
+  for prefix, folder_names, _ in _walk(root, follow_links):
+    videos = [name for name in folder_names if is_video(prefix + name)]
+    folder_names[:] = [n for n in folder_names if n not in {*videos}]
+    for name in videos:
+      yield prefix + name
 
 
 def _walk(
   root: Path, follow_links: bool
-) -> Iterator[tuple[Path, list[str], list[str]]]:
-  """Yields folders as os.walk does, without hidden ones.
+) -> Iterator[tuple[str, list[str], list[str]]]:
+  """Yields folders as os.walk does, without hidden names.
 
-  A link to a folder below the root is left out: the folder is listed there. One
-  to a folder outside is entered where links are followed, else only named.
+  A folder is given as 'a/b/', '' for the root itself. Strings, not Paths: a
+  data set may have millions of files. A link to a folder below the root is left
+  out: the folder is listed there. One to a folder outside is entered where
+  links are followed, else only named.
   """
   real_root = os.path.realpath(root)
   entered = {real_root}
   walk = os.walk(root, onerror=_raise, followlinks=follow_links)
   for parent, folder_names, names in walk:
-    inner = Path(parent)
     kept = []
     for name in folder_names:
       if name.startswith("."):
         continue
-      if (inner / name).is_symlink():
-        real = os.path.realpath(inner / name)
+      path = os.path.join(parent, name)
+      if os.path.islink(path):
+        real = os.path.realpath(path)
         if is_below(real, real_root) or real in entered:
           continue
         entered.add(real)
       kept.append(name)
     folder_names[:] = kept
-    yield inner, folder_names, [n for n in names if not n.startswith(".")]
+    prefix = os.path.relpath(parent, root).replace(os.sep, "/") + "/"
+    prefix = "" if prefix == "./" else prefix
+    yield prefix, folder_names, [n for n in names if not n.startswith(".")]
 
 
 def is_video(name: str) -> bool:
@@ -202,9 +205,10 @@ def is_video(name: str) -> bool:
 
 def _counted(name: str, others: collections.Counter[str] | None) -> bool:
   """Returns `is_video`; counts the suffixes of others."""
-  if not is_video(name) and others is not None:
+  is_found = is_video(name)
+  if not is_found and others is not None:
     others[PurePath(name).suffix.lower()] += 1
-  return is_video(name)
+  return is_found
 
 
 def outside(path: str) -> str:

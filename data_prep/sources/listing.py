@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import posixpath
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -132,10 +134,10 @@ class Row:
   frame_rate: float = 0.0
   part: Part = WHOLE
 
-  @property
+  @functools.cached_property
   def video_id(self) -> str:
     """The path in its shortest form, 'a/b.mp4' of './a//b.mp4', and part."""
-    return Path(self.path).as_posix() + self.part.fragment
+    return posixpath.normpath(self.path) + self.part.fragment
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import posixpath
 import re
 import stat
 import unicodedata
@@ -182,7 +183,7 @@ def read_input(
       subject_id=row.subject_id,
       split=row.split
       # The parts of a file stay together.
-      or split_of(row.subject_id or Path(row.path).as_posix(), *ratios),
+      or split_of(row.subject_id or posixpath.normpath(row.path), *ratios),
       labels=row.labels,
       frame_rate=row.frame_rate,
       part=row.part,
@@ -290,7 +291,7 @@ def _problem(row: Row, root: Path, modes: _Modes) -> str | None:
     return None
   shown = _shown(row.path)
   try:
-    mode = modes(str(root / row.path))
+    mode = modes(os.path.join(root, row.path))
   except OSError as e:
     # A colon alone is valid: 'Part 1: the start.mp4' may exist.
     if _ADDRESS.match(row.path):

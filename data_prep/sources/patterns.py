@@ -30,6 +30,7 @@ from data_prep.sources.listing import (
   Row,
   missing_notes,
 )
+from marlin_jax.records import folders
 from marlin_jax.records.cli import counted
 
 Labels = Mapping[str, tuple[float, ...]]
@@ -239,9 +240,9 @@ def only_once(videos: Iterable[tuple[str, str]]) -> dict[str, str]:
   for key, path in videos:
     other = paths.setdefault(key, path)
     if other != path:
-      folders = sorted({str(PurePosixPath(p).parent) for p in (path, other)})
+      both = sorted({str(PurePosixPath(p).parent) for p in (path, other)})
       raise ManifestError(
-        f"{key} is in {' and in '.join(folders)}: {other} and {path}. Each "
+        f"{key} is in {' and in '.join(both)}: {other} and {path}. Each "
         "video counts once: give one of the folders as --input"
       )
   return paths
@@ -252,6 +253,7 @@ def above(root: Path, name: str) -> Path | None:
 
   So `root` may also be the folder of the clips, beside which the lists lie.
   """
+  root = root if folders.is_remote(root) else root.absolute()
   for folder in (root, *root.parents[:2]):
     if (folder / name).exists():
       return folder / name

