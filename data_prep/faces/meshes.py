@@ -4,13 +4,14 @@ A packed mesh takes `MESH_BYTES`, 1.9 KB. In videos of 20 frames per second and
 more, every second frame has one, so that a face costs `FRAME_BYTES`, 1.0 KB, a
 frame once its track has ended, and `OPEN_FRAME_BYTES`, 1.7 KB, while it goes
 on. Where two faces are close, and in slower videos, every frame has one and the
-numbers double. At the limit of 108,000 frames, one face is 0.1 GB and eight are
-0.9 GB.
+numbers double. Tracks go on for a few minutes (see `tracking.MAX_TRACK_SECS`),
+and what memory does not hold of the others is in files (`MeshStore`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -143,6 +144,35 @@ class Meshes:
 
   def _at(self, i: int) -> np.ndarray:
     return _points(self._codes[i], self._bounds[i])
+
+
+class MeshStore:
+  """Keeps the meshes of a video in memory, from a size on in files.
+
+  The files have no names, and are gone with the meshes.
+
+  Args:
+    max_bytes: the most bytes in memory.
+  """
+
+  def __init__(self, max_bytes: int) -> None:
+    self._num_left = max_bytes
+
+  def take(self, meshes: Meshes) -> None:
+    """Moves meshes into a file where memory holds enough others.
+
+    Raises:
+      OSError: the disk of temporary files is full.
+    """
+    codes = meshes._codes
+    self._num_left -= meshes.nbytes
+    if self._num_left >= 0 or not len(codes):
+      return
+    with tempfile.TemporaryFile(prefix="meshes-") as file:
+      file.write(codes)
+      # A full disk is an error here, and would be a signal at a mapped page.
+      file.flush()
+      meshes._codes = np.memmap(file, codes.dtype, "r", 0, codes.shape)
 
 
 def _points(codes: np.ndarray, bounds: np.ndarray) -> np.ndarray:

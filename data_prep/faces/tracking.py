@@ -21,7 +21,7 @@ import numpy as np
 from data_prep.faces import boxes, quality, shots
 from data_prep.faces.face_finder import Detection, FaceFinder
 from data_prep.faces.meshes import NUM_LANDMARKS as NUM_LANDMARKS
-from data_prep.faces.meshes import Meshes, PackedMesh
+from data_prep.faces.meshes import Meshes, MeshStore, PackedMesh
 
 # Times are in seconds: a face moves as fast at any frame rate. In the comments,
 # the same in frames at 30 per second.
@@ -39,6 +39,12 @@ MESH_STEPS = 2
 MIN_RATE = 20.0
 # A gap of at most so long without the face is bridged: 12 frames.
 MAX_GAP_SECS = 0.4
+# A longer track is cut, so that memory holds few minutes of what a track needs
+# while it goes on.
+MAX_TRACK_SECS = 180.0
+# Landmarks of tracks that have ended take at most so many bytes of memory, and
+# a file the rest: those of an hour of one face.
+MAX_MESH_BYTES = 100 << 20
 MIN_FACE_PIXELS = 24
 # A mesh is compared with the last looks at its face, LOOK_SECS apart: 4 frames.
 LOOKS = 3
@@ -124,9 +130,10 @@ def find_tracks(
   a new track. A face that turns away or is covered is tracked by the detectors
   as long as they see it, without landmarks in these frames. Another face in its
   place, after a dissolve or a cut within one room or as people cross, is
-  another track. At most `MAX_FACES` are tracked at a time, the largest first.
-  Tracks that are short, small, mostly without a mesh or not believed by the
-  detectors are dropped.
+  another track. At most `MAX_FACES` are tracked at a time, the largest first. A
+  track that is longer than `MAX_TRACK_SECS` is cut, with no frame between its
+  parts. Tracks that are short, small, mostly without a mesh or not believed by
+  the detectors are dropped.
 
   Args:
     frames: uint8 (H, W, 3) RGB frames in order.
@@ -140,7 +147,9 @@ def find_tracks(
   """
   rate = _believed_rate(frame_rate)
   max_gap = frames_of(MAX_GAP_SECS, rate)
+  max_frames = frames_of(MAX_TRACK_SECS, rate)
   active: list[_OpenTrack] = []
+  store = MeshStore(MAX_MESH_BYTES)
   # With the left edge where they begin.
   kept: list[tuple[float, Track]] = []
 
@@ -150,7 +159,7 @@ def find_tracks(
       _part_from_next(track, active, max_gap)
     people = [part for track in tracks for part in track.people()]
     kept.extend(
-      (float(track.observed[0].box[0]), track.finish())
+      (float(track.observed[0].box[0]), track.finish(store))
       for track in people
       if track.is_face(min_frames, min_face_pixels)
     )
@@ -186,6 +195,10 @@ def find_tracks(
       active += _detect(active, frame, i, last_visited, steps, rate, finder)
     end([track for track in active if i - track.last_frame > max_gap])
     active = [track for track in active if i - track.last_frame <= max_gap]
+    for number, track in enumerate(active):
+      if i - track.first_frame >= max_frames and track.last_frame == i:
+        active[number] = track.successor()
+        end([track])
     last_visited, previous = i, frame
   if last_visited < i:
     _follow(active, previous, i, last_visited, finder)
@@ -245,6 +258,8 @@ class _OpenTrack:
     self._looks: collections.deque[shots.Look] = collections.deque(maxlen=LOOKS)
     self._look_frame = 0
     self._sharpness_frame: int | None = None
+    # Whether the last frame is that of a successor.
+    self.gives_way = False
 
   @property
   def first_frame(self) -> int:
@@ -372,6 +387,16 @@ class _OpenTrack:
     later.observed = later.observed[its[start - len(mine)] :]
     later.num_meshes = len(its) + len(mine) - start
 
+  def successor(self) -> _OpenTrack:
+    """Returns a track that goes on from the last frame of this one."""
+    successor = copy.copy(self)
+    successor.observed = self.observed[-1:]
+    successor.num_meshes = int(self.observed[-1].mesh is not None)
+    successor.believed = self.believed[-1:]
+    successor._looks = self._looks.copy()
+    self.gives_way = True
+    return successor
+
   def _rows_with_look(self) -> list[int]:
     return [n for n, s in enumerate(self.observed) if s.look is not None]
 
@@ -390,8 +415,12 @@ class _OpenTrack:
       and float(np.mean(self.believed)) >= MIN_BELIEVED_RATIO
     )
 
-  def finish(self) -> Track:
-    """Returns the track, without a number, bridged and with a smoothed box."""
+  def finish(self, store: MeshStore) -> Track:
+    """Returns the track, without a number, bridged and with a smoothed box.
+
+    Args:
+      store: takes its landmarks.
+    """
     num_frames = self.last_frame - self.first_frame + 1
     rows = np.array([s.frame - self.first_frame for s in self.observed])
     squares = np.array([self._square_of(s) for s in self.observed])
@@ -412,6 +441,9 @@ class _OpenTrack:
       meshes=meshes,
       steps=self._steps,
     )
+    if self.gives_way:
+      crops, meshes = crops[:-1], meshes.part(0, num_frames - 1)
+    store.take(meshes)
     return Track(
       track_id=0,
       first_frame=self.first_frame,

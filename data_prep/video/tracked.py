@@ -25,8 +25,9 @@ from data_prep.sources.listing import WHOLE, Part
 from data_prep.video import decode, frame_rate
 from data_prep.video.protocol import Span
 
-# A shorter track is noise, unless the whole video is no longer.
-MIN_TRACK_FRAMES = 15
+# A shorter track is noise, unless the whole video is no longer: 15 frames at 30
+# per second.
+MIN_TRACK_SECS = 0.5
 # The frames of a part hold its box, and around it this share of its longer
 # side: detectors and crops need more than the face.
 BOX_MARGIN = 0.25
@@ -167,8 +168,8 @@ class TrackedVideo:
     fps: frames per second.
     notes: see `decode.Video`.
     secs: N times of the frames in seconds.
-    tracks: the tracks of at least `MIN_TRACK_FRAMES` frames, or of all frames
-      of a shorter video, numbered from 0; those of the person, where `source`
+    tracks: the tracks of at least `MIN_TRACK_SECS`, or of all frames of a
+      shorter video, numbered from 0; those of the person, where `source`
       says where that is.
     num_others: number of the tracks of others.
 
@@ -196,10 +197,11 @@ class TrackedVideo:
     # Frames that follow a pause which is not filled.
     self._after_pauses: list[int] = []
     with source.open() as (video, frames):
+      rate = source.fps or video.info.rate
       tracks = tracking.find_tracks(
         self._first_pass(video, frames, keep_bytes),
         finder,
-        source.fps or video.info.rate,
+        rate,
         min_frames=1,
       )
       self.num_decoded_frames = video.num_frames
@@ -208,7 +210,8 @@ class TrackedVideo:
       self.size, self.offset = (x1 - x0, y1 - y0), (x0, y0)
       self.fps = source.fps or video.fps
       self.notes = video.notes
-    min_frames = min(MIN_TRACK_FRAMES, self.num_frames)
+    min_frames = tracking.frames_of(MIN_TRACK_SECS, rate)
+    min_frames = min(min_frames, self.num_frames)
     parts = [
       part for track in tracks for part in _split(track, self._after_pauses)
     ]

@@ -112,3 +112,35 @@ def size_of(sighting) -> int:
     assert array.base is None, "a view keeps what it is cut from"
   assert sighting.mesh.codes.base is None
   return sys.getsizeof(sighting) + sum(map(sys.getsizeof, parts))
+
+
+def test_meshes_beyond_the_bytes_of_memory_are_in_a_file():
+  points = 100 * RNG.random((20, meshes.NUM_LANDMARKS, 2)).astype(np.float32)
+  packed = [meshes.PackedMesh.of(p) for p in points]
+  tracks = [
+    meshes.Meshes(20, range(20), packed, [False] + [True] * 19)
+    for _ in range(3)
+  ]
+  expected = tracks[0].unpacked()
+  store = meshes.MeshStore(tracks[0].nbytes)
+  for track in tracks:
+    store.take(track)
+  kinds = [type(track._codes) for track in tracks]
+  assert kinds == [np.ndarray, np.memmap, np.memmap]
+  del store
+  for track in tracks:
+    np.testing.assert_array_equal(track.unpacked(), expected)
+    np.testing.assert_array_equal(track.part(3, 9)[2], expected[5])
+
+
+def test_long_tracks_are_cut_and_lose_no_frame(monkeypatch):
+  monkeypatch.setattr(tracking, "MAX_TRACK_SECS", 2.0)
+  monkeypatch.setattr(tracking.quality, "sharpness", lambda frame, mesh: 0.5)
+  frame = RNG.integers(0, 255, (120, 300, 3), np.uint8)
+  tracks = tracking.find_tracks((frame for _ in range(155)), StillFaces(2, 80))
+  spans = [(track.first_frame, len(track)) for track in tracks]
+  assert spans == [(0, 60)] * 2 + [(60, 60)] * 2 + [(120, 35)] * 2
+  for track in tracks:
+    assert [len(track.meshes), track.quality_terms[1]] == [len(track), 0.5]
+    num_missing = int(track.first_frame < 120)  # beside the cut
+    assert np.isfinite(track.meshes.heights()).sum() == len(track) - num_missing

@@ -152,10 +152,14 @@ def test_frames_are_counted_at_the_rate_they_are_brought_to(tmp_path):
     TrackedVideo(VideoFrames(path, 25.0, limits), Blind())
 
 
-@pytest.mark.parametrize("total", [14, 15, 16])
+@pytest.mark.parametrize("rate", [10, 30, 60])
+@pytest.mark.parametrize("more", [-1, 0, 1])
 def test_tracks_too_short_are_left_out_and_the_rest_are_numbered(
-  tmp_path, monkeypatch, total
+  tmp_path, monkeypatch, rate, more
 ):
+  half_a_second = rate // 2
+  total = half_a_second + more
+
   def track(number, num_frames):
     return tracking.Track(
       track_id=number,
@@ -168,11 +172,12 @@ def test_tracks_too_short_are_left_out_and_the_rest_are_numbered(
 
   def find_tracks(frames, *_, **__):
     assert len(list(frames)) == total
-    return [track(i, n) for i, n in enumerate((13, 14, 15)) if n <= total]
+    lengths = range(half_a_second - 2, half_a_second + 1)
+    return [track(i, n) for i, n in enumerate(lengths) if n <= total]
 
   monkeypatch.setattr(tracked.tracking, "find_tracks", find_tracks)
-  path = write_noise(tmp_path / "v.mkv", total)
+  path = write_noise(tmp_path / "v.mkv", total, rate)
   video = TrackedVideo(VideoFrames(path), Blind())
-  least = min(total, tracked.MIN_TRACK_FRAMES)
+  least = min(total, half_a_second)
   assert [len(t) for t in video.tracks] == [least]
   assert [t.track_id for t in video.tracks] == [0]
