@@ -152,6 +152,8 @@ def get_config():
 
   # Bootstrap resamples of the people, for the 95% intervals.
   config.num_resamples = 1000
+  # Keep the trained models, for marlin_jax.predict.
+  config.keep_models = True
   # Draw curves as PNG, if matplotlib is installed.
   config.plots = True
 

@@ -25,13 +25,10 @@ Axes: N tokens, D width.
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
-import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,12 +36,10 @@ from marlin_jax.records import cli
 from marlin_jax.records.cli import UserError, counted
 
 if TYPE_CHECKING:
-  import numpy as np
-
-  from marlin_jax.inference.face_windows import Window, WindowSettings
-  from marlin_jax.inference.feature_folder import FeatureFolder, Span
+  from marlin_jax.inference.face_windows import WindowSettings
+  from marlin_jax.inference.feature_folder import FeatureFolder
   from marlin_jax.inference.marlin import Marlin
-  from marlin_jax.inference.video_folder import Outcome, TaskBar, Video
+  from marlin_jax.inference.video_folder import EncodedVideo
 
 
 class ExtractionError(UserError):
@@ -103,8 +98,15 @@ def _run(args: argparse.Namespace) -> None:
       ) as events,
       video_folder.progress_bar(todo) as bar,
     ):
-      extraction = _Extraction(todo, args.reduction, folder, bar)
-      extraction.run(marlin, events, args.keep_seq, args.batch_size)
+      num_windows = 0
+      for video in video_folder.encode_many(
+        functools.partial(marlin.extract_features, keep_seq=args.keep_seq),
+        events,
+        args.batch_size,
+        bar,
+      ):
+        num_windows += len(video.windows)
+        _write(folder, todo[video.number].name, video, args.reduction)
     folder.finish()
 
     # --- Summary --------------------------------------------------------------
@@ -116,7 +118,7 @@ def _run(args: argparse.Namespace) -> None:
       raise ExtractionError(_nothing_extracted(folder.path, refused))
     print(
       f"Done in {time.monotonic() - started_at:.0f} s: "
-      f"{counted(extraction.num_windows, 'window')} of "
+      f"{counted(num_windows, 'window')} of "
       f"{counted(len(todo), 'video')}. "
       f"{args.output} holds the features of {len(videos) - len(refused)} of "
       f"{counted(len(videos), 'video')}."
@@ -146,142 +148,29 @@ def _settings(
   }
 
 
-# --- Extraction ---------------------------------------------------------------
+def _write(
+  folder: FeatureFolder, source: str, video: EncodedVideo, reduction: str
+) -> None:
+  """Writes the features of a video, or quarantines it."""
+  import numpy as np
 
+  from marlin_jax.inference import feature_folder, stream
 
-@dataclasses.dataclass
-class _PendingVideo:
-  """A video that is being read or whose features are being computed.
-
-  Attributes:
-    spans: spans of the windows read so far.
-    features: features of the first windows; the others are still being
-      computed.
-    outcome: result of reading; None while the video is being read.
-  """
-
-  spans: list[Span] = dataclasses.field(default_factory=list)
-  features: list[np.ndarray] = dataclasses.field(default_factory=list)
-  outcome: Outcome | None = None
-
-  @property
-  def is_complete(self) -> bool:
-    return self.outcome is not None and (
-      bool(self.outcome.reason) or len(self.features) == len(self.spans)
-    )
-
-
-class _Extraction:
-  """Computes the features of many videos; their windows share batches.
-
-  Attributes:
-    num_windows: windows whose features have been computed.
-  """
-
-  def __init__(
-    self,
-    todo: Sequence[Video],
-    reduction: str,
-    folder: FeatureFolder,
-    bar: TaskBar,
-  ) -> None:
-    self._todo = todo
-    self._reduction = reduction
-    self._folder = folder
-    self._bar = bar
-    self._pending: dict[int, _PendingVideo] = {}
-    # Number of the video of each window that is being computed.
-    self._owners: collections.deque[int] = collections.deque()
-    self.num_windows = self._num_refused = 0
-    self._started_at = time.monotonic()
-
-  def run(
-    self,
-    marlin: Marlin,
-    events: Iterator[tuple[int, Window | float | Outcome]],
-    keep_seq: bool,
-    batch_size: int | None,
-  ) -> None:
-    """Extracts and writes the features of all videos.
-
-    Args:
-      marlin: the network.
-      events: from `video_folder.read_many`.
-      keep_seq: extract a feature per token.
-      batch_size: windows per batch; None: `stream.default_batch_size`.
-    """
-    from marlin_jax.inference import stream
-
-    for features in stream.encode(
-      functools.partial(marlin.extract_features, keep_seq=keep_seq),
-      self._clips(events),
-      batch_size or stream.default_batch_size(),
-    ):
-      self.num_windows += 1
-      self._show_progress()
-      number = self._owners.popleft()
-      # A video that turned out to be damaged is no longer pending.
-      if number in self._pending:
-        self._pending[number].features.append(features)
-        self._finish_if_complete(number)
-
-  def _clips(
-    self, events: Iterator[tuple[int, Window | float | Outcome]]
-  ) -> Iterator[np.ndarray]:
-    """Yields the frames of each window; notes progress and ends of videos."""
-    from marlin_jax.inference.face_windows import Window
-    from marlin_jax.inference.video_folder import Outcome
-
-    for number, event in events:
-      match event:
-        case float():  # the share of the video read so far
-          self._bar.advance(number, event)
-        case Window():
-          self._add_window(number, event)
-          yield event.frames
-        case Outcome():
-          self._pending.setdefault(number, _PendingVideo()).outcome = event
-          self._finish_if_complete(number)
-
-  def _add_window(self, number: int, window: Window) -> None:
-    from marlin_jax.inference.feature_folder import Span
-
-    span = Span(*(getattr(window, field) for field in Span._fields))
-    self._pending.setdefault(number, _PendingVideo()).spans.append(span)
-    self._owners.append(number)
-
-  def _finish_if_complete(self, number: int) -> None:
-    """Writes or quarantines a video whose last feature has arrived."""
-    import numpy as np
-
-    from marlin_jax.inference import feature_folder, stream
-
-    video = self._pending[number]
-    if not video.is_complete:
-      return
-    del self._pending[number]
-    outcome = video.outcome
-    origin = feature_folder.Origin(
-      self._todo[number].name, outcome.sha256, outcome.num_bytes
-    )
-    if outcome.reason:
-      self._folder.refuse(origin, outcome.reason)
-      self._num_refused += 1
-    else:
-      features, spans = np.stack(video.features), video.spans
-      if self._reduction != "none":
-        features = stream.reduced(features, self._reduction)[None]
-        spans = [spans[0].to(spans[-1])]
-      self._folder.write(origin, spans, features)
-    self._show_progress()
-    self._bar.finish(number)
-
-  def _show_progress(self) -> None:
-    rate = self.num_windows / max(time.monotonic() - self._started_at, 1e-6)
-    self._bar.note(
-      f"{self.num_windows} windows ({rate:.1f}/s), "
-      f"{self._num_refused} quarantined"
-    )
+  outcome = video.outcome
+  origin = feature_folder.Origin(source, outcome.sha256, outcome.num_bytes)
+  if outcome.reason:
+    folder.refuse(origin, outcome.reason)
+    return
+  features = np.stack(video.outputs)
+  fields = feature_folder.Span._fields
+  spans = [
+    feature_folder.Span(*(getattr(window, field) for field in fields))
+    for window in video.windows
+  ]
+  if reduction != "none":
+    features = stream.reduced(features, reduction)[None]
+    spans = [spans[0].to(spans[-1])]
+  folder.write(origin, spans, features)
 
 
 def _nothing_extracted(output: Path, refused: dict[str, str]) -> str:

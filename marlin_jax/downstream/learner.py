@@ -22,28 +22,14 @@ from marlin_jax.downstream import protocols
 from marlin_jax.downstream.tasks import Task
 from marlin_jax.inference import clip_features
 from marlin_jax.models import heads, partition, softmax_attention, vit
-from marlin_jax.weights.architecture import Architecture
-from marlin_jax.weights.weights import Weights
+from marlin_jax.weights.architecture import (
+  Architecture,
+  flatten,
+  unflatten,
+)
+from marlin_jax.weights.weights import Weights, of_modules
 
 Pytree = Any
-
-
-class Classifier(nnx.Module):
-  """Encoder with a head; maps tokens (B, N, P) to logits float32 (B, K).
-
-  `keep`, float32 (depth, 2, B), scales the branches of the blocks in stochastic
-  depth; see `models.vit.drop_path`.
-  """
-
-  def __init__(self, encoder, head):
-    self.encoder = encoder
-    self.head = head
-
-  def __call__(self, tokens: jax.Array, keep: jax.Array | None = None):
-    hidden = self.encoder.tokens(tokens, keep=keep).astype(jnp.float32)
-    if not self.head.takes_tokens:
-      hidden = hidden.mean(axis=1)
-    return self.head(self.encoder.norm(hidden))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +37,7 @@ class Learner:
   """Static description of a model, and the functions on its arrays.
 
   Attributes:
-    graphdef: graph of the network: a Classifier, or a head alone.
+    graphdef: graph of the network: a heads.Classifier, or a head alone.
     trained, fixed: initial parameters: those that are trained, and the others.
     task: task that the model predicts.
     config: settings of the optimiser; optionally `drop_path`, `mixup`, `flip`.
@@ -171,6 +157,16 @@ class Learner:
 
   # --- Prediction -------------------------------------------------------------
 
+  def encoder_weights(self, trained: Pytree) -> Weights:
+    """Returns the weights of the encoder, trained or not."""
+    params = [
+      flatten(tree["encoder"])
+      for tree in (self.fixed, trained)
+      if "encoder" in tree
+    ]
+    merged = {name: array for tree in params for name, array in tree.items()}
+    return of_modules(self.architecture, unflatten(merged))
+
   def logits(self, trained: Pytree, x) -> jax.Array:
     """Returns float32 (B, K) for a batch; `x` as for `step`."""
     return self._logits(trained, self._fixed, *self.put(x))
@@ -272,7 +268,7 @@ def on_encoder(
   if frozen:
     is_trained = nnx.All(nnx.Param, nnx.PathContains("head"))
   graphdef, trained, fixed = nnx.split(
-    Classifier(encoder, head), is_trained, ...
+    heads.Classifier(encoder, head), is_trained, ...
   )
   return Learner(
     graphdef,

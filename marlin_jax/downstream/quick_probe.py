@@ -29,7 +29,6 @@ from marlin_jax.devices import sharding
 from marlin_jax.downstream import (
   clip_batches,
   feature_cache,
-  knn,
   logistic,
   low_data,
   scores,
@@ -38,6 +37,7 @@ from marlin_jax.downstream import (
 )
 from marlin_jax.downstream.splits import Split, TrackWindow
 from marlin_jax.downstream.tasks import Task, TaskError
+from marlin_jax.inference import nearest_neighbours
 from marlin_jax.weights.architecture import Architecture
 
 _TEMPERATURE = 0.07  # of the neighbours' weights, as in DINO
@@ -217,7 +217,7 @@ class QuickProbe:
       lambda probe: np.zeros(1),  # a single penalty: nothing to choose
       _MAX_ITERATIONS,
     )
-    neighbours = knn.predict(
+    neighbours = nearest_neighbours.predict(
       test_x,
       x,
       *task.encode(train.targets),

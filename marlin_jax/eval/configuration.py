@@ -106,6 +106,7 @@ KEYS = {
   "paper.stop_lr": fixed(),
   "num_resamples": fixed(at_least(1)),
   "plots": free(),
+  "keep_models": free(),
   "random.width": fixed(),
   "random.depth": fixed(),
   "random.num_heads": fixed(),

@@ -20,6 +20,7 @@ from marlin_jax.downstream.splits import Split, TaskSplit
 from marlin_jax.downstream.tasks import Task
 from marlin_jax.eval import configuration, measures, modes, report
 from marlin_jax.eval.results_folder import ResultsFolder
+from marlin_jax.inference import classifier
 from marlin_jax.records.cli import Row, format_rows
 from marlin_jax.training.configuration import flat
 from marlin_jax.weights import formats
@@ -234,7 +235,7 @@ def run_cells(
     for cell in _cells(config, task):
       results.append(
         folder.cell(cell.name)
-        or _run(cell, task_videos, runner, config, folder, inputs.settings)
+        or _run(cell, task_videos, runner, config, folder, inputs)
       )
   return results
 
@@ -257,7 +258,7 @@ def _run(
   runner: modes.ModeRunner,
   config: ConfigDict,
   folder: ResultsFolder,
-  settings: dict[str, Any],
+  inputs: Inputs,
 ) -> dict[str, Any]:
   """Trains and tests a cell, writes its results and returns its scores."""
   task, started_at = cell.task, time.monotonic()
@@ -274,7 +275,7 @@ def _run(
     cell.seed,
     cell.name,
     folder.checkpoints(cell.name),
-    settings | {"cell": cell.name},
+    inputs.settings | {"cell": cell.name},
   )
   predicted = runner.run(cell.mode, job)
   for warning in predicted.warnings:
@@ -282,6 +283,8 @@ def _run(
   val = _predictions(videos["val"], predicted.val)
   test = _predictions(videos["test"], predicted.test)
   thresholds = measures.thresholds(task, val, config.protocol)
+  if config.keep_models:
+    _keep_model(folder, cell, inputs, predicted, val, thresholds, config)
   val_auc = task.auc(val.targets, val.probabilities, micro=False)
   result = _header(cell.mode, task, cell.ratio, cell.seed, train) | {
     "name": cell.name,
@@ -297,6 +300,45 @@ def _run(
     cell.name, task.names, test, _targets_as_labels(task, test.targets), result
   )
   return result
+
+
+def _keep_model(
+  folder: ResultsFolder,
+  cell: Cell,
+  inputs: Inputs,
+  predicted: modes.ModeResult,
+  val: measures.Predictions,
+  thresholds: np.ndarray,
+  config: ConfigDict,
+) -> None:
+  """Writes the trained model of a cell, which `marlin_jax.predict` applies."""
+  task, weights, head = cell.task, inputs.weights, predicted.head
+  if head.encoder is None and weights.source == formats.RANDOM:
+    # There is no file to open it from.
+    head = dataclasses.replace(head, encoder=weights)
+  source = Path(weights.source)
+  description = classifier.Description(
+    task=task.name,
+    names=task.names,
+    is_class=task.is_class,
+    head=head.kind,
+    thresholds=tuple(thresholds.tolist()),
+    encoder=str(source.resolve() if source.exists() else source),
+    encoder_sha256=encoder_sha256(head.encoder or weights),
+    pool=config.pool if head.kind in classifier.VIDEO_HEADS else "mean",
+    options=head.options,
+    temperature=measures.temperature(task, val),
+    origin={
+      "cell": cell.name,
+      "mode": cell.mode,
+      "protocol": config.protocol,
+      "label": task.label,
+      "data": str(inputs.data),
+      "settings": inputs.settings,
+      "versions": versions(),
+    },
+  )
+  classifier.write(folder.model(cell.name), description, head)
 
 
 def _constant(
@@ -401,14 +443,17 @@ def results_of(
       for task in inputs.tasks
     },
     "config": flat(config),
-    "versions": {
-      name: importlib.metadata.version(name)
-      for name in ("jax", "flax", "optax", "numpy", "scipy")
-    },
+    "versions": versions(),
     "devices": [d.device_kind for d in inputs.mesh.devices.flat],
     "summary": report.summary(cells),
     "cells": cells,
   }
+
+
+def versions() -> dict[str, str]:
+  """Returns the versions of the libraries that results depend on."""
+  names = ("jax", "flax", "optax", "numpy", "scipy")
+  return {name: importlib.metadata.version(name) for name in names}
 
 
 def _sorted(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:

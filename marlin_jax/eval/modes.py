@@ -25,15 +25,16 @@ from marlin_jax.downstream import (
   clip_batches,
   feature_cache,
   fit,
-  knn,
   learner,
   logistic,
   protocols,
 )
 from marlin_jax.downstream.splits import Split, TaskSplit
 from marlin_jax.downstream.tasks import Task
-from marlin_jax.inference import stream
+from marlin_jax.inference import nearest_neighbours, stream
+from marlin_jax.inference.classifier import Head
 from marlin_jax.training.checkpoint import Checkpoints
+from marlin_jax.weights.architecture import flatten
 from marlin_jax.weights.weights import Weights
 
 # Modes whose result does not depend on the seed, by protocol.
@@ -69,12 +70,14 @@ class ModeResult:
 
   Attributes:
     val, test: probabilities, float64 (V, K).
+    head: the trained model.
     chosen: hyperparameters selected on the validation split.
     warnings: lines for the user about the choice.
   """
 
   val: np.ndarray
   test: np.ndarray
+  head: Head
   chosen: dict[str, Any]
   warnings: tuple[str, ...] = ()
 
@@ -143,12 +146,14 @@ class ModeRunner:
     train = self._features_of(job.train)
     labels, known = job.task.encode(job.train.targets)
     val, test = (
-      knn.predict(
+      nearest_neighbours.predict(
         self._features_of(videos), train, labels, known, **self._config.knn
       )
       for videos in (job.val, job.test)
     )
-    return ModeResult(val, test, {})
+    bank = {"train": train, "labels": labels, "known": known}
+    head = Head("neighbours", bank, dict(self._config.knn))
+    return ModeResult(val, test, head, {})
 
   def _linear(self, job: Job) -> ModeResult:
     task, val = job.task, self._features_of(job.val)
@@ -169,6 +174,14 @@ class ModeRunner:
     return ModeResult(
       task.probabilities(probe.logits(val)),
       task.probabilities(probe.logits(self._features_of(job.test))),
+      # The standardisation is folded into the layer.
+      Head(
+        "linear",
+        {
+          "kernel": probe.kernel / probe.scale[:, None],
+          "bias": probe.bias - probe.mean / probe.scale @ probe.kernel,
+        },
+      ),
       {"penalty": dict(zip(task.names, probe.penalty.tolist(), strict=True))},
       tuple(_probe_warnings(task, probe)),
     )
@@ -209,6 +222,7 @@ class ModeRunner:
     return ModeResult(
       predict(fitted.trained, val),
       predict(fitted.trained, self._features_of(job.test)),
+      Head("linear", _float64(fitted.trained["linear"])),
       {"num_rounds": fitted.num_rounds},
     )
 
@@ -256,6 +270,15 @@ class ModeRunner:
     return ModeResult(
       self._predict(model, fitted.trained, job.val),
       self._predict(model, fitted.trained, job.test),
+      Head(
+        "attentive" if attentive else "mean",
+        {
+          name: np.asarray(array)
+          for name, array in flatten(fitted.trained["head"]).items()
+        },
+        {"num_heads": model.architecture.num_heads} if attentive else {},
+        None if attentive else model.encoder_weights(fitted.trained),
+      ),
       {"num_rounds": fitted.num_rounds},
     )
 
@@ -312,6 +335,10 @@ class ModeRunner:
     return feature_cache.pooled(
       probabilities, np.array(owners), len(videos), "mean"
     )
+
+
+def _float64(layer: dict[str, Any]) -> dict[str, np.ndarray]:
+  return {name: np.asarray(array, np.float64) for name, array in layer.items()}
 
 
 def _probe_warnings(task: Task, probe: logistic.LinearProbe) -> Iterator[str]:

@@ -5,6 +5,7 @@
                          of the last call
   results.txt            the table
   predictions/CELL.csv   true labels and probabilities of each video
+  models/CELL/           the trained model, for marlin_jax.predict
   plots/                 PNG files
   cells/CELL.json, .npz  scores and probabilities of a finished cell: a task, a
                          mode, a share of the data and a seed
@@ -120,6 +121,10 @@ class ResultsFolder:
   def checkpoints(self, name: str) -> Path:
     """Returns the folder for the checkpoints of an unfinished cell."""
     return self.path / "cells" / name
+
+  def model(self, name: str) -> Path:
+    """Returns the folder for the trained model of a cell."""
+    return self.path / "models" / name
 
   def write_cell(
     self,

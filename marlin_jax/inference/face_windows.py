@@ -20,7 +20,7 @@ import contextlib
 import dataclasses
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from typing import TYPE_CHECKING
 
@@ -91,6 +91,8 @@ class Window:
     regions: uint16 (T/2, h, w) where `WindowSettings.regions` is set, else
       None: bit k is set where LaPa class k touches the patch in the first frame
       of the tubelet; 0 where no face was parsed.
+    box: float32 (4,), the crop as x0, y0, x1, y1 in pixels of the video, median
+      over the frames shown; None of whole frames.
   """
 
   frames: np.ndarray
@@ -99,6 +101,7 @@ class Window:
   start_secs: float
   end_secs: float
   regions: np.ndarray | None = None
+  box: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,11 +245,13 @@ class _Frame:
     picture: uint8 (S, S, 3), or at the size of records.
     secs: its time.
     regions: uint16 (h, w); None until the face is parsed.
+    box: float32 (4,), the crop in the video; None if it is the whole frame.
   """
 
   picture: np.ndarray
   secs: float
   regions: np.ndarray | None = None
+  box: np.ndarray | None = None
 
 
 class _WindowReader:
@@ -319,6 +324,7 @@ class _WindowReader:
       start_secs=kept[start - num_dropped].secs,
       end_secs=kept[start + num_frames - 1 - num_dropped].secs,
       regions=regions,
+      box=_median_box(shown),
     )
 
   # --- Whole frames -----------------------------------------------------------
@@ -378,7 +384,7 @@ class _WindowReader:
       if i - first in rows_to_parse:
         regions = self._parse(frame, boxes[i], track.meshes[i - first])
       size = max(self._settings.image_size, schema.FRAME_SIZE)
-      yield _Frame(fit_square(crop, size), secs, regions)
+      yield _Frame(fit_square(crop, size), secs, regions, boxes[i])
 
   def _rows_to_parse(self, total: int) -> set[int]:
     """Returns the first frames of all tubelets of all windows.
@@ -405,6 +411,12 @@ class _WindowReader:
       # Not even background: the trainer's rule for frames without a face.
       return np.zeros((size, size), np.uint16)
     return schema.region_bits(labels[None], size)[0]
+
+
+def _median_box(frames: Sequence[_Frame]) -> np.ndarray | None:
+  if frames[0].box is None:
+    return None
+  return np.median([frame.box for frame in frames], axis=0)
 
 
 def fit_square(frame: np.ndarray, size: int) -> np.ndarray:

@@ -23,6 +23,7 @@ from marlin_jax.inference import (
   reconstruction,
   stream,
 )
+from marlin_jax.inference.classifier import VideoClassifier
 from marlin_jax.inference.clips import as_clips, read_clips, window_settings
 from marlin_jax.models import softmax_attention
 from marlin_jax.models.mae import MAE, Encoder
@@ -88,6 +89,21 @@ class Marlin:
     return cls(
       formats.read(formats.resolve(source, full=full_model)), **options
     )
+
+  @staticmethod
+  def load_classifier(path: str | os.PathLike, **options) -> VideoClassifier:
+    """Opens a model that an evaluation has trained.
+
+      classifier = Marlin.load_classifier("runs/far/models/mood-linear-1-0")
+      classifier.predict("clip.mp4").as_dict()
+
+    Args:
+      path, **options: see `VideoClassifier.load`.
+
+    Raises:
+      WeightsError: see `VideoClassifier.load`.
+    """
+    return VideoClassifier.load(path, **options)
 
   @property
   def architecture(self) -> Architecture:

@@ -1,7 +1,11 @@
-"""Lists folders of videos and reads their windows in worker processes."""
+"""Lists folders of videos, reads their windows in processes and encodes them.
+
+Axes: B clips.
+"""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -10,6 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
+from marlin_jax.inference import stream
 from marlin_jax.inference.face_windows import (
   FaceVideoError,
   Window,
@@ -20,6 +27,8 @@ from marlin_jax.records.cli import UserError
 from marlin_jax.records.folders import sha256_of
 
 if TYPE_CHECKING:
+  import jax
+
   from data_prep.engines.progress import TaskBar
 
 # A worker process is replaced after this many videos, as in data_prep.prepare.
@@ -157,6 +166,99 @@ def read_many(
           yield event.task, event.value
     except workers.WorkerError as e:
       raise ReaderError(str(e)) from e
+
+
+@dataclasses.dataclass
+class EncodedVideo:
+  """A video that is being read and encoded, or is complete.
+
+  Attributes:
+    number: number of the video.
+    windows: its windows, without their frames and regions.
+    outputs: results for the first windows; the others are being computed.
+    outcome: result of reading; None while the video is being read.
+  """
+
+  number: int
+  windows: list[Window] = dataclasses.field(default_factory=list)
+  outputs: list[np.ndarray] = dataclasses.field(default_factory=list)
+  outcome: Outcome | None = None
+
+  @property
+  def is_complete(self) -> bool:
+    return self.outcome is not None and (
+      bool(self.outcome.reason) or len(self.outputs) == len(self.windows)
+    )
+
+
+def encode_many(
+  function: Callable[[np.ndarray], jax.Array],
+  events: Iterator[tuple[int, Window | float | Outcome]],
+  batch_size: int | None,
+  bar: TaskBar,
+) -> Iterator[EncodedVideo]:
+  """Encodes the windows of many videos; they share batches.
+
+  Args:
+    function: maps clips (B, ...) to an array whose first axis is B.
+    events: from `read_many`.
+    batch_size: B; None: `stream.default_batch_size`.
+    bar: bar of these videos; shows windows per second.
+
+  Yields:
+    Each video when it is complete: with an output for each window, or with an
+    outcome that has a reason.
+  """
+  pending: dict[int, EncodedVideo] = {}
+  complete: collections.deque[EncodedVideo] = collections.deque()
+  # Number of the video of each window that is being computed.
+  owners: collections.deque[int] = collections.deque()
+  num_windows = num_refused = 0
+  started_at = time.monotonic()
+
+  def show_progress() -> None:
+    rate = num_windows / max(time.monotonic() - started_at, 1e-6)
+    bar.note(f"{num_windows} windows ({rate:.1f}/s), {num_refused} refused")
+
+  def finish_if_complete(number: int) -> None:
+    nonlocal num_refused
+    if pending[number].is_complete:
+      video = pending.pop(number)
+      num_refused += bool(video.outcome.reason)
+      show_progress()
+      bar.finish(number)
+      complete.append(video)
+
+  def clips() -> Iterator[np.ndarray]:
+    for number, event in events:
+      video = pending.setdefault(number, EncodedVideo(number))
+      match event:
+        case float():  # the share of the video read so far
+          bar.advance(number, event)
+        case Window():
+          nothing = np.zeros(0, np.uint8)
+          video.windows.append(
+            dataclasses.replace(event, frames=nothing, regions=None)
+          )
+          owners.append(number)
+          yield event.frames
+        case Outcome():
+          video.outcome = event
+          finish_if_complete(number)
+
+  for output in stream.encode(
+    function, clips(), batch_size or stream.default_batch_size()
+  ):
+    num_windows += 1
+    show_progress()
+    number = owners.popleft()
+    # A video that turned out to be damaged is no longer pending.
+    if number in pending:
+      pending[number].outputs.append(output)
+      finish_if_complete(number)
+    while complete:
+      yield complete.popleft()
+  yield from complete
 
 
 @contextlib.contextmanager

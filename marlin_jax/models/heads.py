@@ -1,6 +1,6 @@
 """Heads that turn an encoder's features into predictions.
 
-Axes: B clips, N tokens, D width, H heads, K predictions.
+Axes: B clips, N tokens, P pixels per token, D width, H heads, K predictions.
 """
 
 from __future__ import annotations
@@ -10,6 +10,24 @@ import jax.numpy as jnp
 from flax import nnx
 
 from marlin_jax.models import vit
+
+
+class Classifier(nnx.Module):
+  """Encoder with a head; maps tokens (B, N, P) to logits float32 (B, K).
+
+  `keep`, float32 (depth, 2, B), scales the branches of the blocks in stochastic
+  depth; see `vit.drop_path`.
+  """
+
+  def __init__(self, encoder: nnx.Module, head: nnx.Module):
+    self.encoder = encoder
+    self.head = head
+
+  def __call__(self, tokens: jax.Array, keep: jax.Array | None = None):
+    hidden = self.encoder.tokens(tokens, keep=keep).astype(jnp.float32)
+    if not self.head.takes_tokens:
+      hidden = hidden.mean(axis=1)
+    return self.head(self.encoder.norm(hidden))
 
 
 class LinearHead(nnx.Module):

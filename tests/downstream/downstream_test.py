@@ -13,7 +13,6 @@ from marlin_jax.devices import sharding
 from marlin_jax.downstream import (
   clip_batches,
   fit,
-  knn,
   learner,
   logistic,
   low_data,
@@ -22,6 +21,7 @@ from marlin_jax.downstream import (
 )
 from marlin_jax.downstream.tasks import Task, TaskError
 from marlin_jax.eval import configuration, measures
+from marlin_jax.inference import nearest_neighbours
 from marlin_jax.models import heads, vit
 from marlin_jax.training.configuration import ConfigError
 from marlin_jax.training.skipped_steps import NotFiniteError
@@ -326,7 +326,9 @@ def test_a_loss_that_is_not_finite_ends_a_training():
 def test_neighbours_equal_sklearns():
   x, y = drawn(150, 0)
   new_x, _ = drawn(40, 1)
-  found = knn.predict(new_x, x, y, np.ones_like(y), k=7, temperature=0.07)
+  found = nearest_neighbours.predict(
+    new_x, x, y, np.ones_like(y), k=7, temperature=0.07
+  )
   theirs = neighbors.KNeighborsRegressor(
     7, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07)
   ).fit(x, y)
@@ -338,9 +340,13 @@ def test_unknown_labels_have_no_vote():
   labels = np.array([[0.0], [1.0], [1.0]])
   known = np.array([[0.0], [1.0], [1.0]])
   near_the_first = np.array([[1.0, 0.01, 0.0]], np.float32)
-  found = knn.predict(near_the_first, x, labels, known, k=2, temperature=1.0)
+  found = nearest_neighbours.predict(
+    near_the_first, x, labels, known, k=2, temperature=1.0
+  )
   assert found[0, 0] == 1.0
-  found = knn.predict(near_the_first, x, labels, known, k=1, temperature=1.0)
+  found = nearest_neighbours.predict(
+    near_the_first, x, labels, known, k=1, temperature=1.0
+  )
   assert found[0, 0] == 1.0  # no votes: the mean of all known labels
 
 

@@ -1,0 +1,421 @@
+"""Applies a trained model to videos: probabilities per video and window.
+
+  python -m marlin_jax.predict VIDEO_OR_DIR... \\
+    --model runs/far/models/appearance-linear-1-0 --output predictions.csv
+  python -m marlin_jax.predict --data DATA --split test --model ... --output ...
+
+An evaluation keeps its models in WORKDIR/models. The output has a row for each
+video, after the rows of its windows where the model judges windows:
+  video        its path below the input
+  row          'window' or 'video'
+  start_secs   time of the first frame
+  end_secs     time of the last frame
+  x0 y0 x1 y1  the crop in pixels of the video, median over the frames
+  p:NAME       probability of each label or class
+  predicted    the class, or the labels that reach their thresholds, with ';'
+  error        why there is no prediction
+
+OUTPUT.jsonl holds the same as JSON, one line per video, written at once: the
+command can be stopped or killed at any time, and goes on from there. With
+--json that file is the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from marlin_jax.records import cli
+from marlin_jax.records.cli import UserError, counted
+
+if TYPE_CHECKING:
+  import numpy as np
+
+  from marlin_jax.inference.classifier import VideoClassifier
+  from marlin_jax.inference.face_windows import Window
+
+
+class PredictionError(UserError):
+  """The arguments contradict each other, or nothing could be predicted."""
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Returns the exit code: 0, 1 for an error, 130 when interrupted."""
+  args = _parser().parse_args(argv)
+  return cli.run_command(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> None:
+  # Imported here, so that --help answers at once.
+  from marlin_jax.inference.classifier import VideoClassifier
+
+  if bool(args.videos) == bool(args.data):
+    raise PredictionError(
+      "expected either videos or --data with a prepared data set"
+    )
+  classifier = VideoClassifier.load(
+    args.model, encoder=args.checkpoint, dtype=args.dtype
+  )
+  settings = {
+    "program": "marlin_jax.predict",
+    "model": str(args.model),
+    "encoder_sha256": classifier.description.encoder_sha256,
+    "names": list(classifier.description.names),
+    "calibrated": args.calibrated,
+    "crop_face": not args.whole_frames,
+    "data": args.data,
+  }
+  with PredictionLog(args.output, settings, as_json=args.json) as log:
+    if args.data:
+      _predict_dataset(args, classifier, log)
+    else:
+      _predict_videos(args, classifier, log)
+    num_failed = sum(bool(entry["error"]) for entry in log.entries.values())
+    if num_failed == len(log.entries):
+      reasons = {name: e["error"] for name, e in log.entries.items()}
+      raise PredictionError(
+        "\n".join(["nothing was predicted:", *cli.reasons(reasons)])
+      )
+  print(
+    f"{args.output} holds the predictions of "
+    f"{counted(len(log.entries) - num_failed, 'video')}"
+    + (f"; {num_failed} could not be read, see 'error'" if num_failed else "")
+  )
+
+
+# --- Videos -------------------------------------------------------------------
+
+
+def _predict_videos(
+  args: argparse.Namespace, classifier: VideoClassifier, log: PredictionLog
+) -> None:
+  import numpy as np
+
+  from marlin_jax.inference import video_folder
+  from marlin_jax.records.folders import sha256_of
+
+  videos = video_folder.list_videos(args.videos)
+  todo = [
+    video
+    for video in videos
+    if not log.holds(video.name, lambda path=video.path: sha256_of(path))
+  ]
+  print(
+    f"{counted(len(videos), 'video')}, {len(videos) - len(todo)} of them done "
+    f"before; writing to {args.output}",
+    flush=True,
+  )
+  windows = classifier.window_settings(
+    crop_face=False if args.whole_frames else None
+  )
+  with (
+    contextlib.closing(
+      video_folder.read_many(
+        [video.path for video in todo], windows, args.num_workers
+      )
+    ) as events,
+    video_folder.progress_bar(todo) as bar,
+  ):
+    for video in video_folder.encode_many(
+      classifier.outputs, events, args.batch_size, bar
+    ):
+      name = todo[video.number].name
+      entry = {"sha256": video.outcome.sha256, "error": video.outcome.reason}
+      if not video.outcome.reason:
+        entry |= _entry(
+          classifier, np.stack(video.outputs), video.windows, args.calibrated
+        )
+      log.add(name, entry)
+
+
+def _entry(
+  classifier: VideoClassifier,
+  outputs: np.ndarray,
+  windows: list[Window] | None,
+  calibrated: bool,
+) -> dict[str, Any]:
+  """Returns the prediction of a video, ready for JSON."""
+  import numpy as np
+
+  prediction = classifier.prediction(outputs)
+
+  def numbers(probabilities: np.ndarray) -> list[float]:
+    if calibrated:
+      probabilities = classifier.calibrated(probabilities)
+    return [float(f"{p:.6g}") for p in probabilities]
+
+  entry = {
+    "probabilities": numbers(prediction.probabilities),
+    "predicted": list(prediction.predicted),
+  }
+  if windows is None:
+    return entry
+  boxes = [window.box for window in windows if window.box is not None]
+
+  def rounded(box: np.ndarray | None) -> list[float]:
+    return [] if box is None else [round(float(x), 1) for x in box]
+
+  entry |= {
+    "start_secs": round(windows[0].start_secs, 3),
+    "end_secs": round(windows[-1].end_secs, 3),
+    "box": rounded(np.median(boxes, axis=0) if boxes else None),
+  }
+  if prediction.window_probabilities is not None:
+    entry["windows"] = [
+      {
+        "probabilities": numbers(probabilities),
+        "start_secs": round(window.start_secs, 3),
+        "end_secs": round(window.end_secs, 3),
+        "box": rounded(window.box),
+      }
+      for window, probabilities in zip(
+        windows, prediction.window_probabilities, strict=True
+      )
+    ]
+  return entry
+
+
+# --- Prepared data sets -------------------------------------------------------
+
+
+def _predict_dataset(
+  args: argparse.Namespace, classifier: VideoClassifier, log: PredictionLog
+) -> None:
+  """Predicts the videos of a split, from the very crops of an evaluation."""
+  import itertools
+
+  import numpy as np
+  from tqdm import tqdm
+
+  from marlin_jax.downstream import clip_batches, splits
+  from marlin_jax.inference import stream
+
+  clip = classifier.weights.architecture.clip
+  split = splits.open_split(args.data, args.split, None)
+  fingerprint = split.dataset.fingerprint
+  windows = [
+    window
+    for window in split.windows(clip)
+    if not log.holds(
+      split.video_ids[split.tracks[window.track].video], lambda: fingerprint
+    )
+  ]
+  batch_size = args.batch_size or stream.default_batch_size()
+  image_size = classifier.weights.architecture.image_size
+  batches = clip_batches.window_batches(
+    clip_batches.ClipReader(split, clip, image_size),
+    windows,
+    batch_size,
+    args.num_workers,
+  )
+  outputs = itertools.chain.from_iterable(
+    stream.encode_batches(classifier.outputs, batches)
+  )
+  with tqdm(total=len(windows), unit="window", mininterval=1.0) as bar:
+    for video, group in itertools.groupby(split.video_of(windows)):
+      rows = np.stack(list(itertools.islice(outputs, len(list(group)))))
+      bar.update(len(rows))
+      entry = _entry(classifier, rows, None, args.calibrated)
+      log.add(
+        split.video_ids[video], {"sha256": fingerprint, "error": "", **entry}
+      )
+
+
+# --- Output -------------------------------------------------------------------
+
+
+class PredictionLog:
+  """Output that is complete for each video it holds, and locked while open.
+
+  Attributes:
+    entries: predictions by name of the video.
+  """
+
+  def __init__(self, path: Path, settings: dict[str, Any], *, as_json: bool):
+    """Reads what an earlier call has written.
+
+    Args:
+      path: the output.
+      settings: values that all predictions share.
+      as_json: the output is the log itself, not a table.
+
+    Raises:
+      OutputFolderError: the log is in use, or of other settings.
+    """
+    from marlin_jax.records.folders import OutputFolderError
+
+    self._table = None if as_json else path
+    self._log = path if as_json else path.with_name(f"{path.name}.jsonl")
+    self._names = settings["names"]
+    self.entries: dict[str, dict[str, Any]] = {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not self._log.exists():
+      raise OutputFolderError(
+        f"{path} exists, and {self._log.name} is not beside it, so it cannot "
+        "be completed; choose another --output"
+      )
+    complete = b""
+    if self._log.exists():
+      complete = b"".join(self._read(settings))
+    self._file = self._log.open("r+b" if complete else "wb")
+    # A killed run may leave half a line.
+    self._file.truncate(len(complete))
+    self._file.seek(len(complete))
+    if not complete:
+      self._append(settings)
+
+  def _read(self, settings: dict[str, Any]) -> Iterator[bytes]:
+    """Yields the complete lines; takes over their predictions."""
+    from marlin_jax.records.folders import OutputFolderError
+
+    for number, line in enumerate(self._log.read_bytes().splitlines(True)):
+      if not line.endswith(b"\n"):
+        return
+      try:
+        entry = json.loads(line)
+      except ValueError as e:
+        raise OutputFolderError(
+          f"{self._log} is damaged in line {number + 1}: {e}; choose another "
+          "--output"
+        ) from e
+      if number:
+        self.entries[entry.pop("video")] = entry
+      elif entry != settings:
+        keys = sorted({*entry, *settings})
+        raise OutputFolderError(
+          f"{self._log} was made with other settings: "
+          + "; ".join(
+            f"{key} was {entry.get(key)!r} and is now {settings.get(key)!r}"
+            for key in keys
+            if entry.get(key) != settings.get(key)
+          )
+          + ". Use those again, or another --output"
+        )
+      yield line
+
+  def __enter__(self) -> PredictionLog:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._file.close()
+    if self._table is not None:
+      from marlin_jax.records.folders import write_bytes
+
+      write_bytes(self._table, self._as_csv().encode())
+
+  def holds(self, name: str, sha256) -> bool:
+    """Returns whether there is a prediction of this very file.
+
+    Args:
+      name: name of the video.
+      sha256: called for the hash of its bytes.
+    """
+    return name in self.entries and self.entries[name]["sha256"] == sha256()
+
+  def add(self, name: str, entry: dict[str, Any]) -> None:
+    """Writes the prediction of a video."""
+    self.entries[name] = entry
+    self._append({"video": name, **entry})
+
+  def _append(self, content: dict[str, Any]) -> None:
+    self._file.write(json.dumps(content, allow_nan=False).encode() + b"\n")
+    self._file.flush()
+
+  def _as_csv(self) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    probabilities = [f"p:{name}" for name in self._names]
+    writer.writerow(
+      ["video", "row", "start_secs", "end_secs", "x0", "y0", "x1", "y1"]
+      + [*probabilities, "predicted", "error"]
+    )
+    for name in sorted(self.entries):
+      entry = self.entries[name]
+      for kind, part in (
+        *(("window", window) for window in entry.get("windows", ())),
+        ("video", entry),
+      ):
+        writer.writerow(
+          [name, kind, part.get("start_secs", ""), part.get("end_secs", "")]
+          + (part.get("box") or [""] * 4)
+          + part.get("probabilities", [""] * len(self._names))
+          + [";".join(part.get("predicted", ())), part.get("error", "")]
+        )
+    return text.getvalue()
+
+
+# --- Command line -------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="python -m marlin_jax.predict",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,  # a misspelled flag is an error
+  )
+  add = parser.add_argument
+  add(
+    "videos",
+    nargs="*",
+    metavar="VIDEO_OR_DIR",
+    help="a video, a folder of videos, or a manifest of data_prep.prepare",
+  )
+  add(
+    "--model",
+    required=True,
+    type=Path,
+    help="a folder in WORKDIR/models of an evaluation",
+  )
+  add("--output", required=True, type=Path, help="file to write or to complete")
+  add(
+    "--data",
+    default="",
+    help="predict the crops of a data set of data_prep.prepare, not videos",
+  )
+  add("--split", default="test", help="with --data (default: %(default)s)")
+  add(
+    "--checkpoint",
+    default="",
+    help="the frozen encoder, if it is no longer where it was",
+  )
+  add(
+    "--whole_frames",
+    action="store_true",
+    help="do not crop the face: right for videos of face crops",
+  )
+  add(
+    "--calibrated",
+    action="store_true",
+    help="divide logits by the temperature fitted on the validation split",
+  )
+  add("--json", action="store_true", help="write JSON lines, no table")
+  add(
+    "--dtype",
+    choices=("float32", "bfloat16"),
+    default="float32",
+    help="dtype of matmuls (default: %(default)s)",
+  )
+  add(
+    "--batch_size",
+    type=cli.at_least(1),
+    help="windows per batch; by default 1 on CPU, else 16",
+  )
+  add(
+    "--num_workers",
+    type=cli.at_least(1),
+    default=cli.num_cores(),
+    help="worker processes that read videos (default: %(default)s)",
+  )
+  return parser
+
+
+if __name__ == "__main__":
+  sys.exit(main())

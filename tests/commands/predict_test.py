@@ -1,0 +1,286 @@
+"""Models kept by evaluations, applied to data sets and to video files."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from configs import eval_far
+from marlin_jax import Marlin, predict
+from marlin_jax.downstream import splits
+from marlin_jax.inference import classifier
+from marlin_jax.weights.architecture import Architecture
+from marlin_jax.weights.weights import WeightsError
+from tests.support.labelled_data import run, write_random
+from tests.support.processes import ROOT
+from tests.support.videos import write_video
+
+ENCODER = Architecture(
+  width=32, depth=1, num_heads=2, mlp_dim=64, num_frames=4, patch_size=56
+)
+MODES = {
+  "appearance": "linear,knn,attentive,finetune",
+  "mood": "linear,knn,attentive",
+}
+
+
+@pytest.fixture(scope="module")
+def workdir(face_data, tmp_path_factory):
+  """Evaluations of labels in all modes, and of classes, from one encoder."""
+  folder = tmp_path_factory.mktemp("kept")
+  encoder = write_random(folder / "encoder", ENCODER)
+  common = {"plots": False, "knn.k": 3, "num_seeds": 1}
+  for task, modes in MODES.items():
+    run(
+      eval_far,
+      folder / "far",
+      face_data,
+      encoder,
+      tasks=task,
+      modes=modes,
+      **common,
+    )
+  run(
+    eval_far,
+    folder / "std",
+    face_data,
+    encoder,
+    tasks="mood",
+    modes="linear",
+    pool="mean_std",
+    **common,
+  )
+  return folder
+
+
+def rows_of(path):
+  with open(path) as file:
+    return list(csv.DictReader(file))
+
+
+def probabilities(rows, names):
+  return np.array([[float(row[f"p:{name}"]) for name in names] for row in rows])
+
+
+@pytest.mark.parametrize(
+  ("task", "mode"),
+  [(task, mode) for task in MODES for mode in MODES[task].split(",")],
+)
+def test_a_kept_model_gives_the_evaluations_predictions(
+  workdir, face_data, tmp_path, mode, task
+):
+  cell = f"{task}-{mode}-1-0"
+  output = tmp_path / "predictions.csv"
+  arguments = [
+    *("--model", str(workdir / "far" / "models" / cell)),
+    *("--output", str(output), "--data", str(face_data)),
+  ]
+  if mode == "finetune":  # once as a user does, in a fresh process
+    result = subprocess.run(
+      [sys.executable, "-m", "marlin_jax.predict", *arguments],
+      capture_output=True,
+      text=True,
+      cwd=ROOT,
+      check=False,
+      timeout=250,
+    )
+    assert result.returncode == 0, result.stderr
+  else:
+    assert predict.main(arguments) == 0
+  expected = rows_of(workdir / "far" / "predictions" / f"{cell}.csv")
+  names = [key[2:] for key in expected[0] if key.startswith("p:")]
+  videos = [row for row in rows_of(output) if row["row"] == "video"]
+  assert [v["video"] for v in videos] == [row["video_id"] for row in expected]
+  np.testing.assert_allclose(
+    probabilities(videos, names), probabilities(expected, names), atol=2e-6
+  )
+  results = json.loads((workdir / "far" / "results.json").read_text())
+  (scored,) = (c for c in results["cells"] if c["name"] == cell)
+  thresholds = [row.get("threshold") for row in scored["test"]["per_class"]]
+  for row, p in zip(videos, probabilities(videos, names), strict=True):
+    if task == "mood":
+      assert row["predicted"] == names[p.argmax()]
+    else:
+      chosen = [
+        n for n, q, t in zip(names, p, thresholds, strict=True) if q >= t
+      ]
+      assert row["predicted"] == ";".join(chosen)
+
+
+def test_pooled_deviations_are_kept_too(workdir, face_data, tmp_path):
+  model = workdir / "std" / "models" / "mood-linear-1-0"
+  output = tmp_path / "predictions.csv"
+  assert (
+    predict.main(
+      [
+        *("--model", str(model), "--output", str(output)),
+        *("--data", str(face_data)),
+      ]
+    )
+    == 0
+  )
+  expected = rows_of(workdir / "std" / "predictions" / "mood-linear-1-0.csv")
+  names = ("dark", "grey", "bright")
+  np.testing.assert_allclose(
+    probabilities(rows_of(output), names),
+    probabilities(expected, names),
+    atol=2e-6,
+  )
+
+
+def test_windows_and_their_mean_of_a_video_file(
+  workdir, carphone, tmp_path, face_models
+):
+  video = carphone(tmp_path / "clip.mp4", 20)
+  model = workdir / "far" / "models" / "mood-attentive-1-0"
+  output = tmp_path / "out" / "predictions.csv"
+  arguments = [str(video), "--model", str(model), "--output", str(output)]
+  assert predict.main([*arguments, "--num_workers", "1"]) == 0
+  *windows, whole = rows_of(output)
+  assert [row["row"] for row in windows] == ["window"] * 3
+  names = ("dark", "grey", "bright")
+  np.testing.assert_allclose(
+    probabilities(windows, names).mean(axis=0),
+    probabilities([whole], names)[0],
+    atol=2e-6,
+  )
+  left, top, right, bottom = (
+    float(whole[key]) for key in ("x0", "y0", "x1", "y1")
+  )
+  # The man's face is in the middle of the picture of 176 x 144 pixels.
+  assert 0 < (left + right) / 2 < 176
+  assert right - left == pytest.approx(bottom - top, abs=1)
+  assert 40 < right - left < 200
+  prediction = Marlin.load_classifier(model).predict(video)
+  assert prediction.as_dict() == pytest.approx(
+    dict(zip(names, probabilities([whole], names)[0], strict=True)), abs=1e-5
+  )
+  assert prediction.predicted == (whole["predicted"],)
+
+
+def test_a_stopped_run_goes_on_and_a_changed_video_is_predicted_again(
+  workdir, carphone, tmp_path, face_models, capsys
+):
+  folder = tmp_path / "videos"
+  folder.mkdir()
+  for number, length in enumerate((8, 9, 10)):
+    carphone(folder / f"{number}.mp4", length)
+  write_video(folder / "grey.mp4", [np.full((144, 176, 3), 90, np.uint8)] * 8)
+  output = tmp_path / "predictions.csv"
+  model = workdir / "far" / "models" / "mood-knn-1-0"
+  arguments = [
+    *(str(folder), "--model", str(model), "--output", str(output)),
+    *("--num_workers", "1"),
+  ]
+  assert predict.main(arguments) == 0
+  rows = rows_of(output)
+  assert ["no face" in row["error"] for row in rows[-1:]] == [True]
+  journal = tmp_path / "predictions.csv.jsonl"
+  lines = journal.read_bytes().splitlines(True)
+  # As after a kill in the middle of the third line.
+  journal.write_bytes(b"".join(lines[:2]) + lines[2][:20])
+  output.unlink()
+  before = lines[1]
+  assert predict.main(arguments) == 0
+  assert rows_of(output) == rows
+  assert journal.read_bytes().splitlines(True)[1] == before
+  assert "1 of them done before" in capsys.readouterr().out
+  carphone(folder / "0.mp4", 12)
+  assert predict.main(arguments) == 0
+  changed = rows_of(output)
+  ends = [
+    max(float(row["end_secs"]) for row in table if row["video"] == "0.mp4")
+    for table in (changed, rows)
+  ]
+  assert ends[0] > ends[1]
+  others = [
+    [row for row in table if row["video"] != "0.mp4"]
+    for table in (changed, rows)
+  ]
+  assert others[0] == others[1]
+
+
+def test_json_lines_hold_the_same(workdir, face_data, tmp_path):
+  model = workdir / "far" / "models" / "mood-linear-1-0"
+  output = tmp_path / "predictions.jsonl"
+  arguments = ["--model", str(model), "--data", str(face_data)]
+  assert predict.main([*arguments, "--output", str(output), "--json"]) == 0
+  settings, *entries = map(json.loads, output.read_text().splitlines())
+  assert settings["names"] == ["dark", "grey", "bright"]
+  table = tmp_path / "table.csv"
+  assert predict.main([*arguments, "--output", str(table)]) == 0
+  np.testing.assert_array_equal(
+    [entry["probabilities"] for entry in entries],
+    probabilities(rows_of(table), settings["names"]),
+  )
+
+
+def test_calibrated_probabilities_fit_the_validation_split_better(
+  workdir, face_data, tmp_path
+):
+  model = workdir / "far" / "models" / "appearance-knn-1-0"
+  losses = []
+  for flag in ([], ["--calibrated"]):
+    output = tmp_path / f"predictions{len(flag)}.csv"
+    assert (
+      predict.main(
+        [
+          *("--model", str(model), "--data", str(face_data)),
+          *("--split", "val", "--output", str(output), *flag),
+        ]
+      )
+      == 0
+    )
+    p = probabilities(rows_of(output), ("bright", "red", "never"))
+    p = p.clip(1e-7, 1 - 1e-7)
+    truth = rows_of_truth(face_data)
+    losses.append(-np.mean(truth * np.log(p) + (1 - truth) * np.log(1 - p)))
+  assert losses[1] <= losses[0] + 1e-6
+  assert classifier.read_description(model).temperature != 1.0
+
+
+def rows_of_truth(data):
+  return splits.open_split(str(data), "val", None).labels["appearance"]
+
+
+def test_wrong_models_and_outputs_are_refused(
+  workdir, face_data, tmp_path, capsys
+):
+  model = workdir / "far" / "models" / "mood-linear-1-0"
+  output = tmp_path / "predictions.csv"
+  data = ["--data", str(face_data)]
+
+  def message(*arguments) -> str:
+    assert predict.main([*arguments, "--output", str(output)]) == 1
+    return capsys.readouterr().err
+
+  assert "model.json" in message("--model", str(tmp_path), *data)
+  assert "either videos or --data" in message("--model", str(model))
+  other = write_random(
+    tmp_path / "other", Architecture(**vars(ENCODER) | {"width": 48})
+  )
+  wrong = message("--model", str(model), "--checkpoint", str(other), *data)
+  assert "hash" in wrong
+  output.write_text("mine")
+  assert "choose another --output" in message("--model", str(model), *data)
+  assert output.read_text() == "mine"
+
+
+def test_a_missing_encoder_is_asked_for(workdir, tmp_path):
+  model = workdir / "far" / "models" / "mood-linear-1-0"
+  description = classifier.read_description(model)
+  moved = tmp_path / "model"
+  moved.mkdir()
+  content = json.loads((model / "model.json").read_text())
+  content["encoder"] = str(tmp_path / "gone")
+  (moved / "model.json").write_text(json.dumps(content))
+  (moved / "model.safetensors").write_bytes(
+    (model / "model.safetensors").read_bytes()
+  )
+  with pytest.raises(WeightsError, match="--checkpoint"):
+    Marlin.load_classifier(moved)
+  opened = Marlin.load_classifier(moved, encoder=str(workdir / "encoder"))
+  assert opened.description.names == description.names
