@@ -40,7 +40,7 @@ def get_config():
   # Share of the people in the training split; comma-separated for several:
   # --config.data.ratio=0.01,0.1,1.
   config.data.ratio = "1"
-  # Use all face tracks of a video; False: the longest one.
+  # Use all face tracks of a video; False: the main face.
   config.data.all_tracks = False
   # Reader threads.
   config.data.num_threads = 4

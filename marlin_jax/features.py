@@ -238,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
   add(
     "--crop_face",
     action="store_true",
-    help="crop the face that is visible longest, following it over time; by "
+    help="crop the main face, large and long visible, and follow it; by "
     "default whole frames are taken, which is right for face crops",
   )
   add(

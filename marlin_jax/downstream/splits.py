@@ -27,7 +27,7 @@ from marlin_jax.records import schema
 from marlin_jax.records.folders import write_bytes
 
 # Incremented when the meaning of an index file changes.
-_INDEX_VERSION = 1
+_INDEX_VERSION = 2
 _NUM_THREADS = 8
 
 
@@ -38,15 +38,26 @@ class TrackRecords(NamedTuple):
     video: number of the video in the split.
     records: numbers of the records in the split.
     lengths: number of frames of each record.
+    side: median side of the crop in pixels of the video; 0 where unknown.
   """
 
   video: int
   records: tuple[int, ...]
   lengths: tuple[int, ...]
+  side: float = 0.0
 
   @property
   def num_frames(self) -> int:
     return sum(self.lengths)
+
+  @property
+  def prominence(self) -> tuple[float, int]:
+    """Sort key of the tracks of a video; the main face has the highest.
+
+    Side times frames, as `data_prep.faces.main_face.largest`, which chooses the
+    face of `Marlin.extract_video`.
+    """
+    return self.side * self.num_frames, self.num_frames
 
 
 class TrackWindow(NamedTuple):
@@ -118,8 +129,8 @@ def open_split(
     path: directory of the data set.
     split: 'train', 'val', 'test', ..., or several as 'fold1+fold2'.
     cache: folder for the index of the records; None: it is not kept.
-    all_tracks: take every track; by default the longest of each video, as
-      `Marlin.extract_video` does.
+    all_tracks: take every track; by default that of the main face, see
+      `TrackRecords.prominence`.
 
   Raises:
     DatasetError: there is no such split, it is damaged, or the records of a
@@ -138,17 +149,18 @@ def open_split(
           f"{first[key]} and {row[key]}; prepare the data set again"
         )
     segments[row["video_id"], row["track_id"]].append(
-      (row["segment"], number, row["num_frames"])
+      (row["segment"], number, row["num_frames"], row["side"])
     )
   video_ids = sorted(videos)
   video_numbers = {video_id: i for i, video_id in enumerate(video_ids)}
   tracks: list[TrackRecords] = []
   for (video_id, _), track_segments in sorted(segments.items()):
-    _, numbers, lengths = zip(*sorted(track_segments), strict=True)
-    track = TrackRecords(video_numbers[video_id], numbers, lengths)
+    _, numbers, lengths, sides = zip(*sorted(track_segments), strict=True)
+    side = float(np.median(np.repeat(sides, lengths)))
+    track = TrackRecords(video_numbers[video_id], numbers, lengths, side)
     if all_tracks or not tracks or tracks[-1].video != track.video:
       tracks.append(track)
-    elif track.num_frames > tracks[-1].num_frames:
+    elif track.prominence > tracks[-1].prominence:
       tracks[-1] = track
   return Split(
     dataset=dataset,
@@ -207,6 +219,7 @@ def _row(record: schema.Record) -> dict:
     "segment": record.segment,
     "subject_id": record.subject_id,
     "num_frames": len(record),
+    "side": float(np.median(record.boxes[:, 2] - record.boxes[:, 0])),
     # None instead of NaN, which differs from itself and is not JSON.
     "labels": {
       name: [None if np.isnan(x) else float(x) for x in np.ravel(values)]

@@ -207,8 +207,8 @@ def read_windows(
 
   With `crop_face` the video is decoded twice: the first pass tracks all faces,
   the second crops the main one along its smoothed path, and the windows cover
-  the frames of its track. The main face has the longest track; of equally long
-  tracks, the largest face.
+  the frames of its track. The main face is the largest times the longest; see
+  `data_prep.faces.main_face`.
 
   Args:
     path: a video file in any format that FFmpeg decodes; frames are turned as
@@ -359,6 +359,7 @@ class _WindowReader:
   # --- A face -----------------------------------------------------------------
 
   def _main_track(self) -> tuple[tracked.TrackedVideo, tracking.Track]:
+    from data_prep.faces import main_face
     from data_prep.video import tracked
 
     video = tracked.TrackedVideo(
@@ -368,7 +369,7 @@ class _WindowReader:
     )
     if not video.tracks:
       raise NoFaceError(self._path)
-    return video, max(video.tracks, key=lambda track: (len(track), track.side))
+    return video, main_face.largest(video.tracks)[0]
 
   def _cropped_frames(
     self, video: tracked.TrackedVideo, track: tracking.Track

@@ -168,9 +168,10 @@ class Marlin:
 
     Args:
       path: a video file that FFmpeg decodes.
-      crop_face: track the face that is visible longest and crop it; windows
-        cover the frames of its track. If False, whole frames are used, padded
-        to squares with black bars, which is right for videos of face crops.
+      crop_face: track the main face, large and long visible, and crop it;
+        windows cover the frames of its track. If False, whole frames are used,
+        padded to squares with black bars, which is right for videos of face
+        crops.
       sample_rate: distance between the frames of a window; by default as in
         training, 2.
       stride: sampled frames from the start of one window to the start of the

@@ -364,7 +364,27 @@ def test_folds_are_joined_into_splits(tmp_path):
       splits.open_split(str(path), wrong, tmp_path)
 
 
-def test_windows_cover_the_longest_track_across_records(face_data, tmp_path):
+def test_the_main_face_of_a_video_is_evaluated(tmp_path):
+  """Large and long visible, as in features: not the leftmost or longest."""
+
+  def draw(i, np_rng):
+    # Track 1 has 6 frames, track 0 has 10.
+    sides = ((80, 140), (120, 80), (100, 100))[i]
+    return dataclasses.replace(
+      draw_face(i, np_rng), num_tracks=2, sides=sides, cuts=(6,)
+    )
+
+  path = labelled_data.write(
+    tmp_path / "data", {"train": labelled_data.make(3, draw)}, LABELS
+  )
+  split = splits.open_split(str(path), "train", tmp_path)
+  assert [track.side for track in split.tracks] == [140, 120, 100]
+  assert [track.num_frames for track in split.tracks] == [6, 10, 10]
+  every = splits.open_split(str(path), "train", tmp_path, all_tracks=True)
+  assert len(every.tracks) == 6
+
+
+def test_windows_cover_the_track_across_records(face_data, tmp_path):
   config = tiny(eval_far.get_config())
   clip = formats.open_encoder("random", config.random).architecture.clip
   split = splits.open_split(str(face_data), "train", tmp_path)

@@ -236,7 +236,9 @@ def test_a_real_face_fills_the_window(models):
   assert nose_is_central(window.frames[-1], models)
 
 
-def test_the_face_that_is_there_longest_is_taken(tmp_path, carphone, models):
+def test_the_face_that_is_large_and_long_visible_is_taken(
+  tmp_path, carphone, models
+):
   with av.open(str(carphone(tmp_path / "one.mp4", 24))) as container:
     faces = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
   both = np.zeros((24, 288, 528, 3), np.uint8)
@@ -247,7 +249,7 @@ def test_the_face_that_is_there_longest_is_taken(tmp_path, carphone, models):
   both[:, :, :352, 1] //= 2
   faded = both.copy()
   # Slowly: otherwise it would be a cut.
-  light = np.clip((np.arange(24) - 4) / 12, 0, 1)[:, None, None, None]
+  light = np.clip((np.arange(24) - 13) / 10, 0, 1)[:, None, None, None]
   faded[:, :, :352] = light * faded[:, :, :352]
 
   def is_the_larger(name, frames):

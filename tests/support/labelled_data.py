@@ -35,6 +35,7 @@ class Video:
     frames: uint8 (T, 224, 224, 3).
     cuts: where its track is cut into records.
     num_tracks: copies of the track.
+    sides: side of the crop in each track; 0 where it is missing.
   """
 
   video_id: str
@@ -43,10 +44,12 @@ class Video:
   frames: np.ndarray
   cuts: Sequence[int] = ()
   num_tracks: int = 1
+  sides: Sequence[float] = ()
 
   def records(self):
     for track_id in range(self.num_tracks):
       parts = np.split(self.frames, self.cuts)
+      side = [*self.sides, *[0] * self.num_tracks][track_id]
       for segment, part in enumerate(parts):
         num = len(part) - 2 * track_id  # the first is the longest
         yield schema.Record(
@@ -56,7 +59,7 @@ class Video:
           ],
           regions=np.zeros((num, 14, 14), np.uint16),
           parsing=b"",
-          boxes=np.zeros((num, 4), np.float32),
+          boxes=np.tile(np.float32([0, 0, side, side]), (num, 1)),
           video_id=self.video_id,
           track_id=track_id,
           segment=segment,
