@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -284,6 +285,7 @@ def decode_frames(
   indices = list(indices)
   if out is None:
     out = np.empty((len(indices), FRAME_SIZE, FRAME_SIZE, 3), np.uint8)
+  decode_frame = _frame_decoder(out.shape[1], box)
   first_at: dict[int, int] = {}
   for i, index in enumerate(indices):
     if index in first_at:
@@ -291,7 +293,7 @@ def decode_frames(
       continue
     first_at[index] = i
     try:
-      _decode_frame(record.frames[index], out[i], box)
+      decode_frame(record.frames[index], out[i])
     except ValueError as e:
       raise ValueError(
         f"record {record.name}: frame {index} is not a "
@@ -300,27 +302,36 @@ def decode_frames(
   return out
 
 
-def _decode_frame(data: bytes, out: np.ndarray, box: Box) -> None:
-  """Decodes a frame into uint8 (S, S, 3); raises ValueError if it cannot."""
+@functools.lru_cache(maxsize=1024)
+def _frame_decoder(size: int, box: Box) -> Callable[[bytes, np.ndarray], None]:
+  """Returns a function that decodes a frame into uint8 (S, S, 3).
+
+  It raises ValueError if it cannot.
+  """
   import simplejpeg
 
-  height, width, *_ = simplejpeg.decode_jpeg_header(data)
-  if (height, width) != (FRAME_SIZE, FRAME_SIZE):
-    raise ValueError(f"it has {width}x{height} pixels")
-  size, shown = len(out), min(box.width, box.height)
+  shown = min(box.width, box.height)
   # libjpeg is slower at other factors than at full size.
   factor = max(n for n in (1, 2, 4, 8) if n == 1 or n * size <= shown)
   decoded_size = FRAME_SIZE // factor
   fits = decoded_size == size and box == WHOLE
-  pixels = simplejpeg.decode_jpeg(
-    data,
-    min_height=decoded_size,
-    min_width=decoded_size,
-    buffer=out if fits else None,
-  )
-  if not fits:
-    x, y, width, height = (side / factor for side in box)
-    out[:] = resized(pixels, size, (x, y, x + width, y + height))
+  x, y, width, height = (side / factor for side in box)
+  part = (x, y, x + width, y + height)
+
+  def decode(data: bytes, out: np.ndarray) -> None:
+    height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    if (height, width) != (FRAME_SIZE, FRAME_SIZE):
+      raise ValueError(f"it has {width}x{height} pixels")
+    pixels = simplejpeg.decode_jpeg(
+      data,
+      min_height=decoded_size,
+      min_width=decoded_size,
+      buffer=out if fits else None,
+    )
+    if not fits:
+      out[:] = resized(pixels, size, part)
+
+  return decode
 
 
 def resized(

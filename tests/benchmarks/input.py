@@ -2,13 +2,16 @@
 
 All stages use the same records and number of threads, in turns with the limit:
 simplejpeg decodes the frames of a batch into a buffer that exists already. The
-unit is clips per second of CPU time, summed over all threads. Prints a table
-and the path of a JSON file.
+unit is clips per second of CPU time, summed over all threads and worker
+processes. Then threads and worker processes serve clips whose decoding takes
+2.5 ms and no CPU, as with endless cores: what limits them is the rest of the
+work, and in threads Python's lock. Prints tables and the path of a JSON file.
 """
 
 import argparse
 import dataclasses
 import itertools
+import multiprocessing
 import os
 import statistics
 import tempfile
@@ -18,7 +21,6 @@ from concurrent import futures
 from importlib import metadata
 from pathlib import Path
 
-import grain
 import jax
 import numpy as np
 import simplejpeg
@@ -90,23 +92,23 @@ def stages(
   Each returns a function that does the work of its stage for one batch per
   thread.
   """
-  raw = grain.sources.ArrayRecordDataSource(list(dataset.shards))
+  raw = dataset.source
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
-  def batches(clips_per_record):
+  def batches(clips_per_record=1, take_clip=TAKE_CLIP, **reading):
     return loader.train_batches(
       sampling.RecordDraws(dataset, seed=0, num_clips=clips_per_record),
-      TAKE_CLIP,
+      take_clip,
       batch_size=batch_size,
       start_step=0,
-      num_threads=num_threads,
+      **{"num_threads": num_threads} | reading,
     )
 
-  made = batches(1)
+  made = batches()
   several = [next(made) for _ in range(num_threads)]
   batch = {k: np.concatenate([b[k] for b in several]) for k in several[0]}
   ids, starts = batch["_id"].tolist(), batch["start"].tolist()
-  encoded = [raw[i] for i in ids]
+  encoded = [raw.read(i) for i in ids]
   parsed = [schema.decode(data) for data in encoded]
   frames = [
     [r.frames[i] for i in TAKE_CLIP.clip.indices(start, len(r))]
@@ -141,19 +143,19 @@ def stages(
   def transfer():
     jax.block_until_ready(list(loader.to_devices([shifted], sharding)))
 
-  def whole(clips_per_record):
-    made = batches(clips_per_record)
+  def whole(*args, **options):
+    made = batches(*args, **options)
     return lambda: [next(made) for _ in range(num_threads)]
 
   def whole_on_devices():
-    made = loader.to_devices(batches(1), sharding)
+    made = loader.to_devices(batches(), sharding)
     return lambda: jax.block_until_ready(
       [next(made) for _ in range(num_threads)]
     )
 
   apart = {
     LIMIT: all_clips(decode),
-    "read": all_clips(lambda i: raw[ids[i]]),
+    "read": all_clips(lambda i: raw.read(ids[i])),
     "parse": all_clips(lambda i: schema.decode(encoded[i])),
     "choose frames, regions": all_clips(choose),
     "new buffer": lambda: TAKE_CLIP.empty(len(ids)),
@@ -161,22 +163,35 @@ def stages(
   }
   return {
     **{name: lambda work=work: work for name, work in apart.items()},
-    "train_batches": lambda: whole(1),
+    "train_batches": whole,
     "train_batches, to_devices": whole_on_devices,
+    "worker processes": lambda: whole(num_threads=1, num_workers=num_threads),
+    "112 pixels": lambda: whole(
+      take_clip=dataclasses.replace(TAKE_CLIP, frame_size=112)
+    ),
     "2 clips per record": lambda: whole(2),
     "4 clips per record": lambda: whole(4),
   }
 
 
+def cpu_secs() -> float:
+  """Returns the CPU time of this process and its worker processes."""
+  secs = time.process_time()
+  for worker in multiprocessing.active_children():
+    for thread in Path(f"/proc/{worker.pid}/task").glob("*/schedstat"):
+      secs += int(thread.read_text().split()[0]) / 1e9
+  return secs
+
+
 def measure(work: Callable[[], object], num_clips: int) -> tuple[float, float]:
   """Returns CPU and wall seconds per clip, once all threads are idle again."""
-  start, cpu = time.perf_counter(), time.process_time()
+  start, cpu = time.perf_counter(), cpu_secs()
   work()
-  end, last, num_quiet = time.perf_counter(), time.process_time(), 0
+  end, last, num_quiet = time.perf_counter(), cpu_secs(), 0
   # The pipeline refills the queue that `work` has taken batches from.
   while num_quiet < 5:
     time.sleep(0.02)
-    now = time.process_time()
+    now = cpu_secs()
     if now - last > 0.002:
       end, num_quiet = time.perf_counter(), 0
     else:
@@ -227,6 +242,52 @@ def compare(
   return {"what": f"records of {num_frames} frames", "rows": rows}
 
 
+class EndlessCores(TakeClip):
+  """Decodes in 2.5 ms, without a core."""
+
+  def decode(self, clips, index, record, frames):
+    time.sleep(0.0025)
+
+
+def without_decoding(
+  dataset: prepared_dataset.Dataset, batch_size: int, secs: float
+) -> dict:
+  """Measures clips per second of wall time; prints and returns them."""
+  rows = {}
+  for reading in (
+    loader.Reading(num_threads=32),
+    loader.Reading(num_threads=16, num_workers=2),
+  ):
+    made = loader.train_batches(
+      sampling.RecordDraws(dataset, seed=0),
+      EndlessCores(TAKE_CLIP.clip, TAKE_CLIP.tubelet_size),
+      batch_size=batch_size,
+      start_step=0,
+      **reading._asdict(),
+    )
+    for _ in range(20):
+      next(made)
+    start, cpu, num_clips = time.perf_counter(), cpu_secs(), 0
+    while (wall := time.perf_counter() - start) < secs:
+      next(made)
+      num_clips += batch_size
+    cpu = cpu_secs() - cpu
+    rows[str(reading)] = {
+      "clips_per_sec": num_clips / wall,
+      "cpu_secs_per_clip": cpu / num_clips,
+      "cores_used": cpu / wall,
+      "load": os.getloadavg()[0],
+    }
+    print(
+      f"no decoding  {reading!s:40} {num_clips / wall:6.0f} clips/s, "
+      f"{1e3 * cpu / num_clips:.3f} ms of CPU each, {cpu / wall:.2f} cores, "
+      f"load {os.getloadavg()[0]:.1f}",
+      flush=True,
+    )
+    del made
+  return {"what": "without decoding", "rows": rows}
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--path", help="a data set; default: the sample")
@@ -240,6 +301,9 @@ def main():
   parser.add_argument("--batch_size", type=int, default=32)
   parser.add_argument("--num_threads", type=int, default=2)
   parser.add_argument("--repeats", type=int, default=21)
+  parser.add_argument(
+    "--secs", type=float, default=5, help="time of each row without decoding"
+  )
   args = parser.parse_args()
   if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
     print("warning: slower without the malloc settings of the Makefile")
@@ -257,7 +321,10 @@ def main():
           args.repeats,
         )
       )
-  names = ("grain", "array_record", "simplejpeg", "protobuf")
+  with tempfile.TemporaryDirectory() as directory:
+    made = cut(dataset, args.frames[0], directory)
+    results.append(without_decoding(made, args.batch_size, args.secs))
+  names = ("array_record", "simplejpeg", "protobuf")
   results.append(vars(args) | {name: metadata.version(name) for name in names})
   timing.save("bench_input", results)
 
