@@ -352,7 +352,8 @@ def _parser() -> argparse.ArgumentParser:
   add(
     "--num_shards",
     type=cli.at_least(1),
-    help="number of shards of the largest split; by default one per 32 videos",
+    help="number of shards of the largest split; by default one per 256 MiB of "
+    "video files, at most 2048 in all",
   )
   add(
     "--sound",

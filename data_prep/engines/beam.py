@@ -15,8 +15,8 @@ from data_prep.output.shard_job import ShardJob
 from data_prep.video import video_to_records
 from marlin_jax.records import folders
 
-# Jobs of 32 videos each: about 3 MB per file.
-JOBS_PER_FILE = 256
+# Jobs of at most some hundreds of videos: a few MB per file.
+JOBS_PER_FILE = 16
 
 
 def run(

@@ -25,11 +25,10 @@ import dataclasses
 import errno
 import itertools
 import json
-import math
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,8 +41,6 @@ from data_prep.video import video_to_records
 from marlin_jax.records import folders, quality_index, schema
 from marlin_jax.records.folders import Lock, OutputFolderError
 
-# About 100 MB of short clips.
-VIDEOS_PER_SHARD = 32
 # Setting with the version of decoding, tracking and labelling.
 ALGORITHM_VERSION = "algorithm_version"
 
@@ -110,6 +107,30 @@ def counts(entries: Iterable[Entry]) -> dict[str, int]:
   }
 
 
+def _numbers_of_shards(
+  sources: Sequence[Source], num_shards: int | None, known: Collection[str]
+) -> dict[str, int]:
+  """Returns the number of shards of each split.
+
+  Args:
+    sources: the videos of all splits.
+    num_shards: that of the largest split; None to go by the videos' bytes.
+    known: splits whose numbers are not needed.
+  """
+  if num_shards is None:
+    files_by_split: dict[str, set[Path]] = {}
+    for source in sources:
+      if source.split not in known:
+        files_by_split.setdefault(source.split, set()).add(source.path)
+    return shards.default_numbers(files_by_split)
+  num_videos = Counter(source.split for source in sources)
+  largest = max(num_videos.values())
+  return {
+    split: max(round(num_shards * num / largest), 1)
+    for split, num in num_videos.items()
+  }
+
+
 class DatasetFolder:
   """The folder of a data set, locked while open; a context manager."""
 
@@ -128,8 +149,8 @@ class DatasetFolder:
       recipe: settings that every record depends on; must equal those of an
         existing folder.
       num_shards: number of shards of the largest split; other splits have
-        shards in proportion. None gives one per VIDEOS_PER_SHARD videos. The
-        numbers stay as the folder grows.
+        shards in proportion. None gives `shards.default_numbers`. The numbers
+        stay as the folder grows.
       videos: all videos, and the meaning of their labels.
       task: number of this task and number of tasks; a task plans and changes
         only its own shards.
@@ -214,12 +235,10 @@ class DatasetFolder:
         f"{self.path} was made with other settings: {'; '.join(differences)}. "
         "Use the earlier settings, or another --output"
       )
-    num_videos = Counter(source.split for source in sources)
-    for split, num in num_videos.items():
-      split_shards = math.ceil(num / VIDEOS_PER_SHARD)
-      if num_shards is not None:
-        split_shards = round(num_shards * num / max(num_videos.values()))
-      counts.setdefault(split, max(1, split_shards))
+    for split, number in _numbers_of_shards(
+      sources, num_shards, counts
+    ).items():
+      counts.setdefault(split, number)
     settings = {**recipe, "num_shards": dict(sorted(counts.items()))}
     # A folder keeps its version: `begin` refuses to mix two.
     settings.pop(ALGORITHM_VERSION, None)

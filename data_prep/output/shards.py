@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,11 +21,54 @@ from marlin_jax.records.cli import UserError
 # One record per chunk: a random read then decompresses nothing else.
 WRITER_OPTIONS = "group_size:1,zstd:1"
 
+# Video files of so many bytes make a shard; its records take about as much.
+BYTES_PER_SHARD = 256 << 20
+# Readers keep all shards open.
+MAX_SHARDS = 2048
+# The sizes of so many files, spread evenly, count for all: a million take
+# minutes on a network's disk, and hours in a bucket.
+MAX_SIZES = 1000
+# Size that counts for folders of pictures and missing files.
+USUAL_VIDEO_BYTES = 8 << 20
+
 _READ_BATCH = 16
 
 
 class ShardError(UserError):
   """A shard cannot be written, or does not read back as written."""
+
+
+def default_numbers(
+  files_by_split: Mapping[str, Collection[Path]],
+) -> dict[str, int]:
+  """Returns the number of shards of each split, by the bytes of its videos.
+
+  Args:
+    files_by_split: the video files, each at least once.
+  """
+  num_bytes = {
+    split: _total_bytes(sorted({*files}))
+    for split, files in files_by_split.items()
+  }
+  bytes_per_shard = max(BYTES_PER_SHARD, sum(num_bytes.values()) / MAX_SHARDS)
+  return {
+    split: max(int(total / bytes_per_shard), 1)
+    for split, total in num_bytes.items()
+  }
+
+
+def _total_bytes(files: Sequence[Path]) -> float:
+  """Returns the bytes of files, estimated from `MAX_SIZES` of them."""
+  sampled = files[:: math.ceil(len(files) / MAX_SIZES)]
+  return sum(map(_size, sampled)) * len(files) / len(sampled)
+
+
+def _size(file: Path) -> int:
+  with contextlib.suppress(OSError):
+    is_folder, size, _ = storage.status(file)
+    if not is_folder:
+      return size
+  return USUAL_VIDEO_BYTES
 
 
 # --- ArrayRecord --------------------------------------------------------------
