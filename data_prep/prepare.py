@@ -284,6 +284,8 @@ def _parser() -> argparse.ArgumentParser:
     description="Prepares a data set of face tracks from videos. A run may be "
     "stopped at any moment; the same command resumes it and does only what is "
     "missing.",
+    epilog="published data sets, see docs/DATA.md:\n"
+    + "\n".join(f"  {n:14}{of.summary}" for n, of in LAYOUTS.items()),
     formatter_class=cli.HelpFormatter,
     allow_abbrev=False,  # a misspelled flag is an error
   )
@@ -300,8 +302,8 @@ def _parser() -> argparse.ArgumentParser:
   add(
     "--dataset",
     choices=LAYOUTS,
-    help="layout of a published data set: "
-    + "; ".join(f"{n}: {layout.summary}" for n, layout in LAYOUTS.items()),
+    metavar="NAME",
+    help="layout of a published data set, one of the list below",
   )
   add(
     "--output",
@@ -358,8 +360,8 @@ def _parser() -> argparse.ArgumentParser:
   add(
     "--sound",
     action="store_true",
-    help="store the sound, 16 kHz, and its mel spectrogram; always on with "
-    "--dataset lrs2",
+    help="store the sound, 16 kHz, and its mel spectrogram; always on with the "
+    "data sets that the list below calls with sound",
   )
   add(
     "--faces",

@@ -330,7 +330,7 @@ def _group_problems(rows: list[Row]) -> list[tuple[int, str]]:
   """Returns the problems of rows taken together."""
   problems = []
   videos: dict[str, Row] = {}
-  subjects: dict[str, Row] = {}
+  people: dict[str, Row] = {}
   with_split = next((row for row in rows if row.split), None)
   for row in rows:
     same = videos.setdefault(row.video_id, row)
@@ -347,11 +347,15 @@ def _group_problems(rows: list[Row]) -> list[tuple[int, str]]:
         f"has{_in(with_split)}"
       )
       problems.append((row.number, problem))
-    other = subjects.setdefault(row.subject_id, row)
-    if row.subject_id and row.split and other.split not in ("", row.split):
+    # The parts of a file show one person, if nobody is named.
+    who = f"file {_shown(posixpath.normpath(row.path))}"
+    if row.subject_id:
+      who = f"subject {_shown(row.subject_id)}"
+    other = people.setdefault(who, row)
+    if row.split and other.split not in ("", row.split):
       problem = (
-        f"subject {_shown(row.subject_id)} is in split {row.split!r}, but in "
-        f"{other.split!r}{_in(other)}; a person must be in one split only"
+        f"{who} is in split {row.split!r}, but in {other.split!r}{_in(other)}; "
+        "a person must be in one split only"
       )
       problems.append((row.number, problem))
   return problems

@@ -24,7 +24,15 @@ class UserError(Exception):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-  """Help formatter that shows the default of each argument that has one."""
+  """Help formatter that shows the default of each argument that has one.
+
+  A text of several lines, such as a list at the end, keeps them.
+  """
+
+  def _fill_text(self, text: str, width: int, indent: str) -> str:
+    if "\n" in text:
+      return text
+    return super()._fill_text(text, width, indent)
 
   def _get_help_string(self, action: argparse.Action) -> str | None:
     if action.default is None or action.default is False:

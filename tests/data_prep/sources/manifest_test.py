@@ -250,6 +250,10 @@ def test_long_lists_of_bad_rows_are_cut(folder):
       "path,subject_id,split\nb.mp4,s,a\na.MKV,s,b\n",
       "row 3: subject 's' is in split 'b', but in 'a' (row 2)",
     ),
+    (
+      "path,split,end_secs\nb.mp4,a,2\nb.mp4,b,3\n",
+      "row 3: file 'b.mp4' is in split 'b', but in 'a' (row 2)",
+    ),
     ("path,x0,y0,x1\nb.mp4,0,0,1\n", "the header is"),
     ("path,end_secs\nb.mp4,1:20\n", "row 2: end_secs is '1:20', expected a"),
     ("path,start_secs\nb.mp4,inf\n", "row 2: start_secs is 'inf'"),
