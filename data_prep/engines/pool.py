@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ from data_prep.output import ledger, shards
 from data_prep.sources.manifest import Source
 from data_prep.video import decode, video_to_records
 from data_prep.video.video_to_records import FAILED, QUARANTINED, Outcome
+from marlin_jax.records import cgroups
 
 # A worker is replaced after so many videos. This bounds what native libraries
 # leak; opening the models again costs a few hundredths of a second per video.
 VIDEOS_PER_WORKER = 50
 # Time beyond the decoder's limit after which a silent worker counts as hung.
 EXTRA_STALL_SECS = 300.0
+# Bytes that a worker may allocate besides the frames that it keeps, where its
+# share of the memory is less. One needs 0.7 GB: libraries, models, tracks.
+MIN_WORKER_BYTES = 2 << 30
 # Tries of a video that fails by no fault of its own; the last is made alone.
 NUM_TRIES = 3
 
@@ -85,11 +90,17 @@ def _start(
   return workers.run_tasks(
     videos,
     open_work,
-    (output, settings),
+    (output, settings, _memory_of(num_workers)),
     num_workers=num_workers,
     tasks_per_worker=VIDEOS_PER_WORKER,
     stall_secs=settings.limits.secs + EXTRA_STALL_SECS,
   )
+
+
+def _memory_of(num_workers: int) -> int:
+  """Returns the bytes that each of some workers may allocate."""
+  least = MIN_WORKER_BYTES + video_to_records.KEPT_BYTES
+  return max(cgroups.usable_memory() // num_workers, least)
 
 
 def _quarantine(
@@ -108,18 +119,27 @@ def _quarantine(
 
 @contextlib.contextmanager
 def open_work(
-  task_settings: tuple[Path, video_to_records.Settings],
+  task_settings: tuple[Path, video_to_records.Settings, int],
 ) -> Iterator[Any]:
   """Opens the models in a worker; yields a function that processes a video.
 
   The function writes the part of a source, unless it failed, and returns its
   ledger line.
+
+  Args:
+    task_settings: output folder, settings of the records, and bytes that the
+      worker may allocate. With more, its video fails; without a limit, the
+      kernel would kill any process of the machine.
   """
   import cv2
 
   # There is one worker per core already.
   cv2.setNumThreads(1)
-  output, settings = task_settings
+  output, settings, max_bytes = task_settings
+  _, most = resource.getrlimit(resource.RLIMIT_DATA)
+  if most != resource.RLIM_INFINITY:
+    max_bytes = min(max_bytes, most)
+  resource.setrlimit(resource.RLIMIT_DATA, (max_bytes, most))
 
   def work(source: Source, report: Callable[[Any], None]) -> ledger.Entry:
     with shards.PartWriter(shards.Part(output, source.video_id)) as part:

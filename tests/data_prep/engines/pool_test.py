@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_prep import storage
@@ -25,7 +26,7 @@ SETTINGS = video_to_records.Settings()
 @contextlib.contextmanager
 def open_faulty(task_settings):
   """Yields work that does what the name of the video says, and logs it."""
-  output, settings = task_settings
+  output, settings, _ = task_settings
 
   def log(source, what):
     with open(output / "log.txt", "a") as file:
@@ -88,6 +89,36 @@ def test_failures_are_tried_again_the_last_time_alone(tmp_path, monkeypatch):
   # Four are tried for the last time.
   for begin, end in zip(log[-8::2], log[-7::2], strict=True):
     assert begin.removesuffix("begins") == end.removesuffix("ends")
+
+
+@contextlib.contextmanager
+def open_greedy(task_settings):
+  """Yields work that allocates more than the worker may."""
+  output, settings, _ = task_settings
+
+  def work(source, report):
+    outcome = Outcome(video_to_records.NO_FACE, "no face found")
+    try:
+      np.ones(2 << 30, np.uint8)
+    except MemoryError:
+      outcome = Outcome(video_to_records.FAILED, "no memory")
+    return ledger.Entry.of(source, settings, outcome)
+
+  with pool.open_work((output, settings, 1 << 30)):
+    yield work
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts other bytes")
+def test_memory_of_a_worker_is_limited(tmp_path, monkeypatch, face_models):
+  monkeypatch.setattr(pool, "open_work", open_greedy)
+  assert run(tmp_path, "v")["v"].reason == "no memory"
+
+
+def test_shares_of_the_memory(monkeypatch):
+  monkeypatch.setattr(pool.cgroups, "usable_memory", lambda: 64 << 30)
+  assert pool._memory_of(8) == 8 << 30
+  monkeypatch.setattr(pool.video_to_records, "KEPT_BYTES", 1 << 30)
+  assert pool._memory_of(64) == 3 << 30
 
 
 def test_a_video_that_appears_late_is_read(tmp_path, monkeypatch):
