@@ -10,7 +10,9 @@ a run; OUTPUT/quarantine.jsonl lists it with the reason.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.util
 import sys
 import time
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
   from data_prep.video import video_to_records
 
 
+# Packages whose versions the bytes of records may depend on.
+_VERSIONED = ("av", "mediapipe", "opencv-contrib-python", "simplejpeg")
 # Kinds of notes in the summary.
 MAX_NOTES = 5
 
@@ -57,7 +61,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.error(
       "--engine=beam needs Apache Beam: pip install -r requirements-beam.txt"
     )
-  return cli.run_command(lambda: _run(args))
+  if not (args.input or args.forget):
+    parser.error("--input is needed, unless videos are only to be forgotten")
+  if args.forget and args.task_count > 1:
+    parser.error("--forget is the work of one run, without --task_count")
+  return cli.run_command(lambda: _run(args) if args.input else _forget(args))
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -91,8 +99,11 @@ def _run(args: argparse.Namespace) -> None:
     args.num_shards,
     videos,
     task,
+    args.drop_missing,
+    _names_of(args.forget),
   ) as folder:
     storage.remove_scratch()
+    settings = dataclasses.replace(settings, record_labels=folder.record_labels)
     plan = folder.plan(settings, args.retry_quarantined)
     num_videos = counted(plan.num_videos, "video")
     if args.task_count > 1:
@@ -101,18 +112,23 @@ def _run(args: argparse.Namespace) -> None:
       # Parts stay: other tasks may still need them.
       print(f"Nothing to do for {num_videos}.")
       return
-    if folder.is_finished and not plan.shards:
+    if folder.is_finished and plan.is_empty:
       folder.remove_parts()
       print(f"Nothing to do for {num_videos}: {args.output} is complete.")
       return
     done = f", {plan.num_done} of them already done" if plan.num_done else ""
     print(f"{num_videos}{done}; writing to {args.output}", flush=True)
-    fetch_models(settings.parser)
-    print(_sandbox_line(settings), flush=True)
+    if plan.num_dropped:
+      print(f"note: {counted(plan.num_dropped, 'video')} leave the data set")
+    if plan.todo:
+      fetch_models(settings.parser)
+      print(_sandbox_line(settings), flush=True)
 
     # --- Videos to shards -----------------------------------------------------
     started_at = time.monotonic()
     folder.begin(plan)
+    for note in folder.version_notes:
+      print(f"note: {note}")
     if args.engine == "beam":
       from data_prep.engines import beam
 
@@ -147,6 +163,43 @@ def _run(args: argparse.Namespace) -> None:
     print(
       _summary(folder.path, entries, num_frames, time.monotonic() - started_at)
     )
+
+
+def _forget(args: argparse.Namespace) -> None:
+  """Removes videos from a data set without the input."""
+  from tqdm import tqdm
+
+  from data_prep import storage
+  from data_prep.output import dataset_folder
+
+  names = _names_of(args.forget)
+  output = storage.path_of(args.output)
+  with dataset_folder.DatasetFolder(
+    output, {}, None, None, forget=names
+  ) as folder:
+    plan = folder.plan_removal()
+    if plan.shards or folder.forgotten.was_complete:
+      folder.begin(plan)
+      for shard in tqdm(plan.shards, desc="writing", unit="shard"):
+        folder.write_shard(shard)
+      folder.write_ledgers()
+      if folder.forgotten.was_complete:
+        folder.finish()
+    print(
+      f"{counted(plan.num_dropped, 'video')} left {args.output}, which holds "
+      f"{counted(plan.num_videos, 'video')}."
+    )
+
+
+def _names_of(path: str | None) -> list[str]:
+  """Returns the lines of a file of names."""
+  from data_prep import storage
+  from data_prep.sources import files
+
+  if path is None:
+    return []
+  lines = files.read_text(storage.path_of(path)).splitlines()
+  return [line.strip() for line in lines if line.strip()]
 
 
 def _run_pool(
@@ -292,7 +345,6 @@ def _parser() -> argparse.ArgumentParser:
   add = parser.add_argument
   add(
     "--input",
-    required=True,
     help="a folder of videos, a manifest (.csv with the column path and "
     "optionally subject_id, split, label_NAME, start_secs, end_secs and the "
     "box x0 y0 x1 y1 in fractions of the frame, or .txt with one path per "
@@ -398,6 +450,18 @@ def _parser() -> argparse.ArgumentParser:
     "--retry_quarantined",
     action="store_true",
     help="process quarantined videos again",
+  )
+  add(
+    "--drop_missing",
+    action="store_true",
+    help="let videos leave the data set that are no longer in the input",
+  )
+  add(
+    "--forget",
+    metavar="FILE",
+    help="remove all traces of the videos and people in this file: a line for "
+    "each, the video_id or path of a video, or a subject_id. They are not "
+    "prepared again. Needs no --input",
   )
   add(
     "--max_failed_ratio",
@@ -563,13 +627,13 @@ def _settings(
 def _faces(args: argparse.Namespace, videos: Input) -> str:
   """Returns whose tracks are kept: as asked, as in the folder, or default."""
   from data_prep import storage
-  from data_prep.output import dataset_folder, ledger
+  from data_prep.output import folder_settings, ledger
 
   if args.faces:
     return args.faces
   stored = ledger.read_json(storage.path_of(args.output) / folders.SETTINGS)
-  if stored:
-    return dataset_folder.with_old_settings(stored)["faces"]
+  if isinstance(stored, dict):
+    return folder_settings.with_old_settings(stored)["faces"]
   return "main" if videos.is_labelled else "all"
 
 
@@ -579,18 +643,26 @@ def _parser_choice(args: argparse.Namespace) -> ParserChoice:
   return ParserChoice(args.parser, args.parser_path)
 
 
+def _versions() -> dict[str, str]:
+  versions = {}
+  for name in _VERSIONED:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[name] = importlib.metadata.version(name)
+  return versions
+
+
 def _recipe(args: argparse.Namespace, videos: Input) -> dict[str, Any]:
   """Returns all settings that the bytes of a record and its shard depend on."""
   from data_prep import assets
   from data_prep.faces import face_finder
-  from data_prep.output import dataset_folder
+  from data_prep.output import folder_settings
   from data_prep.video import video_to_records
   from marlin_jax.records import schema
 
   return {
     "name": args.name,
     "schema_version": schema.SCHEMA_VERSION,
-    dataset_folder.ALGORITHM_VERSION: schema.ALGORITHM_VERSION,
+    folder_settings.ALGORITHM_VERSION: schema.ALGORITHM_VERSION,
     "segment_frames": args.segment_frames,
     "jpeg_quality": video_to_records.JPEG_QUALITY,
     "dataset": args.dataset,
@@ -599,6 +671,8 @@ def _recipe(args: argparse.Namespace, videos: Input) -> dict[str, Any]:
       name: {"kind": label.kind, "names": list(label.names)}
       for name, label in videos.labels.items()
     },
+    folder_settings.RECORD_LABELS: {},
+    folder_settings.VERSIONS: _versions(),
     "has_sound": videos.has_sound,
     "fps": args.fps,
     "faces": _faces(args, videos),

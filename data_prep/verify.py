@@ -93,7 +93,7 @@ def verify(dataset_dir: Path, num_workers: int) -> dict[str, Any]:
     # The checks below apply to the current version only.
     what = f"schema_version {version}, this program reads "
     problems.add("schema", folders.SETTINGS, f"{what}{schema.SCHEMA_VERSION}")
-    return _report(dataset_dir, {}, [], problems, started_at)
+    return _report(dataset_dir, {}, {}, [], problems, started_at)
   try:
     shard_split, expected = folder_checks.expected(settings)
   except (KeyError, TypeError, AttributeError) as e:
@@ -103,10 +103,10 @@ def verify(dataset_dir: Path, num_workers: int) -> dict[str, Any]:
       f"missing or damaged ({e!r}), so the expected content is unknown; "
       "restore it, or prepare into a new folder",
     )
-    return _report(dataset_dir, {}, [], problems, started_at)
+    return _report(dataset_dir, {}, {}, [], problems, started_at)
   folder_checks.check_files(dataset_dir, shard_split, problems)
   entries = folder_checks.read_ledger(dataset_dir, problems)
-  folder_checks.check_ledger(dataset_dir, entries, problems)
+  folder_checks.check_ledger(dataset_dir, entries, expected, problems)
 
   # --- Shards ---------------------------------------------------------------
   paths = [dataset_dir / name for name in shard_split]
@@ -120,11 +120,12 @@ def verify(dataset_dir: Path, num_workers: int) -> dict[str, Any]:
   folder_checks.check_quality(dataset_dir, shard_split, shards, problems)
   folder_checks.check_metadata(dataset_dir, settings, entries, problems)
   folder_checks.check_tfds(dataset_dir, expected, shard_split, shards, problems)
-  return _report(dataset_dir, entries, shards, problems, started_at)
+  return _report(dataset_dir, settings, entries, shards, problems, started_at)
 
 
 def _report(
   dataset_dir: Path,
+  settings: dict[str, Any],
   entries: dict[str, ledger.Entry],
   shards: list[ShardContent],
   problems: Problems,
@@ -148,7 +149,7 @@ def _report(
       if problems.counts[kind]
     },
     "problems": [dataclasses.asdict(problem) for problem in problems.listed()],
-    "notes": folder_checks.notes(entries),
+    "notes": folder_checks.notes(settings, entries),
   }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.output import dataset_folder, ledger, shards
+from data_prep.output import dataset_folder, folder_settings, ledger, shards
 from data_prep.sources.listing import Label
 from data_prep.sources.manifest import stable_hash
 from marlin_jax.records import folders, schema
@@ -45,7 +45,8 @@ class Track:
 
   Attributes:
     video_id, track_id, split: identify the track.
-    fps, quality, quality_terms, labels: values that its records share; see
+    labels: labels of the video, float32 (K,) by name; NaN if unknown.
+    fps, quality, quality_terms: values that its records share; see
       `schema.Record`.
     num_frames: number of frames of all its segments.
     side: median side of its crop in source pixels.
@@ -161,7 +162,7 @@ def read(
       statistics.num_records += 1
       progress(statistics.num_records, total)
     for parts in tracks.values():
-      statistics.tracks.append(_track(parts, entry.split))
+      statistics.tracks.append(_track(parts, entry))
   statistics.area = area.value
   statistics.tracks.sort(key=lambda track: (track.video_id, track.track_id))
   return statistics
@@ -261,7 +262,7 @@ def _first_records(
   """Returns the place of each video's first record; a shard sorts by name."""
   places, counts = {}, Counter()
   for entry in sorted(entries, key=lambda entry: entry.video_id):
-    name = dataset_folder.shard_of(settings, entry.split, entry.video_id)
+    name = folder_settings.shard_of(settings, entry.split, entry.video_id)
     places[entry.video_id] = Place(dataset_dir / name, counts[name])
     counts[name] += entry.num_records
   return places
@@ -311,18 +312,21 @@ def _records(
     raise _damaged(first.shard, str(e)) from e
 
 
-def _track(parts: list[tuple[Place, Record]], split: str) -> Track:
+def _track(parts: list[tuple[Place, Record]], entry: ledger.Entry) -> Track:
   places, records = zip(*parts, strict=True)
   record = records[0]
   boxes = np.concatenate([record.boxes for record in records])
   return Track(
     video_id=record.video_id,
     track_id=record.track_id,
-    split=split,
+    split=entry.split,
     fps=record.fps,
     quality=record.quality,
     quality_terms=record.quality_terms,
-    labels=record.labels,
+    labels={
+      name: np.array(values, np.float32)
+      for name, values in entry.labels.items()
+    },
     num_frames=len(boxes),
     side=float(np.median(boxes[:, 2] - boxes[:, 0])),
     places=list(places),

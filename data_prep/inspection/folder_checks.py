@@ -12,7 +12,7 @@ from typing import Any
 
 from data_prep.inspection import record_checks
 from data_prep.inspection.record_checks import Expected, Problems, ShardContent
-from data_prep.output import dataset_folder, ledger
+from data_prep.output import dataset_folder, folder_settings, ledger
 from data_prep.output.shards import features as tfds_features
 from data_prep.sources import listing
 from data_prep.sources.listing import Label
@@ -37,7 +37,7 @@ def expected(settings: dict[str, Any]) -> tuple[dict[str, str], Expected]:
     KeyError, TypeError, AttributeError: the settings are damaged.
   """
   shard_split = {
-    dataset_folder.shard_name(settings, split, i): split
+    folder_settings.shard_name(settings, split, i): split
     for split, num in settings["num_shards"].items()
     for i in range(num)
   }
@@ -46,7 +46,10 @@ def expected(settings: dict[str, Any]) -> tuple[dict[str, str], Expected]:
     for name, label in settings["labels"].items()
   }
   return shard_split, Expected(
-    int(settings["segment_frames"]), labels, bool(settings["has_sound"])
+    int(settings["segment_frames"]),
+    labels,
+    folder_settings.record_labels(settings),
+    bool(settings["has_sound"]),
   )
 
 
@@ -69,7 +72,7 @@ def check_files(
     if not (dataset_dir / name).is_file():
       problems.add("missing", name, "no such file")
   present = {path.name for path in dataset_dir.iterdir()}
-  for name in sorted(present - expected - {folders.PARTS}):
+  for name in sorted(present - expected - {folders.PARTS, folders.FORGOTTEN}):
     problems.add("unexpected", name, "not written by data_prep.prepare")
 
 
@@ -104,7 +107,10 @@ def _check_types(entry: ledger.Entry) -> None:
 
 
 def check_ledger(
-  dataset_dir: Path, entries: dict[str, ledger.Entry], problems: Problems
+  dataset_dir: Path,
+  entries: dict[str, ledger.Entry],
+  expected: Expected,
+  problems: Problems,
 ) -> None:
   """Checks that lines of the ledger agree with each other and quarantine."""
   splits: dict[str, ledger.Entry] = {}
@@ -121,16 +127,28 @@ def check_ledger(
     if entry.is_kept != bool(entry.num_records):
       what = f"status {entry.status!r} with {entry.num_records} records"
       problems.add("counts", where, what)
+    if entry.is_kept:
+      for what in record_checks.label_problems(entry.labels, expected.labels):
+        problems.add("content", where, what)
   path = dataset_dir / folders.QUARANTINE
-  expected = ledger.as_lines(dataset_folder.refused(entries.values()))
-  if path.exists() and path.read_bytes() != expected.encode():
+  lines = ledger.as_lines(dataset_folder.refused(entries.values()))
+  if path.exists() and path.read_bytes() != lines.encode():
     what = "differs from the left-out videos of videos.jsonl"
     problems.add("counts", path.name, what)
 
 
-def notes(entries: dict[str, ledger.Entry]) -> list[str]:
+def notes(
+  settings: dict[str, Any], entries: dict[str, ledger.Entry]
+) -> list[str]:
   """Returns remarks that are not damage, such as copies of a video."""
-  notes = []
+  notes = folder_settings.version_notes(
+    settings.get(folder_settings.VERSIONS, {})
+  )
+  if num_failed := sum(entry.is_failed for entry in entries.values()):
+    notes.append(
+      f"{counted(num_failed, 'video')} failed because of the machine that "
+      "prepared the data set; prepare again to try them again"
+    )
   # With the part of the file: others are no copies.
   by_content: dict[tuple[str, str], ledger.Entry] = {}
   num_copies = num_across_splits = 0
@@ -148,7 +166,7 @@ def notes(entries: dict[str, ledger.Entry]) -> list[str]:
           )
   if num_copies:
     notes.insert(
-      0,
+      len(notes) - min(num_copies, _MAX_NOTES),
       f"{counted(num_copies, 'video')} of equal content under another "
       f"name, {num_across_splits} of them in another split",
     )
@@ -199,7 +217,7 @@ def check_places(
         what = f"split {entry.split!r}, which is not in settings.json"
         problems.add("split", where, what)
         continue
-      place = dataset_folder.shard_of(settings, entry.split, video_id)
+      place = folder_settings.shard_of(settings, entry.split, video_id)
       if place != shard.name:
         problems.add("split", where, f"belongs to {place}")
       if video.subject_ids != {entry.subject_id}:
@@ -209,9 +227,6 @@ def check_places(
           f"its records have subject {sorted(video.subject_ids)}, videos.jsonl "
           f"{entry.subject_id!r}",
         )
-      if not record_checks.same_labels(video.labels, entry.labels):
-        what = "labels of its records differ from videos.jsonl"
-        problems.add("counts", where, what)
       if video.quality != entry.quality:
         what = "qualities of its records differ from videos.jsonl"
         problems.add("counts", where, what)
@@ -309,7 +324,9 @@ def check_tfds(
   try:
     builder = tfds.builder_from_directory(dataset_dir)
     features = set(builder.info.features)
-    expected_features = set(tfds_features(expected.labels, expected.has_sound))
+    expected_features = set(
+      tfds_features(expected.record_labels, expected.has_sound)
+    )
     if features != expected_features:
       what = (
         f"features {sorted(features)}, expected {sorted(expected_features)}"

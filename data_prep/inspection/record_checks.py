@@ -96,11 +96,13 @@ class Expected:
   Attributes:
     segment_frames: length of the longest record in frames.
     labels: labels by name, and their meaning.
+    record_labels: number of values of each label that records hold.
     has_sound: True if records hold sound.
   """
 
   segment_frames: int
   labels: Mapping[str, Label]
+  record_labels: Mapping[str, int]
   has_sound: bool
 
 
@@ -240,17 +242,9 @@ def check_shard(
 
 
 def same_labels(first: Mapping, second: Mapping) -> bool:
-  """Returns True if labels of records, or of the ledger, are equal.
-
-  None in the ledger equals NaN in a record.
-  """
+  """Returns True if labels of records are equal."""
   return first.keys() == second.keys() and all(
-    np.array_equal(
-      np.array(first[name], np.float32),
-      np.array(second[name], np.float32),
-      equal_nan=True,
-    )
-    for name in first
+    np.array_equal(first[name], second[name], equal_nan=True) for name in first
   )
 
 
@@ -261,7 +255,9 @@ def record_problems(record: Record, expected: Expected) -> Iterator[str]:
   except ValueError as e:
     yield str(e)
   yield from _parsing_problems(record)
-  yield from _label_problems(record, expected.labels)
+  lengths = {name: len(values) for name, values in record.labels.items()}
+  if lengths != expected.record_labels:
+    yield f"values of labels {lengths}, expected {dict(expected.record_labels)}"
   yield from _sound_problems(record, expected.has_sound)
   if not np.isfinite(record.boxes).all():
     yield "boxes are not finite"
@@ -314,14 +310,15 @@ def _parsing_problems(record: Record) -> Iterator[str]:
     )
 
 
-def _label_problems(
-  record: Record, expected: Mapping[str, Label]
+def label_problems(
+  labels: Mapping[str, list[float | None]], expected: Mapping[str, Label]
 ) -> Iterator[str]:
-  if record.labels.keys() != expected.keys():
-    yield f"labels {sorted(record.labels)}, expected {sorted(expected)}"
+  """Yields the problems of the labels of a line of the ledger."""
+  if labels.keys() != expected.keys():
+    yield f"labels {sorted(labels)}, expected {sorted(expected)}"
     return
   for name, label in expected.items():
-    values = record.labels[name]
+    values = np.array(labels[name], np.float64).reshape(-1)
     known = values[~np.isnan(values)]
     allowed = np.isfinite(known)
     if label.kind == listing.BINARY:

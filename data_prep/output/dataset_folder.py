@@ -27,22 +27,20 @@ import itertools
 import json
 import tempfile
 import uuid
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from data_prep import storage
-from data_prep.output import ledger, own_files, shards
+from data_prep.output import folder_settings, ledger, own_files, shards
+from data_prep.output.forgotten import Forgotten
 from data_prep.output.ledger import Entry
 from data_prep.output.shard_job import ShardJob, note_path, ready_path
-from data_prep.sources.manifest import Input, Source, stable_hash
+from data_prep.sources.listing import Label
+from data_prep.sources.manifest import Input, Source
 from data_prep.video import video_to_records
 from marlin_jax.records import folders, quality_index, schema
 from marlin_jax.records.folders import Lock, OutputFolderError
-
-# Setting with the version of decoding, tracking and labelling.
-ALGORITHM_VERSION = "algorithm_version"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,34 +52,21 @@ class Plan:
     shards: names of the shards to write.
     num_videos: number of videos of this run.
     num_done: number of these that earlier runs finished.
+    num_dropped: number of videos that leave the data set.
+    has_new_labels: True if labels or their meaning have changed.
   """
 
   todo: list[Source]
   shards: list[str]
   num_videos: int
   num_done: int
+  num_dropped: int
+  has_new_labels: bool
 
-
-def with_old_settings(stored: dict[str, Any]) -> dict[str, Any]:
-  """Returns a folder's settings, with those that it is older than."""
-  return {"faces": "all", **stored}
-
-
-def shard_index(video_id: str, num_shards: int) -> int:
-  """Returns the number of a video's shard in its split."""
-  return stable_hash(f"shard:{video_id}") % num_shards
-
-
-def shard_name(settings: dict[str, Any], split: str, index: int) -> str:
-  """Returns the file name of a shard, given the folder's settings."""
-  num = settings["num_shards"][split]
-  return f"{settings['name']}-{split}.array_record-{index:05d}-of-{num:05d}"
-
-
-def shard_of(settings: dict[str, Any], split: str, video_id: str) -> str:
-  """Returns the file name of the shard that a video belongs to."""
-  num = settings["num_shards"][split]
-  return shard_name(settings, split, shard_index(video_id, num))
+  @property
+  def is_empty(self) -> bool:
+    """True if there is nothing to do."""
+    return not (self.shards or self.has_new_labels)
 
 
 def refused(entries: Iterable[Entry]) -> list[dict[str, str]]:
@@ -107,30 +92,6 @@ def counts(entries: Iterable[Entry]) -> dict[str, int]:
   }
 
 
-def _numbers_of_shards(
-  sources: Sequence[Source], num_shards: int | None, known: Collection[str]
-) -> dict[str, int]:
-  """Returns the number of shards of each split.
-
-  Args:
-    sources: the videos of all splits.
-    num_shards: that of the largest split; None to go by the videos' bytes.
-    known: splits whose numbers are not needed.
-  """
-  if num_shards is None:
-    files_by_split: dict[str, set[Path]] = {}
-    for source in sources:
-      if source.split not in known:
-        files_by_split.setdefault(source.split, set()).add(source.path)
-    return shards.default_numbers(files_by_split)
-  num_videos = Counter(source.split for source in sources)
-  largest = max(num_videos.values())
-  return {
-    split: max(round(num_shards * num / largest), 1)
-    for split, num in num_videos.items()
-  }
-
-
 class DatasetFolder:
   """The folder of a data set, locked while open; a context manager."""
 
@@ -139,8 +100,10 @@ class DatasetFolder:
     path: Path,
     recipe: dict[str, Any],
     num_shards: int | None,
-    videos: Input,
+    videos: Input | None,
     task: tuple[int, int] = (0, 1),
+    drop_missing: bool = False,
+    forget: Sequence[str] = (),
   ) -> None:
     """Reads the folder; changes nothing but leftovers of a killed run.
 
@@ -151,17 +114,19 @@ class DatasetFolder:
       num_shards: number of shards of the largest split; other splits have
         shards in proportion. None gives `shards.default_numbers`. The numbers
         stay as the folder grows.
-      videos: all videos, and the meaning of their labels.
+      videos: all videos, and the meaning of their labels. None: those that the
+        data set holds, with the settings that it has.
       task: number of this task and number of tasks; a task plans and changes
         only its own shards.
+      drop_missing: let videos leave the data set that are not among `videos`.
+      forget: videos and people that leave the data set, also if they are among
+        `videos`, as for `Forgotten.adding`; this is noted at once.
 
     Raises:
       OutputFolderError: the folder is in use, holds something else, or was
         made with another recipe or from videos that are now missing.
     """
     self.path = path
-    sources = videos.sources
-    self._labels, self._has_sound = videos.labels, videos.has_sound
     self._parts = path / folders.PARTS
     index, count = task
     self._is_task = count > 1
@@ -175,16 +140,25 @@ class DatasetFolder:
         self._locks.append(Lock(self._parts, name))
       # Settings on disk before this run.
       self._stored = ledger.read_json(path / folders.SETTINGS)
-      self._settings = self._agree(recipe, num_shards, sources)
-      self._version = recipe.get(ALGORITHM_VERSION)
-      self._sources = {source.video_id: source for source in sources}
+      if videos is None:
+        recipe = self._stored_recipe()
+      can_differ = not (self._is_task or self._holds_results())
+      self._settings = folder_settings.agreed(
+        path,
+        None if can_differ else self._stored,
+        recipe,
+        num_shards,
+        videos.sources if videos else (),
+      )
+      self._version = recipe.get(folder_settings.ALGORITHM_VERSION)
+      self._versions = recipe.get(folder_settings.VERSIONS, {})
+      self._forgotten = Forgotten.of(path)
+      self._sources: dict[str, Source] = {}
       self._shards: dict[str, dict[str, Source]] = {
         self._shard_name(split, i): {}
         for split, num in self._settings["num_shards"].items()
         for i in range(num)
       }
-      for source in sources:
-        self._shards[self._shard_of(source)][source.video_id] = source
       self._hashes: dict[str, str] = {}
       # Ledger lines of each shard on disk.
       self._written: dict[str, dict[str, Entry]] = {}
@@ -195,6 +169,8 @@ class DatasetFolder:
       self._whole: set[str] = set()
       self._own = {*[*self._shards][index::count]}
       self._recover()
+      self._take_videos(videos, forget)
+      self._check_missing(drop_missing)
     except BaseException:
       self._close()
       raise
@@ -209,42 +185,12 @@ class DatasetFolder:
     for lock in self._locks:
       lock.close()
 
-  def _agree(
-    self,
-    recipe: dict[str, Any],
-    num_shards: int | None,
-    sources: Sequence[Source],
-  ) -> dict[str, Any]:
-    """Returns the settings after comparing them with those of the folder."""
-    stored = ledger.read_json(self.path / folders.SETTINGS)
-    if stored is None or not (self._is_task or self._holds_results()):
-      stored = {**recipe, "num_shards": {}}
-    stored = with_old_settings(stored)
-    counts = stored["num_shards"]
-    differences = [
-      f"{key} was {stored.get(key)!r} and is now {recipe.get(key)!r}"
-      for key in sorted({*recipe, *stored} - {"num_shards", ALGORITHM_VERSION})
-      if stored.get(key) != recipe.get(key)
-    ]
-    if counts and num_shards not in (None, max(counts.values())):
-      differences.append(
-        f"num_shards was {max(counts.values())} and is now {num_shards}"
-      )
-    if differences:
-      raise OutputFolderError(
-        f"{self.path} was made with other settings: {'; '.join(differences)}. "
-        "Use the earlier settings, or another --output"
-      )
-    for split, number in _numbers_of_shards(
-      sources, num_shards, counts
-    ).items():
-      counts.setdefault(split, number)
-    settings = {**recipe, "num_shards": dict(sorted(counts.items()))}
-    # A folder keeps its version: `begin` refuses to mix two.
-    settings.pop(ALGORITHM_VERSION, None)
-    if ALGORITHM_VERSION in stored:
-      settings[ALGORITHM_VERSION] = stored[ALGORITHM_VERSION]
-    return settings
+  def _stored_recipe(self) -> dict[str, Any]:
+    if self._stored is None:
+      raise OutputFolderError(f"{self.path} is no data set of this program")
+    others = {"num_shards", folder_settings.VERSIONS}
+    stored = folder_settings.with_old_settings(self._stored)
+    return {k: v for k, v in stored.items() if k not in others}
 
   def _holds_results(self) -> bool:
     return (self.path / folders.VIDEOS).exists() or any(
@@ -252,10 +198,10 @@ class DatasetFolder:
     )
 
   def _shard_name(self, split: str, index: int) -> str:
-    return shard_name(self._settings, split, index)
+    return folder_settings.shard_name(self._settings, split, index)
 
   def _shard_of(self, video: Source | Entry) -> str:
-    return shard_of(self._settings, video.split, video.video_id)
+    return folder_settings.shard_of(self._settings, video.split, video.video_id)
 
   # --- State of the folder ----------------------------------------------------
 
@@ -280,16 +226,55 @@ class DatasetFolder:
           ready.unlink()
       if note:
         self._take(shard, note)
-    missing = sorted(
+
+  def _take_videos(self, videos: Input | None, forget: Sequence[str]) -> None:
+    """Sets the videos, without those that are forgotten."""
+    entries = [*itertools.chain(*(e.values() for e in self._written.values()))]
+    if videos is None:
+      kinds = self._settings.get("labels", {})
+      videos = Input(
+        [ledger.source_of(entry) for entry in entries],
+        {k: Label(v["kind"], tuple(v["names"])) for k, v in kinds.items()},
+        self._settings["has_sound"],
+        (0.0, 0.0),
+        [],
+      )
+    self._labels, self._has_sound = videos.labels, videos.has_sound
+    if forget:
+      self._forgotten = self._forgotten.adding(
+        forget,
+        (video.video_id for video in (*entries, *videos.sources)),
+        (self.path / folders.DATASET_INFO).exists(),
+      )
+      self._forgotten.write(self.path)
+    for source in videos.sources:
+      if source not in self._forgotten:
+        self._sources[source.video_id] = source
+        self._shards[self._shard_of(source)][source.video_id] = source
+    self._remove_forgotten_parts()
+
+  def _remove_forgotten_parts(self) -> None:
+    if not self._forgotten.hashes:
+      return
+    for name in self._names:
+      path = self._parts / name
+      if shards.Part.is_line(name) and (line := ledger.read_json(path)):
+        entry = Entry(**line)
+        if entry in self._forgotten:
+          shards.Part(self.path, entry.video_id).remove()
+
+  def _check_missing(self, may_drop: bool) -> None:
+    missing = [
       video_id
       for lines in self._written.values()
-      for video_id in lines
-      if video_id not in self._sources
-    )
-    if missing:
+      for video_id, entry in lines.items()
+      if video_id not in self._sources and entry not in self._forgotten
+    ]
+    if missing and not may_drop:
       raise OutputFolderError(
         f"{len(missing)} videos of {self.path} are missing in the input, first "
-        f"{missing[0]!r}. Use the whole input, or another --output"
+        f"{min(missing)!r}. Use the whole input, or another --output; with "
+        "--drop_missing these videos leave the data set"
       )
 
   def _leftovers(self) -> Iterator[Path]:
@@ -346,6 +331,7 @@ class DatasetFolder:
 
     todo: list[Source] = []
     to_write: list[str] = []
+    num_dropped = num_relabelled = 0
     ledger_since = ledger.modified(self.path / folders.VIDEOS)
     own = [shard for shard in self._shards if shard in self._own]
     for shard in own:
@@ -365,21 +351,53 @@ class DatasetFolder:
           if not entry.is_kept
         }
       written = self._written.setdefault(shard, {})
+      num_dropped += len(written.keys() - videos.keys())
       for video_id, source in videos.items():
-        if holds(written.get(video_id), source, since):
+        entry = written.get(video_id)
+        if holds(entry, source, since):
+          written[video_id] = ledger.relabelled(entry, source)
+          num_relabelled += written[video_id] is not entry
           continue
         whole = False
         part = shards.Part(self.path, video_id)
         entry = part.entry() if part.line.name in self._names else None
         if entry and holds(entry, source, ledger.modified(part.line)):
-          self._processed[video_id] = entry
+          self._processed[video_id] = ledger.relabelled(entry, source)
         else:
           todo.append(source)
       if not whole or set(written) != set(videos):
         to_write.append(shard)
     self._todo = {source.video_id for source in todo}
     num_videos = sum(len(self._shards[shard]) for shard in own)
-    return Plan(todo, to_write, num_videos, num_videos - len(todo))
+    stored_labels = (self._stored or {}).get("labels")
+    return Plan(
+      todo,
+      to_write,
+      num_videos,
+      num_videos - len(todo),
+      num_dropped,
+      num_relabelled > 0 or stored_labels != self._settings.get("labels"),
+    )
+
+  def plan_removal(self) -> Plan:
+    """Returns the work of removing videos; no other is processed.
+
+    Raises:
+      OutputFolderError: a shard is lost, which only a whole run can mend.
+    """
+    own = [shard for shard in self._shards if shard in self._own]
+    lost = {shard: self._written.get(shard, {}).keys() for shard in own}
+    lost = {s: ids - self._shards[s].keys() for s, ids in lost.items()}
+    to_write = [shard for shard in own if lost[shard]]
+    for shard in to_write:
+      if not self._is_whole(shard):
+        raise OutputFolderError(
+          f"{self.path / shard} is missing or damaged; run again with --input"
+        )
+      self._whole.add(shard)
+    num = len(self._sources)
+    num_dropped = sum(map(len, lost.values()))
+    return Plan([], to_write, num, num, num_dropped, False)
 
   def _is_whole(self, shard: str) -> bool:
     if shard not in self._hashes:
@@ -387,6 +405,22 @@ class DatasetFolder:
     lines = self._written.get(shard, {})
     expected = sum(entry.num_records for entry in lines.values())
     return shards.holds(self.path / shard, expected)
+
+  @property
+  def forgotten(self) -> Forgotten:
+    """The videos and people that the data set has forgotten."""
+    return self._forgotten
+
+  @property
+  def version_notes(self) -> list[str]:
+    """Notes on records that different versions of packages have made."""
+    versions = self._settings.get(folder_settings.VERSIONS, {})
+    return folder_settings.version_notes(versions)
+
+  @property
+  def record_labels(self) -> dict[str, int]:
+    """Number of values of each label that records hold too."""
+    return self._settings[folder_settings.RECORD_LABELS]
 
   @property
   def is_finished(self) -> bool:
@@ -430,19 +464,26 @@ class DatasetFolder:
         or another task has just begun it with other settings.
     """
     # Folders from before there were versions are of version 1.
-    version = self._settings.get(ALGORITHM_VERSION, 1)
-    if plan.shards and self._version not in (None, version):
+    version = self._settings.get(folder_settings.ALGORITHM_VERSION, 1)
+    if plan.todo and self._version not in (None, version):
       raise OutputFolderError(
         f"{self.path} was prepared by version {version} of decoding and "
         f"tracking; this is version {self._version}, whose records differ. "
         "Prepare the whole input into another --output"
       )
     stored = ledger.read_json(self.path / folders.SETTINGS)
-    if self._is_task and stored not in (None, self._stored, self._settings):
+    if self._is_task and not folder_settings.are_same(
+      stored, (self._stored, self._settings)
+    ):
       raise OutputFolderError(
         f"another task has just begun {self.path} with other settings or "
         "another input; run this task again to see the difference"
       )
+    if plan.todo:
+      name = folder_settings.VERSIONS
+      known = [s.get(name, {}) for s in (self._settings, stored or {})]
+      if versions := folder_settings.merged_versions(*known, self._versions):
+        self._settings[name] = versions
     (self.path / folders.DATASET_INFO).unlink(missing_ok=True)
     ledger.write_json(self.path / folders.SETTINGS, self._settings, indent=2)
     self._parts.mkdir(parents=True, exist_ok=True)
@@ -523,7 +564,7 @@ class DatasetFolder:
     lines = [dataclasses.asdict(entry) for entry in self.entries]
     ledger.write_lines(self.path / folders.VIDEOS, lines)
     ledger.write_lines(self.path / folders.QUARANTINE, refused(self.entries))
-    hashes = {shard: self._hashes[shard] for shard in self._shards}
+    hashes = {s: self._hashes[s] for s in self._shards if s in self._hashes}
     ledger.write_json(self.path / folders.HASHES, hashes, indent=2)
 
   def finish(self) -> None:
@@ -549,6 +590,7 @@ class DatasetFolder:
     }
     for name, data in self._tfds_files(splits, metadata):
       folders.write_bytes(self.path / name, data)
+    dataclasses.replace(self._forgotten, was_complete=False).write(self.path)
     self.remove_parts()
 
   def _tfds_files(self, splits, metadata) -> list[tuple[str, bytes]]:
@@ -556,7 +598,7 @@ class DatasetFolder:
     try:
       with tempfile.TemporaryDirectory(dir=storage.scratch_folder()) as staging:
         names = shards.write_tfds_metadata(
-          Path(staging), splits, metadata, self._labels, self._has_sound
+          Path(staging), splits, metadata, self.record_labels, self._has_sound
         )
         return [(name, (Path(staging) / name).read_bytes()) for name in names]
     except OSError as e:

@@ -32,7 +32,7 @@ class Entry:
   Attributes:
     video_id, split, subject_id: as in `manifest.Source`.
     labels: numbers by label, as in `manifest.Source`; None for an unknown
-      number.
+      number. Readers take labels from here, so that one can be corrected.
     num_bytes, sha256: size and hash of the video file, or of a folder's
       pictures; 0 and '' if it failed.
     status, reason, num_..., quality: as in `video_to_records.Outcome`.
@@ -98,7 +98,7 @@ class Entry:
       video_id=source.video_id,
       split=source.split,
       subject_id=source.subject_id,
-      labels=_labels_of(source),
+      labels=labels_of(source),
       num_bytes=num_bytes,
       sha256=digest,
       limits=limits,
@@ -117,7 +117,7 @@ def _size_and_change(path: Path) -> tuple[int, float]:
   return sum(sizes), max(changes)
 
 
-def _labels_of(source: Source) -> dict[str, list[float | None]]:
+def labels_of(source: Source) -> dict[str, list[float | None]]:
   """Returns the labels with None for NaN, which JSON lacks."""
   return {
     name: [None if math.isnan(value) else value for value in values]
@@ -125,10 +125,28 @@ def _labels_of(source: Source) -> dict[str, list[float | None]]:
   }
 
 
+def source_of(entry: Entry) -> Source:
+  """Returns the video of a ledger line, without its path."""
+  labels = {
+    name: tuple(math.nan if value is None else value for value in values)
+    for name, values in entry.labels.items()
+  }
+  return Source(entry.video_id, Path(), entry.subject_id, entry.split, labels)
+
+
+def relabelled(entry: Entry, source: Source) -> Entry:
+  """Returns the line with the source's labels; itself if these are equal."""
+  labels = labels_of(source)
+  if entry.labels == labels:
+    return entry
+  return dataclasses.replace(entry, labels=labels)
+
+
 def is_of(entry: Entry, source: Source, since: float) -> bool:
   """Returns True if a ledger line describes the source's present file.
 
-  As in make, the file is read only if it is younger than the ledger.
+  Labels may differ, since no pixel depends on them. As in make, the file is
+  read only if it is younger than the ledger.
 
   Args:
     entry: ledger line to check.
@@ -136,8 +154,6 @@ def is_of(entry: Entry, source: Source, since: float) -> bool:
     since: time at which the ledger was written, in seconds since 1970.
   """
   if (entry.split, entry.subject_id) != (source.split, source.subject_id):
-    return False
-  if entry.labels != _labels_of(source):
     return False
   try:
     num_bytes, change = _size_and_change(source.path)

@@ -20,6 +20,7 @@ from marlin_jax.records.folders import OutputFolderError
 FILES = (
   *(folders.SETTINGS, folders.VIDEOS, folders.QUARANTINE, folders.HASHES),
   *(folders.METADATA, folders.FEATURES, folders.DATASET_INFO),
+  folders.FORGOTTEN,
 )
 _SPLIT = r"[a-z_][a-z0-9_]*-[a-z][a-z0-9_]*"
 _SHARD = rf"{_SPLIT}\.array_record-\d{{5,}}-of-\d{{5,}}"

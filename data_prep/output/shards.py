@@ -8,13 +8,13 @@ import functools
 import hashlib
 import math
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from data_prep import storage
 from data_prep.output import ledger
-from data_prep.sources.listing import Label
 from marlin_jax.records import folders, schema
 from marlin_jax.records.cli import UserError
 
@@ -205,6 +205,11 @@ class Part:
     self.records = output / folders.PARTS / f"{name}.array_record"
     self.line = output / folders.PARTS / f"{name}.json"
 
+  @staticmethod
+  def is_line(name: str) -> bool:
+    """Returns True if a file name is that of a part's ledger line."""
+    return re.fullmatch(r"[0-9a-f]{32}\.json", name) is not None
+
   def entry(self) -> ledger.Entry | None:
     """Returns the ledger line, None if the part is missing or incomplete."""
     line = ledger.read_json(self.line)
@@ -262,11 +267,11 @@ class PartWriter:
 # --- TFDS ---------------------------------------------------------------------
 
 
-def features(labels: Mapping[str, Label], has_sound: bool):
+def features(labels: Mapping[str, int], has_sound: bool):
   """Returns the TFDS features that match `schema.encode`.
 
   Args:
-    labels: meaning of each label.
+    labels: number of values of each label that records hold.
     has_sound: True if records hold sound.
   """
   import numpy as np
@@ -301,10 +306,8 @@ def features(labels: Mapping[str, Label], has_sound: bool):
         shape=(len(schema.QUALITY_TERMS),), dtype=np.float32
       ),
       **{
-        f"label_{name}": features.Tensor(
-          shape=(label.length,), dtype=np.float32
-        )
-        for name, label in labels.items()
+        f"label_{name}": features.Tensor(shape=(length,), dtype=np.float32)
+        for name, length in labels.items()
       },
       **(sound if has_sound else {}),
     }
@@ -315,7 +318,7 @@ def write_tfds_metadata(
   folder: Path,
   splits: Mapping[str, Mapping[str, tuple[int, int]]],
   metadata: Mapping[str, Any],
-  labels: Mapping[str, Label],
+  labels: Mapping[str, int],
   has_sound: bool,
 ) -> list[str]:
   """Writes features.json, metadata.json and dataset_info.json.

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -71,6 +71,8 @@ class Settings:
     fps: frames per second that every video is brought to; 0 leaves them as
       they are.
     parser: parser that labels the faces.
+    record_labels: number of values of each label that records hold too; only
+      in data sets of earlier versions.
     faces: ALL, or MAIN for the track with the largest side x length. Where the
       source says where its person is, MAIN keeps all tracks of that person.
     require_sandbox: refuse to decode where the decoder's sandbox is not whole.
@@ -82,6 +84,7 @@ class Settings:
   has_sound: bool = False
   fps: float = 0.0
   parser: parsers.ParserChoice = parsers.DEFAULT
+  record_labels: Mapping[str, int] = dataclasses.field(default_factory=dict)
   faces: str = ALL
   require_sandbox: bool = False
   on_damage: str = QUARANTINE
@@ -351,7 +354,14 @@ class _RecordCutter:
     start = 0
     lengths = segment_lengths(len(track), self._settings.segment_frames)
     for number, length in enumerate(lengths):
-      yield _Segment(track, number, start, length, self._models.parser)
+      yield _Segment(
+        track,
+        number,
+        start,
+        length,
+        self._models.parser,
+        self._settings.record_labels,
+      )
       start += length
 
 
@@ -365,10 +375,12 @@ class _Segment:
     start: int,
     length: int,
     parser: parsers.Parser,
+    record_labels: Mapping[str, int],
   ) -> None:
     self._track = track
     self._number = number
     self._labeller = track_labels.Labeller(parser, length)
+    self._record_labels = record_labels
     self._rows = slice(start, start + length)
     self._length = length
     self._jpegs: list[bytes] = []
@@ -433,8 +445,10 @@ class _Segment:
       quality=self._track.quality,
       quality_terms=self._track.quality_terms,
       labels={
-        name: np.array(values, np.float32)
-        for name, values in source.labels.items()
+        name: np.array(
+          source.labels.get(name, length * (math.nan,)), np.float32
+        )
+        for name, length in self._record_labels.items()
       },
     )
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
 from marlin_jax.data import prepared_dataset
@@ -24,7 +25,7 @@ from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.data.prepared_dataset import Dataset, DatasetError
 from marlin_jax.downstream.tasks import Task, TaskError
 from marlin_jax.records import schema
-from marlin_jax.records.folders import write_bytes
+from marlin_jax.records.folders import VIDEOS, write_bytes
 
 # Incremented when the meaning of an index file changes.
 _INDEX_VERSION = 2
@@ -123,7 +124,8 @@ def open_split(
 ) -> Split:
   """Opens a split of a prepared data set.
 
-  Reads all records once for their labels, and keeps these in `cache`.
+  Reads all records once, and keeps what describes them in `cache`. Labels come
+  from the ledger, where it is there, else from the records.
 
   Args:
     path: directory of the data set.
@@ -138,6 +140,9 @@ def open_split(
   """
   dataset = prepared_dataset.open_joined(path, split)
   rows = _read_index(dataset, cache)
+  labels_of = _read_ledger(path, split)
+  if labels_of is not None:
+    rows = [row | {"labels": labels_of[row["video_id"]]} for row in rows]
   videos: dict[str, dict] = {}
   segments = collections.defaultdict(list)
   for number, row in enumerate(rows):
@@ -169,6 +174,16 @@ def open_split(
     labels=_stacked([videos[i]["labels"] for i in video_ids]),
     tracks=tuple(tracks),
   )
+
+
+def _read_ledger(path: str, split: str) -> dict[str, dict[str, list]] | None:
+  """Returns the labels of each video, by name; None if there is no ledger."""
+  file = epath.Path(path) / VIDEOS
+  if not file.exists():
+    return None
+  with file.open() as lines:
+    entries = map(json.loads, lines)
+    return {e["video_id"]: e["labels"] for e in entries if e["split"] == split}
 
 
 def _stacked(rows: list[dict[str, list]]) -> dict[str, np.ndarray]:

@@ -20,6 +20,7 @@ SETTINGS = "settings.json"
 VIDEOS = "videos.jsonl"
 QUARANTINE = "quarantine.jsonl"
 HASHES = "hashes.json"
+FORGOTTEN = "forgotten.json"
 METADATA = "metadata.json"
 FEATURES = "features.json"
 # Written last, so a data set that holds it is complete.

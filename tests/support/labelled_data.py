@@ -111,7 +111,7 @@ def write(
     "labels": {name: dataclasses.asdict(v) for name, v in labels.items()},
   }
   for name in shards.write_tfds_metadata(
-    staging, infos, metadata, labels, False
+    staging, infos, metadata, {n: v.length for n, v in labels.items()}, False
   ):
     (staging / name).rename(path / name)
   (path / "hashes.json").write_text(json.dumps(hashes))

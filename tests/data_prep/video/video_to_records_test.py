@@ -184,18 +184,32 @@ def test_full_disk_is_no_fault_of_the_video(carphone, models, tmp_path):
     run(carphone(tmp_path / "v.mp4", 5), models, emit)
 
 
-def test_labels_are_in_every_record(carphone, models, tmp_path):
+def test_records_hold_labels_only_in_data_sets_that_have_them_there(
+  carphone, models, tmp_path
+):
   path = carphone(tmp_path / "v.mp4", 64)
-  labels = {"mood": (2.0,), "face": (1.0, math.nan)}
+  labels = {"mood": (2.0,), "face": (1.0, math.nan), "new": (1.0,)}
   source = Source("id.mp4", path, "", "train", labels)
-  _, records = run(path, models, source=source, segment_frames=62)
+  _, records = run(
+    path,
+    models,
+    source=source,
+    segment_frames=62,
+    record_labels={"mood": 1, "face": 2, "gone": 1},
+  )
   assert len(records) == 2
   for record in records:
     np.testing.assert_equal(
       record.labels,
-      {"mood": np.float32([2]), "face": np.float32([1, np.nan])},
+      {
+        "mood": np.float32([2]),
+        "face": np.float32([1, np.nan]),
+        "gone": np.float32([np.nan]),
+      },
     )
     assert record.audio is None
+  _, records = run(path, models, source=source)
+  assert [record.labels for record in records] == [{}]
 
 
 def test_a_folder_of_pictures_gives_what_its_video_gives(
