@@ -9,6 +9,7 @@ forks one, which decodes nothing and sends their bytes through a pipe.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -20,8 +21,8 @@ from pathlib import PurePath
 from data_prep.video import pixels, protocol, sandbox
 from data_prep.video.protocol import Damaged, Limits, Refused, send
 
-# Suffixes of pictures, and their demuxers.
-PICTURES = {".jpg": "jpeg_pipe", ".jpeg": "jpeg_pipe", ".png": "png_pipe"}
+# Suffixes of pictures, and their codecs.
+PICTURES = {".jpg": "mjpeg", ".jpeg": "mjpeg", ".png": "png"}
 MAX_PICTURE_BYTES = 256 << 20
 
 _COUNT = struct.Struct("<I")
@@ -91,33 +92,26 @@ def decode(frame_rate: float, limits: Limits, pipe: int) -> None:
 
   av.logging.set_level(None)
   converter = pixels.RgbConverter()
+  decoders = {codec: _decoder(codec, limits) for codec in PICTURES.values()}
   size = 0, 0
   with open(0, "rb", closefd=False) as file:
     (num_pictures,) = _COUNT.unpack(file.read(_COUNT.size))
     numbers = _Numbers()
     for i, (name, data) in enumerate(_pictures(file, num_pictures)):
       try:
-        with av.open(
-          io.BytesIO(data),
-          format=PICTURES[PurePath(name).suffix.lower()],
-          options={"err_detect": "explode"},
-          metadata_errors="replace",
-        ) as container:
-          stream = container.streams.video[0]
-          if reason := protocol.too_large(stream.width, stream.height, limits):
-            raise Refused(reason)
-          stream.codec_context.options = {"err_detect": "explode"}
-          (frame,) = container.decode(stream)
+        codec = PICTURES[PurePath(name).suffix.lower()]
+        (frame,) = decoders[codec].decode(av.Packet(data))
       except (av.FFmpegError, ValueError) as e:
         if isinstance(e, MemoryError):
           raise
+        _check_size(data, codec, limits)
         raise Damaged(f"picture {name} is damaged: {e}") from e
       if i == 0:
         size = frame.width, frame.height
         if num_pictures > protocol.most_frames(*size, limits):
           raise Refused(protocol.too_many_frames(*size, limits))
         info = {"width": frame.width, "height": frame.height}
-        info |= {"orientation": [1, 0, 0, 1], "rate": frame_rate}
+        info |= {"orientation": pixels.orientation(frame), "rate": frame_rate}
         info |= {"announced_frames": num_pictures}
         send(pipe, b"I", json.dumps(info).encode())
       elif (frame.width, frame.height) != size:
@@ -129,6 +123,39 @@ def decode(frame_rate: float, limits: Limits, pipe: int) -> None:
   if not num_pictures:
     raise Refused(f"no picture in the folder (by suffix: {' '.join(PICTURES)})")
   send(pipe, b"E")
+
+
+def _decoder(codec: str, limits: Limits):
+  """Returns a decoder for all pictures of a folder.
+
+  It allocates no picture over the limit. To open each picture as a container
+  would take as long as to decode it.
+  """
+  import av
+
+  decoder = av.CodecContext.create(codec, "r")
+  decoder.options = {
+    "err_detect": "explode",
+    "max_pixels": str(limits.frame_pixels),
+  }
+  decoder.thread_count = 1
+  return decoder
+
+
+def _check_size(data: bytes, codec: str, limits: Limits) -> None:
+  """Refuses a picture over the limit, which no decoder has taken."""
+  import av
+
+  demuxer = {"mjpeg": "jpeg_pipe", "png": "png_pipe"}[codec]
+  with (
+    contextlib.suppress(av.FFmpegError),
+    av.open(
+      io.BytesIO(data), format=demuxer, metadata_errors="replace"
+    ) as container,
+  ):
+    stream = container.streams.video[0]
+    if reason := protocol.too_large(stream.width, stream.height, limits):
+      raise Refused(reason)
 
 
 class _Numbers:

@@ -105,6 +105,10 @@ class RgbConverter:
     return self._tone_mappers[key]
 
 
+# Orientation by quarter turns counter-clockwise.
+_TURNS = ([1, 0, 0, 1], [0, -1, 1, 0], [-1, 0, 0, -1], [0, 1, -1, 0])
+
+
 def orientation(frame) -> list[int]:
   """Returns how a decoded picture is turned or mirrored to be shown.
 
@@ -113,7 +117,12 @@ def orientation(frame) -> list[int]:
     the right and y down is shown at a x + c y and b x + d y, but for the
     origin. It is the nearest to the frame's display matrix, of any angle.
   """
-  data = frame.side_data.get("DISPLAYMATRIX")
+  try:
+    data = frame.side_data.get("DISPLAYMATRIX")
+  except ValueError:
+    # PyAV lists no side data where it does not know the type of one, such as
+    # the EXIF of a motion JPEG. It still tells the angle, but not a mirror.
+    return _TURNS[round(frame.rotation / 90) % 4]
   if data is None:
     return [1, 0, 0, 1]
   a, b, _, c, d = struct.unpack_from("=5i", bytes(data))

@@ -1,5 +1,6 @@
 """Pixels as a viewer sees them, and when."""
 
+import io
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_prep.video.decode import open_video, read_sound
 from tests.support.videos import moving_noise, write_video
@@ -34,6 +36,47 @@ def quarters(width: int = 64, height: int = 48) -> np.ndarray:
   picture[: height // 2, width // 2 :] = 0, 255, 0
   picture[height // 2 :, : width // 2] = 0, 0, 255
   return picture
+
+
+@pytest.mark.parametrize(
+  ("code", "shown"),
+  [
+    (1, lambda p: p),
+    (3, lambda p: p[::-1, ::-1]),
+    (6, lambda p: p.swapaxes(0, 1)[:, ::-1]),
+    (8, lambda p: p.swapaxes(0, 1)[::-1]),
+  ],
+)
+def test_jpeg_of_cameras_is_shown_as_its_exif_says(tmp_path, code, shown):
+  exif = Image.Exif()
+  exif[0x0112], exif[0x010F] = code, "camera"
+  file = io.BytesIO()
+  Image.fromarray(quarters()).save(file, "JPEG", exif=exif)
+  path = tmp_path / "v.avi"
+  with (
+    av.open(io.BytesIO(file.getvalue()), format="jpeg_pipe") as picture,
+    av.open(str(path), "w") as container,
+  ):
+    stream = container.add_stream_from_template(picture.streams.video[0])
+    for i in range(3):
+      packet = av.Packet(file.getvalue())
+      packet.stream, packet.time_base = stream, Fraction(1, 25)
+      packet.pts = packet.dts = i
+      container.mux(packet)
+  # As pictures in a folder, and as motion JPEG.
+  folder = tmp_path / "pictures"
+  folder.mkdir()
+  for i in range(3):
+    (folder / f"{i}.jpg").write_bytes(file.getvalue())
+  frames = []
+  for source, rate in ((folder, 25.0), (path, 0.0)):
+    with open_video(source, frame_rate=rate) as video:
+      frames += [frame.astype(int) for frame, _ in video]
+  expected = shown(quarters())
+  assert len(frames) == 6
+  for frame in frames:
+    assert frame.shape == expected.shape
+    assert np.abs(frame - expected).mean() < 8
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import weakref
 from fractions import Fraction
 
 import av
+import cv2
 import numpy as np
 import pytest
 import simplejpeg
@@ -346,6 +347,20 @@ def test_a_part_has_its_own_sound(models):
   # No more is decoded than that, and a second.
   part = decode.read_sound(path, end_secs=3.5)
   assert 4.5 * 16_000 < len(part) < 4.8 * 16_000 < len(whole)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_pictures_over_the_limit_are_refused(models, tmp_path, suffix):
+  for i, frame in enumerate(moving_noise(2)):
+    path = tmp_path / f"{i}.{suffix}"
+    cv2.imwrite(str(path), np.tile(frame, (1 + i, 1, 1)))
+  source = Source("x", tmp_path, "", "train", frame_rate=24.0)
+  limits = decode.Limits(frame_pixels=64 * 48)
+  outcome, _ = run(tmp_path, models, source=source, limits=limits)
+  assert "frames of 64x96 are over the limit of 3072 pixels" in outcome.reason
+  (tmp_path / f"1.{suffix}").unlink()
+  outcome, _ = run(tmp_path, models, source=source, limits=limits)
+  assert outcome.num_decoded_frames == 1
 
 
 def test_damaged_and_missing_pictures_are_refused(models, tmp_path):
