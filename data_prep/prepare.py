@@ -73,6 +73,10 @@ def _run(args: argparse.Namespace) -> None:
   from data_prep.output import dataset_folder, own_files
   from data_prep.sources import manifest
 
+  if args.engine == "beam":
+    from data_prep.engines import beam
+
+    beam.options_of(args.beam_flags)  # refuses a misspelled flag
   # --- Plan -------------------------------------------------------------------
   videos = manifest.read_input(
     args.input,
@@ -130,8 +134,6 @@ def _run(args: argparse.Namespace) -> None:
     for note in folder.version_notes:
       print(f"note: {note}")
     if args.engine == "beam":
-      from data_prep.engines import beam
-
       jobs = [folder.job(shard) for shard in plan.shards]
       beam.run(jobs, settings, args.num_workers, args.beam_flags)
       folder.take_shards(plan.shards)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import os
 from collections.abc import Iterator, Sequence
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.options.pipeline_options import (
+  PipelineOptions,
+  StandardOptions,
+)
 
 from data_prep import storage
 from data_prep.engines import pool, workers
@@ -14,9 +19,18 @@ from data_prep.output import shards
 from data_prep.output.shard_job import ShardJob
 from data_prep.video import video_to_records
 from marlin_jax.records import folders
+from marlin_jax.records.cli import UserError
 
 # Jobs of at most some hundreds of videos: a few MB per file.
 JOBS_PER_FILE = 16
+
+
+# The job server of these runners knows flags that Beam's Python part does not.
+_WITH_JOB_SERVER = ("FlinkRunner", "SparkRunner", "PortableRunner")
+
+
+class BeamFlagError(UserError):
+  """A flag of the runner is not known."""
 
 
 def run(
@@ -35,10 +49,9 @@ def run(
 
   Raises:
     workers.WorkerError: the pipeline failed. Finished shards are kept.
+    BeamFlagError: as for `options_of`.
   """
-  # Beam's default local runner downloads a program first.
-  options = PipelineOptions([*flags] or ["--runner=FnApiRunner"])
-  pipeline = beam.Pipeline(options=options)
+  pipeline = beam.Pipeline(options=options_of(flags))
   # The pipeline holds file names, not jobs: Dataflow accepts at most 10 MB.
   # Without the shuffle a runner may put all jobs on one machine.
   _ = (
@@ -48,11 +61,45 @@ def run(
     | beam.Reshuffle()
     | beam.ParDo(_DoJob(settings, num_workers))
   )
-  state = pipeline.run().wait_until_finish()
+  try:
+    state = pipeline.run().wait_until_finish()
+  except Exception as e:  # each runner has errors of its own
+    if isinstance(e, UserError):
+      raise
+    reason = str(e).strip().partition("\n")[0]
+    raise workers.WorkerError(
+      f"the pipeline failed: {type(e).__name__}: {reason}"
+    ) from e
   if state not in (None, "DONE"):
     raise workers.WorkerError(
       f"the pipeline ended as {state}; see its log, and run the command again"
     )
+
+
+def options_of(flags: Sequence[str]) -> PipelineOptions:
+  """Returns the options of Beam.
+
+  Args:
+    flags: flags of Beam; none for a local runner.
+
+  Raises:
+    BeamFlagError: Beam knows none of that name. It would be left out silently.
+  """
+  # Beam's default local runner downloads a program first.
+  flags = [*flags] or ["--runner=FnApiRunner"]
+  options = PipelineOptions(flags)
+  parsers: list[argparse.ArgumentParser] = []
+  known = options.get_all_options(add_extra_args_fn=parsers.append)
+  _, unknown = parsers[0].parse_known_args(flags)
+  runner = options.view_as(StandardOptions).runner or ""
+  if unknown and runner.rpartition(".")[2] not in _WITH_JOB_SERVER:
+    name = unknown[0].partition("=")[0]
+    similar = difflib.get_close_matches(name.lstrip("-"), known, 1)
+    raise BeamFlagError(
+      f"{name} is no flag of Apache Beam"
+      + (f"; did you mean --{similar[0]}?" if similar else "")
+    )
+  return options
 
 
 def _write(jobs: Sequence[ShardJob]) -> list[str]:

@@ -1,6 +1,7 @@
 """A data set has the same bytes from any engine and any number of tasks."""
 
 import importlib.util
+import re
 import signal
 import subprocess
 import sys
@@ -149,6 +150,42 @@ def test_without_beam_nothing_is_begun(flags, tmp_path):
   assert result.returncode == 2
   assert "pip install -r requirements-beam.txt" in result.stderr
   assert not path.exists()
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec("apache_beam") is None,
+  reason="Beam is not installed: pip install -r requirements-beam.txt",
+)
+def test_a_flag_that_beam_does_not_know_is_refused(flags, tmp_path):
+  path = tmp_path / "dataset"
+  result = run_prepare(
+    *(*flags, "--output", path, "--engine=beam", "--"),
+    *("--runner=DataflowRunner", "--reqion=us-central1"),
+  )
+  assert result.returncode == 1
+  assert "--reqion is no flag of Apache Beam; did you mean --region?" in (
+    result.stderr
+  )
+  assert not path.exists()
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec("apache_beam") is None,
+  reason="Beam is not installed: pip install -r requirements-beam.txt",
+)
+def test_flags_of_a_job_server_are_left_to_it():
+  from data_prep.engines import beam
+
+  flags = ["--runner=FlinkRunner", "--flink_master=HOST:8081", "--new_flag=1"]
+  assert beam.options_of(flags).view_as(beam.StandardOptions).runner == (
+    "FlinkRunner"
+  )
+  with pytest.raises(beam.BeamFlagError, match="stray is no flag"):
+    beam.options_of(["--runner=FnApiRunner", "stray"])
+  # Those of the example in DATA.md.
+  text = (ROOT / "docs" / "DATA.md").read_text()
+  for example in re.findall(r"--engine=beam.*? -- (.*?)\n\n", text, re.DOTALL):
+    beam.options_of(example.replace("\\\n", "").split())
 
 
 @pytest.mark.skipif(

@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from configs import pretrain_b
+from data_prep.faces import face_finder
+from data_prep.regions import parsers
 from marlin_jax.training.configuration import flat
 
 ROOT = Path(__file__).parents[2]
@@ -159,7 +163,8 @@ def test_the_jobset_restarts_a_run_unless_it_was_refused():
 
 
 def test_the_image_is_made_of_what_there_is():
-  lines = (TOOLS / "Dockerfile").read_text().splitlines()
+  text = (TOOLS / "Dockerfile").read_text()
+  lines = text[text.rindex("\nFROM ") :].splitlines()
   project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
   extras = project["optional-dependencies"].keys()
   told = next(i for i, line in enumerate(lines) if "An extra of" in line)
@@ -176,6 +181,45 @@ def test_the_image_is_made_of_what_there_is():
   ]
   assert {"marlin_jax", "data_prep", "configs"} <= set(copied)
   assert all((ROOT / source).exists() for source in copied)
+
+
+def test_the_image_of_beam_is_that_of_its_requirements():
+  text = (TOOLS / "Dockerfile").read_text()
+  header, beam, trainer = re.split("^FROM ", text, flags=re.MULTILINE)
+  # Without --target, the last stage is built.
+  assert "AS beam" in beam
+  assert " AS " not in trainer.partition("\n")[0]
+  defaults = dict(re.findall(r"^ARG (\w+)=(\S+)$", header, re.MULTILINE))
+  assert beam.startswith(
+    "apache/beam_python${PYTHON_VERSION}_sdk:${BEAM_VERSION} "
+  )
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  assert SpecifierSet(project["requires-python"]).contains(
+    defaults["PYTHON_VERSION"]
+  )
+  lines = (ROOT / "requirements-beam.txt").read_text().splitlines()
+  needed = {
+    needed.name: needed
+    for needed in map(Requirement, (s for s in lines if s[0] not in "#-"))
+  }
+  assert needed["apache-beam"].extras == {"gcp"}
+  assert needed["apache-beam"].specifier.contains(defaults["BEAM_VERSION"])
+  assert str(needed["gcsfs"]) in project["optional-dependencies"]["gcs"]
+  for copy in re.findall("^COPY (.*) \\S+$", beam, re.MULTILINE):
+    assert all((ROOT / source).exists() for source in copy.split())
+  libraries = re.search(r"lib\w.*", beam)[0]
+  assert libraries in trainer.replace(" tini", "")
+
+
+def test_the_models_in_the_image_of_beam_are_those_of_prepare(tmp_path):
+  text = (TOOLS / "Dockerfile").read_text()
+  (code,) = re.findall(r'python -c "(.*?)"', text, re.DOTALL)
+  asked = []
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr("data_prep.assets.fetch", lambda name: asked.append(name))
+    exec(code.replace("\\\n", ""), {})
+  choice = parsers.DEFAULT
+  assert {*face_finder.MODELS, *choice.model_hash()} == {*asked}
 
 
 # --- Cloud TPU: what is printed -----------------------------------------------
