@@ -12,7 +12,7 @@ video, after the rows of its windows where the model judges windows:
   end_secs     time of the last frame
   x0 y0 x1 y1  the crop in pixels of the video, median over the frames
   p:NAME       probability of each label or class
-  predicted    the class, or the labels that reach their thresholds, with ';'
+  predicted    the class, or the labels above their thresholds, with ';'
   error        why there is no prediction
 
 OUTPUT.jsonl holds the same as JSON, one line per video, written at once: the

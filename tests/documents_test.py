@@ -12,7 +12,7 @@ from flax import nnx
 
 from configs import eval_far, eval_fer, eval_ls, pretrain_b
 from data_prep import contact_sheet, prepare, report, verify
-from marlin_jax import convert, features, predict, reconstruct
+from marlin_jax import compare, convert, features, predict, reconstruct
 from marlin_jax.eval import configuration as eval_configuration
 from marlin_jax.eval import ls
 from marlin_jax.lipsync import configuration as lipsync_configuration
@@ -38,6 +38,7 @@ PARSERS = {
   "data_prep.prepare": lambda argv: prepare._parser().parse_args(argv),
   "data_prep.report": lambda argv: report._parser().parse_args(argv),
   "data_prep.verify": lambda argv: verify._parser().parse_args(argv),
+  "marlin_jax.compare": lambda argv: compare._parser().parse_args(argv),
   "marlin_jax.convert": convert.parse_args,
   "marlin_jax.features": lambda argv: features._parser().parse_args(argv),
   "marlin_jax.predict": lambda argv: predict._parser().parse_args(argv),

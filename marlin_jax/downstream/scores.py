@@ -59,6 +59,41 @@ def average_precision(
   return _average_precision(_rank(labels, scores, weights))
 
 
+def equal_error_rate(
+  labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None
+) -> np.ndarray:
+  """Returns the rate at which false positives equal false negatives.
+
+  Where the ROC curve, with straight lines between its points, meets
+  1 - x.
+
+  Args:
+    labels, scores, weights: see `roc_auc`.
+
+  Returns:
+    float64 (R); NaN where one of the two labels does not occur.
+  """
+  return _equal_error_rate(_rank(labels, scores, weights))
+
+
+def recall_at(
+  labels: np.ndarray,
+  scores: np.ndarray,
+  false_positive_rate: float,
+  weights: np.ndarray | None = None,
+) -> np.ndarray:
+  """Returns the highest true positive rate up to a false positive rate.
+
+  Args:
+    labels, scores, weights: see `roc_auc`.
+    false_positive_rate: largest share of the 0s that a threshold may accept.
+
+  Returns:
+    float64 (R); NaN where one of the two labels does not occur.
+  """
+  return _recall_at(_rank(labels, scores, weights), false_positive_rate)
+
+
 def roc_curve(
   labels: np.ndarray, scores: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -150,8 +185,11 @@ def binary_scores(
     float64 (R) by name. `accuracy`, `auc_micro` and `calibration_error` pool
     all pairs of an example and a label (the paper's accuracy and AUC). The
     others are means over the labels for which both values occur: `auc`,
-    `average_precision`, `balanced_accuracy`, `f1` (of 1), and `f1_weighted`,
-    sklearn's weighted F1 over 0 and 1, as CMU-MOSEI's emotions are scored.
+    `average_precision`, `eer` (equal error rate), `tpr_at_fpr_1` and
+    `tpr_at_fpr_0.1` (true positive rate at 1% and 0.1% of false positives),
+    `balanced_accuracy`, `f1` (of 1), `f1_weighted` (sklearn's weighted F1 over
+    0 and 1), and `f1_weighted_at_0.5`, the same with the threshold 0.5, as
+    CMU-MOSEI's emotions are scored.
   """
   num_examples, num_labels = targets.shape
   weights = _weights(weights, num_examples)
@@ -170,14 +208,9 @@ def binary_scores(
     ),
     "calibration_error": _ratio(np.abs(gaps).sum(-1), num, np.nan),
   } | {
-    name: _mean_of_defined(per_label_scores[name])
-    for name in (
-      "auc",
-      "average_precision",
-      "balanced_accuracy",
-      "f1",
-      "f1_weighted",
-    )
+    name: _mean_of_defined(values)
+    for name, values in per_label_scores.items()
+    if name not in ("positives", "negatives", "accuracy")
   }
 
 
@@ -194,10 +227,9 @@ def per_label(
 
   Returns:
     float64 ((R), K) by name: the weights `positives` and `negatives`; and, NaN
-    where one of these is 0, `auc`, `average_precision`, `accuracy`,
-    `balanced_accuracy`, `f1`, `f1_weighted`. (For a label that is always 0,
-    sklearn's balanced accuracy is the recall of 0, half of the usual scale,
-    which would distort a mean over labels.)
+    where one of these is 0, `accuracy` and the means of `binary_scores`. (For
+    a label that is always 0, sklearn's balanced accuracy is the recall of 0,
+    half of the usual scale, which would distort a mean over labels.)
   """
   thresholds = np.broadcast_to(thresholds, targets.shape[1])
   weights = _weights(weights, len(targets))
@@ -215,8 +247,6 @@ def _one_label(labels, probabilities, threshold, weights):
   tp, fp, fn, tn = counts(labels, probabilities > threshold, weights)
   positives, negatives = tp + fn, tn + fp
   total = positives + negatives
-  f1 = _ratio(2 * tp, 2 * tp + fp + fn, 0.0)
-  f1_of_0 = _ratio(2 * tn, 2 * tn + fp + fn, 0.0)
   recall, recall_of_0 = (
     _ratio(tp, positives, np.nan),
     _ratio(tn, negatives, np.nan),
@@ -227,13 +257,26 @@ def _one_label(labels, probabilities, threshold, weights):
     "average_precision": _average_precision(ranking),
     "accuracy": _ratio(tp + tn, total, np.nan),
     "balanced_accuracy": (recall + recall_of_0) / 2,
-    "f1": f1,
-    "f1_weighted": _ratio(positives * f1 + negatives * f1_of_0, total, np.nan),
+    "eer": _equal_error_rate(ranking),
+    "tpr_at_fpr_1": _recall_at(ranking, 0.01),
+    "tpr_at_fpr_0.1": _recall_at(ranking, 0.001),
+    "f1": _ratio(2 * tp, 2 * tp + fp + fn, 0.0),
+    "f1_weighted": _weighted_f1(tp, fp, fn, tn),
+    "f1_weighted_at_0.5": _weighted_f1(
+      *counts(labels, probabilities > 0.5, weights)
+    ),
   }
   defined = (positives > 0) & (negatives > 0)
   return {"positives": positives, "negatives": negatives} | {
     name: np.where(defined, score, np.nan) for name, score in scores.items()
   }
+
+
+def _weighted_f1(tp, fp, fn, tn) -> np.ndarray:
+  f1 = _ratio(2 * tp, 2 * tp + fp + fn, 0.0)
+  f1_of_0 = _ratio(2 * tn, 2 * tn + fp + fn, 0.0)
+  sums = (tp + fn) * f1 + (tn + fp) * f1_of_0
+  return _ratio(sums, tp + fp + fn + tn, np.nan)
 
 
 # --- Classes ------------------------------------------------------------------
@@ -280,9 +323,10 @@ def class_scores(
   Returns:
     float64 (R) by name. `auc` and `average_precision` are means over the
     classes that occur, each against the rest; `balanced_accuracy` over the
-    classes that occur; `f1` (macro) over those that occur or are predicted, and
-    `f1_weighted`, both as in scikit-learn; `calibration_error` is of the
-    predicted class.
+    classes that occur. Expression recognition calls `accuracy` WAR and
+    `balanced_accuracy` UAR: `war` and `uar` are the same numbers. `f1` (macro)
+    is over those that occur or are predicted, and `f1_weighted`, both as in
+    scikit-learn; `calibration_error` is of the predicted class.
   """
   num_classes = probabilities.shape[1]
   weights = _weights(weights, len(targets))
@@ -297,9 +341,13 @@ def class_scores(
   )
   is_correct = np.where(np.isnan(targets), np.nan, predicted == targets)
   occurs = num_true + num_predicted > 0
+  accuracy = _ratio(correct.sum(-1), num_true.sum(-1), np.nan)
+  balanced_accuracy = _mean_of_defined(recall)
   return {
-    "accuracy": _ratio(correct.sum(-1), num_true.sum(-1), np.nan),
-    "balanced_accuracy": _mean_of_defined(recall),
+    "accuracy": accuracy,
+    "balanced_accuracy": balanced_accuracy,
+    "war": accuracy,
+    "uar": balanced_accuracy,
     "f1": _mean_of_defined(np.where(occurs, f1, np.nan)),
     "f1_weighted": _ratio((num_true * f1).sum(-1), num_true.sum(-1), np.nan),
     "auc": _mean_of_defined(one_vs_rest["auc"]),
@@ -448,6 +496,50 @@ def _roc_auc(ranking: _Ranking) -> np.ndarray:
   outranked = num_negatives - (negatives_at_least + negatives_above) / 2
   area = (r.own * outranked).sum(0)
   return _ratio(area, r.num_positives * num_negatives, np.nan)
+
+
+def _equal_error_rate(ranking: _Ranking) -> np.ndarray:
+  """Returns the rate where the ROC curve meets 1 - x.
+
+  The curve is horizontal between the scores of positives, and a straight line
+  over the examples of one score.
+  """
+  r = ranking
+  num_negatives = r.num_all - r.num_positives
+  if not len(r.own):
+    return np.full(np.shape(num_negatives), np.nan)
+  true, false = (
+    np.stack([_ratio(above, num, np.nan), _ratio(at_least, num, np.nan)])
+    for above, at_least, num in (
+      (r.positives_above, r.positives_at_least, r.num_positives),
+      (
+        r.all_above - r.positives_above,
+        r.all_at_least - r.positives_at_least,
+        num_negatives,
+      ),
+    )
+  )
+  # Positive where the curve has passed the diagonal; ascends with the rank.
+  beyond = true + false - 1
+  rank = np.argmax(beyond[1] >= 0, axis=0)
+  true, false, beyond = (
+    np.take_along_axis(x, rank[None, None], axis=1)[:, 0]
+    for x in (true, false, beyond)
+  )
+  share = _ratio(-beyond[0], beyond[1] - beyond[0], 0.0)
+  inside = false[0] + share * (false[1] - false[0])
+  rate = np.where(beyond[0] >= 0, 1 - true[0], inside)
+  return np.where((r.num_positives > 0) & (num_negatives > 0), rate, np.nan)
+
+
+def _recall_at(ranking: _Ranking, false_positive_rate: float) -> np.ndarray:
+  r = ranking
+  num_negatives = r.num_all - r.num_positives
+  false = r.all_at_least - r.positives_at_least
+  allowed = false <= false_positive_rate * num_negatives * (1 + 1e-12)
+  recalls = _ratio(r.positives_at_least, r.num_positives, np.nan)
+  best = np.where(allowed, recalls, 0.0).max(axis=0, initial=0.0)
+  return np.where((r.num_positives > 0) & (num_negatives > 0), best, np.nan)
 
 
 def _average_precision(ranking: _Ranking) -> np.ndarray:

@@ -62,7 +62,7 @@ def evaluate(
     cells = run_cells(inputs, videos, runner, config, folder)
 
     # --- Results, with those of earlier calls ---------------------------------
-    results = results_of(inputs, videos, config, cells, folder.results())
+    results = results_of(inputs, videos, config, cells, folder)
     table = report.table(results["summary"])
     folder.write_results(results, table)
     print(f"\n{table}\n")
@@ -285,6 +285,7 @@ def _run(
   thresholds = measures.thresholds(task, val, config.protocol)
   if config.keep_models:
     _keep_model(folder, cell, inputs, predicted, val, thresholds, config)
+  scores, draws = _measured(task, videos["test"], test, thresholds, config)
   val_auc = task.auc(val.targets, val.probabilities, micro=False)
   result = _header(cell.mode, task, cell.ratio, cell.seed, train) | {
     "name": cell.name,
@@ -293,11 +294,16 @@ def _run(
       "auc": measures.finite_or_none(val_auc),
       "num_videos": len(val.video_ids),
     },
-    "test": _measured(task, videos["test"], test, thresholds, config),
+    "test": scores,
     "secs": round(time.monotonic() - started_at, 1),
   }
   folder.write_cell(
-    cell.name, task.names, test, _targets_as_labels(task, test.targets), result
+    cell.name,
+    task.names,
+    test,
+    _targets_as_labels(task, test.targets),
+    result,
+    draws,
   )
   return result
 
@@ -350,9 +356,10 @@ def _constant(
   shares = (labels * known).sum(0) / np.maximum(known.sum(0), 1)
   predictions = _predictions(test, np.tile(shares, (len(test), 1)))
   thresholds = np.full(task.num_outputs, 0.5)
+  scores, _ = _measured(task, test, predictions, thresholds, config)
   return _header(CONSTANT, task, 1.0, 0, train) | {
     "name": f"{task.name}-{CONSTANT}",
-    "test": _measured(task, test, predictions, thresholds, config),
+    "test": scores,
   }
 
 
@@ -375,7 +382,7 @@ def _measured(
   predictions: measures.Predictions,
   thresholds: np.ndarray,
   config: ConfigDict,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   values = videos.split.labels[task.label][videos.rows]
   return measures.measure(
     task, predictions, thresholds, task.parts(values), config.num_resamples
@@ -404,16 +411,17 @@ def results_of(
   videos: Videos,
   config: ConfigDict,
   cells: list[dict[str, Any]],
-  earlier: dict[str, Any],
+  folder: ResultsFolder,
 ) -> dict[str, Any]:
   """Returns the content of results.json.
 
   Args:
     inputs, videos, config: inputs of this call.
     cells: scores that this call computed.
-    earlier: results of earlier calls in the same workdir; {} if there are none.
-      Their cells and tasks are kept.
+    folder: workdir, with the results of earlier calls, whose cells and tasks
+      are kept.
   """
+  earlier = folder.results()
   cells = _sorted([*earlier.get("cells", []), *cells])
   return {
     "checkpoint": {
@@ -445,7 +453,7 @@ def results_of(
     "config": flat(config),
     "versions": versions(),
     "devices": [d.device_kind for d in inputs.mesh.devices.flat],
-    "summary": report.summary(cells),
+    "summary": report.summary(cells, folder.draws),
     "cells": cells,
   }
 

@@ -91,8 +91,8 @@ def measure(
   thresholds: np.ndarray,
   parts: Mapping[str, np.ndarray],
   num_resamples: int,
-) -> dict[str, Any]:
-  """Returns all scores, ready for JSON: None for undefined ones.
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """Returns all scores, ready for JSON: None for undefined ones; and draws.
 
   Args:
     task: task that was predicted.
@@ -104,15 +104,19 @@ def measure(
   Returns:
     `num_videos`, `num_people`; `metrics`: {name: {value, low, high}};
     `per_class`: a dict per label or class; `confusion`, for classes; `parts`:
-    {name: metrics}.
+    {name: metrics}. And the draws of each metric, float64 (R,), the same people
+    in each draw for all predictions of the same videos.
   """
+  metrics, draws = _metrics(task, predictions, thresholds, num_resamples)
   result = {
     "num_videos": len(predictions.video_ids),
     "num_people": len(set(predictions.people)),
-    "metrics": _metrics(task, predictions, thresholds, num_resamples),
+    "metrics": metrics,
     "per_class": _per_class(task, predictions, thresholds),
     "parts": {
-      name: _metrics(task, predictions.subset(rows), thresholds, num_resamples)
+      name: _metrics(task, predictions.subset(rows), thresholds, num_resamples)[
+        0
+      ]
       for name, rows in parts.items()
       if rows.any()
     },
@@ -122,7 +126,7 @@ def measure(
     result["confusion"] = scores.confusion(
       predictions.targets, predicted, task.num_outputs
     ).tolist()
-  return result
+  return result, draws
 
 
 def _metrics(task, predictions, thresholds, num_resamples):
@@ -138,20 +142,21 @@ def _metrics(task, predictions, thresholds, num_resamples):
   with tqdm(
     desc="intervals", total=num_resamples, unit="draw", delay=2.0, leave=False
   ) as bar:
-    intervals = bootstrap(
+    draws = bootstrap(
       weighted_scores,
       predictions.people,
       num_resamples=num_resamples,
       report=bar.update,
     )
-  return {
-    name: {
+  metrics = {}
+  for name, value in values.items():
+    low, high = interval(draws[name])
+    metrics[name] = {
       "value": finite_or_none(value),
-      "low": finite_or_none(intervals[name][0]),
-      "high": finite_or_none(intervals[name][1]),
+      "low": finite_or_none(low),
+      "high": finite_or_none(high),
     }
-    for name, value in values.items()
-  }
+  return metrics, draws
 
 
 def _per_class(task, predictions, thresholds):
@@ -180,10 +185,9 @@ def bootstrap(
   *,
   num_resamples: int,
   seed: int = 0,
-  level: float = 0.95,
   report: Callable[[int], object] = lambda num: None,
-) -> dict[str, tuple[float, float]]:
-  """Returns percentile intervals from resampling whole groups.
+) -> dict[str, np.ndarray]:
+  """Returns scores of resampled data, by drawing whole groups.
 
   The videos of one person are alike, so intervals from resampling videos would
   be too narrow (Field and Welsh, JRSS B 2007).
@@ -192,13 +196,12 @@ def bootstrap(
     measure: maps weights (V, R) to scores (R,) by name.
     groups: V names: the group of each example, such as a person.
     num_resamples: number of draws with replacement.
-    seed: seed of the draws.
-    level: share of the draws inside the interval.
+    seed: seed of the draws: with the same groups the draws are the same.
     report: called with the number of draws done since the last call.
 
   Returns:
-    Lower and upper end by name; NaN for a score that is never defined, or if
-    there is a single group.
+    float64 (R,) by name; NaN where a score is not defined, or if there is a
+    single group.
   """
   names, group = np.unique(np.asarray(groups), return_inverse=True)
   np_rng = np.random.default_rng(seed)
@@ -213,14 +216,18 @@ def bootstrap(
     for name, values in measure(weights).items():
       draws.setdefault(name, []).append(values)
     report(num)
-  tails = [50 * (1 - level), 50 * (1 + level)]
-  intervals = {}
-  for name, parts in draws.items():
-    values = np.concatenate(parts)
-    values = values[np.isfinite(values)]
-    if len(names) < 2 or not len(values):
-      intervals[name] = (float("nan"), float("nan"))
-    else:
-      low, high = np.percentile(values, tails)
-      intervals[name] = (float(low), float(high))
-  return intervals
+  draws = {name: np.concatenate(parts) for name, parts in draws.items()}
+  if len(names) < 2:
+    draws = {
+      name: np.full_like(values, np.nan) for name, values in draws.items()
+    }
+  return draws
+
+
+def interval(draws: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+  """Returns the percentile interval of draws, (R,); NaN if none is defined."""
+  draws = draws[np.isfinite(draws)]
+  if not len(draws):
+    return float("nan"), float("nan")
+  low, high = np.percentile(draws, [50 * (1 - level), 50 * (1 + level)])
+  return float(low), float(high)

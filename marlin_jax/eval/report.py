@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from marlin_jax.downstream import scores
+from marlin_jax.eval.measures import finite_or_none, interval
 
 # Columns of the table, if the task has the score.
 _COLUMNS = (
@@ -24,14 +25,21 @@ _COLUMNS = (
 _MAX_CURVES = 12
 
 
-def summary(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def summary(
+  cells: Sequence[dict[str, Any]],
+  draws_of: Callable[[str], Mapping[str, np.ndarray]],
+) -> list[dict[str, Any]]:
   """Summarises the seeds of each task, mode and ratio.
+
+  Args:
+    cells: scores of all cells.
+    draws_of: returns the bootstrap draws of a cell by metric.
 
   Returns:
     Dicts of `task`, `mode`, `ratio`, `num_seeds`, `num_train` (the minimum),
     and `metrics`: {name: {mean, std, low, high}}. `std` is that of the sample,
-    None for one seed; `low` and `high` are the bootstrap interval of a single
-    seed, else None.
+    None for one seed; `low` and `high` are the bootstrap interval of the mean
+    over the seeds, which are tested on the same people.
   """
   rows = []
   keys = ("task", "mode", "ratio")
@@ -39,13 +47,17 @@ def summary(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     cells, lambda cell: tuple(cell[k] for k in keys)
   ):
     group = list(group)
+    draws = [draws_of(cell["name"]) for cell in group]
     rows.append(
       dict(zip(keys, key, strict=True))
       | {
         "num_seeds": len(group),
         "num_train": min(cell["num_train"] for cell in group),
         "metrics": {
-          name: _summarised([cell["test"]["metrics"][name] for cell in group])
+          name: _summarised(
+            [cell["test"]["metrics"][name] for cell in group],
+            [values[name] for values in draws if name in values],
+          )
           for name in group[0]["test"]["metrics"]
         },
       }
@@ -54,19 +66,24 @@ def summary(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _summarised(
-  numbers: list[dict[str, float | None]],
+  numbers: list[dict[str, float | None]], draws: list[np.ndarray]
 ) -> dict[str, float | None]:
+  low, high = numbers[0]["low"], numbers[0]["high"]
+  if len(numbers) > 1:
+    low = high = None
+    if len(draws) == len(numbers):
+      low, high = map(finite_or_none, interval(np.mean(draws, axis=0)))
   values = [n["value"] for n in numbers if n["value"] is not None]
   return {
     "mean": statistics.fmean(values) if values else None,
     "std": statistics.stdev(values) if len(values) > 1 else None,
-    "low": numbers[0]["low"] if len(numbers) == 1 else None,
-    "high": numbers[0]["high"] if len(numbers) == 1 else None,
+    "low": low,
+    "high": high,
   }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-  """Formats a summary: mean +- deviation, or value and interval."""
+  """Formats a summary: mean, deviation over the seeds, and interval."""
   lines = []
   for task, group in itertools.groupby(rows, lambda row: row["task"]):
     group = list(group)
@@ -75,7 +92,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in group:
       cells.append(
         [row["mode"], f"{row['ratio']:.4g}", str(row["num_train"])]
-        + [_formatted(row["metrics"][name]) for name in names]
+        + [formatted(row["metrics"][name]) for name in names]
       )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines.append(f"\n{task}")
@@ -87,14 +104,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
   return "\n".join(lines).lstrip("\n")
 
 
-def _formatted(number: dict[str, float | None]) -> str:
+def formatted(number: dict[str, float | None]) -> str:
+  """Formats a metric of a summary: mean, deviation and interval."""
   if number["mean"] is None:
     return "-"
   text = f"{number['mean']:.4f}"
   if number["std"] is not None:
-    return f"{text} +- {number['std']:.4f}"
+    text += f" +- {number['std']:.4f}"
   if number["low"] is not None:
-    return f"{text} [{number['low']:.3f}, {number['high']:.3f}]"
+    text += f" [{number['low']:.3f}, {number['high']:.3f}]"
   return text
 
 

@@ -7,8 +7,8 @@
   predictions/CELL.csv   true labels and probabilities of each video
   models/CELL/           the trained model, for marlin_jax.predict
   plots/                 PNG files
-  cells/CELL.json, .npz  scores and probabilities of a finished cell: a task, a
-                         mode, a share of the data and a seed
+  cells/CELL.json, .npz  scores, probabilities and bootstrap draws of a finished
+                         cell: a task, a mode, a share of the data and a seed
   cells/CELL/            checkpoints of an unfinished cell
   features/              see `downstream.feature_cache`
 
@@ -21,7 +21,7 @@ import csv
 import io
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,6 +34,8 @@ from marlin_jax.records.folders import (
   OutputFolderError,
   write_bytes,
 )
+
+_DRAWS = "draws:"
 
 
 class ResultsFolder:
@@ -118,6 +120,10 @@ class ResultsFolder:
     with np.load(self.path / "cells" / f"{name}.npz") as arrays:
       return arrays["probabilities"]
 
+  def draws(self, name: str) -> dict[str, np.ndarray]:
+    """Returns the bootstrap draws of a cell by metric; {} if it has none."""
+    return read_draws(self.path, name)
+
   def checkpoints(self, name: str) -> Path:
     """Returns the folder for the checkpoints of an unfinished cell."""
     return self.path / "cells" / name
@@ -133,6 +139,7 @@ class ResultsFolder:
     predictions: Predictions,
     targets: np.ndarray,
     result: dict[str, Any],
+    draws: Mapping[str, np.ndarray],
   ) -> None:
     """Writes a finished cell and removes its checkpoints.
 
@@ -142,11 +149,16 @@ class ResultsFolder:
       predictions: predictions on the test split.
       targets: (V, K), one-hot for classes; NaN where unknown.
       result: scores of the cell.
+      draws: bootstrap draws of each metric, (R,).
     """
     cells = self.path / "cells"
     cells.mkdir(exist_ok=True)
     data = io.BytesIO()
-    np.savez(data, probabilities=predictions.probabilities)
+    np.savez(
+      data,
+      probabilities=predictions.probabilities,
+      **{f"{_DRAWS}{name}": values for name, values in draws.items()},
+    )
     write_bytes(cells / f"{name}.npz", data.getvalue())
     self._write_csv(name, columns, predictions, targets)
     write_bytes(cells / f"{name}.json", to_json(result))
@@ -173,6 +185,23 @@ class ResultsFolder:
       ]
       writer.writerow([video_id, person, *values])
     write_bytes(folder / f"{name}.csv", text.getvalue().encode())
+
+
+def read_draws(workdir: Path, name: str) -> dict[str, np.ndarray]:
+  """Returns the bootstrap draws, (R,), of a cell by metric.
+
+  Empty for the constant baseline, and for cells of workdirs from before draws
+  were kept.
+  """
+  file = workdir / "cells" / f"{name}.npz"
+  if not file.exists():
+    return {}
+  with np.load(file) as arrays:
+    return {
+      key.removeprefix(_DRAWS): arrays[key]
+      for key in arrays
+      if key.startswith(_DRAWS)
+    }
 
 
 def to_json(tree: Any) -> bytes:

@@ -58,7 +58,7 @@ class Description:
     names: names of the K labels or classes.
     is_class: one of K classes, not K independent labels.
     head: one of VIDEO_HEADS or WINDOW_HEADS.
-    thresholds: K; a label is predicted from this probability on.
+    thresholds: K; a label is predicted above this probability.
     encoder: path or name of the checkpoint.
     encoder_sha256: hash of the encoder; see `encoder_sha256`.
     pool: how the features of windows become one: mean, std or mean_std.
@@ -110,7 +110,7 @@ class Prediction:
   Attributes:
     names: names of the K labels or classes.
     probabilities: float64 (K,).
-    predicted: the class with the highest probability, or all labels that reach
+    predicted: the class with the highest probability, or all labels above
       their thresholds.
     window_probabilities: float64 (W, K), or None if the head judges whole
       videos only.
@@ -267,7 +267,7 @@ class VideoClassifier:
       for name, p, threshold in zip(
         names, probabilities, self.description.thresholds, strict=True
       )
-      if p >= threshold
+      if p > threshold
     )
 
   def prediction(self, outputs: np.ndarray) -> Prediction:

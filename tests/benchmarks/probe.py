@@ -205,7 +205,8 @@ def measure(
 
   blocks = windows.block[question.test]
   unweighted = np.ones((len(blocks), 1))
-  ends = measure_lib.bootstrap(all_scores, blocks, num_resamples=NUM_RESAMPLES)
+  draws = measure_lib.bootstrap(all_scores, blocks, num_resamples=NUM_RESAMPLES)
+  ends = {name: measure_lib.interval(values) for name, values in draws.items()}
   results = {
     name: {
       "value": measure_lib.finite_or_none(value[0]),

@@ -105,7 +105,7 @@ def test_a_kept_model_gives_the_evaluations_predictions(
       assert row["predicted"] == names[p.argmax()]
     else:
       chosen = [
-        n for n, q, t in zip(names, p, thresholds, strict=True) if q >= t
+        n for n, q, t in zip(names, p, thresholds, strict=True) if q > t
       ]
       assert row["predicted"] == ";".join(chosen)
 

@@ -57,6 +57,39 @@ def test_ranking_scores_equal_sklearns(kind, weighted):
     np.testing.assert_allclose(ours(labels, p, weights), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_operating_points_are_those_of_sklearns_roc_curve(kind, weighted):
+  labels, p = draw(kind)
+  weights = np.ones(len(labels))
+  if weighted:
+    weights = np.random.default_rng(1).integers(0, 4, len(labels)).astype(float)
+  false, true, _ = sklearn(
+    metrics.roc_curve, labels, p, sample_weight=weights, drop_intermediate=False
+  )
+  both = np.isfinite(true).all() and np.isfinite(false).all()
+  eer = scores.equal_error_rate(labels, p, weights)
+  # The curve in fine steps along it, and where it is nearest to 1 - x.
+  steps = np.linspace(0, len(true) - 1, 100_000)
+  x, y = (np.interp(steps, np.arange(len(true)), v) for v in (false, true))
+  expected = x[np.argmin(np.abs(1 - y - x))] if both else np.nan
+  np.testing.assert_allclose(eer, expected, atol=2e-3)
+  for rate in (0.01, 0.2, 1.0):
+    best = true[false <= rate].max() if both else np.nan
+    ours = scores.recall_at(labels, p, rate, weights)
+    np.testing.assert_allclose(ours, best, atol=1e-12)
+  # Many sets of weights at once are the same as one after the other.
+  columns = np.stack([weights, np.ones(len(labels))], axis=1)
+  for function in (
+    scores.equal_error_rate,
+    lambda a, b, c: scores.recall_at(a, b, 0.1, c),
+  ):
+    np.testing.assert_array_equal(
+      function(labels, p, columns),
+      [function(labels, p, column) for column in columns.T],
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_roc_curve_equals_sklearns(kind):
   labels, p = draw(kind)

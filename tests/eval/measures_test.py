@@ -14,9 +14,10 @@ def test_intervals_have_their_nominal_coverage():
   covered = 0
   for seed in range(200):
     values = np_rng.normal(size=60)
-    low, high = measures.bootstrap(
+    draws = measures.bootstrap(
       measure(values), [str(i) for i in range(60)], num_resamples=200, seed=seed
-    )["mean"]
+    )
+    low, high = measures.interval(draws["mean"])
     covered += low < 0 < high
   assert 0.88 < covered / 200 < 0.99
 
@@ -30,14 +31,24 @@ def test_the_bootstrap_draws_people_not_videos():
   by_person = measures.bootstrap(measure(values), people, num_resamples=500)
   by_video = measures.bootstrap(measure(values), videos, num_resamples=500)
   width = {
-    k: v["mean"][1] - v["mean"][0]
+    k: np.ptp(measures.interval(v["mean"]))
     for k, v in (("person", by_person), ("video", by_video))
   }
   assert 2.5 < width["person"] / width["video"] < 4  # sqrt(10)
 
 
 def test_one_person_gives_no_interval():
-  intervals = measures.bootstrap(
-    measure(np.ones(5)), ["a"] * 5, num_resamples=10
+  draws = measures.bootstrap(measure(np.ones(5)), ["a"] * 5, num_resamples=10)
+  assert np.isnan(measures.interval(draws["mean"])).all()
+
+
+def test_draws_of_the_same_people_are_paired():
+  """A constant difference between two encoders has an interval of width 0."""
+  values = np.random.default_rng(0).normal(size=60)
+  people = [str(i // 2) for i in range(60)]
+  one, two = (
+    measures.bootstrap(measure(v), people, num_resamples=50)["mean"]
+    for v in (values, values + 0.1)
   )
-  assert np.isnan(intervals["mean"]).all()
+  np.testing.assert_allclose(two - one, 0.1)
+  assert np.std(one) > 0.05

@@ -1,0 +1,98 @@
+"""Comparisons of evaluations on the same videos."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from configs import eval_far
+from marlin_jax import compare
+from marlin_jax.eval import measures, results_folder
+from marlin_jax.weights.architecture import Architecture
+from tests.support.labelled_data import run, write_random
+
+
+@pytest.fixture(scope="module")
+def workdirs(face_data, tmp_path_factory):
+  """Evaluations of an encoder twice, and of a smaller one."""
+  folder = tmp_path_factory.mktemp("compared")
+  for name, width in (("first", 32), ("same", 32), ("<b>small", 8)):
+    encoder = write_random(
+      folder / f"encoder{name}",
+      Architecture(
+        width=width,
+        depth=1,
+        num_heads=2,
+        mlp_dim=16,
+        num_frames=4,
+        patch_size=56,
+      ),
+    )
+    run(
+      eval_far,
+      folder / name,
+      face_data,
+      encoder,
+      tasks="mood",
+      modes="linear,knn",
+      plots=False,
+      num_seeds=2,
+      **{"data.ratio": "0.25"},
+    )
+  return folder
+
+
+def test_differences_have_paired_intervals(workdirs, capsys):
+  paths = [workdirs / name for name in ("first", "same", "<b>small")]
+  assert compare.main([*map(str, paths), "--metric", "accuracy"]) == 0
+  line = next(x for x in capsys.readouterr().out.splitlines() if "knn" in x)
+  assert "(+0.0000 [+0.000, +0.000])" in line
+  draws = [
+    np.mean(
+      [
+        results_folder.read_draws(path, f"mood-knn-0.25-{seed}")["accuracy"]
+        for seed in (0, 1)
+      ],
+      axis=0,
+    )
+    for path in paths
+  ]
+  low, high = measures.interval(draws[2] - draws[0])
+  assert f"[{low:+.3f}, {high:+.3f}]" in line
+
+
+def test_seeds_have_an_interval_of_their_mean(workdirs):
+  results = json.loads((workdirs / "first" / "results.json").read_text())
+  (row,) = (row for row in results["summary"] if row["mode"] == "knn")
+  number = row["metrics"]["accuracy"]
+  assert row["num_seeds"] == 2
+  assert number["low"] < number["mean"] < number["high"]
+  assert re.search(
+    r"knn .* \+- 0\.\d{4} \[", (workdirs / "first" / "results.txt").read_text()
+  )
+
+
+def test_the_page_escapes_names(workdirs, tmp_path):
+  page = tmp_path / "page.html"
+  paths = [workdirs / name for name in ("first", "<b>small")]
+  assert compare.main([*map(str, paths), "--output", str(page)]) == 0
+  text = page.read_text()
+  assert "&lt;b&gt;small" in text
+  assert "<b>small" not in text
+
+
+def test_other_videos_and_other_files_are_refused(workdirs, tmp_path, capsys):
+  other = tmp_path / "other"
+  other.mkdir()
+  results = json.loads((workdirs / "first" / "results.json").read_text())
+  results["tasks"]["mood"]["split_sha256"] = "0" * 64
+  (other / "results.json").write_text(json.dumps(results))
+  first = str(workdirs / "first")
+  for arguments, words in (
+    ([first, str(other)], "differ in the videos or labels of task 'mood'"),
+    ([first, str(tmp_path)], "expected the workdir of an evaluation"),
+    ([first, "--metric", "ccc"], "no task has the metric 'ccc'"),
+  ):
+    assert compare.main(arguments) == 1
+    assert words in capsys.readouterr().err
