@@ -44,6 +44,14 @@ def get_config():
   # Tracks of a lower quality (docs/DATA.md) are not trained on; evaluation uses
   # all tracks. 0: use all tracks.
   config.data.min_quality = 0.0
+  # Each of these once per epoch: video, as the paper; or subject (the same
+  # person's videos count as one). A clip begins at any frame of a video that
+  # leaves room for it. record: segments of a track, of which a long video has
+  # more; a clip is within one.
+  config.data.sample_by = "video"
+  # hashed: an order without memory. stored: the order of runs begun before
+  # `hashed` existed, which takes 8 bytes for each video or record.
+  config.data.order = "hashed"
   # Frames per clip.
   config.data.num_frames = 16
   # A clip shows every stride-th frame.

@@ -118,6 +118,9 @@ def verify(dataset_dir: Path, num_workers: int) -> dict[str, Any]:
   folder_checks.check_hashes(dataset_dir, shard_split, shards, problems)
   folder_checks.check_places(settings, entries, shards, problems)
   folder_checks.check_quality(dataset_dir, shard_split, shards, problems)
+  folder_checks.check_segments(
+    dataset_dir, entries, shard_split, shards, problems
+  )
   folder_checks.check_metadata(dataset_dir, settings, entries, problems)
   folder_checks.check_tfds(dataset_dir, expected, shard_split, shards, problems)
   return _report(dataset_dir, settings, entries, shards, problems, started_at)

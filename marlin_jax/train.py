@@ -44,17 +44,22 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   # Imported here because the imports take seconds: --help and bad flags answer
   # at once.
   import jax
+  from etils import epath
 
-  from marlin_jax.data import prepared_dataset, sample
+  from marlin_jax.data import prepared_dataset, sample, segment_indexing
   from marlin_jax.devices import distributed, sharding
   from marlin_jax.downstream import quick_probe
   from marlin_jax.pretraining.course import PretrainingCourse
   from marlin_jax.training import loop, remote_files
+  from marlin_jax.training.workdir import as_begun
 
   remote_files.check_reachable(
     str(workdir), config.data.path, config.probe.path
   )
+  config, notes = as_begun(config, configuration.KEYS, workdir)
   loop.start_processes(config)
+  if jax.process_index() == 0:
+    print("".join(f"note: {note}\n" for note in notes), end="", flush=True)
 
   # --- Data -------------------------------------------------------------------
   data_path = config.data.path
@@ -66,6 +71,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   dataset = prepared_dataset.open_dataset(
     data_path, config.data.split, config.data.min_quality
   )
+  index = None
+  if config.data.sample_by != "record":
+    cache = epath.Path(workdir) / "index"
+    with distributed.process_0_first():
+      index = segment_indexing.open_index(dataset, cache)
   # Without the quality threshold, so that runs with different thresholds
   # evaluate the same clips.
   eval_dataset = prepared_dataset.open_dataset(
@@ -79,7 +89,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   # --- Devices, model ---------------------------------------------------------
   mesh = sharding.make_mesh(**config.mesh)
   sharding.check_batch(mesh, config.batch_size)
-  course = PretrainingCourse(config, dataset, mesh)
+  course = PretrainingCourse(config, dataset, index, mesh)
 
   # --- Training ---------------------------------------------------------------
   def make_evaluations(workdir, alive):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,12 @@ from data_prep.output import dataset_folder, folder_settings, ledger
 from data_prep.output.shards import features as tfds_features
 from data_prep.sources import listing
 from data_prep.sources.listing import Label
-from marlin_jax.records import folders, quality_index, schema
+from marlin_jax.records import (
+  folders,
+  quality_index,
+  schema,
+  segment_index,
+)
 from marlin_jax.records.cli import counted
 
 _FILES = (
@@ -68,11 +74,14 @@ def check_files(
       "unfinished", folders.DATASET_INFO, "missing; it is written last"
     )
   expected = {*_FILES, *shard_split, *map(quality_index.name_for, shard_split)}
+  # Data sets of earlier versions lack it: see `check_segments`.
+  optional = {*map(segment_index.name_for, shard_split)}
   for name in sorted(expected - {folders.DATASET_INFO}):
     if not (dataset_dir / name).is_file():
       problems.add("missing", name, "no such file")
   present = {path.name for path in dataset_dir.iterdir()}
-  for name in sorted(present - expected - {folders.PARTS, folders.FORGOTTEN}):
+  optional |= {folders.PARTS, folders.FORGOTTEN}
+  for name in sorted(present - expected - optional):
     problems.add("unexpected", name, "not written by data_prep.prepare")
 
 
@@ -230,6 +239,9 @@ def check_places(
       if video.quality != entry.quality:
         what = "qualities of its records differ from videos.jsonl"
         problems.add("counts", where, what)
+      if entry.segments and video.lengths != entry.segments:
+        what = "tracks and lengths of its records differ from videos.jsonl"
+        problems.add("counts", where, what)
       for name, number in video.counts.items():
         if number != getattr(entry, name):
           what = f"{name} {number}, videos.jsonl says {getattr(entry, name)}"
@@ -248,14 +260,10 @@ def check_quality(
   problems: Problems,
 ) -> None:
   """Compares the quality index with the records."""
-  by_name = {shard.name: shard for shard in shards}
-  split_shards: dict[str, list[ShardContent]] = {}
-  for name in shard_split:
-    shard = by_name.get(name, ShardContent(name))
-    split_shards.setdefault(quality_index.name_for(name), []).append(shard)
-  for name, in_split in split_shards.items():
+  by_index = _by_index(quality_index.name_for, shard_split, shards)
+  for name, in_split in by_index:
     path = dataset_dir / name
-    if not (path.exists() and all(shard.is_read for shard in in_split)):
+    if not path.exists():
       continue  # other checks report it
     expected = quality_index.pack(
       video.quality for shard in in_split for video in shard.videos.values()
@@ -276,6 +284,49 @@ def check_quality(
         f"{int(wrong.argmax())}"
       )
     problems.add("counts", name, what)
+
+
+def check_segments(
+  dataset_dir: Path,
+  entries: dict[str, ledger.Entry],
+  shard_split: dict[str, str],
+  shards: list[ShardContent],
+  problems: Problems,
+) -> None:
+  """Compares the segment index with the records.
+
+  It may be missing if the ledger is of a version that did not note segments.
+  """
+  by_index = _by_index(segment_index.name_for, shard_split, shards)
+  for name, in_split in by_index:
+    path = dataset_dir / name
+    videos = [pair for shard in in_split for pair in shard.videos.items()]
+    if not path.exists():
+      if all(i in entries and entries[i].segments for i, _ in videos):
+        problems.add("missing", name, "no such file")
+      continue
+    expected = segment_index.pack(
+      segment_index.Video(min(video.subject_ids), video.lengths)
+      for _, video in videos
+    )
+    if path.read_bytes() != expected:
+      problems.add("counts", name, "differs from the records")
+
+
+def _by_index(
+  name_for: Callable[[str], str],
+  shard_split: dict[str, str],
+  shards: list[ShardContent],
+) -> Iterator[tuple[str, list[ShardContent]]]:
+  """Yields the name of each split's index, and its shards, if all are read."""
+  by_name = {shard.name: shard for shard in shards}
+  split_shards: dict[str, list[ShardContent]] = {}
+  for name in shard_split:
+    shard = by_name.get(name, ShardContent(name))
+    split_shards.setdefault(name_for(name), []).append(shard)
+  for name, in_split in split_shards.items():
+    if all(shard.is_read for shard in in_split):
+      yield name, in_split
 
 
 def check_metadata(

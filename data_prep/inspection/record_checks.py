@@ -115,6 +115,7 @@ class VideoContent:
     subject_ids: subjects of its records; only one in a whole data set.
     quality: a row per record, see `quality_index.row_of`.
     segments: (segment, length) of the records of each track, in order.
+    lengths: [track_id, length] of each record, in order.
   """
 
   labels: Mapping[str, np.ndarray]
@@ -123,6 +124,7 @@ class VideoContent:
   segments: dict[int, list[tuple[int, int]]] = dataclasses.field(
     default_factory=dict
   )
+  lengths: list[list[int]] = dataclasses.field(default_factory=list)
 
   @property
   def counts(self) -> dict[str, int]:
@@ -233,6 +235,7 @@ def check_shard(
       content.problems.add("content", where, what)
     video.subject_ids.add(record.subject_id)
     video.quality.append(quality_index.row_of(record))
+    video.lengths.append([record.track_id, len(record)])
     part = record.segment, len(record)
     video.segments.setdefault(record.track_id, []).append(part)
   for video_id, video in content.videos.items():

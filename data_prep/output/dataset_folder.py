@@ -6,6 +6,7 @@
   OUTPUT/quarantine.jsonl   left-out videos, with the reason
   OUTPUT/hashes.json        SHA-256 of each shard
   OUTPUT/NAME-SPLIT.quality.npy  quality of each record, for training
+  OUTPUT/NAME-SPLIT.segments.npy  track, video and subject of each, likewise
   OUTPUT/metadata.json, features.json             schema version, counts; TFDS
   OUTPUT/dataset_info.json  TFDS; written last, so it marks a complete data set
   OUTPUT/parts/             only while a run is unfinished:
@@ -39,7 +40,12 @@ from data_prep.output.shard_job import ShardJob, note_path, ready_path
 from data_prep.sources.listing import Label
 from data_prep.sources.manifest import Input, Source
 from data_prep.video import video_to_records
-from marlin_jax.records import folders, quality_index, schema
+from marlin_jax.records import (
+  folders,
+  quality_index,
+  schema,
+  segment_index,
+)
 from marlin_jax.records.folders import Lock, OutputFolderError
 
 
@@ -426,8 +432,8 @@ class DatasetFolder:
   def is_finished(self) -> bool:
     """True if the data set is complete."""
     return (self.path / folders.DATASET_INFO).exists() and all(
-      path.exists() and path.read_bytes() == data
-      for path, data in self._quality_files()
+      data is None or (path.exists() and path.read_bytes() == data)
+      for path, data in self._index_files()
     )
 
   @property
@@ -442,17 +448,24 @@ class DatasetFolder:
     lines = (self._written.get(shard, {}).values() for shard in self._own)
     return [*itertools.chain(*lines)]
 
-  def _quality_files(self) -> Iterator[tuple[Path, bytes]]:
-    """Yields path and content of each split's quality index."""
+  def _index_files(self) -> Iterator[tuple[Path, bytes | None]]:
+    """Yields path and content of each split's indices of its records.
+
+    Earlier versions did not note the segments of a video. Then training makes
+    that index, and here it has no content, None.
+    """
     for split, num in self._settings["num_shards"].items():
       names = [self._shard_name(split, i) for i in range(num)]
-      data = quality_index.pack(
-        entry.quality
+      entries = [
+        entry
         for name in names
         for _, entry in sorted(self._written.get(name, {}).items())
         if entry.num_records
-      )
+      ]
+      data = quality_index.pack(entry.quality for entry in entries)
       yield self.path / quality_index.name_for(names[0]), data
+      path = self.path / segment_index.name_for(names[0])
+      yield path, ledger.packed_segments(entries)
 
   # --- Changes ----------------------------------------------------------------
 
@@ -568,9 +581,12 @@ class DatasetFolder:
     ledger.write_json(self.path / folders.HASHES, hashes, indent=2)
 
   def finish(self) -> None:
-    """Writes the quality index and the files of TFDS; removes the parts."""
-    for path, data in self._quality_files():
-      ledger.write_if_new(path, data)
+    """Writes the indices and the files of TFDS; removes the parts."""
+    for path, data in self._index_files():
+      if data is None:
+        path.unlink(missing_ok=True)
+      else:
+        ledger.write_if_new(path, data)
     splits: dict[str, dict[str, tuple[int, int]]] = {}
     by_split: dict[str, dict[str, int]] = {}
     for split, num in self._settings["num_shards"].items():

@@ -13,7 +13,7 @@ from typing import Any
 from data_prep import storage
 from data_prep.sources.manifest import Source
 from data_prep.video import video_to_records
-from marlin_jax.records import folders
+from marlin_jax.records import folders, segment_index
 
 # Reasons for which earlier versions quarantined videos that had only failed.
 _FAILED_BEFORE = (
@@ -36,6 +36,8 @@ class Entry:
     num_bytes, sha256: size and hash of the video file, or of a folder's
       pictures; 0 and '' if it failed.
     status, reason, num_..., quality: as in `video_to_records.Outcome`.
+    segments: as in `video_to_records.Outcome`; [] in ledgers of earlier
+      versions.
     limits: `Settings.strictness` under which the video was quarantined, else
       None. Under another one it is tried again.
     notes: as in `video_to_records.Outcome`.
@@ -55,6 +57,7 @@ class Entry:
   num_frames: int
   quality: list[list[float]]
   limits: dict[str, float | str] | None
+  segments: list[list[int]] = dataclasses.field(default_factory=list)
   notes: list[str] = dataclasses.field(default_factory=list)
 
   @property
@@ -140,6 +143,24 @@ def relabelled(entry: Entry, source: Source) -> Entry:
   if entry.labels == labels:
     return entry
   return dataclasses.replace(entry, labels=labels)
+
+
+def packed_segments(entries: Iterable[Entry]) -> bytes | None:
+  """Returns the segment index of videos with records.
+
+  Args:
+    entries: the videos, in the order of their records.
+
+  Returns:
+    Bytes of the file; None if a ledger of an earlier version lacks the segments
+    of a video.
+  """
+  entries = list(entries)
+  if not all(entry.segments for entry in entries):
+    return None
+  return segment_index.pack(
+    segment_index.Video(entry.subject_id, entry.segments) for entry in entries
+  )
 
 
 def is_of(entry: Entry, source: Source, since: float) -> bool:

@@ -24,7 +24,9 @@ FILES = (
 )
 _SPLIT = r"[a-z_][a-z0-9_]*-[a-z][a-z0-9_]*"
 _SHARD = rf"{_SPLIT}\.array_record-\d{{5,}}-of-\d{{5,}}"
-_FILE = "|".join([*map(re.escape, FILES), _SHARD, rf"{_SPLIT}\.quality\.npy"])
+_FILE = "|".join(
+  [*map(re.escape, FILES), _SHARD, rf"{_SPLIT}\.(?:quality|segments)\.npy"]
+)
 _PART = "|".join(
   [
     r"[0-9a-f]{32}\.(?:array_record|json)",

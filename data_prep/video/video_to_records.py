@@ -122,6 +122,7 @@ class Outcome:
     num_records: records that were emitted.
     num_frames: face crops in these records.
     quality: a row for each record, see `quality_index.row_of`.
+    segments: [track_id, number of frames] of each record.
     notes: what a user should know of the video, e.g. that it is interlaced.
   """
 
@@ -132,6 +133,7 @@ class Outcome:
   num_records: int = 0
   num_frames: int = 0
   quality: list[list[float]] = dataclasses.field(default_factory=list)
+  segments: list[list[int]] = dataclasses.field(default_factory=list)
   notes: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -218,6 +220,7 @@ def process_video(
     num_records=len(cutter.quality),
     num_frames=sum(map(len, video.tracks)),
     quality=cutter.quality,
+    segments=cutter.segments,
     notes=video.notes,
   )
 
@@ -266,6 +269,7 @@ class _RecordCutter:
   Attributes:
     video: the video and its tracks, once the first record was asked for.
     quality: a row for each record so far, see `quality_index.row_of`.
+    segments: [track_id, number of frames] of each record so far.
   """
 
   video: TrackedVideo
@@ -282,6 +286,7 @@ class _RecordCutter:
     self._models = models
     self._report = _both_passes(progress)
     self.quality: list[list[float]] = []
+    self.segments: list[list[int]] = []
 
   def records(self) -> Iterator[bytes]:
     """Yields each encoded record once its last frame was read."""
@@ -346,6 +351,7 @@ class _RecordCutter:
         if sound is not None:
           record = sound.added_to(record, segment.last_secs)
         self.quality.append(quality_index.row_of(record))
+        self.segments.append([record.track_id, len(record)])
         yield schema.encode(record)
       num_done = i + 1
       self._report(1 + num_done / video.num_frames, video.num_frames + num_done)

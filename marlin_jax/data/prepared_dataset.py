@@ -24,6 +24,8 @@ from marlin_jax.records.quality_index import Selection
 
 # In the name of each shard, between split and number.
 _SHARD_MARK = ".array_record-"
+# Numbers of records that are hashed at once.
+_CHUNK = 1 << 20
 # Room for files beside the shards: libraries, checkpoints, sockets.
 _NUM_OTHER_FILES = 512
 
@@ -41,6 +43,7 @@ class Dataset:
     fingerprint: sha256 over the split's content and the selection; identifies
       the training data.
     selection: records that are served; None: all of the split.
+    unfiltered: the data set without the selection; None: there is none.
   """
 
   path: str
@@ -50,12 +53,12 @@ class Dataset:
   num_videos: int
   fingerprint: str
   selection: Selection | None = None
+  unfiltered: Dataset | None = None
 
   @property
-  def num_stored(self) -> int:
-    """Records of the split, including those that are not served."""
-    left_out = self.selection.num_left_out if self.selection else 0
-    return self.num_records + left_out
+  def stored(self) -> Dataset:
+    """The whole split, including records that are not served."""
+    return self.unfiltered or self
 
   @functools.cached_property
   def source(self) -> RecordSource:
@@ -68,7 +71,7 @@ class Dataset:
 
   def record_number(self, position: int) -> int:
     """Returns the number in the split of the served record at a position."""
-    return int(self.selection.numbers[position]) if self.selection else position
+    return self.selection.records[position] if self.selection else position
 
 
 class DatasetError(UserError):
@@ -181,18 +184,21 @@ def _filtered(dataset: Dataset, min_quality: float) -> Dataset:
       "version into a new folder"
     )
   try:
-    rows = quality_index.unpack(path.read_bytes())
+    local = path
+    if folders.is_remote(path):
+      local = folders.cached_copy(path, dataset.fingerprint[:16])
+    rows = quality_index.open_rows(local)
     if len(rows) != dataset.num_records:
       raise ValueError(
         f"it lists {len(rows)} records, the split has {dataset.num_records}"
       )
-  except ValueError as e:
+    selection = quality_index.select(rows, min_quality)
+  except (ValueError, EOFError) as e:
     raise DatasetError(
       f"{setting} cannot use {path}: {e}; copy the folder again, or run "
       "data_prep.prepare on it again"
     ) from e
-  selection = quality_index.select(rows, min_quality)
-  if not len(selection.numbers):
+  if not len(selection.records):
     raise DatasetError(
       f"{setting} leaves no record of split '{dataset.split}' of "
       f"{dataset.path}: the best of {dataset.num_records} has a quality of "
@@ -200,14 +206,17 @@ def _filtered(dataset: Dataset, min_quality: float) -> Dataset:
     )
   # Hashes the selection, not the threshold: the file of qualities is not among
   # the hashed files.
-  numbers = selection.numbers.astype("<i8").tobytes()
-  content = dataset.fingerprint.encode() + numbers
+  digest = hashlib.sha256(dataset.fingerprint.encode())
+  for first in range(0, dataset.num_records, _CHUNK):
+    numbers = selection.records.within(first, first + _CHUNK)
+    digest.update(numbers.astype("<i8").tobytes())
   return dataclasses.replace(
     dataset,
-    num_records=len(selection.numbers),
-    num_videos=selection.num_videos,
-    fingerprint=hashlib.sha256(content).hexdigest(),
+    num_records=len(selection.records),
+    num_videos=len(selection.videos),
+    fingerprint=digest.hexdigest(),
     selection=selection,
+    unfiltered=dataset,
   )
 
 
@@ -267,7 +276,7 @@ def _reader_of(
   dataset: Dataset,
 ) -> ArrayRecordDataSource:
   """Returns the reader that has the shards open, or opens them."""
-  key = dataset.shards, dataset.num_stored
+  key = dataset.shards, dataset.stored.num_records
   with _readers_lock:
     reader = _readers.get(key)
     if reader is None:
@@ -300,11 +309,11 @@ class RecordSource:
         f"a shard of {dataset.path} cannot be opened ({e}); copy the folder "
         "again, or run data_prep.prepare on it again"
       ) from e
-    if len(self._source) != dataset.num_stored:
+    if len(self._source) != dataset.stored.num_records:
       raise DatasetError(
         f"the shards of {dataset.path} hold {len(self._source)} records in "
         f"split '{dataset.split}', dataset_info.json says "
-        f"{dataset.num_stored}; copy the folder again, or run "
+        f"{dataset.stored.num_records}; copy the folder again, or run "
         "data_prep.prepare on it again"
       )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -49,11 +49,13 @@ class Draws(Protocol):
   Attributes:
     datasets: data sets of the records.
     num_clips: clips of each draw.
+    clips_per_epoch: one for each video, or for each subject.
     num_attempts: number of attempts after which nothing else can be read.
   """
 
   datasets: tuple[Dataset, ...]
   num_clips: int
+  clips_per_epoch: int
   num_attempts: int
 
   def __call__(self, position: int, attempt: int = 0) -> Draw:
@@ -138,6 +140,7 @@ class RecordDraws:
     self._dataset, self._seed = dataset, seed
     self._order = order(dataset.num_records, seed)
     self.datasets, self.num_clips = (dataset,), num_clips
+    self.clips_per_epoch = dataset.num_videos
     self.num_attempts = dataset.num_records
 
   def __call__(self, position: int, attempt: int = 0) -> Draw:
@@ -153,6 +156,7 @@ class SpreadDraws:
   def __init__(self, dataset: Dataset, num_draws: int):
     self._dataset, self._num_draws = dataset, num_draws
     self.datasets, self.num_clips = (dataset,), 1
+    self.clips_per_epoch = num_draws
     self.num_attempts = dataset.num_records
 
   def __call__(self, position: int, attempt: int = 0) -> Draw:
@@ -179,44 +183,59 @@ class VideoDraws:
     clip: Clip,
     seed: int,
     *,
+    order: Callable[[int, int], Callable[[int], int]] = HashedOrder,
     by_subject: bool = False,
     num_clips: int = 1,
   ):
-    """Shuffles the videos or subjects.
+    """Shuffles the videos or subjects with served records.
 
     Args:
       dataset: data set of the records.
-      index: index of the split.
+      index: index of all records of the split.
       clip: number of frames and stride.
       seed: seed of the order and of the clips.
+      order: HashedOrder or StoredOrder.
       by_subject: draw subjects, not videos.
       num_clips: clips of a draw. They begin in the same record.
     """
     self._index, self._clip, self._seed = index, clip, seed
+    self._selection = dataset.selection
+    self._units = _subjects(index, dataset) if by_subject else _videos(dataset)
     self._by_subject = by_subject
-    self.datasets, self.num_clips = (dataset,), num_clips
-    self._num_units = index.num_subjects if by_subject else index.num_videos
-    self._order = HashedOrder(self._num_units, seed)
+    self._order = order(len(self._units), seed)
     sequence = np.random.SeedSequence((seed, _CLIPS))
     (self._key,) = sequence.generate_state(1, np.uint64).tolist()
+    self.datasets, self.num_clips = (dataset,), num_clips
+    self.clips_per_epoch = len(self._units)
     # Random, unlike those of records: more are needed to try all.
     self.num_attempts = 8 * dataset.num_records
 
   def __call__(self, position: int, attempt: int = 0) -> Draw:
     """Returns a draw; see `Draws`."""
-    unit = (self._order(position) + attempt) % self._num_units
+    place = (self._order(position) + attempt) % len(self._units)
+    unit = int(self._units[place])
     random = mixed(mixed(self._key ^ position) ^ attempt)
-    video = unit
-    if self._by_subject:
-      first, stop = self._index.first_videos[unit : unit + 2].tolist()
-      video = int(self._index.videos[first + random % (stop - first)])
-    return self._clips_of(video, mixed(random), position, attempt)
+    video = self._video_of(unit, random) if self._by_subject else unit
+    records, starts = self._clips_of(video, mixed(random))
+    return Draw(records, (self._seed, _CLIPS, position, attempt), starts)
 
-  def _clips_of(self, video, random, position, attempt) -> Draw:
+  def _video_of(self, subject: int, random: int) -> int:
+    first, stop = self._index.first_videos[subject : subject + 2].tolist()
+    videos = self._index.videos[first:stop]
+    if self._selection:
+      videos = videos[self._selection.videos.mask(videos)]
+    return int(videos[random % len(videos)])
+
+  def _clips_of(
+    self, video: int, random: int
+  ) -> tuple[tuple[int, ...], np.ndarray]:
+    """Returns records and starts of clips of a video."""
     first, stop = self._index.first_records[video : video + 2].tolist()
-    tracks, frames = (
-      x[first:stop] for x in (self._index.tracks, self._index.frames)
-    )
+    if self._selection:
+      numbers = self._selection.records.within(first, stop)
+    else:
+      numbers = np.arange(first, stop)
+    tracks, frames = self._index.tracks[numbers], self._index.frames[numbers]
     begins, totals = segment_index.places_in_tracks(tracks, frames)
     # Clips that begin in each record.
     num_starts = np.clip(self._clip.num_starts(totals) - begins, 0, frames)
@@ -227,9 +246,22 @@ class VideoDraws:
       drawn - int(ends[i] - num_starts[i]), int(num_starts[i]), self.num_clips
     )
     # Records of the track up to the last frame of the last clip.
-    stop = begins[i] + starts.max() + self._clip.span
-    is_needed = (tracks == tracks[i]) & (begins >= begins[i]) & (begins < stop)
-    records = first + np.flatnonzero(is_needed)
-    return Draw(
-      tuple(records.tolist()), (self._seed, _CLIPS, position, attempt), starts
-    )
+    end = begins[i] + starts.max() + self._clip.span
+    is_needed = (tracks == tracks[i]) & (begins >= begins[i]) & (begins < end)
+    return tuple(numbers[is_needed].tolist()), starts
+
+
+def _videos(dataset: Dataset) -> Sequence[int]:
+  """Returns the videos with served records."""
+  selection = dataset.selection
+  return selection.videos if selection else range(dataset.num_videos)
+
+
+def _subjects(index: SegmentIndex, dataset: Dataset) -> Sequence[int]:
+  """Returns the subjects with served records."""
+  if not dataset.selection:
+    return range(index.num_subjects)
+  is_served = dataset.selection.videos.mask(index.videos)
+  return np.flatnonzero(
+    np.logical_or.reduceat(is_served, index.first_videos[:-1])
+  )

@@ -32,6 +32,9 @@ from marlin_jax.training.configuration import (
 
 # masking.Masking describes each.
 MASKING_STRATEGIES = ("fasking", "fasking_opp", "random", "tube", "frame")
+# data/sampling.py describes each; it is not imported, as it imports much.
+SAMPLE_BY = ("video", "record", "subject")
+ORDERS = ("hashed", "stored")
 
 KEYS = TRAINING_KEYS | {
   "batch_size": fixed(at_least(1)),
@@ -44,6 +47,10 @@ KEYS = TRAINING_KEYS | {
   "data.split": fixed(),
   "data.eval_split": free(),
   "data.min_quality": fixed(FROM_0_TO_1),
+  "data.sample_by": fixed(
+    one_of(*SAMPLE_BY), before="record", keeps_before=True
+  ),
+  "data.order": fixed(one_of(*ORDERS), before="stored", keeps_before=True),
   "data.num_frames": fixed(at_least(1)),
   "data.stride": fixed(at_least(1)),
   "data.clips_per_record": fixed(at_least(1)),

@@ -13,13 +13,15 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from marlin_jax.data import sampling
 from marlin_jax.data.prepared_dataset import Dataset
-from marlin_jax.data.sampling import RecordDraws, StoredOrder
+from marlin_jax.data.sampling import Draws
 from marlin_jax.devices import chips, distributed, sharding
 from marlin_jax.pretraining import configuration, flops, warm_start
 from marlin_jax.pretraining.build import Experiment, count
 from marlin_jax.pretraining.train_step import TrainState
 from marlin_jax.records import cli
+from marlin_jax.records.segment_index import SegmentIndex
 from marlin_jax.weights import formats
 
 
@@ -34,28 +36,48 @@ class PretrainingCourse(Experiment):
 
   fields = ("video", "regions")
 
-  def __init__(self, config: ConfigDict, dataset: Dataset, mesh: Mesh):
+  def __init__(
+    self,
+    config: ConfigDict,
+    dataset: Dataset,
+    index: SegmentIndex | None,
+    mesh: Mesh,
+  ):
     """Builds nothing yet.
 
     Args:
       config: a valid configuration; see configs/pretrain_b.py.
       dataset: training split.
+      index: its segments; not needed with data.sample_by=record.
       mesh: devices.
     """
-    num_steps = config.num_steps or math.ceil(
-      config.num_epochs * dataset.num_videos / config.batch_size
-    )
     # The smallest of all processes, so that they split a batch alike.
     device_bytes = distributed.smallest(
       chips.device_bytes(jax.local_devices()[0])
     )
-    super().__init__(config, num_steps, mesh, device_bytes)
-    self.dataset = dataset
-    self.draws = RecordDraws(
-      dataset,
-      config.seed,
-      order=StoredOrder,
-      num_clips=config.data.clips_per_record,
+    super().__init__(config, config.num_steps, mesh, device_bytes)
+    self.dataset, self._index = dataset, index
+    self.num_steps = config.num_steps or math.ceil(
+      config.num_epochs * self.draws.clips_per_epoch / config.batch_size
+    )
+
+  @functools.cached_property
+  def draws(self) -> Draws:
+    """Clips of the training split by their place in the run."""
+    settings, seed = self.config.data, self.config.seed
+    options = {
+      "order": sampling.ORDERS[settings.order],
+      "num_clips": settings.clips_per_record,
+    }
+    if settings.sample_by == "record":
+      return sampling.RecordDraws(self.dataset, seed, **options)
+    return sampling.VideoDraws(
+      self.dataset,
+      self._index,
+      self.take_clip.longest_clip,
+      seed,
+      by_subject=settings.sample_by == "subject",
+      **options,
     )
 
   @property
@@ -121,10 +143,15 @@ class PretrainingCourse(Experiment):
         f"left out, below data.min_quality={selection.min_quality}: records: "
         f"{selection.num_left_out}, videos: {selection.num_videos_left_out}"
       )
-    if dataset.num_records < self.batch_size:
+    unit = config.data.sample_by
+    data.notes.append(f"sampled by {unit}, order {config.data.order}")
+    num_units = (
+      dataset.num_records if unit == "record" else self.draws.clips_per_epoch
+    )
+    if num_units < self.batch_size:
       data.notes.append(
-        "fewer records than clips in a batch: a batch holds several clips of a "
-        "record, with different starts and masks"
+        f"fewer {unit}s than clips in a batch: a batch holds several clips of "
+        f"a {unit}, with different starts and masks"
       )
     devices = cli.Row("devices", sharding.describe(self.mesh))
     if self.mesh.size > 1:

@@ -162,6 +162,21 @@ def write_bytes(path: Path, data: bytes) -> None:
     partial.write_bytes(data)
 
 
+def cached_copy(path: os.PathLike, key: str) -> Path:
+  """Copies a file from a bucket to this machine, once for all processes.
+
+  Args:
+    path: an `epath.Path`.
+    key: names the content of the file.
+  """
+  local = cache_home() / "copies" / f"{key}-{path.name}"
+  if not local.exists():
+    local.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(local) as partial:
+      path.copy(partial, overwrite=True)
+  return local
+
+
 def sha256_of(path: Path) -> str:
   """Returns the SHA-256 of a file, or of a folder's files, in hexadecimal."""
   if path.is_dir():

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from marlin_jax.records.schema import QUALITY_TERMS, Record
+from marlin_jax.records.subset import Subset
 
+# Rows that are read at once; a multiple of 8.
+_CHUNK = 1 << 20
 # `video` is the number of the record's video in the split.
 DTYPE = np.dtype(
   [("video", "<i4"), *((name, "<f4") for name in ("quality", *QUALITY_TERMS))]
@@ -27,15 +31,15 @@ class Selection:
 
   Attributes:
     min_quality: minimum quality of the selected records.
-    numbers: int (K,), numbers of the selected records in the split, ascending.
-    num_videos: number of videos with a selected record.
+    records: numbers of the selected records in the split.
+    videos: numbers of the videos with a selected record.
     num_left_out: number of records that are not selected.
     num_videos_left_out: number of videos without a selected record.
   """
 
   min_quality: float
-  numbers: np.ndarray
-  num_videos: int
+  records: Subset
+  videos: Subset
   num_left_out: int
   num_videos_left_out: int
 
@@ -69,6 +73,18 @@ def pack(videos: Iterable[Sequence[Sequence[float]]]) -> bytes:
   return file.getvalue()
 
 
+def open_rows(path: os.PathLike) -> np.ndarray:
+  """Returns the rows of an index, DTYPE (N,), memory-mapped.
+
+  Args:
+    path: a local file.
+
+  Raises:
+    ValueError: the file is not an index.
+  """
+  return _checked(np.load(path, mmap_mode="r", allow_pickle=False))
+
+
 def unpack(data: bytes) -> np.ndarray:
   """Returns the rows of an index, DTYPE (N,).
 
@@ -78,7 +94,11 @@ def unpack(data: bytes) -> np.ndarray:
   Raises:
     ValueError: the bytes are not an index.
   """
-  rows = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+  file = io.BytesIO(data)
+  return _checked(np.lib.format.read_array(file, allow_pickle=False))
+
+
+def _checked(rows: np.ndarray) -> np.ndarray:
   if rows.dtype != DTYPE or rows.ndim != 1:
     raise ValueError(
       f"it holds {rows.dtype} {rows.shape}, expected rows of {DTYPE}"
@@ -87,18 +107,33 @@ def unpack(data: bytes) -> np.ndarray:
 
 
 def select(rows: np.ndarray, min_quality: float) -> Selection:
-  """Selects the records of a minimum quality.
+  """Selects the records of a minimum quality; reads the rows once, in order.
 
   Args:
     rows: DTYPE (N,).
     min_quality: compared as float32, as qualities are stored.
+
+  Raises:
+    ValueError: the videos of the rows are not in order.
   """
-  is_good = rows["quality"] >= np.float32(min_quality)
-  num_videos = len(np.unique(rows["video"][is_good]))
+  least = np.float32(min_quality)
+  num_videos = int(rows["video"][-1]) + 1 if len(rows) else 0
+  # A video may be without records.
+  is_present, is_kept = np.zeros((2, num_videos), bool)
+  bits = []
+  for first in range(0, len(rows), _CHUNK):
+    chunk = np.array(rows[first : first + _CHUNK])
+    videos, is_good = chunk["video"], chunk["quality"] >= least
+    if videos.min() < 0 or videos.max() >= num_videos:
+      raise ValueError("its videos are not in order")
+    bits.append(np.packbits(is_good))
+    is_present[videos] = True
+    is_kept[videos[is_good]] = True
+  records = Subset(np.concatenate([np.zeros(0, np.uint8), *bits]))
   return Selection(
     min_quality,
-    np.flatnonzero(is_good),
-    num_videos,
-    int((~is_good).sum()),
-    len(np.unique(rows["video"])) - num_videos,
+    records,
+    Subset(np.packbits(is_kept)),
+    len(rows) - len(records),
+    int(is_present.sum()) - int(is_kept.sum()),
   )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import itertools
 import mmap
 import os
 from collections.abc import Iterable, Sequence
@@ -172,17 +171,3 @@ def places_in_tracks(
   )
   total[order] = np.repeat(lengths, num_records)
   return first, total
-
-
-def grouped(rows: Iterable[tuple[str, str, int, int]]) -> list[Video]:
-  """Returns the videos of records.
-
-  Args:
-    rows: (video_id, subject_id, track_id, number of frames) of each record, in
-      order.
-  """
-  videos = []
-  for _, group in itertools.groupby(rows, key=lambda row: row[0]):
-    group = list(group)
-    videos.append(Video(group[0][1], [row[2:] for row in group]))
-  return videos

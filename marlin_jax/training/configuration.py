@@ -83,21 +83,26 @@ class Key:
       because the value changes what is learned, or from which data.
     before: value of the runs that were saved before the key existed; a
       checkpoint does not record it. None: every checkpoint records the key.
+    keeps_before: a run that began with `before` goes on with it, and says so,
+      instead of being refused. For a key whose default is another value.
   """
 
   rule: Rule
   is_fixed: bool
   before: Any = None
+  keeps_before: bool = False
 
 
-def fixed(rule: Rule = ANY, before: Any = None) -> Key:
+def fixed(
+  rule: Rule = ANY, before: Any = None, *, keeps_before: bool = False
+) -> Key:
   """Returns a key whose value a resumed run must share.
 
   Args:
     rule: the values that the key accepts.
-    before: see `Key`; for a key that is added to the table.
+    before, keeps_before: see `Key`; for a key that is added to the table.
   """
-  return Key(rule, is_fixed=True, before=before)
+  return Key(rule, True, before, keeps_before)
 
 
 def free(rule: Rule = ANY) -> Key:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,42 @@ from marlin_jax.devices import distributed
 from marlin_jax.records import folders
 from marlin_jax.training import checkpoint, goodput, remote_files
 from marlin_jax.training.checkpoint import ResumeError
+from marlin_jax.training.configuration import Key, flat, get
+
+
+def as_begun(
+  config: ConfigDict, keys: Mapping[str, Key], path: epath.PathLike
+) -> tuple[ConfigDict, list[str]]:
+  """Gives keys with `keeps_before` the value that the run in a workdir has.
+
+  Args:
+    config: configuration of the command.
+    keys: rules of its keys.
+    path: workdir; need not exist. Its config.json lacks keys that are younger
+      than the run.
+
+  Returns:
+    The configuration, and a line for each value that changed. Keys in
+    `allow_change` do not change.
+  """
+  saved = epath.Path(path) / "config.json"
+  if not saved.exists():
+    return config, []
+  begun = flat(ConfigDict(json.loads(saved.read_text())))
+  kept = {
+    key: rule.before
+    for key, rule in keys.items()
+    if rule.keeps_before
+    and begun.get(key, rule.before) == rule.before != get(config, key)
+    and key not in config.allow_change.split(",")
+  }
+  config = config.copy_and_resolve_references()
+  config.update_from_flattened_dict(kept)
+  return config, [
+    f"the run in {path} began with {key}={value!r} and goes on with it, not "
+    f"with the present default; config.allow_change={key} would change it"
+    for key, value in kept.items()
+  ]
 
 
 class Workdir:

@@ -241,6 +241,62 @@ def test_another_configuration_cannot_resume(finished, sample_dataset):
   assert "--config.allow_change=model.width,seed" in message
 
 
+def without_step_4(workdir):
+  """Removes the last checkpoint; returns the metrics of the whole run."""
+  metrics = metrics_of(workdir)
+  assert list(metrics) == [1, 2, 3, 4]
+  shutil.rmtree(workdir / "checkpoints" / "4")
+  return metrics
+
+
+def test_a_run_of_before_sampling_by_video_goes_on_by_record(
+  sample_dataset, tmp_path
+):
+  data = {"data.path": sample_dataset}
+  old = data | {"data.sample_by": "record", "data.order": "stored"}
+  train(tmp_path, num_steps=4, **old)
+  whole = without_step_4(tmp_path)
+  # An earlier version wrote neither key to config.json.
+  path = tmp_path / "config.json"
+  config = json.loads(path.read_text())
+  del config["data"]["sample_by"], config["data"]["order"]
+  path.write_text(json.dumps(config))
+  for _ in range(2):  # the second time they are there
+    result = train(tmp_path, num_steps=4, **data)
+    assert result.returncode == 0, result.stderr
+    assert "began with data.sample_by='record' and goes on" in result.stdout
+    assert "began with data.order='stored' and goes on" in result.stdout
+    assert metrics_of(tmp_path) == whole
+  change = "data.sample_by,data.order,num_steps"
+  result = train(tmp_path, num_steps=5, allow_change=change, **data)
+  assert result.returncode == 0, result.stderr
+  assert "sampled by video, order hashed" in result.stdout
+
+
+def test_a_run_by_subject_resumes_exactly(tmp_path):
+  videos = {
+    f"{i}.mp4": [
+      a_record(f"{i}.mp4", 0, segment, 20, subject_id=f"{i // 2}")
+      for segment in range(1 + i)
+    ]
+    for i in range(4)
+  }
+  data = made_dataset.make(tmp_path / "data", videos)
+  options = {"data.path": data, "data.sample_by": "subject"}
+  workdir = tmp_path / "run"
+  result = train(workdir, num_steps=4, **options)
+  assert "sampled by subject" in result.stdout
+  whole = without_step_4(workdir)
+  result = train(workdir, num_steps=4, **options)
+  assert "resumed from step 3" in result.stdout
+  assert metrics_of(workdir) == whole
+  options |= {"num_steps": 0, "num_epochs": 9}
+  message = refused(train(workdir, **options))
+  # An epoch has a clip of each of the two subjects.
+  num_steps = math.ceil(9 * 2 / TINY["batch_size"])
+  assert f"num_steps: was 4, is {num_steps}\n" in message
+
+
 def test_a_run_on_cpu_tells_what_would_make_it_faster(finished):
   _, stdout = finished
   name = "MALLOC_TRIM_THRESHOLD_"

@@ -61,7 +61,7 @@ def test_records_below_the_threshold_are_left_out_and_counted(mixed):
     left_out = found.selection
     assert left_out.num_left_out == 5 - num_records
     assert left_out.num_videos_left_out == 4 - num_videos
-    assert found.num_stored == 5
+    assert found.stored.num_records == 5
 
 
 def test_a_record_at_the_threshold_is_served(mixed):

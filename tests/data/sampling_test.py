@@ -1,6 +1,7 @@
 """Draws: which clips a step reads, by record, video and subject."""
 
 import collections
+import dataclasses
 import pickle
 import time
 from concurrent import futures
@@ -12,7 +13,7 @@ from marlin_jax.data import loader, prepared_dataset, sampling
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.data.clips import TakeClip
 from marlin_jax.data.sampling import RecordDraws, StoredOrder, VideoDraws
-from marlin_jax.records import schema, segment_index
+from marlin_jax.records import quality_index, schema, segment_index
 from marlin_jax.records.segment_index import Video
 from tests.support import made_dataset
 
@@ -107,7 +108,9 @@ def test_each_video_is_drawn_once_per_pass_however_long_it_is(opened):
   np_rng.shuffle(lengths)
   videos = [Video("", [(0, 64)] * -(-n // 64)) for n in lengths.tolist()]
   index = opened(*videos)
-  draws = VideoDraws(described(index.num_records), index, CLIP, seed=0)
+  draws = VideoDraws(
+    described(index.num_records, index.num_videos), index, CLIP, seed=0
+  )
   for num_passes in range(3):
     drawn = [video_of(index, draws(200 * num_passes + i)) for i in range(200)]
     assert sorted(drawn) == list(range(200))
@@ -115,7 +118,7 @@ def test_each_video_is_drawn_once_per_pass_however_long_it_is(opened):
 
 def test_every_start_in_a_video_is_equally_likely(opened):
   index = opened(Video("", [(0, 64)]), Video("", SEGMENTS))
-  draws = VideoDraws(described(6), index, CLIP, seed=0)
+  draws = VideoDraws(described(6, 2), index, CLIP, seed=0)
   counts = collections.Counter()
   for position in range(16_000):
     draw = draws(position)
@@ -174,9 +177,40 @@ def test_a_subject_is_drawn_once_per_pass_and_each_of_its_videos_as_often(
     assert 220 < counts[video] < 380  # 300, sd 14
 
 
+def test_only_videos_and_tracks_of_the_wanted_quality_are_drawn(opened):
+  # ann has tracks of two qualities; bob's video is left out.
+  index = opened(
+    Video("ann", [(0, 35), (1, 40), (0, 35)]),
+    Video("bob", [(0, 50)]),
+    Video("cy", [(0, 31)]),
+    Video("ann", [(0, 31)]),
+  )
+  rows = quality_index.unpack(
+    quality_index.pack(
+      [[quality] * 5 for quality in qualities]
+      for qualities in ([0.9, 0.2, 0.9], [0.1], [0.8], [0.3])
+    )
+  )
+  selection = quality_index.select(rows, 0.5)
+  whole = described(6, 4)
+  dataset = dataclasses.replace(
+    whole,
+    num_records=3,
+    num_videos=2,
+    selection=selection,
+    unfiltered=whole,
+  )
+  for by_subject in (False, True):
+    draws = VideoDraws(dataset, index, CLIP, seed=0, by_subject=by_subject)
+    assert draws.clips_per_epoch == 2
+    drawn = [draws(i).records for i in range(400)]
+    assert {*drawn} == {(0,), (2,), (0, 2), (4,)}
+    assert sum(records == (4,) for records in drawn) == 200
+
+
 def test_other_records_are_tried_for_a_draw_that_cannot_be_read(opened):
   index = opened(Video("", [(0, 40)]), Video("", [(0, 64)] * 5))
-  draws = VideoDraws(described(6), index, CLIP, seed=0)
+  draws = VideoDraws(described(6, 2), index, CLIP, seed=0)
   attempts = [draws(0, attempt) for attempt in range(60)]
   assert {draw.records[0] for draw in attempts} == set(range(6))
   assert draws(0, 3).records == attempts[3].records
@@ -185,7 +219,7 @@ def test_other_records_are_tried_for_a_draw_that_cannot_be_read(opened):
 def test_draws_travel_to_other_processes(opened):
   index = opened(Video("ann", SEGMENTS), Video("", [(0, 64)]))
   for draws in (
-    VideoDraws(described(6), index, CLIP, seed=0),
+    VideoDraws(described(6, 2), index, CLIP, seed=0),
     RecordDraws(described(6), seed=0),
     RecordDraws(described(6), seed=0, order=StoredOrder),
   ):
@@ -197,7 +231,7 @@ def test_draws_travel_to_other_processes(opened):
 def test_the_draws_of_a_seed_never_change(opened):
   """Runs that have begun go on with them."""
   index = opened(Video("", SEGMENTS), Video("", [(0, 64)] * 9))
-  draws = VideoDraws(described(14), index, CLIP, seed=0)
+  draws = VideoDraws(described(14, 2), index, CLIP, seed=0)
   found = [(draw.records, *draw.starts) for draw in map(draws, range(4))]
   assert found == [((9,), 32), ((2, 3), 23), ((0, 2), 12), ((11,), 0)]
   draws = RecordDraws(described(14), seed=0)

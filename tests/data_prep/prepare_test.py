@@ -18,7 +18,7 @@ from data_prep.inspection import folder_checks
 from data_prep.output import dataset_folder, folder_settings, ledger
 from data_prep.sources import manifest
 from data_prep.video import decode, decoder_child, video_to_records
-from marlin_jax.records import quality_index, schema
+from marlin_jax.records import quality_index, schema, segment_index
 from tests.support import attacker
 from tests.support.files import content, read_lines
 from tests.support.processes import ROOT, run_prepare
@@ -352,10 +352,11 @@ def test_lost_and_cut_shards_are_made_again(dataset, videos):
 
 
 @pytest.mark.parametrize("damage", [b"", None], ids=["empty", "missing"])
-def test_qualities_that_are_lost_are_written_again_without_work(
-  dataset, videos, damage
+@pytest.mark.parametrize("index", ["quality", "segments"])
+def test_an_index_that_is_lost_is_written_again_without_work(
+  dataset, videos, damage, index
 ):
-  expected, path = content(dataset), dataset / "faces-train.quality.npy"
+  expected, path = content(dataset), dataset / f"faces-train.{index}.npy"
   path.unlink()
   if damage is not None:
     path.write_bytes(damage)
@@ -386,6 +387,8 @@ def test_new_video_touches_only_its_shard(dataset, videos, carphone, tmp_path):
   )
   qualities = [record.quality for record in read_records(dataset)]
   assert rows["quality"].tolist() == qualities
+  index = segment_index.open_index(dataset / "faces-train.segments.npy")
+  assert index.frames.tolist() == [len(r) for r in read_records(dataset)]
 
 
 def test_changed_video_is_processed_again(dataset, videos, carphone, tmp_path):

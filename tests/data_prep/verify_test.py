@@ -1,6 +1,7 @@
 """data_prep.verify names any damage of a data set."""
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from data_prep import verify
 from data_prep.inspection import record_checks
 from data_prep.output import ledger, shards
-from marlin_jax.records import folders, quality_index, schema
+from marlin_jax.records import folders, quality_index, schema, segment_index
 from tests.support import made_dataset
 from tests.support.files import read_lines
 from tests.support.made_dataset import a_record
@@ -200,6 +201,7 @@ def test_missing_shard_is_named(dataset):
   [
     *("videos.jsonl", "quarantine.jsonl", "hashes.json", "features.json"),
     *("faces-train.quality.npy", "faces-val.quality.npy"),
+    *("faces-train.segments.npy", "faces-val.segments.npy"),
   ],
 )
 def test_missing_small_file_is_named(dataset, name):
@@ -362,8 +364,12 @@ def test_missing_segment_and_uneven_ones_are_told_of(dataset):
     ]
 
   rewrite(path, uneven)
-  (found,) = problems(dataset)
-  assert "cut into 60, 5 frames, expected 33, 32" in found[2]
+  found = problems(dataset)
+  ((_, _, what),) = [problem for problem in found if problem[0] == "content"]
+  assert "cut into 60, 5 frames, expected 33, 32" in what
+  assert ("counts", "faces-train.segments.npy", "differs from the records") in (
+    found
+  )
 
 
 def test_labels_that_differ_within_a_video_are_told_of(dataset):
@@ -471,6 +477,43 @@ def test_quality_that_the_ledger_does_not_have_is_told_of(dataset):
     assert kind == "counts"
     assert "'b.mp4'" in where
     assert "qualities" in what
+
+
+def test_the_segment_index_is_that_of_the_records(dataset):
+  path = dataset / "faces-train.segments.npy"
+  whole = path.read_bytes()
+  index = segment_index.open_index(path)
+  records = [
+    schema.decode(data)
+    for shard in sorted(dataset.glob("faces-train.array_record-*"))
+    for _, data in shards.read_each(shard, shards.num_records(shard))
+  ]
+  assert index.frames.tolist() == [len(record) for record in records]
+  assert index.tracks.tolist() == [record.track_id for record in records]
+  assert np.diff(index.first_records).tolist() == [
+    len(list(group))
+    for _, group in itertools.groupby(r.video_id for r in records)
+  ]
+  for damage in (whole[:-1], b"", whole.replace(whole[200:204], b"\1\2\3\4")):
+    path.write_bytes(damage)
+    assert problems(dataset) == [
+      ("counts", path.name, "differs from the records")
+    ]
+
+
+def test_a_ledger_that_differs_from_the_segments_is_told_of(dataset):
+  edit_ledger(dataset, "b.mp4", segments=[[0, 4]])
+  ((kind, where, what),) = problems(dataset)
+  assert (kind, what.split()[0]) == ("counts", "tracks")
+  assert "'b.mp4'" in where
+
+
+def test_a_data_set_of_before_the_segment_index_is_whole(dataset):
+  for name in ("a.mp4", "b.mp4", "c.mp4", "d.mp4"):
+    edit_ledger(dataset, name, segments=[])
+  for path in dataset.glob("*.segments.npy"):
+    path.unlink()
+  assert problems(dataset) == []
 
 
 # --- Places -------------------------------------------------------------------

@@ -35,8 +35,9 @@ def test_rows_are_in_order_and_tell_their_video():
   assert rows["video"].tolist() == [0, 0, 2]
   np.testing.assert_array_equal(rows["size"], np.float32([1, 0, 0]))
   found = quality_index.select(rows, 0.5)
-  assert found.numbers.tolist() == [0]
-  assert (found.num_videos, found.num_videos_left_out) == (1, 1)
+  assert [*found.records] == [0]
+  assert [*found.videos] == [0]
+  assert found.num_videos_left_out == 1
   assert found.num_left_out == 2
 
 
