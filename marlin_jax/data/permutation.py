@@ -8,6 +8,8 @@ takes no memory, and a few microseconds for each number.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 _MASK = (1 << 64) - 1
@@ -15,6 +17,8 @@ _MASK = (1 << 64) - 1
 _NUM_ROUNDS = 8
 # Halves of fewer bits give too few different permutations.
 _MIN_HALF_BITS = 3
+# Of a window of `WindowedPermutation`.
+_BLOCKS_PER_WINDOW = 8
 
 
 class Permutation:
@@ -48,6 +52,43 @@ class Permutation:
       number = left << bits | right
       if number < self._size:
         return number
+
+
+class WindowedPermutation:
+  """Permutation of range(size) whose neighbours come from few places.
+
+  Blocks of consecutive numbers are permuted, and then the numbers within each
+  window. A window is of a few whole blocks, so that someone who reads in this
+  order reads a disk or a bucket almost in sequence.
+  """
+
+  def __init__(self, size: int, key: tuple[int, ...], window: int):
+    """Selects the permutation.
+
+    Args:
+      size: numbers to permute, at least 1.
+      key: integers of at least 0; another key gives another permutation.
+      window: numbers that are mixed, at least 1.
+    """
+    self._size, self._key, self._window = size, key, window
+    self._block = max(window // _BLOCKS_PER_WINDOW, 1)
+    # The numbers of the last block, if it is shorter, stay last.
+    self._num_blocks = size // self._block
+    self._blocks = Permutation(max(self._num_blocks, 1), (*key, 0))
+    self._mixed = functools.lru_cache(maxsize=4)(self._permutation_within)
+
+  def __call__(self, number: int) -> int:
+    """Returns the number that takes the place of `number` in range(size)."""
+    window, place = divmod(number, self._window)
+    number = window * self._window + self._mixed(window)(place)
+    block, place = divmod(number, self._block)
+    if block < self._num_blocks:
+      block = self._blocks(block)
+    return block * self._block + place
+
+  def _permutation_within(self, window: int) -> Permutation:
+    size = min(self._window, self._size - window * self._window)
+    return Permutation(size, (*self._key, 1, window))
 
 
 def mixed(number: int) -> int:

@@ -12,6 +12,10 @@ from marlin_jax.training.configuration import flat
 # Share of the chip's peak arithmetic that trainers of ViTs reach: 26-39 %.
 _USUAL_SHARE = 0.35
 _GIB = 2**30
+# Measured, see docs/PERFORMANCE.md: clips that a core reads and decodes, and
+# the most that threads of one process can, since Python runs one at a time.
+_CLIPS_PER_SEC_OF_CORE = 350
+_CLIPS_PER_SEC_OF_THREADS = 1_200
 
 
 # --- text ---------------------------------------------------------------------
@@ -128,8 +132,25 @@ def _rate_lines(step: Step) -> list[str]:
     f"            {rate['usual_clips_per_sec']:.0f} at {_USUAL_SHARE:.0%} of "
     "peak arithmetic, which good trainers of ViTs reach",
     f"input       at the highest rate, uint8: {to_device:.0f} MB/s to each "
-    f"device, {to_host:.2f} GB/s to each host",
+    f"device, {to_host:.2f} GB/s to each host;",
+    *_reading_lines(step, rate),
   ]
+
+
+def _reading_lines(step: Step, rate: dict[str, Any]) -> list[str]:
+  """Compares the clips that a host must read with what was measured."""
+  per_host = rate["input_clips_per_sec_per_host"]
+  lines = [
+    f"            {per_host:.0f} clips/s of each host: "
+    f"{rate['input_cores_per_host']:.0f} cores that read and decode, as "
+    "measured (docs/PERFORMANCE.md)",
+  ]
+  if step.config.data.num_workers == 0 and per_host > _CLIPS_PER_SEC_OF_THREADS:
+    lines.append(
+      f"            threads of one process read at most "
+      f"{_CLIPS_PER_SEC_OF_THREADS} clips/s: set data.num_workers=-1"
+    )
+  return lines
 
 
 def largest_text(step: Step, best: Step) -> str:
@@ -223,6 +244,7 @@ def _rate(step: Step) -> dict[str, Any]:
   usual_secs = max(roofline.secs, roofline.compute / _USUAL_SHARE)
   clips_per_sec = config.batch_size / roofline.secs
   input_rate = clips_per_sec * step.clip_bytes
+  per_host = clips_per_sec / topology.num_hosts
   return rate | {
     "least_secs": dataclasses.asdict(roofline),
     "binds": roofline.binds,
@@ -231,4 +253,6 @@ def _rate(step: Step) -> dict[str, Any]:
     "usual_clips_per_sec": config.batch_size / usual_secs,
     "input_bytes_per_sec_per_device": input_rate / len(topology.devices),
     "input_bytes_per_sec_per_host": input_rate / topology.num_hosts,
+    "input_clips_per_sec_per_host": per_host,
+    "input_cores_per_host": per_host / _CLIPS_PER_SEC_OF_CORE,
   }

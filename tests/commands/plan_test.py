@@ -5,6 +5,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -13,6 +14,7 @@ from marlin_jax.devices import chips
 from marlin_jax.planning import (
   compiled_step,
   hlo,
+  report,
   roofline,
   search,
   topology,
@@ -103,7 +105,21 @@ def test_a_step_is_compiled_for_tpus_that_are_not_there():
   assert rate["step_secs"] == rate["least_secs"][rate["binds"]] > 0
   assert rate["hbm_bytes_per_device"] > state
   assert rate["clips_per_sec"] == pytest.approx(8 / rate["step_secs"])
+  assert rate["input_clips_per_sec_per_host"] == rate["clips_per_sec"]
   assert found["compile_secs"] > 0
+
+
+def test_what_reading_needs_is_told_beside_what_was_measured():
+  config = pretrain_b.get_config()
+  step = types.SimpleNamespace(config=config)
+  rate = {"input_clips_per_sec_per_host": 5850, "input_cores_per_host": 16.7}
+  (needed,) = report._reading_lines(step, rate)
+  assert "5850 clips/s of each host: 17 cores" in needed
+  config.data.num_workers = 0
+  advice = report._reading_lines(step, rate)[-1]
+  assert "threads of one process read at most 1200 clips/s" in advice
+  rate["input_clips_per_sec_per_host"] = 500
+  assert len(report._reading_lines(step, rate)) == 1
 
 
 @needs_cuda_plugin

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from marlin_jax.data.permutation import Permutation
+from marlin_jax.data.permutation import Permutation, WindowedPermutation
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 9, 63, 64, 65, 1000, 4097])
@@ -78,3 +78,30 @@ def test_the_permutation_never_changes():
     41432559,
     116849,
   ]
+
+
+# --- in windows ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [1, 5, 8, 64, 100, 5000])
+@pytest.mark.parametrize("size", [1, 2, 63, 64, 65, 1000])
+def test_windows_leave_no_number_out(size, window):
+  permutation = WindowedPermutation(size, (0, 1), window)
+  assert sorted(map(permutation, range(size))) == list(range(size))
+
+
+def test_a_window_is_of_few_blocks_in_random_order():
+  size, window = 64_000, 640
+  first, second = (
+    np.array([*map(WindowedPermutation(size, (key,), window), range(size))])
+    for key in range(2)
+  )
+  windows = first.reshape(-1, window)
+  # 8 blocks of 80 consecutive numbers.
+  assert {len(np.unique(row // 80)) for row in windows} == {8}
+  assert np.mean(np.abs(np.diff(first)) == 1) < 0.01
+  # Which blocks are together is another matter in each pass.
+  assert np.mean(first == second) < 0.01
+  centres = [x.reshape(-1, window).mean(1) for x in (first, second)]
+  assert abs(np.corrcoef(*centres)[0, 1]) < 0.4
+  assert abs(np.corrcoef(centres[0], np.arange(len(windows)))[0, 1]) < 0.4
