@@ -255,7 +255,8 @@ class _Modes:
   def __init__(self, root: Path, follow_links: bool) -> None:
     self._follow_links = follow_links
     self._real_root = os.path.realpath(root)
-    self._are_below: dict[str, bool] = {}  # by folder
+    # By folder.
+    self._are_below = {str(root): True, "": False, "/": False}
 
   def __call__(self, path: str) -> int | None:
     """Returns the mode, None if links lead out of the root.
@@ -265,15 +266,24 @@ class _Modes:
     """
     if self._follow_links:
       return os.stat(path).st_mode
-    folder = os.path.dirname(path)
-    if folder not in self._are_below:
-      self._are_below[folder] = is_below(folder, self._real_root)
-    if not self._are_below[folder]:
+    if not self._is_below(os.path.dirname(path)):
       return None
     mode = os.lstat(path).st_mode
     if not stat.S_ISLNK(mode):
       return mode
     return os.stat(path).st_mode if is_below(path, self._real_root) else None
+
+  def _is_below(self, folder: str) -> bool:
+    """Returns `is_below` of a folder, with one request to the disk."""
+    inner = []
+    while (found := self._are_below.get(folder)) is None:
+      inner.append(folder)
+      if os.path.islink(folder):
+        found = is_below(folder, self._real_root)
+        break
+      folder = os.path.dirname(folder)
+    self._are_below.update(dict.fromkeys(inner, found))
+    return found
 
 
 def _problem(row: Row, root: Path, modes: _Modes) -> str | None:

@@ -221,6 +221,17 @@ def test_colon_in_the_name_of_a_real_file_is_no_address(folder):
   assert "Part1: start.mp4" in ids(folder)
 
 
+def test_paths_of_many_folders_are_refused_or_read(folder):
+  assert "No such file" in error(write(folder / "m.txt", "a/" * 1500 + "b.mp4"))
+  assert "too long" in error(write(folder / "m.txt", "a/" * 9000 + "b.mp4"))
+  assert ids(write(folder / "m.txt", "./" * 1500 + "b.mp4")) == ["b.mp4"]
+  (folder / "inner").symlink_to("one")
+  (folder / "outer").symlink_to("..")
+  inner = write(folder / "m.txt", "inner/x y, z.mp4")
+  assert len(read_sources(inner)) == 1
+  assert "leads out" in error(write(folder / "m.txt", "outer/root/b.mp4"))
+
+
 def test_long_lists_of_bad_rows_are_cut(folder):
   manifest = write(folder / "m.txt", "".join(f"no{i}\n" for i in range(50)))
   message = error(manifest)
