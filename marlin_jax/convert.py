@@ -14,6 +14,11 @@ Formats:
   hf           a HuggingFace VideoMAE folder
   videomae     the original VideoMAE's .pth
 
+A trained classifier, WORKDIR/models/CELL of an evaluation, converts too:
+  hf           VideoMAEForVideoClassification with its label names
+  stablehlo    a file that jax.export opens, without this project: clips to
+               probabilities on CPU, GPU and TPU
+
 Missing and unknown keys are errors, and no file can run code. At the end the
 written file is read back and compared with the source on a real clip. PyTorch
 files are also checked against a network in PyTorch.
@@ -111,8 +116,12 @@ def convert(args: argparse.Namespace) -> None:
     WeightsError: the weights cannot be read or written, see weights.formats, or
       the check failed.
   """
+  from marlin_jax.inference import classifier
   from marlin_jax.weights import formats
 
+  if classifier.is_classifier(args.src):
+    _convert_classifier(args)
+    return
   target_module = formats.module_of(args.target_format)
 
   # --- Read -------------------------------------------------------------------
@@ -165,6 +174,78 @@ def convert(args: argparse.Namespace) -> None:
   )
 
 
+def _convert_classifier(args: argparse.Namespace) -> None:
+  """Exports a trained classifier and compares its probabilities.
+
+  Raises:
+    WeightsError: the head cannot be exported, or the check failed.
+  """
+  from marlin_jax.inference.classifier import VideoClassifier
+  from marlin_jax.records.folders import write_bytes
+  from marlin_jax.weights import huggingface
+  from marlin_jax.weights.weights import WeightsError
+
+  if args.target_format not in ("hf", "stablehlo"):
+    raise WeightsError(
+      f"--to={args.target_format}: a classifier converts to hf or stablehlo"
+    )
+  model = VideoClassifier.load(args.src)
+  kernel, bias = model.linear_layer
+  names, is_class = model.description.names, model.description.is_class
+  target = Path(args.dst).expanduser()
+  _remove_target(target, Path(args.src), overwrite=args.overwrite)
+  clip = _clip(args.clip, model.weights.architecture)
+  if args.target_format == "hf":
+    notices = huggingface.write(
+      model.weights,
+      target,
+      kind=_HF_CLASSES["classification"],
+      fold_input=args.fold_input,
+      classifier=huggingface.Classifier(kernel, bias, names, is_class),
+    )
+    for notice in notices:
+      print(f"note: {notice}")
+    written = _transformers_probabilities(target, clip, is_class=is_class)
+  else:
+    data = model.exported(("cpu", "cuda", "tpu")).serialize()
+    write_bytes(target, data)
+    written = _stablehlo_probabilities(target, clip)
+  print(f"{target}: probabilities of {', '.join(names)}")
+  if written is None:
+    return
+  expected = model.probabilities(np.asarray(model.outputs(clip)))
+  worst = float(np.abs(written - expected).max())
+  print(f"  probabilities: largest difference {worst:.1e}")
+  if not worst <= TOLERANCE:
+    raise WeightsError(f"the check failed: do not use {target}")
+
+
+def _stablehlo_probabilities(path: Path, clip: np.ndarray) -> np.ndarray:
+  from jax import export
+
+  exported = export.deserialize(bytearray(path.read_bytes()))
+  return np.asarray(exported.call(clip))[0]
+
+
+def _transformers_probabilities(
+  path: Path, clip: np.ndarray, *, is_class: bool
+) -> np.ndarray | None:
+  """Returns (K,) from transformers; None if it is not installed."""
+  from marlin_jax.weights import huggingface
+
+  transformers = _transformers()
+  if transformers is None:
+    return None
+  import torch
+
+  network = transformers.AutoModelForVideoClassification.from_pretrained(path)
+  architecture = huggingface.read(path, drop_classifier=True).architecture
+  video = torch.from_numpy(_as_expected(clip, architecture))
+  with torch.no_grad():
+    logits = network.eval()(video.permute(0, 1, 4, 2, 3)).logits[0]
+  return (logits.softmax(-1) if is_class else logits.sigmoid()).numpy()
+
+
 _HF_CLASSES = {
   "model": "VideoMAEModel",
   "pretraining": "VideoMAEForPreTraining",
@@ -213,7 +294,7 @@ def _remove_target(target: Path, source: Path, *, overwrite: bool) -> None:
   if source.resolve().is_relative_to(target.resolve()):
     raise WeightsError(f"{target} holds SRC itself: choose another name")
   if not target.is_dir():
-    if target.suffix not in formats.FILE_SUFFIXES:
+    if target.suffix not in (*formats.FILE_SUFFIXES, ".stablehlo"):
       raise WeightsError(f"{target} is no file of weights: choose another name")
     target.unlink()
     return
@@ -362,17 +443,27 @@ def _torch_outputs(path: Path, format: str, weights, clip: np.ndarray):
   return outputs, "PyTorch"
 
 
-def _transformers_outputs(path: Path, weights, clip: np.ndarray):
+def _transformers():
+  """Returns the module; None, with a note, if it is not installed."""
   try:
-    import torch
+    import torch  # noqa: F401
     import transformers
   except ImportError:
     print(
       "note: not checked against transformers, which is not installed: "
       "pip install transformers torch"
     )
-    return {}, ""
+    return None
   transformers.utils.logging.disable_progress_bar()
+  return transformers
+
+
+def _transformers_outputs(path: Path, weights, clip: np.ndarray):
+  transformers = _transformers()
+  if transformers is None:
+    return {}, ""
+  import torch
+
   kind = transformers.AutoConfig.from_pretrained(path).architectures[0]
   network = getattr(transformers, kind).from_pretrained(path).eval()
   video = _as_expected(clip, weights.architecture)

@@ -18,11 +18,13 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.export
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from flax import nnx
@@ -325,6 +327,57 @@ class VideoClassifier:
         batch_size or stream.default_batch_size(),
       )
       return self.prediction(np.stack(list(outputs)))
+
+  # --- Export -----------------------------------------------------------------
+
+  @property
+  def linear_layer(self) -> tuple[np.ndarray, np.ndarray]:
+    """Kernel (D, K) and bias (K,) on the mean feature of a window.
+
+    Raises:
+      WeightsError: the head is none, or its features are pooled by deviation.
+    """
+    head, pool = self.description.head, self.description.pool
+    if head == "mean":
+      return self._arrays["linear.kernel"], self._arrays["linear.bias"]
+    if head != "linear" or pool != "mean":
+      raise WeightsError(
+        f"the head '{head}' on features pooled by '{pool}' is no linear layer "
+        "on the mean feature: only models of linear (with pool=mean) and "
+        "finetune can be exported"
+      )
+    return self._arrays["kernel"], self._arrays["bias"]
+
+  def exported(self, platforms: Sequence[str]) -> jax.export.Exported:
+    """Compiles clips to probabilities as portable StableHLO.
+
+    Args:
+      platforms: such as 'cpu', 'cuda' and 'tpu'.
+
+    Returns:
+      A function of uint8 (B, T, S, S, 3), for any B, that returns float32
+      (B, K); `jax.export.deserialize` opens its `serialize()`.
+
+    Raises:
+      WeightsError: see `linear_layer`.
+    """
+    architecture = self.weights.architecture
+    # The implementations of attention for one platform do not run on others.
+    encoder = self.weights.autoencoder(attention="plain")
+    kernel, bias = (jnp.asarray(x, jnp.float32) for x in self.linear_layer)
+
+    def probabilities(clips):
+      features = clip_features.features(encoder, architecture, clips)
+      with vit.exact_matmuls("float32"):
+        logits = features @ kernel + bias
+      is_class = self.description.is_class
+      return jax.nn.softmax(logits) if is_class else jax.nn.sigmoid(logits)
+
+    tubelets = architecture.tubelets
+    size, num_frames = tubelets.image_size, tubelets.num_frames
+    shape = jax.export.symbolic_shape(f"b, {num_frames}, {size}, {size}, 3")
+    clips = jax.ShapeDtypeStruct(shape, jnp.uint8)
+    return jax.export.export(jax.jit(probabilities), platforms=platforms)(clips)
 
   # --- Files ------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -227,8 +228,45 @@ def _imagenet_input(path: Path) -> bool:
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+  """Linear layer on the pooled feature, for VideoMAEForVideoClassification.
+
+  Attributes:
+    kernel, bias: float (D, K), (K,).
+    names: names of the K labels or classes.
+    is_class: one of K classes, not K independent labels.
+  """
+
+  kernel: np.ndarray
+  bias: np.ndarray
+  names: Sequence[str]
+  is_class: bool
+
+  def config(self) -> dict:
+    """Returns the entries of config.json."""
+    problem = "single_label" if self.is_class else "multi_label"
+    return {
+      "id2label": {str(i): name for i, name in enumerate(self.names)},
+      "label2id": {name: i for i, name in enumerate(self.names)},
+      "problem_type": f"{problem}_classification",
+    }
+
+  def arrays(self) -> dict[str, np.ndarray]:
+    """Returns the arrays under their names in transformers."""
+    return {
+      "classifier.weight": np.ascontiguousarray(self.kernel.T, np.float32),
+      "classifier.bias": np.asarray(self.bias, np.float32),
+    }
+
+
 def write(
-  weights: Weights, path: Path, *, kind: str = "", fold_input: bool = False
+  weights: Weights,
+  path: Path,
+  *,
+  kind: str = "",
+  fold_input: bool = False,
+  classifier: Classifier | None = None,
 ) -> list[str]:
   """Writes a folder that the class's `from_pretrained` opens.
 
@@ -240,6 +278,8 @@ def write(
     fold_input: fold ImageNet's normalisation into the patch embedding, so that
       the usual VideoMAE preprocessing gives the same features. Otherwise the
       network keeps its convention and the preprocessor is written to match.
+    classifier: a trained head for VideoMAEForVideoClassification, which
+      without one returns the pooled feature.
 
   Returns:
     Notices about what the format cannot store.
@@ -266,15 +306,20 @@ def write(
     )
   architecture, arrays, dropped = videomae.drop_unsupported(weights)
   path.mkdir(parents=True, exist_ok=True)
+  theirs = name_tables.write(rules(architecture, kind), arrays)
+  config = _config(architecture, kind)
+  if classifier is not None:
+    theirs |= classifier.arrays()
+    config |= classifier.config()
   safetensors_folder.save_arrays(
-    name_tables.write(rules(architecture, kind), arrays),
+    theirs,
     path / safetensors_folder.ARRAYS,
     format="pt",  # required by transformers
   )
   safetensors_folder.save_config(
     _preprocessor_config(architecture), path, _PREPROCESSOR
   )
-  safetensors_folder.save_config(_config(architecture, kind), path)
+  safetensors_folder.save_config(config, path)
   return notices + dropped
 
 

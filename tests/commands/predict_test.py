@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import eval_far
-from marlin_jax import Marlin, predict
+from marlin_jax import Marlin, convert, predict
 from marlin_jax.downstream import splits
 from marlin_jax.inference import classifier
 from marlin_jax.weights.architecture import Architecture
@@ -284,3 +285,63 @@ def test_a_missing_encoder_is_asked_for(workdir, tmp_path):
     Marlin.load_classifier(moved)
   opened = Marlin.load_classifier(moved, encoder=str(workdir / "encoder"))
   assert opened.description.names == description.names
+
+
+# --- Export -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["linear", "finetune"])
+@pytest.mark.parametrize("fold_input", [False, True])
+def test_a_classifier_is_one_of_transformers(
+  workdir, tmp_path, sample_videos, capsys, mode, fold_input
+):
+  model = workdir / "far" / "models" / f"appearance-{mode}-1-0"
+  flags = ["--fold_input"] if fold_input else []
+  convert.convert(
+    convert.parse_args(["--to=hf", *flags, str(model), str(tmp_path / "hf")])
+  )
+  (line,) = re.findall(
+    r"probabilities: largest difference (\S+)", capsys.readouterr().out
+  )
+  assert float(line) < 1e-4
+  config = json.loads((tmp_path / "hf" / "config.json").read_text())
+  assert config["id2label"] == {"0": "bright", "1": "red", "2": "never"}
+  assert config["problem_type"] == "multi_label_classification"
+
+
+def test_a_classifier_as_stablehlo_needs_jax_alone(
+  workdir, tmp_path, sample_videos
+):
+  model = workdir / "far" / "models" / "appearance-finetune-1-0"
+  file = tmp_path / "mood.stablehlo"
+  convert.convert(convert.parse_args(["--to=stablehlo", str(model), str(file)]))
+  clips = np.random.default_rng(0).integers(
+    0, 256, (3, 4, 224, 224, 3), np.uint8
+  )
+  np.save(tmp_path / "clips.npy", clips)
+  script = (
+    "import sys, numpy as np, jax.export as e; a, b, c = sys.argv[1:];"
+    "f = e.deserialize(bytearray(open(a, 'rb').read()));"
+    "np.save(c, f.call(np.load(b)));"
+    "assert not any(m.startswith('marlin_jax') for m in sys.modules)"
+  )
+  subprocess.run(
+    [
+      *(sys.executable, "-c", script, file, tmp_path / "clips.npy"),
+      tmp_path / "out.npy",
+    ],
+    check=True,
+    cwd=tmp_path,
+    timeout=250,
+  )
+  opened = Marlin.load_classifier(model)
+  expected = opened.window_probabilities(np.asarray(opened.outputs(clips)))
+  np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-4)
+
+
+def test_a_head_that_is_not_linear_is_not_exported(workdir, tmp_path):
+  model = workdir / "far" / "models" / "mood-knn-1-0"
+  with pytest.raises(WeightsError, match="can be exported"):
+    convert.convert(
+      convert.parse_args(["--to=hf", str(model), str(tmp_path / "hf")])
+    )
