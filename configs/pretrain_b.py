@@ -207,6 +207,9 @@ def get_config():
   # Precision of float32 matmuls: default, the fastest, which rounds their
   # inputs to bfloat16 on TPU and to TF32 on GPU; high; or highest: float32.
   config.matmul_precision = "default"
+  # With dtype=bfloat16 on several devices: compute gradients of weights, and
+  # sum them over devices, in float32. It doubles the bytes exchanged.
+  config.float32_sums = False
   # auto, cudnn (GPU, bfloat16), flash (TPU), by_head (CPU), chunked (any
   # device) or plain (most memory). auto: the first that the device supports.
   config.attention = "auto"

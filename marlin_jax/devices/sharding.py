@@ -306,10 +306,12 @@ class MeshPlacement:
   Attributes:
     mesh: from `make_mesh`.
     dtype: dtype of matmuls; weights are gathered in it.
+    float32_sums: see models.partition.Placement.
   """
 
   mesh: Mesh
   dtype: str
+  float32_sums: bool = False
 
   @property
   def num_tensor(self) -> int:
@@ -359,8 +361,9 @@ class MeshPlacement:
       size = self.mesh.shape["fsdp"]
       if size == 1 or x.shape[axis] % size:
         return x
-      # Cast first: fewer bytes travel.
-      return _gather(x.astype(self.dtype), self.mesh, rule)
+      if not self.float32_sums:
+        x = x.astype(self.dtype)
+      return _gather(x, self.mesh, rule, self.dtype)
 
     return jax.tree_util.tree_map_with_path(whole, params)
 
@@ -376,17 +379,20 @@ def _rule(name: str) -> P:
   return P(None, *spec) if re.search(r"blocks/(?!\d)", name) else spec
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x, mesh, rule):
-  """Gathers along the axis that fsdp splits; leaves tensor's axis as it is."""
-  return _constrain(x, mesh, rule, fsdp=None)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(x, mesh, rule, dtype):
+  """Gathers along the axis that fsdp splits; leaves tensor's axis as it is.
+
+  The values travel in `dtype`; the gradients in that of x.
+  """
+  return _constrain(x.astype(dtype), mesh, rule, fsdp=None).astype(x.dtype)
 
 
-def _gather_forward(x, mesh, rule):
-  return _gather(x, mesh, rule), None
+def _gather_forward(x, mesh, rule, dtype):
+  return _gather(x, mesh, rule, dtype), None
 
 
-def _gather_backward(mesh, rule, _, grad):
+def _gather_backward(mesh, rule, dtype, _, grad):
   # Each device needs its shard of the gradient only. The transpose of
   # _gather would give every device the whole gradient.
   return (_constrain(grad, mesh, rule, fsdp="fsdp"),)

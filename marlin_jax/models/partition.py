@@ -22,9 +22,12 @@ class Placement(Protocol):
 
   Attributes:
     num_tensor: devices that share one block's heads and hidden units.
+    float32_sums: gradients of weights are computed, and summed over devices, in
+      float32 and not in the dtype of the matmuls.
   """
 
   num_tensor: int
+  float32_sums: bool
 
   def tokens(self, x: jax.Array) -> jax.Array:
     """Shards tokens (B, N, D)."""
@@ -79,3 +82,9 @@ def num_tensor() -> int:
   """Devices that share one block's heads and hidden units."""
   placement = _in_use.get()
   return 1 if placement is None else placement.num_tensor
+
+
+def float32_sums() -> bool:
+  """Returns True if gradients of weights are summed in float32."""
+  placement = _in_use.get()
+  return placement is not None and placement.float32_sums

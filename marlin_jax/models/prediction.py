@@ -11,16 +11,21 @@ Axes: B clips, M masked tokens, D decoder width, P pixels per token, F features.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+
+from marlin_jax.models import linear, partition
 
 
 class Prediction(NamedTuple):
   """Decoder features and the head that maps them to pixels; a pytree.
 
-  All arrays have the head's dtype. A gradient in a Prediction is a Prediction.
+  All arrays have the head's dtype, except that `kernel` and `bias` are float32
+  with partition.float32_sums. A gradient in a Prediction is a Prediction.
 
   Attributes:
     features: (B, M, D), the head's input.
@@ -40,7 +45,9 @@ class Prediction(NamedTuple):
       head: linear layer from D to P.
       features: (B, M, D).
     """
-    kernel, bias = (x[...].astype(head.dtype) for x in (head.kernel, head.bias))
+    kernel, bias = head.kernel[...], head.bias[...]
+    if not partition.float32_sums():
+      kernel, bias = kernel.astype(head.dtype), bias.astype(head.dtype)
     return cls(features.astype(head.dtype), kernel, bias)
 
   @property
@@ -60,10 +67,19 @@ class Prediction(NamedTuple):
     features, head_kernel, head_bias, kernel, bias = (
       x.astype(layer.dtype) for x in (*self, layer.kernel[...], layer.bias[...])
     )
-    return _linear(features, head_kernel @ kernel, head_bias @ kernel + bias)
+    fused = jnp.matmul
+    if partition.float32_sums():
+      # Gradients of the fused layer are sums over clips. In a lower precision
+      # the compiler would round them before it sums them over devices.
+      fused = functools.partial(
+        fused, preferred_element_type=jnp.float32, precision="highest"
+      )
+    return _linear(
+      features, fused(head_kernel, kernel), fused(head_bias, kernel) + bias
+    )
 
 
 def _linear(x, kernel, bias):
   # One plain matrix product, see vit.Dense.
-  y = x.reshape(-1, x.shape[-1]) @ kernel + bias
+  y = linear.linear(x.reshape(-1, x.shape[-1]), kernel, bias)
   return y.reshape(*x.shape[:-1], -1)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from marlin_jax.models import partition, softmax_attention
+from marlin_jax.models import linear, partition, softmax_attention
 
 # MARLIN's. VideoMAE has 1e-6, and HuggingFace's copy of it 1e-12.
 NORM_EPS = 1e-5
@@ -135,7 +135,12 @@ class Dense(nnx.Linear):
   """
 
   def __call__(self, x):
-    y = super().__call__(x.reshape(-1, x.shape[-1]))
+    flat = x.reshape(-1, x.shape[-1])
+    if partition.float32_sums():
+      bias = None if self.bias is None else self.bias[...]
+      y = linear.linear(flat.astype(self.dtype), self.kernel[...], bias)
+    else:
+      y = super().__call__(flat)
     return y.reshape(*x.shape[:-1], -1)
 
 
@@ -221,14 +226,15 @@ def fused_dense(layers: Sequence[Dense], x: jax.Array) -> list[jax.Array]:
   Returns:
     The output of each layer.
   """
-  dtype = layers[0].dtype
-  kernel = jnp.stack([layer.kernel[...].astype(dtype) for layer in layers])
-  flat = x.reshape(-1, x.shape[-1]).astype(dtype)
-  out = jnp.einsum("nd,sdf->snf", flat, kernel)
-  out = out.reshape(len(layers), *x.shape[:-1], -1)
+  flat = x.reshape(-1, x.shape[-1]).astype(layers[0].dtype)
+  kernel = jnp.stack([layer.kernel[...] for layer in layers])
   return [
-    y if layer.bias is None else y + layer.bias[...].astype(dtype)
-    for layer, y in zip(layers, out, strict=True)
+    (y if layer.bias is None else linear.add_bias(y, layer.bias[...])).reshape(
+      *x.shape[:-1], -1
+    )
+    for layer, y in zip(
+      layers, linear.product("nd,sdf->snf", flat, kernel), strict=True
+    )
   ]
 
 

@@ -122,10 +122,14 @@ class Step:
     chip, num_slices = self.topology.chip, self.topology.num_slices
     if chip is None or self.memory is None:
       return None
-    # Each chip of a slice all-reduces its part of the float32 gradients with
-    # its counterparts in the other slices.
+    # Each chip of a slice all-reduces its part of the gradients with its
+    # counterparts in the other slices.
     per_slice = len(self.topology.devices) // num_slices
-    between = 2 * (num_slices - 1) / num_slices * 4 * self.num_params
+    in_float32 = self.config.float32_sums or self.config.dtype == "float32"
+    bytes_per_param = 4 if in_float32 else 2
+    between = (
+      2 * (num_slices - 1) / num_slices * bytes_per_param * self.num_params
+    )
     return roofline.estimate(
       chip,
       self.config.dtype,

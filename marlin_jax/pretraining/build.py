@@ -217,7 +217,9 @@ class Experiment:
         config.clips_per_device or self.clips_that_fit,
       ),
       placement=(
-        sharding.MeshPlacement(mesh, config.dtype) if mesh.size > 1 else None
+        sharding.MeshPlacement(mesh, config.dtype, config.float32_sums)
+        if mesh.size > 1
+        else None
       ),
       matmul_precision=config.matmul_precision,
       spike_sigmas=config.optim.spike_sigmas,

@@ -82,6 +82,7 @@ KEYS = TRAINING_KEYS | {
   "adv.d_steps": fixed(at_least(1)),
   "adv.g_steps": fixed(at_least(1)),
   "adv.max_pull": fixed(at_least(0)),
+  "float32_sums": free(),
   "optim.base_lr": fixed(above(0)),
   "optim.min_lr": fixed(at_least(0)),
   "optim.schedule": fixed(one_of("cosine", "constant"), before="cosine"),

@@ -135,11 +135,15 @@ class Trainer:
   matmul_precision: str = "default"
   spike_sigmas: float = 0.0
 
-  def precision(self) -> contextlib.AbstractContextManager:
-    """Returns the context to trace the networks and their gradients in."""
-    if self.matmul_precision == "default":
-      return contextlib.nullcontext()
-    return jax.default_matmul_precision(self.matmul_precision)
+  @contextlib.contextmanager
+  def tracing(self):
+    """Context to trace the networks and their gradients in."""
+    precision = self.matmul_precision
+    if precision == "default":
+      precision = jax.config.jax_default_matmul_precision
+    context = partition.use(self.placement)
+    with context, jax.default_matmul_precision(precision):
+      yield
 
   def prepare(self, batch):
     """Masks a batch.
@@ -334,7 +338,7 @@ def train_step(
   # A key per clip, so that masks do not depend on devices or microbatches.
   keys = jax.random.split(step_rng, batch["video"].shape[0])
   batch = {"video": batch["video"], "regions": batch["regions"], "keys": keys}
-  with trainer.precision():
+  with trainer.tracing():
     if trainer.num_microbatches == 1:
       new, metrics = _step_whole_batch(trainer, state, batch)
     else:
@@ -469,7 +473,7 @@ def reconstruct(
     return prediction.pixels.astype(jnp.float32)
 
   keys = jax.random.split(rng, batch["video"].shape[0])
-  with trainer.precision():
+  with trainer.tracing():
     return pretext_task.reconstruct_batch(
       trainer.task,
       predict,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import re
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from configs import pretrain_b, pretrain_s
+from configs import pretrain_b, pretrain_s, quickstart
 from marlin_jax.devices import sharding
 from marlin_jax.planning import topology
 from marlin_jax.pretraining import build
@@ -327,3 +328,28 @@ def test_a_mesh_of_one_device_is_the_default():
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
   assert sharding.batch_sharding(mesh).spec == P(("data", "fsdp"))
+
+
+# --- float32 sums -------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_on_tpu_gradients_are_summed_in_float32_where_that_is_asked_for():
+  config = quickstart.get_config()
+  config.update_from_flattened_dict(
+    {
+      "dtype": "bfloat16",
+      "float32_sums": True,
+      "clips_per_device": 2,
+      "data.num_frames": 2,
+      "mask.strategy": "random",
+      "model.depth": 1,
+      "model.dec_depth": 1,
+    }
+  )
+  mesh = sharding.make_mesh(devices=tpus("v5e:2x2"))
+  experiment = build.Experiment(config, 10, mesh, device_bytes=2**33)
+  text = experiment.lower_step().compile().as_text()
+  sums = re.findall(r"= (.*?) all-reduce(?:-start)?\(", text)
+  assert sums
+  assert not re.findall(r"bf16\[[^]]*\]", " ".join(sums))
