@@ -119,6 +119,10 @@ def get_config():
   config.attention = "auto"
   # Rematerialisation of the encoder, as in configs/pretrain_b.py.
   config.remat = "none"
+  # Deterministic programs for GPUs, as in configs/pretrain_b.py.
+  config.deterministic = False
+  # Folder of compiled programs, as in configs/pretrain_b.py.
+  config.compilation_cache = "auto"
 
   config.mesh = ConfigDict()
   # Devices that split the batch; -1: all.

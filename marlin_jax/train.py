@@ -7,9 +7,9 @@ same command with the same --workdir resumes the run, also on another number of
 devices and processes. After Ctrl-C or SIGTERM the run saves before it ends.
 
 A workdir holds config.json, metrics.jsonl (one object per logged step),
-tensorboard/, checkpoints/ and pictures/; quarantine.jsonl if records could not
-be read, damaged/ if checkpoints were damaged, and lock, which names the process
-that is writing.
+tensorboard/, checkpoints/, pictures/ and compiled/ (programs that a restart
+need not compile again); quarantine.jsonl if records could not be read, damaged/
+if checkpoints were damaged, and lock, which names the process that is writing.
 
 Exit codes: 0 done; 1 refused, and the message says what to do; 75 ended early
 (hung, could not save, lost another process) and can be restarted; 128 + signal:
@@ -44,12 +44,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   # Imported here because the imports take seconds: --help and bad flags answer
   # at once.
   import jax
-  from etils import epath
 
-  from marlin_jax.data import prepared_dataset, sample, segment_indexing
-  from marlin_jax.devices import distributed, sharding
-  from marlin_jax.downstream import quick_probe
-  from marlin_jax.pretraining.course import PretrainingCourse
   from marlin_jax.training import loop, remote_files
   from marlin_jax.training.workdir import as_begun
 
@@ -57,9 +52,22 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
     str(workdir), config.data.path, config.probe.path
   )
   config, notes = as_begun(config, configuration.KEYS, workdir)
-  loop.start_processes(config)
-  if jax.process_index() == 0:
-    print("".join(f"note: {note}\n" for note in notes), end="", flush=True)
+  with loop.started(config, str(workdir)) as watchdog:
+    if jax.process_index() == 0:
+      print("".join(f"note: {note}\n" for note in notes), end="", flush=True)
+    return _train(config, workdir, watchdog)
+
+
+def _train(config, workdir, watchdog):
+  """Opens the data, builds the course and trains."""
+  import jax
+  from etils import epath
+
+  from marlin_jax.data import prepared_dataset, sample, segment_indexing
+  from marlin_jax.devices import distributed, sharding
+  from marlin_jax.downstream import quick_probe
+  from marlin_jax.pretraining.course import PretrainingCourse
+  from marlin_jax.training import loop
 
   # --- Data -------------------------------------------------------------------
   data_path = config.data.path
@@ -74,6 +82,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   index = None
   if config.data.sample_by != "record":
     cache = epath.Path(workdir) / "index"
+    watchdog.alive("indexing the segments", is_limited=False)
     with distributed.process_0_first():
       index = segment_indexing.open_index(dataset, cache)
   # Without the quality threshold, so that runs with different thresholds
@@ -87,6 +96,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
     quick_probe.open_task(config.probe, probe_path)
 
   # --- Devices, model ---------------------------------------------------------
+  watchdog.alive("planning the step")
   mesh = sharding.make_mesh(**config.mesh)
   sharding.check_batch(mesh, config.batch_size)
   course = PretrainingCourse(config, dataset, index, mesh)
@@ -95,7 +105,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   def make_evaluations(workdir, alive):
     return _evaluations(course, eval_dataset, probe_path, workdir, alive)
 
-  return loop.train(course, make_evaluations, workdir)
+  return loop.train(course, make_evaluations, workdir, watchdog)
 
 
 def _evaluations(course, dataset, probe_path, workdir, alive):
@@ -118,11 +128,13 @@ def _evaluations(course, dataset, probe_path, workdir, alive):
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-  xla_flags.set_for_training()
   # Orbax logs twenty lines per save, and a stack trace for each error that it
   # also raises.
   logging.set_verbosity(logging.FATAL)
   config = config_flags.config(configuration.validate)
+  xla_flags.set_for_training()
+  if config.deterministic:
+    xla_flags.set_deterministic()
   from marlin_jax.training import loop
 
   loop.run_training(lambda: train_and_evaluate(config, config_flags.workdir()))

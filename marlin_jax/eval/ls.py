@@ -48,6 +48,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
+from marlin_jax.devices import xla_flags
 from marlin_jax.eval import command
 from marlin_jax.lipsync import configuration
 from marlin_jax.records import cli
@@ -186,6 +187,8 @@ def _train(config: ConfigDict, mode: str) -> None:
   from marlin_jax.lipsync.training.generator_training import train_generator
   from marlin_jax.training import loop
 
+  if config.deterministic:
+    xla_flags.set_deterministic()
   paths, workdir = flags.FLAGS, config_flags.workdir()
   if mode == "train_expert":
     train = functools.partial(train_expert, config, paths.data, workdir)

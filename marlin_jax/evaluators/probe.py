@@ -32,7 +32,7 @@ class Probe:
     course: PretrainingCourse,
     path: str,
     workdir: Workdir,
-    alive: Callable[[str], None],
+    alive: Callable[..., None],
   ):
     """Reads the labels of the data set and prints the task and the videos.
 
@@ -40,7 +40,7 @@ class Probe:
       course: network and devices.
       path: folder of the labelled data set.
       workdir: workdir of the run; caches the labels.
-      alive: resets the watchdog; takes a description of the work.
+      alive: resets the watchdog, see `Watchdog.alive`.
 
     Raises:
       DatasetError: see `quick_probe.open_data`.
@@ -51,6 +51,7 @@ class Probe:
     # Process 0 reads all records for their labels and writes them to the
     # workdir, which may be in a bucket; the others and later runs read that.
     cache = workdir.path / "probe"
+    alive("reading the labels of the probe", is_limited=False)
     with distributed.process_0_first():
       data = quick_probe.open_data(config.probe, architecture, path, cache)
     distributed.check_same(
@@ -91,6 +92,6 @@ class Probe:
 
 
 def _features(trainer, architecture, params, fixed, video):
-  with partition.use(trainer.placement):
+  with trainer.tracing():
     network = nnx.merge(trainer.mae, partition.weights(params), fixed)
     return clip_features.features(network.encoder, architecture, video)

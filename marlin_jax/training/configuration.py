@@ -126,6 +126,8 @@ TRAINING_KEYS = {
   "distributed.timeout_secs": free(at_least(1)),
   "watchdog.dump_secs": free(at_least(0)),
   "watchdog.exit_secs": free(at_least(0)),
+  "compilation_cache": free(),
+  "deterministic": free(),
   "allow_change": free(),
   "max_skipped_steps": free(at_least(1)),
   "log_steps": free(at_least(1)),

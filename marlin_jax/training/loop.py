@@ -12,7 +12,7 @@ import dataclasses
 import math
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -27,7 +27,12 @@ from marlin_jax.data import loader
 from marlin_jax.data.clips import ClipTaker
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.data.sampling import Draws
-from marlin_jax.devices import coordination, distributed, sharding
+from marlin_jax.devices import (
+  compilation_cache,
+  coordination,
+  distributed,
+  sharding,
+)
 from marlin_jax.records import cli
 from marlin_jax.records.cli import UserError
 from marlin_jax.training import goodput, metrics, profiler, skipped_steps
@@ -161,28 +166,41 @@ def run_training(run: Callable[[], tuple[Any, int | None]]) -> None:
     sys.exit(128 + signum)
 
 
-def start_processes(config: ConfigDict) -> None:
-  """Joins the other processes, if any; call before devices are used.
+@contextlib.contextmanager
+def started(config: ConfigDict, path: str) -> Iterator[Watchdog]:
+  """Joins the other processes, if any, and watches over this one.
+
+  Enter it before devices are used.
+
+  Args:
+    config: configuration of the run.
+    path: workdir.
 
   Raises:
     StartError: a process is missing or has another configuration.
   """
-  distributed.initialise(config.distributed)
-  distributed.check_same(
-    {
-      f"config.{key}": value
-      for key, value in flat(config).items()
-      if not key.startswith("distributed.")
-    }
-  )
+  compilation_cache.set_up(config.compilation_cache, path)
+  with Watchdog(**config.watchdog) as watchdog:
+    watchdog.alive("waiting for the other processes")
+    distributed.initialise(config.distributed)
+    distributed.check_same(
+      {
+        f"config.{key}": value
+        for key, value in flat(config).items()
+        if not key.startswith("distributed.")
+      }
+    )
+    watchdog.alive("opening the data")
+    yield watchdog
 
 
 def train(
   course: Course,
   make_evaluations: Callable[
-    [Workdir, Callable[[str], None]], Sequence[Evaluation]
+    [Workdir, Callable[..., None]], Sequence[Evaluation]
   ],
   path: str,
+  watchdog: Watchdog,
 ) -> tuple[State, int | None]:
   """Trains until the last step or a signal.
 
@@ -191,10 +209,11 @@ def train(
 
   Args:
     course: course to train.
-    make_evaluations: maps the workdir and a callback to the evaluations. An
-      evaluation that takes minutes calls the callback with a description of its
-      work, such as 'the probe', to reset the watchdog.
+    make_evaluations: maps the workdir and `watchdog.alive` to the evaluations.
+      An evaluation that takes minutes calls it with a description of its work,
+      such as 'the probe'.
     path: workdir; created, or resumed from.
+    watchdog: from `started`.
 
   Returns:
     The last state, and the signal that ended the run early or None.
@@ -208,9 +227,11 @@ def train(
     rows = [*course.describe(), cli.Row("reading", str(_reading(config)))]
     print(cli.format_rows(rows), flush=True)
   num_values = sum(math.prod(x.shape) for x in jax.tree.leaves(course.shapes))
+  watchdog.alive("opening the workdir and checking its checkpoints")
   with Workdir(path, config, course.dataset, num_values) as workdir:
     # --- State ----------------------------------------------------------------
     start_step, checkpoints = workdir.start_step, workdir.checkpoints
+    watchdog.alive("restoring the state" if start_step else "the first state")
     if start_step:
       state = workdir.restore(course.shapes, course.shardings, course.identity)
     else:
@@ -218,7 +239,7 @@ def train(
     workdir.begin()
 
     # --- Evaluators, batches, compiled step -----------------------------------
-    watchdog = Watchdog(**config.watchdog)
+    watchdog.alive("opening the evaluations")
     evaluations = make_evaluations(workdir, watchdog.alive)
     before_save = [e for e in evaluations if e.before_save]
     after_save = [e for e in evaluations if not e.before_save]
@@ -228,6 +249,7 @@ def train(
       carried=workdir.earlier_secs(),
     )
     batches = _batches(course, workdir)
+    watchdog.alive("compiling the step")
     with timer.on("compile"):
       take_step = course.make_step()
 
@@ -261,7 +283,7 @@ def train(
     # --- Loop -----------------------------------------------------------------
     signum = None
     stop_together = distributed.StopTogether(course.mesh)
-    with watchdog, contextlib.closing(writer), contextlib.closing(progress):
+    with contextlib.closing(writer), contextlib.closing(progress):
       timer.enter("step")
       with StopSignal() as stop, profiles:
         for step in range(start_step + 1, course.num_steps + 1):

@@ -24,6 +24,7 @@ class Watchdog:
     """Sets the limits in seconds; 0 means never."""
     self._doing = "starting"
     self._last = 0.0
+    self._is_limited = True
     self._changed = threading.Condition()
     self._closed = False
     # (seconds, process ends), in ascending order.
@@ -47,14 +48,17 @@ class Watchdog:
     if self._thread.is_alive():
       self._thread.join()
 
-  def alive(self, doing: str) -> None:
+  def alive(self, doing: str, *, is_limited: bool = True) -> None:
     """Resets the time limits.
 
     Args:
       doing: operation that starts now, such as 'step 7', for the message.
+      is_limited: False for an operation that may take any time; the limits hold
+        again from the next call on.
     """
     with self._changed:
       self._doing, self._last = doing, time.monotonic()
+      self._is_limited = is_limited
       self._changed.notify()
 
   def _watch(self) -> None:
@@ -62,7 +66,8 @@ class Watchdog:
       since, limits = self._last, self._limits
       while not self._closed:
         if self._last != since:
-          since, limits = self._last, self._limits
+          since = self._last
+          limits = self._limits if self._is_limited else []
         waited = time.monotonic() - since
         if limits and waited >= limits[0][0]:
           self._report(waited, ends=limits[0][1])

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,20 @@ def test_what_is_set_already_stays(monkeypatch, before, after):
     monkeypatch.setenv("XLA_FLAGS", before)
   xla_flags.set_for_training()
   assert os.environ["XLA_FLAGS"] == after
+
+
+def test_gpus_are_deterministic_on_request_and_xla_knows_the_flag():
+  code = (
+    "import jax, os; from marlin_jax.devices import xla_flags; "
+    "xla_flags.set_for_training(); xla_flags.set_deterministic(); "
+    "print(jax.jit(lambda x: x + 1)(1), os.environ['XLA_FLAGS'])"
+  )
+  result = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=False
+  )
+  assert result.returncode == 0, result.stderr
+  assert result.stdout.startswith("2 ")
+  assert "--xla_gpu_deterministic_ops=true" in result.stdout
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a flag for CPU")

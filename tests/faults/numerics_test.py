@@ -4,7 +4,7 @@ import dataclasses
 import os
 import signal
 import subprocess
-import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,14 @@ from marlin_jax.training import skipped_steps, watchdog
 from tests.support.files import arrays_of, rows_of
 from tests.support.processes import ROOT
 from tests.support.trainers import BATCH_SIZE, TUBELETS, make, step_of
-from tests.support.training_runs import TINY, finish, refused, start_two, train
+from tests.support.training_runs import (
+  TINY,
+  command,
+  finish,
+  refused,
+  start_two,
+  train,
+)
 
 ADAM = optax.adamw(1e-2)
 
@@ -254,19 +261,35 @@ def test_reconstruction_goes_on_without_the_game():
 # --- E4: steps that do not end ------------------------------------------------
 
 
-def test_a_process_that_hangs_shows_where_and_ends():
+def test_a_run_that_hangs_before_its_first_step_shows_where_and_ends(tmp_path):
   result = subprocess.run(
-    [sys.executable, ROOT / "tests" / "support" / "hanging.py"],
+    command(
+      tmp_path,
+      ["tests/support/hanging.py"],
+      **{"watchdog.dump_secs": 1, "watchdog.exit_secs": 2},
+    ),
     env=os.environ | {"PYTHONPATH": str(ROOT)},
+    cwd=ROOT,
     capture_output=True,
     text=True,
     check=False,
     timeout=60,
   )
-  assert result.returncode == distributed.TRY_AGAIN
-  assert result.stderr.count("step 3 has not ended for 0 s") == 2
+  assert result.returncode == distributed.TRY_AGAIN, result.stderr
+  assert "opening the data has not ended for 1 s" in result.stderr
+  assert "opening the data has not ended for 2 s" in result.stderr
   assert result.stderr.count("read_from_a_disk_that_does_not_answer") == 2
   assert "to resume from the last checkpoint" in result.stderr
+
+
+def test_work_without_a_limit_is_not_ended(capfd):
+  with watchdog.Watchdog(dump_secs=0.05, exit_secs=0) as guard:
+    guard.alive("reading labels", is_limited=False)
+    time.sleep(0.2)
+    assert not capfd.readouterr().err
+    guard.alive("step 1")
+    time.sleep(0.2)
+  assert "step 1 has not ended" in capfd.readouterr().err
 
 
 def test_a_watchdog_that_is_told_never_to_bark_does_not():
@@ -290,9 +313,9 @@ def test_a_run_that_waits_for_a_dead_process_ends_to_be_started_again(
       "optim.base_lr": 1e32,
       "optim.warmup_ratio": 0,
       "max_skipped_steps": 100_000,
-      # Longer than any step on a busy machine.
-      "watchdog.dump_secs": 10,
-      "watchdog.exit_secs": 15,
+      # Longer than any step, or than compiling it, on a busy machine.
+      "watchdog.dump_secs": 20,
+      "watchdog.exit_secs": 30,
     },
   )
   seen = []
@@ -307,5 +330,5 @@ def test_a_run_that_waits_for_a_dead_process_ends_to_be_started_again(
   assert "step 2 not applied" in output
   # Of eight, four of them read by the other.
   assert "and 4 more" in output
-  assert "has not ended for 15 s" in output
+  assert "has not ended for 30 s" in output
   assert "Thread 0x" in output

@@ -1,19 +1,23 @@
-"""Reports a few steps to a watchdog and then hangs.
+"""Trains on data that do not answer; see tests/faults/numerics_test.py.
 
-Started by tests/faults/numerics_test.py.
+hanging.py FLAGS...
 """
 
 import threading
 
-from marlin_jax.training.watchdog import Watchdog
+from absl import app, flags
+
+from marlin_jax import train
+from marlin_jax.data import prepared_dataset
+from marlin_jax.evaluators import probe  # noqa: F401, so that it takes no time
+from marlin_jax.training import config_flags
 
 
-def read_from_a_disk_that_does_not_answer():
+def read_from_a_disk_that_does_not_answer(*_):
   threading.Event().wait()
 
 
 if __name__ == "__main__":
-  with Watchdog(dump_secs=0.2, exit_secs=0.4) as watchdog:
-    for step in range(1, 4):
-      watchdog.alive(f"step {step}")
-    read_from_a_disk_that_does_not_answer()
+  prepared_dataset.open_dataset = read_from_a_disk_that_does_not_answer
+  flags.mark_flag_as_required("config")
+  app.run(train.main, flags_parser=config_flags.parse)

@@ -18,6 +18,7 @@ from marlin_jax.devices import sharding
 from marlin_jax.records import cli
 from marlin_jax.training import loop, remote_files
 from marlin_jax.training.checkpoint import Checkpoints
+from marlin_jax.training.watchdog import Watchdog
 from tests.support import made_dataset
 from tests.support.made_dataset import a_record
 
@@ -125,6 +126,7 @@ def train(dataset, workdir, num_steps, events, *, kill_at=None):
       loop.Evaluation(1, kill),
     ],
     str(workdir),
+    Watchdog(dump_secs=0, exit_secs=0),
   )
 
 

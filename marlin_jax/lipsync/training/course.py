@@ -139,10 +139,11 @@ def train(
     UserError: the run cannot start, resume, save or continue.
   """
   remote_files.check_reachable(str(workdir), data)
-  loop.start_processes(config)
-  dataset = prepared_dataset.open_dataset(data, config.data.train)
-  eval_dataset = prepared_dataset.open_dataset(data, config.data.val)
-  mesh = sharding.make_mesh(config.mesh.data)
-  course = make_course(config, mesh, dataset, eval_dataset)
-  sharding.check_batch(mesh, course.batch_size, f"{course.section}.batch_size")
-  return loop.train(course, course.evaluations, workdir)
+  with loop.started(config, str(workdir)) as watchdog:
+    dataset = prepared_dataset.open_dataset(data, config.data.train)
+    eval_dataset = prepared_dataset.open_dataset(data, config.data.val)
+    mesh = sharding.make_mesh(config.mesh.data)
+    course = make_course(config, mesh, dataset, eval_dataset)
+    key = f"{course.section}.batch_size"
+    sharding.check_batch(mesh, course.batch_size, key)
+    return loop.train(course, course.evaluations, workdir, watchdog)
