@@ -158,8 +158,16 @@ def get_config():
   config.picture_steps = 2000
   # Clips in a picture.
   config.picture_clips = 2
-  # Steps from one checkpoint to the next.
+  # Steps from one checkpoint to the next; 0: checkpoint_minutes alone decides.
   config.checkpoint_steps = 1000
+  # Minutes from one checkpoint to the next; 0: checkpoint_steps alone decides.
+  config.checkpoint_minutes = 0.0
   # Most recent checkpoints to keep.
   config.keep_checkpoints = 3
+  # Checkpoints at multiples of so many steps are saved and kept; 0: none.
+  config.keep_every_steps = 0
+  # Metric whose best checkpoint is kept; as in configs/pretrain_b.py.
+  config.best_metric = ""
+  # min or max, as in configs/pretrain_b.py.
+  config.best_mode = "min"
   return config

@@ -291,10 +291,19 @@ def get_config():
   # Number of nearest neighbours.
   config.probe.k = 20
 
-  # Steps from one checkpoint to the next.
+  # Steps from one checkpoint to the next; 0: checkpoint_minutes alone decides.
   config.checkpoint_steps = 1000
+  # Minutes from one checkpoint to the next; 0: checkpoint_steps alone decides.
+  config.checkpoint_minutes = 0.0
   # Most recent checkpoints to keep.
   config.keep_checkpoints = 3
+  # Checkpoints at multiples of so many steps are saved and kept; 0: none.
+  config.keep_every_steps = 0
+  # Metric of an evaluation, such as eval/val/loss_pixels: the checkpoint with
+  # its best value is saved and kept, and opens as WORKDIR/best. '': none.
+  config.best_metric = ""
+  # Whether the best value is the lowest (min) or the highest (max).
+  config.best_mode = "min"
 
   # A device profile; `kill -USR1 PID` takes one at any time.
   config.profile = ConfigDict()

@@ -220,10 +220,10 @@ def check_same(facts: dict[str, Any]) -> None:
     )
 
 
-class StopTogether:
-  """Makes all processes stop at the same step after any of them gets a signal.
+class Requests:
+  """Makes all processes follow the requests of any at the same step.
 
-  In every round each process puts its signal into a small array, and the
+  In every round each process puts its requests into a small array, and the
   devices compute the maximum after the step that they are running. The
   processes read the result one round later, when it is ready, so that no
   process waits for it.
@@ -236,25 +236,32 @@ class StopTogether:
     )
     self._pending = None
 
-  def __call__(self, received: int | None) -> int | None:
-    """Exchanges signals; all processes call it once in each round.
+  def __call__(
+    self, signum: int | None, saves: bool = False
+  ) -> tuple[int | None, bool]:
+    """Exchanges requests; all processes call it once in each round.
 
     Args:
-      received: signal that this process received, or None.
+      signum: signal that this process received, a request to save and stop.
+      saves: request to save and go on.
 
     Returns:
-      The signal to stop for, in the same round on every process, or None.
+      The signal to stop for, or None, and True to save: in the same round on
+      every process.
     """
     if jax.process_count() == 1:
-      return received
+      return signum, saves
     previous = self._pending
     num_local = len(self._sharding.addressable_devices)
+    # A signal is more than a request to save: whoever stops saves too.
+    request = 2 * (signum or 0) + saves
     self._pending = self._largest(
       jax.make_array_from_process_local_data(
-        self._sharding, np.full(num_local, received or 0, np.int32)
+        self._sharding, np.full(num_local, request, np.int32)
       )
     )
-    return (previous is not None and int(previous)) or None
+    signum, saves = divmod(0 if previous is None else int(previous), 2)
+    return signum or None, bool(saves)
 
 
 # --- exiting ------------------------------------------------------------------

@@ -9,6 +9,7 @@ is not used and not deleted.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from concurrent import futures
@@ -27,6 +28,8 @@ from marlin_jax.training import checksums
 
 Pytree = Any
 
+# Item of a checkpoint with name, mode and value of a metric.
+_METRICS = "metrics"
 # Directory beside the checkpoints, for damaged ones.
 DAMAGED = "damaged"
 # Field of a state with statistics of recent steps. A checkpoint without them
@@ -54,6 +57,30 @@ def steps(directory: epath.PathLike) -> list[int]:
     return []
   names = [p.name for p in directory.iterdir() if p.is_dir()]
   return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
+def best_step(directory: epath.PathLike) -> int | None:
+  """Returns the step of the best checkpoint; None if no metric is recorded.
+
+  The metric is that of the newest checkpoint that has one.
+
+  Args:
+    directory: directory of the checkpoints.
+  """
+  found = {}
+  for step in steps(directory):
+    path = epath.Path(directory) / str(step) / _METRICS / _METRICS
+    if path.exists():
+      found[step] = json.loads(path.read_text())
+  if not found:
+    return None
+  newest = next(iter(found.values()))
+  values = {
+    step: metric["value"]
+    for step, metric in found.items()
+    if metric["name"] == newest["name"]
+  }
+  return (min if newest["mode"] == "min" else max)(values, key=values.get)
 
 
 def set_damaged_aside(directory: epath.PathLike) -> list[str]:
@@ -171,27 +198,90 @@ class Checkpoints:
     last_saved: step of the newest checkpoint, or None.
   """
 
-  def __init__(self, directory: str, *, keep: int):
-    """Opens or creates the directory; keeps the last `keep` checkpoints."""
+  def __init__(
+    self,
+    directory: str,
+    *,
+    keep: int,
+    keep_every: int = 0,
+    best_metric: str = "",
+    best_mode: str = "min",
+  ):
+    """Opens or creates the directory.
+
+    Args:
+      directory: a local path or gs://BUCKET/FOLDER.
+      keep: number of the last checkpoints that are kept, at least 1.
+      keep_every: checkpoints at multiples of so many steps are kept too; 0:
+        none.
+      best_metric: name of a metric; the checkpoint with its best value is kept
+        too. '': none.
+      best_mode: 'min' or 'max'.
+    """
     path = epath.Path(directory)
     if not folders.is_remote(path):
       path = path.absolute()  # not for gs://, which would become a local path
+    self._metric, self._mode = best_metric, best_mode
+    policies = ocp.checkpoint_managers
+    kept = [policies.LatestN(keep)]
+    if keep_every:
+      kept.append(policies.EveryNSteps(keep_every))
+    if best_metric:
+      kept.append(
+        policies.BestN(
+          get_metric_fn=self._rank, n=1, keep_checkpoints_without_metrics=False
+        )
+      )
     self._manager = ocp.CheckpointManager(
       path,
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+        preservation_policy=policies.AnyPreservationPolicy(kept),
+        # With it, metrics are saved and read again.
+        best_fn=self._rank if best_metric else None,
         enable_async_checkpointing=True,
       ),
+    )
+    self._best = max(
+      (
+        self._rank(metrics)
+        for step in self._manager.all_steps()
+        if best_metric and (metrics := self._manager.metrics(step))
+      ),
+      default=-math.inf,
     )
     self._pool = futures.ThreadPoolExecutor(1, "checkpoint")
     self._saving: futures.Future[int] | None = None
     self.last_saved: int | None = self._manager.latest_step()
 
-  def save(self, step: int, state: Pytree, meta: dict[str, Any]) -> None:
+  def _rank(self, metrics: dict[str, Any]) -> float:
+    """Returns a number that is higher for a better checkpoint."""
+    if metrics["name"] != self._metric:
+      return -math.inf
+    value = metrics["value"]
+    return -value if self._mode == "min" else value
+
+  def is_best(self, value: float) -> bool:
+    """Returns True if a value of the metric is better than all saved ones."""
+    metrics = {"name": self._metric, "value": value}
+    return self._rank(metrics) > self._best
+
+  def save(
+    self,
+    step: int,
+    state: Pytree,
+    meta: dict[str, Any],
+    metric: float | None = None,
+  ) -> None:
     """Waits for the previous save and starts this one in the background.
 
     On CPU it also waits for the arrays to be written: a background save would
     read the memory that the next step reuses.
+
+    Args:
+      step: number of the step.
+      state: the training state.
+      meta: JSON dict that a resumed run must agree in.
+      metric: value of `best_metric` at this step; None: not known.
 
     Raises:
       SaveError: this save could not start, or the previous one failed.
@@ -200,8 +290,12 @@ class Checkpoints:
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
     )
+    metrics = None
+    if metric is not None:
+      metrics = {"name": self._metric, "mode": self._mode, "value": metric}
+      self._best = max(self._best, self._rank(metrics))
     try:
-      self._manager.save(step, args=args)
+      self._manager.save(step, args=args, metrics=metrics)
       if jax.default_backend() == "cpu":
         self._manager.wait_until_finished()
     # Disks, buckets and Orbax raise many classes of errors.

@@ -133,8 +133,12 @@ TRAINING_KEYS = {
   "log_steps": free(at_least(1)),
   "picture_steps": free(at_least(1)),
   "picture_clips": free(at_least(1)),
-  "checkpoint_steps": free(at_least(1)),
+  "checkpoint_steps": free(at_least(0)),
+  "checkpoint_minutes": free(at_least(0)),
   "keep_checkpoints": free(at_least(1)),
+  "keep_every_steps": free(at_least(0)),
+  "best_metric": free(),
+  "best_mode": free(one_of("min", "max")),
 }
 
 

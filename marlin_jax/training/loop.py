@@ -38,7 +38,7 @@ from marlin_jax.records.cli import UserError
 from marlin_jax.training import goodput, metrics, profiler, skipped_steps
 from marlin_jax.training.configuration import flat
 from marlin_jax.training.watchdog import Watchdog
-from marlin_jax.training.workdir import Workdir
+from marlin_jax.training.workdir import BestMetric, SaveTimer, Workdir
 
 # State of a training: a pytree with `step` and `num_skipped`, int32 scalars.
 State = Any
@@ -282,7 +282,11 @@ def train(
 
     # --- Loop -----------------------------------------------------------------
     signum = None
-    stop_together = distributed.StopTogether(course.mesh)
+    requests = distributed.Requests(course.mesh)
+    save_timer = SaveTimer(config.checkpoint_minutes)
+    best = BestMetric(
+      config.best_metric, checkpoints, max(e.every for e in evaluations)
+    )
     with contextlib.closing(writer), contextlib.closing(progress):
       timer.enter("step")
       with StopSignal() as stop, profiles:
@@ -302,9 +306,12 @@ def train(
           if saved := checkpoints.poll():
             progress.say(f"step {saved} is saved")
           # Read once per step: a signal that arrives later stops the next step.
-          signum = stop_together(stop.received)
+          signum, saves = requests(stop.received, save_timer.is_due())
           is_last = step == course.num_steps or signum is not None
-          saves = is_last or step % config.checkpoint_steps == 0
+          saves |= is_last or any(
+            every and step % every == 0
+            for every in (config.checkpoint_steps, config.keep_every_steps)
+          )
 
           # On a small machine the second log may be an hour away: log the first
           # step too.
@@ -318,23 +325,36 @@ def train(
             writer.write(step, row)
             progress.report(step, row)
 
+          found = {}
           for every, evaluator, _ in before_save:
             is_multiple = step % every == 0
             if is_multiple or (is_last and signum is None):
               result = evaluate(step, evaluator)
+              found |= result.scalars
               # Only at multiples: a longer run does not evaluate at this run's
               # last step, and must have the same bits.
               if is_multiple and result.state is not None:
                 state = result.state
 
+          # After a signal time may be short: save, and do not evaluate.
+          due = [
+            e.evaluator
+            for e in after_save
+            if signum is None and (is_last or step % e.every == 0)
+          ]
+          if config.best_metric:
+            while due:
+              found |= evaluate(step, due.pop(0)).scalars
+            if warning := best.missing(step, found, is_last=is_last):
+              progress.say(warning)
+            saves |= best.improves(found)
           if saves:
             with timer.on("checkpoint"):
-              checkpoints.save(step, state, course.identity)
-
-          # After a signal time may be short: save, and do not evaluate.
-          for every, evaluator, _ in after_save:
-            if signum is None and (is_last or step % every == 0):
-              evaluate(step, evaluator)
+              metric = best.value(found)
+              checkpoints.save(step, state, course.identity, metric)
+              save_timer.restart()
+          for evaluator in due:
+            evaluate(step, evaluator)
 
           if saves:
             # A run that resumes from this checkpoint continues these sums.

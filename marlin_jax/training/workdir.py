@@ -1,10 +1,12 @@
-"""Working directory of a training run: lock, checkpoints, configuration."""
+"""Working directory of a run: lock, configuration, and when it is saved."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import json
+import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -109,7 +111,11 @@ class Workdir:
           for note in checkpoint.set_damaged_aside(self.path / "checkpoints"):
             print(f"warning: {note}", flush=True)
       self.checkpoints = checkpoint.Checkpoints(
-        str(self.path / "checkpoints"), keep=self._config.keep_checkpoints
+        str(self.path / "checkpoints"),
+        keep=self._config.keep_checkpoints,
+        keep_every=self._config.keep_every_steps,
+        best_metric=self._config.best_metric,
+        best_mode=self._config.best_mode,
       )
       self.start_step = self.checkpoints.last_saved or 0
       distributed.check_same(
@@ -173,4 +179,73 @@ class Workdir:
     return BadRecords(
       self.path / f"quarantine{f'.process_{index}' if index else ''}.jsonl",
       limit=self._config.data.max_bad_records,
+    )
+
+
+class SaveTimer:
+  """Requests a checkpoint, in process 0, when the last one is old."""
+
+  def __init__(self, minutes: float):
+    """Starts; 0 minutes: never requests one."""
+    self._secs = 60 * minutes
+    self.restart()
+
+  def restart(self) -> None:
+    """Starts anew: a checkpoint is being saved."""
+    requests = self._secs and jax.process_index() == 0
+    self._due = time.monotonic() + self._secs if requests else math.inf
+
+  def is_due(self) -> bool:
+    """Returns True once, when it is time."""
+    is_due = time.monotonic() >= self._due
+    if is_due:
+      self._due = math.inf
+    return is_due
+
+
+class BestMetric:
+  """Follows the metric that decides which checkpoint is the best."""
+
+  def __init__(
+    self,
+    name: str,
+    checkpoints: checkpoint.Checkpoints,
+    eval_steps: int,
+  ):
+    """Stores the arguments.
+
+    Args:
+      name: config.best_metric.
+      checkpoints: checkpoints of the run.
+      eval_steps: steps after which all evaluations have run.
+    """
+    self._name, self._checkpoints = name, checkpoints
+    self._eval_steps = eval_steps
+    self._seen: set[str] = set()
+    self._is_silent = False
+
+  def value(self, found: Mapping[str, float]) -> float | None:
+    """Returns the metric among the scalars of a step, if it is finite."""
+    value = found.get(self._name, math.nan)
+    return value if math.isfinite(value) else None
+
+  def improves(self, found: Mapping[str, float]) -> bool:
+    """Returns True, on all processes, if the metric is the best so far."""
+    value = self.value(found)
+    is_best = value is not None and self._checkpoints.is_best(value)
+    return bool(found) and bool(distributed.smallest(int(is_best)))
+
+  def missing(
+    self, step: int, found: Mapping[str, float], *, is_last: bool
+  ) -> str | None:
+    """Returns a warning, once, if no evaluation has the metric."""
+    self._seen |= found.keys()
+    if self._is_silent or not (is_last or step >= self._eval_steps):
+      return None
+    self._is_silent = True
+    if self._name in self._seen:
+      return None
+    return (
+      f"warning: best_metric={self._name!r} is in no evaluation; there are: "
+      + ", ".join(sorted(self._seen))
     )

@@ -76,6 +76,8 @@ def format_of(path: Path) -> str:
     WeightsError: it has none of them; the message lists them.
   """
   if not path.exists():
+    if run_checkpoint.is_run(path):
+      return "orbax"
     raise WeightsError(f"no weights at {path}: there is no such file or folder")
   if path.is_dir():
     for name, matches in (

@@ -17,7 +17,7 @@ from etils import epath
 
 from marlin_jax.models.vit import NORM_EPS
 from marlin_jax.records.schema import FRAME_SIZE
-from marlin_jax.training import checksums
+from marlin_jax.training import checkpoint, checksums
 from marlin_jax.weights.architecture import (
   DISCRIMINATOR,
   POSITIONS,
@@ -29,6 +29,8 @@ from marlin_jax.weights.weights import Weights, WeightsError, eps_notice
 
 _PARTS = ("params", "fixed", "disc_params")
 _CONVERTED_STEP = 0
+# Name in a workdir that stands for its best checkpoint.
+_BEST = "best"
 
 
 def is_run(path: Path) -> bool:
@@ -39,7 +41,8 @@ def read(path: Path) -> Weights:
   """Reads the weights of a run's last checkpoint.
 
   Args:
-    path: a workdir, or a checkpoint in it: WORKDIR/checkpoints/STEP.
+    path: a workdir, a checkpoint in it, WORKDIR/checkpoints/STEP, or
+      WORKDIR/best for the one with the best metric.
 
   Raises:
     WeightsError: there is no checkpoint, or it is damaged.
@@ -90,7 +93,15 @@ def read_meta(path: Path) -> tuple[Path, dict]:
       f"{path}: expected a workdir with checkpoints/, or one step in it"
     )
   with ocp.CheckpointManager(directory) as manager:
-    step = int(path.name) if directory == path.parent else manager.latest_step()
+    if directory == path.parent:
+      step = int(path.name)
+    elif directory.parent == path.absolute():
+      step = manager.latest_step()
+    elif (step := checkpoint.best_step(directory)) is None:
+      raise WeightsError(
+        f"{path}: no checkpoint has a metric; train with config.best_metric, "
+        f"or name a step: {directory}/STEP"
+      )
     if step is None:
       raise WeightsError(f"{directory} holds no complete checkpoint")
     where = directory / str(step)
@@ -144,12 +155,14 @@ def read_state(where: Path, choose: Callable[[dict], dict]) -> dict:
 
 
 def _checkpoints(path: Path) -> Path | None:
-  """Returns the checkpoints folder of a workdir or of a checkpoint in it."""
+  """Returns the checkpoints folder of a path, see `read_meta`."""
   path = path.absolute()
   if (path / "checkpoints").is_dir():
     return path / "checkpoints"
   if path.name.isdigit() and (path / "state").is_dir():
     return path.parent
+  if path.name == _BEST and not path.exists():
+    return _checkpoints(path.parent)
   return None
 
 

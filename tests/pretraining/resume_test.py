@@ -1,9 +1,13 @@
 """A run that stops and resumes gives the bits of an undisturbed one."""
 
+import shutil
+
 import pytest
 
 from marlin_jax.pretraining import spikes
-from tests.support.files import arrays_of
+from marlin_jax.weights import formats
+from marlin_jax.weights.weights import WeightsError
+from tests.support.files import arrays_of, rows_of
 from tests.support.training_runs import metrics_of, train
 
 OPTIMISER = {
@@ -18,9 +22,9 @@ OPTIMISER = {
 }
 
 
-def assert_same_bits(workdir, reference):
+def assert_same_bits(workdir, reference, step):
   assert metrics_of(workdir) == metrics_of(reference)
-  got, want = arrays_of(workdir, 8), arrays_of(reference, 8)
+  got, want = arrays_of(workdir, step), arrays_of(reference, step)
   assert got.keys() == want.keys()
   for key, value in want.items():
     assert value.tobytes() == got[key].tobytes(), key
@@ -49,7 +53,7 @@ def workdirs(sample_dataset, tmp_path_factory):
 
 def test_with_every_option_of_the_optimiser_all_bits_are_the_same(workdirs):
   whole, resumed = workdirs
-  assert_same_bits(resumed, whole)
+  assert_same_bits(resumed, whole, 8)
 
 
 def test_the_options_were_in_effect(workdirs):
@@ -57,3 +61,42 @@ def test_the_options_were_in_effect(workdirs):
   assert 0 < rows[8]["train/num_skipped"] < 4
   rates = [row["train/lr"] for row in rows.values()]
   assert rates[0] < rates[1] == rates[3] > rates[7]
+
+
+def test_however_checkpoints_are_saved_and_kept_all_bits_are_the_same(
+  sample_dataset, tmp_path
+):
+  whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+  options = {
+    "best_metric": "eval/train/loss_rec",
+    "checkpoint_minutes": 1e-6,
+    "checkpoint_steps": 0,
+    "data.path": sample_dataset,
+    "eval_steps": 2,
+    "keep_checkpoints": 2,
+    "keep_every_steps": 3,
+  }
+  assert train(whole, **options).returncode == 0
+  shutil.copytree(whole, resumed)
+  for step in ("5", "6"):
+    shutil.rmtree(resumed / "checkpoints" / step)
+  result = train(resumed, **options)
+  assert "resumed from step" in result.stdout
+  assert_same_bits(resumed, whole, 6)
+  losses = {
+    row["step"]: row["eval/train/loss_rec"]
+    for row in rows_of(whole)
+    if "eval/train/loss_rec" in row
+  }
+  assert list(losses) == [2, 4, 6]
+  best = min(losses, key=losses.get)
+  kept = {int(p.name) for p in (whole / "checkpoints").iterdir()}
+  assert kept == {3, 5, 6, best}
+  for workdir in (whole, resumed):
+    source = formats.read(workdir / "best").source
+    assert source == str(workdir / "checkpoints" / str(best))
+
+
+def test_without_a_metric_there_is_no_best_checkpoint(workdirs):
+  with pytest.raises(WeightsError, match=r"train with config\.best_metric"):
+    formats.read(workdirs[0] / "best")

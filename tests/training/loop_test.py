@@ -16,9 +16,10 @@ from marlin_jax.data.prepared_dataset import open_dataset
 from marlin_jax.data.sampling import RecordDraws
 from marlin_jax.devices import sharding
 from marlin_jax.records import cli
-from marlin_jax.training import loop, remote_files
+from marlin_jax.training import checkpoint, loop, remote_files
 from marlin_jax.training.checkpoint import Checkpoints
 from marlin_jax.training.watchdog import Watchdog
+from marlin_jax.training.workdir import SaveTimer
 from tests.support import made_dataset
 from tests.support.made_dataset import a_record
 
@@ -84,9 +85,9 @@ def events(monkeypatch):
   seen = []
   save, publish = Checkpoints.save, remote_files.RunFiles.publish
 
-  def noted_save(self, step, state, meta):
+  def noted_save(self, step, state, *args):
     seen.append(f"save {step}: {state.total}")
-    save(self, step, state, meta)
+    save(self, step, state, *args)
 
   def noted_publish(self):
     seen.append("publish")
@@ -97,10 +98,20 @@ def events(monkeypatch):
   return seen
 
 
-def train(dataset, workdir, num_steps, events, *, kill_at=None):
+def train(
+  dataset,
+  workdir,
+  num_steps,
+  events,
+  *,
+  kill_at=None,
+  evaluations=None,
+  **settings,
+):
   """Trains; one evaluator doubles the weight, another changes nothing."""
   config = pretrain_b.get_config()
   config.checkpoint_steps, config.log_steps = 3, 2
+  config.update(settings)
 
   def double(state):
     events.append(f"double {state.step}")
@@ -120,7 +131,8 @@ def train(dataset, workdir, num_steps, events, *, kill_at=None):
 
   return loop.train(
     AddingCourse(config, dataset, num_steps),
-    lambda workdir, alive: [
+    lambda workdir, alive: evaluations
+    or [
       loop.Evaluation(2, double, before_save=True),
       loop.Evaluation(3, look),
       loop.Evaluation(1, kill),
@@ -186,3 +198,99 @@ def test_the_first_signal_is_noted_and_a_second_ctrl_c_interrupts():
     with pytest.raises(KeyboardInterrupt):
       os.kill(os.getpid(), signal.SIGINT)
   assert signal.getsignal(signal.SIGINT) is before
+
+
+# --- When it saves ------------------------------------------------------------
+
+
+def steps_of(workdir):
+  return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
+
+
+def test_the_last_the_best_and_every_nth_checkpoint_are_kept(
+  dataset, tmp_path, events
+):
+  """Metric and mode decide; a resumed run remembers the best."""
+  losses = {2: 5.0, 4: 1.0, 6: 3.0, 8: 2.0, 10: 4.0, 12: 0.5}
+  settings = {
+    "best_metric": "eval/loss",
+    "checkpoint_steps": 3,
+    "keep_checkpoints": 1,
+    "keep_every_steps": 5,
+  }
+
+  def measure(state):
+    return loop.Result({"eval/loss": losses[int(state.step)]})
+
+  def run(num_steps):
+    train(
+      dataset,
+      tmp_path,
+      num_steps,
+      events,
+      evaluations=[loop.Evaluation(2, measure)],
+      **settings,
+    )
+    return [e.split(":")[0] for e in events if e.startswith("save")]
+
+  # 2 and 4 are the best so far, 6 and 8 are not.
+  assert run(8) == [f"save {step}" for step in (2, 3, 4, 5, 6, 8)]
+  assert steps_of(tmp_path) == [4, 5, 8]
+  assert checkpoint.best_step(tmp_path / "checkpoints") == 4
+  events.clear()
+  assert run(10) == ["save 9", "save 10"]
+  assert steps_of(tmp_path) == [4, 5, 10]
+  events.clear()
+  assert run(12) == ["save 12"]
+  assert steps_of(tmp_path) == [5, 10, 12]
+  assert checkpoint.best_step(tmp_path / "checkpoints") == 12
+
+
+def test_the_highest_value_may_be_the_best(dataset, tmp_path, events):
+  def measure(state):
+    return loop.Result({"eval/auc": {1: 0.5, 2: 0.9}.get(int(state.step), 0.7)})
+
+  train(
+    dataset,
+    tmp_path,
+    4,
+    events,
+    evaluations=[loop.Evaluation(1, measure)],
+    best_metric="eval/auc",
+    best_mode="max",
+    keep_checkpoints=1,
+  )
+  assert steps_of(tmp_path) == [2, 4]
+  assert checkpoint.best_step(tmp_path / "checkpoints") == 2
+
+
+def test_a_metric_that_no_evaluation_has_is_told_once(
+  dataset, tmp_path, events, capfd
+):
+  train(dataset, tmp_path, 7, events, best_metric="eval/wait")
+  output = capfd.readouterr().out
+  assert output.count("best_metric='eval/wait' is in no evaluation") == 1
+  assert "there are: eval/weight\n" in output
+
+
+def test_time_alone_may_decide_when_to_save(dataset, tmp_path, events):
+  train(
+    dataset,
+    tmp_path,
+    3,
+    events,
+    checkpoint_steps=0,
+    checkpoint_minutes=1e-9,
+    keep_checkpoints=9,
+  )
+  assert steps_of(tmp_path) == [1, 2, 3]
+
+
+def test_a_timer_asks_once_and_again_after_the_next_save():
+  timer = SaveTimer(1e-9)
+  assert timer.is_due()
+  assert not timer.is_due()
+  timer.restart()
+  assert timer.is_due()
+  assert not SaveTimer(0).is_due()
+  assert not SaveTimer(10).is_due()
