@@ -66,7 +66,14 @@ def make(dataset_dir: Path, max_records: int) -> str:
 
   Raises:
     InspectionError: there is no such data set, or it is damaged.
+    OSError: it is in a bucket, and cannot be downloaded.
   """
+  name = dataset_dir.resolve().name
+  with dataset_statistics.on_disk(dataset_dir, max_records) as folder:
+    return _page(name, folder, max_records)
+
+
+def _page(name: str, dataset_dir: Path, max_records: int) -> str:
   from tqdm import tqdm
 
   with tqdm(desc="reading", unit=" records") as bar:
@@ -77,7 +84,7 @@ def make(dataset_dir: Path, max_records: int) -> str:
 
     statistics = dataset_statistics.read(dataset_dir, max_records, progress)
   return html_page.page(
-    f"Data set {dataset_dir.resolve().name}",
+    f"Data set {name}",
     _introduction(statistics),
     _counts(statistics),
     _charts(statistics),
@@ -345,7 +352,7 @@ def _legend() -> Html:
 # --- Command line -------------------------------------------------------------
 
 
-def _page(text: str) -> Path:
+def _html_path(text: str) -> Path:
   if not text.lower().endswith((".html", ".htm")):
     raise argparse.ArgumentTypeError(f"{text} does not end with .html")
   return Path(text)
@@ -361,11 +368,12 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument(
     "dataset_dir",
-    type=storage.disk_path,
-    help="folder on a disk, written by data_prep.prepare",
+    type=storage.path_argument,
+    help="folder written by data_prep.prepare, also gs://: the shards that "
+    "hold the sample are downloaded",
   )
   parser.add_argument(
-    "--output", type=_page, required=True, help="page to write (.html)"
+    "--output", type=_html_path, required=True, help="page to write (.html)"
   )
   parser.add_argument(
     "--max_records",

@@ -51,17 +51,16 @@ def path_of(text: str | os.PathLike) -> Path:
   return path
 
 
-def disk_path(text: str) -> Path:
-  """Argument type: a path on this machine.
+def path_argument(text: str) -> Path:
+  """Argument type: as `path_of`.
 
   Raises:
-    argparse.ArgumentTypeError: the path is in a bucket.
+    argparse.ArgumentTypeError: the package that reads buckets is missing.
   """
-  if folders.is_remote(text):
-    raise argparse.ArgumentTypeError(
-      f"{text} is in a bucket; copy it to a disk, or mount it"
-    )
-  return Path(text)
+  try:
+    return path_of(text)
+  except OSError as e:
+    raise argparse.ArgumentTypeError(str(e)) from e
 
 
 def status(path: Path) -> tuple[bool, int, float]:
@@ -110,6 +109,16 @@ def local(path: Path) -> Iterator[Path]:
       else:
         path.copy(target)
     yield target
+
+
+def fetch(path: Path, target: Path) -> None:
+  """Copies a file, also one in a bucket, to a disk.
+
+  Raises:
+    OSError: it cannot be downloaded.
+  """
+  with local(path) as copy:
+    shutil.copyfile(copy, target)
 
 
 def partial_path(path: Path) -> Path:

@@ -189,7 +189,7 @@ def _read_shards(
   from data_prep.engines import progress, workers
   from data_prep.inspection import record_checks
 
-  sizes = [max(path.stat().st_size, 1) for path in paths]
+  sizes = [max(storage.size(path), 1) for path in paths]
   num_read = [0] * len(paths)
   shards: dict[int, ShardContent] = {}
   with (
@@ -259,8 +259,9 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument(
     "dataset_dir",
-    type=storage.disk_path,
-    help="folder on a disk, written by data_prep.prepare",
+    type=storage.path_argument,
+    help="folder written by data_prep.prepare, also gs://: its shards are "
+    "downloaded one after the other",
   )
   parser.add_argument(
     "--num_workers",

@@ -1,14 +1,16 @@
 """Statistics of a prepared data set, from its ledger and a sample of records.
 
 Counts come from the ledger and are exact. All other numbers come from whole
-videos, chosen by a hash of their names until enough records are read; in a
+videos, chosen by hashes of shards and names until enough records are read; in a
 small data set these are all videos. Statistics decode no picture.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep import storage
 from data_prep.output import dataset_folder, folder_settings, ledger, shards
 from data_prep.sources.listing import Label
 from data_prep.sources.manifest import stable_hash
@@ -119,6 +122,34 @@ class Statistics:
     return secs / num_read * self.counts[split]["num_frames"]
 
 
+@contextlib.contextmanager
+def on_disk(dataset_dir: Path, max_records: int) -> Iterator[Path]:
+  """Yields a folder on a disk with all that `read` needs.
+
+  It is the data set itself, or for one in a bucket a copy of its descriptions
+  and of the shards that hold the sample.
+
+  Args:
+    dataset_dir, max_records: as for `read`.
+
+  Raises:
+    InspectionError: as for `read`.
+    OSError: the data set cannot be downloaded.
+  """
+  if not folders.is_remote(dataset_dir):
+    yield dataset_dir
+    return
+  settings, _, entries = _read_descriptions(dataset_dir)
+  first = _first_records(dataset_dir, settings, entries)
+  chosen = _chosen(entries, first, max_records)
+  names = {first[entry.video_id].shard.name for entry in chosen}
+  names |= {folders.SETTINGS, folders.METADATA, folders.VIDEOS}
+  with tempfile.TemporaryDirectory(dir=storage.scratch_folder()) as folder:
+    for name in sorted(names):
+      storage.fetch(dataset_dir / name, Path(folder) / name)
+    yield Path(folder)
+
+
 def read(
   dataset_dir: Path,
   max_records: int,
@@ -151,7 +182,7 @@ def read(
     ],
   )
   first = _first_records(dataset_dir, settings, entries)
-  chosen = _chosen(entries, max_records)
+  chosen = _chosen(entries, first, max_records)
   total = sum(entry.num_records for entry in chosen)
   area = _Mean(len(schema.REGIONS))
   for entry in chosen:
@@ -269,16 +300,27 @@ def _first_records(
 
 
 def _chosen(
-  entries: list[ledger.Entry], max_records: int
+  entries: list[ledger.Entry], first: dict[str, Place], max_records: int
 ) -> list[ledger.Entry]:
   """Returns kept videos that hold `max_records` records or a few more.
 
-  One video of each split comes first, then the order of a hash: the choice
-  depends neither on content nor on the order of the ledger.
+  One video of each split comes first, then those of one shard after the other,
+  by hashes: the choice depends neither on content nor on the order of the
+  ledger. As a hash selects a video's shard, too, few shards are a fair sample.
+
+  Args:
+    entries: all ledger lines.
+    first: the place of each video's first record.
+    max_records: see above.
   """
+
+  def order(entry: ledger.Entry) -> tuple[int, int]:
+    names = first[entry.video_id].shard.name, entry.video_id
+    by_shard, by_video = (stable_hash(f"report:{name}") for name in names)
+    return by_shard, by_video
+
   with_records = sorted(
-    (entry for entry in entries if entry.num_records),
-    key=lambda entry: stable_hash(f"report:{entry.video_id}"),
+    (entry for entry in entries if entry.num_records), key=order
   )
   by_split = {entry.split: entry for entry in reversed(with_records)}
   first = list(by_split.values())

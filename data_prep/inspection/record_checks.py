@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep import storage
 from data_prep.output import shards
 from data_prep.sources import listing
 from data_prep.sources.listing import Label
@@ -174,7 +175,8 @@ def open_check(expected: Expected) -> Iterator[Any]:
   def work(path: Path, report: Callable[[Any], None]) -> ShardContent:
     content = ShardContent(path.name)
     try:
-      check_shard(path, expected, content, report)
+      with storage.local(path) as file:
+        check_shard(file, expected, content, report)
     except OSError as e:  # a disk error or a missing permission
       content.problems.add("damaged", path.name, f"cannot be read: {e}")
     return content

@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import run_prepare, start_prepare
+from data_prep import report, verify
+from tests.support.processes import (
+  run_here,
+  run_prepare,
+  start_module,
+  start_prepare,
+)
 
 # Otherwise gcsfs asks another Google service for the kind of bucket.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
@@ -94,7 +100,25 @@ def test_a_bucket_gets_what_a_disk_gets(bucket, videos, tmp_path):
   again = start_prepare(*flags)
   assert "Nothing to do for 3 videos" in again.stdout, again.stderr
 
+  page = tmp_path / "report.html"
+  args = ["gs://faces/out", "--output", str(page)]
+  assert run_here(lambda: report.main(args)).returncode == 0
+  assert page.read_text() == report.make(tmp_path / "out", 2000)
+
   shard = "faces-train.array_record-00000-of-00001"
+  args = ["gs://faces/out", "--num_workers=1"]
+  verified = run_here(lambda: verify.main(args))
+  assert verified.returncode == 0, verified.stdout + verified.stderr
+  assert "Read 1 shard, 2 records, 7 frames, 2 videos" in verified.stdout
+  data = bytearray(bucket.cat_file(f"faces/out/{shard}"))
+  data[len(data) // 2] ^= 1
+  bucket.pipe_file(f"faces/out/{shard}", bytes(data))
+  verified = start_module(
+    "data_prep.verify", "gs://faces/out", "--num_workers=1"
+  )
+  assert verified.returncode == 1, verified.stderr
+  assert f"damaged: {shard}: SHA-256" in verified.stdout
+
   bucket.rm(f"faces/out/{shard}")
   mended = start_prepare(*flags)
   assert mended.returncode == 0, mended.stderr

@@ -57,8 +57,13 @@ def run_prepare(*args: object) -> Finished:
 
 def start_prepare(*args: object) -> subprocess.CompletedProcess[str]:
   """Runs data_prep.prepare in a process of its own."""
+  return start_module("data_prep.prepare", *args)
+
+
+def start_module(name: str, *args: object) -> subprocess.CompletedProcess[str]:
+  """Runs a command in a process of its own."""
   return subprocess.run(
-    [sys.executable, "-m", "data_prep.prepare", *map(str, args)],
+    [sys.executable, "-m", name, *map(str, args)],
     capture_output=True,
     text=True,
     cwd=ROOT,
