@@ -52,6 +52,10 @@ def get_config():
   # hashed: an order without memory. stored: the order of runs begun before
   # `hashed` existed, which takes 8 bytes for each video or record.
   config.data.order = "hashed"
+  # Videos (or subjects, records) that are mixed with each other; windows follow
+  # each other nearly as in the shards, so that a disk or a bucket that is slow
+  # at random reads is read almost in sequence. 0: all are mixed.
+  config.data.shuffle_window = 0
   # Frames per clip.
   config.data.num_frames = 16
   # A clip shows every stride-th frame.

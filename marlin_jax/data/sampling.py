@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from marlin_jax.data.clip_geometry import Clip
-from marlin_jax.data.permutation import Permutation, mixed
+from marlin_jax.data.permutation import Permutation, WindowedPermutation, mixed
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.records import segment_index
 from marlin_jax.records.segment_index import SegmentIndex
@@ -70,19 +70,32 @@ class Draws(Protocol):
 class HashedOrder:
   """Order of the units in each pass; takes no memory."""
 
-  def __init__(self, size: int, seed: int):
-    self._size, self._seed = size, seed
+  def __init__(self, size: int, seed: int, *, window: int = 0):
+    """Selects the order.
+
+    Args:
+      size: number of units.
+      seed: another seed gives another order.
+      window: units that are mixed; the order is nearly sequential beyond, see
+        `WindowedPermutation`. 0: all of a pass.
+    """
+    self._size, self._seed, self._window = size, seed, window
 
   def __call__(self, position: int) -> int:
     """Returns the unit at a position of an endless sequence of passes."""
     num_passes, place = divmod(position, self._size)
-    return _permutation(self._size, self._seed, num_passes)(place)
+    key = self._seed, _ORDER, num_passes
+    return _permutation(self._size, key, self._window)(place)
 
 
 # Threads may be on both sides of the end of a pass, in several data sets.
 @functools.lru_cache(maxsize=64)
-def _permutation(size: int, seed: int, num_passes: int) -> Permutation:
-  return Permutation(size, (seed, _ORDER, num_passes))
+def _permutation(
+  size: int, key: tuple[int, ...], window: int
+) -> Callable[[int], int]:
+  if window:
+    return WindowedPermutation(size, key, window)
+  return Permutation(size, key)
 
 
 class StoredOrder:

@@ -51,6 +51,7 @@ KEYS = TRAINING_KEYS | {
     one_of(*SAMPLE_BY), before="record", keeps_before=True
   ),
   "data.order": fixed(one_of(*ORDERS), before="stored", keeps_before=True),
+  "data.shuffle_window": fixed(at_least(0), before=0),
   "data.num_frames": fixed(at_least(1)),
   "data.stride": fixed(at_least(1)),
   "data.clips_per_record": fixed(at_least(1)),
@@ -170,6 +171,12 @@ def _problems(config: ConfigDict) -> Iterator[str]:
     yield (
       f"batch_size={config.batch_size}: expected a multiple of "
       f"data.clips_per_record={per_record}"
+    )
+  window = config.data.shuffle_window
+  if window and config.data.order != "hashed":
+    yield (
+      f"data.shuffle_window={window}: expected 0 with "
+      f"data.order={config.data.order}"
     )
   for prefix in ("", "dec_"):
     width, heads = (config.model[prefix + k] for k in ("width", "num_heads"))

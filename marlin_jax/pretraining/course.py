@@ -65,8 +65,11 @@ class PretrainingCourse(Experiment):
   def draws(self) -> Draws:
     """Clips of the training split by their place in the run."""
     settings, seed = self.config.data, self.config.seed
+    order = sampling.ORDERS[settings.order]
+    if settings.shuffle_window:
+      order = functools.partial(order, window=settings.shuffle_window)
     options = {
-      "order": sampling.ORDERS[settings.order],
+      "order": order,
       "num_clips": settings.clips_per_record,
     }
     if settings.sample_by == "record":
@@ -144,7 +147,10 @@ class PretrainingCourse(Experiment):
         f"{selection.num_left_out}, videos: {selection.num_videos_left_out}"
       )
     unit = config.data.sample_by
-    data.notes.append(f"sampled by {unit}, order {config.data.order}")
+    order = config.data.order
+    if config.data.shuffle_window:
+      order += f" within windows of {config.data.shuffle_window}"
+    data.notes.append(f"sampled by {unit}, order {order}")
     num_units = (
       dataset.num_records if unit == "record" else self.draws.clips_per_epoch
     )

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import pickle
 import time
 from concurrent import futures
@@ -12,7 +13,12 @@ import pytest
 from marlin_jax.data import loader, prepared_dataset, sampling
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.data.clips import TakeClip
-from marlin_jax.data.sampling import RecordDraws, StoredOrder, VideoDraws
+from marlin_jax.data.sampling import (
+  HashedOrder,
+  RecordDraws,
+  StoredOrder,
+  VideoDraws,
+)
 from marlin_jax.records import quality_index, schema, segment_index
 from marlin_jax.records.segment_index import Video
 from tests.support import made_dataset
@@ -47,6 +53,22 @@ def test_every_pass_over_many_records_has_an_order_of_its_own(order):
   assert np.mean(np.equal(passes[1], passes[2])) < 0.05
   # Draws do not depend on the order of access.
   assert record(0) == passes[0][0]
+
+
+def test_an_order_in_windows_stays_near_on_disk():
+  order = functools.partial(HashedOrder, window=64)
+  draws = RecordDraws(described(1000), seed=3, order=order)
+  passes = np.array([draws(i).records[0] for i in range(3000)]).reshape(3, -1)
+  for numbers in passes:
+    assert sorted(numbers) == list(range(1000))
+    # 8 stretches of 8 records in a window, and nowhere in the order of disk.
+    for first in range(0, 960, 64):
+      assert len(np.unique(numbers[first : first + 64] // 8)) == 8
+    assert np.mean(np.diff(numbers) == 1) < 0.05
+  assert np.mean(np.equal(passes[0], passes[1])) < 0.05
+  again = RecordDraws(described(1000), seed=3, order=order)
+  assert again(1234).records[0] == passes[1, 234]
+  assert pickle.loads(pickle.dumps(again))(17).records[0] == passes[0, 17]
 
 
 def test_runs_of_earlier_versions_keep_their_order():

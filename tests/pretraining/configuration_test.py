@@ -60,6 +60,10 @@ def test_all_problems_are_reported_together():
       {"data.frame_size": 100},
       "data.frame_size=100: expected a multiple of model.patch_size=16",
     ),
+    (
+      {"data.order": "stored", "data.shuffle_window": 64},
+      "data.shuffle_window=64: expected 0 with data.order=stored",
+    ),
     ({"data.frame_size": 256}, "data.frame_size=256: expected 1 <= value <="),
     ({"model.patch_size": 0}, "model.patch_size=0: expected at least 1"),
     ({"augment.min_crop_ratio": 0.0}, "augment.min_crop_ratio=0.0: expected"),
