@@ -11,7 +11,7 @@
 #
 # Five minutes before the time limit, and when the job is preempted with a grace
 # time, Slurm sends SIGTERM to the processes: the run saves and ends. This script
-# then requeues the job. It also requeues a run that broke off, but not one that
+# then requeues the job. It also requeues a run that ended early, but not one that
 # was refused (exit code 1), and at most MAX_RESTARTS (20) times. After a node
 # failure Slurm itself requeues the job.
 #

@@ -393,10 +393,11 @@ delete() {
 # --- babysit ------------------------------------------------------------------
 
 # Prints the state of all workers: running, stopped, finished (all exit codes 0),
-# failed (one of them 1: refused), ended (none is running) or unknown.
+# failed (one of them 1: refused), ended (none is running) or unknown: none could
+# be asked, and file $1 has the reason.
 outcome() {
   local states
-  states=$(remote "$report" 2> /dev/null |
+  states=$(remote "$report" 2> "$1" |
     sed -nE 's/^worker [^ ]+: (running|idle|gone|(stopped|ended).*)$/\1/p' |
     sort -u)
   case $states in
@@ -438,11 +439,14 @@ babysit() {
     show_babysit
     return
   fi
-  local now
+  local now silent=0 errors
+  errors=$(mktemp)
+  # shellcheck disable=SC2064 # the file is known now
+  trap "rm -f '$errors'" EXIT
   while true; do
     now=$(state)
     if [[ $now = ACTIVE ]]; then
-      now=$(outcome)
+      now=$(outcome "$errors")
       # When a TPU is lost, its workers disappear first.
       [[ $now != ended || $(state) = ACTIVE ]] || now=leaving
     fi
@@ -460,12 +464,19 @@ babysit() {
       ended)
         count_failure "no worker was training"
         try setup launch ;;
+      unknown)
+        # One silence may pass: a preempted TPU loses its workers first.
+        if ((++silent % 10 == 0)); then
+          tail -n 5 "$errors" >&2
+          count_failure "no worker could be reached $silent times in a row"
+        fi ;;
       SUSPENDED | PREEMPTED | TERMINATED | FAILED)
         say "$name: $now"
         if step delete; then try create setup launch; fi ;;
       NONE) try create setup launch ;;
       *) ;; # running, or changing to another state
     esac
+    [[ $now = unknown ]] || silent=0
     sleep "$poll_secs"
   done
 }

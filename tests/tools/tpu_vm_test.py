@@ -1,5 +1,6 @@
 """tools/: form, examples, and the Cloud TPU script from end to end."""
 
+import fnmatch
 import os
 import re
 import shutil
@@ -126,6 +127,22 @@ def test_the_guide_names_flags_that_there_are():
     named |= {key.split("=")[0] for key in re.findall(r"`(.*?)`", row)}
   assert {"data.path", "remat", "batch_size"} <= named
   assert named <= keys, named - keys
+
+
+def test_the_build_gets_what_the_image_copies_and_nothing_else():
+  text = (TOOLS / "Dockerfile").read_text()
+  copied = {
+    name
+    for line in re.findall(r"^COPY (?!--from)(.*)", text, re.MULTILINE)
+    for name in line.split()[:-1]
+  }
+  first, *lines = (ROOT / ".dockerignore").read_text().splitlines()[1:]
+  assert first == "*"
+  kept = [line[1:] for line in lines if line.startswith("!")]
+  for name in copied:
+    assert any(fnmatch.fnmatch(name, pattern) for pattern in kept), name
+  for pattern in kept:
+    assert fnmatch.filter(copied, pattern), pattern
 
 
 def test_the_jobset_restarts_a_run_unless_it_was_refused():
@@ -401,6 +418,7 @@ case $verb in
   "tpu-vm describe") cat node 2> /dev/null || echo READY ;;
   "queued-resources scp") for i in 0 1; do cp "$5" "home-$i/${6#*:}"; done ;;
   "queued-resources ssh")
+    [ ! -e no_key ] || { echo "Permission denied (publickey)" >&2; exit 255; }
     for i in 0 1; do
       for flag; do
         case $flag in --command=*)
@@ -485,14 +503,14 @@ def test_babysit_trains_to_the_end_whatever_is_preempted(cloud):
     assert (cloud.path / f"home-{i}/marlin_jax/marlin_jax/train.py").exists()
 
 
-def test_babysit_starts_a_run_that_broke_off_without_a_new_tpu(cloud):
+def test_babysit_starts_a_run_that_ended_early_without_a_new_tpu(cloud):
   result = cloud([[75, 0], [134, 0]], "babysit", "--", *TRAIN)
   assert result.returncode == 0, result.stdout + result.stderr
   assert "failure 1 of 20" in result.stdout
   assert cloud.calls() == [CREATE, COPY, COPY]
 
 
-def test_babysit_gives_up_on_a_run_that_breaks_off_again_and_again(cloud):
+def test_babysit_gives_up_on_a_run_that_ends_early_again_and_again(cloud):
   plan = 9 * [75]
   result = cloud([plan, plan], "babysit", "--max-restarts=2", "--", *TRAIN)
   assert result.returncode == 1
@@ -507,6 +525,19 @@ def test_babysit_gives_up_on_a_tpu_that_is_refused(cloud):
   assert result.returncode == 1
   assert "face is FAILED" in result.stderr
   assert cloud.calls().count(CREATE) == 2
+
+
+def test_babysit_gives_up_on_workers_that_cannot_be_reached(cloud):
+  (cloud.path / "no_key").touch()
+  (cloud.path / "states").write_text("ACTIVE\n")
+  result = cloud(None, "babysit", "--max-restarts=1", "--", *TRAIN)
+  assert result.returncode == 1
+  assert "no worker could be reached 10 times in a row, failure 1 of 1" in (
+    result.stdout + result.stderr
+  )
+  assert "no worker could be reached 20 times in a row" in result.stderr
+  assert "Permission denied (publickey)" in result.stderr
+  assert not cloud.calls()
 
 
 def test_babysit_does_not_start_a_refused_run_again(cloud):
