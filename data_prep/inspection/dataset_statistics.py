@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -272,7 +271,7 @@ def _read_descriptions(
   path = dataset_dir / folders.VIDEOS
   try:
     with path.open("rb") as lines:
-      entries = [ledger.Entry(**json.loads(line)) for line in lines]
+      entries = [ledger.Entry(**ledger.parse_json(line)) for line in lines]
   except (OSError, ValueError, TypeError) as e:
     raise _damaged(path, str(e)) from e
   if not any(entry.num_records for entry in entries):

@@ -6,7 +6,6 @@ No file is trusted: a damaged one gives a problem, not an exception.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -97,7 +96,7 @@ def read_ledger(
     for number, line in enumerate(lines, 1):
       where = f"{path.name} line {number}"
       try:
-        entry = ledger.Entry(**json.loads(line))
+        entry = ledger.Entry(**ledger.parse_json(line))
         _check_types(entry)
       except (ValueError, TypeError) as e:
         problems.add("damaged", where, f"not a line of the ledger: {e}")

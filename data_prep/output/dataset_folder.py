@@ -25,7 +25,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import itertools
-import json
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -306,7 +305,7 @@ class DatasetFolder:
       return []
     try:
       lines = path.read_text(encoding="utf-8").splitlines()
-      return [Entry(**json.loads(line)) for line in lines]
+      return [Entry(**ledger.parse_json(line)) for line in lines]
     except (ValueError, TypeError) as e:
       raise OutputFolderError(
         f"{path} is damaged ({e}); restore it, or choose another --output"

@@ -190,10 +190,18 @@ def modified(path: Path) -> float:
   return storage.modified(path) if path.exists() else 0.0
 
 
+def parse_json(text: str | bytes) -> Any:
+  """Returns the content of JSON; raises ValueError for other text."""
+  try:
+    return json.loads(text)
+  except RecursionError as e:
+    raise ValueError("brackets within brackets are too many") from e
+
+
 def read_json(path: Path) -> Any:
   """Returns the content, None if the file is missing or incomplete."""
   try:
-    return json.loads(path.read_bytes())
+    return parse_json(path.read_bytes())
   except (FileNotFoundError, ValueError):
     return None
 

@@ -243,7 +243,11 @@ def _folds(path: Path) -> dict[str, str]:
       if isinstance(node, ast.Assign) and node.targets[0].id in names:
         for video in ast.literal_eval(node.value):
           folds[video] = names[node.targets[0].id]
-  except (SyntaxError, ValueError, AttributeError, TypeError) as e:
+  # The parser's errors for brackets within brackets are the last two.
+  except (
+    *(SyntaxError, ValueError, AttributeError, TypeError),
+    *(RecursionError, MemoryError),
+  ) as e:
     raise ManifestError(
       f"{path} does not hold three lists of video ids: {e}"
     ) from e

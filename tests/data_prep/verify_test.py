@@ -558,12 +558,14 @@ def test_video_in_the_wrong_shard_or_in_two_is_told_of(dataset):
 def test_damaged_ledger_lines_are_told_of(dataset):
   path = dataset / "videos.jsonl"
   lines = path.read_text().splitlines()
-  path.write_text("\n".join([*lines[1:], lines[1], "{}", '{"video_id"']) + "\n")
+  bad = ["{}", '{"video_id"', "[" * 200_000]
+  path.write_text("\n".join([*lines[1:], lines[1], *bad]) + "\n")
   found = problems(dataset)
   assert ("split", "videos.jsonl line 6", "'b.mp4' appears twice") in found
   assert {where for kind, where, _ in found if kind == "damaged"} == {
     "videos.jsonl line 7",
     "videos.jsonl line 8",
+    "videos.jsonl line 9",
   }
   edit = json.loads(lines[0]) | {"num_records": "3"}
   path.write_text("\n".join([json.dumps(edit), *lines[1:]]) + "\n")

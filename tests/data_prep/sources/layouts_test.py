@@ -441,6 +441,10 @@ def test_mosei_takes_the_official_folds_without_running_them(mosei):
   }
   folds.write_text("standard_train_fold=open('x')\n")
   assert "three lists of video ids" in error(mosei, "mosei")
+  for text in ("[" * 50, "-" * 100_000 + "1"):
+    folds.write_text(f"standard_train_fold={text}\n")
+    with pytest.raises(ManifestError, match="three lists"):
+      read(mosei, "mosei")
 
 
 def test_mosei_labels_may_be_a_table(mosei):
