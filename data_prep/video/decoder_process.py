@@ -41,6 +41,9 @@ from data_prep.video.protocol import (
 # Decoding is cheaper than finding faces: two threads keep a worker busy, and a
 # fixed number makes the use of memory equal on all machines.
 _NUM_THREADS = 2
+# Pixels per second of CPU time that any codec reaches on any machine: ten
+# frames of 1920x1080.
+_SLOW_PIXELS = 20e6
 # Errors of disks and networks, which libav returns for no content of a file.
 _HOST_ERRORS = (
   *(errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ETIMEDOUT),
@@ -282,7 +285,10 @@ def _send_info(
 
 def _limit(limits: Limits) -> None:
   """Sets the limits of this process on memory, CPU time and file size."""
-  cpu_secs = math.ceil(limits.secs) * _NUM_THREADS + 10
+  # It also decodes while the parent does not wait for it.
+  cpu_secs = math.ceil(
+    limits.secs * _NUM_THREADS + limits.video_pixels / _SLOW_PIXELS + 10
+  )
   for kind, soft, hard in (
     (resource.RLIMIT_AS, limits.memory_bytes, limits.memory_bytes),
     # The soft limit is lower: SIGXCPU, which names the cause, precedes SIGKILL.

@@ -59,10 +59,9 @@ class Limits:
 
   Attributes:
     frame_pixels: width x height of one frame; the default allows 4096x2304.
-    frames: frames per video; the default is an hour at 30 frames per second.
-      Memory holds the face meshes of a whole video, 4 kB per frame.
+    frames: frames per video; the default is an hour at 60 frames per second.
     video_pixels: pixels of all frames together; the default is an hour of
-      1920x1080 at 30 frames per second, which a black video of a few MB may
+      1920x1080 at 60 frames per second, which a black video of a few MB may
       have.
     secs: seconds spent waiting for the decoder in one pass; the time the caller
       takes for a frame does not count.
@@ -70,8 +69,8 @@ class Limits:
   """
 
   frame_pixels: int = 4096 * 2304
-  frames: int = 108_000
-  video_pixels: int = 1920 * 1080 * 108_000
+  frames: int = 216_000
+  video_pixels: int = 1920 * 1080 * 216_000
   secs: float = 300.0
   memory_bytes: int = 2 << 30
 

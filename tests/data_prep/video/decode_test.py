@@ -362,13 +362,15 @@ def test_decoder_ends_with_a_reader_that_was_killed(long_mp4):
 
 
 def test_limits_reach_the_decoder_process(long_mp4):
-  limits = Limits(memory_bytes=777 << 20, secs=11)
+  # Ten minutes of 1920x1080 at 60 per second.
+  pixels = 1920 * 1080 * 60 * 600
+  limits = Limits(memory_bytes=777 << 20, secs=11, video_pixels=pixels)
   with open_video(long_mp4, limits) as video:
     rows = Path(f"/proc/{video.pid}/limits").read_text().splitlines()
     session = os.getsid(video.pid)
   limits_set = {row[:26].strip(): row[26:].split()[0] for row in rows}
   assert limits_set["Max address space"] == str(777 << 20)
-  assert limits_set["Max cpu time"] == "32"
+  assert limits_set["Max cpu time"] == str(-(-pixels // 20_000_000) + 32)
   assert limits_set["Max file size"] == "0"
   assert session == video.pid
   assert dataclasses.asdict(limits)["secs"] == 11
