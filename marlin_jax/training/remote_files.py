@@ -1,10 +1,10 @@
 """Small files of a run whose workdir may be in a bucket.
 
-metrics.jsonl and TensorBoard's event files grow by appending, which a bucket
+metrics.jsonl and TensorBoard's event files grow line by line, which a bucket
 does not support. With a workdir on gs:// they are written to a local folder, as
-are pictures and profiles, and copied whole whenever a checkpoint is saved: a
-resumed run needs no later line. Checkpoints and config.json go to the bucket
-directly.
+are pictures and profiles, and the new part of each is copied whenever a
+checkpoint is saved: a resumed run needs no later line. Checkpoints and
+config.json go to the bucket directly.
 """
 
 from __future__ import annotations
@@ -83,17 +83,27 @@ class RunFiles:
       (self.path / metrics.name).write_bytes(metrics.read_bytes())
 
   def publish(self) -> None:
-    """Copies files that are new or have changed since the last call."""
+    """Copies files that are new or have changed since the last call.
+
+    Of a file that has grown only the new part is copied: the files of a run
+    grow by appending alone.
+    """
     if self._folder is None:
       return
     for path in sorted(p for p in self.path.rglob("*") if p.is_file()):
       stat = path.stat()
       version = stat.st_size, stat.st_mtime_ns
-      if self._copied.get(path) == version:
+      before = self._copied.get(path)
+      if before == version:
         continue
       target = self._workdir / str(path.relative_to(self.path))
-      target.parent.mkdir(parents=True, exist_ok=True)
-      target.write_bytes(path.read_bytes())
+      with path.open("rb") as file:
+        if before and before[0] < version[0]:
+          file.seek(before[0])
+          _append(target, file.read(version[0] - before[0]))
+        else:
+          target.parent.mkdir(parents=True, exist_ok=True)
+          target.write_bytes(file.read(version[0]))
       self._copied[path] = version
 
   def close(self) -> None:
@@ -101,3 +111,19 @@ class RunFiles:
     self.publish()
     if self._folder is not None:
       self._folder.cleanup()
+
+
+def _append(target: epath.Path, data: bytes) -> None:
+  """Appends to a file, which may be in a bucket."""
+  if not folders.is_remote(target):
+    with Path(target).open("ab") as file:
+      file.write(data)
+    return
+  import gcsfs
+
+  bucket = gcsfs.GCSFileSystem()
+  tail = f"{target}.tail"
+  bucket.pipe_file(tail, data)
+  # The bucket joins the two itself.
+  bucket.merge(str(target), [str(target), tail])
+  bucket.rm_file(tail)

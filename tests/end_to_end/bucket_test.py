@@ -1,4 +1,4 @@
-"""Preparation from gs:// to gs://, on an emulator of Google's service."""
+"""Preparation and the files of a run on an emulator of Google's gs://."""
 
 import os
 import socket
@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from data_prep import report, verify
+from marlin_jax.training import remote_files
 from tests.support.processes import (
   run_here,
   run_prepare,
@@ -145,3 +147,23 @@ def test_a_manifest_may_name_videos_in_a_bucket(bucket, videos, tmp_path):
   assert result.returncode == 0, result.stderr
   assert "2 videos, 1 of them already done" in result.stdout
   assert "1 quarantined" in result.stdout
+
+
+def test_files_of_a_run_grow_in_a_bucket(bucket):
+  files = remote_files.RunFiles(
+    epath.Path("gs://faces/runs/a"), is_temporary=True
+  )
+  metrics = files.path / "metrics.jsonl"
+  metrics.write_text("one\n")
+  files.publish()
+  assert content(bucket, "faces/runs/a") == {"metrics.jsonl": b"one\n"}
+  # The part that is there is not sent again.
+  bucket.pipe_file("faces/runs/a/metrics.jsonl", b"ONE\n")
+  for line in ("two", "three"):
+    with metrics.open("a") as file:
+      file.write(f"{line}\n")
+    files.publish()
+  files.close()
+  assert content(bucket, "faces/runs/a") == {
+    "metrics.jsonl": b"ONE\ntwo\nthree\n"
+  }

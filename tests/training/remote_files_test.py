@@ -29,17 +29,26 @@ def test_a_remote_workdir_gets_what_changed_and_a_resumed_run_gets_it_back(
   files.publish()
   assert (workdir / "metrics.jsonl").read_text() == "one\n"
 
-  # What has not changed is not copied again.
+  # What has not changed is not copied again, not even as part of a file.
   (workdir / "tensorboard/events").unlink()
+  (workdir / "metrics.jsonl").write_text("ONE\n")
   with local.open("a") as file:
     file.write("two\n")
-  files.close()
-  assert (workdir / "metrics.jsonl").read_text() == "one\ntwo\n"
+  files.publish()
+  assert (workdir / "metrics.jsonl").read_text() == "ONE\ntwo\n"
   assert os.listdir(tmp_path / "tensorboard") == []
+  # A file that has become shorter is another file.
+  local.write_text("three\n")
+  files.publish()
+  assert (workdir / "metrics.jsonl").read_text() == "three\n"
+  with local.open("a") as file:
+    file.write("four\n")
+  files.close()
+  assert (workdir / "metrics.jsonl").read_text() == "three\nfour\n"
   assert not files.path.exists()
 
   files = remote_files.RunFiles(workdir, is_temporary=True)
-  assert (files.path / "metrics.jsonl").read_text() == "one\ntwo\n"
+  assert (files.path / "metrics.jsonl").read_text() == "three\nfour\n"
   files.close()
 
 
