@@ -37,6 +37,12 @@ def get_config():
   config.data.val = "val"
   # Split to score.
   config.data.test = "test"
+  # Splits of other data sets to score too, PATH:SPLIT, comma-separated. Their
+  # task has the same name; thresholds stay those of `val`.
+  config.data.tests = ""
+  # Classes to train and choose on beside the negative one, comma-separated; '':
+  # all. Scores are of all classes, and of each: of unseen ones too.
+  config.data.train_classes = ""
   # Share of the people in the training split; comma-separated for several:
   # --config.data.ratio=0.01,0.1,1.
   config.data.ratio = "1"

@@ -45,6 +45,7 @@ class Task:
     classes: names of all classes of the label; empty without `negative`.
     negative: class that becomes label 0; all others become 1.
     only: the single class that becomes 1; videos of other classes are left out.
+    included: the classes that become 1, as `only`; empty: all.
   """
 
   name: str
@@ -55,6 +56,7 @@ class Task:
   classes: tuple[str, ...] = ()
   negative: str = ""
   only: str = ""
+  included: tuple[str, ...] = ()
 
   def targets(self, values: np.ndarray) -> np.ndarray:
     """Derives the targets from label values.
@@ -85,10 +87,35 @@ class Task:
       bool (V,).
     """
     known = ~np.isnan(values).all(axis=1)
-    if not self.only:
+    names = (self.only,) if self.only else self.included
+    if not names:
       return known
-    classes = [self.classes.index(name) for name in (self.negative, self.only)]
+    classes = [self.classes.index(name) for name in (self.negative, *names)]
     return known & np.isin(values[:, 0], classes)
+
+  def limited_to(self, classes: Sequence[str]) -> Task:
+    """Returns the task on videos of the negative class and of `classes`.
+
+    Args:
+      classes: names of positive classes; all if empty.
+
+    Raises:
+      TaskError: the task has no negative class, or no such classes.
+    """
+    if not classes:
+      return self
+    if not self.negative or self.only:
+      raise TaskError(
+        f"task '{self.name}' has no positive classes to choose from, and "
+        f"config.data.train_classes names {', '.join(classes)}"
+      )
+    positive = [name for name in self.classes if name != self.negative]
+    if unknown := sorted({*classes} - {*positive}):
+      raise TaskError(
+        f"config.data.train_classes names '{unknown[0]}', and task "
+        f"'{self.name}' has {', '.join(positive)}"
+      )
+    return dataclasses.replace(self, included=tuple(classes))
 
   def parts(self, values: np.ndarray) -> dict[str, np.ndarray]:
     """Selects, for each positive class, its videos and the negative ones.

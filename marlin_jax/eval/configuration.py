@@ -49,6 +49,16 @@ def _are_ratios(text: str) -> bool:
   return bool(ratios) and all(0 < ratio <= 1 for ratio in ratios)
 
 
+def other_tests(text: str) -> list[tuple[str, str]]:
+  """Splits 'a/b:test,c:val' into paths and splits."""
+  pairs = (part.rpartition(":") for part in split_names(text))
+  return [(path, split) for path, _, split in pairs]
+
+
+def _are_tests(text: str) -> bool:
+  return all(path and split for path, split in other_tests(text))
+
+
 # All results in a workdir share the fixed values.
 KEYS = {
   "tasks": free(Rule("labels of the data set, comma-separated", split_names)),
@@ -59,6 +69,10 @@ KEYS = {
   "data.train": fixed(SPLIT),
   "data.val": fixed(SPLIT),
   "data.test": fixed(SPLIT),
+  "data.tests": fixed(
+    Rule("PATH:SPLIT, comma-separated", _are_tests), before=""
+  ),
+  "data.train_classes": fixed(before=""),
   "data.ratio": free(Rule("numbers in (0, 1], comma-separated", _are_ratios)),
   "data.all_tracks": fixed(),
   "data.num_threads": free(at_least(1)),

@@ -10,23 +10,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from marlin_jax.data import prepared_dataset
 from marlin_jax.devices import sharding
-from marlin_jax.downstream import low_data, splits, tasks
-from marlin_jax.downstream.splits import Split, TaskSplit
+from marlin_jax.downstream import low_data, splits
+from marlin_jax.downstream.splits import TaskSplit
 from marlin_jax.downstream.tasks import Task
 from marlin_jax.eval import configuration, measures, modes, report
+from marlin_jax.eval.inputs import Inputs, Videos, open_inputs, open_videos
 from marlin_jax.eval.results_folder import ResultsFolder
 from marlin_jax.inference import classifier
 from marlin_jax.records.cli import Row, format_rows
 from marlin_jax.training.configuration import flat
 from marlin_jax.weights import formats
-from marlin_jax.weights.weights import Weights, encoder_sha256
+from marlin_jax.weights.weights import encoder_sha256
 
-_ROLES = ("train", "val", "test")
 # Mode of the baseline that predicts the shares of the training split.
 CONSTANT = "constant"
 
@@ -73,92 +71,6 @@ def evaluate(
 
 
 # --- Inputs -------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-  """Inputs that are checked before records are read or features computed.
-
-  Attributes:
-    data: directory of the data set.
-    split_names: name of the split of each role: train, val and test.
-    tasks: tasks to predict.
-    weights: weights of the encoder.
-    mesh: mesh of the devices.
-    settings: values that all results of a workdir share.
-  """
-
-  data: str
-  split_names: dict[str, str]
-  tasks: list[Task]
-  weights: Weights
-  mesh: Mesh
-  settings: dict[str, Any]
-
-
-def open_inputs(config: ConfigDict, checkpoint: str, data: str) -> Inputs:
-  """Opens and checks everything but the records; see `evaluate`."""
-  split_names = {role: config.data[role] for role in _ROLES}
-  datasets = {
-    role: prepared_dataset.open_joined(data, name)
-    for role, name in split_names.items()
-  }
-  chosen = tasks.make_tasks(
-    configuration.split_names(config.tasks),
-    tasks.read_labels(data),
-    config.derive,
-    data,
-  )
-  weights = formats.open_encoder(checkpoint, config.random)
-  mesh = sharding.make_mesh(**config.mesh)
-  for mode in {"attentive", "finetune"} & set(_mode_names(config)):
-    section = "paper" if config.protocol == "paper" else mode
-    sharding.check_batch(
-      mesh, config[section].batch_size, f"{section}.batch_size"
-    )
-  settings = configuration.identity(config) | {
-    "checkpoint": encoder_sha256(weights),
-    **{
-      f"data.{role}": dataset.fingerprint for role, dataset in datasets.items()
-    },
-  }
-  return Inputs(data, split_names, chosen, weights, mesh, settings)
-
-
-@dataclasses.dataclass(frozen=True)
-class Videos:
-  """Labelled videos of an evaluation.
-
-  Attributes:
-    splits: splits by role.
-    by_task: videos of each task, by task name and role.
-    warnings: lines about splits that are not independent.
-  """
-
-  splits: dict[str, Split]
-  by_task: dict[str, dict[str, TaskSplit]]
-  warnings: list[str]
-
-
-def open_videos(inputs: Inputs, config: ConfigDict, cache: Path) -> Videos:
-  """Reads the labels of all records and selects the videos of each task."""
-  by_name = {
-    name: splits.open_split(
-      inputs.data, name, cache, all_tracks=config.data.all_tracks
-    )
-    for name in dict.fromkeys(inputs.split_names.values())
-  }
-  by_role = {role: by_name[name] for role, name in inputs.split_names.items()}
-  return Videos(
-    by_role,
-    {
-      task.name: {
-        role: splits.task_split(task, split) for role, split in by_role.items()
-      }
-      for task in inputs.tasks
-    },
-    splits.split_warnings(by_role.values()),
-  )
 
 
 def _mode_names(config: ConfigDict) -> list[str]:
@@ -232,10 +144,11 @@ def run_cells(
   for task in inputs.tasks:
     task_videos = videos.by_task[task.name]
     results.append(_constant(task, task_videos, config))
+    others = videos.others[task.name]
     for cell in _cells(config, task):
       results.append(
         folder.cell(cell.name)
-        or _run(cell, task_videos, runner, config, folder, inputs)
+        or _run(cell, task_videos, others, runner, config, folder, inputs)
       )
   return results
 
@@ -255,6 +168,7 @@ def _cells(config: ConfigDict, task: Task) -> list[Cell]:
 def _run(
   cell: Cell,
   videos: dict[str, TaskSplit],
+  others: dict[str, TaskSplit],
   runner: modes.ModeRunner,
   config: ConfigDict,
   folder: ResultsFolder,
@@ -271,7 +185,6 @@ def _run(
     task,
     train,
     videos["val"],
-    videos["test"],
     cell.seed,
     cell.name,
     folder.checkpoints(cell.name),
@@ -280,12 +193,21 @@ def _run(
   predicted = runner.run(cell.mode, job)
   for warning in predicted.warnings:
     print(f"WARNING: {cell.name}: {warning}", flush=True)
-  val = _predictions(videos["val"], predicted.val)
-  test = _predictions(videos["test"], predicted.test)
+  val, test = (
+    _predictions(videos[role], predicted.predict(videos[role]))
+    for role in ("val", "test")
+  )
   thresholds = measures.thresholds(task, val, config.protocol)
   if config.keep_models:
     _keep_model(folder, cell, inputs, predicted, val, thresholds, config)
   scores, draws = _measured(task, videos["test"], test, thresholds, config)
+  other_scores = {}
+  for name, split in others.items():
+    predictions = _predictions(split, predicted.predict(split))
+    other_scores[name], other_draws = _measured(
+      inputs.task_of(name, task), split, predictions, thresholds, config
+    )
+    draws |= {f"{name} {key}": values for key, values in other_draws.items()}
   val_auc = task.auc(val.targets, val.probabilities, micro=False)
   result = _header(cell.mode, task, cell.ratio, cell.seed, train) | {
     "name": cell.name,
@@ -295,6 +217,7 @@ def _run(
       "num_videos": len(val.video_ids),
     },
     "test": scores,
+    "tests": other_scores,
     "secs": round(time.monotonic() - started_at, 1),
   }
   folder.write_cell(

@@ -1,7 +1,7 @@
 """Ways to predict a task from an encoder: linear, knn, attentive, finetune.
 
 Each mode fits on the training split, selects on the validation split, and
-predicts the videos of the validation and test splits.
+predicts any videos.
 
 Axes: V videos, W windows, D features, K labels or classes.
 """
@@ -47,7 +47,7 @@ class Job:
 
   Attributes:
     task: task to predict.
-    train, val, test: videos of each role.
+    train, val: videos to train on, and to choose hyperparameters on.
     seed: seed of all random draws.
     name: name of the job in progress bars.
     checkpoints: folder for the checkpoints of a long training.
@@ -57,7 +57,6 @@ class Job:
   task: Task
   train: TaskSplit
   val: TaskSplit
-  test: TaskSplit
   seed: int
   name: str
   checkpoints: Path
@@ -69,14 +68,13 @@ class ModeResult:
   """Output of a mode.
 
   Attributes:
-    val, test: probabilities, float64 (V, K).
+    predict: returns the probabilities of V videos, float64 (V, K).
     head: the trained model.
     chosen: hyperparameters selected on the validation split.
     warnings: lines for the user about the choice.
   """
 
-  val: np.ndarray
-  test: np.ndarray
+  predict: Callable[[TaskSplit], np.ndarray]
   head: Head
   chosen: dict[str, Any]
   warnings: tuple[str, ...] = ()
@@ -100,7 +98,7 @@ class ModeRunner:
     self._cache = cache
     self._clip = weights.architecture.clip
     self._image_size = weights.architecture.image_size
-    self._split_features: dict[str, np.ndarray] = {}
+    self._split_features: dict[tuple[str, str], np.ndarray] = {}
     self._batch_size = clip_batches.rounded_batch_size(config.batch_size, mesh)
 
   def run(self, mode: str, job: Job) -> ModeResult:
@@ -117,7 +115,8 @@ class ModeRunner:
 
   def features(self, split: Split) -> np.ndarray:
     """Returns features of all videos, pooled over windows: float32 (V, D)."""
-    if split.name not in self._split_features:
+    key = split.dataset.fingerprint, split.name
+    if key not in self._split_features:
       windows = split.windows(self._clip)
       features = feature_cache.window_features(
         self._encoder,
@@ -127,10 +126,10 @@ class ModeRunner:
         batch_size=self._batch_size,
         num_threads=self._config.data.num_threads,
       )
-      self._split_features[split.name] = feature_cache.pooled(
+      self._split_features[key] = feature_cache.pooled(
         features, split.video_of(windows), len(split), self._config.pool
       )
-    return self._split_features[split.name]
+    return self._split_features[key]
 
   @functools.cached_property
   def _encoder(self) -> feature_cache.FrozenEncoder:
@@ -145,15 +144,15 @@ class ModeRunner:
   def _knn(self, job: Job) -> ModeResult:
     train = self._features_of(job.train)
     labels, known = job.task.encode(job.train.targets)
-    val, test = (
-      nearest_neighbours.predict(
+
+    def predict(videos: TaskSplit) -> np.ndarray:
+      return nearest_neighbours.predict(
         self._features_of(videos), train, labels, known, **self._config.knn
       )
-      for videos in (job.val, job.test)
-    )
+
     bank = {"train": train, "labels": labels, "known": known}
     head = Head("neighbours", bank, dict(self._config.knn))
-    return ModeResult(val, test, head, {})
+    return ModeResult(predict, head, {})
 
   def _linear(self, job: Job) -> ModeResult:
     task, val = job.task, self._features_of(job.val)
@@ -172,8 +171,9 @@ class ModeRunner:
       self._config.linear.max_iterations,
     )
     return ModeResult(
-      task.probabilities(probe.logits(val)),
-      task.probabilities(probe.logits(self._features_of(job.test))),
+      lambda videos: task.probabilities(
+        probe.logits(self._features_of(videos))
+      ),
       # The standardisation is folded into the layer.
       Head(
         "linear",
@@ -220,8 +220,7 @@ class ModeRunner:
         report=report,
       )
     return ModeResult(
-      predict(fitted.trained, val),
-      predict(fitted.trained, self._features_of(job.test)),
+      lambda videos: predict(fitted.trained, self._features_of(videos)),
       Head("linear", _float64(fitted.trained["linear"])),
       {"num_rounds": fitted.num_rounds},
     )
@@ -268,8 +267,7 @@ class ModeRunner:
     finally:
       checkpoints.close()
     return ModeResult(
-      self._predict(model, fitted.trained, job.val),
-      self._predict(model, fitted.trained, job.test),
+      functools.partial(self._predict, model, fitted.trained),
       Head(
         "attentive" if attentive else "mean",
         {

@@ -21,6 +21,7 @@ _COLUMNS = (
   "balanced_accuracy",
   "f1_weighted",
   "average_precision",
+  "eer",
 )
 _MAX_CURVES = 12
 
@@ -37,9 +38,10 @@ def summary(
 
   Returns:
     Dicts of `task`, `mode`, `ratio`, `num_seeds`, `num_train` (the minimum),
-    and `metrics`: {name: {mean, std, low, high}}. `std` is that of the sample,
-    None for one seed; `low` and `high` are the bootstrap interval of the mean
-    over the seeds, which are tested on the same people.
+    `metrics`: {name: {mean, std, low, high}}, and `tests`: {name: metrics} of
+    other data sets. `std` is that of the sample, None for one seed; `low` and
+    `high` are the bootstrap interval of the mean over the seeds, which are
+    tested on the same people.
   """
   rows = []
   keys = ("task", "mode", "ratio")
@@ -53,16 +55,31 @@ def summary(
       | {
         "num_seeds": len(group),
         "num_train": min(cell["num_train"] for cell in group),
-        "metrics": {
-          name: _summarised(
-            [cell["test"]["metrics"][name] for cell in group],
-            [values[name] for values in draws if name in values],
+        "metrics": _metrics([cell["test"] for cell in group], draws),
+        "tests": {
+          test: _metrics(
+            [cell["tests"][test] for cell in group], draws, f"{test} "
           )
-          for name in group[0]["test"]["metrics"]
+          for test in group[0].get("tests", {})
         },
       }
     )
   return rows
+
+
+def _metrics(
+  scores: list[dict[str, Any]],
+  draws: list[Mapping[str, np.ndarray]],
+  prefix: str = "",
+) -> dict[str, dict[str, float | None]]:
+  """Summarises each metric over seeds; `prefix` begins the names of draws."""
+  return {
+    name: _summarised(
+      [score["metrics"][name] for score in scores],
+      [values[prefix + name] for values in draws if prefix + name in values],
+    )
+    for name in scores[0]["metrics"]
+  }
 
 
 def _summarised(
@@ -94,14 +111,26 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         [row["mode"], f"{row['ratio']:.4g}", str(row["num_train"])]
         + [formatted(row["metrics"][name]) for name in names]
       )
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines.append(f"\n{task}")
-    lines += [
-      "  "
-      + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
-      for row in cells
-    ]
+    lines += [f"\n{task}", *_aligned(cells)]
+    for test in dict.fromkeys(t for row in group for t in row["tests"]):
+      cells = [["mode", "data", "videos", *names]]
+      for row in group:
+        if test in row["tests"]:
+          cells.append(
+            [row["mode"], f"{row['ratio']:.4g}", str(row["num_train"])]
+            + [formatted(row["tests"][test][name]) for name in names]
+          )
+      lines += [f"\n{task}, tested on {test}", *_aligned(cells)]
   return "\n".join(lines).lstrip("\n")
+
+
+def _aligned(cells: list[list[str]]) -> list[str]:
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  return [
+    "  "
+    + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+    for row in cells
+  ]
 
 
 def formatted(number: dict[str, float | None]) -> str:

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from configs import eval_dfd, eval_far, eval_fer
+from data_prep.sources.listing import CLASS, Label
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.devices.sharding import MeshError
 from marlin_jax.downstream import clip_batches, splits, tasks
+from marlin_jax.downstream.tasks import TaskError
 from marlin_jax.eval.results_folder import ResultsFolder
 from marlin_jax.records.folders import OutputFolderError
 from marlin_jax.training.configuration import ConfigError
@@ -400,3 +402,81 @@ def test_windows_cover_the_track_across_records(face_data, tmp_path):
   every = splits.open_split(str(face_data), "train", tmp_path, all_tracks=True)
   assert len(every.tracks) == 25
   assert np.isnan(split.labels["emotion"][0, 1])
+
+
+# --- Other data sets and unseen classes ---------------------------------------
+
+
+def test_other_data_sets_are_scored_with_the_thresholds_of_this_one(
+  face_data, tmp_path
+):
+  """The same videos as another data set have the same scores."""
+  twin = labelled_data.write(
+    tmp_path / "twin",
+    {"test": renamed(labelled_data.make(16, draw_face, 2), "t")},
+    LABELS,
+  )
+  harder = labelled_data.write(
+    tmp_path / "harder",
+    {"val": renamed(labelled_data.make(16, draw_face, 5), "x")},
+    LABELS | {"manipulation": Label(CLASS, ("original", "new"))},
+  )
+  workdir = tmp_path / "dfd"
+  results = run(
+    eval_dfd,
+    workdir,
+    face_data,
+    modes="linear,attentive",
+    num_seeds=1,
+    plots=False,
+    **{"data.tests": f"{twin}:test,{harder}:val"},
+  )
+  for row in results["summary"]:
+    if row["mode"] == "constant":
+      continue
+    assert row["tests"][f"{twin}:test"] == row["metrics"]
+    other = row["tests"][f"{harder}:val"]
+    assert other["auc"]["low"] <= other["auc"]["mean"] <= other["auc"]["high"]
+  cell = results["cells"][1]
+  drawn = labelled_data.make(16, draw_face, 5)
+  labels = np.array([video.labels["manipulation"][0] for video in drawn])
+  (scored,) = cell["tests"][f"{harder}:val"]["per_class"]
+  assert scored["positives"] == (labels > 0).sum()
+  assert scored["negatives"] == (labels == 0).sum()
+  assert set(cell["tests"][f"{harder}:val"]["parts"]) <= {"new"}
+  assert (
+    f"deepfake, tested on {harder}:val" in (workdir / "results.txt").read_text()
+  )
+  with pytest.raises(TaskError, match="would not compare"):
+    run(
+      eval_far,
+      tmp_path / "far",
+      face_data,
+      tasks="manipulation",
+      **{"data.tests": f"{harder}:val"},
+    )
+
+
+def test_a_class_left_out_of_training_is_scored(face_data, tmp_path):
+  results = run(
+    eval_dfd,
+    tmp_path / "out",
+    face_data,
+    modes="linear",
+    plots=False,
+    **{"data.train_classes": "Deepfakes"},
+  )
+  split = splits.open_split(str(face_data), "train", tmp_path)
+  classes = split.labels["manipulation"][:, 0]
+  cell = results["cells"][1]
+  assert cell["num_train"] == np.isin(classes, (0, 1)).sum()
+  assert cell["num_train"] < (~np.isnan(classes)).sum()
+  test = splits.open_split(str(face_data), "test", tmp_path)
+  seen = set(test.labels["manipulation"][:, 0]) - {0, 1}
+  assert len(cell["test"]["parts"]) >= len(seen)
+  for wrong, words in (
+    ({"data.train_classes": "Deepfake"}, "has Deepfakes, Face2Face"),
+    ({"data.train_classes": "Deepfakes", "tasks": "FaceSwap"}, "to choose"),
+  ):
+    with pytest.raises(TaskError, match=words):
+      run(eval_dfd, tmp_path / "no", face_data, **wrong)

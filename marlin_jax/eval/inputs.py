@@ -1,0 +1,188 @@
+"""Encoder, tasks and labelled videos of an evaluation, checked and opened."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from marlin_jax.data import prepared_dataset
+from marlin_jax.devices import sharding
+from marlin_jax.downstream import splits, tasks
+from marlin_jax.downstream.splits import Split, TaskSplit
+from marlin_jax.downstream.tasks import Task
+from marlin_jax.eval import configuration
+from marlin_jax.weights import formats
+from marlin_jax.weights.weights import Weights, encoder_sha256
+
+_ROLES = ("train", "val", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+  """Inputs that are checked before records are read or features computed.
+
+  Attributes:
+    data: directory of the data set.
+    split_names: name of the split of each role: train, val and test.
+    tasks: tasks to predict.
+    tests: the other data sets to score.
+    weights: weights of the encoder.
+    mesh: mesh of the devices.
+    settings: values that all results of a workdir share.
+  """
+
+  data: str
+  split_names: dict[str, str]
+  tasks: list[Task]
+  tests: list[OtherTest]
+  weights: Weights
+  mesh: Mesh
+  settings: dict[str, Any]
+
+  def task_of(self, test: str, task: Task) -> Task:
+    """Returns a task as defined by another data set."""
+    return next(t.tasks[task.name] for t in self.tests if t.name == test)
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherTest:
+  """A split of another data set that is scored too.
+
+  Attributes:
+    name: PATH:SPLIT, as in the configuration.
+    path: directory of the data set.
+    split: name of the split.
+    tasks: the tasks by name, as the labels of this data set define them.
+  """
+
+  name: str
+  path: str
+  split: str
+  tasks: dict[str, Task]
+
+
+def open_inputs(config: ConfigDict, checkpoint: str, data: str) -> Inputs:
+  """Opens and checks everything but the records; see `evaluate`."""
+  split_names = {role: config.data[role] for role in _ROLES}
+  datasets = {
+    role: prepared_dataset.open_joined(data, name)
+    for role, name in split_names.items()
+  }
+  chosen = tasks.make_tasks(
+    configuration.split_names(config.tasks),
+    tasks.read_labels(data),
+    config.derive,
+    data,
+  )
+  for task in chosen:  # raises for classes that it lacks
+    task.limited_to(configuration.split_names(config.data.train_classes))
+  tests = _open_tests(config, chosen)
+  weights = formats.open_encoder(checkpoint, config.random)
+  mesh = sharding.make_mesh(**config.mesh)
+  trained = {"attentive", "finetune"}
+  for mode in trained & set(configuration.split_names(config.modes)):
+    section = "paper" if config.protocol == "paper" else mode
+    sharding.check_batch(
+      mesh, config[section].batch_size, f"{section}.batch_size"
+    )
+  settings = configuration.identity(config) | {
+    "checkpoint": encoder_sha256(weights),
+    **{
+      f"data.{role}": dataset.fingerprint for role, dataset in datasets.items()
+    },
+    **{
+      f"data.tests.{test.name}": prepared_dataset.open_joined(
+        test.path, test.split
+      ).fingerprint
+      for test in tests
+    },
+  }
+  return Inputs(data, split_names, chosen, tests, weights, mesh, settings)
+
+
+def _open_tests(config: ConfigDict, chosen: list[Task]) -> list[OtherTest]:
+  """Opens the other data sets.
+
+  Raises:
+    TaskError: a task has other classes or labels there.
+  """
+  tests = []
+  for path, split in configuration.other_tests(config.data.tests):
+    labels = tasks.read_labels(path)
+    theirs = tasks.make_tasks(
+      [task.name for task in chosen], labels, config.derive, path
+    )
+    for our, their in zip(chosen, theirs, strict=True):
+      if (our.names, our.is_class) != (their.names, their.is_class):
+        raise tasks.TaskError(
+          f"task '{our.name}' is of {', '.join(our.names)}, and in {path} of "
+          f"{', '.join(their.names)}: scores would not compare"
+        )
+    by_name = {task.name: task for task in theirs}
+    tests.append(OtherTest(f"{path}:{split}", path, split, by_name))
+  return tests
+
+
+@dataclasses.dataclass(frozen=True)
+class Videos:
+  """Labelled videos of an evaluation.
+
+  Attributes:
+    splits: splits by role.
+    by_task: videos of each task, by task name and role.
+    others: videos of each task in the other data sets, by task name and name of
+      the test.
+    warnings: lines about splits that are not independent.
+  """
+
+  splits: dict[str, Split]
+  by_task: dict[str, dict[str, TaskSplit]]
+  others: dict[str, dict[str, TaskSplit]]
+  warnings: list[str]
+
+
+def open_videos(inputs: Inputs, config: ConfigDict, cache: Path) -> Videos:
+  """Reads the labels of all records and selects the videos of each task."""
+  by_name = {
+    name: splits.open_split(
+      inputs.data, name, cache, all_tracks=config.data.all_tracks
+    )
+    for name in dict.fromkeys(inputs.split_names.values())
+  }
+  by_role = {role: by_name[name] for role, name in inputs.split_names.items()}
+  others = {
+    test.name: splits.open_split(
+      test.path, test.split, cache, all_tracks=config.data.all_tracks
+    )
+    for test in inputs.tests
+  }
+  classes = configuration.split_names(config.data.train_classes)
+  return Videos(
+    by_role,
+    {
+      task.name: {
+        role: splits.task_split(
+          task.limited_to(classes) if role != "test" else task, split
+        )
+        for role, split in by_role.items()
+      }
+      for task in inputs.tasks
+    },
+    {
+      task.name: {
+        test.name: splits.task_split(test.tasks[task.name], others[test.name])
+        for test in inputs.tests
+      }
+      for task in inputs.tasks
+    },
+    splits.split_warnings(by_role.values())
+    + [
+      f"{name}: {line}"
+      for name, split in others.items()
+      for line in splits.split_warnings([by_role["train"], split])
+    ],
+  )
