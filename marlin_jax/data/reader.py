@@ -44,18 +44,27 @@ class BadRecords:
     limit: number of records to tolerate.
   """
 
-  def __init__(self, path: epath.PathLike, limit: int):
+  def __init__(
+    self,
+    path: epath.PathLike,
+    limit: int,
+    others: Iterable[epath.PathLike] = (),
+  ):
     """Reads the records that earlier runs listed.
 
     Args:
       path: the quarantine file; it is created with the first record.
       limit: number of records to tolerate.
+      others: quarantine files of other processes, now or in earlier runs: their
+        records count too, and are not written again.
     """
     self._path, self.limit = epath.Path(path), limit
     # Reader threads share the list.
     self._lock = threading.Lock()
-    lines = self._path.read_text().splitlines() if self._path.exists() else ()
-    self._rows = {_key(row): row for row in map(json.loads, lines)}
+    self._rows = _rows_of(self._path)
+    self._others = {
+      key for other in others for key in _rows_of(epath.Path(other))
+    }
 
   def add(self, rows: Iterable[Row]) -> None:
     """Adds records to the list and rewrites the file.
@@ -68,18 +77,24 @@ class BadRecords:
         self._add(row)
 
   def _add(self, row: Row) -> None:
-    if _key(row) not in self._rows:
+    if _key(row) not in self._rows.keys() | self._others:
       self._rows[_key(row)] = row
       lines = (f"{json.dumps(row)}\n" for row in self._rows.values())
       # Rewrites the file, because buckets do not support appending.
       self._path.write_text("".join(lines))
-    if len(self._rows) > self.limit:
+    num_rows = len(self._rows.keys() | self._others)
+    if num_rows > self.limit:
       raise DatasetError(
-        f"{row['reason']}\nUnusable records so far: {len(self._rows)}, and "
+        f"{row['reason']}\nUnusable records so far: {num_rows}, and "
         f"config.data.max_bad_records is {self.limit}. They are listed in "
         f"{self._path}. Copy or prepare the data set again, or raise the "
         "limit to continue without them."
       )
+
+
+def _rows_of(path: epath.Path) -> dict[tuple[str, int], Row]:
+  lines = path.read_text().splitlines() if path.exists() else ()
+  return {_key(row): row for row in map(json.loads, lines)}
 
 
 def _key(row: Row) -> tuple[str, int]:

@@ -173,12 +173,15 @@ class Workdir:
   def bad_records(self) -> BadRecords:
     """List of unreadable records of this process.
 
-    Training and all evaluators share it, because it rewrites the whole file.
+    Training and all evaluators share it, because it rewrites the whole file. It
+    counts those that other processes had listed when it was opened.
     """
     index = jax.process_index()
+    own = self.path / f"quarantine{f'.process_{index}' if index else ''}.jsonl"
     return BadRecords(
-      self.path / f"quarantine{f'.process_{index}' if index else ''}.jsonl",
+      own,
       limit=self._config.data.max_bad_records,
+      others=[x for x in self.path.glob("quarantine*.jsonl") if x != own],
     )
 
 

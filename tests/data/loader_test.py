@@ -195,6 +195,18 @@ def test_bad_records_that_worker_processes_meet_are_listed(mixed, tmp_path):
     assert "is not a 224x224 JPEG" in row["reason"]
 
 
+def test_records_that_other_processes_have_listed_count_too(tmp_path):
+  """A run of fewer processes goes on with the lists of all."""
+  rows = [{"data": "d", "record": i, "reason": f"bad {i}"} for i in range(3)]
+  other = BadRecords(tmp_path / "other", limit=2)
+  other.add(rows[:2])
+  own = BadRecords(tmp_path / "own", limit=2, others=[tmp_path / "other"])
+  own.add(rows[:1])
+  assert not (tmp_path / "own").exists()
+  with pytest.raises(DatasetError, match=r"bad 2\nUnusable .* so far: 3, and"):
+    own.add(rows[2:])
+
+
 class Device(NamedTuple):
   platform: str
   process_index: int = 0
