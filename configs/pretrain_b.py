@@ -34,7 +34,8 @@ def get_config():
 
   config.data = ConfigDict()
   # Folder written by data_prep.prepare, local or gs://. 'sample' is a tiny real
-  # data set, prepared on first use.
+  # data set, prepared on first use. Several with weights: 'data/ytf:1,data/v:3'
+  # takes three quarters of the clips from data/v.
   config.data.path = "sample"
   # Split to train on.
   config.data.split = "train"
@@ -275,7 +276,7 @@ def get_config():
   config.probe = ConfigDict()
   # Steps from one probe to the next; 0: no probe.
   config.probe.steps = 0
-  # Data set with labels; '': the one of data.path.
+  # Data set with labels; '': the first of data.path.
   config.probe.path = ""
   # Label to predict, of kind binary or class; the data set's metadata.json
   # lists its labels.

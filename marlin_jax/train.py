@@ -49,7 +49,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   from marlin_jax.training.workdir import as_begun
 
   remote_files.check_reachable(
-    str(workdir), config.data.path, config.probe.path
+    *(str(workdir), config.probe.path),
+    *(data.path for data in configuration.data_sets(config)),
   )
   config, notes = as_begun(config, configuration.KEYS, workdir)
   with loop.started(config, str(workdir)) as watchdog:
@@ -66,31 +67,39 @@ def _train(config, workdir, watchdog):
   from marlin_jax.data import prepared_dataset, sample, segment_indexing
   from marlin_jax.devices import distributed, sharding
   from marlin_jax.downstream import quick_probe
-  from marlin_jax.pretraining.course import PretrainingCourse
+  from marlin_jax.pretraining.course import PretrainingCourse, TrainingData
   from marlin_jax.training import loop
 
   # --- Data -------------------------------------------------------------------
-  data_path = config.data.path
-  if data_path == "sample":
+  data_sets = configuration.data_sets(config)
+  if any(data.path == "sample" for data in data_sets):
     if jax.process_index() == 0:
       print(sample.NOTICE, flush=True)
     with distributed.process_0_first():
-      data_path = sample.prepare_sample()
-  dataset = prepared_dataset.open_dataset(
-    data_path, config.data.split, config.data.min_quality
-  )
-  index = None
-  if config.data.sample_by != "record":
-    cache = epath.Path(workdir) / "index"
-    watchdog.alive("indexing the segments", is_limited=False)
-    with distributed.process_0_first():
-      index = segment_indexing.open_index(dataset, cache)
+      path = sample.prepare_sample()
+    data_sets = [
+      data._replace(path=path) if data.path == "sample" else data
+      for data in data_sets
+    ]
+  parts = []
+  for data in data_sets:
+    dataset = prepared_dataset.open_dataset(
+      data.path, config.data.split, config.data.min_quality
+    )
+    index = None
+    if config.data.sample_by != "record":
+      cache = epath.Path(workdir) / "index"
+      watchdog.alive("indexing the segments", is_limited=False)
+      with distributed.process_0_first():
+        index = segment_indexing.open_index(dataset, cache)
+    parts.append(TrainingData(dataset, index, data.name, data.weight))
   # Without the quality threshold, so that runs with different thresholds
   # evaluate the same clips.
-  eval_dataset = prepared_dataset.open_dataset(
-    data_path, config.data.eval_split
-  )
-  probe_path = config.probe.path or data_path
+  eval_datasets = [
+    prepared_dataset.open_dataset(data.path, config.data.eval_split)
+    for data in data_sets
+  ]
+  probe_path = config.probe.path or data_sets[0].path
   if config.probe.steps:
     # Opened here to fail before a workdir is created.
     quick_probe.open_task(config.probe, probe_path)
@@ -99,23 +108,23 @@ def _train(config, workdir, watchdog):
   watchdog.alive("planning the step")
   mesh = sharding.make_mesh(**config.mesh)
   sharding.check_batch(mesh, config.batch_size)
-  course = PretrainingCourse(config, dataset, index, mesh)
+  course = PretrainingCourse(config, parts, mesh)
 
   # --- Training ---------------------------------------------------------------
   def make_evaluations(workdir, alive):
-    return _evaluations(course, eval_dataset, probe_path, workdir, alive)
+    return _evaluations(course, eval_datasets, probe_path, workdir, alive)
 
   return loop.train(course, make_evaluations, workdir, watchdog)
 
 
-def _evaluations(course, dataset, probe_path, workdir, alive):
+def _evaluations(course, datasets, probe_path, workdir, alive):
   """Returns the evaluations: reconstruction losses, probe, pictures."""
   from marlin_jax.evaluators import probe, reconstruction
   from marlin_jax.training.loop import Evaluation
 
   config = course.config
   reconstructed = reconstruction.Reconstruction(
-    course, dataset, workdir.bad_records
+    course, datasets, workdir.bad_records
   )
   evaluations = [Evaluation(config.eval_steps, reconstructed.losses)]
   if config.probe.steps:

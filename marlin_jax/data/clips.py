@@ -25,7 +25,8 @@ from marlin_jax.records import schema
 class ClipTaker(Protocol):
   """Turns records into clips of a batch.
 
-  A batch holds at least `_id` int32 (B,), the numbers of the records, and
+  A batch holds at least `_id` int32 (B,), the numbers of the records (of
+  several data sets, see `sampling.first_ids`), and
   `start` int32 (B,), the first frame of each clip in its record. Reading is cut
   into phases, so that frames of all clips are decoded last.
   """

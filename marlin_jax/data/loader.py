@@ -140,7 +140,7 @@ def train_batches(
 
 
 def eval_batches(
-  dataset: Dataset,
+  datasets: Sequence[Dataset],
   take_clip: ClipTaker,
   *,
   batch_size: int,
@@ -148,12 +148,12 @@ def eval_batches(
   rows: Sequence[int] | None = None,
   bad: BadRecords | None = None,
 ) -> Iterator[Batch]:
-  """Yields the same clips on every call, from records spread over the split.
+  """Yields the same clips on every call, from records spread over the splits.
 
   If there are fewer records than clips, records repeat with other starts.
 
   Args:
-    dataset: data set to read.
+    datasets: data sets to read; each gives as many clips.
     take_clip: turns records into clips.
     batch_size: clips per batch over all processes.
     num_batches: number of batches.
@@ -167,7 +167,7 @@ def eval_batches(
     DatasetError: as for `train_batches`.
   """
   source = ClipBatches(
-    SpreadDraws(dataset, batch_size * num_batches),
+    SpreadDraws(datasets, batch_size * num_batches),
     take_clip,
     batch_size=batch_size,
     rows=range(batch_size) if rows is None else rows,

@@ -19,7 +19,7 @@ from etils import epath
 from marlin_jax.data.clips import ClipTaker
 from marlin_jax.data.prefetch import Batch
 from marlin_jax.data.prepared_dataset import Dataset, DatasetError
-from marlin_jax.data.sampling import Draw, Draws
+from marlin_jax.data.sampling import Draw, Draws, first_ids
 from marlin_jax.records import folders, schema
 
 # A bad record as JSON values: number, split, path and fingerprint of the data
@@ -155,6 +155,10 @@ class Reader:
   def _is_remote(self) -> bool:
     return any(folders.is_remote(data.path) for data in self.draws.datasets)
 
+  @functools.cached_property
+  def _first_ids(self) -> list[int]:
+    return first_ids(self.draws.datasets)
+
   def _fill(
     self, clips: Batch, position: int, bad: list[Row]
   ) -> Iterator[None]:
@@ -172,6 +176,7 @@ class Reader:
         record = schema.joined(records)
         yield
         frames = self._choose(clips, number, record, draw)
+        clips["_id"] += self._first_ids[draw.dataset]
         yield
         self.take_clip.decode(clips, number, record, frames)
         return

@@ -9,6 +9,7 @@ and threads do not enter.
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
@@ -22,7 +23,9 @@ from marlin_jax.records import segment_index
 from marlin_jax.records.segment_index import SegmentIndex
 
 # Purposes of random numbers, so that each is used once.
-_ORDER, _CLIPS = 0, 1
+_ORDER, _CLIPS, _MIX = 0, 1, 2
+# Draws that hold exactly the share of each data set; weights are rounded to it.
+_BLOCK = 10_000
 
 
 class Draw(NamedTuple):
@@ -164,21 +167,28 @@ class RecordDraws:
 
 
 class SpreadDraws:
-  """Draws a fixed number of records, evenly spread over the data set."""
+  """Draws a fixed number of records, evenly spread over the data sets."""
 
-  def __init__(self, dataset: Dataset, num_draws: int):
-    self._dataset, self._num_draws = dataset, num_draws
-    self.datasets, self.num_clips = (dataset,), 1
+  def __init__(self, datasets: Sequence[Dataset], num_draws: int):
+    """Takes turns if there are several data sets.
+
+    Args:
+      datasets: data sets of the records.
+      num_draws: number of draws, from all of them together.
+    """
+    self.datasets, self.num_clips = tuple(datasets), 1
     self.clips_per_epoch = num_draws
-    self.num_attempts = dataset.num_records
+    self.num_attempts = max(dataset.num_records for dataset in datasets)
 
   def __call__(self, position: int, attempt: int = 0) -> Draw:
     """Returns a draw; see `Draws`. There are no others than `num_draws`."""
-    num_records = self._dataset.num_records
-    place = position * num_records // self._num_draws + attempt
-    number = self._dataset.record_number(place % num_records)
+    turn, i = divmod(position, len(self.datasets))
+    num_turns = -(-self.clips_per_epoch // len(self.datasets))
+    num_records = self.datasets[i].num_records
+    place = turn * num_records // num_turns + attempt
+    number = self.datasets[i].record_number(place % num_records)
     seed = int(np.random.default_rng(position).integers(2**63))
-    return Draw((number,), (seed, attempt))
+    return Draw((number,), (seed, attempt), dataset=i)
 
 
 class VideoDraws:
@@ -278,3 +288,70 @@ def _subjects(index: SegmentIndex, dataset: Dataset) -> Sequence[int]:
   return np.flatnonzero(
     np.logical_or.reduceat(is_served, index.first_videos[:-1])
   )
+
+
+class MixedDraws:
+  """Draws from several data sets, each with its share of the clips.
+
+  Each block of 10,000 draws holds the share of each data set, in random order.
+  Each data set has passes of its own.
+  """
+
+  def __init__(
+    self, parts: Sequence[Draws], weights: Sequence[float], seed: int
+  ):
+    """Rounds the shares.
+
+    Args:
+      parts: draws of each data set, with the same `num_clips`.
+      weights: weight of each, above 0; its share is its part of their sum.
+      seed: seed of the order of the data sets.
+    """
+    self._parts, self._seed = tuple(parts), seed
+    # From the ends, so that they sum up to a block.
+    ends = np.cumsum(weights) / np.sum(weights)
+    self._counts = np.diff(np.rint(_BLOCK * ends), prepend=0).astype(int)
+    self.datasets = tuple(
+      dataset for part in parts for dataset in part.datasets
+    )
+    self.num_clips = parts[0].num_clips
+    self.clips_per_epoch = sum(part.clips_per_epoch for part in parts)
+    self.num_attempts = max(part.num_attempts for part in parts)
+
+  def __call__(self, position: int, attempt: int = 0) -> Draw:
+    """Returns a draw; see `Draws`."""
+    number, place = divmod(position, _BLOCK)
+    chosen, ranks = _mixed_block(
+      tuple(self._counts.tolist()), self._seed, number
+    )
+    i = int(chosen[place])
+    position = number * int(self._counts[i]) + int(ranks[place])
+    return self._parts[i](position, attempt)._replace(dataset=i)
+
+
+@functools.lru_cache(maxsize=4)
+def _mixed_block(
+  counts: tuple[int, ...], seed: int, number: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the data set of each draw of a block, and its rank in that set."""
+  np_rng = np.random.default_rng((seed, _MIX, number))
+  chosen = np_rng.permutation(np.repeat(np.arange(len(counts)), counts))
+  ranks = np.empty(len(chosen), int)
+  for i, count in enumerate(counts):
+    ranks[chosen == i] = np.arange(count)
+  return chosen, ranks
+
+
+def part_seed(seed: int, part: int) -> int:
+  """Returns the seed of one of several data sets."""
+  sequence = np.random.SeedSequence((seed, _MIX, part))
+  return int(sequence.generate_state(1, np.uint64)[0])
+
+
+def first_ids(datasets: Sequence[Dataset]) -> list[int]:
+  """Returns the first of the numbers of each data set's records in batches.
+
+  In the `_id` of a batch the records of several data sets are numbered on.
+  """
+  counts = [dataset.stored.num_records for dataset in datasets]
+  return [0, *itertools.accumulate(counts[:-1])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -31,19 +32,19 @@ class Reconstruction:
   def __init__(
     self,
     course: PretrainingCourse,
-    dataset: Dataset,
+    datasets: Sequence[Dataset],
     bad: BadRecords | None = None,
   ):
     """Chooses the clips; reads nothing.
 
     Args:
       course: network and devices.
-      dataset: evaluation split.
+      datasets: evaluation split of each data set.
       bad: list of unreadable records; see `loader.eval_batches`.
     """
     trainer, config = course.trainer, course.config
     self._task, self._config = trainer.task, config
-    self._split_name = dataset.split
+    self._split_name = "+".join(dict.fromkeys(d.split for d in datasets))
     self._split = sharding.batch_sharding(course.mesh)
     everywhere = sharding.replicated(course.mesh)
     self._reconstruct = jax.jit(
@@ -57,7 +58,7 @@ class Reconstruction:
     batch_size = config.batch_size // trainer.num_microbatches
     self._batches = functools.partial(
       loader.eval_batches,
-      dataset,
+      datasets,
       course.take_clip.without_augmentation(),
       batch_size=batch_size,
       rows=loader.own_rows(self._split, batch_size),

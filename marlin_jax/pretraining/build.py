@@ -247,8 +247,8 @@ class Experiment:
 
     Returns:
       The lowered step. `.compile()` gives step(state, batch, rng) -> (state,
-      scalars), where batch holds `video` and `regions` alone. The old state is
-      donated.
+      scalars), where batch holds `video` and `regions` alone, and `_id` with
+      several data sets. The old state is donated.
     """
     replicated = sharding.replicated(self.mesh)
     over_batch = sharding.batch_sharding(self.mesh)
@@ -265,6 +265,8 @@ class Experiment:
         (self.batch_size, *tubelets.grid), jnp.uint16, over_batch
       ),
     }
+    if self.trainer.datasets:
+      batch["_id"] = struct((self.batch_size,), jnp.int32, over_batch)
     rng = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.tree.map(
       lambda x, where: struct(x.shape, x.dtype, where), self.shapes, shardings

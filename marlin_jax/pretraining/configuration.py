@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -136,6 +136,49 @@ def validate(config: ConfigDict) -> None:
   refuse(_problems(config))
 
 
+class DataSet(NamedTuple):
+  """One of the data sets of `data.path`.
+
+  Attributes:
+    path: its folder.
+    weight: its part of the sum of all weights is its share of the clips.
+    name: names its metrics: the last part of the path, made unique.
+  """
+
+  path: str
+  weight: float
+  name: str
+
+
+def data_sets(config: ConfigDict) -> list[DataSet]:
+  """Returns the data sets of `data.path`: FOLDER[:WEIGHT],FOLDER[:WEIGHT],...
+
+  Raises:
+    ValueError: a weight is not above 0, or too small; or there is no folder.
+  """
+  found: list[DataSet] = []
+  for item in config.data.path.split(","):
+    path, colon, text = item.strip().rpartition(":")
+    # The scheme of a bucket has a colon too.
+    if not colon or text.startswith("//"):
+      path, text = item.strip(), "1"
+    try:
+      weight = float(text)
+    except ValueError:
+      raise ValueError(f"{text!r} is not a weight") from None
+    if not 0 < weight < math.inf or not path:
+      raise ValueError(f"{item!r} is not FOLDER:WEIGHT with a weight above 0")
+    name = path.rstrip("/").rpartition("/")[2]
+    if name in {other.name for other in found}:
+      name = f"{name}_{len(found)}"
+    found.append(DataSet(path, weight, name))
+  total = sum(data.weight for data in found)
+  for data in found:
+    if data.weight < total / 10_000:
+      raise ValueError(f"the weight of {data.path} is below 1/10000 of the sum")
+  return found
+
+
 def identity(
   config: ConfigDict, fingerprint: str, num_steps: int
 ) -> dict[str, Any]:
@@ -186,6 +229,13 @@ def _problems(config: ConfigDict) -> Iterator[str]:
         f"model.{prefix}num_heads={heads}"
       )
   yield from _schedule_problems(config.optim)
+  try:
+    data_sets(config)
+  except ValueError as e:
+    yield (
+      f"data.path={config.data.path!r}: {e}; expected a folder, or several as "
+      "FOLDER:WEIGHT,FOLDER:WEIGHT"
+    )
   yield from _probe_problems(config.probe)
   yield from _mask_problems(config)
 

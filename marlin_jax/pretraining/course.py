@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import hashlib
+import json
 import math
 import os
 import sys
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -19,36 +23,48 @@ from marlin_jax.data.sampling import Draws
 from marlin_jax.devices import chips, distributed, sharding
 from marlin_jax.pretraining import configuration, flops, warm_start
 from marlin_jax.pretraining.build import Experiment, count
-from marlin_jax.pretraining.train_step import TrainState
+from marlin_jax.pretraining.train_step import Trainer, TrainState
 from marlin_jax.records import cli
 from marlin_jax.records.segment_index import SegmentIndex
 from marlin_jax.weights import formats
 
 
-class PretrainingCourse(Experiment):
-  """An experiment on a data set; a `training.loop.Course`.
+class TrainingData(NamedTuple):
+  """A data set to train on.
 
   Attributes:
     dataset: training split.
+    index: its segments; None with data.sample_by=record.
+    name: names its metrics.
+    weight: weight of its share of the clips.
+  """
+
+  dataset: Dataset
+  index: SegmentIndex | None
+  name: str = ""
+  weight: float = 1.0
+
+
+class PretrainingCourse(Experiment):
+  """An experiment on data sets; a `training.loop.Course`.
+
+  Attributes:
+    parts: training data.
 
   The other attributes are those of `Experiment`.
   """
 
-  fields = ("video", "regions")
-
   def __init__(
     self,
     config: ConfigDict,
-    dataset: Dataset,
-    index: SegmentIndex | None,
+    parts: Sequence[TrainingData],
     mesh: Mesh,
   ):
     """Builds nothing yet.
 
     Args:
       config: a valid configuration; see configs/pretrain_b.py.
-      dataset: training split.
-      index: its segments; not needed with data.sample_by=record.
+      parts: training data: one data set, or several with weights.
       mesh: devices.
     """
     # The smallest of all processes, so that they split a batch alike.
@@ -56,15 +72,28 @@ class PretrainingCourse(Experiment):
       chips.device_bytes(jax.local_devices()[0])
     )
     super().__init__(config, config.num_steps, mesh, device_bytes)
-    self.dataset, self._index = dataset, index
+    self.parts = parts
     self.num_steps = config.num_steps or math.ceil(
       config.num_epochs * self.draws.clips_per_epoch / config.batch_size
     )
 
   @functools.cached_property
   def draws(self) -> Draws:
-    """Clips of the training split by their place in the run."""
-    settings, seed = self.config.data, self.config.seed
+    """Clips of the training data by their place in the run."""
+    seed = self.config.seed
+    if len(self.parts) == 1:
+      return self._draws_of(self.parts[0], seed)
+    return sampling.MixedDraws(
+      [
+        self._draws_of(part, sampling.part_seed(seed, i))
+        for i, part in enumerate(self.parts)
+      ],
+      [part.weight for part in self.parts],
+      seed,
+    )
+
+  def _draws_of(self, part: TrainingData, seed: int) -> Draws:
+    settings = self.config.data
     order = sampling.ORDERS[settings.order]
     if settings.shuffle_window:
       order = functools.partial(order, window=settings.shuffle_window)
@@ -73,15 +102,32 @@ class PretrainingCourse(Experiment):
       "num_clips": settings.clips_per_record,
     }
     if settings.sample_by == "record":
-      return sampling.RecordDraws(self.dataset, seed, **options)
+      return sampling.RecordDraws(part.dataset, seed, **options)
     return sampling.VideoDraws(
-      self.dataset,
-      self._index,
+      part.dataset,
+      part.index,
       self.take_clip.longest_clip,
       seed,
       by_subject=settings.sample_by == "subject",
       **options,
     )
+
+  @functools.cached_property
+  def trainer(self) -> Trainer:
+    """Static half of the training step, with the data sets' names."""
+    trainer = super().trainer
+    if len(self.parts) == 1:
+      return trainer
+    return dataclasses.replace(
+      trainer,
+      datasets=tuple(part.name for part in self.parts),
+      first_ids=tuple(sampling.first_ids(self.draws.datasets)),
+    )
+
+  @property
+  def fields(self) -> tuple[str, ...]:
+    """Keys of a batch that the training step gets."""
+    return ("video", "regions", *(("_id",) if self.trainer.datasets else ()))
 
   @property
   def shardings(self) -> TrainState:
@@ -90,8 +136,16 @@ class PretrainingCourse(Experiment):
   @property
   def identity(self) -> dict[str, Any]:
     return configuration.identity(
-      self.config, self.dataset.fingerprint, self.num_steps
+      self.config, self._fingerprint, self.num_steps
     )
+
+  @property
+  def _fingerprint(self) -> str:
+    """Identifies the training data; with several also by their weights."""
+    if len(self.parts) == 1:
+      return self.parts[0].dataset.fingerprint
+    content = [(part.dataset.fingerprint, part.weight) for part in self.parts]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
   @property
   def peak_clips_per_sec(self) -> float | None:
@@ -132,27 +186,40 @@ class PretrainingCourse(Experiment):
       print(f"compiled the step in {secs:.1f} s", flush=True)
     return lambda state, batch: step(state, batch, rng)
 
-  def describe(self) -> list[cli.Row]:
-    """Returns data, model, masking, devices, batch and steps."""
-    config, dataset = self.config, self.dataset
-    masking = self.task.masking
-    data = cli.Row(
+  def _describe_part(self, part: TrainingData) -> cli.Row:
+    dataset = part.dataset
+    row = cli.Row(
       "data",
       f"{dataset.path}: split '{dataset.split}', records: "
       f"{dataset.num_records}, videos: {dataset.num_videos}",
     )
     if selection := dataset.selection:
-      data.notes.append(
+      row.notes.append(
         f"left out, below data.min_quality={selection.min_quality}: records: "
         f"{selection.num_left_out}, videos: {selection.num_videos_left_out}"
       )
+    if len(self.parts) > 1:
+      share = part.weight / sum(part.weight for part in self.parts)
+      row.notes.append(
+        f"share of the clips: {share:.2%}; train/loss_rec/{part.name}"
+      )
+    return row
+
+  def describe(self) -> list[cli.Row]:
+    """Returns data, model, masking, devices, batch and steps."""
+    config = self.config
+    masking = self.task.masking
+    rows = [self._describe_part(part) for part in self.parts]
+    data = rows[-1]
     unit = config.data.sample_by
     order = config.data.order
     if config.data.shuffle_window:
       order += f" within windows of {config.data.shuffle_window}"
     data.notes.append(f"sampled by {unit}, order {order}")
     num_units = (
-      dataset.num_records if unit == "record" else self.draws.clips_per_epoch
+      sum(dataset.num_records for dataset in self.draws.datasets)
+      if unit == "record"
+      else self.draws.clips_per_epoch
     )
     if num_units < self.batch_size:
       data.notes.append(
@@ -185,7 +252,7 @@ class PretrainingCourse(Experiment):
       )
     num_params = count(self.shapes.params)
     return [
-      data,
+      *rows,
       cli.Row("model", f"{num_params / 1e6:.1f}M parameters, {config.dtype}"),
       cli.Row(
         "masking",

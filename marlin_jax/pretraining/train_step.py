@@ -117,6 +117,8 @@ class Trainer:
     placement: placement of tokens and weights on a mesh; None: on one device.
     matmul_precision: precision of float32 matmuls, as jax names it; 'default':
       that of jax's configuration.
+    datasets: names of the data sets that clips are drawn from; () for one.
+    first_ids: first of the record numbers of each, in the batch's `_id`.
     spike_sigmas: a step changes nothing if its loss or gradient norm is more
       than so many standard deviations above the recent mean; 0: no limit.
   """
@@ -133,6 +135,8 @@ class Trainer:
   num_microbatches: int = 1
   placement: partition.Placement | None = None
   matmul_precision: str = "default"
+  datasets: tuple[str, ...] = ()
+  first_ids: tuple[int, ...] = ()
   spike_sigmas: float = 0.0
 
   @contextlib.contextmanager
@@ -246,6 +250,28 @@ class Trainer:
     }
     return jax.tree.map(jnp.add, grad_rec, grad_adv), metrics
 
+  def losses_by_dataset(self, prediction, target, batch):
+    """Returns the parts of each data set's loss, if there are several.
+
+    Args:
+      prediction: the autoencoder's Prediction.
+      target: float32 (B, M, P).
+      batch: with `_id`, int32 (B,).
+
+    Returns:
+      {} for one data set; else `by_dataset` float32 (2, K): sums of the clips'
+      reconstruction losses and numbers of clips of each data set, both over B.
+    """
+    if not self.datasets:
+      return {}
+    errors = jnp.square(prediction.pixels.astype(jnp.float32) - target)
+    number = jnp.searchsorted(
+      jnp.array(self.first_ids), batch["_id"], side="right"
+    )
+    is_of = jax.nn.one_hot(number - 1, len(self.datasets))  # (B, K)
+    means = errors.mean((1, 2))[:, None]
+    return {"by_dataset": jnp.stack([(is_of * means).mean(0), is_of.mean(0)])}
+
   # --- updates ----------------------------------------------------------------
 
   def update_disc(self, state, grads):
@@ -324,7 +350,8 @@ def train_step(
     trainer: structure, optimisers and settings.
     state: the state.
     batch: `video` uint8 (B, T, H, W, 3) and `regions` uint16 (B, T/2, h, w);
-      B is a multiple of `trainer.num_microbatches`.
+      with several `trainer.datasets` also `_id` int32 (B,). B is a multiple of
+      `trainer.num_microbatches`.
     rng: the run's key, the same at every step.
 
   Returns:
@@ -332,17 +359,20 @@ def train_step(
     (so far) and, with the adversarial loss, `loss`, `loss_adv`, `loss_disc`,
     `d_real`, `d_fake`, `adv_pull`, `grad_norm_disc` and, with its penalty,
     `gradient_penalty`; with `trainer.spike_sigmas` also `loss_rec_limit` and
-    `grad_norm_limit`, infinite until there are enough steps.
+    `grad_norm_limit`, infinite until there are enough steps; with several
+    `trainer.datasets` also `loss_rec/NAME` of each, NaN without a clip of it.
   """
   step_rng = jax.random.fold_in(rng, state.step)
   # A key per clip, so that masks do not depend on devices or microbatches.
   keys = jax.random.split(step_rng, batch["video"].shape[0])
-  batch = {"video": batch["video"], "regions": batch["regions"], "keys": keys}
+  names = ("video", "regions", *(("_id",) if trainer.datasets else ()))
+  batch = {name: batch[name] for name in names} | {"keys": keys}
   with trainer.tracing():
     if trainer.num_microbatches == 1:
       new, metrics = _step_whole_batch(trainer, state, batch)
     else:
       new, metrics = _step_microbatches(trainer, state, batch)
+  by_dataset = metrics.pop("by_dataset", None)
   applied = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
   recent = state.recent
   if trainer.spike_sigmas:
@@ -359,6 +389,9 @@ def train_step(
   )
   num_skipped = state.num_skipped + ~applied
   new = new.replace(step=state.step + 1, num_skipped=num_skipped, recent=recent)
+  for i, name in enumerate(trainer.datasets):
+    total, count = by_dataset[:, i]
+    metrics[f"loss_rec/{name}"] = jnp.where(count > 0, total / count, jnp.nan)
   return new, metrics | {"num_skipped": num_skipped.astype(jnp.float32)}
 
 
@@ -387,6 +420,7 @@ def _step_whole_batch(trainer: Trainer, state: TrainState, batch):
     if i:
       prediction, backward = jax.vjp(forward, state.params)
     grad, mae_metrics = trainer.mae_grad(prediction, target, state.disc_params)
+    mae_metrics |= trainer.losses_by_dataset(prediction, target, batch)
     (grads,) = backward(grad)
     state = trainer.update_mae(state, grads)
     metrics |= mae_metrics | {"grad_norm": optax.tree.norm(grads)}
@@ -422,6 +456,7 @@ def _step_microbatches(trainer: Trainer, state: TrainState, batch):
       lambda params: trainer.predict(params, state.fixed, *inputs), state.params
     )
     grad, mae_metrics = trainer.mae_grad(prediction, target, state.disc_params)
+    mae_metrics |= trainer.losses_by_dataset(prediction, target, microbatch)
     return *backward(grad), mae_metrics
 
   if trainer.adversarial.weight:

@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 from marlin_jax.data import loader
 from marlin_jax.data.clips import ClipTaker
-from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.data.sampling import Draws
 from marlin_jax.devices import (
   compilation_cache,
@@ -50,8 +49,7 @@ class Course(Protocol):
 
   Attributes:
     config: configuration of the run; see configs/pretrain_b.py.
-    dataset: training split.
-    draws: its clips by their place in the run.
+    draws: clips of the training split by their place in the run.
     take_clip: turns records into clips; see `loader.train_batches`.
     fields: keys of a batch that the training step gets.
     batch_size: clips per step over all devices.
@@ -65,7 +63,6 @@ class Course(Protocol):
   """
 
   config: ConfigDict
-  dataset: Dataset
   draws: Draws
   take_clip: ClipTaker
   fields: tuple[str, ...]
@@ -228,7 +225,8 @@ def train(
     print(cli.format_rows(rows), flush=True)
   num_values = sum(math.prod(x.shape) for x in jax.tree.leaves(course.shapes))
   watchdog.alive("opening the workdir and checking its checkpoints")
-  with Workdir(path, config, course.dataset, num_values) as workdir:
+  datasets = course.draws.datasets
+  with Workdir(path, config, datasets, num_values) as workdir:
     # --- State ----------------------------------------------------------------
     start_step, checkpoints = workdir.start_step, workdir.checkpoints
     watchdog.alive("restoring the state" if start_step else "the first state")
@@ -257,7 +255,7 @@ def train(
     writer = metrics.MetricWriter(workdir.files.path, start_step=start_step)
     progress = metrics.Progress(course.num_steps, start=start_step)
     skipped = skipped_steps.SkippedSteps(
-      course.dataset,
+      datasets,
       max_in_row=config.max_skipped_steps,
       num_before=int(state.num_skipped),
     )
@@ -318,7 +316,12 @@ def train(
           is_first = step == start_step + 1
           if is_last or is_first or step % config.log_steps == 0:
             report_skipped()
-            row = {f"train/{k}": float(v) for k, v in scalars.items()}
+            row = {
+              f"train/{k}": float(v)
+              for k, v in scalars.items()
+              # The step may have no clip of a data set.
+              if not (k.startswith("loss_rec/") and math.isnan(v))
+            }
             for name, rate in course.learning_rates(state).items():
               row[f"train/{name}"] = rate
             row |= timer.read()

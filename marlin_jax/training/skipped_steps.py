@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from marlin_jax.data.prepared_dataset import Dataset, DatasetError
+from marlin_jax.data.sampling import first_ids
 from marlin_jax.records.cli import UserError
 
 _MAX_NAMES = 16
@@ -58,15 +61,18 @@ class SkippedStep(NamedTuple):
 class SkippedSteps:
   """Detects skipped steps, one step late, when their metrics are ready."""
 
-  def __init__(self, dataset: Dataset, *, max_in_row: int, num_before: int):
+  def __init__(
+    self, datasets: Sequence[Dataset], *, max_in_row: int, num_before: int
+  ):
     """Initialises the counters.
 
     Args:
-      dataset: data set of the clips.
+      datasets: data sets of the clips.
       max_in_row: number of skipped steps in a row that ends the run.
       num_before: skipped steps of the run so far.
     """
-    self._dataset, self._max_in_row = dataset, max_in_row
+    self._datasets, self._max_in_row = datasets, max_in_row
+    self._first_ids = first_ids(datasets)
     self._pending: tuple[int, dict, jax.Array] | None = None
     self._num, self._in_row = num_before, 0
 
@@ -93,7 +99,11 @@ class SkippedSteps:
     limits = {k: values.pop(k) for k in list(values) if k.endswith(_LIMIT)}
     skipped = SkippedStep(
       step,
-      {k: str(v) for k, v in values.items() if not math.isfinite(v)},
+      {
+        name: str(value)
+        for name, value in values.items()
+        if not math.isfinite(value) and not name.startswith("loss_rec/")
+      },
       {
         name: (value, limit)
         for name, value in values.items()
@@ -131,5 +141,7 @@ class SkippedSteps:
     # writes the names.
     if jax.process_index() == 0:
       with contextlib.suppress(DatasetError):
-        return self._dataset.source[index][1].name
+        i = bisect.bisect_right(self._first_ids, index) - 1
+        source = self._datasets[i].source
+        return source[index - self._first_ids[i]][1].name
     return f"record {index}"

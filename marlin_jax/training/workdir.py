@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +74,22 @@ class Workdir:
   files: remote_files.RunFiles
 
   def __init__(
-    self, path: str, config: ConfigDict, dataset: Dataset, num_params: int
+    self,
+    path: str,
+    config: ConfigDict,
+    datasets: Sequence[Dataset],
+    num_params: int,
   ):
     """Stores the arguments; entering the context opens the directory.
 
     Args:
       path: a local path or gs://BUCKET/FOLDER.
       config: configuration of the run.
-      dataset: training data.
+      datasets: training data.
       num_params: float32 values in a checkpoint, for the check of free space.
     """
     self.path = epath.Path(path)
-    self._config, self._dataset = config, dataset
+    self._config, self._datasets = config, datasets
     self._num_params = num_params
     self._is_process_0 = jax.process_index() == 0
 
@@ -120,7 +124,10 @@ class Workdir:
       self.start_step = self.checkpoints.last_saved or 0
       distributed.check_same(
         {
-          f"the data set in {self._dataset.path}": self._dataset.fingerprint,
+          **{
+            f"the data set in {dataset.path}": dataset.fingerprint
+            for dataset in self._datasets
+          },
           f"the last step saved in {self.path}": self.start_step,
         }
       )

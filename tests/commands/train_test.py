@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from marlin_jax.data import sampling
 from marlin_jax.data.clip_geometry import Tubelets
 from marlin_jax.inference.marlin import Marlin
 from tests.support import compile_cache, made_dataset
@@ -295,6 +296,43 @@ def test_a_run_by_subject_resumes_exactly(tmp_path):
   # An epoch has a clip of each of the two subjects.
   num_steps = math.ceil(9 * 2 / TINY["batch_size"])
   assert f"num_steps: was 4, is {num_steps}\n" in message
+
+
+def test_a_run_on_several_data_sets_reports_each_and_resumes_exactly(tmp_path):
+  for name, num_videos in (("few", 2), ("many", 5)):
+    videos = {
+      f"{i}.mp4": [a_record(f"{i}.mp4", num_frames=20)]
+      for i in range(num_videos)
+    }
+    made_dataset.make(tmp_path / name, videos)
+  options = {"data.path": f"{tmp_path}/few:1,{tmp_path}/many:3"}
+  options |= {"batch_size": 8, "clips_per_device": 4}
+  workdir = tmp_path / "run"
+  result = train(workdir, num_steps=4, **options)
+  assert result.returncode == 0, result.stderr
+  assert "share of the clips: 75.00%; train/loss_rec/many" in result.stdout
+  whole = without_step_4(workdir)
+  chosen, _ = sampling._mixed_block((2500, 7500), 0, 0)
+  for step, metrics in whole.items():
+    num_many = chosen[8 * (step - 1) : 8 * step].sum()
+    parts = {"few": (8 - num_many) / 8, "many": num_many / 8}
+    mean = sum(
+      share * metrics[f"train/loss_rec/{name}"]
+      for name, share in parts.items()
+      if share
+    )
+    np.testing.assert_allclose(mean, metrics["train/loss_rec"], rtol=1e-5)
+  result = train(workdir, num_steps=4, **options)
+  assert "resumed from step 3" in result.stdout
+  assert metrics_of(workdir) == whole
+  # Another place does not matter, another weight does.
+  (tmp_path / "many").rename(tmp_path / "moved")
+  options["data.path"] = f"{tmp_path}/few:1,{tmp_path}/moved:3"
+  assert train(workdir, num_steps=4, **options).returncode == 0
+  options["data.path"] = f"{tmp_path}/few:1,{tmp_path}/moved:2"
+  assert "data.fingerprint: was" in refused(
+    train(workdir, num_steps=4, **options)
+  )
 
 
 def test_a_run_on_cpu_tells_what_would_make_it_faster(finished):

@@ -118,7 +118,7 @@ def test_clips_of_one_record_follow_each_other_and_differ(dataset):
 
 def test_evaluation_takes_the_same_clips_every_time(dataset):
   first, again = (
-    list(loader.eval_batches(dataset, TAKE_CLIP, batch_size=4, num_batches=2))
+    list(loader.eval_batches([dataset], TAKE_CLIP, batch_size=4, num_batches=2))
     for _ in range(2)
   )
   assert_same(first, again)
@@ -161,7 +161,7 @@ def test_only_records_of_the_wanted_quality_are_served(mixed, tmp_path):
 def test_evaluation_serves_only_records_of_the_wanted_quality(mixed, tmp_path):
   bad = BadRecords(tmp_path / "bad", limit=1)
   batches = loader.eval_batches(
-    mixed, TAKE_CLIP, batch_size=3, num_batches=2, bad=bad
+    [mixed], TAKE_CLIP, batch_size=3, num_batches=2, bad=bad
   )
   found = [batch["_id"].tolist() for batch in batches]
   assert found == [[1, 1, 5], [5, 5, 5]]

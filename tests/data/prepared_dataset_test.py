@@ -256,7 +256,9 @@ def test_the_shards_are_opened_once_for_all_that_read(
     dataset = prepared_dataset.open_dataset(str(sample_dataset), "train")
     read = dataset.source
     for _ in range(2):
-      list(loader.eval_batches(dataset, take_clip, batch_size=1, num_batches=1))
+      list(
+        loader.eval_batches([dataset], take_clip, batch_size=1, num_batches=1)
+      )
   assert len(read) == len(dataset.source)
   assert len(opened) == 1
 
@@ -294,7 +296,7 @@ def test_too_many_open_files_are_no_damage(
   assert len(dataset.source)  # the first read opens the shard again
   bad = BadRecords(tmp_path / "quarantine.jsonl", limit=100)
   batches = loader.eval_batches(
-    dataset,
+    [dataset],
     TakeClip(Clip(2, 1), tubelet_size=2),
     batch_size=1,
     num_batches=1,

@@ -15,7 +15,9 @@ from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.data.clips import TakeClip
 from marlin_jax.data.sampling import (
   HashedOrder,
+  MixedDraws,
   RecordDraws,
+  SpreadDraws,
   StoredOrder,
   VideoDraws,
 )
@@ -273,6 +275,38 @@ def test_the_draws_of_a_seed_never_change(opened):
     1,
     4,
   ]
+
+
+# --- several data sets --------------------------------------------------------
+
+
+def test_each_data_set_has_its_share_and_its_own_order():
+  parts = [RecordDraws(described(n), seed=n) for n in (7, 1000)]
+  draws = MixedDraws(parts, [1, 3], seed=0)
+  assert draws.datasets == (*parts[0].datasets, *parts[1].datasets)
+  drawn = [draws(position) for position in range(20_000)]
+  for i, share in enumerate((2500, 7500)):
+    for first in (0, 10_000):
+      block = drawn[first : first + 10_000]
+      assert sum(draw.dataset == i for draw in block) == share
+    # Pass after pass, as if the data set were alone.
+    assert [draw.records for draw in drawn if draw.dataset == i] == [
+      parts[i](position).records for position in range(2 * share)
+    ]
+  # They are mixed: the shares hold in short runs, too.
+  firsts = np.array([draw.dataset for draw in drawn]).reshape(-1, 100)
+  assert (np.abs(firsts.sum(1) - 75) < 25).all()
+  assert draws(12_345, 2).dataset == drawn[12_345].dataset
+  copy = pickle.loads(pickle.dumps(draws))
+  assert repr(copy(12_345)) == repr(drawn[12_345])
+
+
+def test_records_of_several_data_sets_are_numbered_on():
+  datasets = [described(5), described(3), described(2)]
+  assert sampling.first_ids(datasets) == [0, 5, 8]
+  draws = SpreadDraws(datasets, 9)
+  assert [draws(i).dataset for i in range(9)] == [0, 1, 2] * 3
+  assert [draws(i).records[0] for i in range(0, 9, 3)] == [0, 1, 3]
 
 
 # --- reading ------------------------------------------------------------------

@@ -215,7 +215,7 @@ def test_the_clips_of_a_batch_do_not_depend_on_who_reads_them(
       rows=rows,
     )
     evaluated = loader.eval_batches(
-      dataset, transform, batch_size=6, num_batches=2, rows=rows
+      [dataset], transform, batch_size=6, num_batches=2, rows=rows
     )
     return [next(made), next(made), *evaluated]
 

@@ -151,7 +151,7 @@ def test_the_clips_of_a_large_skipped_batch_are_not_all_read(
   monkeypatch.setattr(
     RecordSource, "read", lambda *args: reads.append(args) or read(*args)
   )
-  skipped = skipped_steps.SkippedSteps(dataset, max_in_row=3, num_before=0)
+  skipped = skipped_steps.SkippedSteps([dataset], max_in_row=3, num_before=0)
   scalars = {"num_skipped": jnp.int32(1), "loss_rec": jnp.float32(np.nan)}
   skipped.follow(7, scalars, jnp.zeros(4096, jnp.int32))
   monkeypatch.setattr(skipped_steps.jax, "process_index", lambda: process)

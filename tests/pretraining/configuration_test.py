@@ -69,6 +69,10 @@ def test_all_problems_are_reported_together():
     ({"augment.min_crop_ratio": 0.0}, "augment.min_crop_ratio=0.0: expected"),
     ({"augment.max_crop_aspect": 0.5}, "augment.max_crop_aspect=0.5: exp"),
     ({"mask.ratio": 1.0}, "mask.ratio=1.0: expected"),
+    ({"data.path": "a:1,b:0"}, "'b:0' is not FOLDER:WEIGHT with a weight abov"),
+    ({"data.path": "a:x,b:1"}, "'x' is not a weight; expected a folder, or"),
+    ({"data.path": "a:1,:2"}, "':2' is not FOLDER:WEIGHT"),
+    ({"data.path": "a:1,b:1e-5"}, "the weight of b is below 1/10000"),
     (
       {"data.clips_per_record": 3},
       "batch_size=32: expected a multiple of data.clips_per_record=3",
@@ -151,3 +155,15 @@ def test_only_keys_may_be_allowed_to_change():
   config.allow_change = "dtype,optim.b1,data.fingerprint"
   validate(config)
   assert "'beta'" in refuse(allow_change="dtype,beta")
+
+
+def test_data_sets_have_paths_weights_and_names():
+  config = pretrain_b.get_config()
+  config.data.path = "data/ytf"
+  assert configuration.data_sets(config) == [("data/ytf", 1.0, "ytf")]
+  config.data.path = "data/ytf:1, gs://bucket/vox2/:2.5,gs://other/ytf"
+  assert configuration.data_sets(config) == [
+    ("data/ytf", 1.0, "ytf"),
+    ("gs://bucket/vox2/", 2.5, "vox2"),
+    ("gs://other/ytf", 1.0, "ytf_2"),
+  ]

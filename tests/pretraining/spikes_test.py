@@ -107,7 +107,7 @@ def test_a_spike_changes_neither_player_and_is_remembered(batch):
 
 def test_the_report_names_value_and_limit(sample_dataset):
   dataset = open_dataset(str(sample_dataset), "train")
-  skipped = skipped_steps.SkippedSteps(dataset, max_in_row=3, num_before=0)
+  skipped = skipped_steps.SkippedSteps([dataset], max_in_row=3, num_before=0)
   scalars = {
     "num_skipped": 1,
     "loss_rec": 0.5,

@@ -95,7 +95,7 @@ class ExpertEvaluator:
     self._split_name = expert.eval_dataset.split
     self._batches = functools.partial(
       loader.eval_batches,
-      expert.eval_dataset,
+      (expert.eval_dataset,),
       TakeOffsets(settings.num_frames, settings.max_offset),
       batch_size=settings.batch_size,
       num_batches=settings.eval_batches,

@@ -216,7 +216,7 @@ class GeneratorEvaluator:
     )
     self._batches = functools.partial(
       loader.eval_batches,
-      generator.eval_dataset,
+      (generator.eval_dataset,),
       generator.take_clip,
       batch_size=generator.batch_size,
       rows=loader.own_rows(self._split, generator.batch_size),
