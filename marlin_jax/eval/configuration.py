@@ -171,3 +171,9 @@ def _problems(config: ConfigDict) -> Iterator[str]:
   yield from violations(config, KEYS)
   if config.protocol == "paper" and config.pool != "mean":
     yield f"pool={config.pool!r}: expected 'mean' with protocol='paper'"
+  size, patch = config.random.image_size, config.random.patch_size
+  if patch >= 1 and size % patch:
+    yield (
+      f"random.image_size={size}: expected a multiple of "
+      f"random.patch_size={patch}"
+    )

@@ -223,6 +223,11 @@ def test_dfd_gives_the_same_on_two_devices_as_on_one(face_data, tmp_path):
     ({"data.ratio": "0,1"}, ConfigError, r"data.ratio='0,1': expected"),
     ({"mesh.data": 3}, MeshError, "config.mesh.data=3"),
     (
+      {"random.image_size": 100},
+      ConfigError,
+      "random.image_size=100: expected a multiple of random.patch_size=",
+    ),
+    (
       {"protocol": "paper", "pool": "std"},
       ConfigError,
       "pool='std': expected 'mean'",
