@@ -249,8 +249,9 @@ class PredictionLog:
     Raises:
       OutputFolderError: the log is in use, or of other settings.
     """
-    from marlin_jax.records.folders import OutputFolderError
+    from marlin_jax.records.folders import OutputFolderError, check_local
 
+    check_local(path)
     self._table = None if as_json else path
     self._log = path if as_json else path.with_name(f"{path.name}.jsonl")
     self._names = settings["names"]

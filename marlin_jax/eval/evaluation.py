@@ -21,6 +21,7 @@ from marlin_jax.eval.inputs import Inputs, Videos, open_inputs, open_videos
 from marlin_jax.eval.results_folder import ResultsFolder
 from marlin_jax.inference import classifier
 from marlin_jax.records.cli import Row, format_rows
+from marlin_jax.records.folders import check_local
 from marlin_jax.training.configuration import flat
 from marlin_jax.weights import formats
 from marlin_jax.weights.weights import encoder_sha256
@@ -47,6 +48,7 @@ def evaluate(
     UserError: the evaluation is impossible as configured.
   """
   # --- Inputs -----------------------------------------------------------------
+  check_local(config.cache)
   inputs = open_inputs(config, checkpoint, data)
   with ResultsFolder(Path(workdir), inputs.settings) as folder:
     cache = Path(config.cache or folder.path / "features")

@@ -51,6 +51,22 @@ def is_remote(path: str | os.PathLike) -> bool:
   return "://" in os.fspath(path)
 
 
+def check_local(path: str | os.PathLike) -> None:
+  """Refuses a path in a bucket where the output has to be on a disk.
+
+  `Path("gs://bucket/x")` is the relative folder `gs:/bucket/x`, which would be
+  created silently.
+
+  Raises:
+    OutputFolderError: the path begins with a scheme such as gs:.
+  """
+  if re.match(r"[a-z][a-z0-9+.-]+:/", os.fspath(path)):
+    raise OutputFolderError(
+      f"{os.fspath(path)}: this output has to be on a local or network disk; "
+      "copy it to the bucket afterwards, e.g. with gcloud storage cp -r"
+    )
+
+
 class Lock:
   """Keeps other runs out of a folder until closed or until the process ends.
 
@@ -69,6 +85,7 @@ class Lock:
   def __init__(
     self, path: Path, file_name: str | None = None, shared: bool = False
   ) -> None:
+    check_local(path)
     try:
       path.mkdir(parents=True, exist_ok=True)
       self._descriptor = (

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import http.client
 import inspect
+import re
 import shutil
 import urllib.request
 from collections.abc import Mapping
@@ -47,6 +49,8 @@ PUBLISHED = tuple(
 )
 _ADDRESS = "https://github.com/ControlNet/MARLIN/releases/download/model_v1/"
 _TIMEOUT_SECS = 20
+_HUB = "hf://"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _BLOCK_BYTES = 1 << 20
 
 
@@ -83,6 +87,7 @@ def format_of(path: Path) -> str:
     for name, matches in (
       ("safetensors", safetensors_folder.is_native),
       ("hf", huggingface.is_huggingface),
+      ("marlin", marlin_pytorch.is_hub_folder),
       ("orbax", run_checkpoint.is_run),
     ):
       if matches(path):
@@ -93,8 +98,8 @@ def format_of(path: Path) -> str:
     return "videomae"
   raise WeightsError(
     f"{path} has an unknown format: expected a folder with config.json and "
-    "model.safetensors (marlin_jax or HuggingFace VideoMAE), the workdir of a "
-    "run, the authors' .pt or .ckpt, or VideoMAE's .pth"
+    "model.safetensors (marlin_jax, HuggingFace VideoMAE or the authors'), the "
+    "workdir of a run, the authors' .pt or .ckpt, or VideoMAE's .pth"
   )
 
 
@@ -167,13 +172,14 @@ def call(function, path, action: str, options: dict, *args):
 
 
 def resolve(source: str, *, full: bool = False) -> Path:
-  """Returns the file of a published model, downloaded on first use, or a path.
+  """Returns a path, or the place of a model that is downloaded on first use.
 
   The file is kept in `$MARLIN_HOME/models` (by default in
   ~/.cache/marlin_jax/models). Without a network, put it there by hand.
 
   Args:
-    source: one of PUBLISHED, or a path, which is returned as it is.
+    source: one of PUBLISHED; OWNER/NAME or hf://OWNER/NAME on the HuggingFace
+      hub, which needs the extra 'hub'; or a path, which is returned as it is.
     full: use the file with the decoder instead of the encoder alone.
 
   Raises:
@@ -182,15 +188,45 @@ def resolve(source: str, *, full: bool = False) -> Path:
   if source not in PUBLISHED:
     if Path(source).expanduser().exists():
       return Path(source).expanduser()
+    if source.startswith(_HUB) or _HUB_ID.fullmatch(source):
+      return _from_hub(source.removeprefix(_HUB))
     raise WeightsError(
       f"no weights at '{source}': neither a file nor a folder, nor one of the "
-      f"published models {', '.join(PUBLISHED)}"
+      f"published models {', '.join(PUBLISHED)}, nor OWNER/NAME on the "
+      "HuggingFace hub"
     )
   name = f"{source}.{'full' if full else 'encoder'}.pt"
   path = folders.cache_home() / "models" / name
   if not path.is_file():
     _download(_ADDRESS + name, path)
   return path
+
+
+def _from_hub(name: str) -> Path:
+  """Downloads a folder of the HuggingFace hub, or finds it in its cache.
+
+  Raises:
+    WeightsError: huggingface_hub is missing, or there is no such folder.
+  """
+  try:
+    import huggingface_hub
+  except ImportError as e:
+    raise WeightsError(
+      f"no weights at '{name}'. If it is on the HuggingFace hub: pip install "
+      "'marlin-jax[hub]'"
+    ) from e
+  try:
+    # Files that are data; code of a repository is never fetched.
+    folder = huggingface_hub.snapshot_download(
+      name, allow_patterns=["*.json", "*.safetensors", "pytorch_model.bin"]
+    )
+  except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
+    reason = str(e).strip().partition("\n")[0]
+    raise WeightsError(
+      f"'{name}' is no file or folder here, and cannot be fetched from the "
+      f"HuggingFace hub: {reason}"
+    ) from e
+  return Path(folder)
 
 
 def _download(address: str, path: Path) -> None:
@@ -211,7 +247,7 @@ def _download(address: str, path: Path) -> None:
         shutil.copyfileobj(response, progress, _BLOCK_BYTES)
       if size and file.tell() != size:
         raise OSError(f"received {file.tell()} of {size} bytes")
-  except OSError as e:  # URLError is one
+  except (OSError, http.client.HTTPException) as e:  # URLError is an OSError
     raise WeightsError(
       f"{path.name} could not be downloaded from {address}: {e}\nWithout a "
       f"network, download that file elsewhere and put it at {path}, or give "

@@ -123,7 +123,7 @@ def read(path: Path, *, drop_classifier: bool = False) -> Weights:
       f"{path}: expected a folder whose {safetensors_folder.CONFIG} says "
       "model_type 'videomae'"
     )
-  theirs = safetensors_folder.load_arrays(path / safetensors_folder.ARRAYS)
+  theirs = safetensors_folder.load_shards(path)
   # Some files use the names of the module, query.bias for q_bias.
   theirs = {
     re.sub(r"\.(query|value)\.bias$", lambda m: f".{m[1][0]}_bias", key): value

@@ -1,8 +1,9 @@
-"""The authors' format: .encoder.pt, .full.pt and Lightning's .ckpt.
+"""The authors' format: .encoder.pt, .full.pt, Lightning's .ckpt, hub folders.
 
 `marlin_pytorch.Marlin.from_file` opens these files (METHOD section 5). Input
 and targets are plain pixels in [0, 1]. The files hold neither that nor the
-number of heads.
+number of heads. The authors' folders on the HuggingFace hub hold the same
+arrays as safetensors, with sizes in config.json, whose model_type is 'marlin'.
 """
 
 from __future__ import annotations
@@ -13,12 +14,18 @@ from pathlib import Path
 import numpy as np
 
 from marlin_jax.models.vit import NORM_EPS
-from marlin_jax.weights import name_tables, torch_files
+from marlin_jax.weights import name_tables, safetensors_folder, torch_files
 from marlin_jax.weights.architecture import Architecture
 from marlin_jax.weights.weights import Weights, WeightsError, eps_notice
 
 _SUFFIXES = (".pt", ".ckpt")
+# Module of the hub's class that holds the network.
+_HUB_PREFIX = "marlin."
 _MLP = ("mlp.layers.0.linear", "mlp.layers.1.linear")
+
+
+def is_hub_folder(path: Path) -> bool:
+  return safetensors_folder.read_config(path).get("model_type") == "marlin"
 
 
 def rules(architecture: Architecture) -> list[name_tables.Rule]:
@@ -61,20 +68,25 @@ def read(
   dec_num_heads: int = 0,
   image_size: int = 224,
 ) -> Weights:
-  """Reads a .pt or .ckpt file; a .ckpt file with its discriminator.
+  """Reads a .pt or .ckpt file, a .ckpt with its discriminator, or a folder.
 
   Args:
-    path: the file.
-    num_heads: attention heads of the encoder; 0: those of the published network
-      of this width.
+    path: the file, or a folder from the hub.
+    num_heads: attention heads of the encoder; 0: as config.json of a folder, or
+      those of the published network of this width.
     dec_num_heads: attention heads of the decoder; 0: likewise.
-    image_size: height and width of a frame in pixels, which the file does not
+    image_size: height and width of a frame in pixels, which a file does not
       hold.
 
   Raises:
     WeightsError: see torch_files.load and name_tables.read.
   """
   theirs, source = load_state(path), str(path)
+  if path.is_dir():
+    config = safetensors_folder.read_config(path)
+    num_heads = num_heads or config.get("encoder_num_heads") or 0
+    dec_num_heads = dec_num_heads or config.get("decoder_num_heads") or 0
+    image_size = config.get("img_size") or image_size
   width, tubelet_size, patch_size = name_tables.patch_sizes(
     theirs, "encoder.patch_embedding.projection.weight", source
   )
@@ -121,11 +133,17 @@ def read(
 
 
 def load_state(path: Path) -> dict[str, np.ndarray]:
-  """Returns the arrays of a .pt or .ckpt file by their names in it.
+  """Returns the arrays of a file or folder by their names in a .pt file.
 
   Raises:
     WeightsError: the file has another suffix; see also torch_files.load.
   """
+  if path.is_dir():
+    arrays = safetensors_folder.load_shards(path)
+    return {
+      name.removeprefix(_HUB_PREFIX): np.asarray(array, np.float32)
+      for name, array in arrays.items()
+    }
   if path.suffix not in _SUFFIXES:
     raise WeightsError(
       f"{path}: the authors' files end in {' or '.join(_SUFFIXES)}"

@@ -14,6 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from marlin_jax.records import folders
+from marlin_jax.weights import torch_files
 from marlin_jax.weights.architecture import Architecture
 from marlin_jax.weights.weights import Weights, WeightsError
 
@@ -66,6 +67,32 @@ def write(weights: Weights, path: Path) -> list[str]:
   }
   save_config(config, path)
   return []
+
+
+def load_shards(path: Path) -> dict:
+  """Returns the arrays of a folder as HuggingFace writes it.
+
+  In order of preference: model.safetensors, the files that
+  model.safetensors.index.json lists, pytorch_model.bin.
+
+  Raises:
+    WeightsError: a file is missing or damaged.
+  """
+  if (path / ARRAYS).exists():
+    return load_arrays(path / ARRAYS)
+  file_of = read_config(path, f"{ARRAYS}.index.json").get("weight_map", {})
+  if file_of:
+    names = sorted(set(file_of.values()))
+    if foreign := [name for name in names if Path(name).name != name]:
+      raise WeightsError(f"{path}: its index names '{foreign[0]}'")
+    shards = [load_arrays(path / name) for name in names]
+    return {name: array for shard in shards for name, array in shard.items()}
+  pickled = path / "pytorch_model.bin"
+  if pickled.exists():
+    return torch_files.to_numpy(torch_files.load(pickled), pickled)
+  raise WeightsError(
+    f"{path} has none of {ARRAYS}, {ARRAYS}.index.json and pytorch_model.bin"
+  )
 
 
 def load_arrays(path: Path) -> dict:

@@ -301,6 +301,14 @@ def test_a_workdir_gives_the_same_scores_as_its_exported_weights(
   assert metric(runs[0], "knn") > 0.9
 
 
+def test_a_bucket_is_no_workdir(face_data, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for workdir, cache in (("gs://bucket/far", ""), ("far", "gs://bucket/x")):
+    with pytest.raises(OutputFolderError, match="local or network disk"):
+      run(eval_far, workdir, face_data, tasks="mood", cache=cache)
+  assert not (tmp_path / "gs:").exists()
+
+
 def test_a_folder_of_something_else_is_no_workdir(tmp_path):
   (tmp_path / "results.json").write_text("of the user")
   with pytest.raises(OutputFolderError, match=r"results\.json"):
