@@ -39,9 +39,9 @@ def get_config():
   config.data.path = "sample"
   # Split to train on.
   config.data.split = "train"
-  # Split for the reconstruction loss and the pictures; set it to 'val' if the
-  # data set has such a split.
-  config.data.eval_split = "train"
+  # Split for the reconstruction loss and the pictures. '': 'val' if the data
+  # set has it, else data.split.
+  config.data.eval_split = ""
   # Tracks of a lower quality (docs/DATA.md) are not trained on; evaluation uses
   # all tracks. 0: use all tracks.
   config.data.min_quality = 0.0

@@ -93,11 +93,8 @@ def _train(config, workdir, watchdog):
       with distributed.process_0_first():
         index = segment_indexing.open_index(dataset, cache)
     parts.append(TrainingData(dataset, index, data.name, data.weight))
-  # Without the quality threshold, so that runs with different thresholds
-  # evaluate the same clips.
   eval_datasets = [
-    prepared_dataset.open_dataset(data.path, config.data.eval_split)
-    for data in data_sets
+    _open_evaluation(data.path, config.data) for data in data_sets
   ]
   probe_path = config.probe.path or data_sets[0].path
   if config.probe.steps:
@@ -115,6 +112,28 @@ def _train(config, workdir, watchdog):
     return _evaluations(course, eval_datasets, probe_path, workdir, alive)
 
   return loop.train(course, make_evaluations, workdir, watchdog)
+
+
+def _open_evaluation(path, settings):
+  """Opens the split of a data set that the run is evaluated on."""
+  import jax
+
+  from marlin_jax.data import prepared_dataset
+
+  split = settings.eval_split
+  if not split and prepared_dataset.has_split(path, "val"):
+    split = "val"
+  elif not split:
+    split = settings.split
+    if jax.process_index() == 0:
+      print(
+        f"note: {path} has no split 'val': evaluated on '{split}', which is "
+        "trained on; prepare with --val_ratio, or set config.data.eval_split",
+        flush=True,
+      )
+  # Without the quality threshold, so that runs with different thresholds
+  # evaluate the same clips.
+  return prepared_dataset.open_dataset(path, split)
 
 
 def _evaluations(course, datasets, probe_path, workdir, alive):

@@ -82,6 +82,13 @@ class OpenFilesError(UserError):
   """More open files are needed than a process may have; nothing is damaged."""
 
 
+def has_split(path: str, split: str) -> bool:
+  """Returns True if a prepared data set has a split of this name."""
+  file = epath.Path(path) / folders.DATASET_INFO
+  info = json.loads(file.read_text())
+  return split in {s["name"] for s in info["splits"]}
+
+
 def open_dataset(path: str, split: str, min_quality: float = 0.0) -> Dataset:
   """Opens a split of a data set; reads its description and checks its shards.
 

@@ -55,22 +55,31 @@ class Reconstruction:
         **dict.fromkeys(_SCALARS, everywhere),
       },
     )
-    batch_size = config.batch_size // trainer.num_microbatches
-    self._batches = functools.partial(
+    self._num_parts = trainer.num_microbatches
+    part_size = config.batch_size // self._num_parts
+    self._parts = functools.partial(
       loader.eval_batches,
       datasets,
       course.take_clip.without_augmentation(),
-      batch_size=batch_size,
-      rows=loader.own_rows(self._split, batch_size),
+      batch_size=part_size,
+      rows=loader.own_rows(self._split, part_size),
       bad=bad,
     )
     self._key = jax.random.key(config.seed)
 
   def _results(self, state: TrainState, num_batches: int):
-    batches = self._batches(num_batches=num_batches)
-    for i, batch in enumerate(loader.to_devices(batches, self._split)):
-      rng = jax.random.fold_in(self._key, i)
-      yield batch, self._reconstruct(state, batch, rng)
+    """Yields each part of the batches and its reconstruction.
+
+    Clips and masks do not depend on the number of parts, and with it on the
+    memory of the devices.
+    """
+    size, num_parts = self._config.batch_size, self._num_parts
+    parts = self._parts(num_batches=num_batches * num_parts)
+    for i, part in enumerate(loader.to_devices(parts, self._split)):
+      number, place = divmod(i, num_parts)
+      keys = jax.random.split(jax.random.fold_in(self._key, number), size)
+      keys = keys.reshape(num_parts, -1)[place]
+      yield part, self._reconstruct(state, part, keys)
 
   def losses(self, state: TrainState) -> Result:
     """Returns the losses of `train_step.reconstruct`, averaged over clips."""

@@ -489,7 +489,7 @@ def _mean_over(microbatches, function: Callable[[Pytree], Pytree]) -> Pytree:
 
 
 def reconstruct(
-  trainer: Trainer, state: TrainState, batch: dict, rng: jax.Array
+  trainer: Trainer, state: TrainState, batch: dict, keys: jax.Array
 ) -> dict[str, jax.Array]:
   """Masks and reconstructs clips with the state's best parameters.
 
@@ -497,7 +497,7 @@ def reconstruct(
     trainer: structure, optimisers and settings.
     state: the state.
     batch: see `train_step`.
-    rng: key of the masks.
+    keys: B jax keys of the masks.
 
   Returns:
     See pretext_task.reconstruct_batch.
@@ -507,7 +507,6 @@ def reconstruct(
     prediction = trainer.predict(state.best_params, state.fixed, *inputs)
     return prediction.pixels.astype(jnp.float32)
 
-  keys = jax.random.split(rng, batch["video"].shape[0])
   with trainer.tracing():
     return pretext_task.reconstruct_batch(
       trainer.task,

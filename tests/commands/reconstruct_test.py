@@ -117,7 +117,7 @@ def test_losses_equal_those_of_the_training_evaluation(batch, norm_pix):
   )
   state = train_step.init_state(trainer, params, fixed, {})
   expected = jax.jit(functools.partial(train_step.reconstruct, trainer))(
-    state, batch, jax.random.key(3)
+    state, batch, jax.random.split(jax.random.key(3), len(batch["video"]))
   )
   np.testing.assert_array_equal(result.visible, expected["visible"])
   np.testing.assert_allclose(

@@ -214,7 +214,7 @@ def test_clips_of_one_colour_give_finite_gradients(batch):
 def test_reconstruct_keeps_visible_pixels_and_counts_the_rest(batch, norm_pix):
   trainer, state = make(norm_pix=norm_pix)
   result = jax.jit(functools.partial(train_step.reconstruct, trainer))(
-    state, batch, jax.random.key(0)
+    state, batch, jax.random.split(jax.random.key(0), BATCH_SIZE)
   )
   tokens = TUBELETS.patchify(batch["video"] / np.float32(255))
   made = TUBELETS.patchify(np.asarray(result["video"]))
