@@ -40,6 +40,7 @@ from data_prep.sources.listing import Label
 from data_prep.sources.manifest import Input, Source
 from data_prep.video import video_to_records
 from marlin_jax.records import (
+  cli,
   folders,
   quality_index,
   schema,
@@ -100,6 +101,7 @@ def counts(entries: Iterable[Entry]) -> dict[str, int]:
 class DatasetFolder:
   """The folder of a data set, locked while open; a context manager."""
 
+  @cli.without_collector
   def __init__(
     self,
     path: Path,
@@ -304,13 +306,14 @@ class DatasetFolder:
     if not path.exists():
       return []
     try:
-      lines = path.read_text(encoding="utf-8").splitlines()
-      return [Entry(**ledger.parse_json(line)) for line in lines]
-    except (ValueError, TypeError) as e:
+      with path.open(encoding="utf-8") as lines:
+        return [Entry.from_line(line) for line in lines]
+    except (ValueError, TypeError, KeyError) as e:
       raise OutputFolderError(
         f"{path} is damaged ({e}); restore it, or choose another --output"
       ) from e
 
+  @cli.without_collector
   def plan(
     self, settings: video_to_records.Settings, retry_quarantined: bool
   ) -> Plan:
@@ -326,12 +329,15 @@ class DatasetFolder:
 
     def holds(entry: Entry | None, source: Source, since: float) -> bool:
       """Returns True if an entry, written at `since`, is still valid."""
-      if entry is None or entry.is_failed:
+      if entry is None:
         return False
-      if entry.status == video_to_records.QUARANTINED and (
-        retry_quarantined or entry.limits != limits
-      ):
-        return False
+      if entry.status != video_to_records.KEPT:
+        if entry.is_failed:
+          return False
+        if entry.status == video_to_records.QUARANTINED and (
+          retry_quarantined or entry.limits != limits
+        ):
+          return False
       return ledger.is_of(entry, source, since)
 
     todo: list[Source] = []
@@ -461,7 +467,7 @@ class DatasetFolder:
         for _, entry in sorted(self._written.get(name, {}).items())
         if entry.num_records
       ]
-      data = quality_index.pack(entry.quality for entry in entries)
+      data = quality_index.pack_rows(*ledger.quality_rows(entries))
       yield self.path / quality_index.name_for(names[0]), data
       path = self.path / segment_index.name_for(names[0])
       yield path, ledger.packed_segments(entries)
@@ -513,7 +519,7 @@ class DatasetFolder:
     """
     if not folders.is_remote(self.path):  # objects cannot grow
       ledger.append_lines(self.path / folders.QUARANTINE, refused([entry]))
-    self._processed[entry.video_id] = entry
+    self._processed[entry.video_id] = entry.packed()
     self._todo.discard(entry.video_id)
     shard = self._shard_of(self._sources[entry.video_id])
     return shard if self.is_complete(shard) else None
@@ -568,14 +574,16 @@ class DatasetFolder:
   def _take(self, shard: str, note: dict[str, Any]) -> None:
     self._hashes[shard] = note["sha256"]
     self._written[shard] = {
-      line["video_id"]: Entry(**line) for line in note["videos"]
+      line["video_id"]: Entry(**line).packed() for line in note["videos"]
     }
 
   def write_ledgers(self) -> None:
     """Writes ledger, quarantine and hashes; call it after all shards."""
-    lines = [dataclasses.asdict(entry) for entry in self.entries]
+    entries = self.entries
+    lines = (entry.to_line() for entry in entries)
     ledger.write_lines(self.path / folders.VIDEOS, lines)
-    ledger.write_lines(self.path / folders.QUARANTINE, refused(self.entries))
+    lines = ledger.as_lines(refused(entries))
+    ledger.write_lines(self.path / folders.QUARANTINE, [lines])
     hashes = {s: self._hashes[s] for s in self._shards if s in self._hashes}
     ledger.write_json(self.path / folders.HASHES, hashes, indent=2)
 

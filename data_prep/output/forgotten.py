@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Self
 
 from data_prep.output import ledger
+from data_prep.sources.listing import fragment_of
 from data_prep.sources.manifest import Source
 from marlin_jax.records import folders
 
@@ -90,7 +90,7 @@ def _id_of(name: str, known: set[str]) -> str:
 
 def _file_of(video_id: str) -> str:
   """Returns the file of a video that may be a span of it."""
-  return re.split(r"#(?:t|box)=", video_id, maxsplit=1)[0]
+  return video_id.removesuffix(fragment_of(video_id))
 
 
 def _hash(kind: str, name: str) -> str:

@@ -46,7 +46,12 @@ class ShardJob:
 
   def to_json(self) -> str:
     """Returns one line; `from_json` is the inverse."""
-    return json.dumps(dataclasses.asdict(self), default=os.fspath)
+    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    for name in ("written", "processed"):
+      entries = fields[name].items()
+      fields[name] = {key: entry.to_fields() for key, entry in entries}
+    fields["todo"] = [dataclasses.asdict(source) for source in self.todo]
+    return json.dumps(fields, default=os.fspath)
 
   @classmethod
   def from_json(cls, line: str) -> ShardJob:
@@ -93,7 +98,7 @@ class ShardJob:
     if not (digest and self._records_stay(in_order)):
       digest = self._write_ready(in_order)
     entries = {entry.video_id: entry for entry, _, _ in in_order}
-    lines = [dataclasses.asdict(entry) for entry in entries.values()]
+    lines = [entry.to_fields() for entry in entries.values()]
     ledger.write_json(
       note_path(self.output, self.shard),
       {"sha256": digest, "job": self.job_id, "videos": lines},

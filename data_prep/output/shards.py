@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import math
@@ -247,7 +246,7 @@ class PartWriter:
     self._close()
     if entry.num_records:
       storage.publish(self._partial, self._part.records)
-    ledger.write_json(self._part.line, dataclasses.asdict(entry))
+    ledger.write_json(self._part.line, entry.to_fields())
 
   def _close(self) -> None:
     if self._writer is not None:

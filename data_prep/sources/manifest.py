@@ -29,7 +29,7 @@ from data_prep.sources.listing import (
   Row,
   missing_notes,
 )
-from marlin_jax.records import folders
+from marlin_jax.records import cli, folders
 from marlin_jax.records.cli import counted
 
 MANIFEST_SUFFIXES = (".csv", ".txt")
@@ -45,7 +45,7 @@ _MAX_LABEL = 3.4e38
 _LABEL = re.compile(r"[a-z][a-z0-9_]*")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Source:
   """A video to prepare.
 
@@ -58,6 +58,8 @@ class Source:
     labels: numbers by label; NaN if unknown.
     frame_rate: frames per second of a folder of pictures; 0 for a video.
     part: part of the file that is the video.
+    status: size in bytes and time of the last change of the file when it was
+      listed; None where that was not asked for.
   """
 
   video_id: str
@@ -69,6 +71,9 @@ class Source:
   )
   frame_rate: float = 0.0
   part: Part = WHOLE
+  status: tuple[int, float] | None = dataclasses.field(
+    default=None, compare=False, repr=False
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +107,7 @@ def read_sources(
   return read_input(source, root).sources
 
 
+@cli.without_collector
 def read_input(
   source: str | os.PathLike,
   root: str | os.PathLike | None = None,
@@ -141,16 +147,17 @@ def read_input(
   root = None if root is None else storage.path_of(root)
   listing = _listing(source, root, layout, follow_links)
   problems = list(listing.problems)
-  modes = _Modes(listing.root, follow_links)
-  rows, num_listed = [], len(listing.rows)
+  statuses_of = _Statuses(listing.root, follow_links)
+  rows, statuses, num_listed = [], [], len(listing.rows)
   for row in listing.rows:
     try:
-      problem = _problem(row, listing.root, modes)
+      problem, status = _problem(row, listing.root, statuses_of)
     except FileNotFoundError as e:
       if skip_missing:
         continue
-      problem = f"{_shown(row.path)}: {e.strerror}"
+      problem, status = f"{_shown(row.path)}: {e.strerror}", None
     rows.append(row)
+    statuses.append(status)
     if problem is not None:
       problems.append((row.number, problem))
   num_missing = num_listed - len(rows)
@@ -187,8 +194,9 @@ def read_input(
       labels=row.labels,
       frame_rate=row.frame_rate,
       part=row.part,
+      status=status,
     )
-    for row in listing.rows
+    for row, status in zip(rows, statuses, strict=True)
   ]
   sources.sort(key=lambda source: source.video_id)
   return Input(
@@ -249,8 +257,8 @@ def split_of(name: str, val_ratio: float, test_ratio: float = 0.0) -> str:
 # --- Checking rows ------------------------------------------------------------
 
 
-class _Modes:
-  """Reads file modes, each folder only once, since network disks are slow."""
+class _Statuses:
+  """Asks for files, and once for each folder: network disks are slow."""
 
   def __init__(self, root: Path, follow_links: bool) -> None:
     self._follow_links = follow_links
@@ -258,20 +266,20 @@ class _Modes:
     # By folder.
     self._are_below = {str(root): True, "": False, "/": False}
 
-  def __call__(self, path: str) -> int | None:
-    """Returns the mode, None if links lead out of the root.
+  def __call__(self, path: str) -> os.stat_result | None:
+    """Returns the status, None if links lead out of the root.
 
     Raises:
       OSError: there is no such file.
     """
     if self._follow_links:
-      return os.stat(path).st_mode
+      return os.stat(path)
     if not self._is_below(os.path.dirname(path)):
       return None
-    mode = os.lstat(path).st_mode
-    if not stat.S_ISLNK(mode):
-      return mode
-    return os.stat(path).st_mode if is_below(path, self._real_root) else None
+    status = os.lstat(path)
+    if not stat.S_ISLNK(status.st_mode):
+      return status
+    return os.stat(path) if is_below(path, self._real_root) else None
 
   def _is_below(self, folder: str) -> bool:
     """Returns `is_below` of a folder, with one request to the disk."""
@@ -286,38 +294,47 @@ class _Modes:
     return found
 
 
-def _problem(row: Row, root: Path, modes: _Modes) -> str | None:
-  """Returns the problem of a row, if any; reads the mode, opens nothing.
+def _problem(
+  row: Row, root: Path, statuses: _Statuses
+) -> tuple[str | None, tuple[int, float] | None]:
+  """Returns the problem of a row, if any, and its file's size and last change.
+
+  Opens nothing.
 
   Raises:
     FileNotFoundError: its file is missing.
   """
   problem = _text_problem(row)
   if problem is not None:
-    return problem
+    return problem, None
   if folders.is_remote(root):
     # Buckets have no links, and a request for each of a million rows takes
     # hours. A missing file is reported when it is downloaded.
-    return None
-  shown = _shown(row.path)
+    return None, None
   try:
-    mode = modes(os.path.join(root, row.path))
+    status = statuses(os.path.join(root, row.path))
   except OSError as e:
     # A colon alone is valid: 'Part 1: the start.mp4' may exist.
+    shown = _shown(row.path)
     if _ADDRESS.match(row.path):
-      return f"{shown} is an address, not a path"
+      return f"{shown} is an address, not a path", None
     if isinstance(e, FileNotFoundError):
       raise
-    return f"{shown}: {e.strerror}"
-  if mode is None:
-    return files.outside(row.path)
+    return f"{shown}: {e.strerror}", None
+  if status is None:
+    return files.outside(row.path), None
   if row.frame_rate:
-    return None if stat.S_ISDIR(mode) else f"{shown} is not a folder"
-  return None if stat.S_ISREG(mode) else f"{shown} is not a regular file"
+    # The pictures count, not the folder.
+    is_right, kind, found = stat.S_ISDIR(status.st_mode), "folder", None
+  else:
+    is_right, kind = stat.S_ISREG(status.st_mode), "regular file"
+    found = status.st_size, status.st_mtime
+  if not is_right:
+    return f"{_shown(row.path)} is not a {kind}", None
+  return None, found
 
 
 def _text_problem(row: Row) -> str | None:
-  shown = _shown(row.path)
   for name in csv_table.COLUMNS:
     value = getattr(row, name)
     if not _is_plain(value):
@@ -329,11 +346,13 @@ def _text_problem(row: Row) -> str | None:
   if not row.path.strip():
     return "the path is empty"
   if row.path.startswith(("/", "\\")):
-    return f"{shown} is absolute, expected a path relative to the root"
-  if ".." in row.path.split("/"):
-    return f"{shown} leads out of the root"
+    return (
+      f"{_shown(row.path)} is absolute, expected a path relative to the root"
+    )
+  if ".." in row.path and ".." in row.path.split("/"):
+    return f"{_shown(row.path)} leads out of the root"
   problem = row.part.problem()
-  return f"{shown}: {problem}" if problem else None
+  return f"{_shown(row.path)}: {problem}" if problem else None
 
 
 def _group_problems(rows: list[Row]) -> list[tuple[int, str]]:
@@ -357,6 +376,8 @@ def _group_problems(rows: list[Row]) -> list[tuple[int, str]]:
         f"has{_in(with_split)}"
       )
       problems.append((row.number, problem))
+    if with_split is None:
+      continue
     # The parts of a file show one person, if nobody is named.
     who = f"file {_shown(posixpath.normpath(row.path))}"
     if row.subject_id:

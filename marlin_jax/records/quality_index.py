@@ -65,11 +65,24 @@ def pack(videos: Iterable[Sequence[Sequence[float]]]) -> bytes:
   Args:
     videos: for each video the rows of its records, results of `row_of`.
   """
-  rows = (
-    (number, *row) for number, video in enumerate(videos) for row in video
-  )
+  videos = list(videos)
+  numbers = np.repeat(np.arange(len(videos)), [*map(len, videos)])
+  rows = np.array([row for video in videos for row in video], np.float64)
+  return pack_rows(numbers, rows.reshape(-1, len(DTYPE) - 1))
+
+
+def pack_rows(numbers: np.ndarray, rows: np.ndarray) -> bytes:
+  """Returns the bytes of the index.
+
+  Args:
+    numbers: int (N,), the number of each row's video.
+    rows: float64 (N, 5), results of `row_of`.
+  """
+  table = np.empty(len(rows), DTYPE)
+  for name, column in zip(DTYPE.names, (numbers, *rows.T), strict=True):
+    table[name] = column
   file = io.BytesIO()
-  np.save(file, np.fromiter(rows, DTYPE), allow_pickle=False)
+  np.save(file, table, allow_pickle=False)
   return file.getvalue()
 
 

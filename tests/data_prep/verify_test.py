@@ -78,7 +78,7 @@ def edit_ledger(dataset: Path, video: str, **changes) -> None:
   for line in lines:
     if line["video_id"] == video:
       line.update(changes)
-  ledger.write_lines(path, lines)
+  ledger.write_lines(path, (json.dumps(line) + "\n" for line in lines))
 
 
 def problems(dataset: Path) -> list[tuple[str, str, str]]:
