@@ -235,16 +235,17 @@ def quality_rows(entries: Iterable[Entry]) -> tuple[np.ndarray, np.ndarray]:
   """Returns the qualities of all records of many videos.
 
   Args:
-    entries: the videos, each with at least one record.
+    entries: the videos.
 
   Returns:
     int (N,), the number of each record's video; float64 (N, 5), its row.
   """
   counts, parts, texts = [], [np.zeros(0)], []
   for entry in entries:
-    counts.append(entry.num_records)
     rows = entry.quality
-    texts.append(rows.text if isinstance(rows, Rows) else json.dumps(rows))
+    text = rows.text if isinstance(rows, Rows) else json.dumps(rows)
+    counts.append(text.count("[") - 1)
+    texts += [text] if counts[-1] else []
     if len(texts) == _TEXTS_AT_A_TIME:
       parts.append(_numbers(texts))
       texts = []
