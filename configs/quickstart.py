@@ -15,6 +15,8 @@ def get_config():
   config.num_epochs = 0.0
   config.num_steps = 1200
 
+  # There is one video with a face: each of its records once per pass.
+  config.data.sample_by = "record"
   config.data.num_frames = 4
   config.data.stride = 4
   config.mask.ratio = 0.5

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import os
 import resource
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
 from marlin_jax.records import cli, folders, quality_index, schema
@@ -26,6 +28,13 @@ from marlin_jax.records.quality_index import Selection
 _SHARD_MARK = ".array_record-"
 # Numbers of records that are hashed at once.
 _CHUNK = 1 << 20
+# Options for random access.
+_READER_OPTIONS = "readahead_buffer_size:0"
+_BUFFER_BYTES = 1 << 15
+# A reader keeps 8 bytes for each record of its shard in memory, 160 MB for so
+# many records. Beyond them it looks up each record in the file.
+_MAX_INDEXED = 20_000_000
+_UNINDEXED = ",index_storage_option:offloaded,footer_prefetch_bytes:0"
 # Room for files beside the shards: libraries, checkpoints, sockets.
 _NUM_OTHER_FILES = 512
 
@@ -38,6 +47,7 @@ class Dataset:
     path: folder of the data set.
     split: TFDS split.
     shards: paths of the split's shards, in order.
+    lengths: number of records in each shard.
     num_records: track segments that are served.
     num_videos: source videos of these segments.
     fingerprint: sha256 over the split's content and the selection; identifies
@@ -49,6 +59,7 @@ class Dataset:
   path: str
   split: str
   shards: tuple[str, ...]
+  lengths: tuple[int, ...]
   num_records: int
   num_videos: int
   fingerprint: str
@@ -62,11 +73,7 @@ class Dataset:
 
   @functools.cached_property
   def source(self) -> RecordSource:
-    """The stored records; opened once.
-
-    Raises:
-      DatasetError, OpenFilesError: see `RecordSource`.
-    """
+    """The stored records; each shard is opened once."""
     return RecordSource(self)
 
   def record_number(self, position: int) -> int:
@@ -133,6 +140,8 @@ def open_dataset(path: str, split: str, min_quality: float = 0.0) -> Dataset:
   if not folders.is_remote(root):
     allow_open_files(len(lengths))
   shards = _shards(root, split, len(lengths))
+  if not folders.is_remote(root):
+    _check_sizes(shards, splits[split].get("numBytes"), path)
   if not sum(lengths):
     raise DatasetError(f"split '{split}' of {path} holds no records. {advice}")
   hashes = json.loads((root / folders.HASHES).read_text())
@@ -141,6 +150,7 @@ def open_dataset(path: str, split: str, min_quality: float = 0.0) -> Dataset:
     path=str(path),
     split=split,
     shards=shards,
+    lengths=tuple(lengths),
     num_records=sum(lengths),
     num_videos=meta["splits"][split]["num_videos"],
     fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
@@ -173,6 +183,7 @@ def open_joined(path: str, splits: str) -> Dataset:
     path=str(path),
     split="+".join(names),
     shards=shards,
+    lengths=tuple(n for part in parts for n in part.lengths),
     num_records=sum(part.num_records for part in parts),
     num_videos=sum(part.num_videos for part in parts),
     fingerprint=hashlib.sha256(content).hexdigest(),
@@ -244,6 +255,23 @@ def _shards(root: epath.Path, split: str, expected: int) -> tuple[str, ...]:
   return tuple(str(root / name) for name in names)
 
 
+def _check_sizes(
+  shards: Sequence[str], expected: str | None, path: str
+) -> None:
+  """Compares the size of all shards with dataset_info.json.
+
+  It finds shards that were cut or not copied without opening them. Objects in a
+  bucket are whole.
+  """
+  num_bytes = sum(os.stat(shard).st_size for shard in shards)
+  if expected and num_bytes != int(expected):
+    raise DatasetError(
+      f"the shards of {path} have {num_bytes} bytes, {folders.DATASET_INFO} "
+      f"says {int(expected)}. Copy the folder again, or run data_prep.prepare "
+      "on it again; data_prep.verify names the damaged shards."
+    )
+
+
 def allow_open_files(num_files: int) -> None:
   """Raises this process's limit of open files as far as it may.
 
@@ -273,23 +301,65 @@ def _open_files_message(num_files: int, limit: int) -> str:
   )
 
 
-# Readers of shards that are in use. A training split is often an evaluation
-# split too, and each open shard takes a file descriptor.
+class _Shards:
+  """Random access to the records of shards; threads share it.
+
+  A shard is opened when its first record is read. A copy in another process
+  opens its own.
+  """
+
+  def __init__(self, paths: Sequence[str], lengths: Sequence[int]):
+    self._paths, self._lengths = paths, lengths
+    self._ends = list(itertools.accumulate(lengths))
+    self._readers: list[ArrayRecordReader | None] = [None] * len(paths)
+    self._lock = threading.Lock()
+
+  def __len__(self) -> int:
+    return self._ends[-1]
+
+  def __getitem__(self, index: int) -> bytes:
+    i = bisect.bisect_right(self._ends, index)
+    reader = self._readers[i] or self._open(i)
+    return reader.read([index - (self._ends[i] - self._lengths[i])])[0]
+
+  def _open(self, i: int) -> ArrayRecordReader:
+    with self._lock:
+      if (reader := self._readers[i]) is not None:
+        return reader
+      options = _READER_OPTIONS
+      if len(self) > _MAX_INDEXED:
+        options += _UNINDEXED
+      reader = ArrayRecordReader(
+        self._paths[i], options=options, file_reader_buffer_size=_BUFFER_BYTES
+      )
+      if (num_records := reader.num_records()) != self._lengths[i]:
+        reader.close()
+        raise ValueError(
+          f"{self._paths[i]} holds {num_records} records, "
+          f"{folders.DATASET_INFO} says {self._lengths[i]}; copy the folder "
+          "again, or run data_prep.prepare on it again"
+        )
+      self._readers[i] = reader
+      return reader
+
+  def __reduce__(self):
+    return _Shards, (self._paths, self._lengths)
+
+
+# Shards that are in use. A training split is often an evaluation split too, and
+# each open shard takes a file descriptor.
 _readers: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 _readers_lock = threading.Lock()
 
 
-def _reader_of(
-  dataset: Dataset,
-) -> ArrayRecordDataSource:
-  """Returns the reader that has the shards open, or opens them."""
-  key = dataset.shards, dataset.stored.num_records
+def _shards_of(dataset: Dataset) -> _Shards:
+  """Returns the shards, the same object for equal data sets."""
+  key = dataset.shards, dataset.lengths
   with _readers_lock:
-    reader = _readers.get(key)
-    if reader is None:
-      reader = ArrayRecordDataSource(list(dataset.shards))
-      _readers[key] = reader
-    return reader
+    shards = _readers.get(key)
+    if shards is None:
+      shards = _readers[key] = _Shards(*key)
+    return shards
 
 
 class RecordSource:
@@ -299,30 +369,8 @@ class RecordSource:
   """
 
   def __init__(self, dataset: Dataset):
-    """Opens the shards.
-
-    Raises:
-      DatasetError: a shard is damaged, or the number of records is not the one
-        announced.
-      OpenFilesError: there are more shards than files that may be open.
-    """
-    self._dataset = dataset
-    try:
-      self._source = _reader_of(dataset)
-    # array_record raises plain RuntimeErrors.
-    except Exception as e:
-      self._check_open_files(e)
-      raise DatasetError(
-        f"a shard of {dataset.path} cannot be opened ({e}); copy the folder "
-        "again, or run data_prep.prepare on it again"
-      ) from e
-    if len(self._source) != dataset.stored.num_records:
-      raise DatasetError(
-        f"the shards of {dataset.path} hold {len(self._source)} records in "
-        f"split '{dataset.split}', dataset_info.json says "
-        f"{dataset.stored.num_records}; copy the folder again, or run "
-        "data_prep.prepare on it again"
-      )
+    """Opens nothing yet: a shard is opened when its first record is read."""
+    self._dataset, self._source = dataset, _shards_of(dataset)
 
   def __len__(self) -> int:
     return len(self._source)
@@ -331,7 +379,13 @@ class RecordSource:
     return index, self.parse(index, self.read(index))
 
   def read(self, index: int) -> bytes:
-    """Returns a record's bytes; raises DatasetError if they are damaged."""
+    """Returns a record's bytes.
+
+    Raises:
+      DatasetError: they or the shard are damaged, or the shard has another
+        number of records than announced.
+      OpenFilesError: no more files may be open.
+    """
     return self._named(index, self._source.__getitem__, index)
 
   def parse(self, index: int, data: bytes) -> schema.Record:

@@ -8,6 +8,7 @@ other as np.save writes them; each call of np.load reads the next.
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import io
 import mmap
@@ -85,25 +86,28 @@ def pack(videos: Iterable[Video]) -> bytes:
   Args:
     videos: videos with records, in the order of the records.
   """
-  segments, num_segments = [], []
-  subjects: dict[str, int] = {}
-  subject_of = []
+  # Arrays of the standard library grow without a Python object for each number.
+  tracks, frames, first_records = (array.array("i") for _ in range(3))
+  subject_of, subjects = array.array("i"), {}
   for i, video in enumerate(videos):
-    segments.append(np.array(video.segments, _DTYPE).reshape(-1, 2))
-    num_segments.append(len(video.segments))
+    first_records.append(len(frames))
+    for track, num_frames in video.segments:
+      tracks.append(track)
+      frames.append(num_frames)
     # No subject_id is an int.
     subject = subjects.setdefault(video.subject_id or i, len(subjects))
     subject_of.append(subject)
-  tracks, frames = np.concatenate([np.zeros((0, 2), _DTYPE), *segments]).T
+  first_records.append(len(frames))
+  subject_of = np.array(subject_of, int)
   file = io.BytesIO()
-  for array in (
+  for values in (
     tracks,
     frames,
-    np.cumsum([0, *num_segments]),
-    np.argsort(np.array(subject_of, int), kind="stable"),
-    np.cumsum([0, *np.bincount(np.array(subject_of, int))]),
+    first_records,
+    np.argsort(subject_of, kind="stable"),
+    np.cumsum([0, *np.bincount(subject_of)]),
   ):
-    np.save(file, array.astype(_DTYPE), allow_pickle=False)
+    np.save(file, np.asarray(values, _DTYPE), allow_pickle=False)
   return file.getvalue()
 
 

@@ -80,7 +80,10 @@ def cut(
     writer.write(content)
   writer.close()
   return dataclasses.replace(
-    dataset, shards=(str(path),), num_records=NUM_RECORDS
+    dataset,
+    shards=(str(path),),
+    lengths=(NUM_RECORDS,),
+    num_records=NUM_RECORDS,
   )
 
 

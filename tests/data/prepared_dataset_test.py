@@ -1,9 +1,9 @@
 """Served records of a data set, and reasons to refuse one."""
 
 import contextlib
-import dataclasses
 import json
 import os
+import pickle
 import resource
 import shutil
 import time
@@ -123,9 +123,7 @@ def damaged(sample_dataset, tmp_path):
 
 def refused(path, split="train"):
   with pytest.raises(prepared_dataset.DatasetError) as error:
-    prepared_dataset.RecordSource(
-      prepared_dataset.open_dataset(str(path), split)
-    )
+    prepared_dataset.open_dataset(str(path), split)
   message = str(error.value)
   assert str(path) in message
   return message
@@ -176,8 +174,7 @@ def test_a_missing_shard_is_named(damaged):
 def test_a_damaged_shard_is_refused_before_training(damaged, damage):
   path, shard = damaged
   shard.write_bytes(damage(shard.read_bytes()))
-  message = refused(path)
-  assert "cannot be opened" in message or "hold 0 records" in message
+  assert "bytes, dataset_info.json says" in refused(path)
 
 
 def test_a_shard_too_many_is_refused(damaged):
@@ -187,11 +184,24 @@ def test_a_shard_too_many_is_refused(damaged):
 
 
 def test_another_number_of_records_than_announced_is_refused(damaged):
-  path, _ = damaged
+  path, shard = damaged
   info = json.loads((path / "dataset_info.json").read_text())
   info["splits"][0]["shardLengths"] = ["7"]
   (path / "dataset_info.json").write_text(json.dumps(info))
-  assert "dataset_info.json says 7" in refused(path)
+  dataset = prepared_dataset.open_dataset(str(path), "train")
+  with pytest.raises(prepared_dataset.DatasetError) as error:
+    dataset.source[0]
+  assert f"{shard} holds 2 records, dataset_info.json says 7" in str(
+    error.value
+  )
+
+
+def test_a_shard_of_the_right_size_that_is_none_is_refused(damaged):
+  path, shard = damaged
+  shard.write_bytes(b"x" * shard.stat().st_size)
+  dataset = prepared_dataset.open_dataset(str(path), "train")
+  with pytest.raises(prepared_dataset.DatasetError, match="record 1 of split"):
+    dataset.source[1]
 
 
 def test_a_newer_schema_is_refused(damaged):
@@ -240,13 +250,13 @@ def test_the_shards_are_opened_once_for_all_that_read(
   sample_dataset, monkeypatch
 ):
   opened = []
-  real = prepared_dataset.ArrayRecordDataSource
+  real = prepared_dataset.ArrayRecordReader
 
-  def noted(paths):
-    opened.append(paths)
-    return real(paths)
+  def noted(path, **options):
+    opened.append(path)
+    return real(path, **options)
 
-  monkeypatch.setattr(prepared_dataset, "ArrayRecordDataSource", noted)
+  monkeypatch.setattr(prepared_dataset, "ArrayRecordReader", noted)
   monkeypatch.setattr(
     prepared_dataset, "_readers", weakref.WeakValueDictionary()
   )
@@ -255,12 +265,35 @@ def test_the_shards_are_opened_once_for_all_that_read(
   for _ in range(2):
     dataset = prepared_dataset.open_dataset(str(sample_dataset), "train")
     read = dataset.source
+    assert len(read) == dataset.num_records
+    assert opened == opened[:1]
     for _ in range(2):
       list(
         loader.eval_batches([dataset], take_clip, batch_size=1, num_batches=1)
       )
-  assert len(read) == len(dataset.source)
   assert len(opened) == 1
+
+
+def test_records_of_many_shards_are_looked_up_in_the_files(mixed, monkeypatch):
+  """Readers that keep no index in memory give the same records."""
+  expected = qualities(prepared_dataset.open_dataset(str(mixed), "train"))
+  options = []
+  real = prepared_dataset.ArrayRecordReader
+
+  def noted(path, **kwargs):
+    options.append(kwargs["options"])
+    return real(path, **kwargs)
+
+  monkeypatch.setattr(prepared_dataset, "ArrayRecordReader", noted)
+  monkeypatch.setattr(prepared_dataset, "_MAX_INDEXED", 4)
+  monkeypatch.setattr(
+    prepared_dataset, "_readers", weakref.WeakValueDictionary()
+  )
+  found = prepared_dataset.open_dataset(str(mixed), "train")
+  assert qualities(found) == expected
+  assert all("offloaded" in given for given in options)
+  copy = pickle.loads(pickle.dumps(found))
+  assert qualities(copy) == expected
 
 
 @pytest.fixture
@@ -290,10 +323,8 @@ def test_more_shards_than_open_files_are_refused(monkeypatch):
 def test_too_many_open_files_are_no_damage(
   sample_dataset, file_limit, tmp_path, monkeypatch
 ):
-  """Neither when shards are opened nor when a record is read."""
   shutil.copytree(sample_dataset, tmp_path / "data")
   dataset = prepared_dataset.open_dataset(str(tmp_path / "data"), "train")
-  assert len(dataset.source)  # the first read opens the shard again
   bad = BadRecords(tmp_path / "quarantine.jsonl", limit=100)
   batches = loader.eval_batches(
     [dataset],
@@ -302,7 +333,6 @@ def test_too_many_open_files_are_no_damage(
     num_batches=1,
     bad=bad,
   )
-  again = dataclasses.replace(dataset, path=str(tmp_path))
   monkeypatch.setattr(
     prepared_dataset, "_readers", weakref.WeakValueDictionary()
   )
@@ -315,8 +345,6 @@ def test_too_many_open_files_are_no_damage(
         taken.append(os.open("/dev/null", os.O_RDONLY))
     with pytest.raises(prepared_dataset.OpenFilesError, match="1 shard,"):
       next(batches)
-    with pytest.raises(prepared_dataset.OpenFilesError):
-      again.source  # noqa: B018
   finally:
     for descriptor in taken:
       os.close(descriptor)

@@ -47,6 +47,7 @@ def write(directory, contents):
     path=str(directory),
     split="train",
     shards=(str(path),),
+    lengths=(len(contents),),
     num_records=len(contents),
     num_videos=1,
     fingerprint="f" * 64,
