@@ -258,28 +258,33 @@ class _Workers:
   def __init__(
     self, source: BatchSource, slots: _Slots, num_workers: int, num_threads: int
   ):
-    # Not fork: threads and devices of the parent do not survive a fork.
-    context = multiprocessing.get_context("spawn")
     self._processes: list[multiprocessing.Process] = []
     self._idle: queue.SimpleQueue = queue.SimpleQueue()
     self._is_closed = False
     self._lock = threading.Lock()
-    with _signals_blocked():  # and hence in the processes started here
-      for number in range(num_workers):
-        pipes = [context.Pipe() for _ in range(num_threads)]
-        ours, theirs = zip(*pipes, strict=True)
-        process = context.Process(
-          target=_serve,
-          args=(theirs, source, slots),
-          name=f"worker {number}",
-          daemon=True,
-        )
-        process.start()
-        for pipe in theirs:
-          pipe.close()
-        self._processes.append(process)
-        for pipe in ours:
-          self._idle.put((process, pipe))
+
+    def start(number: int) -> None:
+      # Not fork: threads and devices of the parent do not survive a fork.
+      context = multiprocessing.get_context("spawn")
+      pipes = [context.Pipe() for _ in range(num_threads)]
+      ours, theirs = zip(*pipes, strict=True)
+      process = context.Process(
+        target=_serve,
+        args=(theirs, source, slots),
+        name=f"worker {number}",
+        daemon=True,
+      )
+      process.start()
+      self._processes.append(process)
+      for pipe in theirs:
+        pipe.close()
+      for pipe in ours:
+        self._idle.put((process, pipe))
+
+    # Blocked in the threads, too, and in the processes that they start. At the
+    # same time, since a start ends when the process has read its arguments.
+    with _signals_blocked(), futures.ThreadPoolExecutor(num_workers) as pool:
+      list(pool.map(start, range(num_workers)))
     # Later than multiprocessing's own, hence run earlier.
     atexit.register(self.close)
 

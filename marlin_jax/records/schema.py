@@ -319,15 +319,20 @@ def _frame_decoder(size: int, box: Box) -> Callable[[bytes, np.ndarray], None]:
   part = (x, y, x + width, y + height)
 
   def decode(data: bytes, out: np.ndarray) -> None:
-    height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    if factor == 1:  # the header need not be read twice
+      pixels = simplejpeg.decode_jpeg(data, buffer=out if fits else None)
+      height, width, _ = pixels.shape
+    else:
+      height, width, *_ = simplejpeg.decode_jpeg_header(data)
     if (height, width) != (FRAME_SIZE, FRAME_SIZE):
       raise ValueError(f"it has {width}x{height} pixels")
-    pixels = simplejpeg.decode_jpeg(
-      data,
-      min_height=decoded_size,
-      min_width=decoded_size,
-      buffer=out if fits else None,
-    )
+    if factor > 1:
+      pixels = simplejpeg.decode_jpeg(
+        data,
+        min_height=decoded_size,
+        min_width=decoded_size,
+        buffer=out if fits else None,
+      )
     if not fits:
       out[:] = resized(pixels, size, part)
 

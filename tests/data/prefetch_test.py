@@ -14,7 +14,7 @@ import pytest
 from marlin_jax.data.prefetch import Prefetcher, WorkerError
 from marlin_jax.data.prepared_dataset import DatasetError
 from tests.support.numbered_batches import Numbers
-from tests.support.processes import ROOT
+from tests.support.processes import ROOT, children
 
 IN_THREADS, IN_WORKERS = (
   {"num_threads": 2},
@@ -92,17 +92,6 @@ def test_an_error_that_cannot_be_sent_is_described():
     next(batches)
 
 
-def children():
-  """Returns the processes that this one has started."""
-  ids = subprocess.run(
-    ["ps", "-o", "pid=", "--ppid", str(os.getpid())],
-    capture_output=True,
-    text=True,
-    check=False,
-  ).stdout.split()
-  return {int(i) for i in ids}
-
-
 def is_mapped():
   with open("/proc/self/maps") as file:
     return "marlin_jax-batches" in file.read()
@@ -110,16 +99,16 @@ def is_mapped():
 
 @pytest.mark.parametrize("ends_by", ["close", "forgotten"])
 def test_nothing_is_left_of_batches_that_are_not_wanted_any_more(ends_by):
-  before = children()
+  before = children(os.getpid())
   batches = Prefetcher(Numbers(), 0, **IN_WORKERS)
   workers = set(next(batches)["process"].tolist())
-  assert workers <= children() - before
+  assert workers <= children(os.getpid()) - before
   assert is_mapped()
   if ends_by == "close":
     batches.close()
   del batches
   gc.collect()
-  assert not workers & children()
+  assert not workers & children(os.getpid())
   assert not is_mapped()
 
 

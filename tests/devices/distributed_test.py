@@ -19,7 +19,7 @@ from marlin_jax.devices import distributed
 from marlin_jax.records import folders
 from marlin_jax.training import checksums
 from tests.support.files import arrays_of, rows_of
-from tests.support.processes import ROOT
+from tests.support.processes import ROOT, children
 from tests.support.training_runs import (
   TINY,
   command,
@@ -65,13 +65,16 @@ def runs(sample_dataset, face_data, tmp_path_factory):
   alone = tmp_path_factory.mktemp("alone")
   ended = tmp_path_factory.mktemp("ended")
   undisturbed = start(command(alone, **overrides), 8)
-  first, second = start_two(ended, **overrides)
+  with_workers = overrides | {"data.num_workers": 1}
+  first, second = start_two(ended, **with_workers)
   seen = []
   for line in first.stdout:
     seen.append(line)
     if line.startswith("step 2/"):
       second.send_signal(signal.SIGUSR1)
-      second.send_signal(signal.SIGTERM)
+      # To the workers that read, too, as a cluster that ends a job does.
+      for process_id in (second.pid, *children(second.pid)):
+        os.kill(process_id, signal.SIGTERM)
       break
   finish(undisturbed)
   outputs = [

@@ -71,6 +71,17 @@ def start_module(name: str, *args: object) -> subprocess.CompletedProcess[str]:
   )
 
 
+def children(process_id: int) -> set[int]:
+  """Returns the processes that a process has started."""
+  found = subprocess.run(
+    ["ps", "-o", "pid=", "--ppid", str(process_id)],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  return {int(i) for i in found.stdout.split()}
+
+
 def seeing_devices(num_devices: int) -> dict[str, str]:
   """Returns the environment of a process that sees so many CPU devices."""
   flags = os.environ.get("XLA_FLAGS", "")
