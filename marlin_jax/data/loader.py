@@ -23,6 +23,8 @@ from marlin_jax.data.reader import BadRecords, ClipBatches
 from marlin_jax.data.sampling import Draws, SpreadDraws
 from marlin_jax.records import cli
 
+# The batches of an evaluation are few.
+_NUM_EVAL_THREADS = 4
 # With fewer, threads read as much.
 _MIN_CORES_FOR_WORKERS = 4
 # Most worker processes per device: they decode about 4,000 clips/s, as many as
@@ -173,11 +175,9 @@ def eval_batches(
     rows=range(batch_size) if rows is None else rows,
     bad=bad,
   )
-  for step in range(num_batches):
-    batch = source.empty()
-    for part in range(source.num_parts):
-      source.receive(source.fill(batch, step, part))
-    yield batch
+  return Prefetcher(
+    source, 0, num_threads=_NUM_EVAL_THREADS, num_batches=num_batches
+  )
 
 
 def _rows_of(batch: Batch, rows: Sequence[int]) -> Batch:

@@ -85,7 +85,7 @@ class BatchSource(Protocol):
 
 
 class Prefetcher(Iterator[Batch]):
-  """Endless iterator of batches, made ahead from when it is created."""
+  """Iterator of batches, made ahead from when it is created."""
 
   def __init__(
     self,
@@ -94,6 +94,7 @@ class Prefetcher(Iterator[Batch]):
     *,
     num_threads: int,
     num_workers: int = 0,
+    num_batches: int | None = None,
   ):
     """Starts threads and worker processes.
 
@@ -102,12 +103,16 @@ class Prefetcher(Iterator[Batch]):
       first_step: number of the first batch.
       num_threads: threads that make parts, in this process or in each worker.
       num_workers: worker processes; 0: the threads of this process do the work.
+      num_batches: batches to make; None: no end.
     """
     num_lanes = num_threads * max(num_workers, 1)
     self._num_ahead = 2 + math.ceil(num_lanes / source.num_parts)
     self._source, self._step = source, first_step
+    self._stop_step = (
+      math.inf if num_batches is None else first_step + num_batches
+    )
     num_slots = self._num_ahead + _NUM_IN_USE
-    self._slots = _Slots(source.empty(), num_slots)
+    self._slots = _Slots(source.empty(), num_slots, is_shared=num_workers > 0)
     self._free = collections.deque(range(num_slots))
     self._ahead: collections.deque = collections.deque()
     workers = None
@@ -130,7 +135,7 @@ class Prefetcher(Iterator[Batch]):
       Exception: whatever making the batch raised.
     """
     if not self._ahead:
-      raise StopIteration  # after `close`, or an error
+      raise StopIteration  # the end, `close` or an error
     slot, parts = self._ahead.popleft()
     try:
       for part in parts:
@@ -153,7 +158,11 @@ class Prefetcher(Iterator[Batch]):
 
   def _prepare(self) -> None:
     """Starts as many of the next batches as there is memory for."""
-    while self._free and len(self._ahead) < self._num_ahead:
+    while (
+      self._free
+      and len(self._ahead) < self._num_ahead
+      and self._step < self._stop_step
+    ):
       slot = self._free.popleft()
       parts = [
         self._pool.submit(self._make, slot, self._step, part)
@@ -189,21 +198,28 @@ def _stop(workers: _Workers | None, pool: futures.ThreadPoolExecutor) -> None:
 
 
 class _Slots:
-  """Memory of a few batches; picklable while worker processes are started."""
+  """Memory of a few batches.
 
-  def __init__(self, template: Batch, num_slots: int):
+  Shared memory is picklable while worker processes are started.
+  """
+
+  def __init__(self, template: Batch, num_slots: int, *, is_shared: bool):
     self._fields = {}
     size = 0
     for key, x in template.items():
       self._fields[key] = (size, x.nbytes, x.dtype, x.shape)
       size += math.ceil(x.nbytes / _ALIGNMENT) * _ALIGNMENT
     self._slot_size, self._size = size, size * num_slots
-    self._map(_nameless_file(self._size))
+    if is_shared:
+      self._map(_nameless_file(self._size), mmap.MAP_SHARED)
+    else:
+      self._map(-1, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
-  def _map(self, file: int, flags: int = mmap.MAP_SHARED) -> None:
+  def _map(self, file: int, flags: int) -> None:
     self._file = file
     self._memory = mmap.mmap(file, self._size, flags)
-    weakref.finalize(self, os.close, file)
+    if file >= 0:
+      weakref.finalize(self, os.close, file)
 
   def batch(self, slot: int) -> Batch:
     """Returns a slot's arrays."""

@@ -64,6 +64,14 @@ def test_memory_is_used_in_turns():
   assert len(set(places)) < 10
 
 
+def test_batches_may_end():
+  batches = Prefetcher(Numbers(), 3, **IN_THREADS, num_batches=9)
+  for step, batch in enumerate(batches, 3):
+    assert_is(batch, step)
+  assert step == 11
+  assert not list(Prefetcher(Numbers(), 3, **IN_THREADS, num_batches=0))
+
+
 @pytest.mark.parametrize("how", HOW)
 def test_an_error_ends_the_batches_at_its_step(how):
   batches = Prefetcher(Numbers(fails_at=3), 0, **HOW[how])

@@ -326,13 +326,17 @@ def test_too_many_open_files_are_no_damage(
   shutil.copytree(sample_dataset, tmp_path / "data")
   dataset = prepared_dataset.open_dataset(str(tmp_path / "data"), "train")
   bad = BadRecords(tmp_path / "quarantine.jsonl", limit=100)
-  batches = loader.eval_batches(
-    [dataset],
-    TakeClip(Clip(2, 1), tubelet_size=2),
-    batch_size=1,
-    num_batches=1,
-    bad=bad,
-  )
+
+  def first_batch():
+    batches = loader.eval_batches(
+      [dataset],
+      TakeClip(Clip(2, 1), tubelet_size=2),
+      batch_size=1,
+      num_batches=1,
+      bad=bad,
+    )
+    return next(batches)
+
   monkeypatch.setattr(
     prepared_dataset, "_readers", weakref.WeakValueDictionary()
   )
@@ -344,7 +348,7 @@ def test_too_many_open_files_are_no_damage(
       while True:
         taken.append(os.open("/dev/null", os.O_RDONLY))
     with pytest.raises(prepared_dataset.OpenFilesError, match="1 shard,"):
-      next(batches)
+      first_batch()
   finally:
     for descriptor in taken:
       os.close(descriptor)
