@@ -13,10 +13,33 @@ from data_prep.faces.tracking import Track
 
 
 def largest(tracks: Sequence[Track]) -> list[Track]:
-  """Returns the track with the largest side x length; [] of none."""
-  return [
-    max(tracks, key=lambda track: track.side * len(track)) for _ in tracks[:1]
-  ]
+  """Returns the track with the largest side x length; [] of none.
+
+  Of a track that was cut for its length, these are all parts.
+  """
+  faces: list[list[Track]] = []
+  for track in sorted(tracks, key=lambda track: track.first_frame):
+    before = [face for face in faces if _goes_on(face[-1], track)]
+    if before:
+      max(before, key=lambda face: _overlap(face[-1], track)).append(track)
+    else:
+      faces.append([track])
+  return max(
+    faces,
+    key=lambda face: sum(track.side * len(track) for track in face),
+    default=[],
+  )
+
+
+def _goes_on(track: Track, later: Track) -> bool:
+  end = track.first_frame + len(track)
+  return (
+    later.continues and end == later.first_frame and _overlap(track, later) > 0
+  )
+
+
+def _overlap(track: Track, later: Track) -> float:
+  return boxes.overlap(track.boxes[-1], later.boxes[0])
 
 
 def in_box(tracks: Iterable[Track], box: np.ndarray) -> list[Track]:

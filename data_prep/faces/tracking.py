@@ -14,6 +14,7 @@ import collections
 import copy
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -39,8 +40,8 @@ MESH_STEPS = 2
 MIN_RATE = 20.0
 # A gap of at most so long without the face is bridged: 12 frames.
 MAX_GAP_SECS = 0.4
-# A longer track is cut, so that memory holds few minutes of what a track needs
-# while it goes on.
+# Preparation cuts a longer track, so that memory holds few minutes of what a
+# track needs while it goes on.
 MAX_TRACK_SECS = 180.0
 # Landmarks of tracks that have ended take at most so many bytes of memory, and
 # a file the rest: those of an hour of one face.
@@ -93,6 +94,8 @@ class Track:
     quality: in [0, 1], see `quality.combine`.
     quality_terms: float32 (4,), each in [0, 1], as `schema.QUALITY_TERMS`; see
       the module `quality`.
+    continues: whether it is the rest of a track that was cut for its length,
+      and ends in the frame before.
   """
 
   track_id: int
@@ -101,6 +104,7 @@ class Track:
   meshes: Meshes
   quality: float
   quality_terms: np.ndarray
+  continues: bool = False
 
   def __len__(self) -> int:
     return len(self.boxes)
@@ -122,6 +126,7 @@ def find_tracks(
   frame_rate: float = 30.0,
   min_frames: int = 15,
   min_face_pixels: int = MIN_FACE_PIXELS,
+  max_track_secs: float = math.inf,
 ) -> list[Track]:
   """Tracks every face of a video, in one pass that keeps no frame.
 
@@ -130,10 +135,9 @@ def find_tracks(
   a new track. A face that turns away or is covered is tracked by the detectors
   as long as they see it, without landmarks in these frames. Another face in its
   place, after a dissolve or a cut within one room or as people cross, is
-  another track. At most `MAX_FACES` are tracked at a time, the largest first. A
-  track that is longer than `MAX_TRACK_SECS` is cut, with no frame between its
-  parts. Tracks that are short, small, mostly without a mesh or not believed by
-  the detectors are dropped.
+  another track. At most `MAX_FACES` are tracked at a time, the largest first.
+  Tracks that are short, small, mostly without a mesh or not believed by the
+  detectors are dropped.
 
   Args:
     frames: uint8 (H, W, 3) RGB frames in order.
@@ -141,13 +145,14 @@ def find_tracks(
     frame_rate: frames per second of the video; 0 where it is unknown.
     min_frames: shortest track that is kept.
     min_face_pixels: smallest median height of a face that is kept.
+    max_track_secs: a longer track is cut, with no frame between its parts.
 
   Returns:
     The tracks by first frame, then left to right.
   """
   rate = _believed_rate(frame_rate)
   max_gap = frames_of(MAX_GAP_SECS, rate)
-  max_frames = frames_of(MAX_TRACK_SECS, rate)
+  max_frames = max_track_secs * rate
   active: list[_OpenTrack] = []
   store = MeshStore(MAX_MESH_BYTES)
   # With the left edge where they begin.
@@ -258,8 +263,9 @@ class _OpenTrack:
     self._looks: collections.deque[shots.Look] = collections.deque(maxlen=LOOKS)
     self._look_frame = 0
     self._sharpness_frame: int | None = None
-    # Whether the last frame is that of a successor.
-    self.gives_way = False
+    # Whether the first frame is the last of the track before, and the last that
+    # of a successor.
+    self.continues = self.gives_way = False
 
   @property
   def first_frame(self) -> int:
@@ -361,6 +367,8 @@ class _OpenTrack:
       last = rows[stop - 1] + 1 if stop < len(rows) else len(self.observed)
       part.observed = self.observed[first:last]
       part.num_meshes = stop - start
+      part.continues = self.continues and not parts
+      part.gives_way = self.gives_way and stop == len(rows)
       parts.append(part)
     return parts
 
@@ -394,7 +402,7 @@ class _OpenTrack:
     successor.num_meshes = int(self.observed[-1].mesh is not None)
     successor.believed = self.believed[-1:]
     successor._looks = self._looks.copy()
-    self.gives_way = True
+    successor.continues = self.gives_way = True
     return successor
 
   def _rows_with_look(self) -> list[int]:
@@ -451,6 +459,7 @@ class _OpenTrack:
       meshes=meshes,
       quality=quality.combine(terms),
       quality_terms=terms,
+      continues=self.continues,
     )
 
   def _meshes(self, num_frames: int) -> Meshes:

@@ -158,6 +158,7 @@ class TrackedVideo:
     keep_bytes: bytes of frames to keep at most. A larger video keeps none.
     finding_share: share of the progress that the constructor reports; `crops`
       reports the rest.
+    max_track_secs: as for `tracking.find_tracks`.
     progress: called after each frame.
 
   Attributes:
@@ -184,6 +185,7 @@ class TrackedVideo:
     *,
     keep_bytes: int = 0,
     finding_share: float = FINDING_SHARE,
+    max_track_secs: float = math.inf,
     progress: Progress = lambda share, num_frames: None,
   ) -> None:
     self._source = source
@@ -203,6 +205,7 @@ class TrackedVideo:
         finder,
         rate,
         min_frames=1,
+        max_track_secs=max_track_secs,
       )
       self.num_decoded_frames = video.num_frames
       self._file_size = video.info.width, video.info.height
@@ -333,6 +336,7 @@ def _split(track: tracking.Track, starts: list[int]) -> list[tracking.Track]:
       first_frame=track.first_frame + start,
       boxes=track.boxes[start:stop],
       meshes=track.meshes.part(start, stop),
+      continues=track.continues and start == 0,
     )
     for start, stop in itertools.pairwise(edges)
   ]

@@ -307,6 +307,7 @@ class _RecordCutter:
       ),
       self._models.finder,
       keep_bytes=KEPT_BYTES,
+      max_track_secs=tracking.MAX_TRACK_SECS,
       progress=self._report,
       finding_share=1.0,
     )

@@ -99,6 +99,13 @@ def test_dissolve_between_any_two_people_ends_the_track(
       assert start >= 15 or stop <= 20 + length
 
 
+def test_a_person_who_turns_and_comes_back_is_one_track(finder):
+  path = FOOTAGE / "clip_046.mp4"
+  if not path.is_file():
+    pytest.skip("../shared/footage is not there")
+  assert len(spans(scenes.read(path, 162), finder)) == 1
+
+
 LIGHTS = {
   "exposure ramp": lambda i: 0.6 + 0.4 * np.clip((i - 24) / 12, 0, 1),
   "brighter": lambda i: 0.75 + 0.5 * np.clip((i - 24) / 10, 0, 1),

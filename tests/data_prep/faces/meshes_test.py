@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from data_prep.faces import boxes, face_finder, meshes, tracking
+from data_prep.faces import boxes, face_finder, main_face, meshes, tracking
 
 RNG = np.random.default_rng(0)
 
@@ -134,12 +134,19 @@ def test_meshes_beyond_the_bytes_of_memory_are_in_a_file():
 
 
 def test_long_tracks_are_cut_and_lose_no_frame(monkeypatch):
-  monkeypatch.setattr(tracking, "MAX_TRACK_SECS", 2.0)
   monkeypatch.setattr(tracking.quality, "sharpness", lambda frame, mesh: 0.5)
   frame = RNG.integers(0, 255, (120, 300, 3), np.uint8)
-  tracks = tracking.find_tracks((frame for _ in range(155)), StillFaces(2, 80))
+  tracks = tracking.find_tracks(
+    (frame for _ in range(155)), StillFaces(2, 80), max_track_secs=2.0
+  )
   spans = [(track.first_frame, len(track)) for track in tracks]
   assert spans == [(0, 60)] * 2 + [(60, 60)] * 2 + [(120, 35)] * 2
+  assert [track.continues for track in tracks] == [False] * 2 + [True] * 4
+  # They are those of one face.
+  (_, *rest) = main = main_face.largest(tracks[::-1])
+  assert [t.first_frame for t in main] == [0, 60, 120]
+  for track in rest:
+    np.testing.assert_allclose(track.boxes[0], main[0].boxes[-1], atol=1e-3)
   for track in tracks:
     assert [len(track.meshes), track.quality_terms[1]] == [len(track), 0.5]
     num_missing = int(track.first_frame < 120)  # beside the cut

@@ -232,3 +232,23 @@ def test_nothing_is_left_out_where_too_much_would_be(monkeypatch):
   (_, end), (start, _) = people(means)
   assert end == start
   assert 0.3 < shares[end] < 0.7
+
+
+def turning(away: np.ndarray) -> np.ndarray:
+  """Returns looks of a person, who changes at look 20 and slowly comes back."""
+  person = 40 * np.random.default_rng(1).normal(size=shots.NUM_POINTS)
+  shares = [0.0] * 20 + [1.0] * 8 + [*np.linspace(1, 0, 60)] + [0.0] * 10
+  looks = [(1 - share) * person + share * away for share in shares]
+  return np.clip(np.round(looks), -127, 127).astype(np.int8)
+
+
+def test_a_person_who_turns_and_comes_back_is_one():
+  rng = np.random.default_rng(2)
+  looks = turning(
+    turning(np.zeros(shots.NUM_POINTS))[0] + 30 * rng.normal(size=468)
+  )
+  frames = 4 * np.arange(len(looks))
+  assert shots.people(frames, looks, 30.0) == [(0, len(looks))]
+  # One who does not come back is another.
+  before, after = shots.people(frames[:28], looks[:28], 30.0)
+  assert (before, after) == ((0, 20), (20, 28))
