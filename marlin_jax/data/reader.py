@@ -258,8 +258,6 @@ class ClipBatches:
       rows: this process's rows of each batch.
       bad: list for unreadable records; None: the first one raises.
     """
-    for dataset in draws.datasets:
-      dataset.source  # noqa: B018 workers get a copy instead of counting again
     self._reader = Reader(draws, take_clip, bad.limit if bad else None)
     self._bad = bad
     n = draws.num_clips
