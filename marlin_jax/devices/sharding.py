@@ -385,7 +385,10 @@ def _gather(x, mesh, rule, dtype):
 
   The values travel in `dtype`; the gradients in that of x.
   """
-  return _constrain(x.astype(dtype), mesh, rule, fsdp=None).astype(x.dtype)
+  # Behind the barrier: for a product of one row, which XLA computes in float32,
+  # it would gather float32 and cast to bfloat16 afterwards.
+  cast = jax.lax.optimization_barrier(x.astype(dtype))
+  return _constrain(cast, mesh, rule, fsdp=None).astype(x.dtype)
 
 
 def _gather_forward(x, mesh, rule, dtype):

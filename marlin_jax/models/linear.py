@@ -40,10 +40,12 @@ def product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
-  """Returns y + bias in the dtype of y: (N, F) and (F,) -> (N, F)."""
-  if partition.float32_sums():
-    return _add_bias(y, bias.astype(jnp.float32))
-  return y + bias.astype(y.dtype)
+  """Returns y + bias in the dtype of y: (N, F) and (F,) -> (N, F).
+
+  The sum is one of float32 values, and so is the bias's gradient: XLA sums
+  bfloat16 on GPU as bfloat16.
+  """
+  return (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -72,14 +74,3 @@ def _product_backward(equation, residuals, grad):
 
 
 _product.defvjp(_product_forward, _product_backward)
-
-
-@jax.custom_vjp
-def _add_bias(y, bias):
-  return y + bias.astype(y.dtype)
-
-
-_add_bias.defvjp(
-  lambda y, bias: (_add_bias(y, bias), None),
-  lambda _, grad: (grad, grad.astype(jnp.float32).sum(0)),
-)

@@ -135,12 +135,9 @@ class Dense(nnx.Linear):
   """
 
   def __call__(self, x):
-    flat = x.reshape(-1, x.shape[-1])
-    if partition.float32_sums():
-      bias = None if self.bias is None else self.bias[...]
-      y = linear.linear(flat.astype(self.dtype), self.kernel[...], bias)
-    else:
-      y = super().__call__(flat)
+    flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+    bias = None if self.bias is None else self.bias[...]
+    y = linear.linear(flat, self.kernel[...], bias)
     return y.reshape(*x.shape[:-1], -1)
 
 

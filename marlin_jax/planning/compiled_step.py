@@ -77,6 +77,7 @@ class Step:
     memory: `needed_bytes` in detail; None if the compiler refused the program.
     collectives: see hlo.collectives.
     fused_attention: see hlo.fused_attention.
+    rematerialised: see hlo.rematerialised.
     hbm_bytes: bytes to and from one device's memory in a step.
     trace_secs: seconds to build and trace the step.
     compile_secs: seconds that the compiler takes.
@@ -97,6 +98,7 @@ class Step:
   memory: Memory | None
   collectives: list[hlo.Collective]
   fused_attention: dict[str, int]
+  rematerialised: int
   hbm_bytes: int
   trace_secs: float
   compile_secs: float
@@ -175,7 +177,7 @@ def compile_step(config: ConfigDict, topology: Topology, busy: Busy) -> Step:
   batch_bytes = config.batch_size * tubelets.num_tokens * (tubelets.pixels + 2)
   state_bytes = _state_bytes(shapes, experiment.layout.shardings)
   state_bytes["batch"] = batch_bytes // num_shards
-  step_memory, collectives, fused_attention, hbm_bytes = None, [], {}, 0
+  step_memory, text = None, ""
   with busy(f"compiling for {topology.name}"):
     try:
       compiled = lowered.compile()
@@ -187,9 +189,6 @@ def compile_step(config: ConfigDict, topology: Topology, busy: Busy) -> Step:
   compiled_at = time.perf_counter()
   if step_memory:
     text = compiled.as_text()
-    collectives = hlo.collectives(text, mesh.size, topology.gpus_per_node)
-    fused_attention = hlo.fused_attention(text)
-    hbm_bytes = hlo.memory_bytes(text)
   return Step(
     config=config,
     topology=topology,
@@ -213,9 +212,10 @@ def compile_step(config: ConfigDict, topology: Topology, busy: Busy) -> Step:
     state_bytes=state_bytes,
     needed_bytes=needed,
     memory=step_memory,
-    collectives=collectives,
-    fused_attention=fused_attention,
-    hbm_bytes=hbm_bytes,
+    collectives=hlo.collectives(text, mesh.size, topology.gpus_per_node),
+    fused_attention=hlo.fused_attention(text),
+    rematerialised=hlo.rematerialised(text),
+    hbm_bytes=hlo.memory_bytes(text),
     trace_secs=traced_at - started_at,
     compile_secs=compiled_at - traced_at,
   )

@@ -36,6 +36,7 @@ _CALLS = re.compile(
   r"(?:body|condition|to_apply|calls|true_computation|false_computation)="
   r"%?([\w.\-]+)"
 )
+_REMATERIALISED = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]*\.remat\b")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count[\\"]*:\{[\\"]*n[\\"]*:[\\"]*(\d+)')
 
@@ -114,6 +115,22 @@ def fused_attention(text: str) -> dict[str, int]:
       is_backward = "Backward" in line or "_bwd" in line
       counts["backward" if is_backward else "forward"] += times
   return counts
+
+
+def rematerialised(text: str) -> int:
+  """Counts the operations that the compiler added to save memory.
+
+  It computes values again, instead of keeping them, if the program would not
+  fit otherwise. `config.remat` is no such operation.
+
+  Args:
+    text: see `collectives`.
+  """
+  return sum(
+    times
+    for line, times, computation in _executed(*_computations(text))
+    if _REMATERIALISED.match(line) and "fused" not in computation
+  )
 
 
 def _executed(

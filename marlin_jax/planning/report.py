@@ -89,6 +89,11 @@ def _memory_lines(step: Step) -> list[str]:
       f"  jax allocates {gpu_memory_fraction():.0%} of a GPU for programs; "
       "XLA_CLIENT_MEM_FRACTION changes it"
     )
+  if step.rematerialised:
+    lines.append(
+      f"  {step.rematerialised} operations are computed twice, which the "
+      "compiler added to save memory: a smaller batch may be faster"
+    )
   if not step.memory:
     lines.append("  the compiler refused it")
   return lines
@@ -210,6 +215,7 @@ def numbers(step: Step) -> dict[str, Any]:
     "memory": dataclasses.asdict(step.memory) if step.memory else None,
     "collectives": _collective_rows(step),
     "fused_attention": step.fused_attention,
+    "rematerialised": step.rematerialised,
     "rate": _rate(step),
     "trace_secs": step.trace_secs,
     "compile_secs": step.compile_secs,

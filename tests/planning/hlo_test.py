@@ -257,3 +257,17 @@ def test_fused_attention_is_counted_as_often_as_it_runs():
     others=body,
   )
   assert hlo.fused_attention(text) == {"forward": 13, "backward": 12}
+
+
+def test_what_the_compiler_computes_twice_is_counted():
+  fusion = computation(
+    "fused_multiply (p: f32[8]) -> f32[8]",
+    "%a.remat = f32[8]{0} add(%p, %p)",
+  )
+  text = program(
+    "%fusion.1.remat = f32[8]{0} fusion(%p), calls=%fused_multiply",
+    "%fusion.2.remat.1 = f32[8]{0} fusion(%p), calls=%fused_multiply",
+    '%rematerialised = f32[8]{0} add(%p, %p), metadata={op_name="a.remat"}',
+    others=fusion,
+  )
+  assert hlo.rematerialised(text) == 2

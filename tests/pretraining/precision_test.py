@@ -37,6 +37,21 @@ def test_training_computes_all_products_in_the_precision_of_its_setting():
   assert precisions(lowered) == {"HIGHEST"}
 
 
+def test_no_sum_runs_in_bfloat16():
+  """XLA sums bfloat16 on GPU as bfloat16: gradients of biases lose digits."""
+  trainer, state = make("random", dtype="bfloat16", gp_weight=1.0)
+  batch = {
+    "video": jnp.zeros((BATCH_SIZE, 4, 64, 64, 3), jnp.uint8),
+    "regions": jnp.zeros((BATCH_SIZE, *TUBELETS.grid), jnp.uint16),
+  }
+  text = step_of(trainer).lower(state, batch, jax.random.key(0)).as_text()
+  sums = re.findall(
+    r"stablehlo.reduce\(.* applies stablehlo.add .*: \(tensor<([^>]*)>", text
+  )
+  assert sums
+  assert not [x for x in sums if x.endswith("bf16")]
+
+
 @pytest.mark.parametrize(
   ("dtype", "expected"), [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")]
 )
