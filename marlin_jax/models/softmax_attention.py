@@ -237,43 +237,33 @@ def _cudnn(q, k, v):
 
 def _flash(q, k, v):
   # Imported on use, since it takes a second.
-  from jax.experimental.pallas.ops.tpu import flash_attention as pallas
+  from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
-  batch_size, num_queries, _, size = q.shape
-  num_tokens = k.shape[1]
+  num_queries, num_tokens, num_heads = q.shape[1], k.shape[1], q.shape[2]
   q, k, v = (
     _padded(_heads_first(x), 2, -(-x.shape[1] // _LANES) * _LANES)
-    for x in (q, k, v)
+    for x in (q * q.shape[-1] ** -0.5, k, v)
+  )
+  # 1568 tokens are padded to 13 x 128, and 13 is prime: blocks of all keys and
+  # 128 queries. One kernel computes all three gradients.
+  queries, keys = q.shape[2], k.shape[2]
+  attend = pallas.make_splash_mha(
+    pallas.MultiHeadMask([pallas.FullMask((queries, keys))] * num_heads),
+    block_sizes=pallas.BlockSizes(
+      block_q=_LANES,
+      block_kv=keys,
+      block_q_dkv=_LANES,
+      block_kv_dkv=keys,
+      block_kv_dkv_compute=keys,
+      use_fused_bwd_kernel=True,
+    ),
+    head_shards=1,
+    q_seq_shards=1,
   )
   # Padded keys are in a segment without queries.
   segments = pallas.SegmentIds(
-    q=jnp.zeros((batch_size, q.shape[2]), jnp.int32),
-    kv=jnp.tile(jnp.arange(k.shape[2]) >= num_tokens, (batch_size, 1)).astype(
-      jnp.int32
-    ),
+    q=jnp.zeros(queries, jnp.int32),
+    kv=(jnp.arange(keys) >= num_tokens).astype(jnp.int32),
   )
-  # 1568 tokens are padded to 13 x 128, and 13 is prime: blocks of all keys and
-  # 128 queries. For the queries' gradient, blocks of 128 keys and all queries,
-  # because Pallas repeats a value of each query for every key of a block.
-  keys, queries = k.shape[2], _LANES
-  mixed = pallas.flash_attention(
-    q,
-    k,
-    v,
-    segment_ids=segments,
-    sm_scale=size**-0.5,
-    block_sizes=pallas.BlockSizes(
-      block_q=queries,
-      block_k_major=keys,
-      block_k=keys,
-      block_b=1,
-      block_q_major_dkv=queries,
-      block_k_major_dkv=keys,
-      block_k_dkv=keys,
-      block_q_dkv=queries,
-      block_k_major_dq=_LANES,
-      block_k_dq=_LANES,
-      block_q_dq=q.shape[2],
-    ),
-  )
+  mixed = jax.vmap(attend, in_axes=(0, 0, 0, None))(q, k, v, segments)
   return _heads_first(mixed[:, :, :num_queries])

@@ -36,7 +36,11 @@ _CALLS = re.compile(
   r"(?:body|condition|to_apply|calls|true_computation|false_computation)="
   r"%?([\w.\-]+)"
 )
+_FUSED_ATTENTION = re.compile(
+  r"__cudnn\$fmha\w+|%splash_mha_(?:fwd|dkv)(?=.* custom-call\()"
+)
 _REMATERIALISED = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]*\.remat\b")
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count[\\"]*:\{[\\"]*n[\\"]*:[\\"]*(\d+)')
 
@@ -84,11 +88,12 @@ def collectives(
     if not match:
       continue
     operation = _collective(match, line, num_devices, computation)
-    # The TPU compiler spreads an operation over several computations, all of
-    # which contain it, with results in different memory spaces.
-    channel = re.search(r"channel_id=(\d+)", line)
+    # The TPU compiler spreads an operation over several computations, a chain,
+    # all of which contain it, with results in different memory spaces. Blocks
+    # of equal shapes share a channel.
+    chain = _CHAIN.search(line)
     shapes = tuple(_SHAPE.findall(match["type"]))
-    key = channel and (channel[1], operation.kind, shapes)
+    key = chain and (chain[1], operation.kind, shapes)
     if operation.group_size > 1 and (not key or key not in seen):
       group = _first_group(line, num_devices)
       nodes = {device // (per_node or num_devices) for device in group}
@@ -104,15 +109,13 @@ def fused_attention(text: str) -> dict[str, int]:
     text: see `collectives`.
 
   Returns:
-    Calls by 'forward' and 'backward'; Pallas needs two for a backward pass.
-    Blocks that are recomputed are called forward again.
+    Calls by 'forward' and 'backward'. Blocks that are recomputed are called
+    forward again.
   """
   counts = {"forward": 0, "backward": 0}
   for line, times, _ in _executed(*_computations(text)):
-    if "__cudnn$fmha" in line or (
-      "tpu_custom_call" in line and "flash_attention" in line
-    ):
-      is_backward = "Backward" in line or "_bwd" in line
+    if call := _FUSED_ATTENTION.search(line):
+      is_backward = call[0].endswith(("Backward", "dkv"))
       counts["backward" if is_backward else "forward"] += times
   return counts
 
@@ -324,8 +327,10 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
       lines = computations.setdefault(head[1], [])
       if line.startswith("ENTRY"):
         entry = head[1]
-    elif line.startswith("}"):
+    elif line.rstrip() == "}":
       lines = []
+    elif lines and not line.startswith("  "):
+      lines[-1] += line  # the metadata of a Pallas kernel has line breaks
     else:
       lines.append(line)
   return computations, entry

@@ -201,21 +201,39 @@ def test_the_tpu_compilers_fused_operations_count_once_by_their_real_kind():
     "%all-reduce.3 = f32[8]{0} all-reduce(%a), channel_id=1, "
     "replica_groups={{0,2,4,6},{1,3,5,7}}",
   )
-  for i in (1, 2):
+  # Two gathers of one channel; the first is spread over two computations.
+  for i, chain in ((1, 0), (2, 0), (3, 1)):
     fused += computation(
       f"async_collective_fusion.{i} (p: bf16[4]) -> bf16[16]",
-      f"%all-gather.{i} = bf16[16]{{0}} {gather}",
+      f"%all-gather.{i} = bf16[16]{{0}} {gather}"
+      f', frontend_attributes={{chain_id="{chain}"}}',
     )
   text = program(
     "%f1 = f32[2]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1",
     "%f2 = bf16[16]{0} fusion(%p), calls=%async_collective_fusion.1",
     "%f3 = bf16[16]{0} fusion(%p), calls=%async_collective_fusion.2",
+    "%f4 = bf16[16]{0} fusion(%p), calls=%async_collective_fusion.3",
     others=fused,
   )
   assert hlo.total_bytes(hlo.collectives(text, 8)) == {
     "reduce-scatter": 32,
-    "all-gather": 32,
+    "all-gather": 64,
   }
+
+
+def test_pallas_kernels_are_counted_and_end_no_computation():
+  attributes = 'frontend_attributes={kernel_metadata={\n"block": "1"\n}}'
+  target = (
+    f'custom-call(%p), custom_call_target="tpu_custom_call", {attributes}'
+  )
+  text = program(
+    f"%splash_mha_fwd_residuals.1 = f32[8]{{0}} {target}",
+    "%x = f32[8]{0} get-tuple-element(%splash_mha_fwd_residuals.1), index=0",
+    f"%splash_mha_dkv_no_residuals.2 = f32[8]{{0}} {target}",
+    "%sum = f32[8]{0} all-reduce(%x), replica_groups=[1,8]<=[8], to_apply=%add",
+  )
+  assert hlo.fused_attention(text) == {"forward": 1, "backward": 1}
+  assert len(hlo.collectives(text, 8)) == 1
 
 
 @pytest.mark.parametrize(
