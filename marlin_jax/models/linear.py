@@ -1,6 +1,6 @@
 """Linear maps whose weights may have float32 gradients.
 
-A matmul in bfloat16 has gradients in bfloat16. Those of the weights are sums
+A matmul in bfloat16 has gradients in bfloat16. Those of the kernels are sums
 over the clips of all devices. With `partition.float32_sums` they are
 accumulated, and summed over devices, in float32; values and the other gradients
 stay as they are.
