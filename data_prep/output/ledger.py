@@ -61,6 +61,8 @@ class Rows(Sequence):
     return self.text
 
 
+# Of most lines, which share them.
+_NONE, _NO_LABELS = Rows("[]"), {}
 # The fields that are rows, and what follows each in a line. Within a string,
 # JSON has no bare quotes.
 _ROWS = {"quality": '"limits": ', "segments": '"notes": '}
@@ -114,10 +116,12 @@ class Entry:
       start = line.rfind(before)  # a label may have the same name
       stop = line.find(following, start)
       if 0 <= start < stop:
-        rows[name] = Rows(line[start + len(before) : stop - 2])
+        text = line[start + len(before) : stop - 2]
+        rows[name] = Rows(text) if text != _NONE.text else _NONE
         line = line[:start] + line[stop:]
     fields = parse_json(line)
     # A million of these are equal.
+    fields["labels"] = fields["labels"] or _NO_LABELS
     for name in ("split", "subject_id", "status", "reason"):
       fields[name] = sys.intern(fields[name])
     return cls(**fields, **rows)
