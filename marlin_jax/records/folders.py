@@ -41,9 +41,18 @@ def cache_home() -> Path:
   """Returns the folder for downloads: `$MARLIN_HOME` or ~/.cache/marlin_jax.
 
   It need not exist.
+
+  Raises:
+    OutputFolderError: the user has no home folder.
   """
   home = os.environ.get("MARLIN_HOME") or "~/.cache/marlin_jax"
-  return Path(home).expanduser()
+  try:
+    return Path(home).expanduser()
+  except RuntimeError as e:
+    raise OutputFolderError(
+      f"{home}, the folder for downloads, is in no home folder ({e}); set "
+      "MARLIN_HOME to a folder"
+    ) from e
 
 
 def is_remote(path: str | os.PathLike) -> bool:

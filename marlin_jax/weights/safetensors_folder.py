@@ -109,9 +109,16 @@ def load_arrays(path: Path) -> dict:
 
 def save_arrays(arrays: dict, path: Path, **metadata: str) -> None:
   """Writes a .safetensors file atomically."""
-  """Writes a .safetensors file atomically."""
-  with folders.atomic_path(path) as partial:
-    safetensors.numpy.save_file(arrays, partial, metadata=metadata)
+  """Writes a .safetensors file atomically.
+
+  Raises:
+    WeightsError: it cannot be written.
+  """
+  try:
+    with folders.atomic_path(path) as partial:
+      safetensors.numpy.save_file(arrays, partial, metadata=metadata)
+  except (OSError, safetensors.SafetensorError) as e:
+    raise WeightsError(f"{path} cannot be written: {e}") from e
 
 
 def save_config(config: dict, path: Path, name: str = CONFIG) -> None:

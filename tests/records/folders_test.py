@@ -77,3 +77,11 @@ def test_shared_locks_keep_out_an_exclusive_one(tmp_path):
   for lock in shared:
     lock.close()
   folders.Lock(tmp_path).close()
+
+
+def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch):
+  monkeypatch.delenv("HOME", raising=False)
+  monkeypatch.delenv("MARLIN_HOME", raising=False)
+  monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)  # not in passwd
+  with pytest.raises(folders.OutputFolderError, match="set MARLIN_HOME"):
+    folders.cache_home()

@@ -394,6 +394,18 @@ def test_only_results_of_a_conversion_are_overwritten(tmp_path, name):
   assert file.read_text() == "of the user"
 
 
+def test_a_disk_that_is_full_is_one_error_and_no_half_file(
+  weights, tmp_path, monkeypatch
+):
+  def full(*_, **__):
+    raise safetensors.SafetensorError("No space left on device")
+
+  monkeypatch.setattr(safetensors.numpy, "save_file", full)
+  with pytest.raises(WeightsError, match="cannot be written: No space"):
+    safetensors_folder.write(weights, tmp_path / "a")
+  assert not [*(tmp_path / "a").iterdir()]
+
+
 def test_results_of_a_conversion_are_overwritten(weights, tmp_path):
   target = tmp_path / "a"
   for write in (safetensors_folder.write, run_checkpoint.write):
