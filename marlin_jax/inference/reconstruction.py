@@ -17,11 +17,11 @@ from flax import nnx
 
 from marlin_jax.inference import pictures
 from marlin_jax.inference.clips import Clips
+from marlin_jax.models import vit
 from marlin_jax.pretraining.pretext_task import PretextTask, reconstruct_batch
 
 if TYPE_CHECKING:
-  from marlin_jax.models import vit
-from marlin_jax.models.mae import MAE
+  from marlin_jax.models.mae import MAE
 
 
 @dataclasses.dataclass(frozen=True)
