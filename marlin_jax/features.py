@@ -54,7 +54,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
   # Imported here, so that --help answers at once.
-  from marlin_jax.inference import clips, feature_folder, video_folder
+  from marlin_jax.inference import (
+    clips,
+    face_windows,
+    feature_folder,
+    video_folder,
+  )
   from marlin_jax.inference.marlin import Marlin
 
   # --- Inputs -----------------------------------------------------------------
@@ -98,7 +103,7 @@ def _run(args: argparse.Namespace) -> None:
       ) as events,
       video_folder.progress_bar(todo) as bar,
     ):
-      num_windows = 0
+      num_windows = num_padded = 0
       for video in video_folder.encode_many(
         functools.partial(marlin.extract_features, keep_seq=args.keep_seq),
         events,
@@ -106,6 +111,9 @@ def _run(args: argparse.Namespace) -> None:
         bar,
       ):
         num_windows += len(video.windows)
+        num_padded += not args.crop_face and any(
+          map(face_windows.letterboxed, video.windows[:1])
+        )
         _write(folder, todo[video.number].name, video, args.reduction)
     folder.finish()
 
@@ -123,6 +131,12 @@ def _run(args: argparse.Namespace) -> None:
       f"{args.output} holds the features of {len(videos) - len(refused)} of "
       f"{counted(len(videos), 'video')}."
     )
+    if num_padded:
+      print(
+        f"  NOTE: {counted(num_padded, 'video')} not square, padded with black "
+        "bars. The encoder knows crops of faces: unless these are, use "
+        "--crop_face"
+      )
     if refused:
       print(
         f"  left out: {len(refused)}; why: {folder.path / 'quarantine.jsonl'}"

@@ -157,15 +157,14 @@ def _entry(
   }
   if windows is None:
     return entry
-  boxes = [window.box for window in windows if window.box is not None]
 
-  def rounded(box: np.ndarray | None) -> list[float]:
-    return [] if box is None else [round(float(x), 1) for x in box]
+  def rounded(box: np.ndarray) -> list[float]:
+    return [round(float(x), 1) for x in box]
 
   entry |= {
     "start_secs": round(windows[0].start_secs, 3),
     "end_secs": round(windows[-1].end_secs, 3),
-    "box": rounded(np.median(boxes, axis=0) if boxes else None),
+    "box": rounded(np.median([window.box for window in windows], axis=0)),
   }
   if prediction.window_probabilities is not None:
     entry["windows"] = [

@@ -20,7 +20,7 @@ import contextlib
 import dataclasses
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from typing import TYPE_CHECKING
 
@@ -88,11 +88,11 @@ class Window:
       last one is then repeated in `frames`.
     start_secs: time of the first of them in the video.
     end_secs: time of the last of them.
+    box: float32 (4,), the square shown as x0, y0, x1, y1 in pixels of the
+      video, median over the frames; it exceeds them where they are padded.
     regions: uint16 (T/2, h, w) where `WindowSettings.regions` is set, else
       None: bit k is set where LaPa class k touches the patch in the first frame
       of the tubelet; 0 where no face was parsed.
-    box: float32 (4,), the crop as x0, y0, x1, y1 in pixels of the video, median
-      over the frames shown; None of whole frames.
   """
 
   frames: np.ndarray
@@ -100,8 +100,8 @@ class Window:
   num_frames: int
   start_secs: float
   end_secs: float
+  box: np.ndarray
   regions: np.ndarray | None = None
-  box: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,14 +244,14 @@ class _Frame:
   Attributes:
     picture: uint8 (S, S, 3), or at the size of records.
     secs: its time.
+    box: float32 (4,), the square in the video; see `Window`.
     regions: uint16 (h, w); None until the face is parsed.
-    box: float32 (4,), the crop in the video; None if it is the whole frame.
   """
 
   picture: np.ndarray
   secs: float
+  box: np.ndarray
   regions: np.ndarray | None = None
-  box: np.ndarray | None = None
 
 
 class _WindowReader:
@@ -324,7 +324,7 @@ class _WindowReader:
       start_secs=kept[start - num_dropped].secs,
       end_secs=kept[start + num_frames - 1 - num_dropped].secs,
       regions=regions,
-      box=_median_box(shown),
+      box=np.median([frame.box for frame in shown], axis=0),
     )
 
   # --- Whole frames -----------------------------------------------------------
@@ -338,7 +338,10 @@ class _WindowReader:
       size = schema.FRAME_SIZE
     with decode.open_video(self._path, may_change_size=True) as video:
       for frame, secs in video:
-        yield _Frame(fit_square(frame, size), secs)
+        height, width = frame.shape[:2]
+        half, x, y = max(height, width) / 2, width / 2, height / 2
+        box = np.float32([x - half, y - half, x + half, y + half])
+        yield _Frame(fit_square(frame, size), secs, box)
         self._progress(video.share)
 
   def _regions_of(self, frame: _Frame) -> np.ndarray:
@@ -385,7 +388,7 @@ class _WindowReader:
       if i - first in rows_to_parse:
         regions = self._parse(frame, boxes[i], track.meshes[i - first])
       size = max(self._settings.image_size, schema.FRAME_SIZE)
-      yield _Frame(fit_square(crop, size), secs, regions, boxes[i])
+      yield _Frame(fit_square(crop, size), secs, boxes[i], regions)
 
   def _rows_to_parse(self, total: int) -> set[int]:
     """Returns the first frames of all tubelets of all windows.
@@ -414,12 +417,6 @@ class _WindowReader:
     return schema.region_bits(labels[None], size)[0]
 
 
-def _median_box(frames: Sequence[_Frame]) -> np.ndarray | None:
-  if frames[0].box is None:
-    return None
-  return np.median([frame.box for frame in frames], axis=0)
-
-
 def fit_square(frame: np.ndarray, size: int) -> np.ndarray:
   """Scales a picture into a square, with black bars where it is none.
 
@@ -443,6 +440,11 @@ def fit_square(frame: np.ndarray, size: int) -> np.ndarray:
   out = np.zeros((size, size, 3), np.uint8)
   out[y : y + new_size[1], x : x + new_size[0]] = scaled
   return out
+
+
+def letterboxed(window: Window) -> bool:
+  """Returns whether a window of whole frames has black bars."""
+  return bool(window.box[:2].min() < 0)
 
 
 # --- In a thread --------------------------------------------------------------

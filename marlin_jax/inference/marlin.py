@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import warnings
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -207,7 +209,7 @@ class Marlin:
     with contextlib.closing(face_windows.read_ahead(path, settings)) as windows:
       features = stream.encode(
         functools.partial(self.extract_features, keep_seq=keep_seq),
-        (window.frames for window in windows),
+        _frames(windows, path, crop_face=crop_face),
         batch_size or stream.default_batch_size(),
       )
       return stream.reduced(np.stack(list(features)), reduction)
@@ -290,6 +292,24 @@ class Marlin:
       for clip in x
     ]
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *maps)
+
+
+def _frames(
+  windows: Iterator[face_windows.Window],
+  path: str | os.PathLike,
+  *,
+  crop_face: bool,
+) -> Iterator[np.ndarray]:
+  """Yields the frames of windows; warns of whole frames with black bars."""
+  for number, window in enumerate(windows):
+    if not crop_face and not number and face_windows.letterboxed(window):
+      warnings.warn(
+        f"{os.fspath(path)} is not square, so that its frames are padded with "
+        "black bars. The encoder knows crops of faces: unless this is one, use "
+        "crop_face=True",
+        stacklevel=3,
+      )
+    yield window.frames
 
 
 def _check_clips(x, tubelets: Tubelets) -> None:

@@ -1,5 +1,6 @@
 """Features of video files by `Marlin`, and of folders by the command."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -138,7 +139,10 @@ def test_options_select_windows_and_wrong_ones_are_refused(tmp_path, marlin):
 @pytest.mark.parametrize("name", SHARED)
 def test_real_footage_with_and_without_cropping(marlin, face_models, name):
   path = shared_video(name)
-  whole = marlin.extract_video(path)
+  padded = pytest.warns(UserWarning, match="is not square.*crop_face=True")
+  is_square = name.startswith("cropped")
+  with contextlib.nullcontext() if is_square else padded:
+    whole = marlin.extract_video(path)
   face = marlin.extract_video(path, crop_face=True)
   assert whole.shape == face.shape == (SHARED[name], 32)
   assert np.isfinite(whole).all()
