@@ -10,8 +10,9 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep.video import video_to_records
+from data_prep.video import decode, video_to_records
 from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.inference import face_windows, feature_folder, video_folder
 from marlin_jax.inference.face_windows import (
   FaceVideoError,
   NoFaceError,
@@ -367,3 +368,40 @@ def test_a_search_for_faces_is_interrupted_at_once(tmp_path, face_models):
   assert time.monotonic() - started_at < 5
   timer.join()
   assert threading.active_count() == before
+
+
+# --- Faults of the machine ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("error", "is_hosts"),
+  [
+    (decode.HostError("decoder passed its deadline of 300 s"), True),
+    (OSError("Stale file handle"), True),
+    (decode.DecodeError("decoder died of SIGSEGV"), False),
+  ],
+)
+def test_a_video_is_not_quarantined_for_a_fault_of_the_machine(
+  tmp_path, monkeypatch, error, is_hosts
+):
+  """Without a hash, the next run does not take it for a bad one."""
+
+  def fail(path, *_):
+    with face_windows.video_errors(path):
+      raise error
+    yield
+
+  monkeypatch.setattr(video_folder, "read_windows", fail)
+  path = write_greys(tmp_path / "v.mkv", 3)
+  with video_folder._open_work(WindowSettings()) as work:
+    outcome = work(path, print)
+  assert str(error) in outcome.reason
+  assert (outcome.sha256 == "") == is_hosts
+  settings = {"format": "npz"}
+  with feature_folder.FeatureFolder(tmp_path / "out", settings) as folder:
+    folder.begin()
+    folder.refuse(
+      feature_folder.Origin("v.mkv", outcome.sha256, outcome.num_bytes),
+      outcome.reason,
+    )
+    assert folder.quarantines("v.mkv", path) == (not is_hosts)
