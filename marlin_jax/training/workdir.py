@@ -59,6 +59,26 @@ def as_begun(
   ]
 
 
+def check_config(file: epath.Path, config: ConfigDict) -> None:
+  """Raises OutputFolderError if a config.json is not of a run.
+
+  Args:
+    file: the file; it may be missing, or half-written by a run.
+    config: the configuration that is to replace it.
+  """
+  if not file.exists():
+    return
+  try:
+    found = json.loads(file.read_text())
+  except ValueError:
+    return
+  keys = found.keys() if isinstance(found, dict) else ()
+  if 2 * len({*keys} & {*config.keys()}) < len({*config.keys()}):
+    raise folders.OutputFolderError(
+      f"{file} was not written by a run; choose another --workdir"
+    )
+
+
 class Workdir:
   """The workdir of a run; a context manager that holds its lock.
 
@@ -154,8 +174,13 @@ class Workdir:
     )
 
   def begin(self) -> None:
-    """Writes config.json, after which the workdir belongs to this run."""
+    """Writes config.json, after which the workdir belongs to this run.
+
+    Raises:
+      OutputFolderError: the workdir has a config.json of another program.
+    """
     if self._is_process_0:
+      check_config(self.path / "config.json", self._config)
       if self.start_step:
         print(f"resumed from step {self.start_step} in {self.path}", flush=True)
       text = self._config.to_json(indent=2) + "\n"

@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import pytest
+from ml_collections import ConfigDict
 
 from configs import pretrain_b
 from marlin_jax.data.clip_geometry import Clip
@@ -16,7 +17,8 @@ from marlin_jax.data.prepared_dataset import open_dataset
 from marlin_jax.data.sampling import RecordDraws
 from marlin_jax.devices import sharding
 from marlin_jax.records import cli
-from marlin_jax.training import checkpoint, loop, remote_files
+from marlin_jax.records.folders import OutputFolderError
+from marlin_jax.training import checkpoint, loop, remote_files, workdir
 from marlin_jax.training.checkpoint import Checkpoints
 from marlin_jax.training.watchdog import Watchdog
 from marlin_jax.training.workdir import SaveTimer
@@ -294,3 +296,17 @@ def test_a_timer_asks_once_and_again_after_the_next_save():
   assert timer.is_due()
   assert not SaveTimer(0).is_due()
   assert not SaveTimer(10).is_due()
+
+
+def test_a_config_of_another_program_is_not_replaced(tmp_path):
+  config = ConfigDict({"data": {"path": "D"}, "num_steps": 3, "log_steps": 1})
+  file = tmp_path / "config.json"
+  workdir.check_config(file, config)
+  whole = config.to_json()
+  for own in (whole, whole[:9], '{"data": 1, "log_steps": 2}'):
+    file.write_text(own)
+    workdir.check_config(file, config)
+  for other in ('{"model_type": "videomae", "num_steps": 1}', "[]"):
+    file.write_text(other)
+    with pytest.raises(OutputFolderError, match="another --workdir"):
+      workdir.check_config(file, config)
