@@ -11,7 +11,11 @@ import pytest
 from etils import epath
 
 from data_prep import report, verify
+from marlin_jax.data import prepared_dataset, sampling, segment_indexing
+from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.training import remote_files
+from tests.support import made_dataset
+from tests.support.made_dataset import a_record
 from tests.support.processes import (
   run_here,
   run_prepare,
@@ -167,3 +171,26 @@ def test_files_of_a_run_grow_in_a_bucket(bucket):
   assert content(bucket, "faces/runs/a") == {
     "metrics.jsonl": b"ONE\ntwo\nthree\n"
   }
+
+
+def test_indices_of_a_data_set_in_a_bucket_are_copied_once(
+  bucket, tmp_path, monkeypatch
+):
+  monkeypatch.setenv("MARLIN_HOME", str(tmp_path / "home"))
+  videos = {
+    f"{i}.mp4": [a_record(f"{i}.mp4", num_frames=9, quality=i / 4)] * 2
+    for i in range(4)
+  }
+  made = made_dataset.make(tmp_path / "data", videos)
+  for path in made.iterdir():
+    bucket.pipe_file(f"faces/data/{path.name}", path.read_bytes())
+  for _ in range(2):
+    dataset = prepared_dataset.open_dataset("gs://faces/data", "train", 0.5)
+    index = segment_indexing.open_index(dataset, "gs://faces/run/index")
+    assert (dataset.num_videos, index.num_videos) == (2, 4)
+    draws = sampling.VideoDraws(dataset, index, Clip(4, 2), seed=0)
+    assert {draws(i).records[0] for i in range(40)} == {4, 5, 6, 7}
+    # The second time it reads the copies on this machine.
+    for name in ("quality", "segments"):
+      bucket.pipe_file(f"faces/data/faces-train.{name}.npy", b"changed")
+  assert len(list((tmp_path / "home" / "copies").iterdir())) == 2
