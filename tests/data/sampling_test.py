@@ -144,7 +144,7 @@ def test_every_start_in_a_video_is_equally_likely(opened):
   index = opened(Video("", [(0, 64)]), Video("", SEGMENTS))
   draws = VideoDraws(described(6, 2), index, CLIP, seed=0)
   counts = collections.Counter()
-  for position in range(16_000):
+  for position in range(8000):
     draw = draws(position)
     first = draw.records[0] - 1
     if first < 0:
@@ -170,7 +170,7 @@ def test_every_start_in_a_video_is_equally_likely(opened):
   ]
   assert set(counts) == set(possible)
   assert len(possible) == 74 + 1 + 10
-  expected = 8000 / len(possible)
+  expected = 4000 / len(possible)
   chi_square = sum((counts[p] - expected) ** 2 / expected for p in possible)
   # 84 degrees of freedom: mean 84, standard deviation 13.
   assert chi_square < 84 + 5 * 13
