@@ -10,8 +10,6 @@ source pixels, where pixel (i, j) covers [j, j+1) x [i, i+1).
 
 from __future__ import annotations
 
-import collections
-import copy
 import dataclasses
 import itertools
 import math
@@ -19,18 +17,15 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from data_prep.faces import boxes, quality, shots
+from data_prep.faces import boxes, shots
 from data_prep.faces.face_finder import Detection, FaceFinder
 from data_prep.faces.meshes import NUM_LANDMARKS as NUM_LANDMARKS
-from data_prep.faces.meshes import Meshes, MeshStore, PackedMesh
+from data_prep.faces.meshes import MeshStore
+from data_prep.faces.track import OpenTrack, Track, believed_rate, frames_of
 
 # Times are in seconds: a face moves as fast at any frame rate. In the comments,
 # the same in frames at 30 per second.
 #
-# Rate that is assumed where it is unknown, and the range that is believed:
-# files of a variable rate may announce 1,000 or 90,000.
-USUAL_RATE = 30.0
-RATE_RANGE = (1.0, 240.0)
 # Detectors run this often in a shot: 8 frames.
 DETECT_SECS = 0.27
 # In videos of at least MIN_RATE frames per second the mesh model runs on every
@@ -47,77 +42,9 @@ MAX_TRACK_SECS = 180.0
 # a file the rest: those of an hour of one face.
 MAX_MESH_BYTES = 100 << 20
 MIN_FACE_PIXELS = 24
-# A mesh is compared with the last looks at its face, LOOK_SECS apart: 4 frames.
-LOOKS = 3
-LOOK_SECS = 0.13
-# Sharpness is measured this often in a track: 10 frames. The first time is half
-# of it after the first mesh, which a cut or a dissolve may blur.
-SHARPNESS_SECS = 0.33
 # Faces tracked at a time: each costs a run of the mesh model per frame, and a
 # crowd shows nobody well. The largest are tracked.
 MAX_FACES = 8
-# A track is dropped where fewer of its frames have a mesh, or where fewer of
-# its detections are believed.
-MIN_MESH_RATIO = 0.5
-MIN_BELIEVED_RATIO = 0.5
-# Standard deviations of the Gaussians that smooth a track's box: 4 and 12
-# frames. A face's size changes slower than its place.
-CENTRE_SECS = 4 / 30
-SIDE_SECS = 12 / 30
-
-
-def frames_of(secs: float, frame_rate: float) -> int:
-  """Returns the whole number of frames nearest to a time, at least 1.
-
-  Args:
-    secs: the time in seconds.
-    frame_rate: frames per second; replaced by 30 where it is not believable.
-  """
-  return max(round(secs * _believed_rate(frame_rate)), 1)
-
-
-def _believed_rate(frame_rate: float) -> float:
-  least, most = RATE_RANGE
-  return frame_rate if least <= frame_rate <= most else USUAL_RATE
-
-
-@dataclasses.dataclass(frozen=True)
-class Track:
-  """One face through one shot.
-
-  Attributes:
-    track_id: number within the video, by first frame, then left to right.
-    first_frame: number of its first frame in the video.
-    boxes: float32 (T, 4), the smoothed square crop; may reach past the frame.
-    meshes: landmarks of each frame, float32 (478, 2), x and y in source pixels;
-      NaN in frames where the mesh was not found.
-    quality: in [0, 1], see `quality.combine`.
-    quality_terms: float32 (4,), each in [0, 1], as `schema.QUALITY_TERMS`; see
-      the module `quality`.
-    continues: whether it is the rest of a track that was cut for its length,
-      and ends in the frame before.
-  """
-
-  track_id: int
-  first_frame: int
-  boxes: np.ndarray
-  meshes: Meshes
-  quality: float
-  quality_terms: np.ndarray
-  continues: bool = False
-
-  def __len__(self) -> int:
-    return len(self.boxes)
-
-  @property
-  def landmarks(self) -> np.ndarray:
-    """All of `meshes`, unpacked: float32 (T, 478, 2), 3.8 KB a frame."""
-    return self.meshes.unpacked()
-
-  @property
-  def side(self) -> float:
-    """Median side of the crops in source pixels."""
-    return float(np.median(self.boxes[:, 2] - self.boxes[:, 0]))
 
 
 def find_tracks(
@@ -150,15 +77,15 @@ def find_tracks(
   Returns:
     The tracks by first frame, then left to right.
   """
-  rate = _believed_rate(frame_rate)
+  rate = believed_rate(frame_rate)
   max_gap = frames_of(MAX_GAP_SECS, rate)
   max_frames = max_track_secs * rate
-  active: list[_OpenTrack] = []
+  active: list[OpenTrack] = []
   store = MeshStore(MAX_MESH_BYTES)
   # With the left edge where they begin.
   kept: list[tuple[float, Track]] = []
 
-  def end(tracks: list[_OpenTrack]) -> None:
+  def end(tracks: list[OpenTrack]) -> None:
     # At once, so that a long video's false detections do not pile up.
     for track in tracks:
       _part_from_next(track, active, max_gap)
@@ -218,294 +145,7 @@ def find_tracks(
 # --- Following faces ----------------------------------------------------------
 
 
-@dataclasses.dataclass(slots=True)
-class _Sighting:
-  """A face in one frame: its mesh, or only the box of the detector.
-
-  Attributes:
-    frame: number of the frame.
-    box: (4,), bounds of the mesh, else the box of the detector.
-    mesh: its landmarks; None without a mesh.
-    look: int8 (468,), see `shots.Look`; None without a mesh.
-    frontality: `quality.frontality` times `quality.uprightness`; None without
-      a mesh.
-    sharpness: see `quality.sharpness`; None where it was not measured.
-    first_sharpness: of the first mesh, which may be blurred.
-  """
-
-  frame: int
-  box: np.ndarray
-  mesh: PackedMesh | None = None
-  look: np.ndarray | None = None
-  frontality: float | None = None
-  sharpness: float | None = None
-  first_sharpness: float | None = None
-
-
-class _OpenTrack:
-  """One face so far: a track that is not finished.
-
-  Args:
-    steps: distance in frames between runs of the mesh model.
-    rate: frames per second.
-  """
-
-  def __init__(self, steps: int, rate: float) -> None:
-    self._steps = steps
-    self._rate = rate
-    self.observed: list[_Sighting] = []
-    # For each frame in which the detectors ran.
-    self.believed: list[bool] = []
-    # Box of the detector and bounds of the mesh, of frames that have both.
-    self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
-    self.num_meshes = 0
-    # LOOK_SECS apart, and the frame of the last one.
-    self._looks: collections.deque[shots.Look] = collections.deque(maxlen=LOOKS)
-    self._look_frame = 0
-    self._sharpness_frame: int | None = None
-    # Whether the first frame is the last of the track before, and the last that
-    # of a successor.
-    self.continues = self.gives_way = False
-
-  @property
-  def first_frame(self) -> int:
-    return self.observed[0].frame
-
-  @property
-  def last_frame(self) -> int:
-    return self.observed[-1].frame
-
-  @property
-  def box(self) -> np.ndarray:
-    return self.observed[-1].box
-
-  def add_mesh(
-    self, frame: np.ndarray, i: int, mesh: np.ndarray, goes_on: bool
-  ) -> bool:
-    """Adds the mesh in frame i, unless it is that of another face.
-
-    Args:
-      frame: uint8 (H, W, 3), RGB.
-      i: number of the frame.
-      mesh: (478, 3).
-      goes_on: whether the face was seen when it was last looked for.
-
-    Returns:
-      True if the mesh was added; False if something covers the face or has
-      taken its place for good.
-    """
-    box = boxes.bounds(mesh[:, :2])
-    look = shots.Look(frame, mesh[:, :2])
-    # After frames without a mesh one look that fits is enough: the last may
-    # show what hid the face, or the face half turned.
-    goes_on = goes_on and self._looks and self.observed[-1].look is not None
-    num_looks = len(self._looks)
-    needed = num_looks - num_looks // 2 if goes_on else min(num_looks, 1)
-    # The latest first, and no more of them than are needed.
-    fits = (
-      not before.is_other_face(frame, look) for before in reversed(self._looks)
-    )
-    if sum(itertools.islice(filter(None, fits), needed)) < needed:
-      return False
-    look_steps = frames_of(LOOK_SECS, self._rate)
-    if not self._looks or i - self._look_frame >= look_steps:
-      self._looks.append(look)
-      self._look_frame = i
-    sighting = _Sighting(i, box, PackedMesh.of(mesh[:, :2]), look.normalised())
-    sighting.frontality = quality.frontality(mesh) * quality.uprightness(mesh)
-    sharpness_steps = frames_of(SHARPNESS_SECS, self._rate)
-    if self._sharpness_frame is None:
-      self._sharpness_frame = i - sharpness_steps // 2
-    if i - self._sharpness_frame >= sharpness_steps:
-      sighting.sharpness = quality.sharpness(frame, mesh)
-      self._sharpness_frame = i
-    elif not self.num_meshes:
-      # Counts only where it remains the only one.
-      sighting.first_sharpness = quality.sharpness(frame, mesh)
-    self.num_meshes += 1
-    self.observed.append(sighting)
-    return True
-
-  def add_detection(
-    self,
-    frame: np.ndarray,
-    i: int,
-    box: np.ndarray,
-    mesh: np.ndarray | None,
-    goes_on: bool,
-  ) -> bool:
-    """Adds a detection: its mesh as `add_mesh`, without one its box."""
-    if mesh is None:
-      self.observed.append(_Sighting(i, box))
-      return True
-    is_added = self.add_mesh(frame, i, mesh, goes_on)
-    if is_added:
-      self.pairs.append((box, boxes.bounds(mesh[:, :2])))
-    return is_added
-
-  def people(self) -> list[_OpenTrack]:
-    """Returns a track for each person that the mesh showed, in order.
-
-    The track ends at the last frame that matched the person; frames of a
-    dissolve that match neither person are in no track.
-    """
-    rows = self._rows_with_look()
-    if not rows:
-      return [self]
-    spans = shots.people(
-      np.array([self.observed[row].frame for row in rows]),
-      np.array([self.observed[row].look for row in rows]),
-      self._rate,
-    )
-    if len(spans) == 1:
-      return [self]
-    parts = []
-    for start, stop in spans:
-      part = copy.copy(self)
-      # The first and the last person keep frames without a mesh.
-      first = rows[start] if start else 0
-      last = rows[stop - 1] + 1 if stop < len(rows) else len(self.observed)
-      part.observed = self.observed[first:last]
-      part.num_meshes = stop - start
-      part.continues = self.continues and not parts
-      part.gives_way = self.gives_way and stop == len(rows)
-      parts.append(part)
-    return parts
-
-  def part_from(self, later: _OpenTrack) -> None:
-    """Cuts frames that match neither person where a track took over this one.
-
-    In a dissolve, the last frames of the one and the first of the other show
-    both faces.
-    """
-    mine, its = self._rows_with_look(), later._rows_with_look()
-    sightings = [self.observed[row] for row in mine]
-    sightings += [later.observed[row] for row in its]
-    parted = shots.parted(
-      np.array([sighting.frame for sighting in sightings]),
-      np.array([sighting.look for sighting in sightings]),
-      len(mine),
-      self._rate,
-    )
-    if parted is None:
-      return
-    end, start = parted
-    self.observed = self.observed[: mine[end - 1] + 1]
-    self.num_meshes = end
-    later.observed = later.observed[its[start - len(mine)] :]
-    later.num_meshes = len(its) + len(mine) - start
-
-  def successor(self) -> _OpenTrack:
-    """Returns a track that goes on from the last frame of this one."""
-    successor = copy.copy(self)
-    successor.observed = self.observed[-1:]
-    successor.num_meshes = int(self.observed[-1].mesh is not None)
-    successor.believed = self.believed[-1:]
-    successor._looks = self._looks.copy()
-    successor.continues = self.gives_way = True
-    return successor
-
-  def _rows_with_look(self) -> list[int]:
-    return [n for n, s in enumerate(self.observed) if s.look is not None]
-
-  def mesh_ratio(self) -> float:
-    """Returns the share of visited frames, gaps included, with a mesh."""
-    num_visited = (self.last_frame - self.first_frame) // self._steps + 1
-    return min(self.num_meshes / num_visited, 1.0)
-
-  def is_face(self, min_frames: int, min_face_pixels: int) -> bool:
-    """Returns whether the track is kept."""
-    heights = [s.box[3] - s.box[1] for s in self.observed]
-    return (
-      self.last_frame - self.first_frame + 1 >= min_frames
-      and float(np.median(heights)) >= min_face_pixels
-      and self.mesh_ratio() >= MIN_MESH_RATIO
-      and float(np.mean(self.believed)) >= MIN_BELIEVED_RATIO
-    )
-
-  def finish(self, store: MeshStore) -> Track:
-    """Returns the track, without a number, bridged and with a smoothed box.
-
-    Args:
-      store: takes its landmarks.
-    """
-    num_frames = self.last_frame - self.first_frame + 1
-    rows = np.array([s.frame - self.first_frame for s in self.observed])
-    squares = np.array([self._square_of(s) for s in self.observed])
-    all_rows = np.arange(num_frames)
-    x, y, side = (np.interp(all_rows, rows, values) for values in squares.T)
-    x, y = (boxes.smooth(values, CENTRE_SECS * self._rate) for values in (x, y))
-    half = boxes.CROP_RATIO / 2 * boxes.smooth(side, SIDE_SECS * self._rate)
-    crops = np.stack([x - half, y - half, x + half, y + half], axis=1)
-
-    meshes = self._meshes(num_frames)
-    sharpnesses = self._values("sharpness")
-    if not len(sharpnesses):
-      sharpnesses = self._values("first_sharpness")
-    terms = quality.terms(
-      face_heights=2 * half / boxes.CROP_RATIO,
-      sharpnesses=sharpnesses,
-      frontalities=self._values("frontality"),
-      meshes=meshes,
-      steps=self._steps,
-    )
-    if self.gives_way:
-      crops, meshes = crops[:-1], meshes.part(0, num_frames - 1)
-    store.take(meshes)
-    return Track(
-      track_id=0,
-      first_frame=self.first_frame,
-      boxes=crops.astype(np.float32),
-      meshes=meshes,
-      quality=quality.combine(terms),
-      quality_terms=terms,
-      continues=self.continues,
-    )
-
-  def _meshes(self, num_frames: int) -> Meshes:
-    """Returns the meshes; those of skipped frames are interpolated."""
-    rows, packed, goes_on = [], [], []
-    before: _Sighting | None = None
-    for sighting in self.observed:
-      if sighting.mesh is not None:
-        gap = sighting.frame - before.frame if before is not None else 0
-        rows.append(sighting.frame - self.first_frame)
-        packed.append(sighting.mesh)
-        goes_on.append(1 < gap <= self._steps)
-      before = sighting if sighting.mesh is not None else None
-    return Meshes(num_frames, rows, packed, goes_on)
-
-  def _values(self, name: str) -> np.ndarray:
-    """Returns an attribute of the sightings where it is not None."""
-    values = [getattr(sighting, name) for sighting in self.observed]
-    return np.array([value for value in values if value is not None])
-
-  def _square_of(self, sighting: _Sighting) -> tuple[float, float, float]:
-    """Returns centre x, centre y and side of the face's mesh.
-
-    Without a mesh they are estimated from the box of the detector, by the
-    median relation of the two in other frames of the track.
-    """
-    x, y, side = boxes.square(sighting.box)
-    if sighting.mesh is not None:
-      return x, y, side
-    shifts = []
-    for box, bounds in self.pairs:
-      box_x, box_y, box_side = boxes.square(box)
-      mesh_x, mesh_y, mesh_side = boxes.square(bounds)
-      shifts.append(
-        (
-          (mesh_x - box_x) / box_side,
-          (mesh_y - box_y) / box_side,
-          mesh_side / box_side,
-        )
-      )
-    # Where no frame of this track has both: the mean of the sample videos.
-    dx, dy, ratio = np.median(shifts, axis=0) if shifts else (0.0, -0.05, 1.1)
-    return x + dx * side, y + dy * side, ratio * side
-
-
-def _are_close(active: list[_OpenTrack]) -> bool:
+def _are_close(active: list[OpenTrack]) -> bool:
   """Returns whether two faces are within a face's size of each other."""
   near = [boxes.square_around(track.box, 2.0) for track in active]
   return any(
@@ -514,7 +154,7 @@ def _are_close(active: list[_OpenTrack]) -> bool:
 
 
 def _part_from_next(
-  track: _OpenTrack, others: list[_OpenTrack], max_gap: int
+  track: OpenTrack, others: list[OpenTrack], max_gap: int
 ) -> None:
   """Parts a track that ends from the one that took its place, if any."""
   for other in others:
@@ -530,7 +170,7 @@ def _part_from_next(
 
 
 def _follow(
-  active: list[_OpenTrack],
+  active: list[OpenTrack],
   frame: np.ndarray,
   i: int,
   last_visited: int,
@@ -553,14 +193,14 @@ def _follow(
 
 
 def _detect(
-  active: list[_OpenTrack],
+  active: list[OpenTrack],
   frame: np.ndarray,
   i: int,
   last_visited: int,
   steps: int,
   rate: float,
   finder: FaceFinder,
-) -> list[_OpenTrack]:
+) -> list[OpenTrack]:
   """Runs the detectors; extends the tracks that fit and returns new ones."""
   detections = finder.detect(frame)
   # The largest get the room that there is.
@@ -570,7 +210,7 @@ def _detect(
     if track.last_frame == i and track not in track_of.values():
       track.believed.append(False)
 
-  started: list[_OpenTrack] = []
+  started: list[OpenTrack] = []
   for number, detection in enumerate(detections):
     track = track_of.get(number)
     has_room = len(active) + len(started) < MAX_FACES
@@ -593,7 +233,7 @@ def _detect(
       continue
     # No track fits, or another face has taken the place of the track's.
     if has_room:
-      track = _OpenTrack(steps, rate)
+      track = OpenTrack(steps, rate)
       track.believed.append(detection.believed)
       track.add_detection(frame, i, detection.box, mesh, goes_on=False)
       started.append(track)
@@ -601,8 +241,8 @@ def _detect(
 
 
 def _match(
-  active: list[_OpenTrack], detections: list[Detection], i: int
-) -> dict[int, _OpenTrack]:
+  active: list[OpenTrack], detections: list[Detection], i: int
+) -> dict[int, OpenTrack]:
   """Returns the track of each detection that fits one, by its number.
 
   Tracks that are seen in frame i come before those that are lost, whose face
@@ -620,7 +260,7 @@ def _match(
     for d, detection in enumerate(detections)
   ]
   pairs.sort()
-  track_of: dict[int, _OpenTrack] = {}
+  track_of: dict[int, OpenTrack] = {}
   for _, overlap, t, d in pairs:
     if (
       -overlap > 0.2

@@ -5,7 +5,14 @@ import sys
 import numpy as np
 import pytest
 
-from data_prep.faces import boxes, face_finder, main_face, meshes, tracking
+from data_prep.faces import (
+  boxes,
+  face_finder,
+  main_face,
+  meshes,
+  quality,
+  tracking,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -84,13 +91,13 @@ def test_bytes_of_a_frame_and_face_are_as_stated(distance, times, monkeypatch):
   num_frames, num_faces = 200, 8
   opened = []
 
-  class OpenTrack(tracking._OpenTrack):
+  class OpenTrack(tracking.OpenTrack):
     def __init__(self, *args):
       super().__init__(*args)
       opened.append(self)
 
-  monkeypatch.setattr(tracking, "_OpenTrack", OpenTrack)
-  monkeypatch.setattr(tracking.quality, "sharpness", lambda frame, mesh: 0.5)
+  monkeypatch.setattr(tracking, "OpenTrack", OpenTrack)
+  monkeypatch.setattr(quality, "sharpness", lambda frame, mesh: 0.5)
   frame = RNG.integers(0, 255, (120, 700, 3), np.uint8)
   tracks = tracking.find_tracks(
     (frame for _ in range(num_frames)), StillFaces(num_faces, distance)
@@ -134,7 +141,7 @@ def test_meshes_beyond_the_bytes_of_memory_are_in_a_file():
 
 
 def test_long_tracks_are_cut_and_lose_no_frame(monkeypatch):
-  monkeypatch.setattr(tracking.quality, "sharpness", lambda frame, mesh: 0.5)
+  monkeypatch.setattr(quality, "sharpness", lambda frame, mesh: 0.5)
   frame = RNG.integers(0, 255, (120, 300, 3), np.uint8)
   tracks = tracking.find_tracks(
     (frame for _ in range(155)), StillFaces(2, 80), max_track_secs=2.0

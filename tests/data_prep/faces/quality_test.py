@@ -198,7 +198,7 @@ def test_sharpness_is_sampled_evenly_wherever_a_shot_begins(
     measured.append(frame[0, 0, 0])
     return 0.2 if frame[0, 0, 0] == 100 else 0.6
 
-  monkeypatch.setattr(tracking.quality, "sharpness", sharpness)
+  monkeypatch.setattr(quality, "sharpness", sharpness)
   face = np.random.default_rng(0).integers(110, 140, (100, 100, 3), np.uint8)
   frames = [np.zeros_like(face)] * lead
   for i in range(num_frames):
