@@ -1,6 +1,7 @@
 """Served records of a data set, and reasons to refuse one."""
 
 import contextlib
+import gc
 import json
 import os
 import pickle
@@ -340,6 +341,7 @@ def test_too_many_open_files_are_no_damage(
   monkeypatch.setattr(
     prepared_dataset, "_readers", weakref.WeakValueDictionary()
   )
+  gc.collect()  # closes files of earlier tests now, not while none may be open
   _, hard = file_limit
   resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
   taken = []

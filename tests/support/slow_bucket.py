@@ -49,7 +49,6 @@ class SlowBucket(http.server.ThreadingHTTPServer):
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-  protocol_version = "HTTP/1.1"
   server: SlowBucket
 
   def do_GET(self):
