@@ -186,8 +186,9 @@ def resolve(source: str, *, full: bool = False) -> Path:
     WeightsError: the file does not exist and cannot be downloaded.
   """
   if source not in PUBLISHED:
-    if Path(source).expanduser().exists():
-      return Path(source).expanduser()
+    path = Path(source).expanduser()
+    if path.exists() or run_checkpoint.is_run(path):
+      return path
     if source.startswith(_HUB) or _HUB_ID.fullmatch(source):
       return _from_hub(source.removeprefix(_HUB))
     raise WeightsError(

@@ -93,7 +93,8 @@ def test_however_checkpoints_are_saved_and_kept_all_bits_are_the_same(
   kept = {int(p.name) for p in (whole / "checkpoints").iterdir()}
   assert kept == {3, 5, 6, best}
   for workdir in (whole, resumed):
-    source = formats.read(workdir / "best").source
+    path = formats.resolve(str(workdir / "best"))
+    source = formats.read(path).source
     assert source == str(workdir / "checkpoints" / str(best))
 
 
