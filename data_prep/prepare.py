@@ -422,8 +422,8 @@ def _parser() -> argparse.ArgumentParser:
     choices=("main", "all"),
     help="main: one track of each video, that of the largest side x length, or "
     "all of the person where the input says where that is; all: every track. "
-    "By default main where the input has labels or subjects, since they are of "
-    "one person, else all",
+    "By default main where the input has labels, which are of one person, or "
+    "says where that person is, else all",
   )
   add(
     "--parser",
@@ -636,7 +636,7 @@ def _faces(args: argparse.Namespace, videos: Input) -> str:
   stored = ledger.read_json(storage.path_of(args.output) / folders.SETTINGS)
   if isinstance(stored, dict):
     return folder_settings.with_old_settings(stored)["faces"]
-  return "main" if videos.is_labelled else "all"
+  return "main" if videos.has_main_face else "all"
 
 
 def _parser_choice(args: argparse.Namespace) -> ParserChoice:

@@ -95,9 +95,13 @@ class Input:
   notes: list[str]
 
   @property
-  def is_labelled(self) -> bool:
-    """True if something is said of the person in a video."""
-    return bool(self.labels) or any(s.subject_id for s in self.sources)
+  def has_main_face(self) -> bool:
+    """True if videos have labels, or it is said where their person is.
+
+    A subject alone is no reason to leave out faces: a person whose track is cut
+    has several.
+    """
+    return bool(self.labels) or any(s.part.face_at for s in self.sources)
 
 
 def read_sources(

@@ -31,8 +31,9 @@ from google.protobuf import (
 # Increased whenever the meaning of a feature changes; kept in metadata.json.
 SCHEMA_VERSION = 2
 # Version of decoding, tracking and labelling: raised when the same video gives
-# other records. 2: pixels as a viewer sees them, looks normalised for light.
-ALGORITHM_VERSION = 2
+# other records. 2: pixels as a viewer sees them, looks normalised for light. 3:
+# tracks in seconds, a person who turns is one track, frames beside damage.
+ALGORITHM_VERSION = 3
 
 FRAME_SIZE = 224
 PATCH_SIZE = 16

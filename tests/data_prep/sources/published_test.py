@@ -60,7 +60,7 @@ def test_voxceleb2_has_people_and_their_splits(tmp_path):
     "test/mp4/id00017/01dfn2spqyE/00001.mp4": ("id00017", "test", {}),
   }
   assert found.has_sound
-  assert found.is_labelled
+  assert not found.has_main_face
   assert found.notes == [
     f"1 other video of {tmp_path.name} left out: not of VoxCeleb2 by name."
   ]
