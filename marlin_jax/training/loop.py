@@ -178,7 +178,8 @@ def started(config: ConfigDict, path: str) -> Iterator[Watchdog]:
   """
   compilation_cache.set_up(config.compilation_cache, path)
   with Watchdog(**config.watchdog) as watchdog:
-    watchdog.alive("waiting for the other processes")
+    # It has a time limit of its own.
+    watchdog.alive("waiting for the other processes", is_limited=False)
     distributed.initialise(config.distributed)
     distributed.check_same(
       {

@@ -213,7 +213,11 @@ class Workdir:
     return BadRecords(
       own,
       limit=self._config.data.max_bad_records,
-      others=[x for x in self.path.glob("quarantine*.jsonl") if x != own],
+      others=[
+        path
+        for path in self.path.glob("quarantine*.jsonl")
+        if path != own and path.is_file()
+      ],
     )
 
 

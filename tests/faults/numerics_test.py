@@ -314,8 +314,8 @@ def test_a_run_that_waits_for_a_dead_process_ends_to_be_started_again(
       "optim.warmup_ratio": 0,
       "max_skipped_steps": 100_000,
       # Longer than any step, or than compiling it, on a busy machine.
-      "watchdog.dump_secs": 20,
-      "watchdog.exit_secs": 30,
+      "watchdog.dump_secs": 30,
+      "watchdog.exit_secs": 45,
     },
   )
   seen = []
@@ -330,5 +330,5 @@ def test_a_run_that_waits_for_a_dead_process_ends_to_be_started_again(
   assert "step 2 not applied" in output
   # Of eight, four of them read by the other.
   assert "and 4 more" in output
-  assert "has not ended for 30 s" in output
+  assert "has not ended for 45 s" in output
   assert "Thread 0x" in output
