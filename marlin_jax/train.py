@@ -61,89 +61,40 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
 
 def _train(config, workdir, watchdog):
   """Opens the data, builds the course and trains."""
-  import jax
   from etils import epath
 
-  from marlin_jax.data import prepared_dataset, sample, segment_indexing
-  from marlin_jax.devices import distributed, sharding
   from marlin_jax.downstream import quick_probe
   from marlin_jax.pretraining.course import PretrainingCourse, TrainingData
   from marlin_jax.training import loop
 
-  # --- Data -------------------------------------------------------------------
-  data_sets = configuration.data_sets(config)
-  if any(data.path == "sample" for data in data_sets):
-    if jax.process_index() == 0:
-      print(sample.NOTICE, flush=True)
-    with distributed.process_0_first():
-      path = sample.prepare_sample()
-    data_sets = [
-      data._replace(path=path) if data.path == "sample" else data
-      for data in data_sets
-    ]
-  parts = []
-  for data in data_sets:
-    dataset = prepared_dataset.open_dataset(
-      data.path, config.data.split, config.data.min_quality
-    )
-    index = None
-    if config.data.sample_by != "record":
-      cache = epath.Path(workdir) / "index"
-      watchdog.alive("indexing the segments", is_limited=False)
-      with distributed.process_0_first():
-        index = segment_indexing.open_index(dataset, cache)
-    parts.append(TrainingData(dataset, index, data.name, data.weight))
-  eval_datasets = [
-    _open_evaluation(data.path, config.data) for data in data_sets
+  index_cache = epath.Path(workdir) / "index"
+  parts = [
+    TrainingData(data, config.data, index_cache)
+    for data in configuration.data_sets(config)
   ]
-  probe_path = config.probe.path or data_sets[0].path
+  for part in parts:
+    part.open(watchdog.alive)
+  probe_path = config.probe.path or parts[0].path
   if config.probe.steps:
     # Opened here to fail before a workdir is created.
     quick_probe.open_task(config.probe, probe_path)
-
-  # --- Devices, model ---------------------------------------------------------
   watchdog.alive("planning the step")
-  mesh = sharding.make_mesh(**config.mesh)
-  sharding.check_batch(mesh, config.batch_size)
-  course = PretrainingCourse(config, parts, mesh)
+  course = PretrainingCourse(config, parts)
 
-  # --- Training ---------------------------------------------------------------
   def make_evaluations(workdir, alive):
-    return _evaluations(course, eval_datasets, probe_path, workdir, alive)
+    return _evaluations(course, probe_path, workdir, alive)
 
   return loop.train(course, make_evaluations, workdir, watchdog)
 
 
-def _open_evaluation(path, settings):
-  """Opens the split of a data set that the run is evaluated on."""
-  import jax
-
-  from marlin_jax.data import prepared_dataset
-
-  split = settings.eval_split
-  if not split and prepared_dataset.has_split(path, "val"):
-    split = "val"
-  elif not split:
-    split = settings.split
-    if jax.process_index() == 0:
-      print(
-        f"note: {path} has no split 'val': evaluated on '{split}', which is "
-        "trained on; prepare with --val_ratio, or set config.data.eval_split",
-        flush=True,
-      )
-  # Without the quality threshold, so that runs with different thresholds
-  # evaluate the same clips.
-  return prepared_dataset.open_dataset(path, split)
-
-
-def _evaluations(course, datasets, probe_path, workdir, alive):
+def _evaluations(course, probe_path, workdir, alive):
   """Returns the evaluations: reconstruction losses, probe, pictures."""
   from marlin_jax.evaluators import probe, reconstruction
   from marlin_jax.training.loop import Evaluation
 
   config = course.config
   reconstructed = reconstruction.Reconstruction(
-    course, datasets, workdir.bad_records
+    course, [part.evaluated for part in course.parts], workdir.bad_records
   )
   evaluations = [Evaluation(config.eval_steps, reconstructed.losses)]
   if config.probe.steps:

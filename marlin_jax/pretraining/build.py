@@ -34,7 +34,6 @@ class Experiment:
     config: the configuration.
     batch_size: clips per step over all devices.
     num_steps: steps of the whole run.
-    mesh: the devices.
   """
 
   def __init__(
@@ -56,10 +55,13 @@ class Experiment:
     """
     self.config, self.num_steps = config, num_steps
     self.batch_size = config.batch_size
-    if mesh is None:
-      mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-    self.mesh = mesh
+    self._mesh = mesh
     self._device_bytes = device_bytes
+
+  @functools.cached_property
+  def mesh(self) -> Mesh:
+    """The devices."""
+    return self._mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
 
   # --- Clips and networks -----------------------------------------------------
 

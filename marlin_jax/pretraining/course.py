@@ -10,14 +10,20 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from marlin_jax.data import sampling
+from marlin_jax.data import (
+  prepared_dataset,
+  sample,
+  sampling,
+  segment_indexing,
+)
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.data.sampling import Draws
 from marlin_jax.devices import chips, distributed, sharding
@@ -29,20 +35,79 @@ from marlin_jax.records.segment_index import SegmentIndex
 from marlin_jax.weights import formats
 
 
-class TrainingData(NamedTuple):
-  """A data set to train on.
+class TrainingData:
+  """A data set of a run: what it is trained and evaluated on.
 
   Attributes:
-    dataset: training split.
-    index: its segments; None with data.sample_by=record.
+    path: its folder.
     name: names its metrics.
     weight: weight of its share of the clips.
+    dataset: training split.
+    index: segments of the training split; None with data.sample_by=record.
+    evaluated: split that the run is evaluated on, without the quality
+      threshold, so that runs with different thresholds evaluate the same clips.
   """
 
   dataset: Dataset
   index: SegmentIndex | None
-  name: str = ""
-  weight: float = 1.0
+  evaluated: Dataset
+
+  def __init__(
+    self, data: configuration.DataSet, settings: ConfigDict, cache: epath.Path
+  ):
+    """Opens nothing yet.
+
+    Args:
+      data: path, weight and name.
+      settings: the section `data` of the configuration.
+      cache: folder for an index that the data set lacks.
+    """
+    self.path, self.weight, self.name = data
+    self._settings, self._cache = settings, cache
+
+  def open(self, alive: Callable[..., None]) -> Self:
+    """Opens both splits; called by all processes together.
+
+    Args:
+      alive: `Watchdog.alive`.
+
+    Raises:
+      DatasetError: there is no such data set or split, or it is damaged.
+    """
+    settings = self._settings
+    if self.path == "sample":
+      self._note(sample.NOTICE)
+      with distributed.process_0_first():
+        self.path = sample.prepare_sample()
+    self.dataset = prepared_dataset.open_dataset(
+      self.path, settings.split, settings.min_quality
+    )
+    self.index = None
+    if settings.sample_by != "record":
+      alive("indexing the segments", is_limited=False)
+      with distributed.process_0_first():
+        self.index = segment_indexing.open_index(self.dataset, self._cache)
+    self.evaluated = prepared_dataset.open_dataset(
+      self.path, self._evaluated_split()
+    )
+    return self
+
+  def _evaluated_split(self) -> str:
+    settings = self._settings
+    if settings.eval_split:
+      return settings.eval_split
+    if prepared_dataset.has_split(self.path, "val"):
+      return "val"
+    self._note(
+      f"note: {self.path} has no split 'val': evaluated on '{settings.split}', "
+      "which is trained on; prepare with --val_ratio, or set "
+      "config.data.eval_split"
+    )
+    return settings.split
+
+  def _note(self, text: str) -> None:
+    if jax.process_index() == 0:
+      print(text, flush=True)
 
 
 class PretrainingCourse(Experiment):
@@ -58,24 +123,31 @@ class PretrainingCourse(Experiment):
     self,
     config: ConfigDict,
     parts: Sequence[TrainingData],
-    mesh: Mesh,
   ):
-    """Builds nothing yet.
+    """Arranges the devices; builds nothing else yet.
 
     Args:
       config: a valid configuration; see configs/pretrain_b.py.
-      parts: training data: one data set, or several with weights.
-      mesh: devices.
+      parts: training data, open: one data set, or several with weights.
+
+    Raises:
+      MeshError: the configuration does not fit the number of devices.
     """
     # The smallest of all processes, so that they split a batch alike.
     device_bytes = distributed.smallest(
       chips.device_bytes(jax.local_devices()[0])
     )
-    super().__init__(config, config.num_steps, mesh, device_bytes)
+    super().__init__(config, config.num_steps, device_bytes=device_bytes)
+    sharding.check_batch(self.mesh, self.batch_size)
     self.parts = parts
     self.num_steps = config.num_steps or math.ceil(
       config.num_epochs * self.draws.clips_per_epoch / config.batch_size
     )
+
+  @functools.cached_property
+  def mesh(self) -> Mesh:
+    """All devices, as the configuration arranges them."""
+    return sharding.make_mesh(**self.config.mesh)
 
   @functools.cached_property
   def draws(self) -> Draws:

@@ -2,15 +2,19 @@
 
 import jax
 import pytest
-from ml_collections import ConfigDict
+from etils import epath
 
 from configs import pretrain_b
-from marlin_jax import train
-from marlin_jax.data.prepared_dataset import open_dataset
-from marlin_jax.devices import sharding
 from marlin_jax.evaluators.reconstruction import Reconstruction
+from marlin_jax.pretraining import configuration
 from marlin_jax.pretraining.course import PretrainingCourse, TrainingData
 from tests.support.training_runs import TINY
+
+
+def opened(path, settings):
+  data = configuration.DataSet(str(path), 1.0, "data")
+  cache = epath.Path(path) / "index"
+  return TrainingData(data, settings, cache).open(lambda *_, **__: None)
 
 
 def losses(path, clips_per_device):
@@ -18,12 +22,10 @@ def losses(path, clips_per_device):
   config.update_from_flattened_dict(
     TINY | {"clips_per_device": clips_per_device, "data.sample_by": "record"}
   )
-  dataset = open_dataset(str(path), "train")
-  mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  data = [TrainingData(dataset, None, "data", 1.0)]
-  course = PretrainingCourse(config, data, mesh)
+  data = opened(path, config.data)
+  course = PretrainingCourse(config, [data])
   state = jax.jit(course.initialise)()
-  result = Reconstruction(course, [dataset]).losses(state)
+  result = Reconstruction(course, [data.evaluated]).losses(state)
   return course.trainer.num_microbatches, result.scalars
 
 
@@ -39,11 +41,12 @@ def test_the_loss_does_not_depend_on_the_memory_of_the_device(sample_dataset):
 def test_a_data_set_with_held_out_videos_is_evaluated_on_them(
   face_data, sample_dataset, capfd
 ):
-  settings = ConfigDict({"split": "train", "eval_split": ""})
-  assert train._open_evaluation(str(face_data), settings).split == "val"
+  settings = pretrain_b.get_config().data
+  settings.sample_by = "record"
+  assert opened(face_data, settings).evaluated.split == "val"
   assert not capfd.readouterr().out
-  assert train._open_evaluation(str(sample_dataset), settings).split == "train"
+  assert opened(sample_dataset, settings).evaluated.split == "train"
   assert "evaluated on 'train', which is trained on" in capfd.readouterr().out
   settings.eval_split = "train"
-  assert train._open_evaluation(str(face_data), settings).split == "train"
+  assert opened(face_data, settings).evaluated.split == "train"
   assert not capfd.readouterr().out
