@@ -148,7 +148,7 @@ class Marlin:
     Raises:
       ValueError: wrong shape or dtype, or floating point outside [0, 1].
     """
-    _check_clips(x, self.architecture.tubelets)
+    x = _checked(x, self.architecture.tubelets)
     return self._features(self._params, x, keep_seq=keep_seq)
 
   def extract_video(
@@ -199,6 +199,8 @@ class Marlin:
       UserError: this machine lacks a face model or a library.
     """
     stream.check_reduction(reduction)
+    if batch_size is not None and batch_size < 1:
+      raise ValueError(f"batch_size={batch_size}: expected at least 1")
     settings = window_settings(
       self.architecture,
       crop_face=crop_face,
@@ -259,7 +261,7 @@ class Marlin:
         num_clips=num_clips,
       )
     else:
-      _check_clips(source, self.architecture.tubelets)
+      source = _checked(source, self.architecture.tubelets)
       if source.dtype != np.uint8:
         raise ValueError(f"clips of {source.dtype}, expected uint8")
       clips = as_clips(np.asarray(source), regions, self.architecture.stride)
@@ -282,7 +284,7 @@ class Marlin:
     Raises:
       ValueError: wrong shape or dtype, or floating point outside [0, 1].
     """
-    _check_clips(x, self.architecture.tubelets)
+    x = _checked(x, self.architecture.tubelets)
     # Clip by clip: the matrices of a clip take 150 MB for B/16.
     maps = [
       attention_maps.attention_maps(
@@ -312,16 +314,36 @@ def _frames(
     yield window.frames
 
 
-def _check_clips(x, tubelets: Tubelets) -> None:
-  expected = tubelets.video_shape
+def _checked(
+  x: np.ndarray | jax.Array, tubelets: Tubelets
+) -> np.ndarray | jax.Array:
+  """Returns clips in the machine's byte order.
+
+  Raises:
+    ValueError: they are no array, none at all, or of a wrong shape, dtype or
+      range.
+  """
+  if not isinstance(x, (np.ndarray, jax.Array)):
+    raise ValueError(
+      f"clips of type {type(x).__module__}.{type(x).__qualname__}, expected a "
+      "NumPy or JAX array: np.stack(clips) of a list, clips.numpy() of a "
+      "PyTorch tensor"
+    )
+  size = tubelets.image_size
+  expected = (tubelets.num_frames, size, size, 3)
   if x.ndim != 5 or x.shape[1:] != expected:
     raise ValueError(
       f"clips of shape {x.shape}, expected (B, T, H, W, C) = "
       f"(B, {', '.join(map(str, expected))})"
     )
+  if not len(x):
+    raise ValueError(f"no clips: shape {x.shape}, expected at least one")
+  if isinstance(x, np.ndarray):
+    # JAX reads the bytes of other orders as they are.
+    x = x.astype(x.dtype.newbyteorder("="), copy=False)
   if jnp.issubdtype(x.dtype, jnp.floating):
     if isinstance(x, jax.core.Tracer):
-      return
+      return x
     low, high = float(x.min()), float(x.max())
     if not (low >= 0 and high <= 1):
       raise ValueError(
@@ -332,3 +354,4 @@ def _check_clips(x, tubelets: Tubelets) -> None:
     raise ValueError(
       f"clips of {x.dtype}, expected uint8, or floating point in [0, 1]"
     )
+  return x
