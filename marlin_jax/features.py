@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import functools
 import sys
 import time
@@ -184,7 +185,12 @@ def _write(
   if reduction != "none":
     features = stream.reduced(features, reduction)[None]
     spans = [spans[0].to(spans[-1])]
-  folder.write(origin, spans, features)
+  try:
+    folder.write(origin, spans, features)
+  except OSError as e:
+    if e.errno != errno.ENAMETOOLONG:
+      raise
+    folder.refuse(origin, "its name is too long for a file of features")
 
 
 def _nothing_extracted(output: Path, refused: dict[str, str]) -> str:

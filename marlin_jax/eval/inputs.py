@@ -15,6 +15,7 @@ from marlin_jax.downstream import splits, tasks
 from marlin_jax.downstream.splits import Split, TaskSplit
 from marlin_jax.downstream.tasks import Task
 from marlin_jax.eval import configuration
+from marlin_jax.training.configuration import check_attention
 from marlin_jax.weights import formats
 from marlin_jax.weights.weights import Weights, encoder_sha256
 
@@ -83,6 +84,7 @@ def open_inputs(config: ConfigDict, checkpoint: str, data: str) -> Inputs:
   tests = _open_tests(config, chosen)
   weights = formats.open_encoder(checkpoint, config.random)
   mesh = sharding.make_mesh(**config.mesh)
+  check_attention(config.attention, mesh.devices.flat[0].platform)
   trained = {"attentive", "finetune"}
   for mode in trained & set(configuration.split_names(config.modes)):
     section = "paper" if config.protocol == "paper" else mode

@@ -235,7 +235,8 @@ class FeatureFolder:
       "sha256": origin.sha256,
     }
     self._refused[origin.source] = entry
-    self.file_of(origin.source).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # there is none, or of no such name
+      self.file_of(origin.source).unlink()
     with open(self.path / QUARANTINE, "a") as file:
       file.write(json.dumps(entry) + "\n")
 

@@ -32,6 +32,7 @@ from marlin_jax.pretraining.build import Experiment, count
 from marlin_jax.pretraining.train_step import Trainer, TrainState
 from marlin_jax.records import cli
 from marlin_jax.records.segment_index import SegmentIndex
+from marlin_jax.training.configuration import check_attention
 from marlin_jax.weights import formats
 
 
@@ -139,6 +140,7 @@ class PretrainingCourse(Experiment):
     )
     super().__init__(config, config.num_steps, device_bytes=device_bytes)
     sharding.check_batch(self.mesh, self.batch_size)
+    check_attention(config.attention, self.mesh.devices.flat[0].platform)
     self.parts = parts
     self.num_steps = config.num_steps or math.ceil(
       config.num_epochs * self.draws.clips_per_epoch / config.batch_size

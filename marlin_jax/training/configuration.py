@@ -43,7 +43,6 @@ class Rule:
 
 ANY = Rule("any value", lambda value: True)
 BELOW_1 = Rule("0 <= value < 1", lambda value: 0 <= value < 1)
-ABOVE_0_TO_1 = Rule("0 < value <= 1", lambda value: 0 < value <= 1)
 FROM_0_TO_1 = Rule("0 <= value <= 1", lambda value: 0 <= value <= 1)
 ABOVE_0_TO_1 = Rule("0 < value <= 1", lambda value: 0 < value <= 1)
 BETWEEN_0_AND_1 = Rule("0 < value < 1", lambda value: 0 < value < 1)
@@ -52,6 +51,8 @@ FRAME_SIZES = Rule(
   f"1 <= value <= {FRAME_SIZE}", lambda value: 1 <= value <= FRAME_SIZE
 )
 SPLIT = Rule("the name of a split", bool)
+# Seeds of jax and NumPy alike.
+SEED = Rule("0 <= value < 2**31", lambda value: 0 <= value < 2**31)
 NUM_DEVICES = Rule(
   "-1 (all) or at least 1", lambda value: value == -1 or value >= 1
 )
@@ -110,9 +111,31 @@ def free(rule: Rule = ANY) -> Key:
   return Key(rule, is_fixed=False)
 
 
+# Implementations of attention that run on one platform only.
+_PLATFORM_OF = {"cudnn": "gpu", "flash": "tpu"}
+
+
+def check_attention(attention: str, platform: str) -> None:
+  """Refuses an implementation of attention that the devices lack.
+
+  Args:
+    attention: one of models.options.ATTENTION.
+    platform: 'cpu', 'gpu' or 'tpu'.
+
+  Raises:
+    ConfigError: it runs on another platform.
+  """
+  if _PLATFORM_OF.get(attention, platform) != platform:
+    others = [name for name in ATTENTION if name not in _PLATFORM_OF]
+    raise ConfigError(
+      f"attention={attention!r} needs a {_PLATFORM_OF[attention].upper()}, and "
+      f"the devices are {platform}: expected one of {', '.join(others)}"
+    )
+
+
 # Keys of every configuration that trains networks step by step.
 TRAINING_KEYS = {
-  "seed": fixed(at_least(0)),
+  "seed": fixed(SEED),
   "data.num_workers": free(at_least(-1)),
   "data.num_threads": free(at_least(0)),
   "data.max_bad_records": free(at_least(0)),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 from marlin_jax.records import folders
 from marlin_jax.weights.weights import WeightsError
 
+_LFS = b"version https://git-lfs"
 HOW_TO_GET_TORCH = (
   "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 )
@@ -45,10 +48,26 @@ def load(path: Path):
       return torch.load(path, map_location="cpu", weights_only=True)
   # torch, pickle and zipfile raise a dozen classes of errors.
   except Exception as e:
-    reason = str(e).strip().splitlines()[0] if str(e).strip() else repr(e)
-    raise WeightsError(
-      f"{path} cannot be read as weights only and is refused: {reason}"
-    ) from e
+    raise WeightsError(f"{path} {_refusal(path, str(e) or repr(e))}") from e
+
+
+def _refusal(path: Path, text: str) -> str:
+  """Returns why a file is refused, from torch's text, which is an essay."""
+  with contextlib.suppress(OSError), path.open("rb") as file:
+    if file.read(len(_LFS)) == _LFS:
+      return (
+        "is a Git LFS pointer, not the file itself: fetch that with git lfs "
+        "pull"
+      )
+  text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+  if name := re.search(r"GLOBAL ([\w.]+)", text):
+    return (
+      f"is refused: it would run {name[1]} when it is read. Weights are "
+      "tensors, numbers and texts; save it again with those alone"
+    )
+  return (
+    f"cannot be read as weights only and is refused: {text.splitlines()[0]}"
+  )
 
 
 def to_numpy(state_dict: object, path: Path) -> dict[str, np.ndarray]:

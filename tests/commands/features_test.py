@@ -377,6 +377,23 @@ def test_two_videos_without_a_face_are_a_failure(
   assert [line["source"] for line in lines] == ["one.mp4", "two.mp4"]
 
 
+@pytest.mark.parametrize("length", [236, 250])
+def test_a_name_too_long_for_its_features_is_quarantined(
+  checkpoint, tmp_path, length
+):
+  long_name = f"{'x' * length}.mp4"
+  for name in (long_name, "z.mp4"):
+    noise_video(tmp_path / "videos" / name, 2)
+  out = tmp_path / "out"
+  args = (tmp_path / "videos", "--checkpoint", checkpoint, "--output", out)
+  for _ in range(2):
+    assert run(*args) == 0
+    assert (out / "z.mp4.npz").exists()
+    (line,) = read_lines(out / "quarantine.jsonl")
+    assert line["source"] == long_name
+    assert "too long" in line["reason"]
+
+
 def test_bad_inputs_and_outputs_are_refused(
   videos, checkpoint, tmp_path, capsys
 ):

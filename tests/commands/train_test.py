@@ -380,6 +380,7 @@ def test_a_change_that_is_meant_goes_on_from_the_same_state(
   [
     ("--config.data.pth=x", "path"),
     ("--config.batch_size=8.5", "batch_size"),
+    ("--config.seed=99999999999999999999", "value < 2**31"),
     ("--config.mask.strategy=faces", "expected one of fasking"),
     ("--confg=x", "confg"),
   ],
@@ -411,6 +412,12 @@ def test_a_missing_configuration_file_is_named(tmp_path):
     timeout=60,
   )
   assert "configs/none.py" in refused(result)
+
+
+def test_attention_of_another_platform_is_refused(sample_dataset, tmp_path):
+  result = train(tmp_path, attention="cudnn", **{"data.path": sample_dataset})
+  assert "attention='cudnn' needs a GPU" in refused(result)
+  assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_batch_that_does_not_divide_over_devices(sample_dataset, tmp_path):

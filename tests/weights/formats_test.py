@@ -303,6 +303,21 @@ def test_a_malicious_pickle_is_refused(tmp_path, monkeypatch, name, save):
   assert not Path("was_here").exists()
 
 
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+  file = tmp_path / "a.pth"
+  file.write_text("version https://git-lfs.github.com/spec/v1\nsize 376\n")
+  with pytest.raises(WeightsError, match="is a Git LFS pointer"):
+    formats.read(file)
+
+
+def test_what_a_file_would_run_is_named(tmp_path):
+  file = tmp_path / "a.pth"
+  torch.save({"model": {"a": torch.zeros(1)}, "best": np.float64(1)}, file)
+  with pytest.raises(WeightsError, match=r"run numpy.*scalar") as error:
+    formats.read(file)
+  assert "\x1b" not in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["a.pt", "a.pth"])
 def test_a_damaged_file_is_refused(weights, tmp_path, name):
   (marlin_pytorch if name == "a.pt" else videomae).write(

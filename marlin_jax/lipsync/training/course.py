@@ -18,6 +18,7 @@ from marlin_jax.lipsync import configuration
 from marlin_jax.pretraining.build import count
 from marlin_jax.records import cli
 from marlin_jax.training import loop, remote_files
+from marlin_jax.training.configuration import check_attention
 
 
 class LipsyncCourse:
@@ -143,6 +144,7 @@ def train(
     dataset = prepared_dataset.open_dataset(data, config.data.train)
     eval_dataset = prepared_dataset.open_dataset(data, config.data.val)
     mesh = sharding.make_mesh(config.mesh.data)
+    check_attention(config.attention, mesh.devices.flat[0].platform)
     course = make_course(config, mesh, dataset, eval_dataset)
     key = f"{course.section}.batch_size"
     sharding.check_batch(mesh, course.batch_size, key)
