@@ -23,7 +23,6 @@ import math
 import mmap
 import multiprocessing
 import os
-import pickle
 import queue
 import signal
 import tempfile
@@ -396,7 +395,9 @@ def _portable(error: Exception) -> Any:
   """Returns an error that can be sent, with its traceback as the cause."""
   traceback = error.__traceback__
   try:
-    pickle.loads(pickle.dumps(error))
+    # As pipes do it.
+    pickler = reduction.ForkingPickler
+    pickler.loads(pickler.dumps(error))
   except Exception:
     error = RuntimeError(f"{type(error).__name__}: {error}")
   return ExceptionWithTraceback(error, traceback)

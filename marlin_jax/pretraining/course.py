@@ -78,8 +78,10 @@ class TrainingData:
     settings = self._settings
     if self.path == "sample":
       self._note(sample.NOTICE)
+      alive("preparing the sample", is_limited=False)
       with distributed.process_0_first():
         self.path = sample.prepare_sample()
+      alive("opening the data")
     self.dataset = prepared_dataset.open_dataset(
       self.path, settings.split, settings.min_quality
     )

@@ -26,19 +26,18 @@ FOOTAGE = ROOT.parent / "shared" / "footage"
 
 def start(flags: list[object], most_bytes: int | None = None):
   """Starts a run; no file of it may become larger than `most_bytes`."""
-
-  def limit() -> None:
-    if most_bytes is not None:
-      resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
-
-  return subprocess.Popen(
+  run = subprocess.Popen(
     [sys.executable, "-m", "data_prep.prepare", *map(str, flags)],
     cwd=ROOT,
     stdout=subprocess.DEVNULL,
     stderr=subprocess.PIPE,
     text=True,
-    preexec_fn=limit,
   )
+  if most_bytes is not None:
+    # Not in a function between fork and exec: this process has threads.
+    limits = most_bytes, most_bytes
+    resource.prlimit(run.pid, resource.RLIMIT_FSIZE, limits)
+  return run
 
 
 def workers_of(run: subprocess.Popen) -> list[int]:

@@ -261,12 +261,18 @@ def test_reconstruction_goes_on_without_the_game():
 # --- E4: steps that do not end ------------------------------------------------
 
 
-def test_a_run_that_hangs_before_its_first_step_shows_where_and_ends(tmp_path):
+def test_a_run_that_hangs_before_its_first_step_shows_where_and_ends(
+  sample_dataset, tmp_path
+):
   result = subprocess.run(
     command(
       tmp_path,
       ["tests/support/hanging.py"],
-      **{"watchdog.dump_secs": 1, "watchdog.exit_secs": 2},
+      **{
+        "data.path": sample_dataset,
+        "watchdog.dump_secs": 1,
+        "watchdog.exit_secs": 2,
+      },
     ),
     env=os.environ | {"PYTHONPATH": str(ROOT)},
     cwd=ROOT,
