@@ -4,7 +4,8 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep.faces import track, tracking
+from data_prep.faces import tracking
+from data_prep.faces.track import frames_of
 from data_prep.sources.manifest import Source
 from data_prep.video import tracked, video_to_records
 from marlin_jax.records import schema
@@ -309,7 +310,7 @@ def test_glimpse_of_a_face_in_a_longer_video_is_not_kept(
   car, man, face_models, tmp_path
 ):
   wall = [cv2.resize(man[0][:100, :140], (176, 144))] * 20
-  shortest = track.frames_of(tracked.MIN_TRACK_SECS, 30)
+  shortest = frames_of(tracked.MIN_TRACK_SECS, 30)
   frames = wall + car[: shortest - 1] + wall
   path = write_video(tmp_path / "v.mp4", frames, crf="10")
   assert record_lengths(path) == []
