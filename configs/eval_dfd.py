@@ -1,9 +1,10 @@
 """Deepfakes on FaceForensics++: real or manipulated.
 
-Paper: MARLIN, CVPR 2023, section 4.2: AUC 0.9305 with B, 0.9377 with L. The
-authors released no code for it. Not yet run here.
+Paper: MARLIN, CVPR 2023, section 4.2: AUC 0.9305 with B, 0.9377 with L, most
+likely at the compression c40; see docs/REPRODUCING.md. The authors released no
+code for it. Not yet run here.
 
-  python -m data_prep.prepare --dataset=ffpp_c23 --input=FFPP --output=DATA
+  python -m data_prep.prepare --dataset=ffpp_c40 --input=FFPP --output=DATA
   python -m marlin_jax.eval.dfd --config=configs/eval_dfd.py \
     --checkpoint=runs/b --data=DATA --workdir=runs/dfd \
     --config.modes=finetune
