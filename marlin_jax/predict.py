@@ -273,7 +273,7 @@ class PredictionLog:
 
   def _read(self, settings: dict[str, Any]) -> Iterator[bytes]:
     """Yields the complete lines; takes over their predictions."""
-    from marlin_jax.records.folders import OutputFolderError
+    from marlin_jax.records.folders import OutputFolderError, differences
 
     for number, line in enumerate(self._log.read_bytes().splitlines(True)):
       if not line.endswith(b"\n"):
@@ -287,16 +287,10 @@ class PredictionLog:
         ) from e
       if number:
         self.entries[entry.pop("video")] = entry
-      elif entry != settings:
-        keys = sorted({*entry, *settings})
+      elif changes := differences(entry, settings):
         raise OutputFolderError(
-          f"{self._log} was made with other settings: "
-          + "; ".join(
-            f"{key} was {entry.get(key)!r} and is now {settings.get(key)!r}"
-            for key in keys
-            if entry.get(key) != settings.get(key)
-          )
-          + ". Use those again, or another --output"
+          f"{self._log} was made with other settings: {'; '.join(changes)}. "
+          "Use those again, or another --output"
         )
       yield line
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any
 
+from marlin_jax.records import cli
 from marlin_jax.records.cli import UserError
 
 # (task, report) -> result; `report` sends a value to the parent.
@@ -166,7 +167,7 @@ class _Worker:
     except (EOFError, ConnectionResetError):
       self._process.join(_SECS_TO_STOP)
       code = self._process.exitcode
-      return self.kill(_ending(code), code in _SENT_SIGNALS)
+      return self.kill(cli.process_ending(code), code in _SENT_SIGNALS)
     if kind == "failed":
       raise WorkerError(value)
     if kind == "ready":
@@ -205,16 +206,6 @@ class _Worker:
       self._process.kill()
       self._process.join()
     self.reap()
-
-
-def _ending(code: int | None) -> str:
-  if code is None:
-    return "closed its pipe"
-  if code >= 0:
-    return f"ended with exit code {code}"
-  name = signal.Signals(-code).name
-  more = " (out of memory?)" if -code == signal.SIGKILL else ""
-  return f"was killed by {name}{more}"
 
 
 # --- In the worker ------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any
 from data_prep.output import shards
 from data_prep.sources.listing import Label
 from data_prep.sources.manifest import Source, stable_hash
+from marlin_jax.records import folders
 from marlin_jax.records.folders import OutputFolderError
 
 # Setting with the version of decoding, tracking and labelling.
@@ -92,11 +93,7 @@ def agreed(
     stored = {**recipe, "num_shards": {}, VERSIONS: {}}
   stored = with_old_settings(stored)
   counts = dict(stored["num_shards"])
-  differences = [
-    f"{key} was {stored.get(key)!r} and is now {recipe.get(key)!r}"
-    for key in sorted({*recipe, *stored} - _FREE)
-    if stored.get(key) != recipe.get(key)
-  ]
+  differences = folders.differences(stored, recipe, _FREE)
   if counts and num_shards not in (None, max(counts.values())):
     differences.append(
       f"num_shards was {max(counts.values())} and is now {num_shards}"

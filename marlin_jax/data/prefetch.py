@@ -36,6 +36,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from marlin_jax.records import cli
 from marlin_jax.records.cli import UserError
 
 Batch = dict[str, np.ndarray]
@@ -353,13 +354,10 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def _ending(code: int | None) -> str:
-  if code is None:
-    return "closed its pipe"
-  if code >= 0:
-    return f"ended with exit code {code}, its output says why"
-  name = signal.Signals(-code).name
-  more = " (out of memory?)" if -code == signal.SIGKILL else ""
-  return f"was killed by {name}{more}"
+  has_output = code is not None and code >= 0
+  return cli.process_ending(code) + (
+    ", its output says why" if has_output else ""
+  )
 
 
 def _serve(

@@ -21,6 +21,7 @@ import numpy as np
 from etils import epath
 
 from marlin_jax.downstream import scores
+from marlin_jax.inference.classifier import activated
 from marlin_jax.records.cli import UserError
 from marlin_jax.records.folders import METADATA
 
@@ -141,11 +142,7 @@ class Task:
 
   def probabilities(self, logits: np.ndarray) -> np.ndarray:
     """Maps logits (V, K) to float64 probabilities: sigmoid or softmax."""
-    logits = logits.astype(np.float64)
-    if not self.is_class:
-      return 0.5 * (1 + np.tanh(logits / 2))
-    e = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return e / e.sum(axis=-1, keepdims=True)
+    return activated(logits, self.is_class)
 
   def encode(self, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Encodes targets for a loss.

@@ -247,11 +247,7 @@ class VideoClassifier:
     return np.stack([self.probabilities(row[None]) for row in outputs])
 
   def _activated(self, logits: np.ndarray) -> np.ndarray:
-    logits = np.asarray(logits, np.float64)
-    if self.description.is_class:
-      e = np.exp(logits - logits.max(axis=-1, keepdims=True))
-      return e / e.sum(axis=-1, keepdims=True)
-    return 0.5 * (1 + np.tanh(logits / 2))
+    return activated(logits, self.description.is_class)
 
   def calibrated(self, probabilities: np.ndarray) -> np.ndarray:
     """Returns probabilities whose logits are divided by the temperature."""
@@ -419,6 +415,15 @@ class VideoClassifier:
         f"({description.encoder})"
       )
     return cls(description, weights, arrays, **options)
+
+
+def activated(logits: np.ndarray, is_class: bool) -> np.ndarray:
+  """Maps logits (..., K) to float64 probabilities: softmax or sigmoid."""
+  logits = np.asarray(logits, np.float64)
+  if not is_class:
+    return 0.5 * (1 + np.tanh(logits / 2))
+  e = np.exp(logits - logits.max(axis=-1, keepdims=True))
+  return e / e.sum(axis=-1, keepdims=True)
 
 
 def rescaled(

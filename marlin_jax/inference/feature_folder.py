@@ -26,6 +26,7 @@ from marlin_jax.records.folders import (
   SETTINGS,
   Lock,
   OutputFolderError,
+  differences,
   sha256_of,
   write_bytes,
 )
@@ -134,14 +135,10 @@ class FeatureFolder:
       raise OutputFolderError(
         f"{self.path / SETTINGS} is damaged ({e}); choose another --output"
       ) from e
-    differences = [
-      f"{key} was {earlier.get(key)!r} and is now {self._settings.get(key)!r}"
-      for key in sorted({*earlier, *self._settings} - {*_FREE_SETTINGS})
-      if earlier.get(key) != self._settings.get(key)
-    ]
-    if differences:
+    changes = differences(earlier, self._settings, _FREE_SETTINGS)
+    if changes:
       raise OutputFolderError(
-        f"{self.path} was made with other settings: {'; '.join(differences)}. "
+        f"{self.path} was made with other settings: {'; '.join(changes)}. "
         "Use those settings again, or another --output"
       )
     self._settings = earlier

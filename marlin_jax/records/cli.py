@@ -137,6 +137,21 @@ def num_cores() -> int:
   return cores if limit is None else min(cores, limit)
 
 
+def process_ending(code: int | None) -> str:
+  """Returns how a worker process ended, such as 'was killed by SIGTERM'.
+
+  Args:
+    code: its exit code, negative for a signal; None: it has not ended.
+  """
+  if code is None:
+    return "closed its pipe"
+  if code >= 0:
+    return f"ended with exit code {code}"
+  name = signal.Signals(-code).name
+  more = " (out of memory?)" if -code == signal.SIGKILL else ""
+  return f"was killed by {name}{more}"
+
+
 def counted(number: int, noun: str) -> str:
   """Returns a number with its noun: '1 video', '2 videos'."""
   return f"{number} {noun}{'s' * (number != 1)}"

@@ -10,8 +10,9 @@ import os
 import re
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from marlin_jax.records.cli import UserError
 
@@ -58,6 +59,22 @@ def cache_home() -> Path:
 def is_remote(path: str | os.PathLike) -> bool:
   """Returns True for a path in a bucket (gs://)."""
   return "://" in os.fspath(path)
+
+
+def differences(
+  earlier: Mapping[str, Any], now: Mapping[str, Any], free: Iterable[str] = ()
+) -> list[str]:
+  """Returns a phrase for each setting that changed, sorted by key.
+
+  Args:
+    earlier, now: settings by key; one that is missing counts as None.
+    free: keys that may change.
+  """
+  return [
+    f"{key} was {earlier.get(key)!r} and is now {now.get(key)!r}"
+    for key in sorted({*earlier, *now} - {*free})
+    if earlier.get(key) != now.get(key)
+  ]
 
 
 def check_local(path: str | os.PathLike) -> None:
