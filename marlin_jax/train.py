@@ -63,7 +63,7 @@ def _train(config, workdir, watchdog):
   """Opens the data, builds the course and trains."""
   from etils import epath
 
-  from marlin_jax.downstream import quick_probe
+  from marlin_jax.evaluators import quick_probe
   from marlin_jax.pretraining.course import PretrainingCourse, TrainingData
   from marlin_jax.training import loop
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from marlin_jax.data import loader
 from marlin_jax.devices import distributed, sharding
-from marlin_jax.downstream import quick_probe
+from marlin_jax.evaluators import quick_probe
 from marlin_jax.inference import clip_features
 from marlin_jax.models import partition
 from marlin_jax.pretraining.course import PretrainingCourse

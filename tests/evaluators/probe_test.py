@@ -10,8 +10,9 @@ from configs import pretrain_b
 from data_prep.sources.listing import CLASS, Label
 from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.devices import sharding
-from marlin_jax.downstream import feature_cache, quick_probe, splits
+from marlin_jax.downstream import feature_cache, splits
 from marlin_jax.downstream.tasks import TaskError
+from marlin_jax.evaluators import quick_probe
 from marlin_jax.evaluators.probe import Probe
 from marlin_jax.records import folders
 from marlin_jax.weights import formats
