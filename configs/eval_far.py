@@ -165,6 +165,10 @@ def get_config():
 
   # --- Encoder ----------------------------------------------------------------
 
+  # Features from elsewhere in place of --checkpoint, for linear and knn: a
+  # folder, .npz, .parquet or .csv; see marlin_jax/downstream/feature_table.py.
+  config.features = ""
+
   # The encoder of --checkpoint=random, the baseline of every probe: ViT-B/16.
   config.random = ConfigDict()
   # Embedding width.

@@ -17,7 +17,8 @@ _CHECKPOINT = flags.DEFINE_string(
   "The encoder: the workdir of a run, a file or folder in any format of "
   "marlin_jax.convert (such as MARLIN's and VideoMAE's), the name of a "
   "published model, or 'random' for an untrained encoder with the sizes of "
-  "config.random.",
+  "config.random. Without one, --config.features names features from "
+  "elsewhere.",
 )
 _DATA = flags.DEFINE_string(
   "data",
@@ -42,12 +43,12 @@ def main(argv: Sequence[str]) -> int:
 
   workdir = config_flags.workdir()
   return cli.run_command(
-    lambda: evaluate(config, _CHECKPOINT.value, _DATA.value, workdir)
+    lambda: evaluate(config, _CHECKPOINT.value or "", _DATA.value, workdir)
   )
 
 
 def run() -> None:
   """Parses the flags and runs `main`."""
-  for name in ("config", "checkpoint", "data"):
+  for name in ("config", "data"):
     flags.mark_flag_as_required(name)
   app.run(main, flags_parser=config_flags.parse)

@@ -29,6 +29,8 @@ from marlin_jax.training.configuration import (
 )
 
 MODES = ("linear", "attentive", "finetune", "knn")
+# Modes that need the features of whole videos only.
+FEATURE_MODES = ("linear", "knn")
 
 
 def split_names(text: str) -> list[str]:
@@ -130,6 +132,8 @@ KEYS = {
   "random.tubelet_size": fixed(),
   "random.patch_size": fixed(at_least(1)),
   "random.image_size": fixed(FRAME_SIZES, before=FRAME_SIZE),
+  # Their hash is fixed, as the encoder's.
+  "features": free(),
   "batch_size": free(at_least(1)),
   "cache": free(),
   "dtype": fixed(one_of(*DTYPES)),
@@ -171,6 +175,12 @@ def _problems(config: ConfigDict) -> Iterator[str]:
   yield from violations(config, KEYS)
   if config.protocol == "paper" and config.pool != "mean":
     yield f"pool={config.pool!r}: expected 'mean' with protocol='paper'"
+  others = set(split_names(config.modes)) - set(FEATURE_MODES)
+  if config.features and others:
+    yield (
+      f"modes={config.modes!r}: {', '.join(sorted(others))} needs an encoder; "
+      f"on features there are {', '.join(FEATURE_MODES)}"
+    )
   size, patch = config.random.image_size, config.random.patch_size
   if patch >= 1 and size % patch:
     yield (

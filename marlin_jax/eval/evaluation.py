@@ -37,7 +37,8 @@ def evaluate(
 
   Args:
     config: a valid configuration, see configs/eval_far.py.
-    checkpoint: weights in any format, a published model's name, or 'random'.
+    checkpoint: weights in any format, a published model's name, or 'random';
+      '' with `config.features`.
     data: directory of a data set prepared with labels.
     workdir: folder for results; see `results_folder`.
 
@@ -58,7 +59,9 @@ def evaluate(
       print(f"WARNING: {warning}", flush=True)
 
     # --- Training and testing -------------------------------------------------
-    runner = modes.ModeRunner(config, inputs.weights, inputs.mesh, cache)
+    runner = modes.ModeRunner(
+      config, inputs.weights, inputs.mesh, cache, inputs.features
+    )
     cells = run_cells(inputs, videos, runner, config, folder)
 
     # --- Results, with those of earlier calls ---------------------------------
@@ -81,13 +84,8 @@ def _mode_names(config: ConfigDict) -> list[str]:
 
 def _describe(inputs: Inputs, videos: Videos) -> str:
   """Returns the start-up text, printed before the first long wait."""
-  architecture = inputs.weights.architecture
   rows = [
-    Row(
-      "encoder",
-      f"{inputs.weights.source}: width {architecture.width}, depth "
-      f"{architecture.depth}, {architecture.num_frames} frames",
-    ),
+    _describe_encoder(inputs),
     Row(
       "data",
       str(inputs.data),
@@ -109,6 +107,20 @@ def _describe(inputs: Inputs, videos: Videos) -> str:
     )
   rows.append(Row("devices", sharding.describe(inputs.mesh)))
   return format_rows(rows)
+
+
+def _describe_encoder(inputs: Inputs) -> Row:
+  if features := inputs.features:
+    return Row(
+      "features",
+      f"{features.source}: width {features.width}, of {len(features)} videos",
+    )
+  architecture = inputs.weights.architecture
+  return Row(
+    "encoder",
+    f"{inputs.weights.source}: width {architecture.width}, depth "
+    f"{architecture.depth}, {architecture.num_frames} frames",
+  )
 
 
 # --- Cells --------------------------------------------------------------------
@@ -200,7 +212,7 @@ def _run(
     for role in ("val", "test")
   )
   thresholds = measures.thresholds(task, val, config.protocol)
-  if config.keep_models:
+  if config.keep_models and inputs.weights:
     _keep_model(folder, cell, inputs, predicted, val, thresholds, config)
   scores, draws = _measured(task, videos["test"], test, thresholds, config)
   other_scores = {}
@@ -350,9 +362,10 @@ def results_of(
   cells = _sorted([*earlier.get("cells", []), *cells])
   return {
     "checkpoint": {
-      "source": inputs.weights.source,
+      "source": (inputs.features or inputs.weights).source,
       "sha256": inputs.settings["checkpoint"],
-      "architecture": dataclasses.asdict(inputs.weights.architecture),
+      "architecture": inputs.weights
+      and dataclasses.asdict(inputs.weights.architecture),
     },
     "data": {
       "path": str(inputs.data),

@@ -11,15 +11,21 @@ from ml_collections import ConfigDict
 
 from marlin_jax.data import prepared_dataset
 from marlin_jax.devices import sharding
-from marlin_jax.downstream import splits, tasks
+from marlin_jax.downstream import feature_table, splits, tasks
+from marlin_jax.downstream.feature_table import FeatureTable
 from marlin_jax.downstream.splits import Split, TaskSplit
 from marlin_jax.downstream.tasks import Task
 from marlin_jax.eval import configuration
+from marlin_jax.records.cli import UserError
 from marlin_jax.training.configuration import check_attention
 from marlin_jax.weights import formats
 from marlin_jax.weights.weights import Weights, encoder_sha256
 
 _ROLES = ("train", "val", "test")
+
+
+class InputError(UserError):
+  """The command line names no encoder, or two."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +37,8 @@ class Inputs:
     split_names: name of the split of each role: train, val and test.
     tasks: tasks to predict.
     tests: the other data sets to score.
-    weights: weights of the encoder.
+    weights: weights of the encoder; None if features are from elsewhere.
+    features: features from elsewhere, in place of an encoder.
     mesh: mesh of the devices.
     settings: values that all results of a workdir share.
   """
@@ -40,7 +47,8 @@ class Inputs:
   split_names: dict[str, str]
   tasks: list[Task]
   tests: list[OtherTest]
-  weights: Weights
+  weights: Weights | None
+  features: FeatureTable | None
   mesh: Mesh
   settings: dict[str, Any]
 
@@ -68,6 +76,11 @@ class OtherTest:
 
 def open_inputs(config: ConfigDict, checkpoint: str, data: str) -> Inputs:
   """Opens and checks everything but the records; see `evaluate`."""
+  if bool(checkpoint) == bool(config.features):
+    raise InputError(
+      "an evaluation needs either an encoder, --checkpoint, or features from "
+      "elsewhere, --config.features"
+    )
   split_names = {role: config.data[role] for role in _ROLES}
   datasets = {
     role: prepared_dataset.open_joined(data, name)
@@ -82,7 +95,13 @@ def open_inputs(config: ConfigDict, checkpoint: str, data: str) -> Inputs:
   for task in chosen:  # raises for classes that it lacks
     task.limited_to(configuration.split_names(config.data.train_classes))
   tests = _open_tests(config, chosen)
-  weights = formats.open_encoder(checkpoint, config.random)
+  weights = features = None
+  if config.features:
+    features = feature_table.read(config.features, config.pool)
+    sha256 = features.sha256
+  else:
+    weights = formats.open_encoder(checkpoint, config.random)
+    sha256 = encoder_sha256(weights)
   mesh = sharding.make_mesh(**config.mesh)
   check_attention(config.attention, mesh.devices.flat[0].platform)
   trained = {"attentive", "finetune"}
@@ -92,7 +111,7 @@ def open_inputs(config: ConfigDict, checkpoint: str, data: str) -> Inputs:
       mesh, config[section].batch_size, f"{section}.batch_size"
     )
   settings = configuration.identity(config) | {
-    "checkpoint": encoder_sha256(weights),
+    "checkpoint": sha256,
     **{
       f"data.{role}": dataset.fingerprint for role, dataset in datasets.items()
     },
@@ -103,7 +122,9 @@ def open_inputs(config: ConfigDict, checkpoint: str, data: str) -> Inputs:
       for test in tests
     },
   }
-  return Inputs(data, split_names, chosen, tests, weights, mesh, settings)
+  return Inputs(
+    data, split_names, chosen, tests, weights, features, mesh, settings
+  )
 
 
 def _open_tests(config: ConfigDict, chosen: list[Task]) -> list[OtherTest]:

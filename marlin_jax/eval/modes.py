@@ -29,6 +29,7 @@ from marlin_jax.downstream import (
   logistic,
   protocols,
 )
+from marlin_jax.downstream.feature_table import FeatureTable
 from marlin_jax.downstream.splits import Split, TaskSplit
 from marlin_jax.downstream.tasks import Task
 from marlin_jax.inference import nearest_neighbours, stream
@@ -84,20 +85,27 @@ class ModeRunner:
   """Runs jobs in any mode with one encoder and configuration."""
 
   def __init__(
-    self, config: ConfigDict, weights: Weights, mesh: Mesh, cache: Path
+    self,
+    config: ConfigDict,
+    weights: Weights | None,
+    mesh: Mesh,
+    cache: Path,
+    table: FeatureTable | None = None,
   ):
     """Initialises the runner without computing anything.
 
     Args:
       config: a valid configuration; see configs/eval_far.py.
-      weights: weights of the encoder.
+      weights: weights of the encoder; None with a table.
       mesh: mesh of the devices.
       cache: folder of cached features.
+      table: features from elsewhere.
     """
     self._config, self._weights, self._mesh = config, weights, mesh
-    self._cache = cache
-    self._clip = weights.architecture.clip
-    self._image_size = weights.architecture.image_size
+    self._cache, self._table = cache, table
+    if weights is not None:
+      self._clip = weights.architecture.clip
+      self._image_size = weights.architecture.image_size
     self._split_features: dict[tuple[str, str], np.ndarray] = {}
     self._batch_size = clip_batches.rounded_batch_size(config.batch_size, mesh)
 
@@ -115,6 +123,8 @@ class ModeRunner:
 
   def features(self, split: Split) -> np.ndarray:
     """Returns features of all videos, pooled over windows: float32 (V, D)."""
+    if self._table is not None:
+      return self._table.of(split)
     key = split.dataset.fingerprint, split.name
     if key not in self._split_features:
       windows = split.windows(self._clip)

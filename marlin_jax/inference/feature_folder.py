@@ -17,7 +17,7 @@ import io
 import json
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
@@ -30,6 +30,9 @@ from marlin_jax.records.folders import (
   sha256_of,
   write_bytes,
 )
+
+if TYPE_CHECKING:
+  import pyarrow
 
 # Incremented when the meaning of a file changes.
 SCHEMA_VERSION = 1
@@ -95,10 +98,8 @@ class FeatureFolder:
       OutputFolderError: the folder is in use, was not made by this program or
         has other settings, or pyarrow is missing.
     """
-    if settings["format"] == "parquet" and not has_parquet():
-      raise OutputFolderError(
-        "the format parquet needs pyarrow: pip install 'marlin-jax[parquet]'"
-      )
+    if settings["format"] == "parquet":
+      _need_parquet()
     self.path = path
     self._settings = {
       "program": "marlin_jax.features",
@@ -252,6 +253,13 @@ def has_parquet() -> bool:
   return importlib.util.find_spec("pyarrow") is not None
 
 
+def _need_parquet() -> None:
+  if not has_parquet():
+    raise OutputFolderError(
+      "the format parquet needs pyarrow: pip install 'marlin-jax[parquet]'"
+    )
+
+
 def _version(name: str) -> str | None:
   """Returns the version of a package; None if it is not installed."""
   try:
@@ -274,6 +282,45 @@ def read_metadata(file: Path) -> dict[str, Any]:
 
   metadata = pyarrow.parquet.read_schema(file).metadata or {}
   return json.loads(metadata[_METADATA])
+
+
+def read_features(file: Path) -> np.ndarray:
+  """Returns the features of a file, of this program or of another.
+
+  Args:
+    file: .npz with an array `features`, .parquet with a column `features` of
+      lists, or .npy.
+
+  Returns:
+    float (R, D), or of any other shape that the file has.
+
+  Raises:
+    OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile: the file is
+      missing, damaged or holds something else.
+    OutputFolderError: pyarrow is missing.
+  """
+  if file.suffix == ".npy":
+    return np.load(file, allow_pickle=False)
+  if file.suffix == ".npz":
+    with np.load(file, allow_pickle=False) as arrays:
+      return arrays["features"]
+  lists = read_column(file, "features")
+  lengths = {*lists.value_lengths().to_pylist()}
+  if len(lengths) != 1:
+    raise ValueError(f"features have {len(lengths)} lengths")
+  shape = lengths
+  with contextlib.suppress(KeyError):  # a file of another program
+    shape = read_metadata(file)["feature_shape"]
+  return lists.flatten().to_numpy().reshape(len(lists), *shape)
+
+
+def read_column(file: Path, name: str) -> pyarrow.Array:
+  """Returns a column of a .parquet file; raises as `read_features`."""
+  _need_parquet()
+  import pyarrow.parquet
+
+  (column,) = pyarrow.parquet.read_table(file, columns=[name]).columns
+  return column.combine_chunks()
 
 
 def _npz(
