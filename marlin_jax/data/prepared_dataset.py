@@ -158,6 +158,11 @@ def open_dataset(path: str, split: str, min_quality: float = 0.0) -> Dataset:
   return _filtered(dataset, min_quality) if min_quality else dataset
 
 
+def split_names(splits: str) -> list[str]:
+  """Returns the names in 'fold1+fold2', or the single one."""
+  return [name.strip() for name in splits.split("+")]
+
+
 def open_joined(path: str, splits: str) -> Dataset:
   """Opens several splits of a data set as one, such as 'fold1+fold2'.
 
@@ -169,7 +174,7 @@ def open_joined(path: str, splits: str) -> Dataset:
     DatasetError, OpenFilesError: as `open_dataset`; also if a split is named
       twice.
   """
-  names = [name.strip() for name in splits.split("+")]
+  names = split_names(splits)
   if len(names) > len(set(names)):
     raise DatasetError(f"'{splits}' names a split twice")
   parts = [open_dataset(path, name) for name in names]

@@ -181,9 +181,10 @@ def _read_ledger(path: str, split: str) -> dict[str, dict[str, list]] | None:
   file = epath.Path(path) / VIDEOS
   if not file.exists():
     return None
+  names = prepared_dataset.split_names(split)
   with file.open() as lines:
     entries = map(json.loads, lines)
-    return {e["video_id"]: e["labels"] for e in entries if e["split"] == split}
+    return {e["video_id"]: e["labels"] for e in entries if e["split"] in names}
 
 
 def _stacked(rows: list[dict[str, list]]) -> dict[str, np.ndarray]:

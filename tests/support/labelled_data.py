@@ -115,6 +115,13 @@ def write(
   ):
     (staging / name).rename(path / name)
   (path / "hashes.json").write_text(json.dumps(hashes))
+  (path / folders.VIDEOS).write_text(
+    "".join(
+      ledger_entry(video, split, len(video.cuts) + 1).to_line()
+      for split, videos in splits.items()
+      for video in videos
+    )
+  )
   for leftover in staging.iterdir():
     leftover.unlink()
   staging.rmdir()
@@ -129,12 +136,16 @@ class _Part(shards.Part):
 
 
 def ledger_entry(video: Video, split: str, num_records: int) -> ledger.Entry:
-  """Returns a ledger line with the given values; all others are None."""
+  """Returns the ledger line of a video; what it does not say is None."""
   values = {
     "video_id": video.video_id,
     "split": split,
     "subject_id": video.subject_id,
     "num_records": num_records,
+    "labels": {
+      name: [None if np.isnan(x) else float(x) for x in values]
+      for name, values in video.labels.items()
+    },
   }
   empty = {field.name: None for field in dataclasses.fields(ledger.Entry)}
   return ledger.Entry(**empty | values)
