@@ -142,7 +142,8 @@ def _cell(
   metric: str,
   first: Evaluation | None,
 ) -> str:
-  from marlin_jax.eval import measures, report
+  from marlin_jax.eval import report
+  from marlin_jax.scores import bootstrap
 
   row = _row_of(evaluation, key)
   if row is None or metric not in row["metrics"]:
@@ -155,7 +156,7 @@ def _cell(
     return text
   theirs = _row_of(first, key)["metrics"][metric]["mean"]
   difference = row["metrics"][metric]["mean"] - theirs
-  low, high = measures.interval(draws[0] - draws[1])
+  low, high = bootstrap.interval(draws[0] - draws[1])
   mark = "*" if low > 0 or high < 0 else ""
   return f"{text} ({difference:+.4f} [{low:+.3f}, {high:+.3f}]{mark})"
 

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from marlin_jax.downstream import scores
 from marlin_jax.inference.classifier import activated
 from marlin_jax.records.cli import UserError
 from marlin_jax.records.folders import METADATA
+from marlin_jax.scores import binary, classes, ranking
 
 KINDS = ("binary", "class", "value")
 
@@ -71,8 +71,8 @@ class Task:
     values = values.astype(np.float64)
     unknown = np.isnan(values)
     if self.cuts:
-      classes = np.searchsorted(self.cuts, np.nan_to_num(values), side="right")
-      values = np.where(unknown, np.nan, classes)
+      places = np.searchsorted(self.cuts, np.nan_to_num(values), side="right")
+      values = np.where(unknown, np.nan, places)
     elif self.negative:
       is_positive = values != self.classes.index(self.negative)
       values = np.where(unknown, np.nan, is_positive)
@@ -91,8 +91,8 @@ class Task:
     names = (self.only,) if self.only else self.included
     if not names:
       return known
-    classes = [self.classes.index(name) for name in (self.negative, *names)]
-    return known & np.isin(values[:, 0], classes)
+    numbers = [self.classes.index(name) for name in (self.negative, *names)]
+    return known & np.isin(values[:, 0], numbers)
 
   def limited_to(self, classes: Sequence[str]) -> Task:
     """Returns the task on videos of the negative class and of `classes`.
@@ -152,7 +152,7 @@ class Task:
       (V, K), 1 where the label is known.
     """
     if self.is_class:
-      targets = scores.one_hot(targets, self.num_outputs)
+      targets = classes.one_hot(targets, self.num_outputs)
     known = ~np.isnan(targets)
     labels = np.where(known, targets, 0.0)
     return labels.astype(np.float32), known.astype(np.float32)
@@ -196,10 +196,10 @@ class Task:
         averaged.
     """
     if self.is_class:
-      return float(scores.class_scores(targets, probabilities)["auc"])
+      return float(classes.scores(targets, probabilities)["auc"])
     if micro:
-      return float(scores.roc_auc(targets.ravel(), probabilities.ravel()))
-    aucs = scores.per_label(targets, probabilities)["auc"]
+      return float(ranking.roc_auc(targets.ravel(), probabilities.ravel()))
+    aucs = binary.per_label(targets, probabilities)["auc"]
     aucs = aucs[np.isfinite(aucs)]
     return float(aucs.mean()) if len(aucs) else float("nan")
 

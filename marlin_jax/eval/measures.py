@@ -7,20 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from marlin_jax.downstream import scores
 from marlin_jax.downstream.tasks import Task
 from marlin_jax.inference.classifier import rescaled
-
-# Draws at once times examples times an allowance of 100 labels per example.
-# More would need gigabytes.
-_MAX_WEIGHTS = 20_000_000
-_ALLOWED_LABELS = 100
+from marlin_jax.scores import binary, bootstrap, classes, ranking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +55,7 @@ def thresholds(task: Task, val: Predictions, protocol: str) -> np.ndarray:
   if protocol == "paper" or task.is_class:
     return values
   for k in range(task.num_outputs):
-    values[k] = scores.best_threshold(
+    values[k] = ranking.best_threshold(
       val.targets[:, k], val.probabilities[:, k]
     )
   return values
@@ -123,7 +118,7 @@ def measure(
   }
   if task.is_class:
     predicted = predictions.probabilities.argmax(axis=1)
-    result["confusion"] = scores.confusion(
+    result["confusion"] = classes.confusion(
       predictions.targets, predicted, task.num_outputs
     ).tolist()
   return result, draws
@@ -134,15 +129,15 @@ def _metrics(task, predictions, thresholds, num_resamples):
 
   def weighted_scores(weights):
     if task.is_class:
-      return scores.class_scores(targets, probabilities, weights)
-    return scores.binary_scores(targets, probabilities, thresholds, weights)
+      return classes.scores(targets, probabilities, weights)
+    return binary.scores(targets, probabilities, thresholds, weights)
 
   values = weighted_scores(None)
   # Shown only if it takes seconds: for many videos with many labels.
   with tqdm(
     desc="intervals", total=num_resamples, unit="draw", delay=2.0, leave=False
   ) as bar:
-    draws = bootstrap(
+    draws = bootstrap.draws(
       weighted_scores,
       predictions.people,
       num_resamples=num_resamples,
@@ -150,7 +145,7 @@ def _metrics(task, predictions, thresholds, num_resamples):
     )
   metrics = {}
   for name, value in values.items():
-    low, high = interval(draws[name])
+    low, high = bootstrap.interval(draws[name])
     metrics[name] = {
       "value": finite_or_none(value),
       "low": finite_or_none(low),
@@ -162,9 +157,9 @@ def _metrics(task, predictions, thresholds, num_resamples):
 def _per_class(task, predictions, thresholds):
   targets, probabilities = predictions.targets, predictions.probabilities
   if task.is_class:
-    columns = scores.per_class(targets, probabilities)
+    columns = classes.per_class(targets, probabilities)
   else:
-    columns = scores.per_label(targets, probabilities, thresholds)
+    columns = binary.per_label(targets, probabilities, thresholds)
     columns["threshold"] = thresholds
   return [
     {"name": name}
@@ -177,57 +172,3 @@ def finite_or_none(value: Any) -> float | None:
   """Returns a float for JSON, which cannot hold NaN and infinity."""
   value = float(value)
   return value if math.isfinite(value) else None
-
-
-def bootstrap(
-  measure: Callable[[np.ndarray], Mapping[str, np.ndarray]],
-  groups: Sequence[str],
-  *,
-  num_resamples: int,
-  seed: int = 0,
-  report: Callable[[int], object] = lambda num: None,
-) -> dict[str, np.ndarray]:
-  """Returns scores of resampled data, by drawing whole groups.
-
-  The videos of one person are alike, so intervals from resampling videos would
-  be too narrow (Field and Welsh, JRSS B 2007).
-
-  Args:
-    measure: maps weights (V, R) to scores (R,) by name.
-    groups: V names: the group of each example, such as a person.
-    num_resamples: number of draws with replacement.
-    seed: seed of the draws: with the same groups the draws are the same.
-    report: called with the number of draws done since the last call.
-
-  Returns:
-    float64 (R,) by name; NaN where a score is not defined, or if there is a
-    single group.
-  """
-  names, group = np.unique(np.asarray(groups), return_inverse=True)
-  np_rng = np.random.default_rng(seed)
-  draws: dict[str, list[np.ndarray]] = {}
-  draws_at_once = max(1, _MAX_WEIGHTS // (_ALLOWED_LABELS * len(group)))
-  for first in range(0, num_resamples, draws_at_once):
-    num = min(draws_at_once, num_resamples - first)
-    times = np_rng.multinomial(
-      len(names), np.full(len(names), 1 / len(names)), size=num
-    )
-    weights = times.astype(np.float64).T[group]
-    for name, values in measure(weights).items():
-      draws.setdefault(name, []).append(values)
-    report(num)
-  draws = {name: np.concatenate(parts) for name, parts in draws.items()}
-  if len(names) < 2:
-    draws = {
-      name: np.full_like(values, np.nan) for name, values in draws.items()
-    }
-  return draws
-
-
-def interval(draws: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-  """Returns the percentile interval of draws, (R,); NaN if none is defined."""
-  draws = draws[np.isfinite(draws)]
-  if not len(draws):
-    return float("nan"), float("nan")
-  low, high = np.percentile(draws, [50 * (1 - level), 50 * (1 + level)])
-  return float(low), float(high)

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from marlin_jax.downstream import scores
-from marlin_jax.eval.measures import finite_or_none, interval
+from marlin_jax.eval.measures import finite_or_none
+from marlin_jax.scores import ranking
+from marlin_jax.scores.bootstrap import interval
 
 # Columns of the table, if the task has the score.
 _COLUMNS = (
@@ -181,12 +182,12 @@ def plot_cell(
 def _roc(folder, cell, names, targets, probabilities):
   figure, axes = _axes(5, 5)
   axes.plot([0, 1], [0, 1], color="0.8", linewidth=1)
-  micro = scores.roc_curve(targets.ravel(), probabilities.ravel())
+  micro = ranking.roc_curve(targets.ravel(), probabilities.ravel())
   if len(names) > 1:
     axes.plot(*micro, color="black", label="all pooled")
   for k, row in enumerate(cell["test"]["per_class"][:_MAX_CURVES]):
     if row["auc"] is not None:
-      curve = scores.roc_curve(targets[:, k], probabilities[:, k])
+      curve = ranking.roc_curve(targets[:, k], probabilities[:, k])
       axes.plot(*curve, linewidth=1, label=f"{row['name']} {row['auc']:.3f}")
   axes.set(xlabel="false positive rate", ylabel="true positive rate")
   if axes.get_legend_handles_labels()[0]:

@@ -31,13 +31,13 @@ from marlin_jax.downstream import (
   feature_cache,
   logistic,
   low_data,
-  scores,
   splits,
   tasks,
 )
 from marlin_jax.downstream.splits import Split, TrackWindow
 from marlin_jax.downstream.tasks import Task, TaskError
 from marlin_jax.inference import nearest_neighbours
+from marlin_jax.scores import binary, classes
 from marlin_jax.weights.architecture import Architecture
 
 _TEMPERATURE = 0.07  # of the neighbours' weights, as in DINO
@@ -200,7 +200,7 @@ class QuickProbe:
 
     Returns:
       `probe/NAME` and `knn/NAME`: `loss`, the cross-entropy, and scores of
-      `scores.binary_scores` or `scores.class_scores`; NaN where undefined.
+      `binary.scores` or `classes.scores`; NaN where undefined.
 
     Raises:
       DatasetError: a record is damaged.
@@ -255,10 +255,10 @@ class QuickProbe:
 
 def _scores(task: Task, targets, probabilities) -> dict[str, float]:
   if task.is_class:
-    values = scores.class_scores(targets, probabilities)
+    values = classes.scores(targets, probabilities)
     names = _CLASS_SCORES
   else:
-    values = scores.binary_scores(targets, probabilities)
+    values = binary.scores(targets, probabilities)
     names = _BINARY_SCORES
   loss = task.cross_entropy(targets, probabilities)
   return {"loss": loss} | {name: float(values[name]) for name in names}

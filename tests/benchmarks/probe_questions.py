@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from marlin_jax.downstream import logistic, scores
+from marlin_jax.downstream import logistic
 from marlin_jax.downstream.tasks import Task
+from marlin_jax.scores import classes, ranking
 from tests.benchmarks import probe_data
 
 BLINK = 0.6  # ratio to the usual eye opening; below, the eyes are closed
@@ -223,9 +224,7 @@ def score(
   test = question.test
   if question.num_classes:
     targets = question.targets[test]
-    return scores.class_scores(targets, predictions, weights)[
-      "balanced_accuracy"
-    ]
+    return classes.scores(targets, predictions, weights)["balanced_accuracy"]
   if question.targets is None:
     first, second = pairs_of(windows, test).T
     both = weights[first] * weights[second]
@@ -236,7 +235,7 @@ def score(
     own = place == where
     yes, w = question.targets[test][own], weights[own]
     num_pairs = (yes @ w) * ((1 - yes) @ w)
-    auc = scores.roc_auc(yes, predictions[own], w)
+    auc = ranking.roc_auc(yes, predictions[own], w)
     right += np.where(num_pairs > 0, auc, 0.0) * num_pairs
     total += num_pairs
   return _ratio(right, total)

@@ -8,7 +8,8 @@ import pytest
 
 from configs import eval_far
 from marlin_jax import compare
-from marlin_jax.eval import measures, results_folder
+from marlin_jax.eval import results_folder
+from marlin_jax.scores import bootstrap
 from marlin_jax.weights.architecture import Architecture
 from tests.support.labelled_data import run, write_random
 
@@ -58,7 +59,7 @@ def test_differences_have_paired_intervals(workdirs, capsys):
     )
     for path in paths
   ]
-  low, high = measures.interval(draws[2] - draws[0])
+  low, high = bootstrap.interval(draws[2] - draws[0])
   assert f"[{low:+.3f}, {high:+.3f}]" in line
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from marlin_jax.eval import measures
+from marlin_jax.scores import bootstrap
 
 
 def measure(values):
@@ -14,10 +14,10 @@ def test_intervals_have_their_nominal_coverage():
   covered = 0
   for seed in range(200):
     values = np_rng.normal(size=60)
-    draws = measures.bootstrap(
+    draws = bootstrap.draws(
       measure(values), [str(i) for i in range(60)], num_resamples=200, seed=seed
     )
-    low, high = measures.interval(draws["mean"])
+    low, high = bootstrap.interval(draws["mean"])
     covered += low < 0 < high
   assert 0.88 < covered / 200 < 0.99
 
@@ -28,18 +28,18 @@ def test_the_bootstrap_draws_people_not_videos():
   values = np.repeat(np_rng.normal(size=20), 10)
   people = np.repeat(np.arange(20), 10).astype(str)
   videos = np.arange(200).astype(str)
-  by_person = measures.bootstrap(measure(values), people, num_resamples=500)
-  by_video = measures.bootstrap(measure(values), videos, num_resamples=500)
+  by_person = bootstrap.draws(measure(values), people, num_resamples=500)
+  by_video = bootstrap.draws(measure(values), videos, num_resamples=500)
   width = {
-    k: np.ptp(measures.interval(v["mean"]))
+    k: np.ptp(bootstrap.interval(v["mean"]))
     for k, v in (("person", by_person), ("video", by_video))
   }
   assert 2.5 < width["person"] / width["video"] < 4  # sqrt(10)
 
 
 def test_one_person_gives_no_interval():
-  draws = measures.bootstrap(measure(np.ones(5)), ["a"] * 5, num_resamples=10)
-  assert np.isnan(measures.interval(draws["mean"])).all()
+  draws = bootstrap.draws(measure(np.ones(5)), ["a"] * 5, num_resamples=10)
+  assert np.isnan(bootstrap.interval(draws["mean"])).all()
 
 
 def test_draws_of_the_same_people_are_paired():
@@ -47,7 +47,7 @@ def test_draws_of_the_same_people_are_paired():
   values = np.random.default_rng(0).normal(size=60)
   people = [str(i // 2) for i in range(60)]
   one, two = (
-    measures.bootstrap(measure(v), people, num_resamples=50)["mean"]
+    bootstrap.draws(measure(v), people, num_resamples=50)["mean"]
     for v in (values, values + 0.1)
   )
   np.testing.assert_allclose(two - one, 0.1)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import calibration, metrics
 
-from marlin_jax.downstream import scores
+from marlin_jax.scores import binary, classes, ranking
 
 
 def sklearn(function, *args, **options):
@@ -50,8 +50,8 @@ def test_ranking_scores_equal_sklearns(kind, weighted):
   if weighted:
     weights = np.random.default_rng(1).integers(1, 4, len(labels)).astype(float)
   for ours, theirs in (
-    (scores.roc_auc, metrics.roc_auc_score),
-    (scores.average_precision, metrics.average_precision_score),
+    (ranking.roc_auc, metrics.roc_auc_score),
+    (ranking.average_precision, metrics.average_precision_score),
   ):
     expected = sklearn(theirs, labels, p, sample_weight=weights)
     np.testing.assert_allclose(ours(labels, p, weights), expected, atol=1e-12)
@@ -68,7 +68,7 @@ def test_operating_points_are_those_of_sklearns_roc_curve(kind, weighted):
     metrics.roc_curve, labels, p, sample_weight=weights, drop_intermediate=False
   )
   both = np.isfinite(true).all() and np.isfinite(false).all()
-  eer = scores.equal_error_rate(labels, p, weights)
+  eer = ranking.equal_error_rate(labels, p, weights)
   # The curve in fine steps along it, and where it is nearest to 1 - x.
   steps = np.linspace(0, len(true) - 1, 100_000)
   x, y = (np.interp(steps, np.arange(len(true)), v) for v in (false, true))
@@ -76,13 +76,13 @@ def test_operating_points_are_those_of_sklearns_roc_curve(kind, weighted):
   np.testing.assert_allclose(eer, expected, atol=2e-3)
   for rate in (0.01, 0.2, 1.0):
     best = true[false <= rate].max() if both else np.nan
-    ours = scores.recall_at(labels, p, rate, weights)
+    ours = ranking.recall_at(labels, p, rate, weights)
     np.testing.assert_allclose(ours, best, atol=1e-12)
   # Many sets of weights at once are the same as one after the other.
   columns = np.stack([weights, np.ones(len(labels))], axis=1)
   for function in (
-    scores.equal_error_rate,
-    lambda a, b, c: scores.recall_at(a, b, 0.1, c),
+    ranking.equal_error_rate,
+    lambda a, b, c: ranking.recall_at(a, b, 0.1, c),
   ):
     np.testing.assert_array_equal(
       function(labels, p, columns),
@@ -93,7 +93,7 @@ def test_operating_points_are_those_of_sklearns_roc_curve(kind, weighted):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_roc_curve_equals_sklearns(kind):
   labels, p = draw(kind)
-  ours = scores.roc_curve(labels, p)
+  ours = ranking.roc_curve(labels, p)
   theirs = sklearn(metrics.roc_curve, labels, p, drop_intermediate=False)[:2]
   for a, b in zip(ours, theirs, strict=True):
     np.testing.assert_allclose(np.nan_to_num(a), np.nan_to_num(b))
@@ -102,7 +102,7 @@ def test_the_roc_curve_equals_sklearns(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_of_one_label_equal_sklearns(kind):
   labels, p = draw(kind)
-  scored = scores.per_label(labels[:, None], p[:, None], 0.5)
+  scored = binary.per_label(labels[:, None], p[:, None], 0.5)
   predicted = p > 0.5
   if len(set(labels)) == 1:
     assert np.isnan(scored["balanced_accuracy"][0])
@@ -123,7 +123,7 @@ def test_averages_over_labels_equal_sklearns():
   np_rng = np.random.default_rng(0)
   targets = (np_rng.random((80, 5)) < 0.4).astype(float)
   p = np.clip(0.2 * targets + 0.8 * np_rng.random((80, 5)), 0, 1)
-  scored = scores.binary_scores(targets, p)
+  scored = binary.scores(targets, p)
   expected = {
     "accuracy": (targets == (p > 0.5)).mean(),
     "auc_micro": metrics.roc_auc_score(targets, p, average="micro"),
@@ -142,7 +142,7 @@ def test_unknown_labels_do_not_count():
   targets[np_rng.random((80, 3)) < 0.3] = np.nan
   targets[:, 2] = np.nan  # an unknown label
   known = ~np.isnan(targets)
-  scored = scores.binary_scores(targets, p)
+  scored = binary.scores(targets, p)
   assert scored["auc_micro"] == pytest.approx(
     metrics.roc_auc_score(targets[known], p[known])
   )
@@ -151,7 +151,7 @@ def test_unknown_labels_do_not_count():
     for k in (0, 1)
   ]
   assert scored["auc"] == pytest.approx(np.mean(aucs))
-  nothing = scores.binary_scores(np.full((4, 2), np.nan), p[:4, :2])
+  nothing = binary.scores(np.full((4, 2), np.nan), p[:4, :2])
   assert all(np.isnan(value) for value in nothing.values())
 
 
@@ -164,7 +164,7 @@ def test_scores_of_classes_equal_sklearns(absent):
   p /= p.sum(axis=1, keepdims=True)
   if absent:
     p[:, 3] = 0.0  # never predicted either
-  scored = scores.class_scores(targets, p)
+  scored = classes.scores(targets, p)
   predicted = p.argmax(axis=1)
   expected = {
     "accuracy": metrics.accuracy_score(targets, predicted),
@@ -177,13 +177,13 @@ def test_scores_of_classes_equal_sklearns(absent):
   for name, value in expected.items():
     assert scored[name] == pytest.approx(value), name
   np.testing.assert_array_equal(
-    scores.confusion(targets, predicted, 4),
+    classes.confusion(targets, predicted, 4),
     metrics.confusion_matrix(targets, predicted, labels=range(4)),
   )
   recall = metrics.recall_score(
     targets, predicted, average=None, labels=range(4), zero_division=np.nan
   )
-  np.testing.assert_allclose(scores.per_class(targets, p)["recall"], recall)
+  np.testing.assert_allclose(classes.per_class(targets, p)["recall"], recall)
 
 
 @pytest.mark.parametrize("kind", ["random", "ties", "perfect"])
@@ -194,23 +194,23 @@ def test_calibration_error_equals_sklearns_curve(kind):
   sizes = np.bincount(np.searchsorted(edges, p), minlength=15)
   share = sizes[sizes > 0] / len(p)
   expected = (share * np.abs(true - predicted)).sum()
-  assert scores.calibration_error(labels, p) == pytest.approx(expected)
+  assert binary.calibration_error(labels, p) == pytest.approx(expected)
 
 
 def test_integer_weights_equal_repeated_examples():
   np_rng = np.random.default_rng(0)
   targets = (np_rng.random((30, 2)) < 0.5).astype(float)
-  classes = np_rng.integers(0, 3, 30).astype(float)
+  numbers = np_rng.integers(0, 3, 30).astype(float)
   p, q = np_rng.random((30, 2)).round(1), np_rng.dirichlet(np.ones(3), 30)
   times = np_rng.integers(0, 3, (30, 4))
   weights = times.astype(float)
-  several = scores.binary_scores(targets, p, 0.3, weights)
-  of_classes = scores.class_scores(classes, q, weights)
+  several = binary.scores(targets, p, 0.3, weights)
+  of_classes = classes.scores(numbers, q, weights)
   for column, repeats in enumerate(times.T):
     chosen = np.repeat(np.arange(30), repeats)
     for scored, expected in (
-      (several, scores.binary_scores(targets[chosen], p[chosen], 0.3)),
-      (of_classes, scores.class_scores(classes[chosen], q[chosen])),
+      (several, binary.scores(targets[chosen], p[chosen], 0.3)),
+      (of_classes, classes.scores(numbers[chosen], q[chosen])),
     ):
       for name, value in expected.items():
         assert scored[name][column] == pytest.approx(float(value)), name
@@ -218,17 +218,17 @@ def test_integer_weights_equal_repeated_examples():
 
 def test_the_threshold_has_the_highest_balanced_accuracy():
   labels, p = draw("ties")
-  best = scores.best_threshold(labels, p)
+  best = ranking.best_threshold(labels, p)
   every = [
     metrics.balanced_accuracy_score(labels, p > t)
     for t in np.linspace(-0.01, 1.01, 200)
   ]
   assert metrics.balanced_accuracy_score(labels, p > best) == max(every)
-  assert scores.best_threshold(np.zeros(3), np.ones(3)) == 0.5
+  assert ranking.best_threshold(np.zeros(3), np.ones(3)) == 0.5
 
 
 def test_predictions_that_are_not_finite_are_refused():
   with pytest.raises(ValueError, match="1 of 2 predictions are not finite"):
-    scores.roc_auc(np.array([0.0, 1.0]), np.array([0.5, np.nan]))
+    ranking.roc_auc(np.array([0.0, 1.0]), np.array([0.5, np.nan]))
   with pytest.raises(ValueError, match="expected the same"):
-    scores.roc_auc(np.zeros(2), np.zeros(3))
+    ranking.roc_auc(np.zeros(2), np.zeros(3))
