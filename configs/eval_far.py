@@ -192,6 +192,9 @@ def get_config():
 
   # Clips that are encoded at once where nothing is trained.
   config.batch_size = 16
+  # Clips per device in one microbatch of a training; 0: as many as are
+  # estimated to fit. The result is the same to rounding.
+  config.clips_per_device = 0
   # Folder for features, which several runs may share; '': in the workdir.
   config.cache = ""
   # Dtype of matmuls; bfloat16 on TPU and GPU.

@@ -225,6 +225,25 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
+def put(tree: Pytree, shardings: Pytree) -> Pytree:
+  """Places arrays that every process holds whole.
+
+  Args:
+    tree: arrays, equal on all processes.
+    shardings: their shardings, or one for all.
+  """
+  if jax.process_count() == 1:
+    return jax.device_put(tree, shardings)
+  if isinstance(shardings, NamedSharding):
+    shardings = jax.tree.map(lambda _: shardings, tree)
+
+  def place(x, where):
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, where, lambda i: x[i].copy())
+
+  return jax.tree.map(place, tree, shardings)
+
+
 def local_rows(x: jax.Array) -> np.ndarray:
   """Returns the rows of an array that this process's devices hold.
 

@@ -1,6 +1,11 @@
 """Model to train: a head, alone or on an encoder, and its training step.
 
-Axes: B clips, N tokens, P pixels per token, D width, K predictions.
+Of the encoder nothing is trained, or all, or the scales and biases of its
+LayerNorms, or low-rank adapters of its projections to queries and values (LoRA:
+Hu et al., ICLR 2022). Adapters are added to the weights, so that the encoder
+that is kept is an ordinary one.
+
+Axes: B clips, N tokens, P pixels per token, D width, K predictions, R rank.
 """
 
 from __future__ import annotations
@@ -17,11 +22,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from marlin_jax.devices import sharding
+from marlin_jax.devices import chips, distributed, sharding
 from marlin_jax.downstream import protocols
 from marlin_jax.downstream.tasks import Task
 from marlin_jax.inference import clip_features
 from marlin_jax.models import heads, partition, softmax_attention, vit
+from marlin_jax.pretraining import memory, train_step
 from marlin_jax.weights.architecture import (
   Architecture,
   flatten,
@@ -30,6 +36,11 @@ from marlin_jax.weights.architecture import (
 from marlin_jax.weights.weights import Weights, of_modules
 
 Pytree = Any
+
+# What is trained of an encoder.
+TUNED = ("nothing", "norms", "lora", "all")
+# Key of the adapters among the trained parameters.
+_ADAPTERS = "lora"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +55,9 @@ class Learner:
     mesh: mesh of the devices.
     architecture: architecture of the encoder; None: the inputs are features.
     dtype: dtype of the encoder's matmuls.
+    num_microbatches: microbatches per batch, processed one after the other with
+      accumulated gradients; the result is that of the whole batch.
+    adapter_scale: factor of the adapters, if there are any.
   """
 
   graphdef: nnx.GraphDef
@@ -54,12 +68,14 @@ class Learner:
   mesh: Mesh
   architecture: Architecture | None = None
   dtype: str = "float32"
+  num_microbatches: int = 1
+  adapter_scale: float = 0.0
 
   def begin(self) -> Pytree:
     """Returns the initial state, placed on the mesh."""
     opt_state = self._optimiser.init(self.trained)
     state = {"trained": self.trained, "opt": opt_state}
-    return jax.device_put(state, self.shardings)
+    return sharding.put(state, self.shardings)
 
   @functools.cached_property
   def _optimiser(self) -> optax.GradientTransformation:
@@ -83,11 +99,14 @@ class Learner:
 
   @functools.cached_property
   def _fixed(self) -> Pytree:
-    return jax.device_put(self.fixed, self._place(self.fixed))
+    return sharding.put(self.fixed, self._place(self.fixed))
 
   def put(self, *arrays: np.ndarray) -> list[jax.Array]:
-    """Shards a batch over the devices."""
-    return jax.device_put(arrays, sharding.batch_sharding(self.mesh))
+    """Shards a batch over the devices, given the rows of this process."""
+    split = sharding.batch_sharding(self.mesh)
+    return [
+      jax.make_array_from_process_local_data(split, array) for array in arrays
+    ]
 
   # --- Training ---------------------------------------------------------------
 
@@ -96,8 +115,9 @@ class Learner:
 
     Args:
       state: result of `begin` or `step`; donated.
-      x: uint8 clips (B, T, H, W, 3), or features float32 (B, D).
-      labels, known: float32 (B, K); see `Task.encode`.
+      x: uint8 clips (B, T, H, W, 3), or features float32 (B, D); of several
+        processes each gives its own rows, see `loader.own_rows`.
+      labels, known: float32 (B, K), likewise; see `Task.encode`.
       rng: random key of this step.
       lr: learning rate.
 
@@ -112,8 +132,8 @@ class Learner:
     decay = self.config.get("layer_decay", 1.0)
 
     def step(state, fixed, x, labels, known, rng, lr):
-      loss, grads = jax.value_and_grad(self._loss)(
-        state["trained"], fixed, x, labels, known, rng
+      loss, grads = self._gradient(
+        state["trained"], fixed, self._augmented(x, labels, known, rng)
       )
       updates, opt = self._optimiser.update(
         grads, state["opt"], state["trained"]
@@ -127,21 +147,56 @@ class Learner:
       step, donate_argnums=0, out_shardings=(self.shardings, replicated)
     )
 
-  def _loss(self, trained, fixed, x, labels, known, rng):
-    keep = None
+  def _augmented(self, x, labels, known, rng) -> dict[str, jax.Array]:
+    """Draws the augmentations of a batch.
+
+    Returns:
+      Arrays that `_loss` takes, each with the axis B first, so that the batch
+      can be split: `x`, `labels`, `known` (B, K), and, if configured, the clips
+      `other` to mix in, the `share` (B,) of `x` in the mixture, and the factors
+      `keep` (B, depth, 2) of the branches.
+    """
+    if not self.architecture:
+      return {"x": x, "labels": labels, "known": known}
+    rng_flip, rng_mix, rng_drop = jax.random.split(rng, 3)
+    if self.config.get("flip", False):
+      x = _flipped(rng_flip, x)
+    batch = {"x": x, "labels": labels, "known": known}
+    if alpha := self.config.get("mixup", 0.0):
+      batch = _mixed(rng_mix, alpha, batch)
+    if rate := self.config.get("drop_path", 0.0):
+      keep = vit.drop_path(rng_drop, rate, self.architecture.depth, len(x))
+      batch["keep"] = jnp.moveaxis(keep, 2, 0)
+    return batch
+
+  def _gradient(self, trained, fixed, batch):
+    """Returns the loss of a batch, a mean over its known labels; the gradient.
+
+    Gradients of microbatches are accumulated.
+    """
+    num, total = self.num_microbatches, jnp.maximum(batch["known"].sum(), 1.0)
+    gradient = jax.value_and_grad(self._loss)
+    if num == 1:
+      return gradient(trained, fixed, batch)
+
+    def of_part(part):
+      # A microbatch counts by its known labels.
+      weight = num * part["known"].sum() / total
+      return jax.tree.map(lambda x: weight * x, gradient(trained, fixed, part))
+
+    return train_step.mean_over(train_step.split_batch(batch, num), of_part)
+
+  def _loss(self, trained, fixed, batch):
+    x, keep = batch["x"], batch.get("keep")
     if self.architecture:
-      rng_flip, rng_mix, rng_drop = jax.random.split(rng, 3)
-      if self.config.get("flip", False):
-        x = _flipped(rng_flip, x)
       x = clip_features.to_tokens(x, self.architecture)
-      if self.config.get("mixup", 0.0):
-        x, labels, known = _mixed(rng_mix, self.config.mixup, x, labels, known)
-      if self.config.get("drop_path", 0.0):
-        keep = vit.drop_path(
-          rng_drop, self.config.drop_path, self.architecture.depth, len(x)
-        )
-    logits = self._network(trained, fixed)(x, *([] if keep is None else [keep]))
-    return loss_of(self.task, logits, labels, known)
+      if "other" in batch:
+        share = batch["share"][:, None, None]
+        other = clip_features.to_tokens(batch["other"], self.architecture)
+        x = share * x + (1 - share) * other
+    args = () if keep is None else (jnp.moveaxis(keep, 0, 2),)
+    logits = self._network(trained, fixed)(x, *args)
+    return loss_of(self.task, logits, batch["labels"], batch["known"])
 
   def _network(self, trained, fixed):
     placement = None
@@ -150,25 +205,45 @@ class Learner:
 
     def call(*args):
       with partition.use(placement):
-        params = partition.weights(trained), partition.weights(fixed)
+        params = map(partition.weights, self._merged(trained, fixed))
         return nnx.merge(self.graphdef, *params)(*args)
 
     return call
 
+  def _merged(self, trained, fixed):
+    """Returns both with the adapters added to the weights that they adapt."""
+    if _ADAPTERS not in trained:
+      return trained, fixed
+    trained = dict(trained)
+    adapters = trained.pop(_ADAPTERS)
+    with vit.exact_matmuls("float32"):
+      return trained, _adapted(fixed, adapters, self.adapter_scale)
+
   # --- Prediction -------------------------------------------------------------
 
+  def gathered(self, trained: Pytree) -> Pytree:
+    """Returns whole NumPy arrays on every process; call it in all of them."""
+    whole = jax.jit(
+      lambda tree: tree, out_shardings=sharding.replicated(self.mesh)
+    )
+    return jax.tree.map(np.asarray, whole(trained))
+
   def encoder_weights(self, trained: Pytree) -> Weights:
-    """Returns the weights of the encoder, trained or not."""
+    """Returns the weights of the encoder, trained or not.
+
+    Args:
+      trained: from `gathered`.
+    """
     params = [
       flatten(tree["encoder"])
-      for tree in (self.fixed, trained)
+      for tree in reversed(self._merged(trained, self.fixed))
       if "encoder" in tree
     ]
     merged = {name: array for tree in params for name, array in tree.items()}
     return of_modules(self.architecture, unflatten(merged))
 
   def logits(self, trained: Pytree, x) -> jax.Array:
-    """Returns float32 (B, K) for a batch; `x` as for `step`."""
+    """Returns float32 (B, K), on every process; `x` as for `step`."""
     return self._logits(trained, self._fixed, *self.put(x))
 
   @functools.cached_property
@@ -203,14 +278,31 @@ def _flipped(rng, x):
   return jnp.where(chosen, x[:, :, :, ::-1], x)
 
 
-def _mixed(rng, alpha, x, labels, known):
-  """Applies mixup (Zhang et al., ICLR 2018) between pairs of clips."""
+def _mixed(rng, alpha, batch):
+  """Applies mixup (Zhang et al., ICLR 2018) between pairs of clips.
+
+  The clips themselves are mixed as tokens, by `Learner._loss`.
+  """
   share = jax.random.beta(rng, alpha, alpha)
-  return (
-    share * x + (1 - share) * x[::-1],
-    share * labels + (1 - share) * labels[::-1],
-    known * known[::-1],
-  )
+  x, labels, known = (batch[name] for name in ("x", "labels", "known"))
+  return {
+    "x": x,
+    "other": x[::-1],
+    "share": jnp.full(len(x), share),
+    "labels": share * labels + (1 - share) * labels[::-1],
+    "known": known * known[::-1],
+  }
+
+
+def _adapted(params: Pytree, adapters: Pytree, scale: float) -> Pytree:
+  """Adds scale * a @ b to the kernel of each layer that has an adapter."""
+  if "a" in adapters:
+    delta = scale * (adapters["a"] @ adapters["b"])
+    return params | {"kernel": params["kernel"] + delta}
+  return params | {
+    name: _adapted(params[name], below, scale)
+    for name, below in adapters.items()
+  }
 
 
 # --- Models -------------------------------------------------------------------
@@ -233,28 +325,31 @@ def on_encoder(
   seed: int,
   *,
   attentive: bool,
-  frozen: bool,
+  tuned: str,
   dtype: str,
   attention: str,
   remat: str,
+  clips_per_device: int = 0,
 ) -> Learner:
   """Returns an encoder with a head.
 
   Args:
     task: task to predict.
     weights: weights of the encoder.
-    config: settings of the optimiser; see Learner.
+    config: settings of the optimiser; see Learner. With `tuned` 'lora' also
+      `rank` and `alpha` of the adapters.
     mesh: mesh of the devices.
     seed: seed of the head's initial weights.
     attentive: the head attends to all tokens; else it is linear on their mean.
-    frozen: only the head is trained.
+    tuned: what is trained beside the head, one of TUNED.
     dtype, attention, remat: implementation of the encoder; see models.vit.
+    clips_per_device: clips of a microbatch on each device; 0: as many as are
+      estimated to fit.
   """
   platform = mesh.devices.flat[0].platform
+  attention = softmax_attention.choose(attention, platform, dtype)
   encoder = weights.encoder_only().autoencoder(
-    dtype=dtype,
-    attention=softmax_attention.choose(attention, platform, dtype),
-    remat=remat,
+    dtype=dtype, attention=attention, remat=remat
   )
   architecture = weights.architecture.without_decoder()
   width, rngs = architecture.width, nnx.Rngs(seed)
@@ -264,21 +359,100 @@ def on_encoder(
     )
   else:
     head = heads.LinearHead(width, task.num_outputs, rngs)
-  is_trained = nnx.Param
-  if frozen:
-    is_trained = nnx.All(nnx.Param, nnx.PathContains("head"))
   graphdef, trained, fixed = nnx.split(
-    heads.Classifier(encoder, head), is_trained, ...
+    heads.Classifier(encoder, head), _is_trained(tuned), ...
   )
-  return Learner(
+  trained, fixed = _pure(trained), _pure(fixed)
+  scale = 0.0
+  if tuned == "lora":
+    scale = config.alpha / config.rank
+    trained[_ADAPTERS] = _adapters(fixed, config.rank, seed)
+  model = Learner(
     graphdef,
-    _pure(trained),
-    _pure(fixed),
+    trained,
+    fixed,
     task,
     config,
     mesh,
     architecture,
     dtype,
+    adapter_scale=scale,
+  )
+  return dataclasses.replace(
+    model,
+    num_microbatches=memory.num_microbatches(
+      config.batch_size // sharding.num_shards(mesh),
+      clips_per_device
+      or _clips_that_fit(
+        model, vit.Execution(dtype, attention, False, remat), tuned
+      ),
+    ),
+  )
+
+
+def _is_trained(tuned: str):
+  """Returns the filter of the module's own parameters that are trained."""
+  parts = [nnx.PathContains("head")]
+  if tuned == "norms":
+    parts += map(nnx.PathContains, ("norm", "norm1", "norm2"))
+  return nnx.Param if tuned == "all" else nnx.All(nnx.Param, nnx.Any(*parts))
+
+
+def _adapters(fixed: Pytree, rank: int, seed: int) -> Pytree:
+  """Draws adapters of the projections to queries and values of all blocks.
+
+  Returns:
+    Nested dicts by path with `a` (D, R), drawn, and `b` (R, D), zeros.
+  """
+  key = jax.random.key(seed)
+
+  def adapter(number, kernel):
+    shape = len(kernel), rank
+    a = jax.random.normal(jax.random.fold_in(key, number), shape)
+    return {"a": a / len(kernel) ** 0.5, "b": jnp.zeros((rank, len(kernel.T)))}
+
+  blocks = fixed["encoder"]["transformer"]["blocks"]
+  adapted = {
+    index: {
+      "attention": {
+        name: adapter(2 * i + j, block["attention"][name]["kernel"])
+        for j, name in enumerate(("query", "value"))
+      }
+    }
+    for i, (index, block) in enumerate(blocks.items())
+  }
+  return {"encoder": {"transformer": {"blocks": adapted}}}
+
+
+def _clips_that_fit(
+  model: Learner, execution: vit.Execution, tuned: str
+) -> int:
+  """Estimates the clips of a microbatch on a device, the same on all processes.
+
+  A frozen encoder keeps nothing for the backward pass: one block counts.
+  """
+  architecture, mesh = model.architecture, model.mesh
+  if tuned == "nothing":
+    architecture = dataclasses.replace(architecture, depth=1)
+  trained, fixed = (
+    sharding.bytes_per_device(tree, model._place(tree)) // 4
+    for tree in (model.trained, model.fixed)
+  )
+  fsdp = mesh.shape["fsdp"]
+  state = memory.state_bytes(
+    trained,
+    num_gathered=fixed + (trained + fixed) * fsdp * (fsdp > 1),
+    has_ema=True,  # the best round
+  )
+  device_bytes = chips.device_bytes(jax.local_devices()[0])
+  return memory.clips_that_fit(
+    distributed.smallest(device_bytes) - state,
+    memory.clip_bytes(
+      architecture,
+      architecture.tubelets.num_tokens,
+      execution,
+      num_tensor=mesh.shape["tensor"],
+    ),
   )
 
 

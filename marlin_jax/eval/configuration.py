@@ -135,6 +135,7 @@ KEYS = {
   # Their hash is fixed, as the encoder's.
   "features": free(),
   "batch_size": free(at_least(1)),
+  "clips_per_device": free(at_least(0)),
   "cache": free(),
   "dtype": fixed(one_of(*DTYPES)),
   "attention": free(one_of(*ATTENTION)),

@@ -250,10 +250,11 @@ class ModeRunner:
       self._mesh,
       job.seed,
       attentive=attentive,
-      frozen=attentive,
+      tuned="nothing" if attentive else "all",
       dtype=config.dtype,
       attention=config.attention,
       remat=config.remat,
+      clips_per_device=config.clips_per_device,
     )
     plan = protocols.plan_training(training, len(job.train))
 
@@ -276,16 +277,14 @@ class ModeRunner:
         )
     finally:
       checkpoints.close()
+    trained = model.gathered(fitted.trained)
     return ModeResult(
       functools.partial(self._predict, model, fitted.trained),
       Head(
         "attentive" if attentive else "mean",
-        {
-          name: np.asarray(array)
-          for name, array in flatten(fitted.trained["head"]).items()
-        },
+        flatten(trained["head"]),
         {"num_heads": model.architecture.num_heads} if attentive else {},
-        None if attentive else model.encoder_weights(fitted.trained),
+        None if attentive else model.encoder_weights(trained),
       ),
       {"num_rounds": fitted.num_rounds},
     )

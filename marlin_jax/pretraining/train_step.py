@@ -434,13 +434,7 @@ def _step_microbatches(trainer: Trainer, state: TrainState, batch):
   batch. Memory does not hold the forward passes of all microbatches until then,
   so each update runs its own forward passes, as in the authors' code.
   """
-  microbatches = jax.tree.map(
-    # Microbatch is the minor axis, so that each device splits its own clips.
-    lambda x: x.reshape(-1, trainer.num_microbatches, *x.shape[1:]).swapaxes(
-      0, 1
-    ),
-    batch,
-  )
+  microbatches = split_batch(batch, trainer.num_microbatches)
   metrics = {}
 
   def disc_grads(microbatch, i):
@@ -461,19 +455,28 @@ def _step_microbatches(trainer: Trainer, state: TrainState, batch):
 
   if trainer.adversarial.weight:
     for i in range(trainer.adversarial.d_steps):
-      grads, disc_metrics = _mean_over(
+      grads, disc_metrics = mean_over(
         microbatches, functools.partial(disc_grads, i=i)
       )
       state = trainer.update_disc(state, grads)
       metrics |= disc_metrics | {"grad_norm_disc": optax.tree.norm(grads)}
   for _ in range(trainer.adversarial.g_steps):
-    grads, mae_metrics = _mean_over(microbatches, mae_grads)
+    grads, mae_metrics = mean_over(microbatches, mae_grads)
     state = trainer.update_mae(state, grads)
     metrics |= mae_metrics | {"grad_norm": optax.tree.norm(grads)}
   return state, metrics
 
 
-def _mean_over(microbatches, function: Callable[[Pytree], Pytree]) -> Pytree:
+def split_batch(batch: Pytree, num_microbatches: int) -> Pytree:
+  """Splits arrays (B, ...) into microbatches: (M, B / M, ...)."""
+  return jax.tree.map(
+    # Microbatch is the minor axis, so that each device splits its own clips.
+    lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1),
+    batch,
+  )
+
+
+def mean_over(microbatches, function: Callable[[Pytree], Pytree]) -> Pytree:
   """Returns the mean of `function` over microbatches stacked on axis 0."""
   num_microbatches = jax.tree.leaves(microbatches)[0].shape[0]
   first = jax.tree.map(lambda x: x[0], microbatches)

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs import eval_far
 from data_prep.sources.listing import BINARY, Label
@@ -129,7 +130,7 @@ def test_a_probe_on_features_equals_a_probe_on_the_frozen_encoder(tmp_path):
     mesh,
     3,
     attentive=False,
-    frozen=True,
+    tuned="nothing",
     dtype="float32",
     attention="auto",
     remat="none",
@@ -232,22 +233,25 @@ def test_every_trained_array_changes(face_data, tmp_path):
   np_rng = np.random.default_rng(0)
   clips = np_rng.integers(0, 256, (4, 4, SIZE, SIZE, 3), np.uint8)
   labels, known = task.encode(np.array([0.0, 1.0, 2.0, 1.0]))
-  for attentive, frozen_ in ((False, False), (True, True)):
+  for tuned in learner.TUNED:
+    section = "attentive" if tuned == "nothing" else "finetune"
+    settings = ConfigDict(config[section].to_dict() | {"rank": 2, "alpha": 4})
     head = learner.on_encoder(
       task,
       weights,
-      config.attentive if frozen_ else config.finetune,
+      settings,
       sharding.make_mesh(),
       0,
-      attentive=attentive,
-      frozen=frozen_,
+      attentive=tuned == "nothing",
+      tuned=tuned,
       dtype="float32",
       attention="auto",
       remat="none",
     )
     state = head.begin()
     before = jax.tree.map(np.array, state["trained"])
-    assert ("encoder" in before) == (not frozen_)
+    assert ("encoder" in before) == (tuned in ("norms", "all"))
+    assert ("lora" in before) == (tuned == "lora")
     for step in range(2):
       key = jax.random.key(step)
       state, _ = head.step(state, clips, labels, known, key, np.float32(1e-2))
@@ -261,6 +265,40 @@ def test_every_trained_array_changes(face_data, tmp_path):
       if np.array_equal(a, b)
     ]
     assert not still
+
+
+def test_microbatches_give_the_step_of_the_whole_batch(face_data):
+  config = tiny(eval_far.get_config())
+  weights = formats.open_encoder("random", config.random)
+  task = tasks.make_task("emotion", tasks.read_labels(str(face_data)), {}, "")
+  np_rng = np.random.default_rng(0)
+  clips = np_rng.integers(0, 256, (8, 4, SIZE, SIZE, 3), np.uint8)
+  # The microbatches differ in the number of known labels; one knows none.
+  known = np.float32([[1, 1], [0, 0], [1, 0], [0, 0]] * 2)
+  labels = known * np_rng.integers(0, 2, (8, 2)).astype(np.float32)
+  config.finetune.drop_path = 0.5
+  stepped = []
+  for clips_per_device in (8, 2):
+    model = learner.on_encoder(
+      task,
+      weights,
+      config.finetune,
+      sharding.make_mesh(),
+      0,
+      attentive=False,
+      tuned="all",
+      dtype="float32",
+      attention="auto",
+      remat="none",
+      clips_per_device=clips_per_device,
+    )
+    assert model.num_microbatches == 8 // clips_per_device
+    # Not after a step: Adam's first one is the sign of the gradient.
+    batch = model._augmented(clips, labels, known, jax.random.key(3))
+    gradient = jax.jit(model._gradient)
+    stepped.append(jax.tree.leaves(gradient(model.trained, model.fixed, batch)))
+  for whole, split in zip(*stepped, strict=True):
+    np.testing.assert_allclose(whole, split, atol=2e-6)
 
 
 class Stopped(Exception):
