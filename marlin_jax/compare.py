@@ -3,7 +3,8 @@
   python -m marlin_jax.compare runs/far_a runs/far_b --output compare.html
 
 Prints a table with a column for each workdir: the metric with its 95% interval,
-and the difference to the first column. Differences have intervals of paired
+and the difference to the first column, on the test split and on other data sets
+that were scored. Differences have intervals of paired
 draws of the same people, so that a small difference between two encoders is
 seen although each number by itself varies more; '*' marks one whose interval
 does not hold 0. --output also writes the table as a self-contained HTML page.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -43,19 +45,65 @@ class Evaluation(NamedTuple):
   results: dict[str, Any]
 
 
-class Row(NamedTuple):
+class Cell(NamedTuple):
+  """A number of a table.
+
+  Attributes:
+    number: entry of `metrics` of a summary; see `report.summary`.
+    difference: difference to the first evaluation, with its interval: mean, low
+      and high; None for the first, and where draws were not kept.
+  """
+
+  number: dict[str, float | None]
+  difference: tuple[float, float, float] | None
+
+  @property
+  def differs(self) -> bool:
+    """Whether the interval of the difference does not hold 0."""
+    if self.difference is None:
+      return False
+    _, low, high = self.difference
+    return low > 0 or high < 0
+
+  @property
+  def difference_text(self) -> str:
+    if self.difference is None:
+      return ""
+    mean, low, high = self.difference
+    mark = "*" if self.differs else ""
+    return f"{mean:+.4f} [{low:+.3f}, {high:+.3f}]{mark}"
+
+
+class Key(NamedTuple):
   """One line of a table.
 
   Attributes:
-    task, mode, ratio: what was evaluated.
-    cells: for each evaluation its number with interval and, but for the first,
-      the difference to the first; '-' where it lacks this mode.
+    task: name of the task.
+    test: name of another data set that was scored; '' for the test split.
+    mode: name of the mode.
+    ratio: share of the training data.
   """
 
   task: str
+  test: str
   mode: str
   ratio: float
-  cells: list[str]
+
+  @property
+  def title(self) -> str:
+    return f"{self.task}, tested on {self.test}" if self.test else self.task
+
+
+class Row(NamedTuple):
+  """A line of a table, with the number of each evaluation.
+
+  Attributes:
+    key: what was evaluated.
+    cells: a number for each evaluation; None where it lacks this mode.
+  """
+
+  key: Key
+  cells: list[Cell | None]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
   from marlin_jax.records.folders import write_bytes
 
-  evaluations = [_open(path) for path in args.results]
+  evaluations = _named_apart([_open(path) for path in args.results])
   _check_same_videos(evaluations)
   rows = _rows(evaluations, args.metric)
   if not rows:
@@ -105,6 +153,13 @@ def _open(path: Path) -> Evaluation:
   return Evaluation(path.parent.name, path.parent, results)
 
 
+def _named_apart(evaluations: list[Evaluation]) -> list[Evaluation]:
+  """Names evaluations by their paths if folders of one name are among them."""
+  if len({e.name for e in evaluations}) == len(evaluations):
+    return evaluations
+  return [e._replace(name=str(e.path)) for e in evaluations]
+
+
 def _check_same_videos(evaluations: list[Evaluation]) -> None:
   first, *others = evaluations
   for other in others:
@@ -115,63 +170,85 @@ def _check_same_videos(evaluations: list[Evaluation]) -> None:
           f"{first.path} and {other.path} differ in the videos or labels of "
           f"task '{task}', so their numbers do not compare"
         )
+    theirs = _settings(other)
+    for name, value in _settings(first).items():
+      if name.startswith("data.tests.") and theirs.get(name, value) != value:
+        raise CompareError(
+          f"{first.path} and {other.path} were tested on different data sets "
+          f"of the name {name.removeprefix('data.tests.')}"
+        )
+
+
+def _settings(evaluation: Evaluation) -> dict[str, Any]:
+  from marlin_jax.records.folders import SETTINGS
+
+  file = evaluation.path / SETTINGS
+  return json.loads(file.read_text()) if file.exists() else {}
 
 
 def _rows(evaluations: list[Evaluation], metric: str) -> list[Row]:
   keys = dict.fromkeys(
-    (row["task"], row["mode"], row["ratio"])
+    Key(row["task"], test, row["mode"], row["ratio"])
     for evaluation in evaluations
     for row in evaluation.results["summary"]
-    if metric in row["metrics"]
+    for test, metrics in _tests(row).items()
+    if metric in metrics
   )
+  groups = list(dict.fromkeys((key.task, key.test) for key in keys))
+  first, *others = evaluations
   return [
     Row(
-      *key,
+      key,
       [
-        _cell(evaluation, key, metric, None if i == 0 else evaluations[0])
-        for i, evaluation in enumerate(evaluations)
+        _cell(first, key, metric, None),
+        *(_cell(other, key, metric, first) for other in others),
       ],
     )
-    for key in keys
+    for key in sorted(keys, key=lambda key: groups.index((key.task, key.test)))
   ]
 
 
-def _cell(
-  evaluation: Evaluation,
-  key: tuple[str, str, float],
-  metric: str,
-  first: Evaluation | None,
-) -> str:
-  from marlin_jax.eval import report
-  from marlin_jax.scores import bootstrap
-
-  row = _row_of(evaluation, key)
-  if row is None or metric not in row["metrics"]:
-    return "-"
-  text = report.formatted(row["metrics"][metric])
-  if first is None:
-    return text
-  draws = [_mean_draws(e, key, metric) for e in (evaluation, first)]
-  if any(values is None for values in draws):
-    return text
-  theirs = _row_of(first, key)["metrics"][metric]["mean"]
-  difference = row["metrics"][metric]["mean"] - theirs
-  low, high = bootstrap.interval(draws[0] - draws[1])
-  mark = "*" if low > 0 or high < 0 else ""
-  return f"{text} ({difference:+.4f} [{low:+.3f}, {high:+.3f}]{mark})"
+def _tests(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+  """Returns the metrics of a summary's row by test; '' is the test split."""
+  return {"": row["metrics"], **row.get("tests", {})}
 
 
-def _row_of(
-  evaluation: Evaluation, key: tuple[str, str, float]
-) -> dict[str, Any] | None:
+def _number(evaluation: Evaluation, key: Key, metric: str) -> dict | None:
   for row in evaluation.results["summary"]:
-    if (row["task"], row["mode"], row["ratio"]) == key:
-      return row
+    if (row["task"], row["mode"], row["ratio"]) == (
+      key.task,
+      key.mode,
+      key.ratio,
+    ):
+      return _tests(row).get(key.test, {}).get(metric)
   return None
 
 
+def _cell(
+  evaluation: Evaluation, key: Key, metric: str, first: Evaluation | None
+) -> Cell | None:
+  from marlin_jax.scores import bootstrap
+
+  number = _number(evaluation, key, metric)
+  if number is None:
+    return None
+  theirs = first and _number(first, key, metric)
+  if not theirs or None in (number["mean"], theirs["mean"]):
+    return Cell(number, None)
+  draws = [_mean_draws(e, key, metric) for e in (evaluation, first)]
+  if any(values is None for values in draws):
+    return Cell(number, None)
+  return Cell(
+    number,
+    (
+      number["mean"] - theirs["mean"],
+      *bootstrap.interval(draws[0] - draws[1]),
+    ),
+  )
+
+
 def _mean_draws(
-  evaluation: Evaluation, key: tuple[str, str, float], metric: str
+  evaluation: Evaluation, key: Key, metric: str
 ) -> np.ndarray | None:
   """Returns the draws of the mean over seeds, (R,); None if there are none."""
   import numpy as np
@@ -179,9 +256,12 @@ def _mean_draws(
   from marlin_jax.eval import results_folder
 
   draws = [
-    results_folder.read_draws(evaluation.path, cell["name"]).get(metric)
+    results_folder.read_draws(evaluation.path, cell["name"]).get(
+      f"{key.test} {metric}".lstrip()
+    )
     for cell in evaluation.results["cells"]
-    if (cell["task"], cell["mode"], cell["ratio"]) == key
+    if (cell["task"], cell["mode"], cell["ratio"])
+    == (key.task, key.mode, key.ratio)
   ]
   if not draws or any(values is None for values in draws):
     return None
@@ -194,7 +274,13 @@ def _mean_draws(
 def _text(evaluations: list[Evaluation], rows: list[Row], metric: str) -> str:
   header = ["task", "mode", "data", *(e.name for e in evaluations)]
   table = [header] + [
-    [row.task, row.mode, f"{row.ratio:.4g}", *row.cells] for row in rows
+    [
+      row.key.title,
+      row.key.mode,
+      f"{row.key.ratio:.4g}",
+      *map(_cell_text, row.cells),
+    ]
+    for row in rows
   ]
   widths = [max(map(len, column)) for column in zip(*table, strict=True)]
   lines = [
@@ -204,40 +290,101 @@ def _text(evaluations: list[Evaluation], rows: list[Row], metric: str) -> str:
   return "\n".join([metric, *lines])
 
 
-def _page(evaluations: list[Evaluation], rows: list[Row], metric: str) -> str:
-  def cells(tag: str, values: list[str]) -> str:
-    return "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values)
+def _cell_text(cell: Cell | None) -> str:
+  from marlin_jax.eval import report
 
+  if cell is None:
+    return "-"
+  text = report.formatted(cell.number)
+  return f"{text} ({cell.difference_text})" if cell.difference else text
+
+
+def _page(evaluations: list[Evaluation], rows: list[Row], metric: str) -> str:
+  tables = "".join(
+    _table(title, evaluations, list(group))
+    for title, group in itertools.groupby(rows, lambda row: row.key.title)
+  )
   checkpoints = "".join(
-    f"<li>{html.escape(e.name)}: "
-    f"{html.escape(str(e.results['checkpoint']['source']))}, "
-    f"sha256 {html.escape(e.results['checkpoint']['sha256'][:12])}</li>"
+    f"<dt>{html.escape(e.name)}</dt>"
+    f"<dd>{html.escape(str(e.results['checkpoint']['source']))}<br>"
+    f"sha256 {html.escape(e.results['checkpoint']['sha256'][:12])}</dd>"
     for e in evaluations
   )
-  header = cells("th", ["task", "mode", "data", *(e.name for e in evaluations)])
+  return _PAGE.format(
+    metric=html.escape(metric),
+    first=html.escape(evaluations[0].name),
+    tables=tables,
+    checkpoints=checkpoints,
+  )
+
+
+def _table(title: str, evaluations: list[Evaluation], rows: list[Row]) -> str:
+  names = [html.escape(e.name) for e in evaluations]
+  header = "".join(f"<th>{name}</th>" for name in names)
   body = "".join(
-    "<tr>"
-    + cells("td", [row.task, row.mode, f"{row.ratio:.4g}", *row.cells])
+    f"<tr><th>{html.escape(row.key.mode)} <small>{100 * row.key.ratio:.4g}% of "
+    "the data</small></th>"
+    + "".join(
+      f'<td data-name="{name}">{_cell_html(cell)}</td>'
+      for name, cell in zip(names, row.cells, strict=True)
+    )
     + "</tr>"
     for row in rows
   )
-  return f"""<!doctype html>
+  return (
+    f"<h2>{html.escape(title)}</h2><div><table><thead><tr><th></th>{header}</tr>"
+    f"</thead><tbody>{body}</tbody></table></div>"
+  )
+
+
+def _cell_html(cell: Cell | None) -> str:
+  from marlin_jax.eval import report
+
+  if cell is None:
+    return "-"
+  value, _, rest = report.formatted(cell.number).partition(" ")
+  lines = [f"<b>{value}</b>", f"<small>{rest.replace('+-', '&pm;')}</small>"]
+  if cell.difference:
+    kind = "differs" if cell.differs else "alike"
+    text = cell.difference_text.replace("-", "&minus;")
+    lines.append(f'<small class="{kind}">{text}</small>')
+  return "<br>".join(lines)
+
+
+_PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Comparison of encoders</title>
+<title>Comparison of encoders: {metric}</title>
 <style>
-  body {{ font: 16px/1.4 system-ui, sans-serif; margin: 2rem; }}
+  body {{ font: 16px/1.4 system-ui, sans-serif; margin: 2rem auto;
+    max-width: 80rem; padding: 0 1rem; color: #222; }}
   div {{ overflow-x: auto; }}
-  table {{ border-collapse: collapse; }}
-  th, td {{ padding: .3rem .8rem; text-align: left; white-space: nowrap; }}
+  table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+  th, td {{ padding: .4rem 1rem .4rem 0; text-align: left;
+    vertical-align: top; }}
+  td {{ white-space: nowrap; }}
   tr {{ border-bottom: 1px solid #ddd; }}
+  small {{ font-weight: normal; color: #555; }}
+  tbody th small {{ display: block; }}
+  .differs {{ color: #8a1c00; font-weight: 600; }}
+  dt {{ font-weight: 600; }}
+  dt, dd, th {{ overflow-wrap: anywhere; }}
+  dd {{ margin: 0 0 .6rem; }}
+  @media (max-width: 40rem) {{
+    thead {{ display: none; }}
+    table, tbody, tr, tbody th, td {{ display: block; }}
+    td {{ padding-left: 1rem; white-space: normal; }}
+    td::before {{ content: attr(data-name); display: block; color: #555; }}
+  }}
 </style></head><body>
 <h1>Comparison of encoders</h1>
-<p>Metric: {html.escape(metric)}, with 95% intervals over people. In brackets
-the difference to the first column, from paired draws; * where its interval does
-not hold 0.</p>
-<div><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>
-<ul>{checkpoints}</ul>
+<p>Each cell holds the {metric}, its deviation over seeds if there are several,
+and its 95% interval over people. The last line is the difference to {first},
+with an interval of paired draws of the same people; * marks one whose interval
+does not hold 0.</p>
+{tables}
+<h2>Encoders</h2>
+<dl>{checkpoints}</dl>
 </body></html>
 """
 

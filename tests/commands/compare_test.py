@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def workdirs(face_data, tmp_path_factory):
       modes="linear,knn",
       plots=False,
       num_seeds=2,
-      **{"data.ratio": "0.25"},
+      **{"data.ratio": "0.25", "data.tests": f"{face_data}:val"},
     )
   return folder
 
@@ -47,7 +48,8 @@ def workdirs(face_data, tmp_path_factory):
 def test_differences_have_paired_intervals(workdirs, capsys):
   paths = [workdirs / name for name in ("first", "same", "<b>small")]
   assert compare.main([*map(str, paths), "--metric", "accuracy"]) == 0
-  line = next(x for x in capsys.readouterr().out.splitlines() if "knn" in x)
+  lines = capsys.readouterr().out.splitlines()
+  line = next(x for x in lines if x.startswith("mood ") and " knn " in x)
   assert "(+0.0000 [+0.000, +0.000])" in line
   draws = [
     np.mean(
@@ -74,6 +76,30 @@ def test_seeds_have_an_interval_of_their_mean(workdirs):
   )
 
 
+def test_other_data_sets_have_rows_of_their_own(workdirs, face_data, capsys):
+  paths = [str(workdirs / name) for name in ("first", "<b>small")]
+  assert compare.main([*paths, "--metric", "accuracy"]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  (line,) = (x for x in lines if "tested on" in x and " knn " in x)
+  draws = [
+    np.mean(
+      [
+        results_folder.read_draws(workdirs / name, f"mood-knn-0.25-{seed}")[
+          f"{face_data}:val accuracy"
+        ]
+        for seed in (0, 1)
+      ],
+      axis=0,
+    )
+    for name in ("first", "<b>small")
+  ]
+  low, high = bootstrap.interval(draws[1] - draws[0])
+  assert f"[{low:+.3f}, {high:+.3f}]" in line
+  # Those of a test stand together.
+  titles = [line.partition("  ")[0] for line in lines[2:]]
+  assert titles == sorted(titles, key=titles.index)
+
+
 def test_the_page_escapes_names(workdirs, tmp_path):
   page = tmp_path / "page.html"
   paths = [workdirs / name for name in ("first", "<b>small")]
@@ -83,6 +109,26 @@ def test_the_page_escapes_names(workdirs, tmp_path):
   assert "<b>small" not in text
 
 
+def test_a_page_marks_differences_and_folders_of_one_name_keep_apart(
+  workdirs, tmp_path
+):
+  """The twin's draws of one mode are 2 lower."""
+  twin = shutil.copytree(workdirs / "first", tmp_path / "first")
+  for seed in (0, 1):
+    file = twin / "cells" / f"mood-knn-0.25-{seed}.npz"
+    with np.load(file) as arrays:
+      content = {k: v - 2 * k.startswith("draws:") for k, v in arrays.items()}
+    np.savez(file, **content)
+  page = tmp_path / "page.html"
+  first = workdirs / "first"
+  assert compare.main([str(first), str(twin), "--output", str(page)]) == 0
+  text = page.read_text()
+  assert text.count('class="differs"') == 2  # knn, on both data sets
+  assert text.count('class="alike"') == 2
+  for path in (first, twin):
+    assert f"<th>{path}</th>" in text
+
+
 def test_other_videos_and_other_files_are_refused(workdirs, tmp_path, capsys):
   other = tmp_path / "other"
   other.mkdir()
@@ -90,7 +136,14 @@ def test_other_videos_and_other_files_are_refused(workdirs, tmp_path, capsys):
   results["tasks"]["mood"]["split_sha256"] = "0" * 64
   (other / "results.json").write_text(json.dumps(results))
   first = str(workdirs / "first")
+  retested = shutil.copytree(workdirs / "first", tmp_path / "retested")
+  settings = json.loads((retested / "settings.json").read_text())
+  settings = {
+    k: "0" if k.startswith("data.tests.") else v for k, v in settings.items()
+  }
+  (retested / "settings.json").write_text(json.dumps(settings))
   for arguments, words in (
+    ([first, str(retested)], "were tested on different data sets"),
     ([first, str(other)], "differ in the videos or labels of task 'mood'"),
     ([first, str(tmp_path)], "expected the workdir of an evaluation"),
     ([first, "--metric", "ccc"], "no task has the metric 'ccc'"),
