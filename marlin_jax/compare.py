@@ -59,7 +59,7 @@ class Cell(NamedTuple):
 
   @property
   def differs(self) -> bool:
-    """Whether the interval of the difference does not hold 0."""
+    """True where the interval of the difference does not hold 0."""
     if self.difference is None:
       return False
     _, low, high = self.difference
