@@ -24,6 +24,7 @@ import numpy as np
 from google.protobuf import (
   descriptor_pb2,
   descriptor_pool,
+  message,
   message_factory,
   text_format,
 )
@@ -414,21 +415,29 @@ _EXAMPLE_PROTO = """
 """
 
 
-def _example_class():
-  """Returns `tf.train.Example` from a descriptor pool of its own.
+def _message_classes() -> dict[str, type[message.Message]]:
+  """Returns the message classes by name, from a pool of their own.
 
-  A private pool keeps it from clashing with TensorFlow or TFDS in the same
-  process, and protobuf's C parser reads it as fast as theirs.
+  A private pool keeps them from clashing with TensorFlow or TFDS in the same
+  process, and protobuf's C parser reads them as fast as theirs.
   """
   pool = descriptor_pool.DescriptorPool()
   file = descriptor_pb2.FileDescriptorProto()
   pool.Add(text_format.Parse(_EXAMPLE_PROTO, file))
-  return message_factory.GetMessageClass(
-    pool.FindMessageTypeByName("tensorflow.Example")
-  )
+  names = [message_type.name for message_type in file.message_type]
+  return {
+    name: message_factory.GetMessageClass(
+      pool.FindMessageTypeByName(f"{file.package}.{name}")
+    )
+    for name in (*names, "Features.FeatureEntry")
+  }
 
 
-_Example = _example_class()
+# All of them, not Example alone: protobuf makes the class of a nested message
+# on first use and keeps no reference to it. The garbage collector then takes
+# the class, from under a thread that decodes a record with it meanwhile.
+_MESSAGES = _message_classes()
+_Example = _MESSAGES["Example"]
 
 
 def encode(record: Record) -> bytes:

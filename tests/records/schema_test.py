@@ -1,6 +1,7 @@
 """The record schema."""
 
 import dataclasses
+import gc
 import math
 
 import numpy as np
@@ -67,6 +68,27 @@ def test_a_record_needs_neither_labels_nor_sound(record):
   assert decoded.labels == {}
   assert decoded.audio is None
   assert decoded.mel.shape == (0, 80)
+
+
+def test_decoding_uses_the_same_message_classes_all_the_time(record):
+  """A class that only the parser knows is collected while threads decode."""
+
+  def message_classes():
+    return {
+      id(x): x.__name__
+      for x in gc.get_objects()
+      if isinstance(x, type)
+      and getattr(x.__dict__.get("DESCRIPTOR"), "full_name", "").startswith(
+        "tensorflow."
+      )
+    }
+
+  schema.decode(schema.encode(record))
+  before = message_classes()
+  gc.collect()
+  schema.decode(schema.encode(record))
+  assert message_classes() == before
+  assert set(before.values()) >= {"Example", "Feature", "BytesList"}
 
 
 def test_the_same_record_gives_the_same_bytes(record):
