@@ -57,7 +57,7 @@ bench-probe: $(VENV)/.installed-test  ## Does pretraining learn? Linear probes
 clean:  ## Remove the environment, runs/ and the compile cache of the tests
 	rm -rf $(VENV) runs .pytest_cache
 
-$(VENV)/.installed: requirements.txt
+$(VENV)/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "marlin_jax needs Python 3.11 or newer; found" \
 	    "$$($(PYTHON) --version). Point PYTHON at one: make PYTHON=python3.12" \
@@ -68,7 +68,7 @@ $(VENV)/.installed: requirements.txt
 	  -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed pyproject.toml requirements-beam.txt
+$(VENV)/.installed-test: $(VENV)/.installed requirements-beam.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  --no-deps marlin-pytorch==0.3.4 syncnet-python==0.2.3

@@ -20,7 +20,7 @@ from data_prep.inspection.dataset_statistics import (
   InspectionError,
   Place,
 )
-from marlin_jax.records import cli
+from marlin_jax.records import cli, extras
 from marlin_jax.records.schema import FRAME_SIZE
 
 CELL_WIDTH, CELL_HEIGHT = 2 * FRAME_SIZE + 8, FRAME_SIZE + 24
@@ -109,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   args = _parser().parse_args(argv)
 
   def work() -> None:
+    extras.require("prepare", "data_prep.contact_sheet")
     sheet = contact_sheet(args.dataset_dir, args.num_frames)
     region_pictures.save(sheet, args.output)
     print(f"{args.output}: {sheet.shape[1]}x{sheet.shape[0]} pixels")

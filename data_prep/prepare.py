@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlin_jax.records import cli, folders
+from marlin_jax.records import cli, extras, folders
 from marlin_jax.records.cli import UserError, counted
 
 if TYPE_CHECKING:
@@ -59,13 +59,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.error(f"{args.beam_flags[0]} needs --engine=beam")
   if args.engine == "beam" and not importlib.util.find_spec("apache_beam"):
     parser.error(
-      "--engine=beam needs Apache Beam: pip install -r requirements-beam.txt"
+      "--engine=beam needs Apache Beam: pip install 'marlin-jax[beam]'"
     )
   if not (args.input or args.forget):
     parser.error("--input is needed, unless videos are only to be forgotten")
   if args.forget and args.task_count > 1:
     parser.error("--forget is the work of one run, without --task_count")
-  return cli.run_command(lambda: _run(args) if args.input else _forget(args))
+
+  def work() -> None:
+    extras.require("prepare", "data_prep.prepare")
+    _run(args) if args.input else _forget(args)
+
+  return cli.run_command(work)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -501,8 +506,8 @@ def _add_many_machines(parser: argparse.ArgumentParser) -> None:
     "--engine",
     choices=("pool", "beam"),
     default="pool",
-    help="pool: processes on this machine; beam: Apache Beam, see "
-    "requirements-beam.txt",
+    help="pool: processes on this machine; beam: Apache Beam, which the extra "
+    "marlin-jax[beam] installs",
   )
   add(
     "beam_flags",

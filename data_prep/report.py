@@ -26,7 +26,7 @@ from data_prep.inspection import (
 )
 from data_prep.inspection.html_page import Html, file_name, section, table, tag
 from data_prep.sources import listing
-from marlin_jax.records import cli, folders, schema
+from marlin_jax.records import cli, extras, folders, schema
 from marlin_jax.records.cli import counted
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   args = _parser().parse_args(argv)
 
   def work() -> None:
+    extras.require("prepare", "data_prep.report")
     text = make(args.dataset_dir, args.max_records)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     folders.write_bytes(args.output, text.encode())

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep import storage
 from data_prep.output import ledger
-from marlin_jax.records import cli, folders, schema
+from marlin_jax.records import cli, extras, folders, schema
 from marlin_jax.records.cli import UserError, counted
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   if args.json and args.json.resolve().parent == args.dataset_dir.resolve():
     parser.error(f"--json={args.json} is in the data set")
   try:
+    extras.require("prepare", "data_prep.verify")
     report = verify(args.dataset_dir, args.num_workers)
     if args.json is not None:
       args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,8 @@ from marlin_jax import Marlin
 features = Marlin.from_pretrained(PATH).extract_video("clip.mp4")
 """
 
+__version__ = "0.1.0"
+
 
 def __getattr__(name: str):
   # Imported on first use: it takes seconds, and few modules need it.

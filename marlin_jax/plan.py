@@ -144,5 +144,4 @@ def busy(message: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-  flags.mark_flag_as_required("config")
-  app.run(main, flags_parser=config_flags.parse)
+  config_flags.run(main, "config")

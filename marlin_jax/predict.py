@@ -32,7 +32,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlin_jax.records import cli
+from marlin_jax.records import cli, extras
 from marlin_jax.records.cli import UserError, counted
 
 if TYPE_CHECKING:
@@ -193,6 +193,7 @@ def _predict_dataset(
   import numpy as np
   from tqdm import tqdm
 
+  extras.require("train", "--data")
   from marlin_jax.downstream import clip_batches, splits
   from marlin_jax.inference import stream
 

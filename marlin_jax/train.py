@@ -120,5 +120,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  flags.mark_flag_as_required("config")
-  app.run(main, flags_parser=config_flags.parse)
+  config_flags.run(main, "config")

@@ -13,6 +13,7 @@ from flax import nnx
 from configs import eval_far, eval_fer, eval_ls, pretrain_b
 from data_prep import contact_sheet, prepare, report, verify
 from marlin_jax import compare, convert, features, predict, reconstruct
+from marlin_jax.__main__ import COMMANDS as SCRIPTS
 from marlin_jax.eval import configuration as eval_configuration
 from marlin_jax.eval import ls
 from marlin_jax.lipsync import configuration as lipsync_configuration
@@ -83,6 +84,12 @@ def commands():
     text = re.sub(r"\\\n\s*", " ", text_of(page))
     for launcher in LAUNCHERS:
       text = text.replace(launcher, "python -m marlin_jax.train")
+    text = re.sub(
+      r"^( +)marlin-(\S+)",
+      lambda found: f"{found[1]}python -m {SCRIPTS[found[2]]}",
+      text,
+      flags=re.MULTILINE,
+    )
     for command in re.findall(
       r"^ *(?:|\.venv/bin/|(?:docker|sbatch) [^`\n]*)"
       r"python -m ((?:marlin_jax|data_prep|tools)\..*)",
@@ -117,6 +124,7 @@ def test_a_command_is_understood(words):
   for name in given:
     assert {name, name.removeprefix("no")} & defined, name
   file = given["config"].removesuffix(".py").replace("/", ".")
+  file = file if "." in file else f"configs.{file}"
   config = importlib.import_module(file).get_config()
   config.update_from_flattened_dict(
     {key: _typed(config, key, value) for key, value in overrides.items()}

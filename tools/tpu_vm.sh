@@ -4,7 +4,7 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # Files of the repository that a worker needs.
-parts=(marlin_jax data_prep configs pyproject.toml requirements.txt README.md
+parts=(marlin_jax data_prep configs pyproject.toml setup.py README.md
   LICENSE)
 # Longest time that a stopped run may take to save.
 stop_secs=600
@@ -156,7 +156,8 @@ check_train_flags() {
   done
   [[ -n $config ]] || die "'$command' needs flags of marlin_jax.train after --," \
     "including --config=configs/...py"
-  [[ -f $root/${config%%:*} ]] || die "--config=$config: no such file in $root"
+  [[ -f $root/${config%%:*} || -f $root/configs/$config.py ]] ||
+    die "--config=$config: no such file in $root, and none in $root/configs"
   [[ $workdir = gs://* ]] || die "--workdir=$workdir: expected gs://..., which" \
     "all workers see and which remains when the TPU is deleted"
 }
@@ -295,7 +296,7 @@ rm -rf marlin_jax data_prep configs && tar -xzf ../marlin_jax.tar.gz
 PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
 uv="python3 -m uv"
 $uv venv --quiet --allow-existing --python ">=3.11,<3.13" .venv
-$uv pip install --quiet --python .venv/bin/python -e ".[tpu,gcs]"
+$uv pip install --quiet --python .venv/bin/python -e ".[train,tpu,gcs]"
 .venv/bin/python -c "import jax, marlin_jax.train; print(jax.__version__)"'
   run tar -czf "$archive" --exclude=__pycache__ -C "$root" "${parts[@]}"
   run gcloud compute tpus queued-resources scp "$archive" \

@@ -21,6 +21,7 @@ from typing import Any, Self
 
 from data_prep.video import protocol
 from data_prep.video.protocol import MESSAGE, WHOLE, Limits, Span
+from marlin_jax import records
 from marlin_jax.records.cli import UserError
 
 # Bytes of a message that is not pixels or samples, and notes of one video.
@@ -47,7 +48,8 @@ PROGRAM = ("-P", "-m", "data_prep.video.decoder_process")
 # Variables that Python needs to find itself and PyAV. All others, such as keys
 # of a cloud, are kept from the child.
 _VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME")
-_ROOT = str(Path(__file__).parents[2])
+# The folder from which this program and marlin_jax are imported.
+_ROOT = str(Path(records.__file__).parents[2])
 
 
 class DecodeError(UserError):

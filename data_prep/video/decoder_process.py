@@ -379,7 +379,8 @@ def main() -> None:
     _send_text(
       pipe,
       b"N",
-      f"PyAV does not load ({e}): pip install av, or allow more memory",
+      f"PyAV does not load ({e}): pip install 'marlin-jax[features]', or allow "
+      "more memory",
     )
   except Exception as e:  # standard error is discarded: no traceback
     _send_text(pipe, b"X", f"decoder failed: {type(e).__name__}: {e}")

@@ -49,6 +49,4 @@ def main(argv: Sequence[str]) -> int:
 
 def run() -> None:
   """Parses the flags and runs `main`."""
-  for name in ("config", "data"):
-    flags.mark_flag_as_required(name)
-  app.run(main, flags_parser=config_flags.parse)
+  config_flags.run(main, "config", "data")

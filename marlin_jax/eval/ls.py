@@ -240,6 +240,4 @@ def _score(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-  for required_flag in ("config", "mode"):
-    flags.mark_flag_as_required(required_flag)
-  app.run(main, flags_parser=config_flags.parse)
+  config_flags.run(main, "config", "mode")

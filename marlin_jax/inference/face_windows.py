@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from marlin_jax.data.clip_geometry import Clip
-from marlin_jax.records import schema
+from marlin_jax.records import extras, schema
 from marlin_jax.records.cli import UserError
 
 if TYPE_CHECKING:
@@ -67,7 +67,12 @@ class NoFaceError(FaceVideoError):
 
 @contextlib.contextmanager
 def video_errors(path: str | os.PathLike) -> Iterator[None]:
-  """Turns errors of the decoder into FaceVideoErrors that name the video."""
+  """Turns errors of the decoder into FaceVideoErrors that name the video.
+
+  Raises:
+    MissingLibraryError: the libraries that read videos are not installed.
+  """
+  extras.require("features", "reading videos")
   from data_prep.video import decode
 
   try:

@@ -23,6 +23,7 @@ from marlin_jax.inference.face_windows import (
   WindowSettings,
   read_windows,
 )
+from marlin_jax.records import extras
 from marlin_jax.records.cli import UserError
 from marlin_jax.records.folders import sha256_of
 
@@ -143,7 +144,9 @@ def read_many(
 
   Raises:
     ReaderError: no video can be read on this machine.
+    MissingLibraryError: the libraries that read videos are not installed.
   """
+  extras.require("features", "reading videos")
   from data_prep.engines import workers
 
   with contextlib.closing(

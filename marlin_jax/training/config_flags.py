@@ -9,10 +9,20 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from marlin_jax.records import extras
 from marlin_jax.training.configuration import ConfigError
 
+# In a wheel configs/ lies in the package, in a clone beside it.
+_PACKAGE = Path(__file__).parents[1]
+_CONFIGS = next(
+  path
+  for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+  if path.is_dir()
+)
 CONFIG = config_flags.DEFINE_config_file(
-  "config", help_string="Configuration file, such as configs/pretrain_b.py."
+  "config",
+  help_string="Configuration: a file, such as configs/pretrain_b.py, or the "
+  "name of one that comes with the package, such as pretrain_b.",
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir",
@@ -21,6 +31,26 @@ _WORKDIR = flags.DEFINE_string(
   "the same command again to resume. Default: runs/NAME, the name of the "
   "configuration file.",
 )
+
+
+def run(main: Callable[[Sequence[str]], int | None], *required: str) -> None:
+  """Parses the flags, runs a command and exits with its exit code.
+
+  Args:
+    main: the command; takes the program's name and positional arguments.
+    *required: flags that must be given.
+  """
+
+  def checked(argv: Sequence[str]) -> int | None:
+    try:
+      extras.require("train", "this command")
+    except extras.MissingLibraryError as e:
+      sys.exit(f"error: {e}")
+    return main(argv)
+
+  for name in required:
+    flags.mark_flag_as_required(name)
+  app.run(checked, flags_parser=parse)
 
 
 def config(validate: Callable[[ConfigDict], None]) -> ConfigDict:
@@ -51,7 +81,7 @@ def parse(argv: Sequence[str]) -> list[str]:
     The program's name and the positional arguments.
   """
   try:
-    args = app.parse_flags_with_usage(argv)
+    args = app.parse_flags_with_usage(with_path(argv))
   except (AttributeError, KeyError, TypeError, ValueError) as e:
     # ml_collections raises these for an unknown key or a value of another type,
     # and may wrap one in another.
@@ -63,9 +93,33 @@ def parse(argv: Sequence[str]) -> list[str]:
     names = ", ".join(sorted(p.name for p in path.parent.glob("*.py")))
     sys.exit(
       f"error: no configuration file at {path}; {path.parent} holds: "
-      f"{names or 'none'}"
+      f"{names or 'none'}. These come with the package: "
+      f"{', '.join(names_of_configs())}"
     )
   return args
+
+
+def names_of_configs() -> list[str]:
+  """Returns the names that --config takes instead of a path."""
+  return sorted(path.stem for path in _CONFIGS.glob("[a-z]*.py"))
+
+
+def with_path(argv: Sequence[str]) -> list[str]:
+  """Returns a command line with the path of a configuration for its name."""
+  args = list(argv)
+  for i, arg in enumerate(args):
+    flag, equals, value = arg.partition("=")
+    if flag in ("-config", "--config"):
+      if equals:
+        args[i] = f"{flag}={_path_of(value)}"
+      elif i + 1 < len(args):
+        args[i + 1] = _path_of(args[i + 1])
+  return args
+
+
+def _path_of(config: str) -> str:
+  known = config in names_of_configs() and not Path(config).is_file()
+  return str(_CONFIGS / f"{config}.py") if known else config
 
 
 def _config_path() -> Path:

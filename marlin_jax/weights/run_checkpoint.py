@@ -12,12 +12,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
 from marlin_jax.models.vit import NORM_EPS
 from marlin_jax.records.schema import FRAME_SIZE
-from marlin_jax.training import checkpoint, checksums
+from marlin_jax.training import checksums
 from marlin_jax.weights.architecture import (
   DISCRIMINATOR,
   POSITIONS,
@@ -92,6 +91,9 @@ def read_meta(path: Path) -> tuple[Path, dict]:
     raise WeightsError(
       f"{path}: expected a workdir with checkpoints/, or one step in it"
     )
+  ocp = _import_orbax()
+  from marlin_jax.training import checkpoint
+
   with ocp.CheckpointManager(directory) as manager:
     if directory == path.parent:
       step = int(path.name)
@@ -132,6 +134,7 @@ def read_state(where: Path, choose: Callable[[dict], dict]) -> dict:
   Raises:
     WeightsError: the checkpoint cannot be read.
   """
+  ocp = _import_orbax()
   # Not a Checkpointer, which warns about metadata that the items of a
   # CheckpointManager never have.
   handler = ocp.PyTreeCheckpointHandler()
@@ -152,6 +155,21 @@ def read_state(where: Path, choose: Callable[[dict], dict]) -> dict:
     raise WeightsError(f"{where} cannot be read: {e}") from e
   finally:
     handler.close()
+
+
+def _import_orbax():
+  """Returns orbax.checkpoint, which other formats do without.
+
+  Raises:
+    WeightsError: it is not installed.
+  """
+  try:
+    import orbax.checkpoint
+  except ImportError as e:
+    raise WeightsError(
+      f"checkpoints of runs need Orbax ({e}): pip install 'marlin-jax[train]'"
+    ) from e
+  return orbax.checkpoint
 
 
 def _checkpoints(path: Path) -> Path | None:
@@ -200,6 +218,7 @@ def write(weights: Weights, path: Path) -> list[str]:
     else:
       flat["fixed" if name in POSITIONS else "params"][name] = array
   state = {part: unflatten(arrays) for part, arrays in flat.items()}
+  ocp = _import_orbax()
   with ocp.CheckpointManager((path / "checkpoints").absolute()) as manager:
     manager.save(
       _CONVERTED_STEP,

@@ -148,13 +148,13 @@ def test_without_beam_nothing_is_begun(flags, tmp_path):
   path = tmp_path / "dataset"
   result = run_prepare(*flags, "--output", path, "--engine=beam")
   assert result.returncode == 2
-  assert "pip install -r requirements-beam.txt" in result.stderr
+  assert "pip install 'marlin-jax[beam]'" in result.stderr
   assert not path.exists()
 
 
 @pytest.mark.skipif(
   importlib.util.find_spec("apache_beam") is None,
-  reason="Beam is not installed: pip install -r requirements-beam.txt",
+  reason="Beam is not installed: pip install 'marlin-jax[beam]'",
 )
 def test_a_flag_that_beam_does_not_know_is_refused(flags, tmp_path):
   path = tmp_path / "dataset"
@@ -171,7 +171,7 @@ def test_a_flag_that_beam_does_not_know_is_refused(flags, tmp_path):
 
 @pytest.mark.skipif(
   importlib.util.find_spec("apache_beam") is None,
-  reason="Beam is not installed: pip install -r requirements-beam.txt",
+  reason="Beam is not installed: pip install 'marlin-jax[beam]'",
 )
 def test_flags_of_a_job_server_are_left_to_it():
   from data_prep.engines import beam
@@ -190,7 +190,7 @@ def test_flags_of_a_job_server_are_left_to_it():
 
 @pytest.mark.skipif(
   importlib.util.find_spec("apache_beam") is None,
-  reason="Beam is not installed: pip install -r requirements-beam.txt",
+  reason="Beam is not installed: pip install 'marlin-jax[beam]'",
 )
 def test_beam_writes_what_the_pool_writes(flags, expected, tmp_path):
   path = tmp_path / "dataset"

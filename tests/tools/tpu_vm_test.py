@@ -140,7 +140,8 @@ def test_the_build_gets_what_the_image_copies_and_nothing_else():
   assert first == "*"
   kept = [line[1:] for line in lines if line.startswith("!")]
   for name in copied:
-    assert any(fnmatch.fnmatch(name, pattern) for pattern in kept), name
+    top = name.partition("/")[0]
+    assert any(fnmatch.fnmatch(top, pattern) for pattern in kept), name
   for pattern in kept:
     assert fnmatch.filter(copied, pattern), pattern
 
@@ -214,14 +215,11 @@ def test_the_image_of_beam_is_that_of_its_requirements():
   assert SpecifierSet(project["requires-python"]).contains(
     defaults["PYTHON_VERSION"]
   )
-  lines = (ROOT / "requirements-beam.txt").read_text().splitlines()
-  needed = {
-    needed.name: needed
-    for needed in map(Requirement, (s for s in lines if s[0] not in "#-"))
-  }
+  extras = project["optional-dependencies"]
+  needed = {needed.name: needed for needed in map(Requirement, extras["beam"])}
   assert needed["apache-beam"].extras == {"gcp"}
   assert needed["apache-beam"].specifier.contains(defaults["BEAM_VERSION"])
-  assert str(needed["gcsfs"]) in project["optional-dependencies"]["gcs"]
+  assert str(needed["gcsfs"]) in extras["gcs"]
   for copy in re.findall("^COPY (.*) \\S+$", beam, re.MULTILINE):
     assert all((ROOT / source).exists() for source in copy.split())
   libraries = re.search(r"lib\w.*", beam)[0]
@@ -319,7 +317,7 @@ def test_setup_copies_and_installs_on_all_workers(tmp_path):
     *PLACE,
   ]
   assert install[:-4] == gcloud("ssh", *everywhere)[:-3]
-  assert '-e ".[tpu,gcs]"' in install[-4]
+  assert '-e ".[train,tpu,gcs]"' in install[-4]
 
 
 def test_launch_starts_the_same_command_on_all_workers():
