@@ -23,7 +23,7 @@ from tests.layout_test import COMMANDS, MODULES, ROOT
 from tools import compare_parsers
 
 DOCUMENTS = [
-  *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+  *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
   *sorted((ROOT / "docs").glob("*.md")),
 ]
 # Documents, and programs whose docstrings show commands.
