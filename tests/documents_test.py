@@ -135,7 +135,8 @@ def test_a_command_is_understood(words):
     assert {*required} <= given.keys()
     assert given.keys() <= {"config", "mode", *required, *optional}
   elif module.startswith("marlin_jax.eval."):
-    assert given.keys() == {"config", "checkpoint", "data", "workdir"}
+    encoder = set() if config.features else {"checkpoint"}
+    assert given.keys() == {"config", "data", "workdir", *encoder}
 
 
 def _typed(config, key, value):

@@ -14,8 +14,8 @@ from marlin_jax.pretraining import configuration
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("marlin_jax", "data_prep")
-# Modules of data_prep/ itself that are no commands.
-SINGLE_MODULES = ("data_prep.assets", "data_prep.storage")
+# Modules of the programs themselves that are no commands.
+SINGLE_MODULES = ("data_prep.assets", "data_prep.storage", "marlin_jax.compat")
 
 
 def read_floors() -> dict[str, set[str]]:

@@ -148,7 +148,7 @@ class Marlin:
     Raises:
       ValueError: wrong shape or dtype, or floating point outside [0, 1].
     """
-    x = _checked(x, self.architecture.tubelets)
+    x = checked_clips(x, self.architecture.tubelets)
     return self._features(self._params, x, keep_seq=keep_seq)
 
   def extract_video(
@@ -261,7 +261,7 @@ class Marlin:
         num_clips=num_clips,
       )
     else:
-      source = _checked(source, self.architecture.tubelets)
+      source = checked_clips(source, self.architecture.tubelets)
       if source.dtype != np.uint8:
         raise ValueError(f"clips of {source.dtype}, expected uint8")
       clips = as_clips(np.asarray(source), regions, self.architecture.stride)
@@ -284,7 +284,7 @@ class Marlin:
     Raises:
       ValueError: wrong shape or dtype, or floating point outside [0, 1].
     """
-    x = _checked(x, self.architecture.tubelets)
+    x = checked_clips(x, self.architecture.tubelets)
     # Clip by clip: the matrices of a clip take 150 MB for B/16.
     maps = [
       attention_maps.attention_maps(
@@ -314,10 +314,14 @@ def _frames(
     yield window.frames
 
 
-def _checked(
+def checked_clips(
   x: np.ndarray | jax.Array, tubelets: Tubelets
 ) -> np.ndarray | jax.Array:
-  """Returns clips in the machine's byte order.
+  """Returns clips, (B, T, H, W, C), in the machine's byte order.
+
+  Args:
+    x: see `Marlin.extract_features`.
+    tubelets: geometry of the network.
 
   Raises:
     ValueError: they are no array, none at all, or of a wrong shape, dtype or

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import http.client
 import inspect
-import re
 import shutil
 import urllib.request
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from marlin_jax.records import folders
 from marlin_jax.records.schema import FRAME_SIZE
 from marlin_jax.weights import (
+  hub,
   huggingface,
   marlin_pytorch,
   run_checkpoint,
@@ -43,14 +43,14 @@ FORMATS = {
 # Suffixes of formats that are one file.
 FILE_SUFFIXES = (".pt", ".ckpt", ".pth")
 
-# Models that the MARLIN authors published.
-PUBLISHED = tuple(
-  f"marlin_vit_{size}_ytf" for size in ("small", "base", "large")
-)
+# Models that the MARLIN authors published, with their widths.
+PUBLISHED = {
+  "marlin_vit_small_ytf": 384,
+  "marlin_vit_base_ytf": 768,
+  "marlin_vit_large_ytf": 1024,
+}
 _ADDRESS = "https://github.com/ControlNet/MARLIN/releases/download/model_v1/"
 _TIMEOUT_SECS = 20
-_HUB = "hf://"
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _BLOCK_BYTES = 1 << 20
 
 
@@ -178,8 +178,8 @@ def resolve(source: str, *, full: bool = False) -> Path:
   ~/.cache/marlin_jax/models). Without a network, put it there by hand.
 
   Args:
-    source: one of PUBLISHED; OWNER/NAME or hf://OWNER/NAME on the HuggingFace
-      hub, which needs the extra 'hub'; or a path, which is returned as it is.
+    source: one of PUBLISHED; a name on the HuggingFace hub, see `hub.fetch`;
+      or a path, which is returned as it is.
     full: use the file with the decoder instead of the encoder alone.
 
   Raises:
@@ -189,8 +189,8 @@ def resolve(source: str, *, full: bool = False) -> Path:
     path = Path(source).expanduser()
     if path.exists() or run_checkpoint.is_run(path):
       return path
-    if source.startswith(_HUB) or _HUB_ID.fullmatch(source):
-      return _from_hub(source.removeprefix(_HUB))
+    if hub.is_id(source):
+      return hub.fetch(source)
     raise WeightsError(
       f"no weights at '{source}': neither a file nor a folder, nor one of the "
       f"published models {', '.join(PUBLISHED)}, nor OWNER/NAME on the "
@@ -203,31 +203,12 @@ def resolve(source: str, *, full: bool = False) -> Path:
   return path
 
 
-def _from_hub(name: str) -> Path:
-  """Downloads a folder of the HuggingFace hub, or finds it in its cache.
-
-  Raises:
-    WeightsError: huggingface_hub is missing, or there is no such folder.
-  """
-  try:
-    import huggingface_hub
-  except ImportError as e:
-    raise WeightsError(
-      f"no weights at '{name}'. If it is on the HuggingFace hub: pip install "
-      "'marlin-jax[hub]'"
-    ) from e
-  try:
-    # Files that are data; code of a repository is never fetched.
-    folder = huggingface_hub.snapshot_download(
-      name, allow_patterns=["*.json", "*.safetensors", "pytorch_model.bin"]
-    )
-  except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
-    reason = str(e).strip().partition("\n")[0]
-    raise WeightsError(
-      f"'{name}' is no file or folder here, and cannot be fetched from the "
-      f"HuggingFace hub: {reason}"
-    ) from e
-  return Path(folder)
+def downloaded() -> list[Path]:
+  """Returns the files of published models that were downloaded."""
+  folder = folders.cache_home() / "models"
+  return sorted(
+    path for name in PUBLISHED for path in folder.glob(f"{name}.*.pt")
+  )
 
 
 def _download(address: str, path: Path) -> None:

@@ -15,7 +15,7 @@ def network(weights: Weights):
   """Returns marlin_pytorch's Marlin with these weights, float32 on the CPU."""
   pytest.importorskip("torch", reason="the test extra has it")
   architecture = weights.architecture
-  model = _module().Marlin(
+  model = package().Marlin(
     img_size=architecture.image_size,
     patch_size=architecture.patch_size,
     n_frames=architecture.num_frames,
@@ -43,7 +43,7 @@ def network(weights: Weights):
   return model.eval()
 
 
-def _module():
+def package():
   """Imports the package, whose video reader imports torchvision.
 
   A CPU build of torchvision is not available everywhere. A placeholder takes
@@ -72,7 +72,7 @@ def clips(x: np.ndarray):
 
 def open_file(name: str, path):
   """Opens a file with marlin_pytorch's own Marlin.from_file."""
-  return _module().Marlin.from_file(name, str(path))
+  return package().Marlin.from_file(name, str(path))
 
 
 def without_ffprobe():

@@ -20,7 +20,7 @@ from marlin_jax.weights import (
 )
 from marlin_jax.weights.architecture import Architecture
 from marlin_jax.weights.weights import Weights, WeightsError
-from tests.support import hub
+from tests.support import hub as hub_server
 from tests.support.processes import ROOT
 
 ENCODER = Architecture(
@@ -75,37 +75,64 @@ def test_the_authors_folder_is_read(weights, authors_folder):
   assert_same(formats.read(authors_folder), weights)
 
 
+def run_with_hub(address, folder, *arguments, **environment):
+  """Runs Python, which reads the hub's address when it starts."""
+  return subprocess.run(
+    [sys.executable, *map(str, arguments)],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    env=os.environ
+    | {"HF_ENDPOINT": address, "HF_HOME": str(folder / "cache")}
+    | environment,
+    check=False,
+    timeout=250,
+  )
+
+
 def test_a_name_on_the_hub_is_fetched_without_its_code(
   weights, authors_folder, tmp_path
 ):
-  with hub.serving(tmp_path / "hub") as address:
-    environment = os.environ | {
-      "HF_ENDPOINT": address,
-      "HF_HOME": str(tmp_path / "cache"),
-    }
+  with hub_server.serving(tmp_path / "hub") as address:
+    result = run_with_hub(
+      address,
+      tmp_path,
+      *("-m", "marlin_jax.convert", "hf://owner/marlin_tiny"),
+      tmp_path / "converted",
+    )
+  assert result.returncode == 0, result.stderr
+  assert_same(formats.read(tmp_path / "converted"), weights)
+  assert not list((tmp_path / "cache").rglob("modeling.py"))
 
-    def convert(name):
-      return subprocess.run(
-        [
-          *(sys.executable, "-m", "marlin_jax.convert", name),
-          str(tmp_path / "converted"),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-        check=False,
-        timeout=250,
-      )
 
-    result = convert("hf://owner/marlin_tiny")
-    assert result.returncode == 0, result.stderr
-    assert_same(formats.read(tmp_path / "converted"), weights)
-    assert not list((tmp_path / "cache").rglob("modeling.py"))
-    missing = convert("owner/nothing")
-  assert missing.returncode == 1
-  assert "'owner/nothing' is no file or folder here" in missing.stderr
-  assert "Traceback" not in missing.stderr
+_RESOLVE = """
+import sys
+from marlin_jax.weights import formats
+for name in sys.argv[1:]:
+  try:
+    print(formats.resolve(name))
+  except formats.WeightsError as e:
+    print(e)
+"""
+
+
+def test_a_revision_on_the_hub_is_fetched_and_unknown_names_are_told(
+  weights, authors_folder, tmp_path
+):
+  owner = tmp_path / "hub" / "owner"
+  other = Weights(ENCODER, {k: 2 * v for k, v in weights.arrays.items()})
+  safetensors_folder.write(other, owner / "marlin_tiny@v1.0")
+  names = ("marlin_tiny", "marlin_tiny@v1.0", "marlin_tiny@v2", "nothing")
+  with hub_server.serving(tmp_path / "hub") as address:
+    result = run_with_hub(
+      address, tmp_path, "-c", _RESOLVE, *(f"owner/{name}" for name in names)
+    )
+  assert result.returncode == 0, result.stderr
+  main, pinned, *problems = result.stdout.splitlines()
+  assert_same(formats.read(main), weights)
+  assert_same(formats.read(pinned), other)
+  for name, problem in zip(names[2:], problems, strict=True):
+    assert f"'owner/{name}' is no file or folder here" in problem
 
 
 @pytest.mark.parametrize("kind", ["sharded", "pickled"])
