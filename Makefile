@@ -9,14 +9,17 @@ export MALLOC_MMAP_THRESHOLD_ ?= 17179869184
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 export MALLOC_ARENA_MAX ?= 1
 
-.PHONY: quickstart test test-all lint format bench bench-features bench-compile \
-	bench-input bench-curves bench-prep bench-probe clean help
+.PHONY: quickstart demo test test-all lint format bench bench-features \
+	bench-compile bench-input bench-curves bench-prep bench-probe clean help
 
 help:  ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 quickstart: $(VENV)/.installed  ## Prepare the sample video and pretrain on it
 	$(BIN)/python -m marlin_jax.train --config=configs/quickstart.py
+
+demo: $(VENV)/.installed-demo  ## Show the quickstart's network on your videos
+	$(BIN)/python -m marlin_jax.demo
 
 test: $(VENV)/.installed-test  ## Run the tests, but for the slow ones
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
@@ -66,6 +69,10 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	  "and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-demo: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo]'
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed requirements-beam.txt

@@ -37,6 +37,7 @@ COMMANDS = {
   "eval-ls": "marlin_jax.eval.ls",
   "predict": "marlin_jax.predict",
   "compare": "marlin_jax.compare",
+  "demo": "marlin_jax.demo",
 }
 _SCRIPT = "marlin-"
 # Distributions on which results and errors depend.

@@ -12,7 +12,7 @@ from flax import nnx
 
 from configs import eval_far, eval_fer, eval_ls, pretrain_b
 from data_prep import contact_sheet, prepare, report, verify
-from marlin_jax import compare, convert, features, predict, reconstruct
+from marlin_jax import compare, convert, demo, features, predict, reconstruct
 from marlin_jax.__main__ import COMMANDS as SCRIPTS
 from marlin_jax.eval import configuration as eval_configuration
 from marlin_jax.eval import ls
@@ -41,6 +41,7 @@ PARSERS = {
   "data_prep.verify": lambda argv: verify._parser().parse_args(argv),
   "marlin_jax.compare": lambda argv: compare._parser().parse_args(argv),
   "marlin_jax.convert": convert.parse_args,
+  "marlin_jax.demo": lambda argv: demo._parser().parse_args(argv),
   "marlin_jax.features": lambda argv: features._parser().parse_args(argv),
   "marlin_jax.predict": lambda argv: predict._parser().parse_args(argv),
   "marlin_jax.reconstruct": reconstruct._parse_args,

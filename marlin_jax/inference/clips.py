@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.inference.face_windows import (
   Progress,
+  Window,
   WindowSettings,
   read_windows,
 )
@@ -116,27 +118,35 @@ def read_clips(
   with contextlib.closing(
     read_windows(path, settings, progress=progress)
   ) as windows:
-    first_windows = list(itertools.islice(windows, num_clips))
-  clip = settings.clip
+    return of_windows(list(itertools.islice(windows, num_clips)), settings.clip)
+
+
+def of_windows(windows: Sequence[Window], clip: Clip) -> Clips:
+  """Returns windows of one video as a batch.
+
+  Args:
+    windows: at least one, in order; all or none with regions.
+    clip: frames of a window, and the distance between them.
+  """
   offsets = clip.stride * np.arange(clip.num_frames)
-  first, last = first_windows[0], first_windows[-1]
+  first, last = windows[0], windows[-1]
   num_steps = last.first_frame + last.num_frames - 1 - first.first_frame
   secs = last.end_secs - first.start_secs
   fps = num_steps / secs if num_steps and secs > 0 else _DEFAULT_FPS
   return Clips(
-    video=np.stack([window.frames for window in first_windows]),
+    video=np.stack([window.frames for window in windows]),
     frame_numbers=np.stack(
       [
         # A video shorter than a window repeats its last frame.
         window.first_frame + np.minimum(offsets, window.num_frames - 1)
-        for window in first_windows
+        for window in windows
       ]
     ),
     fps=fps / clip.stride,
     regions=(
-      np.stack([window.regions for window in first_windows])
-      if regions
-      else None
+      None
+      if first.regions is None
+      else np.stack([window.regions for window in windows])
     ),
   )
 

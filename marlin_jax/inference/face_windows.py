@@ -18,6 +18,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -98,6 +99,8 @@ class Window:
     regions: uint16 (T/2, h, w) where `WindowSettings.regions` is set, else
       None: bit k is set where LaPa class k touches the patch in the first frame
       of the tubelet; 0 where no face was parsed.
+    labels: uint8 (T/2, H, W) where `regions` are: LaPa codes of the pixels of
+      those frames, H = W = 224; all background where no face was parsed.
   """
 
   frames: np.ndarray
@@ -107,6 +110,7 @@ class Window:
   end_secs: float
   box: np.ndarray
   regions: np.ndarray | None = None
+  labels: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +130,7 @@ class WindowSettings:
     regions: parse the face too, which is slow.
     tubelet_size: frames per tubelet; the first of them is parsed.
     patch_size: pixels of a patch, for the regions.
+    stop_secs: time in the video at which reading ends.
 
   Raises:
     ValueError: the settings contradict each other, or windows would not cover
@@ -140,6 +145,7 @@ class WindowSettings:
   regions: bool = False
   tubelet_size: int = 2
   patch_size: int = schema.PATCH_SIZE
+  stop_secs: float = math.inf
 
   def __post_init__(self) -> None:
     if self.window_rule not in WINDOW_RULES:
@@ -250,13 +256,14 @@ class _Frame:
     picture: uint8 (S, S, 3), or at the size of records.
     secs: its time.
     box: float32 (4,), the square in the video; see `Window`.
-    regions: uint16 (h, w); None until the face is parsed.
+    parsed: the face's region bits, uint16 (h, w), and LaPa codes, uint8
+      (224, 224); None until it is parsed.
   """
 
   picture: np.ndarray
   secs: float
   box: np.ndarray
-  regions: np.ndarray | None = None
+  parsed: tuple[np.ndarray, np.ndarray] | None = None
 
 
 class _WindowReader:
@@ -316,10 +323,11 @@ class _WindowReader:
     num_dropped = total - len(kept)
     num_frames = settings.num_covered(total)
     shown = [kept[i - num_dropped] for i in settings.indices(start, total)]
-    regions = None
+    regions = labels = None
     if settings.regions:
       first = shown[:: settings.tubelet_size]
-      regions = np.stack([self._regions_of(frame) for frame in first])
+      parsed = [self._parsed(frame) for frame in first]
+      regions, labels = map(np.stack, zip(*parsed, strict=True))
     return Window(
       frames=np.stack(
         [schema.resized(frame.picture, settings.image_size) for frame in shown]
@@ -329,40 +337,46 @@ class _WindowReader:
       start_secs=kept[start - num_dropped].secs,
       end_secs=kept[start + num_frames - 1 - num_dropped].secs,
       regions=regions,
+      labels=labels,
       box=np.median([frame.box for frame in shown], axis=0),
     )
 
   # --- Whole frames -----------------------------------------------------------
 
   def _whole_frames(self) -> Iterator[_Frame]:
-    from data_prep.video import decode
-
     # Faces are parsed at the size of records.
     size = self._settings.image_size
     if self._settings.regions:
       size = schema.FRAME_SIZE
-    with decode.open_video(self._path, may_change_size=True) as video:
-      for frame, secs in video:
+    with self._video_frames().open() as (video, frames):
+      for frame, secs in frames:
         height, width = frame.shape[:2]
         half, x, y = max(height, width) / 2, width / 2, height / 2
         box = np.float32([x - half, y - half, x + half, y + half])
         yield _Frame(fit_square(frame, size), secs, box)
         self._progress(video.share)
 
-  def _regions_of(self, frame: _Frame) -> np.ndarray:
-    """Returns the regions of a frame; parses its most certain face if needed.
+  def _video_frames(self) -> tracked.VideoFrames:
+    from data_prep.video import tracked
 
-    Of a cropped face the regions are set already: this is a whole frame.
+    return tracked.VideoFrames(
+      self._path, may_change_size=True, stop_secs=self._settings.stop_secs
+    )
+
+  def _parsed(self, frame: _Frame) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `_Frame.parsed`; parses the most certain face if needed.
+
+    A cropped face is parsed already: this is a whole frame.
     """
-    if frame.regions is None:
+    if frame.parsed is None:
       picture, finder = frame.picture, self._models.finder
       size = schema.FRAME_SIZE
       landmarks = None
       for detection in finder.detect(picture)[:1]:
         landmarks = finder.mesh(picture, detection.box)
       box = np.float32([0, 0, size, size])
-      frame.regions = self._parse(picture, box, landmarks)
-    return frame.regions
+      frame.parsed = self._parse(picture, box, landmarks)
+    return frame.parsed
 
   # --- A face -----------------------------------------------------------------
 
@@ -371,7 +385,7 @@ class _WindowReader:
     from data_prep.video import tracked
 
     video = tracked.TrackedVideo(
-      tracked.VideoFrames(self._path, may_change_size=True),
+      self._video_frames(),
       self._models.finder,
       progress=lambda share, _: self._progress(share),
     )
@@ -389,11 +403,11 @@ class _WindowReader:
     for i, (frame, secs, crop) in enumerate(video.crops(boxes)):
       if crop is None:
         continue
-      regions = None
+      parsed = None
       if i - first in rows_to_parse:
-        regions = self._parse(frame, boxes[i], track.meshes[i - first])
+        parsed = self._parse(frame, boxes[i], track.meshes[i - first])
       size = max(self._settings.image_size, schema.FRAME_SIZE)
-      yield _Frame(fit_square(crop, size), secs, boxes[i], regions)
+      yield _Frame(fit_square(crop, size), secs, boxes[i], parsed)
 
   def _rows_to_parse(self, total: int) -> set[int]:
     """Returns the first frames of all tubelets of all windows.
@@ -412,14 +426,17 @@ class _WindowReader:
 
   def _parse(
     self, frame: np.ndarray, box: np.ndarray, landmarks: np.ndarray | None
-  ) -> np.ndarray:
-    """Returns region bits, uint16 (h, w), 0 where no face was parsed."""
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `_Frame.parsed`."""
     size = self._settings.grid_size
     labels = self._models.parser.parse(frame, box, landmarks)
     if labels is None:
       # Not even background: the trainer's rule for frames without a face.
-      return np.zeros((size, size), np.uint16)
-    return schema.region_bits(labels[None], size)[0]
+      return (
+        np.zeros((size, size), np.uint16),
+        np.zeros((schema.FRAME_SIZE, schema.FRAME_SIZE), np.uint8),
+      )
+    return schema.region_bits(labels[None], size)[0], labels
 
 
 def fit_square(frame: np.ndarray, size: int) -> np.ndarray:

@@ -5,6 +5,7 @@ Axes: V views, B clips, T frames, H W pixels, N tokens (ordered t h w).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -217,6 +218,21 @@ def save_animation(views: Views, path: Path, *, fps: float) -> None:
     for clip in range(views.frames.shape[1]):
       rows += [captions, side_by_side(list(views.frames[:, clip, time]))]
     frames.append(np.concatenate(rows))
+  save_frames(frames, path, fps=fps)
+
+
+def save_frames(
+  frames: Sequence[np.ndarray], path: Path, *, fps: float
+) -> None:
+  """Writes uint8 (H, W, 3) frames as a looping GIF or an MP4.
+
+  Args:
+    frames: the frames, at least one.
+    path, fps: see `save_animation`.
+
+  Raises:
+    OSError: the file cannot be written.
+  """
   with folders.atomic_path(path) as partial:
     if path.suffix == ".mp4":
       _save_mp4(frames, partial, fps)
@@ -224,7 +240,7 @@ def save_animation(views: Views, path: Path, *, fps: float) -> None:
       _save_gif(frames, partial, fps)
 
 
-def _save_gif(frames: list[np.ndarray], path: Path, fps: float) -> None:
+def _save_gif(frames: Sequence[np.ndarray], path: Path, fps: float) -> None:
   first, *others = map(Image.fromarray, frames)
   first.save(
     path,
@@ -236,7 +252,7 @@ def _save_gif(frames: list[np.ndarray], path: Path, fps: float) -> None:
   )
 
 
-def _save_mp4(frames: list[np.ndarray], path: Path, fps: float) -> None:
+def _save_mp4(frames: Sequence[np.ndarray], path: Path, fps: float) -> None:
   """Writes H.264 that all players support: 4:2:0, even sizes, index first."""
   import av
 
