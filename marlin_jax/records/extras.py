@@ -18,7 +18,7 @@ LIBRARIES = {
     *("array_record", "av", "cv2", "mediapipe", "simplejpeg"),
     *("tensorflow_datasets", "zstandard"),
   ),
-  "demo": ("av", "cv2", "gradio", "mediapipe", "pandas"),
+  "demo": ("av", "cv2", "gradio", "mediapipe"),
 }
 
 
