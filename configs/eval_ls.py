@@ -154,6 +154,8 @@ def get_config():
 
   # Steps from one line of metrics to the next.
   config.log_steps = 50
+  # As in configs/pretrain_b.py.
+  config.trackers = "tensorboard"
   # Steps from one picture to the next.
   config.picture_steps = 2000
   # Clips in a picture.

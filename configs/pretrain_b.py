@@ -261,6 +261,9 @@ def get_config():
 
   # Steps from one line of metrics to the next.
   config.log_steps = 10
+  # Where metrics and pictures go beside metrics.jsonl, comma-separated:
+  # tensorboard, wandb (Weights & Biases), trackio.
+  config.trackers = "tensorboard"
   # Steps from one evaluation of the reconstruction loss to the next.
   config.eval_steps = 1000
   # Batches of an evaluation.

@@ -19,6 +19,8 @@ LIBRARIES = {
     *("tensorflow_datasets", "zstandard"),
   ),
   "demo": ("av", "cv2", "gradio", "mediapipe"),
+  "trackio": ("trackio",),
+  "wandb": ("wandb",),
 }
 
 

@@ -74,6 +74,14 @@ def one_of(*choices: Any) -> Rule:
   return Rule(f"one of {names}", lambda value: value in choices)
 
 
+def some_of(*choices: str) -> Rule:
+  """Accepts listed words, joined by commas, and ''."""
+  return Rule(
+    f"'' or some of {', '.join(choices)}, joined by commas",
+    lambda value: value == "" or {*value.split(",")} <= {*choices},
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class Key:
   """Rule of one configuration key.
@@ -133,6 +141,9 @@ def check_attention(attention: str, platform: str) -> None:
     )
 
 
+# Where metrics go beside metrics.jsonl.
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
 # Keys of every configuration that trains networks step by step.
 TRAINING_KEYS = {
   "seed": fixed(SEED),
@@ -154,6 +165,7 @@ TRAINING_KEYS = {
   "allow_change": free(),
   "max_skipped_steps": free(at_least(1)),
   "log_steps": free(at_least(1)),
+  "trackers": free(some_of(*TRACKERS)),
   "picture_steps": free(at_least(1)),
   "picture_clips": free(at_least(1)),
   "checkpoint_steps": free(at_least(0)),

@@ -174,8 +174,10 @@ def started(config: ConfigDict, path: str) -> Iterator[Watchdog]:
     path: workdir.
 
   Raises:
+    MissingLibraryError: a tracker is not installed.
     StartError: a process is missing or has another configuration.
   """
+  metrics.check_trackers(config.trackers)
   compilation_cache.set_up(config.compilation_cache, path)
   with Watchdog(**config.watchdog) as watchdog:
     # It has a time limit of its own.
@@ -253,7 +255,12 @@ def train(
       take_step = course.make_step()
 
     # --- Output ---------------------------------------------------------------
-    writer = metrics.MetricWriter(workdir.files.path, start_step=start_step)
+    writer = metrics.MetricWriter(
+      metrics.Run(
+        workdir.files.path, workdir.path.name, flat(config), start_step
+      ),
+      config.trackers,
+    )
     progress = metrics.Progress(course.num_steps, start=start_step)
     skipped = skipped_steps.SkippedSteps(
       datasets,

@@ -1,70 +1,275 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard and the progress line."""
+"""Metrics of a run: metrics.jsonl, trackers such as TensorBoard, progress line.
+
+metrics.jsonl is the record of a run, which resuming and `marlin_jax.show` read.
+Trackers repeat it where people look; a `Sink` of three methods is all that one
+needs.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import os
+import secrets
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from marlin_jax.records import folders
+from marlin_jax.records import extras, folders
+from marlin_jax.records.cli import UserError
+
+# Event of metrics.jsonl that holds the identifier of the run in trackers.
+_TRACKED = "tracked"
+_PROJECT = "marlin_jax"
+
+
+class TrackerError(UserError):
+  """A tracker does not start; the message is its own."""
+
+
+class Sink(Protocol):
+  """Receives the metrics of a run, in process 0."""
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Adds finite scalars of a step; may be called several times for it."""
+
+  def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
+    """Adds a picture, uint8 (H, W, 3)."""
+
+  def close(self) -> None:
+    """Writes what is left."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A run, as trackers know it.
+
+  Attributes:
+    folder: local folder of the run's small files.
+    name: name of its workdir.
+    config: its configuration by dotted key.
+    start_step: step that it resumes from; 0: it begins.
+    identifier: the same whenever the run resumes.
+  """
+
+  folder: Path
+  name: str
+  config: Mapping[str, Any]
+  start_step: int = 0
+  identifier: str = ""
+
+  @property
+  def title(self) -> str:
+    """Name among the runs of a project, which may come from many workdirs."""
+    return f"{self.name}-{self.identifier}"
+
+
+# --- Sinks --------------------------------------------------------------------
+
+
+class JsonLines:
+  """metrics.jsonl: an object per line, with `step` and the scalars."""
+
+  def __init__(self, run: Run):
+    """Opens the file and removes lines of steps after `run.start_step`."""
+    path = run.folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    lines = [line for line in lines if _step_of(line) <= run.start_step]
+    folders.write_bytes(path, "".join(f"{x}\n" for x in lines).encode())
+    self._file = path.open("a", buffering=1)
+    self.identifier = next(
+      (x["id"] for x in map(json.loads, lines) if x.get("event") == _TRACKED),
+      "",
+    )
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+
+  def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
+    """Does nothing: pictures are files of the workdir."""
+
+  def close(self) -> None:
+    self._file.close()
+
+
+class TensorBoard:
+  """Event files in tensorboard/."""
+
+  def __init__(self, run: Run):
+    self._board = _summary_writer()(
+      str(run.folder / "tensorboard"), purge_step=run.start_step + 1
+    )
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    for name, value in scalars.items():
+      self._board.add_scalar(name, value, step)
+
+  def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
+    self._board.add_image(name, picture, step, dataformats="HWC")
+
+  def close(self) -> None:
+    self._board.close()
+
+
+class WeightsAndBiases:
+  """A run of Weights & Biases.
+
+  Its own variables choose place and mode: WANDB_MODE=offline, WANDB_PROJECT,
+  WANDB_ENTITY. It refuses steps that go back, as after a crash: `step` is a
+  metric like any other, and the horizontal axis of all.
+  """
+
+  def __init__(self, run: Run):
+    import wandb
+
+    self._image = wandb.Image
+    self._run = wandb.init(
+      project=os.environ.get("WANDB_PROJECT", _PROJECT),
+      name=run.title,
+      id=run.identifier,
+      resume="allow",
+      dir=str(run.folder),
+      config=dict(run.config),
+    )
+    self._run.define_metric("*", step_metric="step")
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    self._run.log({"step": step, **scalars})
+
+  def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
+    self._run.log({"step": step, name: self._image(picture)})
+
+  def close(self) -> None:
+    self._run.finish()
+
+
+class Trackio:
+  """A run of trackio: on this machine, or where TRACKIO_SPACE_ID says."""
+
+  def __init__(self, run: Run):
+    import trackio
+
+    self._image = trackio.Image
+    self._run = trackio.init(
+      project=_PROJECT,
+      name=run.title,
+      config=dict(run.config),
+      resume="allow",
+      embed=False,
+    )
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    self._run.log(dict(scalars), step=step)
+
+  def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
+    self._run.log({name: self._image(picture)}, step=step)
+
+  def close(self) -> None:
+    self._run.finish()
+
+
+# The names are configuration.TRACKERS.
+_TRACKERS: dict[str, Callable[[Run], Sink]] = {
+  "tensorboard": TensorBoard,
+  "wandb": WeightsAndBiases,
+  "trackio": Trackio,
+}
+
+
+def check_trackers(names: str) -> None:
+  """Checks that trackers are installed.
+
+  Args:
+    names: as `config.trackers`.
+
+  Raises:
+    MissingLibraryError: one is not.
+  """
+  for name in filter(None, names.split(",")):
+    if name in extras.LIBRARIES:
+      extras.require(name, f"trackers={name}")
 
 
 class MetricWriter:
-  """Writes scalars and pictures of a run, in process 0.
+  """Writes scalars and pictures of a run to its sinks, in process 0."""
 
-  metrics.jsonl is the record of a run; TensorBoard's event files repeat it.
-  """
+  def __init__(self, run: Run, trackers: str = "tensorboard"):
+    """Opens the sinks; metrics.jsonl is always one.
 
-  def __init__(self, workdir: str | Path, *, start_step: int):
-    """Opens the files and removes lines of steps after `start_step`."""
+    Args:
+      run: the run; metrics.jsonl gives its identifier.
+      trackers: the others, as `config.trackers`.
+
+    Raises:
+      TrackerError: one of them does not start.
+    """
+    self._trackers: list[Sink] = []
     self._writes = jax.process_index() == 0
     if not self._writes:
       return
-    self._path = Path(workdir) / "metrics.jsonl"
-    lines = []
-    if self._path.exists():
-      lines = self._path.read_text().splitlines()
-    text = "".join(f"{x}\n" for x in lines if _step_of(x) <= start_step)
-    folders.write_bytes(self._path, text.encode())
-    self._file = self._path.open("a", buffering=1)
-    self._board = _summary_writer()(
-      str(Path(workdir) / "tensorboard"), purge_step=start_step + 1
-    )
+    self._record = JsonLines(run)
+    identifier = self._record.identifier
+    for name in filter(None, trackers.split(",")):
+      if not identifier and name != "tensorboard":
+        identifier = secrets.token_hex(4)
+        self.event(_TRACKED, 0, id=identifier)
+      try:
+        tracker = _TRACKERS[name](
+          dataclasses.replace(run, identifier=identifier)
+        )
+      except Exception as e:  # each has errors of its own
+        self.close()
+        raise TrackerError(
+          f"trackers={name}: {e or type(e).__name__}. To train without it, "
+          "leave it out of --config.trackers"
+        ) from e
+      self._trackers.append(tracker)
 
-  def write(self, step: int, scalars: dict[str, float]) -> None:
-    """Adds an object to metrics.jsonl, and the scalars to TensorBoard.
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Adds scalars of a step.
 
     Values that are not finite are left out: JSON cannot express them.
     """
-    if not self._writes:
-      return
-    scalars = {k: v for k, v in scalars.items() if math.isfinite(v)}
-    self._file.write(json.dumps({"step": step, **scalars}) + "\n")
-    for name, value in scalars.items():
-      self._board.add_scalar(name, value, step)
+    if self._writes:
+      scalars = {k: v for k, v in scalars.items() if math.isfinite(v)}
+      self._record.write(step, scalars)
+      self._tell(lambda tracker: tracker.write(step, scalars))
 
   def event(self, name: str, step: int, **details: Any) -> None:
     """Adds an object with the key `event` to metrics.jsonl alone."""
     if self._writes:
-      line = {"step": step, "event": name, **details}
-      self._file.write(json.dumps(line) + "\n")
+      self._record.write(step, {"event": name, **details})
 
   def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
-    """Adds a picture, uint8 (H, W, 3), to TensorBoard."""
+    """Adds a picture, uint8 (H, W, 3), to the trackers."""
     if self._writes:
-      self._board.add_image(name, picture, step, dataformats="HWC")
+      self._tell(lambda tracker: tracker.write_picture(step, name, picture))
 
   def close(self) -> None:
-    """Closes the files."""
+    """Closes the sinks."""
     if self._writes:
-      self._file.close()
-      self._board.close()
+      self._record.close()
+      self._tell(lambda tracker: tracker.close())
+      self._trackers.clear()
+
+  def _tell(self, call: Callable[[Sink], None]) -> None:
+    """Calls each tracker; one that fails is left out, and the run goes on."""
+    for tracker in list(self._trackers):
+      try:
+        call(tracker)
+      except Exception as e:  # each has errors of its own
+        self._trackers.remove(tracker)
+        tqdm.write(
+          f"warning: {type(tracker).__name__} fails and gets no more metrics: "
+          f"{e or type(e).__name__}",
+          file=sys.stderr,
+        )
 
 
 def _summary_writer() -> type:
