@@ -18,7 +18,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from marlin_jax.inference import (
 from marlin_jax.inference.clips import window_settings
 from marlin_jax.models import heads, softmax_attention, vit
 from marlin_jax.records.folders import atomic_path, write_bytes
-from marlin_jax.weights import formats, safetensors_folder
+from marlin_jax.weights import formats, hub, safetensors_folder
 from marlin_jax.weights.architecture import flatten, unflatten
 from marlin_jax.weights.weights import Weights, WeightsError, encoder_sha256
 
@@ -377,6 +377,53 @@ class VideoClassifier:
 
   # --- Files ------------------------------------------------------------------
 
+  def push_to_hub(
+    self,
+    target: str,
+    *,
+    license: str,
+    data: str,
+    results: Iterable[str | os.PathLike] = (),
+    private: bool = False,
+  ) -> str:
+    """Publishes the classifier with its encoder, and a model card.
+
+    Args:
+      target, private: see `hub.push`.
+      license, data: see `hub.Card`.
+      results: workdir of the evaluation that trained it, for the card.
+
+    Returns:
+      The address of the commit.
+
+    Raises:
+      WeightsError: see `hub.push` and `hub.read_results`.
+    """
+    described = self.description
+    origin = dict(described.origin)
+    trained_on = origin.get("settings", {}).get("checkpoint", "")
+    card = hub.Card(
+      license=license,
+      data=data,
+      description=f"Predicts '{described.task}' of face videos: "
+      f"{', '.join(described.names)}.",
+      usage="from marlin_jax import Marlin\n"
+      'model = Marlin.load_classifier("NAME")\n'
+      'model.predict("clip.mp4").as_dict()',
+      facts={
+        "head": described.head,
+        "sha256 of the encoder": described.encoder_sha256,
+      },
+      results=hub.read_results(results, trained_on, origin.get("cell", "")),
+    )
+    # The folder of the data is of this machine.
+    origin["data"] = Path(origin.get("data", "")).name
+    public = dataclasses.replace(described, encoder=_ENCODER, origin=origin)
+    head = Head(described.head, self._arrays, described.options, self.weights)
+    return hub.push(
+      lambda folder: write(folder, public, head), target, card, private=private
+    )
+
   @classmethod
   def load(
     cls, path: str | os.PathLike, *, encoder: str = "", **options
@@ -384,7 +431,7 @@ class VideoClassifier:
     """Opens a folder that an evaluation has written.
 
     Args:
-      path: the folder.
+      path: the folder, or a name on the HuggingFace hub; see `hub.fetch`.
       encoder: weights of the frozen encoder, if they are no longer where they
         were during the training.
       **options: `dtype` and `attention`, as of `Marlin`.
@@ -393,6 +440,8 @@ class VideoClassifier:
       WeightsError: the folder is damaged or of another kind, or the encoder is
         missing or another one.
     """
+    if not Path(path).expanduser().exists() and hub.is_id(str(path)):
+      path = hub.fetch(str(path))
     path = Path(path).expanduser()
     description = read_description(path)
     arrays = safetensors_folder.load_arrays(path / _HEAD)

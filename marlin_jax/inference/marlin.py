@@ -10,7 +10,7 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,13 @@ from marlin_jax.inference.clips import as_clips, read_clips, window_settings
 from marlin_jax.models import softmax_attention
 from marlin_jax.models.mae import MAE, Encoder
 from marlin_jax.pretraining.pretext_task import PretextTask
-from marlin_jax.weights import formats
+from marlin_jax.weights import formats, hub, safetensors_folder
 from marlin_jax.weights.architecture import Architecture
-from marlin_jax.weights.weights import Weights, WeightsError
+from marlin_jax.weights.weights import (
+  Weights,
+  WeightsError,
+  encoder_sha256,
+)
 
 
 class Marlin:
@@ -106,6 +110,61 @@ class Marlin:
       WeightsError: see `VideoClassifier.load`.
     """
     return VideoClassifier.load(path, **options)
+
+  def push_to_hub(
+    self,
+    target: str,
+    *,
+    license: str,
+    data: str,
+    results: Iterable[str | os.PathLike] = (),
+    private: bool = False,
+  ) -> str:
+    """Publishes the weights on the HuggingFace hub, with a model card.
+
+      marlin.push_to_hub("me/marlin_b", license="cc-by-nc-4.0",
+                         data="YouTube Faces", results=["runs/far"])
+
+    Args:
+      target, private: see `hub.push`.
+      license, data: see `hub.Card`.
+      results: workdirs of evaluations of this encoder, for the card.
+
+    Returns:
+      The address of the commit.
+
+    Raises:
+      WeightsError: see `hub.push` and `hub.read_results`.
+    """
+    a, sha256 = self.architecture, encoder_sha256(self.weights)
+    decoder = (
+      f", decoder {a.dec_width}/{a.dec_depth}/{a.dec_num_heads}"
+      if a.has_decoder
+      else ""
+    )
+    card = hub.Card(
+      license=license,
+      data=data,
+      description="Encoder of face videos, pretrained as a masked autoencoder "
+      "with [MARLIN](https://arxiv.org/abs/2211.06627)'s method.",
+      usage="from marlin_jax import Marlin\n"
+      'marlin = Marlin.from_pretrained("NAME")\n'
+      'marlin.extract_video("clip.mp4", crop_face=True)',
+      facts={
+        "width/depth/heads": f"encoder {a.width}/{a.depth}/{a.num_heads}"
+        f"{decoder}",
+        "input": f"{a.num_frames} frames, every {a.stride} of a video, of "
+        f"{a.image_size}x{a.image_size} pixels in [0, 1]",
+        "sha256 of the encoder": sha256,
+      },
+      results=hub.read_results(results, sha256),
+    )
+    return hub.push(
+      functools.partial(safetensors_folder.write, self.weights),
+      target,
+      card,
+      private=private,
+    )
 
   @property
   def architecture(self) -> Architecture:

@@ -87,11 +87,10 @@ def serving(root: Path) -> Iterator[str]:
         asked = json.loads(body)
         name = f"{asked['organization']}/{asked['name']}"
         folder = root / name
-        if folder.is_dir():
-          self._send(409, b"{}", {}, True)
-          return
-        folder.mkdir(parents=True)
-        self._send_json({"url": f"{self._address}/{name}", "id": name})
+        status = 409 if folder.is_dir() else 200
+        folder.mkdir(parents=True, exist_ok=True)
+        answer = {"url": f"{self._address}/{name}", "id": name}
+        self._send(status, json.dumps(answer).encode(), {}, True)
       elif parts == ["api", "validate-yaml"]:
         self._send_json({"errors": [], "warnings": []})
       elif parts[4] == "preupload":
