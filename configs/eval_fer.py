@@ -17,7 +17,8 @@ from configs import eval_far
 
 def get_config():
   config = eval_far.get_config()
-  # 'emotion': presence of each of six emotions. 'sentiment7' has seven classes.
+  # 'emotion': presence of each of six emotions. Others are 'sentiment_value',
+  # the number, and seven classes: 'sentiment7', 'sentiment7_delbrouck'.
   config.tasks = "emotion,sentiment"
 
   # Sentiment is a value from -3 to 3: negative or not, or rounded.
@@ -25,5 +26,13 @@ def get_config():
   config.derive.sentiment7 = {
     "label": "sentiment",
     "cuts": (-2.5, -1.5, -0.5, 0.5, 1.5, 2.5),
+  }
+  # The row of most papers: MAE, Pearson, 7 classes by rounding, 2 classes.
+  config.derive.sentiment_value = {"label": "sentiment", "scale": (-3.0, 3.0)}
+  # Seven classes of Delbrouck et al. (2020), with 0 apart.
+  config.derive.sentiment7_delbrouck = {
+    "label": "sentiment",
+    "cuts": (-2.0, -1.0, 1.0, 2.0),
+    "apart": 0.0,
   }
   return config

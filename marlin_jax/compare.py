@@ -117,23 +117,23 @@ def _run(args: argparse.Namespace) -> None:
 
   evaluations = _named_apart([_open(path) for path in args.results])
   _check_same_videos(evaluations)
-  rows = _rows(evaluations, args.metric)
+  names = sorted(
+    {
+      name
+      for evaluation in evaluations
+      for row in evaluation.results["summary"]
+      for name in row["metrics"]
+    }
+  )
+  metric = args.metric or ("auc" if "auc" in names else "ccc")
+  rows = _rows(evaluations, metric)
   if not rows:
-    names = sorted(
-      {
-        name
-        for evaluation in evaluations
-        for row in evaluation.results["summary"]
-        for name in row["metrics"]
-      }
-    )
     raise CompareError(
-      f"no task has the metric '{args.metric}', expected one of "
-      f"{', '.join(names)}"
+      f"no task has the metric '{metric}', expected one of {', '.join(names)}"
     )
-  print(_text(evaluations, rows, args.metric))
+  print(_text(evaluations, rows, metric))
   if args.output:
-    page = _page(evaluations, rows, args.metric)
+    page = _page(evaluations, rows, metric)
     write_bytes(args.output, page.encode())
     print(f"\n{args.output} holds the tables as a page")
 
@@ -406,8 +406,8 @@ def _parser() -> argparse.ArgumentParser:
   )
   add(
     "--metric",
-    default="auc",
-    help="metric of results.json (default: %(default)s)",
+    default="",
+    help="metric of results.json (default: auc, or ccc of tasks of numbers)",
   )
   add("--output", type=Path, help="HTML page to write")
   return parser

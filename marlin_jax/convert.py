@@ -175,7 +175,7 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def _convert_classifier(args: argparse.Namespace) -> None:
-  """Exports a trained classifier and compares its probabilities.
+  """Exports a trained classifier and compares its predictions.
 
   Raises:
     WeightsError: the head cannot be exported, or the check failed.
@@ -191,7 +191,7 @@ def _convert_classifier(args: argparse.Namespace) -> None:
     )
   model = VideoClassifier.load(args.src)
   kernel, bias = model.linear_layer
-  names, is_class = model.description.names, model.description.is_class
+  names, kind = model.description.names, model.description.kind
   target = Path(args.dst).expanduser()
   _remove_target(target, Path(args.src), overwrite=args.overwrite)
   clip = _clip(args.clip, model.weights.architecture)
@@ -201,36 +201,38 @@ def _convert_classifier(args: argparse.Namespace) -> None:
       target,
       kind=_HF_CLASSES["classification"],
       fold_input=args.fold_input,
-      classifier=huggingface.Classifier(kernel, bias, names, is_class),
+      classifier=huggingface.Classifier(kernel, bias, names, kind),
     )
     for notice in notices:
       print(f"note: {notice}")
-    written = _transformers_probabilities(target, clip, is_class=is_class)
+    written = _transformers_predictions(target, clip, kind)
   else:
     data = model.exported(("cpu", "cuda", "tpu")).serialize()
     write_bytes(target, data)
-    written = _stablehlo_probabilities(target, clip)
-  print(f"{target}: probabilities of {', '.join(names)}")
+    written = _stablehlo_predictions(target, clip)
+  noun = "numbers" if kind == "value" else "probabilities"
+  print(f"{target}: {noun} of {', '.join(names)}")
   if written is None:
     return
   expected = model.probabilities(np.asarray(model.outputs(clip)))
   worst = float(np.abs(written - expected).max())
-  print(f"  probabilities: largest difference {worst:.1e}")
-  if not worst <= TOLERANCE:
+  print(f"  {noun}: largest difference {worst:.1e}")
+  if not worst <= TOLERANCE * max(1.0, float(np.abs(expected).max())):
     raise WeightsError(f"the check failed: do not use {target}")
 
 
-def _stablehlo_probabilities(path: Path, clip: np.ndarray) -> np.ndarray:
+def _stablehlo_predictions(path: Path, clip: np.ndarray) -> np.ndarray:
   from jax import export
 
   exported = export.deserialize(bytearray(path.read_bytes()))
   return np.asarray(exported.call(clip))[0]
 
 
-def _transformers_probabilities(
-  path: Path, clip: np.ndarray, *, is_class: bool
+def _transformers_predictions(
+  path: Path, clip: np.ndarray, kind: str
 ) -> np.ndarray | None:
   """Returns (K,) from transformers; None if it is not installed."""
+  from marlin_jax.inference.classifier import activated
   from marlin_jax.weights import huggingface
 
   transformers = _transformers()
@@ -243,7 +245,7 @@ def _transformers_probabilities(
   video = torch.from_numpy(_as_expected(clip, architecture))
   with torch.no_grad():
     logits = network.eval()(video.permute(0, 1, 4, 2, 3)).logits[0]
-  return (logits.softmax(-1) if is_class else logits.sigmoid()).numpy()
+  return activated(logits.numpy(), kind)
 
 
 _HF_CLASSES = {

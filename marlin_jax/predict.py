@@ -11,7 +11,8 @@ video, after the rows of its windows where the model judges windows:
   start_secs   time of the first frame
   end_secs     time of the last frame
   x0 y0 x1 y1  the crop in pixels of the video, median over the frames
-  p:NAME       probability of each label or class
+  p:NAME       probability of each label or class; of a model of numbers
+               value:NAME, the number
   predicted    the class, or the labels above their thresholds, with ';'
   error        why there is no prediction
 
@@ -72,7 +73,18 @@ def _run(args: argparse.Namespace) -> None:
     "crop_face": not args.whole_frames,
     "data": args.data,
   }
-  with PredictionLog(args.output, settings, as_json=args.json) as log:
+  is_value = classifier.description.kind == "value"
+  if is_value and args.calibrated:
+    raise PredictionError(
+      f"--calibrated: {args.model} predicts numbers, and only probabilities "
+      "can be calibrated"
+    )
+  with PredictionLog(
+    args.output,
+    settings,
+    as_json=args.json,
+    column="value" if is_value else "p",
+  ) as log:
     if args.data:
       _predict_dataset(args, classifier, log)
     else:
@@ -238,13 +250,21 @@ class PredictionLog:
     entries: predictions by name of the video.
   """
 
-  def __init__(self, path: Path, settings: dict[str, Any], *, as_json: bool):
+  def __init__(
+    self,
+    path: Path,
+    settings: dict[str, Any],
+    *,
+    as_json: bool,
+    column: str = "p",
+  ):
     """Reads what an earlier call has written.
 
     Args:
       path: the output.
       settings: values that all predictions share.
       as_json: the output is the log itself, not a table.
+      column: begins the names of the table's predictions.
 
     Raises:
       OutputFolderError: the log is in use, or of other settings.
@@ -254,7 +274,7 @@ class PredictionLog:
     check_local(path)
     self._table = None if as_json else path
     self._log = path if as_json else path.with_name(f"{path.name}.jsonl")
-    self._names = settings["names"]
+    self._columns = [f"{column}:{name}" for name in settings["names"]]
     self.entries: dict[str, dict[str, Any]] = {}
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not self._log.exists():
@@ -326,10 +346,9 @@ class PredictionLog:
   def _as_csv(self) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    probabilities = [f"p:{name}" for name in self._names]
     writer.writerow(
       ["video", "row", "start_secs", "end_secs", "x0", "y0", "x1", "y1"]
-      + [*probabilities, "predicted", "error"]
+      + [*self._columns, "predicted", "error"]
     )
     for name in sorted(self.entries):
       entry = self.entries[name]
@@ -340,7 +359,7 @@ class PredictionLog:
         writer.writerow(
           [name, kind, part.get("start_secs", ""), part.get("end_secs", "")]
           + (part.get("box") or [""] * 4)
-          + part.get("probabilities", [""] * len(self._names))
+          + part.get("probabilities", [""] * len(self._columns))
           + [";".join(part.get("predicted", ())), part.get("error", "")]
         )
     return text.getvalue()

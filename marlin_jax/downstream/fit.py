@@ -27,13 +27,13 @@ class Fitted:
 
   Attributes:
     trained: parameters after the best round.
-    auc: AUC on the validation split after that round.
+    score: score on the validation split after that round.
     num_rounds: number of rounds trained.
     losses: mean loss of each round since the start or the last resume.
   """
 
   trained: Pytree
-  auc: float
+  score: float
   num_rounds: int
   losses: list[float]
 
@@ -55,7 +55,8 @@ def fit(
     learner: model and its training step.
     plan: length and learning rate.
     batches: maps a step to an iterator over the batches from that step on.
-    score: maps parameters to their AUC on the validation split.
+    score: maps parameters to their score on the validation split, such as the
+      AUC; the higher the better.
     seed: seed of the random draws within steps.
     checkpoints: checkpoints to resume from and to save to after each round;
       None: none.
@@ -80,28 +81,29 @@ def fit(
     saved = checkpoints.restore(
       checkpoints.last_saved, saved, shardings, identity or {}
     )
+  name = learner.task.score_name.upper()
   first, losses = int(saved["progress"]["round"]), []
   report("", first * plan.round_steps)
   source = batches(first * plan.round_steps)
   for number in range(first, plan.num_rounds):
-    plateau, best_auc = _unpack(saved["progress"])
+    plateau, best_score = _unpack(saved["progress"])
     if plan.schedule is None and plateau.lr <= plan.stop_lr:
       break
     state, loss = _round(
       learner, plan, number, saved["state"], source, plateau, seed, report
     )
     losses.append(loss)
-    best, auc = saved["best"], score(state["trained"])
-    # The last of equally good rounds, and the last of all if AUC is undefined.
-    if not auc < best_auc:
-      best, best_auc = jax.tree.map(jnp.copy, state["trained"]), auc
+    best, found = saved["best"], score(state["trained"])
+    # The last of equally good rounds, and the last of all if it is undefined.
+    if not found < best_score:
+      best, best_score = jax.tree.map(jnp.copy, state["trained"]), found
     plateau.update(loss, factor=plan.factor, patience=plan.patience)
     saved = {
       "state": state,
       "best": best,
-      "progress": _pack(plateau, np.float32(best_auc), number + 1),
+      "progress": _pack(plateau, np.float32(best_score), number + 1),
     }
-    report(f"loss {loss:.4f}, AUC {auc:.4f}, best {best_auc:.4f}", 0)
+    report(f"loss {loss:.4f}, {name} {found:.4f}, best {best_score:.4f}", 0)
     if checkpoints:
       checkpoints.save(number + 1, saved, identity or {})
   if checkpoints:
@@ -136,15 +138,15 @@ def _round(learner, plan, number, state, source, plateau, seed, report):
   return state, mean
 
 
-def _pack(plateau: Plateau, best_auc: np.float32, num_rounds: int) -> Pytree:
+def _pack(plateau: Plateau, best: np.float32, num_rounds: int) -> Pytree:
   """Returns the progress of a training as arrays for its checkpoint."""
-  values = dataclasses.asdict(plateau) | {"auc": best_auc, "round": num_rounds}
+  values = dataclasses.asdict(plateau) | {"auc": best, "round": num_rounds}
   return {name: jnp.float32(value) for name, value in values.items()}
 
 
 def _unpack(progress: Pytree) -> tuple[Plateau, float]:
-  """Returns the plateau and the best AUC so far."""
+  """Returns the plateau and the best score so far."""
   values = {name: np.float32(value) for name, value in progress.items()}
-  best_auc = float(values.pop("auc"))
+  best = float(values.pop("auc"))
   del values["round"]
-  return Plateau(**values), best_auc
+  return Plateau(**values), best

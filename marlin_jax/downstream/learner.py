@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from marlin_jax.devices import chips, distributed, sharding
 from marlin_jax.downstream import protocols
-from marlin_jax.downstream.tasks import Task
+from marlin_jax.downstream.tasks import Task, Units
 from marlin_jax.inference import clip_features
 from marlin_jax.models import heads, partition, softmax_attention, vit
 from marlin_jax.pretraining import memory, train_step
@@ -58,6 +58,7 @@ class Learner:
     num_microbatches: microbatches per batch, processed one after the other with
       accumulated gradients; the result is that of the whole batch.
     adapter_scale: factor of the adapters, if there are any.
+    value_loss: loss of numbers: 'mse', or 'ccc', 1 - CCC of each microbatch.
   """
 
   graphdef: nnx.GraphDef
@@ -70,6 +71,7 @@ class Learner:
   dtype: str = "float32"
   num_microbatches: int = 1
   adapter_scale: float = 0.0
+  value_loss: str = "mse"
 
   def begin(self) -> Pytree:
     """Returns the initial state, placed on the mesh."""
@@ -196,7 +198,9 @@ class Learner:
         x = share * x + (1 - share) * other
     args = () if keep is None else (jnp.moveaxis(keep, 0, 2),)
     logits = self._network(trained, fixed)(x, *args)
-    return loss_of(self.task, logits, batch["labels"], batch["known"])
+    return loss_of(
+      self.task, logits, batch["labels"], batch["known"], self.value_loss
+    )
 
   def _network(self, trained, fixed):
     placement = None
@@ -256,20 +260,44 @@ class Learner:
     return jax.jit(logits, out_shardings=sharding.replicated(self.mesh))
 
 
-def loss_of(task: Task, logits, labels, known) -> jax.Array:
-  """Returns the mean cross-entropy over known labels.
+def loss_of(
+  task: Task, logits, labels, known, value_loss: str = "mse"
+) -> jax.Array:
+  """Returns the mean loss over known labels.
+
+  Cross-entropy by softmax or sigmoid; of numbers `value_loss`.
 
   Args:
-    task: its `is_class` selects softmax or sigmoid.
+    task: selects the loss.
     logits: (B, K).
-    labels, known: (B, K); see `Task.encode`.
+    labels, known: (B, K); see `Task.encode`. Numbers are standardised.
+    value_loss: 'mse', the squared error; or 'ccc', 1 - CCC of the batch
+      (Trigeorgis et al., ICASSP 2016).
   """
-  if task.is_class:
+  if task.is_value and value_loss == "ccc":
+    return 1 - _concordance(logits, labels, known).mean()
+  if task.is_value:
+    losses = jnp.square(logits - labels)
+  elif task.is_class:
     losses = optax.softmax_cross_entropy(logits, labels)
     known = known[:, 0]
   else:
     losses = optax.sigmoid_binary_cross_entropy(logits, labels)
   return (losses * known).sum() / jnp.maximum(known.sum(), 1.0)
+
+
+def _concordance(numbers, labels, known) -> jax.Array:
+  """Returns Lin's concordance correlation coefficient of a batch, (K,)."""
+  total = jnp.maximum(known.sum(0), 1.0)
+
+  def mean(x):
+    return (x * known).sum(0) / total
+
+  x, y = numbers - mean(numbers), labels - mean(labels)
+  bias = mean(numbers - labels)
+  spread = mean(x * x) + mean(y * y) + bias * bias
+  # Of a batch of one constant, the gradient is 0.
+  return 2 * mean(x * y) / jnp.maximum(spread, 1e-8)
 
 
 def _flipped(rng, x):
@@ -309,12 +337,25 @@ def _adapted(params: Pytree, adapters: Pytree, scale: float) -> Pytree:
 
 
 def linear_probe(
-  task: Task, width: int, config: ConfigDict, mesh: Mesh, seed: int
+  task: Task,
+  width: int,
+  config: ConfigDict,
+  mesh: Mesh,
+  seed: int,
+  value_loss: str = "mse",
 ) -> Learner:
   """Returns a linear layer on features of `width`."""
   head = heads.LinearHead(width, task.num_outputs, nnx.Rngs(seed))
   graphdef, trained, fixed = nnx.split(head, nnx.Param, ...)
-  return Learner(graphdef, _pure(trained), _pure(fixed), task, config, mesh)
+  return Learner(
+    graphdef,
+    _pure(trained),
+    _pure(fixed),
+    task,
+    config,
+    mesh,
+    value_loss=value_loss,
+  )
 
 
 def on_encoder(
@@ -330,6 +371,7 @@ def on_encoder(
   attention: str,
   remat: str,
   clips_per_device: int = 0,
+  value_loss: str = "mse",
 ) -> Learner:
   """Returns an encoder with a head.
 
@@ -345,6 +387,7 @@ def on_encoder(
     dtype, attention, remat: implementation of the encoder; see models.vit.
     clips_per_device: clips of a microbatch on each device; 0: as many as are
       estimated to fit.
+    value_loss: loss of numbers: 'mse', or 'ccc', 1 - CCC of the batch.
   """
   platform = mesh.devices.flat[0].platform
   attention = softmax_attention.choose(attention, platform, dtype)
@@ -377,6 +420,7 @@ def on_encoder(
     architecture,
     dtype,
     adapter_scale=scale,
+    value_loss=value_loss,
   )
   return dataclasses.replace(
     model,
@@ -454,6 +498,18 @@ def _clips_that_fit(
       num_tensor=mesh.shape["tensor"],
     ),
   )
+
+
+def in_units(trained: Pytree, units: Units) -> Pytree:
+  """Returns trained parameters whose outputs are in the units of the targets.
+
+  Args:
+    trained: parameters of a Learner; the last layer of each head is `linear`.
+    units: those in which it was trained.
+  """
+  if "head" in trained:
+    return {**trained, "head": in_units(trained["head"], units)}
+  return {**trained, "linear": units.folded(trained["linear"])}
 
 
 def _pure(state) -> Pytree:

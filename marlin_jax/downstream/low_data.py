@@ -56,20 +56,3 @@ def take(
   # In floating point 0.07 * 100 exceeds 7.
   num = max(1, math.ceil(ratio * len(order) - 1e-9))
   return np.sort(np.concatenate(order[:num]))
-
-
-def strata_of(targets: np.ndarray) -> np.ndarray:
-  """Returns the stratum of each video: its class, or its rarest label.
-
-  Args:
-    targets: (V, K) of 0, 1 and NaN, or classes (V,), NaN where unknown.
-
-  Returns:
-    int (V,); 0 where the class is unknown or no label is 1.
-  """
-  if targets.ndim == 1:
-    return np.nan_to_num(targets + 1).astype(int)
-  present = targets == 1
-  by_rarity = np.argsort(present.sum(axis=0), kind="stable")
-  rarest = by_rarity[present[:, by_rarity].argmax(axis=1)]
-  return np.where(present.any(axis=1), 1 + rarest, 0)

@@ -29,6 +29,8 @@ from marlin_jax.training.configuration import (
 )
 
 MODES = ("linear", "attentive", "finetune", "knn")
+# Begins the keys of rules of tasks; a workdir may get further ones.
+DERIVE = "derive."
 # Modes that need the features of whole videos only.
 FEATURE_MODES = ("linear", "knn")
 
@@ -78,6 +80,7 @@ KEYS = {
   "data.ratio": free(Rule("numbers in (0, 1], comma-separated", _are_ratios)),
   "data.all_tracks": fixed(),
   "data.num_threads": free(at_least(1)),
+  "value_loss": fixed(one_of("mse", "ccc"), before="mse"),
   "linear.penalties": fixed(
     Rule("numbers from 0 on", lambda values: values and min(values) >= 0)
   ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import itertools
 import time
@@ -26,7 +27,7 @@ from marlin_jax.training.configuration import flat
 from marlin_jax.weights import formats
 from marlin_jax.weights.weights import encoder_sha256
 
-# Mode of the baseline that predicts the shares of the training split.
+# Mode of the baseline that predicts the shares or means of the training split.
 CONSTANT = "constant"
 
 
@@ -101,9 +102,12 @@ def _describe(inputs: Inputs, videos: Videos) -> str:
       f"{role} {len(task_videos)}"
       for role, task_videos in videos.by_task[task.name].items()
     )
-    noun = "classes" if task.is_class else "labels"
+    noun = {"binary": "labels", "class": "classes", "value": "numbers"}
     rows.append(
-      Row("task", f"{task.name}: {len(task.names)} {noun}; videos: {sizes}")
+      Row(
+        "task",
+        f"{task.name}: {len(task.names)} {noun[task.kind]}; videos: {sizes}",
+      )
     )
   rows.append(Row("devices", sharding.describe(inputs.mesh)))
   return format_rows(rows)
@@ -134,12 +138,14 @@ class Cell(NamedTuple):
     mode: one of configuration.MODES.
     ratio: share of the training people.
     seed: seed of the draw of the people and of the training.
+    definition: hash of the task, its videos and their labels.
   """
 
   task: Task
   mode: str
   ratio: float
   seed: int
+  definition: str = ""
 
   @property
   def name(self) -> str:
@@ -159,18 +165,37 @@ def run_cells(
     task_videos = videos.by_task[task.name]
     results.append(_constant(task, task_videos, config))
     others = videos.others[task.name]
-    for cell in _cells(config, task):
+    for cell in _cells(config, task, _definition(task, videos)):
       results.append(
-        folder.cell(cell.name)
+        folder.cell(cell.name, cell.definition)
         or _run(cell, task_videos, others, runner, config, folder, inputs)
       )
   return results
 
 
-def _cells(config: ConfigDict, task: Task) -> list[Cell]:
+def _identity(
+  cell: Cell, inputs: Inputs, folder: ResultsFolder
+) -> dict[str, Any]:
+  """Returns the values that a resumed training of a cell must share."""
+  rule = {
+    key: value
+    for key, value in inputs.settings.items()
+    if key.startswith(f"{configuration.DERIVE}{cell.task.name}.")
+  }
+  return folder.settings() | rule | {"cell": cell.name}
+
+
+def _definition(task: Task, videos: Videos) -> str:
+  """Returns a hash of a task, its videos and their labels."""
+  others = [videos.split for videos in videos.others[task.name].values()]
+  labels = splits.labels_sha256([*videos.splits.values(), *others], task.label)
+  return hashlib.sha256(f"{task.sha256} {labels}".encode()).hexdigest()
+
+
+def _cells(config: ConfigDict, task: Task, definition: str) -> list[Cell]:
   deterministic = modes.DETERMINISTIC[config.protocol]
   return [
-    Cell(task, mode, ratio, seed)
+    Cell(task, mode, ratio, seed, definition)
     for mode in _mode_names(config)
     for ratio in configuration.ratios(config)
     for seed in range(
@@ -191,7 +216,7 @@ def _run(
   """Trains and tests a cell, writes its results and returns its scores."""
   task, started_at = cell.task, time.monotonic()
   train = videos["train"]
-  strata = low_data.strata_of(train.targets)
+  strata = task.strata(train.targets)
   train = train.subset(
     low_data.take(cell.ratio, strata, train.people, cell.seed)
   )
@@ -202,7 +227,7 @@ def _run(
     cell.seed,
     cell.name,
     folder.checkpoints(cell.name),
-    inputs.settings | {"cell": cell.name},
+    _identity(cell, inputs, folder),
   )
   predicted = runner.run(cell.mode, job)
   for warning in predicted.warnings:
@@ -222,12 +247,13 @@ def _run(
       inputs.task_of(name, task), split, predictions, thresholds, config
     )
     draws |= {f"{name} {key}": values for key, values in other_draws.items()}
-  val_auc = task.auc(val.targets, val.probabilities, micro=False)
+  val_score = task.score(val.targets, val.predicted, micro=False)
   result = _header(cell.mode, task, cell.ratio, cell.seed, train) | {
     "name": cell.name,
+    "definition": cell.definition,
     "chosen": predicted.chosen,
     "val": {
-      "auc": measures.finite_or_none(val_auc),
+      task.score_name: measures.finite_or_none(val_score),
       "num_videos": len(val.video_ids),
     },
     "test": scores,
@@ -236,7 +262,7 @@ def _run(
   }
   folder.write_cell(
     cell.name,
-    task.names,
+    task,
     test,
     _targets_as_labels(task, test.targets),
     result,
@@ -263,7 +289,7 @@ def _keep_model(
   description = classifier.Description(
     task=task.name,
     names=task.names,
-    is_class=task.is_class,
+    kind=task.kind,
     head=head.kind,
     thresholds=tuple(thresholds.tolist()),
     encoder=str(source.resolve() if source.exists() else source),
@@ -287,7 +313,7 @@ def _keep_model(
 def _constant(
   task: Task, videos: dict[str, TaskSplit], config: ConfigDict
 ) -> dict[str, Any]:
-  """Scores the baseline that predicts the shares of the training split."""
+  """Scores the baseline that predicts the training split's shares or means."""
   train, test = videos["train"], videos["test"]
   labels, known = task.encode(train.targets)
   shares = (labels * known).sum(0) / np.maximum(known.sum(0), 1)
@@ -327,15 +353,15 @@ def _measured(
 
 
 def _predictions(
-  videos: TaskSplit, probabilities: np.ndarray
+  videos: TaskSplit, predicted: np.ndarray
 ) -> measures.Predictions:
   return measures.Predictions(
-    videos.video_ids, videos.people, videos.targets, probabilities
+    videos.video_ids, videos.people, videos.targets, predicted
   )
 
 
 def _targets_as_labels(task: Task, targets: np.ndarray) -> np.ndarray:
-  """Returns (V, K), one-hot for classes; NaN where unknown."""
+  """Returns float32 (V, K), one-hot for classes; NaN where unknown."""
   labels, known = task.encode(targets)
   return np.where(known > 0, labels, np.nan)
 
@@ -438,8 +464,8 @@ def _plot(
     report.plot_cell(
       plots,
       cells[name],
-      task.names,
+      task,
       _targets_as_labels(task, targets),
-      folder.probabilities(name),
+      folder.predicted(name),
     )
   report.plot_ratios(plots, results["summary"])

@@ -140,7 +140,7 @@ def _open_tests(config: ConfigDict, chosen: list[Task]) -> list[OtherTest]:
       [task.name for task in chosen], labels, config.derive, path
     )
     for our, their in zip(chosen, theirs, strict=True):
-      if (our.names, our.is_class) != (their.names, their.is_class):
+      if (our.names, our.kind) != (their.names, their.kind):
         raise tasks.TaskError(
           f"task '{our.name}' is of {', '.join(our.names)}, and in {path} of "
           f"{', '.join(their.names)}: scores would not compare"

@@ -1,6 +1,6 @@
 """Scores of predictions, each with a bootstrap interval.
 
-Axes: V videos, K labels or classes, R draws.
+Axes: V videos, K labels, classes or numbers, R draws.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from tqdm import tqdm
 
 from marlin_jax.downstream.tasks import Task
 from marlin_jax.inference.classifier import rescaled
-from marlin_jax.scores import binary, bootstrap, classes, ranking
+from marlin_jax.scores import binary, bootstrap, classes, ranking, values
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-  """Predicted probabilities and true targets of videos.
+  """Predictions and true targets of videos.
 
   Attributes:
     video_ids, people: names of the V videos, and of the person in each.
     targets: (V, K), or (V,) for classes; see `Task.targets`.
-    probabilities: float64 (V, K).
+    predicted: float64 (V, K), probabilities or numbers.
   """
 
   video_ids: Sequence[str]
   people: Sequence[str]
   targets: np.ndarray
-  probabilities: np.ndarray
+  predicted: np.ndarray
 
   def subset(self, rows: np.ndarray) -> Predictions:
     """Returns the predictions of the videos where `rows`, bool (V,), is set."""
@@ -40,7 +40,7 @@ class Predictions:
       [self.video_ids[i] for i in indices],
       [self.people[i] for i in indices],
       self.targets[rows],
-      self.probabilities[rows],
+      self.predicted[rows],
     )
 
 
@@ -49,16 +49,16 @@ def thresholds(task: Task, val: Predictions, protocol: str) -> np.ndarray:
 
   The paper's protocol uses 0.5, with which a rare label is never predicted. The
   default protocol uses the threshold with the highest balanced accuracy on the
-  validation split. Classes need no threshold; theirs is 0.5.
+  validation split. Classes need no threshold; theirs is 0.5. Numbers have none.
   """
-  values = np.full(task.num_outputs, 0.5)
+  if task.is_value:
+    return np.empty(0)
+  found = np.full(task.num_outputs, 0.5)
   if protocol == "paper" or task.is_class:
-    return values
+    return found
   for k in range(task.num_outputs):
-    values[k] = ranking.best_threshold(
-      val.targets[:, k], val.probabilities[:, k]
-    )
-  return values
+    found[k] = ranking.best_threshold(val.targets[:, k], val.predicted[:, k])
+  return found
 
 
 def temperature(task: Task, val: Predictions) -> float:
@@ -66,14 +66,18 @@ def temperature(task: Task, val: Predictions) -> float:
 
   It minimises the cross-entropy of probabilities whose logits are divided by it
   (Guo et al., ICML 2017). Limited to 0.05 to 20, where separable data end.
+  Numbers have none: 1.
   """
   from scipy import optimize
 
+  if task.is_value:
+    return 1.0
+
   def loss(log_temperature: float) -> float:
     scaled = rescaled(
-      val.probabilities, math.exp(log_temperature), task.is_class
+      val.predicted, math.exp(log_temperature), is_class=task.is_class
     )
-    return task.cross_entropy(val.targets, scaled)
+    return task.loss(val.targets, scaled)
 
   limit = math.log(20)
   best = optimize.minimize_scalar(loss, bounds=(-limit, limit))
@@ -98,9 +102,9 @@ def measure(
 
   Returns:
     `num_videos`, `num_people`; `metrics`: {name: {value, low, high}};
-    `per_class`: a dict per label or class; `confusion`, for classes; `parts`:
-    {name: metrics}. And the draws of each metric, float64 (R,), the same people
-    in each draw for all predictions of the same videos.
+    `per_class`: a dict per label, class or number; `confusion`, for classes;
+    `parts`: {name: metrics}. And the draws of each metric, float64 (R,), the
+    same people in each draw for all predictions of the same videos.
   """
   metrics, draws = _metrics(task, predictions, thresholds, num_resamples)
   result = {
@@ -117,22 +121,23 @@ def measure(
     },
   }
   if task.is_class:
-    predicted = predictions.probabilities.argmax(axis=1)
     result["confusion"] = classes.confusion(
-      predictions.targets, predicted, task.num_outputs
+      predictions.targets, predictions.predicted.argmax(1), task.num_outputs
     ).tolist()
   return result, draws
 
 
 def _metrics(task, predictions, thresholds, num_resamples):
-  targets, probabilities = predictions.targets, predictions.probabilities
+  targets, predicted = predictions.targets, predictions.predicted
 
   def weighted_scores(weights):
+    if task.is_value:
+      return values.scores(targets, predicted, weights, task.scale)
     if task.is_class:
-      return classes.scores(targets, probabilities, weights)
-    return binary.scores(targets, probabilities, thresholds, weights)
+      return classes.scores(targets, predicted, weights)
+    return binary.scores(targets, predicted, thresholds, weights)
 
-  values = weighted_scores(None)
+  found = weighted_scores(None)
   # Shown only if it takes seconds: for many videos with many labels.
   with tqdm(
     desc="intervals", total=num_resamples, unit="draw", delay=2.0, leave=False
@@ -144,7 +149,7 @@ def _metrics(task, predictions, thresholds, num_resamples):
       report=bar.update,
     )
   metrics = {}
-  for name, value in values.items():
+  for name, value in found.items():
     low, high = bootstrap.interval(draws[name])
     metrics[name] = {
       "value": finite_or_none(value),
@@ -155,15 +160,19 @@ def _metrics(task, predictions, thresholds, num_resamples):
 
 
 def _per_class(task, predictions, thresholds):
-  targets, probabilities = predictions.targets, predictions.probabilities
-  if task.is_class:
-    columns = classes.per_class(targets, probabilities)
+  targets, predicted = predictions.targets, predictions.predicted
+  if task.is_value:
+    columns = values.per_value(targets, predicted)
+  elif task.is_class:
+    columns = classes.per_class(targets, predicted)
   else:
-    columns = binary.per_label(targets, probabilities, thresholds)
+    columns = binary.per_label(targets, predicted, thresholds)
     columns["threshold"] = thresholds
   return [
     {"name": name}
-    | {column: finite_or_none(values[i]) for column, values in columns.items()}
+    | {
+      column: finite_or_none(numbers[i]) for column, numbers in columns.items()
+    }
     for i, name in enumerate(task.names)
   ]
 

@@ -3,7 +3,7 @@
 Each mode fits on the training split, selects on the validation split, and
 predicts any videos.
 
-Axes: V videos, W windows, D features, K labels or classes.
+Axes: V videos, W windows, D features, K labels, classes or numbers.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from marlin_jax.downstream import (
   feature_cache,
   fit,
   learner,
-  logistic,
+  linear_probe,
   protocols,
 )
 from marlin_jax.downstream.feature_table import FeatureTable
 from marlin_jax.downstream.splits import Split, TaskSplit
-from marlin_jax.downstream.tasks import Task
+from marlin_jax.downstream.tasks import Task, Units
 from marlin_jax.inference import nearest_neighbours, stream
 from marlin_jax.inference.classifier import Head
 from marlin_jax.training.checkpoint import Checkpoints
@@ -69,7 +69,7 @@ class ModeResult:
   """Output of a mode.
 
   Attributes:
-    predict: returns the probabilities of V videos, float64 (V, K).
+    predict: returns the predictions of V videos, float64 (V, K).
     head: the trained model.
     chosen: hyperparameters selected on the validation split.
     warnings: lines for the user about the choice.
@@ -166,13 +166,14 @@ class ModeRunner:
 
   def _linear(self, job: Job) -> ModeResult:
     task, val = job.task, self._features_of(job.val)
+    units = Units.of(task, job.train.targets)
 
-    def score(probe: logistic.LinearProbe) -> np.ndarray:
-      probabilities = task.probabilities(probe.logits(val))
+    def score(probe: linear_probe.LinearProbe) -> np.ndarray:
       # Not the AUC: with few videos many penalties tie.
-      return -task.cross_entropies(job.val.targets, probabilities)
+      losses = task.losses(job.val.targets, task.predicted(probe.logits(val)))
+      return -losses / np.square(units.spread)
 
-    probe = logistic.fit(
+    probe = linear_probe.fit(
       task,
       self._features_of(job.train),
       job.train.targets,
@@ -181,9 +182,7 @@ class ModeRunner:
       self._config.linear.max_iterations,
     )
     return ModeResult(
-      lambda videos: task.probabilities(
-        probe.logits(self._features_of(videos))
-      ),
+      lambda videos: task.predicted(probe.logits(self._features_of(videos))),
       # The standardisation is folded into the layer.
       Head(
         "linear",
@@ -204,8 +203,12 @@ class ModeRunner:
     config, task = self._config.paper, job.task
     train, val = self._features_of(job.train), self._features_of(job.val)
     mesh = sharding.make_mesh(1, devices=jax.devices()[:1])
-    probe = learner.linear_probe(task, train.shape[1], config, mesh, job.seed)
+    probe = learner.linear_probe(
+      task, train.shape[1], config, mesh, job.seed, self._config.value_loss
+    )
+    units = Units.of(task, job.train.targets)
     labels, known = task.encode(job.train.targets)
+    labels = units.standardised(labels)
     order = clip_batches.Order(np.arange(len(train)), job.seed)
 
     def batches(step: int) -> Iterator[fit.Batch]:
@@ -215,7 +218,8 @@ class ModeRunner:
         step += 1
 
     def predict(trained, features: np.ndarray) -> np.ndarray:
-      return task.probabilities(np.asarray(probe.logits(trained, features)))
+      trained = learner.in_units(trained, units)
+      return task.predicted(np.asarray(probe.logits(trained, features)))
 
     plan = protocols.plan_training(config, len(train))
     with _ProgressBar(job.name, plan) as report:
@@ -223,7 +227,7 @@ class ModeRunner:
         probe,
         plan,
         batches,
-        lambda trained: task.auc(
+        lambda trained: task.score(
           job.val.targets, predict(trained, val), micro=True
         ),
         seed=job.seed,
@@ -231,7 +235,7 @@ class ModeRunner:
       )
     return ModeResult(
       lambda videos: predict(fitted.trained, self._features_of(videos)),
-      Head("linear", _float64(fitted.trained["linear"])),
+      Head("linear", _float64(units.folded(fitted.trained["linear"]))),
       {"num_rounds": fitted.num_rounds},
     )
 
@@ -255,12 +259,16 @@ class ModeRunner:
       attention=config.attention,
       remat=config.remat,
       clips_per_device=config.clips_per_device,
+      value_loss=config.value_loss,
     )
+    units = Units.of(task, job.train.targets)
     plan = protocols.plan_training(training, len(job.train))
 
     def score(trained) -> float:
-      probabilities = self._predict(model, trained, job.val)
-      return task.auc(job.val.targets, probabilities, micro=is_paper)
+      predicted = self._predict(
+        model, learner.in_units(trained, units), job.val
+      )
+      return task.score(job.val.targets, predicted, micro=is_paper)
 
     checkpoints = Checkpoints(str(job.checkpoints), keep=1)
     try:
@@ -268,7 +276,7 @@ class ModeRunner:
         fitted = fit.fit(
           model,
           plan,
-          self._training_batches(job, plan, training.batch_size),
+          self._training_batches(job, plan, training.batch_size, units),
           score,
           seed=job.seed,
           checkpoints=checkpoints,
@@ -277,9 +285,9 @@ class ModeRunner:
         )
     finally:
       checkpoints.close()
-    trained = model.gathered(fitted.trained)
+    trained = learner.in_units(model.gathered(fitted.trained), units)
     return ModeResult(
-      functools.partial(self._predict, model, fitted.trained),
+      functools.partial(self._predict, model, trained),
       Head(
         "attentive" if attentive else "mean",
         flatten(trained["head"]),
@@ -290,11 +298,16 @@ class ModeRunner:
     )
 
   def _training_batches(
-    self, job: Job, plan: protocols.TrainingPlan, batch_size: int
+    self,
+    job: Job,
+    plan: protocols.TrainingPlan,
+    batch_size: int,
+    units: Units,
   ) -> Callable[[int], Iterator[fit.Batch]]:
     """Returns a function from a step to the batches from there on."""
     split = job.train.split
     labels, known = job.task.encode(job.train.targets)
+    labels = units.standardised(labels)
     index_of = {int(video): i for i, video in enumerate(job.train.rows)}
 
     def batches(step: int) -> Iterator[fit.Batch]:
@@ -317,7 +330,7 @@ class ModeRunner:
   def _predict(
     self, model: learner.Learner, trained, videos: TaskSplit
   ) -> np.ndarray:
-    """Returns probabilities (V, K), means over the windows of each video."""
+    """Returns predictions (V, K), means over the windows of each video."""
     index_of = {int(video): i for i, video in enumerate(videos.rows)}
     all_windows = videos.split.windows(self._clip)
     windows, owners = [], []
@@ -338,9 +351,8 @@ class ModeRunner:
         stream.encode_batches(functools.partial(model.logits, trained), batches)
       )
     )[: len(windows)]
-    probabilities = model.task.probabilities(logits)
     return feature_cache.pooled(
-      probabilities, np.array(owners), len(videos), "mean"
+      model.task.predicted(logits), np.array(owners), len(videos), "mean"
     )
 
 
@@ -348,7 +360,9 @@ def _float64(layer: dict[str, Any]) -> dict[str, np.ndarray]:
   return {name: np.asarray(array, np.float64) for name, array in layer.items()}
 
 
-def _probe_warnings(task: Task, probe: logistic.LinearProbe) -> Iterator[str]:
+def _probe_warnings(
+  task: Task, probe: linear_probe.LinearProbe
+) -> Iterator[str]:
   for edge in np.unique(probe.penalty[probe.at_edge]):
     names = [
       name

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from marlin_jax.downstream.tasks import Task
 from marlin_jax.eval.measures import finite_or_none
 from marlin_jax.scores import ranking
 from marlin_jax.scores.bootstrap import interval
 
-# Columns of the table, if the task has the score.
+# Columns of the table, if the task has the score; and those of a rating.
 _COLUMNS = (
   "accuracy",
   "auc_micro",
@@ -23,7 +24,13 @@ _COLUMNS = (
   "f1_weighted",
   "average_precision",
   "eer",
+  "ccc",
+  "pearson",
+  "spearman",
+  "mae",
+  "rmse",
 )
+_RATING_COLUMNS = ("accuracy_", "f1_weighted_2")
 _MAX_CURVES = 12
 
 
@@ -105,7 +112,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
   lines = []
   for task, group in itertools.groupby(rows, lambda row: row["task"]):
     group = list(group)
-    names = [n for n in _COLUMNS if n in group[0]["metrics"]]
+    metrics = group[0]["metrics"]
+    names = [n for n in _COLUMNS if n in metrics]
+    names += [n for n in metrics if n.startswith(_RATING_COLUMNS)]
     cells = [["mode", "data", "videos", *names]]
     for row in group:
       cells.append(
@@ -134,6 +143,11 @@ def _aligned(cells: list[list[str]]) -> list[str]:
   ]
 
 
+def main_metric(metrics: Mapping[str, Any]) -> str:
+  """Returns the metric by which models are selected: 'auc', or 'ccc'."""
+  return "auc" if "auc" in metrics else "ccc"
+
+
 def formatted(number: dict[str, float | None]) -> str:
   """Formats a metric of a summary: mean, deviation and interval."""
   if number["mean"] is None:
@@ -158,21 +172,27 @@ def has_matplotlib() -> bool:
 def plot_cell(
   folder: Path,
   cell: dict[str, Any],
-  names: Sequence[str],
+  task: Task,
   targets: np.ndarray,
-  probabilities: np.ndarray,
+  predicted: np.ndarray,
 ) -> None:
   """Plots ROC curves, the AUC per class and, for classes, the confusion.
+
+  Of numbers, plots the predicted against the true ones.
 
   Args:
     folder: folder for the PNG files; created if missing.
     cell: scores of the cell.
-    names: names of the K labels or classes.
+    task: task of the cell.
     targets: (V, K), one-hot for classes.
-    probabilities: (V, K).
+    predicted: (V, K), probabilities or numbers.
   """
   folder.mkdir(exist_ok=True)
-  _roc(folder, cell, names, targets, probabilities)
+  names = task.names
+  if task.is_value:
+    _scatter(folder, cell, targets, predicted)
+    return
+  _roc(folder, cell, names, targets, predicted)
   if len(names) > 1:
     _bars(folder, cell)
   if "confusion" in cell["test"]:
@@ -193,6 +213,20 @@ def _roc(folder, cell, names, targets, probabilities):
   if axes.get_legend_handles_labels()[0]:
     axes.legend(fontsize=7, loc="lower right")
   _save(figure, folder / f"{cell['name']}-roc.png", cell)
+
+
+def _scatter(folder, cell, targets, predicted):
+  figure, axes = _axes(5, 5)
+  for k, row in enumerate(cell["test"]["per_class"][:_MAX_CURVES]):
+    label = row["name"]
+    if row["ccc"] is not None:
+      label += f" CCC {row['ccc']:.3f}"
+    axes.scatter(targets[:, k], predicted[:, k], s=4, label=label)
+  low, high = np.nanmin(targets), np.nanmax(targets)
+  axes.plot([low, high], [low, high], color="0.8", linewidth=1)
+  axes.set(xlabel="true", ylabel="predicted")
+  axes.legend(fontsize=7, loc="lower right")
+  _save(figure, folder / f"{cell['name']}-scatter.png", cell)
 
 
 def _bars(folder, cell):
@@ -225,10 +259,12 @@ def _confusion(folder, cell, names):
 
 
 def plot_ratios(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-  """Plots AUC over the share of the data, for tasks with several ratios."""
+  """Plots AUC or CCC over the share of the data, of tasks with several."""
   folder.mkdir(exist_ok=True)
   for task, group in itertools.groupby(rows, lambda row: row["task"]):
-    task_rows = [row for row in group if row["metrics"]["auc"]["mean"]]
+    group = list(group)
+    metric = main_metric(group[0]["metrics"])
+    task_rows = [row for row in group if row["metrics"][metric]["mean"]]
     if len({row["ratio"] for row in task_rows}) < 2:
       continue
     figure, axes = _axes(5, 4)
@@ -236,13 +272,15 @@ def plot_ratios(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
       line = [row for row in task_rows if row["mode"] == mode]
       axes.errorbar(
         [row["ratio"] for row in line],
-        [row["metrics"]["auc"]["mean"] for row in line],
-        [row["metrics"]["auc"]["std"] or 0.0 for row in line],
+        [row["metrics"][metric]["mean"] for row in line],
+        [row["metrics"][metric]["std"] or 0.0 for row in line],
         marker="o",
         capsize=3,
         label=mode,
       )
-    axes.set(xscale="log", xlabel="share of the training data", ylabel="AUC")
+    axes.set(
+      xscale="log", xlabel="share of the training data", ylabel=metric.upper()
+    )
     axes.legend()
     _save(figure, folder / f"{task}-ratios.png", {"name": task})
 

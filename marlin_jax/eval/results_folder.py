@@ -4,15 +4,15 @@
   results.json           scores of all calls, with hashes, and the configuration
                          of the last call
   results.txt            the table
-  predictions/CELL.csv   true labels and probabilities of each video
+  predictions/CELL.csv   true labels and predictions of each video
   models/CELL/           the trained model, for marlin_jax.predict
   plots/                 PNG files
-  cells/CELL.json, .npz  scores, probabilities and bootstrap draws of a finished
+  cells/CELL.json, .npz  scores, predictions and bootstrap draws of a finished
                          cell: a task, a mode, a share of the data and a seed
   cells/CELL/            checkpoints of an unfinished cell
   features/              see `downstream.feature_cache`
 
-Axes: V videos, K labels or classes.
+Axes: V videos, K labels, classes or numbers.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ import csv
 import io
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from marlin_jax.downstream.tasks import Task
+from marlin_jax.eval import configuration
 from marlin_jax.eval.measures import Predictions
 from marlin_jax.records.folders import (
   SETTINGS,
@@ -83,11 +85,16 @@ class ResultsFolder:
         )
       write_bytes(file, to_json(settings))
       return
-    earlier = json.loads(file.read_text())
+    earlier = self.settings()
     differences = [
       f"  {key}: was {earlier.get(key)!r}, is {settings.get(key)!r}"
       for key in sorted({*earlier, *settings})
       if earlier.get(key) != settings.get(key)
+      # Further tasks may be derived, and others left out.
+      and not (
+        key.startswith(configuration.DERIVE)
+        and (key not in earlier or key not in settings)
+      )
     ]
     if differences:
       raise OutputFolderError(
@@ -95,6 +102,10 @@ class ResultsFolder:
         + "\n".join(differences)
         + "\nChange them back, or use another --workdir"
       )
+
+  def settings(self) -> dict[str, Any]:
+    """Returns the settings of the first call."""
+    return json.loads((self.path / SETTINGS).read_text())
 
   def results(self) -> dict[str, Any]:
     """Returns the content of results.json; {} before the first call ends."""
@@ -108,14 +119,28 @@ class ResultsFolder:
 
   # --- Cells ------------------------------------------------------------------
 
-  def cell(self, name: str) -> dict[str, Any] | None:
-    """Returns the scores of a cell; None if it is not finished."""
+  def cell(self, name: str, definition: str) -> dict[str, Any] | None:
+    """Returns the scores of a cell; None if it is not finished.
+
+    Args:
+      name: name of the cell.
+      definition: hash of its task, videos and labels.
+
+    Raises:
+      OutputFolderError: they were others when the cell was computed.
+    """
     file = self.path / "cells" / f"{name}.json"
     if not file.exists():
       return None
-    return json.loads(file.read_text())
+    result = json.loads(file.read_text())
+    if result.get("definition", definition) != definition:
+      raise OutputFolderError(
+        f"{file} was computed with another definition of its task, or with "
+        "other videos or labels. Change them back, or use another --workdir"
+      )
+    return result
 
-  def probabilities(self, name: str) -> np.ndarray:
+  def predicted(self, name: str) -> np.ndarray:
     """Returns a finished cell's float64 (V, K) on the test split."""
     with np.load(self.path / "cells" / f"{name}.npz") as arrays:
       return arrays["probabilities"]
@@ -135,7 +160,7 @@ class ResultsFolder:
   def write_cell(
     self,
     name: str,
-    columns: Sequence[str],
+    task: Task,
     predictions: Predictions,
     targets: np.ndarray,
     result: dict[str, Any],
@@ -145,7 +170,7 @@ class ResultsFolder:
 
     Args:
       name: name of the cell.
-      columns: names of the K labels or classes.
+      task: task of the cell.
       predictions: predictions on the test split.
       targets: (V, K), one-hot for classes; NaN where unknown.
       result: scores of the cell.
@@ -156,26 +181,27 @@ class ResultsFolder:
     data = io.BytesIO()
     np.savez(
       data,
-      probabilities=predictions.probabilities,
+      probabilities=predictions.predicted,
       **{f"{_DRAWS}{name}": values for name, values in draws.items()},
     )
     write_bytes(cells / f"{name}.npz", data.getvalue())
-    self._write_csv(name, columns, predictions, targets)
+    self._write_csv(name, task, predictions, targets)
     write_bytes(cells / f"{name}.json", to_json(result))
     shutil.rmtree(self.checkpoints(name), ignore_errors=True)
 
-  def _write_csv(self, name, columns, predictions, targets) -> None:
+  def _write_csv(self, name, task, predictions, targets) -> None:
     folder = self.path / "predictions"
     folder.mkdir(exist_ok=True)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    header = [f"{kind}:{c}" for c in columns for kind in ("true", "p")]
+    kinds = ("true", "predicted" if task.is_value else "p")
+    header = [f"{kind}:{column}" for column in task.names for kind in kinds]
     writer.writerow(["video_id", "person", *header])
     for video_id, person, true, p in zip(
       predictions.video_ids,
       predictions.people,
       targets,
-      predictions.probabilities,
+      predictions.predicted,
       strict=True,
     ):
       values = [

@@ -29,7 +29,7 @@ from marlin_jax.devices import sharding
 from marlin_jax.downstream import (
   clip_batches,
   feature_cache,
-  logistic,
+  linear_probe,
   low_data,
   splits,
   tasks,
@@ -146,7 +146,7 @@ def _examples(task, split, clip, num_videos, num_windows) -> Examples:
   """Chooses videos, stratified by target, and windows spread over each."""
   videos = splits.task_split(task, split)
   order = low_data.nested_order(
-    low_data.strata_of(videos.targets), videos.people, seed=0
+    task.strata(videos.targets), videos.people, seed=0
   )
   chosen = np.sort(np.concatenate(order)[:num_videos])
   track_of = {track.video: i for i, track in enumerate(split.tracks)}
@@ -209,7 +209,7 @@ class QuickProbe:
     x, test_x = (
       self._features(encode, examples, report) for examples in (train, test)
     )
-    linear = logistic.fit(
+    linear = linear_probe.fit(
       task,
       x,
       train.targets,
@@ -225,7 +225,7 @@ class QuickProbe:
       temperature=_TEMPERATURE,
     )
     probabilities = {
-      "probe": task.probabilities(linear.logits(test_x)),
+      "probe": task.predicted(linear.logits(test_x)),
       "knn": neighbours,
     }
     return {
@@ -260,5 +260,5 @@ def _scores(task: Task, targets, probabilities) -> dict[str, float]:
   else:
     values = binary.scores(targets, probabilities)
     names = _BINARY_SCORES
-  loss = task.cross_entropy(targets, probabilities)
+  loss = task.loss(targets, probabilities)
   return {"loss": loss} | {name: float(values[name]) for name in names}

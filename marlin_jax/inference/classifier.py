@@ -9,7 +9,7 @@ to videos. On disk it is a folder of plain data:
                      `safetensors`; else it is opened from where it was
 
 Axes: B clips, T frames, S pixels of the square picture, W windows of a video,
-N tokens, D width, V training videos, K labels or classes.
+N tokens, D width, V training videos, K labels, classes or numbers.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ VIDEO_HEADS = ("linear", "neighbours")
 WINDOW_HEADS = ("mean", "attentive")
 
 _DESCRIPTION, _HEAD, _ENCODER = "model.json", "model.safetensors", "encoder"
-_FORMAT, _VERSION = "marlin_jax classifier", 1
+_FORMAT, _VERSION = "marlin_jax classifier", 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +57,11 @@ class Description:
 
   Attributes:
     task: name of the task.
-    names: names of the K labels or classes.
-    is_class: one of K classes, not K independent labels.
+    names: names of the K labels, classes or numbers.
+    kind: 'binary', K independent labels; 'class', one of K; 'value', K numbers.
     head: one of VIDEO_HEADS or WINDOW_HEADS.
-    thresholds: K; a label is predicted above this probability.
+    thresholds: K; a label is predicted above this probability. Numbers have
+      none.
     encoder: path or name of the checkpoint.
     encoder_sha256: hash of the encoder; see `encoder_sha256`.
     pool: how the features of windows become one: mean, std or mean_std.
@@ -73,7 +74,7 @@ class Description:
 
   task: str
   names: tuple[str, ...]
-  is_class: bool
+  kind: str
   head: str
   thresholds: tuple[float, ...]
   encoder: str
@@ -110,10 +111,10 @@ class Prediction:
   """Prediction of a classifier for a video.
 
   Attributes:
-    names: names of the K labels or classes.
-    probabilities: float64 (K,).
+    names: names of the K labels, classes or numbers.
+    probabilities: float64 (K,); numbers of a model of numbers.
     predicted: the class with the highest probability, or all labels above
-      their thresholds.
+      their thresholds; () for numbers.
     window_probabilities: float64 (W, K), or None if the head judges whole
       videos only.
   """
@@ -124,7 +125,7 @@ class Prediction:
   window_probabilities: np.ndarray | None
 
   def as_dict(self) -> dict[str, float]:
-    """Returns the probabilities by name."""
+    """Returns the probabilities or numbers by name."""
     values = self.probabilities.tolist()
     return dict(zip(self.names, values, strict=True))
 
@@ -219,7 +220,7 @@ class VideoClassifier:
     return self._outputs(self._params, clips)
 
   def probabilities(self, outputs: np.ndarray) -> np.ndarray:
-    """Returns the probabilities of a video, float64 (K,).
+    """Returns the probabilities or numbers of a video, float64 (K,).
 
     Args:
       outputs: `outputs` of its windows, (W, D) or (W, K).
@@ -236,7 +237,7 @@ class VideoClassifier:
     )[0]
 
   def window_probabilities(self, outputs: np.ndarray) -> np.ndarray | None:
-    """Returns the probabilities of each window by itself, float64 (W, K).
+    """Returns the predictions of each window by itself, float64 (W, K).
 
     None if features are pooled by their deviation, which one window has not.
     """
@@ -247,19 +248,32 @@ class VideoClassifier:
     return np.stack([self.probabilities(row[None]) for row in outputs])
 
   def _activated(self, logits: np.ndarray) -> np.ndarray:
-    return activated(logits, self.description.is_class)
+    return activated(logits, self.description.kind)
 
   def calibrated(self, probabilities: np.ndarray) -> np.ndarray:
-    """Returns probabilities whose logits are divided by the temperature."""
+    """Returns probabilities whose logits are divided by the temperature.
+
+    Raises:
+      WeightsError: the model predicts numbers.
+    """
+    if self.description.kind == "value":
+      raise WeightsError(
+        f"the model of '{self.description.task}' predicts numbers: only "
+        "probabilities can be calibrated"
+      )
     return rescaled(
-      probabilities, self.description.temperature, self.description.is_class
+      probabilities,
+      self.description.temperature,
+      is_class=self.description.kind == "class",
     )
 
   def decided(self, probabilities: np.ndarray) -> tuple[str, ...]:
     """Returns the class, or the labels, predicted from float64 (K,)."""
     names = self.description.names
-    if self.description.is_class:
+    if self.description.kind == "class":
       return (names[int(probabilities.argmax())],)
+    if self.description.kind == "value":
+      return ()
     return tuple(
       name
       for name, p, threshold in zip(
@@ -345,7 +359,7 @@ class VideoClassifier:
     return self._arrays["kernel"], self._arrays["bias"]
 
   def exported(self, platforms: Sequence[str]) -> jax.export.Exported:
-    """Compiles clips to probabilities as portable StableHLO.
+    """Compiles clips to probabilities or numbers as portable StableHLO.
 
     Args:
       platforms: such as 'cpu', 'cuda' and 'tpu'.
@@ -362,18 +376,18 @@ class VideoClassifier:
     encoder = self.weights.autoencoder(attention="plain")
     kernel, bias = (jnp.asarray(x, jnp.float32) for x in self.linear_layer)
 
-    def probabilities(clips):
+    def predictions(clips):
       features = clip_features.features(encoder, architecture, clips)
       with vit.exact_matmuls("float32"):
         logits = features @ kernel + bias
-      is_class = self.description.is_class
-      return jax.nn.softmax(logits) if is_class else jax.nn.sigmoid(logits)
+      activations = {"binary": jax.nn.sigmoid, "class": jax.nn.softmax}
+      return activations.get(self.description.kind, lambda x: x)(logits)
 
     tubelets = architecture.tubelets
     size, num_frames = tubelets.image_size, tubelets.num_frames
     shape = jax.export.symbolic_shape(f"b, {num_frames}, {size}, {size}, 3")
     clips = jax.ShapeDtypeStruct(shape, jnp.uint8)
-    return jax.export.export(jax.jit(probabilities), platforms=platforms)(clips)
+    return jax.export.export(jax.jit(predictions), platforms=platforms)(clips)
 
   # --- Files ------------------------------------------------------------------
 
@@ -466,17 +480,24 @@ class VideoClassifier:
     return cls(description, weights, arrays, **options)
 
 
-def activated(logits: np.ndarray, is_class: bool) -> np.ndarray:
-  """Maps logits (..., K) to float64 probabilities: softmax or sigmoid."""
+def activated(logits: np.ndarray, kind: str) -> np.ndarray:
+  """Maps outputs of a head (..., K) to float64 predictions.
+
+  Args:
+    logits: the outputs.
+    kind: 'binary', by sigmoid; 'class', by softmax; 'value', as they are.
+  """
   logits = np.asarray(logits, np.float64)
-  if not is_class:
+  if kind == "value":
+    return logits
+  if kind == "binary":
     return 0.5 * (1 + np.tanh(logits / 2))
   e = np.exp(logits - logits.max(axis=-1, keepdims=True))
   return e / e.sum(axis=-1, keepdims=True)
 
 
 def rescaled(
-  probabilities: np.ndarray, temperature: float, is_class: bool
+  probabilities: np.ndarray, temperature: float, *, is_class: bool
 ) -> np.ndarray:
   """Divides the logits of probabilities, float64 (..., K), by a temperature."""
   p = np.clip(probabilities, 1e-12, 1 - 1e-12)
@@ -499,16 +520,18 @@ def read_description(path: Path) -> Description:
       f"{path}: expected a folder with {_DESCRIPTION} and {_HEAD}, as an "
       "evaluation writes them into WORKDIR/models"
     )
-  if content.get("version") != _VERSION:
+  if content.get("version") not in range(1, _VERSION + 1):
     raise WeightsError(
       f"{path / _DESCRIPTION} has version {content.get('version')}, this code "
-      f"reads {_VERSION}: use a newer marlin_jax"
+      f"reads up to {_VERSION}: use a newer marlin_jax"
     )
   fields = {
     key: tuple(value) if isinstance(value, list) else value
     for key, value in content.items()
-    if key not in ("format", "version")
+    if key not in ("format", "version", "is_class")
   }
+  if "is_class" in content:  # version 1, before there were numbers
+    fields["kind"] = "class" if content["is_class"] else "binary"
   try:
     return Description(**fields)
   except TypeError as e:

@@ -1,6 +1,6 @@
-"""Classification by the k nearest neighbours, which needs no training.
+"""Prediction by the k nearest neighbours, which needs no training.
 
-Axes: V videos, M training videos, D features, K labels or classes.
+Axes: V videos, M training videos, D features, K labels, classes or numbers.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ def predict(
   Args:
     features: (V, D).
     train: (M, D).
-    labels: (M, K) in [0, 1].
+    labels: (M, K), in [0, 1] or numbers.
     known: (M, K), 1 where the label is known; others have no vote.
     k: number of neighbours; all if there are fewer.
     temperature: a vote has the weight exp(cosine / temperature).
 
   Returns:
-    float64 (V, K), in [0, 1]; without votes, the mean of all training labels.
+    float64 (V, K), means of labels; without votes, the mean of all training
+    labels.
   """
   train, k = _unit(train), min(k, len(train))
   mean = (labels * known).sum(0) / np.maximum(known.sum(0), 1)

@@ -228,28 +228,34 @@ def _imagenet_input(path: Path) -> bool:
   )
 
 
+_PROBLEM_TYPES = {
+  "binary": "multi_label_classification",
+  "class": "single_label_classification",
+  "value": "regression",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Classifier:
   """Linear layer on the pooled feature, for VideoMAEForVideoClassification.
 
   Attributes:
     kernel, bias: float (D, K), (K,).
-    names: names of the K labels or classes.
-    is_class: one of K classes, not K independent labels.
+    names: names of the K labels, classes or numbers.
+    kind: 'binary', K independent labels; 'class', one of K; 'value', K numbers.
   """
 
   kernel: np.ndarray
   bias: np.ndarray
   names: Sequence[str]
-  is_class: bool
+  kind: str
 
   def config(self) -> dict:
     """Returns the entries of config.json."""
-    problem = "single_label" if self.is_class else "multi_label"
     return {
       "id2label": {str(i): name for i, name in enumerate(self.names)},
       "label2id": {name: i for i, name in enumerate(self.names)},
-      "problem_type": f"{problem}_classification",
+      "problem_type": _PROBLEM_TYPES[self.kind],
     }
 
   def arrays(self) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from marlin_jax.downstream import logistic
+from marlin_jax.downstream import linear_probe
 from marlin_jax.downstream.tasks import Task
 from marlin_jax.scores import classes, ranking
 from tests.benchmarks import probe_data
@@ -164,7 +164,7 @@ def answers(
     question: the question.
     windows: all windows.
     features: (W, D).
-    penalties: see downstream.logistic.
+    penalties: see downstream.linear_probe.
 
   Returns:
     Penalty -> float64 class probabilities (V, K); scores (V,) of a binary
@@ -185,13 +185,13 @@ def answers(
   if not question.num_classes:
     targets = targets[:, None]
   logits = {
-    penalty: logistic.fit(
+    penalty: linear_probe.fit(
       task, x, targets, (penalty,), lambda probe: np.zeros(1), MAX_ITERATIONS
     ).logits(test)
     for penalty in penalties
   }
   if question.num_classes:
-    return {p: task.probabilities(x) for p, x in logits.items()}
+    return {p: task.predicted(x) for p, x in logits.items()}
   return {p: x[:, 0] for p, x in logits.items()}
 
 

@@ -25,7 +25,9 @@ ENCODER = Architecture(
 MODES = {
   "appearance": "linear,knn,attentive,finetune",
   "mood": "linear,knn,attentive",
+  "affect": "linear,knn,attentive,finetune",
 }
+COLUMNS = {"appearance": "p:", "mood": "p:", "affect": "value:"}
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +64,10 @@ def rows_of(path):
     return list(csv.DictReader(file))
 
 
-def probabilities(rows, names):
-  return np.array([[float(row[f"p:{name}"]) for name in names] for row in rows])
+def numbers(rows, names, column="p:"):
+  return np.array(
+    [[float(row[column + name]) for name in names] for row in rows]
+  )
 
 
 @pytest.mark.parametrize(
@@ -92,17 +96,25 @@ def test_a_kept_model_gives_the_evaluations_predictions(
   else:
     assert predict.main(arguments) == 0
   expected = rows_of(workdir / "far" / "predictions" / f"{cell}.csv")
-  names = [key[2:] for key in expected[0] if key.startswith("p:")]
+  of_evaluation = "predicted:" if task == "affect" else "p:"
+  names = [
+    key.removeprefix(of_evaluation)
+    for key in expected[0]
+    if key.startswith(of_evaluation)
+  ]
   videos = [row for row in rows_of(output) if row["row"] == "video"]
   assert [v["video"] for v in videos] == [row["video_id"] for row in expected]
+  found = numbers(videos, names, COLUMNS[task])
   np.testing.assert_allclose(
-    probabilities(videos, names), probabilities(expected, names), atol=2e-6
+    found, numbers(expected, names, of_evaluation), atol=2e-6, rtol=2e-5
   )
   results = json.loads((workdir / "far" / "results.json").read_text())
   (scored,) = (c for c in results["cells"] if c["name"] == cell)
   thresholds = [row.get("threshold") for row in scored["test"]["per_class"]]
-  for row, p in zip(videos, probabilities(videos, names), strict=True):
-    if task == "mood":
+  for row, p in zip(videos, found, strict=True):
+    if task == "affect":
+      assert row["predicted"] == ""
+    elif task == "mood":
       assert row["predicted"] == names[p.argmax()]
     else:
       chosen = [
@@ -126,8 +138,8 @@ def test_pooled_deviations_are_kept_too(workdir, face_data, tmp_path):
   expected = rows_of(workdir / "std" / "predictions" / "mood-linear-1-0.csv")
   names = ("dark", "grey", "bright")
   np.testing.assert_allclose(
-    probabilities(rows_of(output), names),
-    probabilities(expected, names),
+    numbers(rows_of(output), names),
+    numbers(expected, names),
     atol=2e-6,
   )
 
@@ -144,8 +156,8 @@ def test_windows_and_their_mean_of_a_video_file(
   assert [row["row"] for row in windows] == ["window"] * 3
   names = ("dark", "grey", "bright")
   np.testing.assert_allclose(
-    probabilities(windows, names).mean(axis=0),
-    probabilities([whole], names)[0],
+    numbers(windows, names).mean(axis=0),
+    numbers([whole], names)[0],
     atol=2e-6,
   )
   left, top, right, bottom = (
@@ -157,7 +169,7 @@ def test_windows_and_their_mean_of_a_video_file(
   assert 40 < right - left < 200
   prediction = Marlin.load_classifier(model).predict(video)
   assert prediction.as_dict() == pytest.approx(
-    dict(zip(names, probabilities([whole], names)[0], strict=True)), abs=1e-5
+    dict(zip(names, numbers([whole], names)[0], strict=True)), abs=1e-5
   )
   assert prediction.predicted == (whole["predicted"],)
 
@@ -215,7 +227,7 @@ def test_json_lines_hold_the_same(workdir, face_data, tmp_path):
   assert predict.main([*arguments, "--output", str(table)]) == 0
   np.testing.assert_array_equal(
     [entry["probabilities"] for entry in entries],
-    probabilities(rows_of(table), settings["names"]),
+    numbers(rows_of(table), settings["names"]),
   )
 
 
@@ -235,7 +247,7 @@ def test_calibrated_probabilities_fit_the_validation_split_better(
       )
       == 0
     )
-    p = probabilities(rows_of(output), ("bright", "red", "never"))
+    p = numbers(rows_of(output), ("bright", "red", "never"))
     p = p.clip(1e-7, 1 - 1e-7)
     truth = rows_of_truth(face_data)
     losses.append(-np.mean(truth * np.log(p) + (1 - truth) * np.log(1 - p)))
@@ -270,6 +282,32 @@ def test_wrong_models_and_outputs_are_refused(
   assert output.read_text() == "mine"
 
 
+def test_numbers_are_not_calibrated(workdir, face_data, tmp_path, capsys):
+  model = workdir / "far" / "models" / "affect-linear-1-0"
+  arguments = ["--model", str(model), "--data", str(face_data)]
+  output = ["--output", str(tmp_path / "out.csv")]
+  assert predict.main([*arguments, *output, "--calibrated"]) == 1
+  assert "predicts numbers" in capsys.readouterr().err
+  with pytest.raises(WeightsError, match="predicts numbers"):
+    Marlin.load_classifier(model).calibrated(np.zeros(2))
+
+
+@pytest.mark.parametrize(
+  ("task", "is_class"), [("appearance", False), ("mood", True)]
+)
+def test_models_from_before_there_were_numbers_open(
+  workdir, tmp_path, task, is_class
+):
+  """Version 1 of model.json told classes from labels by `is_class`."""
+  model = workdir / "far" / "models" / f"{task}-linear-1-0"
+  content = json.loads((model / "model.json").read_text())
+  del content["kind"]
+  content |= {"version": 1, "is_class": is_class}
+  (tmp_path / "model.json").write_text(json.dumps(content))
+  opened, now = map(classifier.read_description, (tmp_path, model))
+  assert opened == now
+
+
 def test_a_missing_encoder_is_asked_for(workdir, tmp_path):
   model = workdir / "far" / "models" / "mood-linear-1-0"
   description = classifier.read_description(model)
@@ -290,21 +328,30 @@ def test_a_missing_encoder_is_asked_for(workdir, tmp_path):
 # --- Export -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["linear", "finetune"])
-@pytest.mark.parametrize("fold_input", [False, True])
+@pytest.mark.parametrize(
+  ("cell", "fold_input"),
+  [
+    ("appearance-linear", True),
+    ("appearance-finetune", False),
+    ("affect-linear", False),
+  ],
+)
 def test_a_classifier_is_one_of_transformers(
-  workdir, tmp_path, sample_videos, capsys, mode, fold_input
+  workdir, tmp_path, sample_videos, capsys, cell, fold_input
 ):
-  model = workdir / "far" / "models" / f"appearance-{mode}-1-0"
+  model = workdir / "far" / "models" / f"{cell}-1-0"
   flags = ["--fold_input"] if fold_input else []
   convert.convert(
     convert.parse_args(["--to=hf", *flags, str(model), str(tmp_path / "hf")])
   )
-  (line,) = re.findall(
-    r"probabilities: largest difference (\S+)", capsys.readouterr().out
-  )
-  assert float(line) < 1e-4
+  (line,) = re.findall(r": largest difference (\S+)", capsys.readouterr().out)
   config = json.loads((tmp_path / "hf" / "config.json").read_text())
+  if "affect" in cell:  # arousal is about 50
+    assert float(line) < 1e-2
+    assert config["id2label"] == {"0": "valence", "1": "arousal"}
+    assert config["problem_type"] == "regression"
+    return
+  assert float(line) < 1e-4
   assert config["id2label"] == {"0": "bright", "1": "red", "2": "never"}
   assert config["problem_type"] == "multi_label_classification"
 

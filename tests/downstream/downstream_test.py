@@ -8,13 +8,13 @@ import torch
 from flax import nnx
 from sklearn import linear_model, neighbors
 
-from configs import eval_far
+from configs import eval_far, eval_fer
 from marlin_jax.devices import sharding
 from marlin_jax.downstream import (
   clip_batches,
   fit,
   learner,
-  logistic,
+  linear_probe,
   low_data,
   protocols,
   tasks,
@@ -23,6 +23,7 @@ from marlin_jax.downstream.tasks import Task, TaskError
 from marlin_jax.eval import configuration, measures
 from marlin_jax.inference import nearest_neighbours
 from marlin_jax.models import heads, vit
+from marlin_jax.scores import values
 from marlin_jax.training.configuration import ConfigError
 from marlin_jax.training.skipped_steps import NotFiniteError
 
@@ -30,9 +31,10 @@ KNOWN = {
   "face": {"kind": "binary", "names": ["hat", "beard"]},
   "mood": {"kind": "class", "names": ["sad", "calm", "gay"]},
   "worth": {"kind": "value", "names": ["worth"]},
+  "affect": {"kind": "value", "names": ["valence", "arousal"]},
 }
-BINARY = Task("face", "face", False, ("hat", "beard"))
-CLASSES = Task("mood", "mood", True, ("sad", "calm", "gay"))
+BINARY = Task("face", "face", "binary", ("hat", "beard"))
+CLASSES = Task("mood", "mood", "class", ("sad", "calm", "gay"))
 
 
 def task_of(name, **rule):
@@ -75,9 +77,13 @@ def test_labels_become_targets():
 @pytest.mark.parametrize(
   ("name", "rule", "words"),
   [
-    ("x", {}, r"label 'x', and DATA has face \(binary\), mood \(class\)"),
-    ("worth", {}, "label .worth. of DATA is a value"),
-    ("mood", {"label": "mood", "cuts": (0.0,)}, "cuts are for kind value"),
+    ("x", {}, r"label 'x', and DATA has affect \(value\), face \(binary\)"),
+    ("w", {"label": "worth", "cut": (0.0,)}, "has 'cut', expected some of"),
+    ("w", {"label": "worth", "cuts": (0.0,), "apart": 0.0}, "is one of the"),
+    ("w", {"label": "worth", "cuts": (1.0,), "scale": (0, 2)}, "one of them"),
+    ("w", {"label": "worth", "scale": (2, 2)}, "its least and largest"),
+    ("face", {"scale": (0, 2)}, "scale is for kind value"),
+    ("mood", {"label": "mood", "cuts": (0.0,)}, "cuts is for kind value"),
     ("m", {"label": "mood", "negative": "glad"}, "no class 'glad', it has sad"),
     ("w", {"label": "worth", "cuts": (1.0, 0.0)}, r"cuts \(1.0, 0.0\)"),
   ],
@@ -85,6 +91,75 @@ def test_labels_become_targets():
 def test_labels_that_do_not_fit_are_refused(name, rule, words):
   with pytest.raises(TaskError, match=words):
     task_of(name, **rule)
+
+
+def delbrouck_class(a: float) -> int:
+  """The classes of MOSEI_UMONS, as its tokenize.py defines them."""
+  if a == 0:
+    return 3
+  if a < 0:
+    return 0 if a < -2 else 1 if a < -1 else 2
+  return 4 if a <= 1 else 5 if a <= 2 else 6
+
+
+def test_a_value_apart_is_a_class_of_its_own():
+  rule = eval_fer.get_config().derive.sentiment7_delbrouck
+  task = task_of("seven", **dict(rule) | {"label": "worth"})
+  values = np.arange(-9, 10) / 3  # as they are rated
+  values = np.append(values, [-2.0, -1.0, 1.0, 2.0, np.nan])
+  found = task.targets(values[:, None])
+  assert found[:-1].tolist() == [delbrouck_class(a) for a in values[:-1]]
+  assert np.isnan(found[-1])
+  assert task.is_class
+  assert task.names == ("<-2", "-2..-1", "-1..0", "=0", "0..1", "1..2", ">2")
+
+
+def test_numbers_are_targets_and_are_trained_in_units_of_their_spread():
+  values = np.array([[1.0, 50], [2, np.nan], [3, 70], [np.nan, 60]], np.float32)
+  task = task_of("affect")
+  assert (task.is_value, task.score_name) == (True, "ccc")
+  targets = task.targets(values)
+  np.testing.assert_array_equal(targets, values)
+  assert task.strata(targets).tolist() == [1, 3, 4, 0]
+  units = tasks.Units.of(task, targets)
+  labels, known = task.encode(targets)
+  standard = np.where(known > 0, units.standardised(labels), np.nan)
+  np.testing.assert_allclose(np.nanmean(standard, axis=0), 0, atol=1e-6)
+  np.testing.assert_allclose(np.nanstd(standard, axis=0), 1, rtol=1e-6)
+  # A layer that gives standardised numbers gives numbers when it is folded.
+  x, kernel = np.ones((1, 3)), np.random.default_rng(0).normal(size=(3, 2))
+  folded = units.folded({"kernel": kernel, "bias": np.array([0.5, -1.0])})
+  np.testing.assert_allclose(
+    units.standardised(x @ folded["kernel"] + folded["bias"]),
+    x @ kernel + [0.5, -1.0],
+  )
+  losses = task.losses(targets, np.array([[1.0, 52], [2, 0], [5, 70], [0, 63]]))
+  np.testing.assert_allclose(losses, [4 / 3, 13 / 3])
+
+
+def test_units_of_labels_change_nothing():
+  units = tasks.Units.of(BINARY, np.array([[0.0, 1.0], [1.0, 1.0]]))
+  layer = {"kernel": np.float32([[0.1, 0.7]]), "bias": np.float32([0.3, -0.9])}
+  for name, array in units.folded(layer).items():
+    np.testing.assert_array_equal(array, layer[name])
+
+
+def test_the_concordance_loss_is_lins_coefficient():
+  np_rng = np.random.default_rng(0)
+  labels, numbers = np_rng.normal(size=(2, 6, 2)).astype(np.float32)
+  known = np.ones((6, 2), np.float32)
+  known[:2, 1] = 0
+  task = task_of("affect")
+  loss = learner.loss_of(task, numbers, labels, known, "ccc")
+  expected = [
+    values.scores(labels[rows, k : k + 1], numbers[rows, k : k + 1])["ccc"]
+    for k, rows in enumerate((slice(None), slice(2, None)))
+  ]
+  assert float(loss) == pytest.approx(1 - np.mean(expected), rel=1e-5)
+  # A batch of one constant has a loss and a gradient, not NaN.
+  one = np.ones((4, 2), np.float32)
+  gradient = jax.grad(lambda x: learner.loss_of(task, x, one, one, "ccc"))(one)
+  assert np.isfinite(gradient).all()
 
 
 def test_all_problems_of_a_configuration_are_reported_together():
@@ -130,8 +205,8 @@ def test_the_stratum_is_the_rarest_label():
   targets = np.array(
     [[1, 0, 0], [1, 1, 0], [1, 1, nan], [0, 0, 0], [1, 0, 1]], float
   )
-  assert low_data.strata_of(targets).tolist() == [1, 2, 2, 0, 3]
-  assert low_data.strata_of(np.array([2.0, nan, 0.0])).tolist() == [3, 0, 1]
+  assert BINARY.strata(targets).tolist() == [1, 2, 2, 0, 3]
+  assert CLASSES.strata(np.array([2.0, nan, 0.0])).tolist() == [3, 0, 1]
 
 
 # --- The linear probe ---------------------------------------------------------
@@ -156,7 +231,7 @@ def never(probe) -> np.ndarray:
 def test_the_probe_equals_sklearns_logistic_regression(penalty):
   x, y = drawn(200, 0, noise=4.0)
   y[:30, 1] = np.nan
-  probe = logistic.fit(BINARY, x, y, (penalty,), never, 500)
+  probe = linear_probe.fit(BINARY, x, y, (penalty,), never, 500)
   assert probe.converged
   assert not probe.at_edge.any()
   for k, known in ((0, slice(None)), (1, slice(30, None))):
@@ -175,25 +250,71 @@ def test_classes_equal_sklearns_logistic_regression():
   np_rng = np.random.default_rng(0)
   x = np_rng.normal(size=(300, 8))
   targets = (x[:, :3] + np_rng.normal(size=(300, 3))).argmax(axis=1)
-  probe = logistic.fit(CLASSES, x, targets.astype(float), (1e-3,), never, 500)
+  probe = linear_probe.fit(
+    CLASSES, x, targets.astype(float), (1e-3,), never, 500
+  )
   theirs = linear_model.LogisticRegression(
     C=1 / (1e-3 * 300), tol=1e-10, max_iter=5000
   ).fit((x - x.mean(0)) / x.std(0), targets)
   np.testing.assert_allclose(probe.kernel, theirs.coef_.T, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1e-2, 1e-6])
+def test_the_probe_of_numbers_equals_sklearns_ridge(penalty):
+  x, _ = drawn(200, 0)
+  y = x[:, :2] * [3.0, -1.0] + np.random.default_rng(1).normal(50, 4, (200, 2))
+  y[:30, 1] = np.nan
+  probe = linear_probe.fit(
+    task_of("affect"), x, y, (penalty,), lambda probe: np.zeros(2), 1
+  )
+  z = (x - x.mean(0, np.float64)) / x.std(0, dtype=np.float64)
+  for k, known in ((0, slice(None)), (1, slice(30, None))):
+    theirs = linear_model.Ridge(alpha=penalty * len(z[known]), tol=1e-12).fit(
+      z[known], y[known, k]
+    )
+    np.testing.assert_allclose(probe.kernel[:, k], theirs.coef_, atol=1e-5)
+    assert probe.bias[k] == pytest.approx(theirs.intercept_, abs=1e-5)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e3])
+def test_the_grid_of_a_ridge_grows_at_both_ends(noise):
+  (x, _), (val_x, _) = drawn(200, 0), drawn(400, 1)
+  np_rng = np.random.default_rng(2)
+  y, val_y = (
+    z[:, :1] + noise * np_rng.normal(size=(len(z), 1)) for z in (x, val_x)
+  )
+  task = task_of("worth")
+
+  def score(probe):
+    return -task.losses(val_y, probe.logits(val_x)) / np.square(y.std())
+
+  probe = linear_probe.fit(task, x, y, (1e-2, 1e-1), score, 1)
+  assert probe.penalty[0] < 1e-2 if noise == 0 else probe.penalty[0] > 1e-1
+
+
+def test_more_features_than_videos_and_constant_ones_have_a_ridge():
+  x = np.random.default_rng(0).normal(size=(5, 16))
+  x[:, 3] = 7.0
+  y = np.arange(5.0)[:, None]
+  probe = linear_probe.fit(
+    task_of("worth"), x, y, (0.0,), lambda probe: np.zeros(1), 1
+  )
+  assert probe.kernel[3, 0] == pytest.approx(0)
+  np.testing.assert_allclose(probe.logits(x), y, atol=1e-8)
+
+
 def test_a_label_has_the_same_probe_alone_and_beside_others():
   (x, y), (val_x, val_y) = drawn(300, 0, noise=4.0), drawn(300, 1, noise=4.0)
   # Another label that needs the largest penalty, as it is drawn by lot.
   y[:, 1] = np.random.default_rng(2).integers(0, 2, 300)
-  alone = Task("a", "a", False, ("one",))
+  alone = Task("a", "a", "binary", ("one",))
 
   def fit(task, k):
     def score(probe):
-      found = task.probabilities(probe.logits(val_x))
-      return -task.cross_entropies(val_y[:, :k], found)
+      found = task.predicted(probe.logits(val_x))
+      return -task.losses(val_y[:, :k], found)
 
-    return logistic.fit(task, x, y[:, :k], (1e-3, 1e-2, 1e-1), score, 500)
+    return linear_probe.fit(task, x, y[:, :k], (1e-3, 1e-2, 1e-1), score, 500)
 
   one, both = fit(alone, 1), fit(BINARY, 2)
   assert both.penalty[0] == one.penalty[0] != both.penalty[1]
@@ -205,14 +326,14 @@ def test_the_grid_grows_while_the_best_penalty_is_its_last(noise):
   (x, y), (val_x, val_y) = drawn(200, 0, noise), drawn(400, 1, noise)
 
   def score(probe):
-    found = BINARY.probabilities(probe.logits(val_x))
-    return -BINARY.cross_entropies(val_y, found)
+    found = BINARY.predicted(probe.logits(val_x))
+    return -BINARY.losses(val_y, found)
 
-  narrow = logistic.fit(BINARY, x, y, (1e-2, 2e-2), score, 500)
+  narrow = linear_probe.fit(BINARY, x, y, (1e-2, 2e-2), score, 500)
   beyond = narrow.penalty < 1e-2 if noise < 1 else narrow.penalty > 2e-2
   assert beyond.all()
   wide = 1e-2 * 2.0 ** np.arange(-40, 17)
-  known = logistic.fit(BINARY, x, y, wide, score, 500)
+  known = linear_probe.fit(BINARY, x, y, wide, score, 500)
   np.testing.assert_allclose(score(narrow), score(known), atol=1e-3)
 
 
@@ -220,9 +341,9 @@ def test_a_penalty_at_the_end_of_the_search_is_told():
   x, y = drawn(60, 0, noise=0.0)
 
   def score(probe):
-    return -BINARY.cross_entropies(y, BINARY.probabilities(probe.logits(x)))
+    return -BINARY.losses(y, BINARY.predicted(probe.logits(x)))
 
-  probe = logistic.fit(BINARY, x, y, (1e-2, 1e-6), score, 1000)
+  probe = linear_probe.fit(BINARY, x, y, (1e-2, 1e-6), score, 1000)
   assert probe.at_edge.all()
   assert (probe.penalty <= 1e-6).all()
 
@@ -230,17 +351,17 @@ def test_a_penalty_at_the_end_of_the_search_is_told():
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e3])
 def test_the_probe_separates_labels_at_any_feature_scale(scale):
   (x, y), (new_x, new_y) = drawn(400, 0), drawn(200, 1)
-  probe = logistic.fit(BINARY, scale * x, y, (1e-3, 1e-2), never, 500)
-  found = BINARY.probabilities(probe.logits(scale * new_x))
-  assert BINARY.auc(new_y, found, micro=False) > 0.98
+  probe = linear_probe.fit(BINARY, scale * x, y, (1e-3, 1e-2), never, 500)
+  found = BINARY.predicted(probe.logits(scale * new_x))
+  assert BINARY.score(new_y, found, micro=False) > 0.98
 
 
 def test_shuffled_labels_give_chance():
   (x, y), (new_x, new_y) = drawn(400, 0), drawn(400, 1)
   shuffled = np.random.default_rng(0).permutation(y)
-  probe = logistic.fit(BINARY, x, shuffled, (1e-2,), never, 500)
-  found = BINARY.probabilities(probe.logits(new_x))
-  assert 0.4 < BINARY.auc(new_y, found, micro=False) < 0.6
+  probe = linear_probe.fit(BINARY, x, shuffled, (1e-2,), never, 500)
+  found = BINARY.predicted(probe.logits(new_x))
+  assert 0.4 < BINARY.score(new_y, found, micro=False) < 0.6
 
 
 def test_the_penalty_is_selected_on_the_validation_split():
@@ -248,13 +369,13 @@ def test_the_penalty_is_selected_on_the_validation_split():
   new_x, new_y = drawn(400, 1, noise=8.0)
 
   def score(probe):
-    found = BINARY.probabilities(probe.logits(new_x))
-    return -BINARY.cross_entropies(new_y, found)
+    found = BINARY.predicted(probe.logits(new_x))
+    return -BINARY.losses(new_y, found)
 
   penalties = (1e-6, 1e-2, 1.0, 100.0)
-  best = logistic.fit(BINARY, x, y, penalties, score, 500)
+  best = linear_probe.fit(BINARY, x, y, penalties, score, 500)
   each = np.array(
-    [score(logistic.fit(BINARY, x, y, (p,), never, 500)) for p in penalties]
+    [score(linear_probe.fit(BINARY, x, y, (p,), never, 500)) for p in penalties]
   )
   assert best.penalty.tolist() == [penalties[i] for i in each.argmax(axis=0)]
   assert (best.penalty > 1e-6).all()
@@ -266,8 +387,8 @@ def test_the_probe_separates_classes():
   targets = np_rng.integers(0, 3, 300).astype(float)
   x = centres[targets.astype(int)] + np_rng.normal(size=(300, 16))
   targets[:20] = np.nan
-  probe = logistic.fit(CLASSES, x, targets, (1e-2,), never, 500)
-  found = CLASSES.probabilities(probe.logits(x))
+  probe = linear_probe.fit(CLASSES, x, targets, (1e-2,), never, 500)
+  found = CLASSES.predicted(probe.logits(x))
   known = ~np.isnan(targets)
   assert (found.argmax(1) == targets)[known].mean() > 0.98
   np.testing.assert_allclose(found.sum(axis=1), 1)
@@ -289,18 +410,18 @@ def test_the_papers_gradient_steps_separate_labels():
       step += 1
 
   def predict(trained):
-    return BINARY.probabilities(np.asarray(probe.logits(trained, new_x)))
+    return BINARY.predicted(np.asarray(probe.logits(trained, new_x)))
 
   fitted = fit.fit(
     probe,
     protocols.plan_training(config, 256),
     batches,
-    lambda trained: BINARY.auc(new_y, predict(trained), micro=True),
+    lambda trained: BINARY.score(new_y, predict(trained), micro=True),
     seed=0,
   )
-  assert BINARY.auc(new_y, predict(fitted.trained), micro=True) > 0.97
-  again = BINARY.auc(new_y, predict(fitted.trained), micro=True)
-  assert fitted.auc == pytest.approx(again, rel=1e-6)
+  assert BINARY.score(new_y, predict(fitted.trained), micro=True) > 0.97
+  again = BINARY.score(new_y, predict(fitted.trained), micro=True)
+  assert fitted.score == pytest.approx(again, rel=1e-6)
   assert fitted.losses[-1] < fitted.losses[0] / 2
 
 
@@ -494,6 +615,6 @@ def test_thresholds_come_from_validation_except_under_the_papers_protocol():
   targets = np.array([[0.0], [0], [0], [0], [1]])
   p = np.array([[0.1], [0.1], [0.1], [0.2], [0.3]])
   found = measures.Predictions(["v"] * 5, ["p"] * 5, targets, p)
-  task = Task("hat", "hat", False, ("hat",))
+  task = Task("hat", "hat", "binary", ("hat",))
   assert measures.thresholds(task, found, "default")[0] == pytest.approx(0.25)
   assert measures.thresholds(task, found, "paper")[0] == 0.5

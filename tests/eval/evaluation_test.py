@@ -214,11 +214,6 @@ def test_dfd_gives_the_same_on_two_devices_as_on_one(face_data, tmp_path):
   [
     ({"data.test": "exam"}, DatasetError, "has no split 'exam', it has"),
     ({"tasks": "action"}, tasks.TaskError, "needs the label 'action', and"),
-    (
-      {"tasks": "sentiment"},
-      tasks.TaskError,
-      "label .sentiment. of .* is a value",
-    ),
     ({"modes": "linear,magic"}, ConfigError, "modes='linear,magic'"),
     ({"data.ratio": "0,1"}, ConfigError, r"data.ratio='0,1': expected"),
     ({"mesh.data": 3}, MeshError, "config.mesh.data=3"),

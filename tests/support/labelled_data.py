@@ -184,6 +184,7 @@ LABELS = {
   "appearance": Label(BINARY, ("bright", "red", "never")),
   "emotion": Label(BINARY, ("happy", "sad")),
   "sentiment": Label(VALUE, ("sentiment",)),
+  "affect": Label(VALUE, ("valence", "arousal")),
   "manipulation": Label(CLASS, ("original", *eval_dfd.METHODS)),
   "mood": Label(CLASS, ("dark", "grey", "bright")),
 }
@@ -202,6 +203,7 @@ def draw_face(i: int, np_rng: np.random.Generator) -> Video:
       "appearance": (level == 2, red, 0),
       "emotion": (level > 0, np.nan if i % 3 == 0 else red),
       "sentiment": (level - 1.0,),
+      "affect": (level / 2 - red, np.nan if i % 5 == 0 else 50.0 + 9 * red),
       "manipulation": (np.nan if i == 1 else min(level * (1 + red), 4),),
       "mood": (level,),
     },

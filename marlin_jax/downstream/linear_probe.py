@@ -1,4 +1,4 @@
-"""Linear probe by regularised logistic regression.
+"""Linear probe: regularised logistic regression; for numbers, ridge regression.
 
 The problem is convex and is solved in float64 on the host, so that the optimum
 depends on the data alone: not on a learning rate, the order of the videos, the
@@ -6,7 +6,7 @@ devices or their matmul precision (like CLIP's probe, Radford et al., ICML 2021,
 section 3.2). Each label has a problem and a penalty of its own; its probe is
 the same alone and beside other labels.
 
-Axes: V videos, D features, K labels or classes.
+Axes: V videos, D features, K labels, classes or numbers.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class LinearProbe:
   converged: bool = True
 
   def logits(self, features: np.ndarray) -> np.ndarray:
-    """Maps features (V, D) to float64 (V, K)."""
+    """Maps features (V, D) to float64 logits or numbers (V, K)."""
     x = (features.astype(np.float64) - self.mean) / self.scale
     return x @ self.kernel + self.bias
 
@@ -67,7 +67,9 @@ def fit(
   The loss of a label is its mean cross-entropy over the videos where it is
   known, plus penalty / 2 times the sum of squares of its column of the kernel,
   on features of mean 0 and standard deviation 1: scikit-learn's
-  LogisticRegression with C = 1 / (penalty * number of known videos).
+  LogisticRegression with C = 1 / (penalty * number of known videos). That of a
+  number is half its mean squared error: scikit-learn's Ridge with alpha =
+  penalty * number of known videos.
 
   While the best penalty of a label is the first or the last one tried, the grid
   continues with its last ratio, down to 1e-12 and up to 1e3. A single penalty
@@ -76,14 +78,17 @@ def fit(
   Args:
     task: defines the targets. Classes share one softmax and one penalty.
     features: (V, D), features of the training videos.
-    targets: (V, K), or (V,) for classes; see `Task.targets`.
+    targets: see `Task.targets`.
     penalties: L2 penalties to try.
     score: returns the scores of a probe on the validation split, the higher
       the better: float (K,), or (1,) for classes. A label whose scores are NaN
       takes the largest penalty.
     max_iterations: maximum number of iterations of L-BFGS per penalty.
   """
-  problem = _Problem(task, features, targets, max_iterations)
+  if task.is_value:
+    problem = _Ridge(task, features, targets)
+  else:
+    problem = _Logistic(task, features, targets, max_iterations)
   grid = sorted(map(float, penalties), reverse=True)
   probes, scores = [], []
   # From the largest penalty on: each optimum is near the previous one.
@@ -124,8 +129,8 @@ def _best(scores: list[np.ndarray]) -> np.ndarray:
 class _Problem:
   """Training data, prepared for any penalty."""
 
-  def __init__(self, task, features, targets, max_iterations):
-    self._task, self._max_iterations = task, max_iterations
+  def __init__(self, task, features, targets):
+    self._task = task
     self.mean = features.mean(axis=0, dtype=np.float64)
     scale = features.std(axis=0, dtype=np.float64)
     # A constant feature carries no information and must not be scaled up.
@@ -133,8 +138,74 @@ class _Problem:
     self.scale = np.where(is_constant, 1.0, scale)
     labels, known = task.encode(targets)
     self._labels = labels.astype(np.float64)
-    self._weights = known / np.maximum(known.sum(axis=0), 1)
-    x = (features - self.mean) / self.scale
+    self._known = known.astype(bool)
+
+  def _standardised(self, features: np.ndarray) -> np.ndarray:
+    return (features - self.mean) / self.scale
+
+  def _probe(self, kernel, bias, penalty, *, converged=True) -> LinearProbe:
+    num = self._task.num_outputs
+    return LinearProbe(
+      self.mean,
+      self.scale,
+      kernel,
+      bias,
+      np.full(num, penalty),
+      np.zeros(num, bool),
+      converged,
+    )
+
+
+class _Ridge(_Problem):
+  """Numbers, by the closed form."""
+
+  def __init__(self, task, features, targets):
+    super().__init__(task, features, targets)
+    x = self._standardised(features)
+    eigen: dict[bytes, tuple] = {}
+    # Of each number: variances, rotation, covariances, means of x and of y.
+    self._solved = []
+    for k in range(task.num_outputs):
+      known = self._known[:, k]
+      if known.tobytes() not in eigen:
+        # An unknown number leaves other videos, with means of their own.
+        rows = x[known] if known.any() else x[:1]
+        centre = rows.mean(axis=0)
+        rows = rows - centre
+        variances, rotation = np.linalg.eigh(rows.T @ rows / len(rows))
+        eigen[known.tobytes()] = variances, rotation, rows, centre
+      variances, rotation, rows, centre = eigen[known.tobytes()]
+      y = self._labels[known, k] if known.any() else np.zeros(1)
+      covariances = rotation.T @ (rows.T @ (y - y.mean()) / len(y))
+      self._solved.append((variances, rotation, covariances, centre, y.mean()))
+
+  def solve(self, penalty: float, start: LinearProbe | None) -> LinearProbe:
+    """Returns the optimum for a penalty; `start` is not needed."""
+    del start
+    kernels, biases = [], []
+    for variances, rotation, covariances, centre, mean in self._solved:
+      curvatures = np.maximum(variances, 0) + penalty
+      # Without a penalty, directions that do not vary have no weight.
+      is_defined = curvatures > 1e-12 * max(1.0, variances[-1])
+      coordinates = np.divide(
+        covariances,
+        curvatures,
+        out=np.zeros_like(covariances),
+        where=is_defined,
+      )
+      kernels.append(rotation @ coordinates)
+      biases.append(mean - centre @ kernels[-1])
+    return self._probe(np.stack(kernels, axis=1), np.array(biases), penalty)
+
+
+class _Logistic(_Problem):
+  """Labels or classes, by L-BFGS."""
+
+  def __init__(self, task, features, targets, max_iterations):
+    super().__init__(task, features, targets)
+    self._max_iterations = max_iterations
+    self._weights = self._known / np.maximum(self._known.sum(axis=0), 1)
+    x = self._standardised(features)
     # Rotated to uncorrelated features, whose curvatures are known: the solver
     # takes tens of iterations in place of thousands. The penalty is the same.
     variances, self._rotation = np.linalg.eigh(x.T @ x / len(x))
@@ -188,15 +259,12 @@ class _Problem:
     if self._task.is_class:
       # What all logits share changes no probability; the optimum has none.
       layer -= layer.mean(axis=1, keepdims=True)
-    return LinearProbe(
-      self.mean,
-      self.scale,
+    return self._probe(
       self._rotation @ layer[:-1],
       layer[-1],
-      np.full(self._task.num_outputs, penalty),
-      np.zeros(self._task.num_outputs, bool),
+      penalty,
       # Status 1: out of iterations; 2: no better point within rounding.
-      result.status != 1,
+      converged=result.status != 1,
     )
 
   def _loss(self, layer: np.ndarray) -> tuple[float, np.ndarray]:
@@ -210,7 +278,7 @@ class _Problem:
       errors = exponentials / total - self._labels
     else:
       losses = np.logaddexp(0, logits) - self._labels * logits
-      errors = self._task.probabilities(logits) - self._labels
+      errors = self._task.predicted(logits) - self._labels
     errors *= self._weights
     gradient = np.vstack([self._x.T @ errors, errors.sum(axis=0)])
     return float((losses * self._weights).sum()), gradient
