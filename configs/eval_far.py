@@ -100,7 +100,9 @@ def get_config():
   # Mirror half of the clips.
   config.attentive.flip = True
 
-  # The whole encoder: VideoMAE's recipe for small data sets, in fewer epochs.
+  # The whole encoder: AdamW with layer-wise rates, stochastic depth, mixup and
+  # flips. VideoMAE's recipe for small data sets has more: RandAugment, random
+  # erasing and crops, CutMix, label smoothing, repeated augmentation.
   config.finetune = ConfigDict()
   # Videos per step.
   config.finetune.batch_size = 32

@@ -50,6 +50,8 @@ PUBLISHED = {
   "marlin_vit_large_ytf": 1024,
 }
 _ADDRESS = "https://github.com/ControlNet/MARLIN/releases/download/model_v1/"
+# Where marlin-pytorch keeps them, in the current folder.
+_AUTHORS_CACHE = Path(".marlin")
 _TIMEOUT_SECS = 20
 _BLOCK_BYTES = 1 << 20
 
@@ -175,7 +177,8 @@ def resolve(source: str, *, full: bool = False) -> Path:
   """Returns a path, or the place of a model that is downloaded on first use.
 
   The file is kept in `$MARLIN_HOME/models` (by default in
-  ~/.cache/marlin_jax/models). Without a network, put it there by hand.
+  ~/.cache/marlin_jax/models). Without a network, put it there by hand. One that
+  marlin-pytorch has downloaded into ./.marlin is used too.
 
   Args:
     source: one of PUBLISHED; a name on the HuggingFace hub, see `hub.fetch`;
@@ -199,6 +202,9 @@ def resolve(source: str, *, full: bool = False) -> Path:
   name = f"{source}.{'full' if full else 'encoder'}.pt"
   path = folders.cache_home() / "models" / name
   if not path.is_file():
+    theirs = _AUTHORS_CACHE / name
+    if theirs.is_file():
+      return theirs
     _download(_ADDRESS + name, path)
   return path
 

@@ -376,6 +376,18 @@ def test_a_published_name_without_a_network_says_where_to_put_the_file(
     formats.resolve("marlin_vit_huge")
 
 
+def test_what_marlin_pytorch_has_downloaded_is_used(tmp_path, monkeypatch):
+  monkeypatch.setenv("MARLIN_HOME", str(tmp_path / "home"))
+  monkeypatch.setattr(formats, "_ADDRESS", "http://127.0.0.1:9/")
+  monkeypatch.chdir(tmp_path)
+  file = tmp_path / ".marlin" / "marlin_vit_base_ytf.full.pt"
+  file.parent.mkdir()
+  file.write_bytes(b"theirs")
+  assert formats.resolve("marlin_vit_base_ytf", full=True).samefile(file)
+  with pytest.raises(WeightsError, match="could not be downloaded"):
+    formats.resolve("marlin_vit_base_ytf", full=False)
+
+
 # --- The command --------------------------------------------------------------
 
 
