@@ -208,10 +208,10 @@ def _generate(config: ConfigDict) -> None:
   from marlin_jax.lipsync.generation.generate import load_generator, run
 
   paths = flags.FLAGS
-  generator, framing = load_generator(
+  drawer = load_generator(
     paths.generator, dtype=config.dtype, attention=config.attention
   )
-  run(generator, paths.video, paths.sound, paths.output, framing=framing)
+  run(drawer, paths.video, paths.sound, paths.output)
 
 
 def _score(config: ConfigDict) -> None:

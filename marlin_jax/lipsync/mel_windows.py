@@ -79,6 +79,27 @@ def frame_windows(
   return _cut(mel, first_frames, FRAME_ROWS, start_secs)
 
 
+def inference_windows(mel: np.ndarray, frames: np.ndarray) -> np.ndarray:
+  """Cuts out the windows that Wav2Lip's inference.py gives to single frames.
+
+  They begin with the frame itself, one frame later than in its training, and
+  the last ones end with the sound.
+
+  Args:
+    mel: float32 (R, 80), mel spectrogram of a video; not empty.
+    frames: int (N,), numbers of the frames, from 0.
+
+  Returns:
+    float32 (N, 16, 80).
+
+  Raises:
+    ValueError: `mel` is empty or has another shape.
+  """
+  # The last window that ends within the sound.
+  last = max(len(mel) - FRAME_ROWS, 0) / MEL_RATE * FPS
+  return _cut(mel, np.minimum(frames, last), FRAME_ROWS, 0.0)
+
+
 def _cut(
   mel: np.ndarray, frames: np.ndarray, length: int, start_secs: float
 ) -> np.ndarray:

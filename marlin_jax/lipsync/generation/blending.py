@@ -20,6 +20,9 @@ RADII = 0.42, 0.245
 _ROUNDNESS = 4
 # Ratio of the radii within which the mask is 1.
 SOLID_RATIO = 0.72
+# Width of the soft edge of a face that is smaller than the crop, as a ratio of
+# its own sides.
+EDGE_RATIO = 0.06
 
 
 def opacity(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -37,31 +40,42 @@ def opacity(x: np.ndarray, y: np.ndarray) -> np.ndarray:
   vertical = np.abs((y - CENTRE[1]) / RADII[1]) ** _ROUNDNESS
   radius = (horizontal + vertical) ** (1 / _ROUNDNESS)
   ramp = np.clip((1 - radius) / (1 - SOLID_RATIO), 0, 1)
-  return (ramp * ramp * (3 - 2 * ramp)).astype(np.float32)
+  return _smooth(ramp).astype(np.float32)
 
 
-def paste(frame: np.ndarray, face: np.ndarray, box: np.ndarray) -> np.ndarray:
+def paste(
+  frame: np.ndarray,
+  face: np.ndarray,
+  box: np.ndarray,
+  crop: np.ndarray | None = None,
+) -> np.ndarray:
   """Pastes the lower half of a face into a frame, with a soft edge.
 
   Args:
     frame: uint8 (H, W, 3).
     face: uint8 (S, S, 3).
     box: float (4,), place of `face` in the frame; may reach past the frame.
+    crop: float (4,), the face crop as in records, by which the mask is placed;
+      None: `box`. The mask ends softly where `box` does.
 
   Returns:
     uint8 (H, W, 3), a new array. Pixels where `opacity` is 0 are unchanged.
   """
   pasted = frame.copy()
-  x0, y0, x1, y1 = (float(v) for v in box)
+  crop = box if crop is None else crop
   height, width = frame.shape[:2]
-  left, right = _extent(x0, x1, CENTRE[0], RADII[0], width)
-  top, bottom = _extent(y0, y1, CENTRE[1], RADII[1], height)
+  left, right = _extent(box, crop, 0, width)
+  top, bottom = _extent(box, crop, 1, height)
   if left >= right or top >= bottom:
     return pasted
-  x = (np.arange(left, right) + 0.5 - x0) / (x1 - x0)
-  y = (np.arange(top, bottom)[:, None] + 0.5 - y0) / (y1 - y0)
-  alpha = opacity(x, y)[..., None]
-  drawn = _resample(face, (x0, y0, x1, y1), (left, top, right, bottom))
+  x, y = np.arange(left, right) + 0.5, np.arange(top, bottom)[:, None] + 0.5
+  alpha = opacity(_ratio(x, crop, 0), _ratio(y, crop, 1))
+  if not np.array_equal(crop, box):
+    alpha = alpha * _edge(_ratio(x, box, 0)) * _edge(_ratio(y, box, 1))
+  alpha = alpha[..., None]
+  drawn = _resample(
+    face, tuple(float(v) for v in box), (left, top, right, bottom)
+  )
   region = pasted[top:bottom, left:right]
   blended = alpha * drawn + (1 - alpha) * region
   # A uint8 as float32 times 1 is exact, so pixels with opacity 0 do not change.
@@ -69,14 +83,32 @@ def paste(frame: np.ndarray, face: np.ndarray, box: np.ndarray) -> np.ndarray:
   return pasted
 
 
+def _smooth(ramp: np.ndarray) -> np.ndarray:
+  """Returns a ramp from 0 to 1 without corners."""
+  return ramp * ramp * (3 - 2 * ramp)
+
+
+def _edge(ratio: np.ndarray) -> np.ndarray:
+  """Returns the opacity near the edges of a box, by the place in it."""
+  distance = np.minimum(ratio, 1 - ratio)
+  return _smooth(np.clip(distance / EDGE_RATIO, 0, 1))
+
+
+def _ratio(pixels: np.ndarray, box: np.ndarray, axis: int) -> np.ndarray:
+  """Returns places along an axis as ratios of a box."""
+  start, stop = float(box[axis]), float(box[axis + 2])
+  return (pixels - start) / (stop - start)
+
+
 def _extent(
-  start: float, stop: float, centre: float, radius: float, size: int
+  box: np.ndarray, crop: np.ndarray, axis: int, size: int
 ) -> tuple[int, int]:
   """Returns first and end pixel of the mask in the frame, along one axis."""
-  side = stop - start
-  first = math.floor(start + (centre - radius) * side)
-  last = math.ceil(start + (centre + radius) * side)
-  return max(first, 0), min(last, size)
+  start, stop = float(crop[axis]), float(crop[axis + 2])
+  side, centre, radius = stop - start, CENTRE[axis], RADII[axis]
+  first = max(start + (centre - radius) * side, float(box[axis]))
+  last = min(start + (centre + radius) * side, float(box[axis + 2]))
+  return max(math.floor(first), 0), min(math.ceil(last), size)
 
 
 def _resample(

@@ -3,8 +3,9 @@
   python -m marlin_jax.eval.ls --mode=generate
 
 The face of each frame is cropped as in training, its lower half is hidden, and
-the generator draws it to fit the sound around that frame. `blending` pastes the
-drawn lower half into the frame. `video_writer` writes the frames and the sound,
+the generator draws it to fit the sound around that frame (`drawing`; what
+published weights get is in `feeding`). `blending` pastes the drawn lower half
+into the frame. `video_writer` writes the frames and the sound,
 with metadata that mark the file as AI-generated.
 
   - Video of any frame rate is resampled to 25 frames per second. The output
@@ -19,13 +20,11 @@ with metadata that mark the file as AI-generated.
   - The sound is written as AAC, at its own sample rate, with two channels at
     most.
 
-Axes: B windows per batch, T frames of a window, S side of the generator's
-images, H W pixels of the video, N frames written, R mel rows.
+Axes: H W pixels of the video, N frames written.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import os
@@ -33,26 +32,21 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.lipsync import mel_windows
-from marlin_jax.lipsync.generation import blending, frame_stream, video_writer
+from marlin_jax.lipsync.generation import frame_stream, video_writer
+from marlin_jax.lipsync.generation.drawing import Boxes, Drawing, FaceDrawer
+from marlin_jax.lipsync.generation.feeding import PublishedFeeding
 from marlin_jax.lipsync.generation.frame_stream import SourceVideo
-from marlin_jax.lipsync.networks import build, inputs
+from marlin_jax.lipsync.networks import build
 from marlin_jax.records.cli import UserError
 from marlin_jax.records.mel_spectrogram import MAX_VALUE, mel_spectrogram
-from marlin_jax.records.schema import FRAME_SIZE, SAMPLE_RATE
+from marlin_jax.records.schema import SAMPLE_RATE
 
 if TYPE_CHECKING:
   from marlin_jax.lipsync.generation.frame_stream import Models
 
-# Frames per batch; about twice as many frames of the video are in memory. A CPU
-# gains nothing from more than one window, and shows progress more often.
-BATCH_FRAMES, CPU_BATCH_FRAMES = 64, 16
 FINDING, DRAWING = "finding the face", "drawing"
 MARK_NOTICE = (
   "The file is marked as AI-generated in its metadata (IPTC digital source "
@@ -68,44 +62,7 @@ class GenerationError(UserError):
   """Raised if no video can be generated; the message has path and reason."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Framing:
-  """Part of a record's face crop that a generator sees.
-
-  Attributes:
-    left, top, right, bottom: edges, as ratios of the sides of the crop.
-  """
-
-  left: float = 0.0
-  top: float = 0.0
-  right: float = 1.0
-  bottom: float = 1.0
-
-  def boxes(self, crops: np.ndarray) -> np.ndarray:
-    """Returns the boxes (N, 4) of this part for crops (N, 4)."""
-    x, y = crops[:, 0], crops[:, 1]
-    width, height = crops[:, 2] - x, crops[:, 3] - y
-    return np.stack(
-      [
-        x + self.left * width,
-        y + self.top * height,
-        x + self.right * width,
-        y + self.bottom * height,
-      ],
-      axis=1,
-    )
-
-
-# Wav2Lip's weights were trained on boxes of the detector S3FD, from brow to
-# chin and 10 pixels more (inference.py, --pads), which are not square. A
-# record's crop is a square 1.25 times as high as the face mesh. These ratios
-# follow from the descriptions of both detectors; they were not measured.
-WAV2LIP_FRAMING = Framing(left=0.18, top=0.1, right=0.82, bottom=0.94)
-
-
-def load_generator(
-  path: str | os.PathLike, **network_args: str
-) -> tuple[nnx.Module, Framing]:
+def load_generator(path: str | os.PathLike, **network_args: str) -> FaceDrawer:
   """Reads a trained generator.
 
   Args:
@@ -113,15 +70,12 @@ def load_generator(
       published wav2lip.pth or wav2lip_gan.pth.
     **network_args: `dtype` and `attention`, see build.read_generator.
 
-  Returns:
-    The generator, and its framing.
-
   Raises:
     WeightsError: there is no generator at `path`, or it cannot be read.
   """
   generator = build.read_generator(path, **network_args)
   is_published = Path(path).expanduser().is_file()
-  return generator, WAV2LIP_FRAMING if is_published else Framing()
+  return FaceDrawer(generator, PublishedFeeding() if is_published else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,24 +116,21 @@ class GeneratedVideo:
 
 
 def generate(
-  generator: nnx.Module,
+  drawer: FaceDrawer,
   video: str | os.PathLike,
   sound: str | os.PathLike | None,
   output: str | os.PathLike,
   *,
-  framing: Framing | None = None,
   models: Models | None = None,
   progress: StageProgress = lambda stage, fraction: None,
 ) -> GeneratedVideo:
   """Writes a video whose face speaks the words of a sound.
 
   Args:
-    generator: called as networks.marlin_generator.MarlinGenerator, with its
-      attributes `num_frames` and `image_size`; put into evaluation mode.
+    drawer: draws the faces; see `load_generator`.
     video: a video file that shows a face.
     sound: an audio file, or a video with sound; None: the sound of `video`.
     output: the MP4 to write; replaced if it exists.
-    framing: part of the face crop that the generator sees; None: all of it.
     models: open face models; None: opens them.
     progress: called with a stage and the fraction of it that is done.
 
@@ -208,11 +159,11 @@ def generate(
       "s: begin the video there"
     )
   mel = mel_spectrogram(samples)
-  pipeline = _Pipeline(
-    generator, mel, (framing or Framing()).boxes(source.boxes[shown]), track
-  )
+  crops = source.boxes[shown]
+  faces = Boxes(crops, drawer.feeding.boxes(crops, source.size), track)
+  drawing = Drawing(drawer, mel, faces)
   with contextlib.closing(source.frames(total)) as frames:
-    drawn = _with_progress(pipeline.run(frames), total, progress)
+    drawn = _with_progress(drawing.run(frames), total, progress)
     _write(output, source.size, drawn, sound)
   return GeneratedVideo(
     path=output,
@@ -224,12 +175,10 @@ def generate(
 
 
 def run(
-  generator: nnx.Module,
+  drawer: FaceDrawer,
   video: str | os.PathLike,
   sound: str | os.PathLike | None,
   output: str | os.PathLike,
-  *,
-  framing: Framing | None = None,
 ) -> None:
   """Calls `generate` with progress bars, and prints its notices."""
   with contextlib.ExitStack() as stack:
@@ -250,9 +199,7 @@ def run(
         )
       bars[stage].update(fraction - bars[stage].n)
 
-    generated = generate(
-      generator, video, sound, output, framing=framing, progress=progress
-    )
+    generated = generate(drawer, video, sound, output, progress=progress)
   print("\n".join(generated.notices()), flush=True)
 
 
@@ -308,137 +255,3 @@ def _write(
         writer.add_sound(chunk)
     for chunk in chunks:
       writer.add_sound(chunk)
-
-
-# --- Drawing ------------------------------------------------------------------
-
-
-def windows(track: np.ndarray, num_frames: int) -> list[np.ndarray]:
-  """Returns windows that cover all frames with a face.
-
-  In a run of frames with the same face the windows do not overlap, except the
-  last one, which ends with the run: the rule of `Clip.window_starts`.
-
-  Args:
-    track: int (N,), see `SourceVideo.track`.
-    num_frames: frames of a window, T.
-
-  Returns:
-    Frame numbers, int (T,) for each window, in ascending order of last frames.
-  """
-  clip = Clip(num_frames, stride=1)
-  run_starts = np.flatnonzero(np.diff(track)) + 1
-  return [
-    run[clip.indices(start, len(run))]
-    for run in np.split(np.arange(len(track)), run_starts)
-    if track[run[0]] >= 0
-    for start in clip.window_starts(len(run))
-  ]
-
-
-class _Pipeline:
-  """Draws the faces of a stream of frames, in batches of windows.
-
-  Args:
-    generator: generator in evaluation mode; see `generate`.
-    mel: float32 (R, 80), mel spectrogram of the sound.
-    boxes: (N, 4), part of each source frame that the generator sees.
-    track: int (N,), number of the track in each frame, -1 without a face.
-  """
-
-  def __init__(
-    self,
-    generator: nnx.Module,
-    mel: np.ndarray,
-    boxes: np.ndarray,
-    track: np.ndarray,
-  ) -> None:
-    self._num_frames = generator.num_frames
-    is_cpu = jax.default_backend() == "cpu"
-    batch_frames = CPU_BATCH_FRAMES if is_cpu else BATCH_FRAMES
-    self._batch_size = max(batch_frames // generator.num_frames, 1)
-    self._draw = _compiled(generator)
-    self._mel = mel
-    self._boxes = boxes
-    self._has_face = track >= 0
-    self._windows = collections.deque(windows(track, generator.num_frames))
-    # By frame number: frames not yet yielded, crops of the last T frames, drawn
-    # faces.
-    self._pending: dict[int, np.ndarray] = {}
-    self._crops: dict[int, np.ndarray] = {}
-    self._drawn: dict[int, np.ndarray] = {}
-    # Frame numbers and crops of windows that are complete.
-    self._batch: list[tuple[np.ndarray, np.ndarray]] = []
-
-  def run(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yields the frames, uint8 (H, W, 3), with the drawn faces in them."""
-    for i, frame in enumerate(frames):
-      self._pending[i] = frame
-      if self._has_face[i]:
-        self._crops[i] = frame_stream.crop(frame, self._boxes[i])
-      self._crops.pop(i - self._num_frames, None)
-      while self._windows and self._windows[0][-1] == i:
-        numbers = self._windows.popleft()
-        crops = np.stack([self._crops[number] for number in numbers])
-        self._batch.append((numbers, crops))
-        if len(self._batch) == self._batch_size:
-          self._run_batch()
-      # Bounds the memory: faceless frames complete no windows.
-      if len(self._pending) >= 2 * self._batch_size * self._num_frames:
-        self._run_batch()
-      yield from self._finished()
-    self._run_batch()
-    yield from self._finished()
-
-  def _run_batch(self) -> None:
-    """Draws the faces of `_batch`, padded to B windows."""
-    if not self._batch:
-      return
-    size = (FRAME_SIZE, FRAME_SIZE, 3)
-    crops = np.zeros((self._batch_size, self._num_frames, *size), np.uint8)
-    numbers = np.zeros((self._batch_size, self._num_frames), int)
-    for row, (window, window_crops) in enumerate(self._batch):
-      numbers[row], crops[row] = window, window_crops
-    mels = mel_windows.frame_windows(self._mel, numbers.ravel())
-    mels = mels.reshape(*numbers.shape, *mels.shape[1:])
-    drawn = np.asarray(self._draw(crops, mels))
-    for row in range(len(self._batch)):
-      for number, face in zip(numbers[row], drawn[row], strict=True):
-        # Where windows overlap, the first one counts.
-        if number in self._pending:
-          self._drawn.setdefault(int(number), face)
-    self._batch.clear()
-
-  def _finished(self) -> Iterator[np.ndarray]:
-    """Yields pending frames in order, up to the first that is not drawn yet."""
-    for i in list(self._pending):
-      if not self._has_face[i]:
-        yield self._pending.pop(i)
-      elif i in self._drawn:
-        yield blending.paste(
-          self._pending.pop(i), self._drawn.pop(i), self._boxes[i]
-        )
-      else:
-        return
-
-
-def _compiled(
-  generator: nnx.Module,
-) -> Callable[[np.ndarray, np.ndarray], jax.Array]:
-  """Returns a jitted function that draws faces.
-
-  It maps uint8 crops (B, T, 224, 224, 3) and float32 mels (B, T, 16, 80) to
-  uint8 faces (B, T, S, S, 3).
-  """
-  generator.eval()
-  graphdef, state = nnx.split(generator)
-
-  @jax.jit
-  def draw(state, crops, mels):
-    network = nnx.merge(graphdef, state)
-    size = network.image_size
-    reference = inputs.resize(inputs.as_floats(crops), size, size)
-    drawn = network(inputs.hide_mouth(reference), reference, mels)
-    return jnp.rint(255 * jnp.clip(drawn, 0, 1)).astype(jnp.uint8)
-
-  return lambda crops, mels: draw(state, crops, mels)

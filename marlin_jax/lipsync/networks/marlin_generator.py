@@ -42,9 +42,12 @@ class MarlinGenerator(nnx.Module):
   Attributes:
     num_frames: frames of a window, T.
     image_size: side of the images in pixels, S.
+    mixes_frames: True: a frame depends on the others of its window.
     encoder: MARLIN's encoder, for unnormalised pixels.
     freeze_encoder: whether gradients are stopped before the encoder.
   """
+
+  mixes_frames = True
 
   def __init__(
     self,

@@ -54,10 +54,12 @@ class Wav2Lip(nnx.Module):
   Attributes:
     num_frames: T of the windows used in training; `__call__` takes any T.
     image_size: side of the images in pixels, S.
+    mixes_frames: False: each frame is drawn by itself.
   """
 
   num_frames = 5
   image_size = 96
+  mixes_frames = False
 
   def __init__(
     self,

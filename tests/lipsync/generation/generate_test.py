@@ -4,6 +4,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +15,15 @@ from flax import nnx
 from data_prep.faces import boxes
 from data_prep.video import decode, video_to_records
 from marlin_jax.inference.face_windows import FaceVideoError
-from marlin_jax.lipsync.generation import blending, frame_stream, video_writer
+from marlin_jax.lipsync.generation import (
+  blending,
+  drawing,
+  feeding,
+  frame_stream,
+  video_writer,
+)
 from marlin_jax.lipsync.generation import generate as generation
+from marlin_jax.lipsync.generation.drawing import FaceDrawer
 from marlin_jax.lipsync.generation.frame_stream import (
   SourceVideo,
   there_and_back,
@@ -44,6 +52,7 @@ class Copy(nnx.Module):
 
   num_frames = 5
   image_size = 224
+  mixes_frames = False
 
   def __call__(self, masked, reference, mels):
     return reference
@@ -149,12 +158,87 @@ def test_short_video_goes_back_and_forth_without_jumps(num_frames, total, want):
 
 def test_windows_cover_every_frame_with_a_face_and_no_cut():
   track = np.repeat([-1, 2, 0, -1, 0], [3, 12, 4, 1, 5])
-  windows = generation.windows(track, 5)
+  windows = drawing.windows(track, 5)
   assert all(len(set(track[window])) == 1 for window in windows)
   covered = np.unique(np.concatenate(windows))
   np.testing.assert_array_equal(covered, np.flatnonzero(track >= 0))
   assert [int(window[0]) for window in windows] == [3, 8, 10, 15, 20]
   assert windows[3].tolist() == [15, 16, 17, 18, 18]
+
+
+def test_windows_of_a_generator_that_mixes_frames_overlap():
+  track = np.repeat([-1, 0], [2, 38])
+  starts = [int(w[0]) for w in drawing.windows(track, 16, overlap=4)]
+  assert starts == [2, 14, 24]
+  weights = drawing.fade(16, 4)
+  # Where two windows share 4 frames, their weights cross.
+  np.testing.assert_allclose(weights[-4:] + weights[:4], 1)
+
+
+class Uneven(Copy):
+  """Draws each window in a grey of its own, black and white in turn."""
+
+  num_frames, image_size, mixes_frames = 16, 32, True
+
+  def __call__(self, masked, reference, mels):
+    grey = jnp.round(mels[:, :1, 0, 0] / 8 + 0.5)
+    return jnp.broadcast_to(grey[..., None, None, None], reference.shape)
+
+
+def test_no_jump_is_seen_where_windows_meet():
+  num, overlap = 64, 4
+  # The loudness of rows changes every 12 frames, as windows do.
+  mel = np.full((220, 80), -4, np.float32)
+  for start in range(0, num, 24):
+    mel[int(3.2 * start) - 4 : int(3.2 * (start + 12)) - 8] = 4
+  box = np.tile(np.float32([20, 10, 80, 70]), (num, 1))
+  faces = drawing.Boxes(box, box, np.zeros(num, int))
+  frames = [np.full((90, 100, 3), 128, np.uint8)] * num
+  drawn = drawing.Drawing(drawing.FaceDrawer(Uneven()), mel, faces).run(frames)
+  levels = np.array([frame[53, 50, 0] for frame in drawn], float)
+  assert np.ptp(levels) == 255
+  steps = np.abs(np.diff(levels))
+  assert steps.max() <= 255 / (overlap + 1) + 1
+
+
+# --- Published weights --------------------------------------------------------
+
+
+def test_published_weights_hear_and_see_what_their_script_gives_them():
+  published = feeding.PublishedFeeding()
+  mel = np.repeat(np.arange(100, dtype=np.float32)[:, None], 80, axis=1)
+  heard = published.sound(mel, np.arange(32))[:, :, 0]
+  # inference.py: mel[:, int(80 / 25 * i)], and the last 16 rows at the end.
+  first = [min(int(80.0 / 25 * i), 100 - 16) for i in range(32)]
+  np.testing.assert_array_equal(heard, np.add.outer(first, np.arange(16)))
+  # Weights that were trained here hear from the frame before on.
+  ours = feeding.Feeding().sound(mel, np.arange(1, 20))[:, 0, 0]
+  np.testing.assert_array_equal(ours, first[:19])
+
+  frame = textured(120, 160)
+  crops = np.float32([[20.4, -30.2, 120.4, 69.8], [np.nan] * 4])
+  seen = published.boxes(crops, (160, 120))
+  assert seen[0].tolist() == [38, 0, 102, 63]
+  assert np.isnan(seen[1]).all()
+  want = cv2.resize(frame[0:63, 38:102], (96, 96))
+  np.testing.assert_array_equal(published.picture(frame, seen[0], 96), want)
+
+
+def test_face_of_a_narrow_box_is_pasted_by_the_mask_of_the_crop():
+  frame = np.zeros((240, 260, 3), np.uint8)
+  crop = np.array([20.0, 10.0, 220.0, 210.0])
+  (box,) = feeding.WAV2LIP_FRAMING.boxes(crop[None])
+  white = np.full((96, 96, 3), 255, np.uint8)
+  level = blending.paste(frame, white, box, crop)[..., 0].astype(float)
+  y, x = np.mgrid[:240, :260] + 0.5
+  inside = (x > box[0]) & (x < box[2]) & (y > box[1]) & (y < box[3])
+  assert not level[~inside].any()
+  # The chin of an open mouth, at 0.9 of the crop, is drawn anew.
+  assert level[10 + int(0.9 * 200) - 2, 120] > 200
+  assert level[10 + int(0.74 * 200), 120] == 255
+  # It ends softly.
+  assert np.abs(np.diff(level, axis=0)).max() < 100
+  assert np.abs(np.diff(level, axis=1)).max() < 100
 
 
 def test_frames_are_streamed_there_and_back(
@@ -260,7 +344,9 @@ def voice(tmp_path_factory) -> Path:
 def test_video_is_as_long_as_its_sound_and_keeps_its_faceless_frames(
   talk, voice, models, tmp_path
 ):
-  outcome = generate(Copy(), talk, voice, tmp_path / "out.mp4", models=models)
+  outcome = generate(
+    FaceDrawer(Copy()), talk, voice, tmp_path / "out.mp4", models=models
+  )
   assert (outcome.num_frames, outcome.num_source_frames) == (50, 42)
   assert outcome.num_without_face == 12
   notices = "\n".join(outcome.notices())
@@ -279,7 +365,9 @@ def test_video_is_as_long_as_its_sound_and_keeps_its_faceless_frames(
 
 
 def test_drawn_mouth_fits_the_sound_of_its_time(talk, voice, models, tmp_path):
-  outcome = generate(Meter(), talk, voice, tmp_path / "out.mp4", models=models)
+  outcome = generate(
+    FaceDrawer(Meter()), talk, voice, tmp_path / "out.mp4", models=models
+  )
   source = SourceVideo(talk, 25, models)
   levels = []
   for i, frame in enumerate(decoded(outcome.path)):
@@ -321,15 +409,8 @@ def write_run(workdir: Path) -> Path:
 
 
 def test_generator_of_a_run_draws_a_marked_video(talk, voice, models, tmp_path):
-  generator, framing = load_generator(write_run(tmp_path / "run"))
-  outcome = generate(
-    generator,
-    talk,
-    voice,
-    tmp_path / "out.mp4",
-    framing=framing,
-    models=models,
-  )
+  drawer = load_generator(write_run(tmp_path / "run"))
+  outcome = generate(drawer, talk, voice, tmp_path / "out.mp4", models=models)
   assert outcome.num_frames == 50
   with av.open(str(outcome.path), options={"export_xmp": "1"}) as container:
     metadata = container.metadata
@@ -353,7 +434,7 @@ def test_silence_is_a_sound_and_a_long_video_ends_with_it(
 ):
   quiet = write_sound(tmp_path / "q.mkv", np.zeros(8000, np.int16), 8000)
   path = tmp_path / "out.mp4"
-  generation.run(Copy(), talk, quiet, path)
+  generation.run(FaceDrawer(Copy()), talk, quiet, path)
   lines = capsys.readouterr().out.splitlines()
   assert lines[0] == f"{path}: 25 frames, 1.0 s"
   assert "12 of these frames show no face" in lines[1]
@@ -365,7 +446,9 @@ def test_silence_is_a_sound_and_a_long_video_ends_with_it(
 def test_impossible_requests_are_refused(talk, voice, models, tmp_path):
   def refusal(error, video, sound, output="out.mp4") -> str:
     with pytest.raises(error) as caught:
-      generate(Copy(), video, sound, tmp_path / output, models=models)
+      generate(
+        FaceDrawer(Copy()), video, sound, tmp_path / output, models=models
+      )
     assert not (tmp_path / "out.mp4").exists()
     return str(caught.value)
 
