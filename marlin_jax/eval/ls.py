@@ -5,7 +5,8 @@ Any value of the configuration can be overridden: --config.generator.lr=2e-4.
 
   --mode=train_expert  trains the network that judges whether lips and sound are
     in sync, on a data set with sound at 25 frames per second (data_prep.prepare
-    --sound --fps=25). Needs --data.
+    --sound --fps=25). Needs --data. With --expert it starts from the weights of
+    another expert.
 
   python -m marlin_jax.eval.ls --config=configs/eval_ls.py \\
     --mode=train_expert --data=DATA --workdir=runs/ls_expert
@@ -18,10 +19,14 @@ Any value of the configuration can be overridden: --config.generator.lr=2e-4.
 
   --mode=generate  writes a video whose face speaks the words of a sound. Needs
     --generator, --video and --output; also --sound, unless the video's own
-    sound is used.
+    sound is used. With --pairs in place of --video, it writes a folder of
+    videos, one for each line of a list.
 
   python -m marlin_jax.eval.ls --config=configs/eval_ls.py --mode=generate \\
     --generator=runs/ls --video=face.mp4 --sound=words.wav --output=said.mp4
+
+  python -m marlin_jax.eval.ls --config=configs/eval_ls.py --mode=generate \\
+    --generator=wav2lip.pth --pairs=lrs2.txt --root=LRS2 --output=runs/lrs2
 
   --mode=score  measures how well lips and sound of videos agree and, with
     --real, how similar the faces are to those of real videos. Needs --videos,
@@ -58,29 +63,35 @@ flags.adopt_module_key_flags(command)  # --checkpoint, --config, --data, ...
 
 # Mode -> its required and its optional flags.
 _MODES = {
-  "train_expert": (("data",), ("workdir",)),
+  "train_expert": (("data",), ("expert", "workdir")),
   "train": (("data", "expert"), ("checkpoint", "workdir")),
-  "generate": (("generator", "video", "output"), ("sound",)),
+  "generate": (("generator", "output"), ("video", "sound", "pairs", "root")),
   "score": (
     ("videos", "output"),
-    ("syncnet", "expert", "real", "features", "face_crops"),
+    ("syncnet", "expert", "real", "originals", "features", "face_crops"),
   ),
 }
 # Flags that only some modes take, in the order of messages about them.
 _MODE_FLAGS = (
   *("data", "expert", "checkpoint", "generator", "video", "sound"),
-  *("output", "videos", "real", "syncnet", "features", "face_crops"),
+  *("pairs", "root"),
+  *("output", "videos", "real", "originals", "syncnet", "features"),
+  "face_crops",
   "workdir",
 )
 # Flags whose values are existing paths.
-_INPUT_PATHS = ("expert", "generator", "video", "sound", "syncnet", "features")
+_INPUT_PATHS = (
+  *("expert", "generator", "video", "sound", "pairs", "root"),
+  *("syncnet", "features", "originals"),
+)
 
 _MODE = flags.DEFINE_enum("mode", None, list(_MODES), "What to do; see above.")
 flags.DEFINE_string(
   "expert",
   None,
   "The sync expert: the workdir of --mode=train_expert, or Wav2Lip's "
-  "lipsync_expert.pth. --mode=score takes it instead of --syncnet; its scores "
+  "lipsync_expert.pth. --mode=train_expert starts from it, and --mode=score "
+  "takes it instead of --syncnet; its scores "
   "are not LSE-D and LSE-C.",
 )
 flags.DEFINE_string(
@@ -98,9 +109,22 @@ flags.DEFINE_string(
   "any format of FFmpeg. Default: the sound of --video.",
 )
 flags.DEFINE_string(
+  "pairs",
+  None,
+  "A list of videos to generate, in place of --video and --sound: each line "
+  "names sound and video, separated by a space, as Wav2Lip's "
+  "evaluation/test_filelists do. Resumed by the same command.",
+)
+flags.DEFINE_string(
+  "root",
+  None,
+  "Folder that the paths in --pairs are relative to. Default: the list's own.",
+)
+flags.DEFINE_string(
   "output",
   None,
-  "The MP4 to write. For --mode=score a folder, for scores.json, scores.csv, "
+  "The MP4 to write; with --pairs a folder, for 0.mp4, 1.mp4, ... by line and "
+  "pairs.json. For --mode=score a folder, for scores.json, scores.csv, "
   "scores.txt and offsets.png.",
 )
 flags.DEFINE_list(
@@ -113,6 +137,12 @@ flags.DEFINE_list(
   [],
   "Real videos to compare the faces of --videos with: files or folders, "
   "separated by commas.",
+)
+flags.DEFINE_string(
+  "originals",
+  None,
+  "Folder of the videos that --videos were generated from with their own "
+  "sound, of the same names: PSNR, SSIM and landmark distance of the mouths.",
 )
 flags.DEFINE_string(
   "syncnet",
@@ -131,7 +161,8 @@ flags.DEFINE_bool(
   "face_crops",
   False,
   "The videos to score are face crops already, as in LRS2: faces are neither "
-  "tracked nor cropped.",
+  "tracked nor cropped. Otherwise SyncNet gets the crops of its own pipeline, "
+  "and an expert those that it was trained on.",
 )
 
 
@@ -154,6 +185,12 @@ def _flag_problems(config: ConfigDict, mode: str) -> list[str]:
       f"--checkpoint {problem} with config.generator.kind="
       f"{config.generator.kind!r}"
     )
+  if mode == "generate":
+    if len(set_flags & {"video", "pairs"}) != 1:
+      problems.append("expected one of --video and --pairs")
+    for name, owner in (("sound", "video"), ("root", "pairs")):
+      if name in set_flags and owner not in set_flags:
+        problems.append(f"--{name} has no meaning without --{owner}")
   if mode == "score" and len(set_flags & {"syncnet", "expert"}) != 1:
     problems.append("expected one of --syncnet and --expert")
   problems += [
@@ -191,7 +228,9 @@ def _train(config: ConfigDict, mode: str) -> None:
     xla_flags.set_deterministic()
   paths, workdir = flags.FLAGS, config_flags.workdir()
   if mode == "train_expert":
-    train = functools.partial(train_expert, config, paths.data, workdir)
+    train = functools.partial(
+      train_expert, config, paths.data, workdir, paths.expert
+    )
   else:
     train = functools.partial(
       train_generator,
@@ -205,13 +244,18 @@ def _train(config: ConfigDict, mode: str) -> None:
 
 
 def _generate(config: ConfigDict) -> None:
+  from marlin_jax.lipsync.generation import pairs
   from marlin_jax.lipsync.generation.generate import load_generator, run
 
   paths = flags.FLAGS
   drawer = load_generator(
     paths.generator, dtype=config.dtype, attention=config.attention
   )
-  run(drawer, paths.video, paths.sound, paths.output)
+  if paths.pairs:
+    root = paths.root or os.path.dirname(os.path.abspath(paths.pairs))
+    pairs.run(drawer, paths.pairs, root, paths.output)
+  else:
+    run(drawer, paths.video, paths.sound, paths.output)
 
 
 def _score(config: ConfigDict) -> None:
@@ -233,7 +277,8 @@ def _score(config: ConfigDict) -> None:
     judge,
     reals=options.real,
     features=open_features(options.features) if options.features else None,
-    crop_face=not options.face_crops,
+    originals=options.originals,
+    are_face_crops=options.face_crops,
   )
   print(f"\n{report.table(results)}\n")
   print(f"{options.output}/scores.json holds all scores")

@@ -100,6 +100,15 @@ def inference_windows(mel: np.ndarray, frames: np.ndarray) -> np.ndarray:
   return _cut(mel, np.minimum(frames, last), FRAME_ROWS, 0.0)
 
 
+def num_inference_windows(mel: np.ndarray) -> int:
+  """Returns the frames of a sound (R, 80) whose whole window is in it.
+
+  Wav2Lip's scripts draw so many; at least 1.
+  """
+  last = max(len(mel) - FRAME_ROWS, 0) / MEL_RATE * FPS
+  return int(last + _TOLERANCE) + 1
+
+
 def _cut(
   mel: np.ndarray, frames: np.ndarray, length: int, start_secs: float
 ) -> np.ndarray:

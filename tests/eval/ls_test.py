@@ -122,6 +122,16 @@ def test_killed_interrupted_and_resumed_gives_the_same_bits(
       ],
     ),
     (
+      "generate",
+      ["--output=OUT", "--sound=README.md", "--root=docs"],
+      [
+        "--generator is missing",
+        "expected one of --video and --pairs",
+        "--sound has no meaning without --video",
+        "--root has no meaning without --pairs",
+      ],
+    ),
+    (
       "score",
       ["--videos=a.mp4"],
       ["--output is missing", "expected one of --syncnet and --expert"],

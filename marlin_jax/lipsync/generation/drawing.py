@@ -12,6 +12,7 @@ R mel rows.
 from __future__ import annotations
 
 import collections
+import hashlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -103,6 +104,13 @@ class FaceDrawer:
       return 255 * jnp.clip(drawn, 0, 1)
 
     self._draw = draw
+
+  def sha256(self) -> str:
+    """Returns a hash of the generator's weights."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(self._state):
+      digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
 
   def __call__(self, pictures: np.ndarray, mels: np.ndarray) -> np.ndarray:
     """Draws faces.

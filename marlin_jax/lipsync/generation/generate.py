@@ -121,6 +121,7 @@ def generate(
   sound: str | os.PathLike | None,
   output: str | os.PathLike,
   *,
+  as_published: bool = False,
   models: Models | None = None,
   progress: StageProgress = lambda stage, fraction: None,
 ) -> GeneratedVideo:
@@ -131,12 +132,16 @@ def generate(
     video: a video file that shows a face.
     sound: an audio file, or a video with sound; None: the sound of `video`.
     output: the MP4 to write; replaced if it exists.
+    as_published: draw the frames that gen_videos_from_filelist.py of
+      github.com/Rudrabha/Wav2Lip draws: only those whose window of sound is
+      whole, and none twice.
     models: open face models; None: opens them.
     progress: called with a stage and the fraction of it that is done.
 
   Raises:
     GenerationError: `output` cannot be written, or the video shows no face
-      while the sound lasts.
+      while the sound lasts, or is shorter than it where none may be shown
+      twice.
     FaceVideoError: the video cannot be read or shows no face, or the sound
       cannot be read or is empty.
     VideoWriterError: `output` cannot be written.
@@ -149,7 +154,16 @@ def generate(
   source = SourceVideo(
     video, mel_windows.FPS, models, lambda share: progress(FINDING, share)
   )
-  total = max(round(len(samples) / SAMPLE_RATE * mel_windows.FPS), 1)
+  mel = mel_spectrogram(samples)
+  if as_published:
+    total = mel_windows.num_inference_windows(mel)
+    if source.num_frames < total:
+      raise GenerationError(
+        f"{video}: it has {source.num_frames} frames, the sound of {sound} "
+        f"lasts {total}"
+      )
+  else:
+    total = max(round(len(samples) / SAMPLE_RATE * mel_windows.FPS), 1)
   shown = source.shown(total)
   track = source.track[shown]
   if (track < 0).all():
@@ -158,7 +172,6 @@ def generate(
       f"the first is at {np.argmax(source.track >= 0) / mel_windows.FPS:.1f} "
       "s: begin the video there"
     )
-  mel = mel_spectrogram(samples)
   crops = source.boxes[shown]
   faces = Boxes(crops, drawer.feeding.boxes(crops, source.size), track)
   drawing = Drawing(drawer, mel, faces)
