@@ -27,6 +27,7 @@ from marlin_jax.inference import stream
 from marlin_jax.lipsync import mel_windows
 from marlin_jax.lipsync.networks import inputs, syncnet
 from marlin_jax.lipsync.networks.sync_expert import SyncExpert
+from marlin_jax.lipsync.scoring import face_crops
 from marlin_jax.lipsync.scoring.mfcc import HOP, mfcc
 from marlin_jax.lipsync.scoring.talking_video import FRAME_SAMPLES
 from marlin_jax.records.mel_spectrogram import mel_spectrogram
@@ -40,11 +41,13 @@ class Judge(Protocol):
     metric_names: keys of the lowest mean distance, and of the median minus the
       lowest, in results.
     num_frames: frames of a window, T.
+    crop: face crop that it was trained on, see `face_crops`.
   """
 
   name: str
   metric_names: tuple[str, str]
   num_frames: int
+  crop: str
 
   def embeddings(
     self, frames: np.ndarray, sound: np.ndarray
@@ -76,11 +79,16 @@ def num_windows(num_frames: int, num_samples: int, window_frames: int) -> int:
 
 
 class SyncNetJudge:
-  """SyncNet with published weights; its distances are LSE-D and LSE-C."""
+  """SyncNet with published weights.
+
+  Its distances are LSE-D and LSE-C, on its own crops and on videos that are
+  face crops already.
+  """
 
   name = "SyncNet"
   metric_names = ("lse_d", "lse_c")
   num_frames = syncnet.NUM_FRAMES
+  crop = face_crops.SYNCNET
 
   def __init__(self, network: syncnet.SyncNet, batch_size: int = 16):
     """Initialises the judge.
@@ -120,6 +128,7 @@ class ExpertJudge:
   """Sync expert, trained by `--mode=train_expert` or Wav2Lip's."""
 
   metric_names = ("expert_d", "expert_c")
+  crop = face_crops.RECORD
 
   def __init__(
     self, network: SyncExpert, name: str = "expert", batch_size: int = 16

@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image
 
 from marlin_jax.lipsync import offset_chart
-from marlin_jax.lipsync.scoring import offsets
+from marlin_jax.lipsync.scoring import face_crops, mouths, offsets
 from marlin_jax.lipsync.scoring.judges import Judge
+from marlin_jax.lipsync.scoring.mouths import MouthScore
 from marlin_jax.lipsync.scoring.offsets import VideoScore
 from marlin_jax.records import cli
 from marlin_jax.records.folders import OutputFolderError, write_bytes
@@ -25,6 +26,11 @@ FILES = ("scores.json", "scores.csv", "scores.txt", "offsets.png")
 _MAX_ROWS = 40
 _MAX_CURVES = 12
 # Metric -> its name in papers.
+_CROPS = {
+  face_crops.RECORD: "face crops as in records",
+  face_crops.SYNCNET: "face crops as of SyncNet's pipeline",
+  face_crops.FRAME: "whole frames",
+}
 _TITLES = {"lse_d": "LSE-D", "lse_c": "LSE-C", "fid": "FID"}
 
 
@@ -34,7 +40,7 @@ def results(
   judge: Judge,
   *,
   max_offset: int,
-  crop_face: bool,
+  crop: str,
 ) -> dict[str, Any]:
   """Returns the content of scores.json.
 
@@ -43,15 +49,15 @@ def results(
     left_out: name of a video -> reason why it has no score.
     judge: gives the names of the metrics.
     max_offset: largest offset of the curves in frames, K.
-    crop_face: whether faces were cropped.
+    crop: face crop that was judged, see `face_crops`.
 
   Returns:
     A dict, fit for JSON: `judge`; `metrics`, the keys of the two metrics;
-    `max_offset`; `crop_face`; `mean`, both metrics averaged over the videos;
+    `max_offset`; `crop`; `mean`, both metrics averaged over the videos;
     `share_in_sync`, the fraction of videos whose offset is at most 1 frame;
     `offsets`, the axis of the curves; `curve`, the distance at each offset,
     averaged over the videos; `videos`, a list with the metrics and the curve of
-    each; `left_out`.
+    each; `left_out`. `add_mouths` adds to them.
   """
   distance, confidence = judge.metric_names
   videos = [
@@ -72,7 +78,7 @@ def results(
     "judge": judge.name,
     "metrics": [distance, confidence],
     "max_offset": max_offset,
-    "crop_face": crop_face,
+    "crop": crop,
     "mean": {
       name: statistics.fmean(video[name] for video in videos)
       for name in judge.metric_names
@@ -88,6 +94,30 @@ def results(
     "videos": videos,
     "left_out": dict(left_out),
   }
+
+
+def add_mouths(
+  results: dict[str, Any],
+  found: Mapping[str, MouthScore],
+  left_out: Mapping[str, str],
+) -> None:
+  """Adds the scores of mouths to those of `results`.
+
+  Args:
+    results: from `results`; each video gets the metrics of `mouths.METRICS`,
+      None without a score, and `mean` their means over the videos with one.
+    found: scores by name of the video.
+    left_out: name of a video -> reason why it has none.
+  """
+  for video in results["videos"]:
+    score = found.get(video["video"])
+    for metric in mouths.METRICS:
+      video[metric] = getattr(score, metric) if score else None
+  results["metrics"] += mouths.METRICS
+  results["mouths_left_out"] = dict(left_out)
+  for metric in mouths.METRICS:
+    values = [getattr(score, metric) for score in found.values()]
+    results["mean"][metric] = statistics.fmean(values) if values else None
 
 
 def check_folder(folder: Path) -> None:
@@ -144,13 +174,13 @@ def table(results: Mapping[str, Any]) -> str:
     [
       video["video"],
       f"{video['offset']:+d}",
-      *(f"{video[name]:.3f}" for name in metrics),
+      *(_number(video[name]) for name in metrics),
       str(video["num_windows"]),
     ]
     for video in results["videos"][:_MAX_ROWS]
   ]
   rows.append(
-    ["mean", "", *(f"{results['mean'][name]:.3f}" for name in metrics), ""]
+    ["mean", "", *(_number(results["mean"][name]) for name in metrics), ""]
   )
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   padded = [map(str.ljust, row, widths) for row in rows]
@@ -160,7 +190,8 @@ def table(results: Mapping[str, Any]) -> str:
     lines.insert(-1, f"and {num_videos - _MAX_ROWS} more, in scores.csv")
   lines.append(
     f"{results['share_in_sync']:.0%} of {cli.counted(num_videos, 'video')} are "
-    f"within a frame of sync, by {results['judge']}"
+    f"within a frame of sync, by {results['judge']} on "
+    f"{_CROPS[results['crop']]}"
   )
   if frechet := results.get("frechet"):
     num_features = frechet["num_features"], frechet["num_real_features"]
@@ -174,7 +205,14 @@ def table(results: Mapping[str, Any]) -> str:
   if left_out := results["left_out"]:
     lines.append(f"left out: {cli.counted(len(left_out), 'video')}")
     lines += cli.reasons(left_out)
+  if left_out := results.get("mouths_left_out"):
+    lines.append(f"mouths not compared: {cli.counted(len(left_out), 'video')}")
+    lines += cli.reasons(left_out)
   return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+  return "-" if value is None else f"{value:.3f}"
 
 
 def _title(metric: str) -> str:

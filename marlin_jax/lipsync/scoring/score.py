@@ -12,7 +12,7 @@ silent throughout, shows no face, is damaged, or is too short for one window.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,21 @@ import numpy as np
 
 from marlin_jax.inference import video_folder
 from marlin_jax.inference.face_windows import FaceVideoError
-from marlin_jax.lipsync.scoring import judges, offsets, report, talking_video
+from marlin_jax.lipsync.scoring import (
+  face_crops,
+  judges,
+  mouths,
+  offsets,
+  report,
+  talking_video,
+)
 from marlin_jax.lipsync.scoring.frame_features import (
   FrameFeatures,
   PixelFeatures,
 )
 from marlin_jax.lipsync.scoring.frechet import frechet_distance
 from marlin_jax.lipsync.scoring.judges import Judge
+from marlin_jax.lipsync.scoring.mouths import MouthScore
 from marlin_jax.lipsync.scoring.offsets import VideoScore
 from marlin_jax.lipsync.scoring.talking_video import FRAME_SAMPLES, TalkingVideo
 from marlin_jax.records import cli
@@ -45,7 +53,8 @@ def score(
   *,
   reals: Iterable[str | Path] = (),
   features: FrameFeatures | None = None,
-  crop_face: bool = True,
+  originals: str | Path | None = None,
+  are_face_crops: bool = False,
   max_offset: int = offsets.MAX_OFFSET,
 ) -> dict[str, Any]:
   """Scores videos and writes the results.
@@ -58,8 +67,12 @@ def score(
     reals: real videos, for the Frechet distance; not computed if empty.
     features: features for the Frechet distance; None: mean colours, which is
       not FID.
-    crop_face: track and crop the face; False for videos that are face crops
-      already, as in LRS2. Scores of different crops are not comparable.
+    originals: folder of the videos, by the same names, that `videos` were
+      generated from with their own sound, to compare the mouths; None: they are
+      not compared.
+    are_face_crops: the videos are face crops already, as in LRS2; else faces
+      are tracked and cropped as the judge needs them. Scores of different crops
+      are not comparable.
     max_offset: largest offset in frames, in each direction.
 
   Returns:
@@ -73,7 +86,10 @@ def score(
     UserError: a face model or a system library is missing.
   """
   report.check_folder(Path(output))
+  crop = face_crops.FRAME if are_face_crops else judge.crop
   listed = video_folder.list_videos(videos)
+  if originals is not None:
+    _check_originals(listed, Path(originals))
   reals = list(reals)
   listed_reals = video_folder.list_videos(reals) if reals else []
   if listed_reals and features is None:
@@ -83,7 +99,7 @@ def score(
   generated_features: list[np.ndarray] = []
   real_features: list[np.ndarray] = []
   with video_folder.progress_bar([*listed, *listed_reals]) as bar:
-    for name, video in _read(listed, crop_face, bar, 0, left_out):
+    for name, video in _read(listed, crop, bar, 0, left_out):
       if listed_reals:
         generated_features += _features(video, features)
       try:
@@ -99,11 +115,15 @@ def score(
           ]
         )
       )
-    for _, video in _read(listed_reals, crop_face, bar, len(listed), left_out):
+    for _, video in _read(listed_reals, crop, bar, len(listed), left_out):
       real_features += _features(video, features)
   results = report.results(
-    scores, left_out, judge, max_offset=max_offset, crop_face=crop_face
+    scores, left_out, judge, max_offset=max_offset, crop=crop
   )
+  if originals is not None:
+    report.add_mouths(
+      results, *_compared(listed, Path(originals), results["videos"])
+    )
   if listed_reals:
     results["frechet"] = _frechet(
       generated_features, real_features, features.metric_name
@@ -154,7 +174,7 @@ def score_video(
 
 def _read(
   videos: Sequence[video_folder.Video],
-  crop_face: bool,
+  crop: str,
   bar: video_folder.TaskBar,
   first_number: int,
   left_out: dict[str, str],
@@ -163,7 +183,7 @@ def _read(
 
   Args:
     videos: videos to read.
-    crop_face: as for `score`.
+    crop: see `face_crops`.
     bar: progress bar to update.
     first_number: number of the first video in `bar`; above 0 for real videos.
     left_out: reasons by name of a video; updated.
@@ -172,7 +192,7 @@ def _read(
     return  # no need to open the face models
   contents = talking_video.read_many(
     [video.path for video in videos],
-    crop_face=crop_face,
+    crop=crop,
     progress=lambda i, share: bar.advance(first_number + i, share),
   )
   for i, (video, content) in enumerate(zip(videos, contents, strict=True)):
@@ -183,6 +203,43 @@ def _read(
     else:
       yield video.name, content
     bar.finish(first_number + i)
+
+
+def _check_originals(
+  videos: Sequence[video_folder.Video], originals: Path
+) -> None:
+  """Raises ScoreError if a video has no original."""
+  missing = [v.name for v in videos if not (originals / v.name).is_file()]
+  if missing:
+    raise ScoreError(
+      f"{originals} has no original of {cli.counted(len(missing), 'video')}, "
+      f"such as {originals / missing[0]}: expected a video of the same name"
+    )
+
+
+def _compared(
+  videos: Sequence[video_folder.Video],
+  originals: Path,
+  scored: Sequence[Mapping[str, Any]],
+) -> tuple[dict[str, MouthScore], dict[str, str]]:
+  """Returns the mouth scores of the scored videos, and why others have none."""
+  from tqdm import tqdm
+
+  from data_prep.video import video_to_records
+
+  found: dict[str, MouthScore] = {}
+  left_out: dict[str, str] = {}
+  names = {row["video"] for row in scored}
+  videos = [video for video in videos if video.name in names]
+  with video_to_records.Models() as models:
+    for video in tqdm(videos, desc="mouths", unit="video", disable=None):
+      try:
+        found[video.name] = mouths.compare(
+          video.path, originals / video.name, models
+        )
+      except FaceVideoError as e:
+        left_out[video.name] = str(e)
+  return found, left_out
 
 
 def _features(

@@ -31,9 +31,9 @@ from marlin_jax.inference.face_windows import (
   FaceVideoError,
   NoFaceError,
   Progress,
-  fit_square,
   video_errors,
 )
+from marlin_jax.lipsync.scoring import face_crops
 from marlin_jax.records.schema import FRAME_SIZE, SAMPLE_RATE
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class TalkingVideo:
 def read(
   path: str | os.PathLike,
   *,
-  crop_face: bool = True,
+  crop: str = face_crops.RECORD,
   models: video_to_records.Models | None = None,
   progress: Progress = lambda share: None,
 ) -> TalkingVideo:
@@ -87,8 +87,8 @@ def read(
 
   Args:
     path: a video file in any format that FFmpeg decodes.
-    crop_face: track the face and crop it. If False, each frame is used as a
-      face crop, as in LRS2, padded to a square with black bars.
+    crop: 'record' tracks the face and crops it as in records, 'syncnet' as
+      SyncNet's pipeline; 'frame' takes each frame as a face crop, as in LRS2.
     models: open face models; None: opens them.
     progress: called with the share of the video that has been read.
 
@@ -101,7 +101,7 @@ def read(
   from data_prep.video import tracked, video_to_records
 
   with video_errors(path):
-    if not crop_face:
+    if crop == face_crops.FRAME:
       return _uncropped(path, progress)
     with contextlib.ExitStack() as stack:
       if models is None:
@@ -113,20 +113,20 @@ def read(
       )
     if not video.tracks:
       raise NoFaceError(path)
-    return _cropped(path, video)
+    return _cropped(path, video, crop)
 
 
 def read_many(
   paths: Iterable[str | os.PathLike],
   *,
-  crop_face: bool = True,
+  crop: str = face_crops.RECORD,
   progress: Callable[[int, float], None] = lambda number, share: None,
 ) -> Iterator[TalkingVideo | FaceVideoError]:
   """Reads videos one after the other, with models that are opened once.
 
   Args:
     paths: see `read`.
-    crop_face: see `read`.
+    crop: see `read`.
     progress: called with the number of a video and the share of it that has
       been read.
 
@@ -138,7 +138,7 @@ def read_many(
   """
   with contextlib.ExitStack() as stack:
     models = None
-    if crop_face:
+    if crop != face_crops.FRAME:
       from data_prep.video import video_to_records
 
       models = stack.enter_context(video_to_records.Models())
@@ -146,7 +146,7 @@ def read_many(
       try:
         yield read(
           path,
-          crop_face=crop_face,
+          crop=crop,
           models=models,
           progress=functools.partial(progress, number),
         )
@@ -214,18 +214,24 @@ def _boxes(tracks: list[tracking.Track], num_frames: int) -> np.ndarray:
 
 
 def _cropped(
-  path: str | os.PathLike, video: tracked.TrackedVideo
+  path: str | os.PathLike, video: tracked.TrackedVideo, crop: str
 ) -> TalkingVideo:
   boxes = _boxes(video.tracks, video.num_frames)
+  judged = boxes
+  if crop == face_crops.SYNCNET:
+    judged = face_crops.syncnet_boxes(boxes).astype(np.float32)
   crops = np.zeros((len(boxes), FRAME_SIZE, FRAME_SIZE, 3), np.uint8)
   start_secs = math.nan
-  for i, (_, secs, crop) in enumerate(video.crops(boxes)):
+  for i, (frame, secs, record_crop) in enumerate(video.crops(boxes)):
     if i == 0:
       start_secs = secs
-    if crop is not None:
-      crops[i] = crop
+    if record_crop is None:
+      continue
+    if crop == face_crops.SYNCNET:
+      record_crop = face_crops.syncnet_crop(frame, judged[i])
+    crops[i] = record_crop
   width, height = video.size
-  return _with_sound(path, crops, boxes, start_secs, (height, width))
+  return _with_sound(path, crops, judged, start_secs, (height, width))
 
 
 def _uncropped(path: str | os.PathLike, progress: Progress) -> TalkingVideo:
@@ -234,12 +240,10 @@ def _uncropped(path: str | os.PathLike, progress: Progress) -> TalkingVideo:
     for frame, secs in frames:
       if not pictures:
         start_secs = secs
-      pictures.append(fit_square(frame, FRAME_SIZE))
+      pictures.append(face_crops.resized(frame))
       progress(video.share)
     width, height = video.info.width, video.info.height
-  side = max(width, height)
-  x, y = (width - side) / 2, (height - side) / 2
-  boxes = np.tile(np.float32([x, y, x + side, y + side]), (len(pictures), 1))
+  boxes = np.tile(np.float32([0, 0, width, height]), (len(pictures), 1))
   return _with_sound(
     path, np.stack(pictures), boxes, start_secs, (height, width)
   )

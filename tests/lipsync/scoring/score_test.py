@@ -3,6 +3,7 @@
 import csv
 import json
 
+import cv2
 import jax
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from marlin_jax.lipsync import mel_windows
 from marlin_jax.lipsync.networks.sync_expert import SyncExpert
 from marlin_jax.lipsync.networks.syncnet import SyncNet
 from marlin_jax.lipsync.scoring import (
+  face_crops,
   frame_features,
   judges,
   mfcc,
@@ -36,6 +38,7 @@ class MouthJudge:
   name = "mouths"
   metric_names = ("mouth_d", "mouth_c")
   num_frames = 5
+  crop = face_crops.RECORD
 
   def embeddings(self, frames, sound):
     num = judges.num_windows(len(frames), len(sound), self.num_frames)
@@ -68,7 +71,7 @@ def shifted(samples, num_frames):
 
 
 def score_videos(videos, output, **options):
-  options = {"crop_face": False} | options
+  options = {"are_face_crops": True} | options
   return score.score([videos], output, MouthJudge(), **options)
 
 
@@ -131,7 +134,9 @@ def test_frames_without_the_tracked_face_are_not_scored(tmp_path, face_models):
   path = talking_mouths.write_mp4(
     tmp_path / "v.mp4", frames, shifted(talk(1, 90).sound, 3)
   )
-  (video,) = score_videos(path, tmp_path / "out", crop_face=True)["videos"]
+  (video,) = score_videos(path, tmp_path / "out", are_face_crops=False)[
+    "videos"
+  ]
   assert 25 <= video["num_faceless"] <= 30
   # Two stretches; none of the windows is partly without a face.
   assert video["num_windows"] == 90 - video["num_faceless"] - 2 * 5
@@ -206,6 +211,61 @@ def test_scores_are_written_as_json_csv_table_and_chart(tmp_path):
   assert (tmp_path / "out/offsets.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_lse_keeps_its_published_name_on_syncnets_own_crops_alone(
+  tmp_path, face_models
+):
+  """By default SyncNet sees its own crops, and an expert those of records."""
+  spoken = talk(0, 30)
+  path = talking_mouths.write_mp4(
+    tmp_path / "v.mp4", spoken.frames, spoken.sound
+  )
+  seen = {}
+
+  class Looks(MouthJudge):
+    def embeddings(self, frames, sound):
+      seen[self.crop] = frames
+      return super().embeddings(frames, sound)
+
+  class LooksAsSyncNet(Looks):
+    crop = judges.SyncNetJudge.crop
+    metric_names = judges.SyncNetJudge.metric_names
+
+  for judge in (Looks(), LooksAsSyncNet()):
+    results = score.score([path], tmp_path / judge.crop, judge)
+    assert results["crop"] == judge.crop
+    assert ("lse_d" in results["mean"]) == (judge.crop == face_crops.SYNCNET)
+  table = (tmp_path / face_crops.SYNCNET / "scores.txt").read_text()
+  assert "LSE-D" in table
+  assert "as of SyncNet's pipeline" in table
+  # Its crop is larger, with grey beyond the frame, and the mouth is higher.
+  assert (seen[face_crops.SYNCNET] == 110).all(axis=-1).mean() > 0.1
+  assert not np.array_equal(seen["syncnet"], seen["record"])
+
+
+def test_syncnets_crop_is_that_of_its_pipeline():
+  side, shift = 200.0, 3.0
+  crops = np.array([[40 + shift * i, 30, 0, 0] for i in range(30)])
+  crops[:, 2:] = crops[:, :2] + side
+  crops[12:14] = np.nan
+  boxes = face_crops.syncnet_boxes(crops)
+  assert np.isnan(boxes[12:14]).all()
+  # run_pipeline.py: from y - s to y + 1.8 s, x -+ 1.4 s, where s is half the
+  # longer side of the face, 0.4 of the record's crop.
+  s, x, y = 0.4 * side, 40 + shift * 5 + side / 2, 30 + side / 2
+  want = [x - 1.4 * s, y - s, x + 1.4 * s, y + 1.8 * s]
+  np.testing.assert_allclose(boxes[5], want)
+
+  frame = np.zeros((260, 300, 3), np.uint8)
+  frame[..., 0] = np.arange(300) * 255 // 300
+  crop = face_crops.syncnet_crop(frame, boxes[5])
+  top, left, wide = int(y - s), int(x - 1.4 * s), int(2.8 * s)
+  padded = np.pad(frame, ((300, 300), (300, 300), (0, 0)), constant_values=110)
+  part = padded[300 + top :, 300 + left :][:wide, :wide]
+  error = np.abs(crop.astype(int) - cv2.resize(part, (224, 224)))
+  assert error.mean() < 1
+  assert (crop == 110).all(axis=-1).any()
+
+
 # --- Judges -------------------------------------------------------------------
 
 
@@ -249,7 +309,6 @@ def test_syncnet_gets_bgr_frames_and_the_coefficients_from_each_frame_on():
   np.testing.assert_allclose(
     sounds[1], embed_sound(network, rows[None])[0], rtol=1e-4, atol=1e-4
   )
-  assert judges.SyncNetJudge.metric_names == ("lse_d", "lse_c")
 
 
 def test_an_expert_gets_windows_like_those_of_its_training():
@@ -379,6 +438,6 @@ def test_files_that_are_no_feature_network_are_refused(tmp_path):
 def test_a_single_real_face_is_an_error(two_sets, tmp_path):
   made, _ = two_sets
   path = talking_mouths.write_mp4(tmp_path / "v.mp4", talk().frames[:1], None)
-  assert len(talking_video.read(path, crop_face=False)) == 1
+  assert len(talking_video.read(path, crop="frame")) == 1
   with pytest.raises(score.ScoreError, match="20 of the videos and 1 of"):
     score_videos(made, tmp_path / "out", reals=[path])
