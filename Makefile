@@ -10,7 +10,8 @@ export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 export MALLOC_ARENA_MAX ?= 1
 
 .PHONY: quickstart demo test test-all lint format bench bench-features \
-	bench-compile bench-input bench-curves bench-prep bench-probe clean help
+	bench-compile bench-input bench-curves bench-prep bench-probe bench-sync \
+	clean help
 
 help:  ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -56,6 +57,9 @@ bench-prep: $(VENV)/.installed-test  ## Frames per core's second of data_prep
 
 bench-probe: $(VENV)/.installed-test  ## Does pretraining learn? Linear probes
 	$(BIN)/python -m tests.benchmarks.probe
+
+bench-sync: $(VENV)/.installed-test  ## Sync expert on people not seen; FOOTAGE=DIR
+	$(BIN)/python -m tests.benchmarks.sync --footage=$(FOOTAGE)
 
 clean:  ## Remove the environment, runs/ and the compile cache of the tests
 	rm -rf $(VENV) runs .pytest_cache

@@ -84,12 +84,12 @@ def decode_video(
   Raises:
     DatasetError: the record is damaged.
   """
-  with _damage_named(index):
+  with damage_named(index):
     schema.decode_frames(record, frames, video.reshape(-1, *video.shape[2:]))
 
 
 @contextlib.contextmanager
-def _damage_named(index: int) -> Iterator[None]:
+def damage_named(index: int) -> Iterator[None]:
   """Turns ValueErrors into DatasetErrors that name the record."""
   try:
     yield
@@ -178,7 +178,7 @@ class TakeClip:
     views = [self.augmentation.draw_view(np_rng) for _ in frames]
     clips["regions"][:] = 0
     if self.needs_regions:
-      with _damage_named(index):
+      with damage_named(index):
         clips["regions"][:] = augmentation.region_bits(
           record, frames[:, :: self.tubelet_size], views, self.grid_size
         )
@@ -197,7 +197,7 @@ class TakeClip:
     """Decodes `video`; see `ClipTaker.decode`."""
     video = clips["video"]
     views = [View.from_row(row) for row in clips["_view"]]
-    with _damage_named(index):
+    with damage_named(index):
       augmentation.decode(
         record, np.reshape(frames, video.shape[:2]), views, video
       )

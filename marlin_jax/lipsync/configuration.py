@@ -10,8 +10,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from marlin_jax.records.schema import FRAME_SIZE
 from marlin_jax.training.configuration import (
+  ABOVE_0_TO_1,
   BELOW_1,
+  FRAME_SIZES,
+  FROM_0_TO_1,
   SPLIT,
   TRAINING_KEYS,
   above,
@@ -27,10 +31,21 @@ from marlin_jax.training.configuration import (
 KEYS = TRAINING_KEYS | {
   "data.train": fixed(SPLIT),
   "data.val": fixed(SPLIT),
+  "data.sample_by": fixed(one_of("record", "subject"), before="record"),
   "expert.num_frames": fixed(one_of(5, 16)),
   "expert.width": fixed(above(0)),
+  "expert.height": fixed(one_of(24, 48), before=48),
+  "expert.frame_size": fixed(FRAME_SIZES, before=FRAME_SIZE),
+  "expert.loss": fixed(one_of("cosine", "contrastive"), before="cosine"),
+  "expert.temperature": fixed(above(0), before=0.1),
+  "expert.clips_per_record": fixed(at_least(1), before=1),
+  "expert.flip_ratio": fixed(FROM_0_TO_1, before=0.0),
+  "expert.min_crop_ratio": fixed(ABOVE_0_TO_1, before=1.0),
+  "expert.colour_jitter": fixed(BELOW_1, before=0.0),
+  "expert.gain_jitter": fixed(at_least(0), before=0.0),
   "expert.batch_size": fixed(at_least(1)),
   "expert.lr": fixed(above(0)),
+  "expert.weight_decay": fixed(at_least(0), before=0.0),
   "expert.num_steps": free(at_least(1)),
   "expert.eval_steps": free(at_least(1)),
   "expert.eval_batches": free(at_least(1)),
@@ -64,6 +79,7 @@ KEYS = TRAINING_KEYS | {
 _EXTRA = (
   "data.fingerprint",
   "eval_data.fingerprint",
+  "start_sha256",
   "expert_sha256",
   "encoder",
   "encoder_sha256",
@@ -99,7 +115,18 @@ def identity(config: ConfigDict, section: str) -> dict[str, Any]:
 
 def _problems(config: ConfigDict) -> Iterator[str]:
   yield from training_violations(config, KEYS, extra=_EXTRA)
-  generator = config.generator
+  generator, expert = config.generator, config.expert
+  per_record = expert.clips_per_record
+  if expert.batch_size % max(per_record, 1):
+    yield (
+      f"expert.batch_size={expert.batch_size}: expected a multiple of "
+      f"expert.clips_per_record={per_record}"
+    )
+  if expert.loss == "contrastive" and per_record < 2:
+    yield (
+      f"expert.clips_per_record={per_record}: expected at least 2 with "
+      "expert.loss='contrastive', which compares the clips of a record"
+    )
   if generator.kind == "wav2lip" and generator.train_encoder:
     yield (
       "generator.train_encoder=True: expected False with "

@@ -323,6 +323,23 @@ def test_the_gradient_of_a_zero_embedding_is_finite():
   assert np.isfinite(gradient).all()
 
 
+def test_the_expert_of_small_pictures_gives_unit_vectors_too():
+  expert = with_random_weights(
+    lambda: SyncExpert(5, width=1 / 16, height=24, rngs=nnx.Rngs(0))
+  )
+  look = nnx.jit(SyncExpert.faces)
+  video = random_images(2, 5, 48, 48, 3)
+  faces = look(expert, video)
+  assert faces.shape == (2, 32)
+  np.testing.assert_allclose(np.linalg.norm(faces, axis=-1), 1, rtol=1e-5)
+  video[1, 4, 36:, 36:] = 0.5
+  other = look(expert, video)
+  np.testing.assert_array_equal(other[0], faces[0])
+  assert np.abs(other[1] - faces[1]).max() > 1e-6
+  with pytest.raises(ValueError, match="32 pixels high, expected 48 or 24"):
+    SyncExpert(5, height=32, rngs=nnx.Rngs(0))
+
+
 def test_an_expert_for_another_window_is_refused():
   with pytest.raises(ValueError, match="windows of 7 frames"):
     SyncExpert(7, rngs=nnx.Rngs(0))

@@ -19,7 +19,7 @@ from flax import nnx
 from marlin_jax.lipsync.networks import published
 from marlin_jax.lipsync.networks.functional import Variables, split_network
 from marlin_jax.lipsync.networks.marlin_generator import MarlinGenerator
-from marlin_jax.lipsync.networks.sync_expert import SyncExpert
+from marlin_jax.lipsync.networks.sync_expert import HEIGHT, SyncExpert
 from marlin_jax.lipsync.networks.wav2lip import Wav2Lip
 from marlin_jax.models import softmax_attention
 from marlin_jax.weights import run_checkpoint
@@ -36,12 +36,15 @@ EXPERT, GENERATOR = "sync_expert", "lipsync_generator"
 # --- Construction -------------------------------------------------------------
 
 
-def expert_meta(num_frames: int, width: float) -> dict[str, Any]:
+def expert_meta(
+  num_frames: int, width: float, height: int = HEIGHT
+) -> dict[str, Any]:
   """Returns the metadata that describe an expert; fit for JSON."""
   return {
     "network": EXPERT,
     "expert.num_frames": num_frames,
     "expert.width": width,
+    "expert.height": height,
   }
 
 
@@ -50,6 +53,8 @@ def make_expert(meta: Meta, *, seed: int = 0, dtype="float32") -> SyncExpert:
   return SyncExpert(
     meta["expert.num_frames"],
     width=meta["expert.width"],
+    # Not in the metadata of earlier versions.
+    height=meta.get("expert.height", HEIGHT),
     dtype=dtype,
     rngs=nnx.Rngs(seed),
   )

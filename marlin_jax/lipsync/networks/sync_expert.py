@@ -16,8 +16,9 @@ from flax import nnx
 
 from marlin_jax.lipsync.networks import convolutions, inputs
 
-# Size of the lower half that the face layers reduce to one pixel.
-HEIGHT, WIDTH = 48, 96
+# Heights of the lower half that the face layers reduce to one pixel; its width
+# is twice as much.
+HEIGHT, SMALL_HEIGHT = 48, 24
 # Frames of a window -> mel rows: 80 per second at 25 frames per second.
 MEL_ROWS = {5: 16, 16: 52}
 # Stride over time added to the published sound layers. The 52 rows of 16 frames
@@ -35,6 +36,16 @@ _FACE = (
   (512, 3, 1, 0, 0),
   (512, 1, 1, 0, 0),
 )
+
+
+# Row of _FACE that pictures of half the height do without.
+_SMALL_WITHOUT = 4
+
+
+def _face_table(height: int):
+  if height == HEIGHT:
+    return _FACE
+  return _FACE[:_SMALL_WITHOUT] + _FACE[_SMALL_WITHOUT + 1 :]
 
 
 def _sound_table(time_stride: int):
@@ -60,6 +71,7 @@ class SyncExpert(nnx.Module):
   Attributes:
     num_frames: frames of a window, T.
     num_mel_rows: mel rows of a window, M.
+    height: height of the lower half of the face in pixels.
   """
 
   def __init__(
@@ -68,6 +80,7 @@ class SyncExpert(nnx.Module):
     *,
     rngs: nnx.Rngs,
     width: float = 1.0,
+    height: int = HEIGHT,
     dtype: jnp.dtype = jnp.float32,
   ):
     """Initialises the weights.
@@ -76,11 +89,19 @@ class SyncExpert(nnx.Module):
       num_frames: frames of a window, 5 or 16.
       rngs: random streams; `params` initialises the weights.
       width: multiplies the published numbers of channels; D is 512 times it.
+      height: 48 as published, or 24, with one layer less and a fourth of the
+        computation.
       dtype: dtype of the convolutions.
 
     Raises:
-      ValueError: `num_frames` is neither 5 nor 16.
+      ValueError: `num_frames` is neither 5 nor 16, or `height` neither 48 nor
+        24.
     """
+    if height not in (HEIGHT, SMALL_HEIGHT):
+      raise ValueError(
+        f"no expert for pictures {height} pixels high, expected {HEIGHT} or "
+        f"{SMALL_HEIGHT}"
+      )
     if num_frames not in MEL_ROWS:
       raise ValueError(
         f"no expert for windows of {num_frames} frames, expected one of "
@@ -88,9 +109,10 @@ class SyncExpert(nnx.Module):
       )
     self.num_frames = num_frames
     self.num_mel_rows = MEL_ROWS[num_frames]
+    self.height = height
     layer_args = {"width": width, "rngs": rngs, "dtype": dtype}
     self.face_layers = convolutions.conv_stack(
-      3 * num_frames, _FACE, **layer_args
+      3 * num_frames, _face_table(height), **layer_args
     )
     self.sound_layers = convolutions.conv_stack(
       1, _sound_table(_TIME_STRIDES[num_frames]), **layer_args
@@ -106,9 +128,10 @@ class SyncExpert(nnx.Module):
       float32 (B, D), unit vectors without negative components.
     """
     b, t, *_ = video.shape
-    lips = inputs.resize(inputs.lower_half(video), HEIGHT, WIDTH)
+    size = self.height, 2 * self.height
+    lips = inputs.resize(inputs.lower_half(video), *size)
     # Frames become channels, each frame's RGB together.
-    lips = lips.transpose(0, 2, 3, 1, 4).reshape(b, HEIGHT, WIDTH, 3 * t)
+    lips = lips.transpose(0, 2, 3, 1, 4).reshape(b, *size, 3 * t)
     return _unit(convolutions.apply_layers(self.face_layers, lips))
 
   def sound(self, mel: jax.Array) -> jax.Array:

@@ -16,7 +16,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from marlin_jax.data.clips import decode_video
+from marlin_jax.data import augmentation
+from marlin_jax.data.augmentation import Augmentation, View
+from marlin_jax.data.clips import damage_named, decode_video
 from marlin_jax.data.prefetch import Batch
 from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.lipsync import mel_windows
@@ -33,25 +35,30 @@ MIN_OFFSET = 5
 class _TakeFrames:
   """Base class: takes windows of frames.
 
-  A batch holds `video` uint8 (B, T, 224, 224, 3), `mel` float32 (B, M, 80),
-  `_id` int32 (B,), the records' numbers, and `start` int32 (B,), the first
-  frames of `video`.
+  A batch holds `video` uint8 (B, T, S, S, 3), `mel` float32 (B, M, 80), `_id`
+  int32 (B,), the records' numbers, `start` int32 (B,), the first frames of
+  `video`, and `_view` int32 (B, 5), the view of each clip as a row.
 
   Attributes:
     num_frames: T.
+    frame_size: height and width of a frame in pixels, S.
+    augmentation: random views of the clips.
   """
 
   num_frames: int
+  frame_size: int = schema.FRAME_SIZE
+  augmentation: Augmentation = Augmentation()
 
   def empty(self, num_clips: int) -> Batch:
     """Returns an uninitialised batch."""
-    size, rows = schema.FRAME_SIZE, mel_windows.num_rows(self.num_frames)
+    size, rows = self.frame_size, mel_windows.num_rows(self.num_frames)
     video = (num_clips, self.num_frames, size, size, 3)
     return {
       "video": np.empty(video, np.uint8),
       "mel": np.empty((num_clips, rows, schema.NUM_MELS), np.float32),
       "_id": np.empty(num_clips, np.int32),
       "start": np.empty(num_clips, np.int32),
+      "_view": np.empty((num_clips, len(View().row)), np.int32),
     }
 
   def decode(
@@ -66,12 +73,26 @@ class _TakeFrames:
     Raises:
       DatasetError: a frame cannot be decoded.
     """
-    decode_video(clips["video"], index, record, frames)
+    video = clips["video"]
+    views = [View.from_row(row) for row in clips["_view"]]
+    with damage_named(index):
+      augmentation.decode(
+        record, np.reshape(frames, video.shape[:2]), views, video
+      )
 
-  def note(self, clips: Batch, index: int, starts: np.ndarray) -> list[int]:
-    """Fills `_id` and `start`; returns the frames of all clips in turn."""
+  def note(
+    self,
+    clips: Batch,
+    index: int,
+    starts: np.ndarray,
+    np_rng: np.random.Generator,
+  ) -> list[int]:
+    """Fills `_id`, `start` and `_view`; returns the frames of all clips."""
     clips["_id"][:] = index
     clips["start"][:] = starts
+    clips["_view"][:] = [
+      self.augmentation.draw_view(np_rng).row for _ in starts
+    ]
     return self.frames_from(starts)
 
   def frames_from(self, starts: np.ndarray) -> list[int]:
@@ -129,7 +150,43 @@ class TakePairs(_TakeFrames):
     clips["mel"][:] = mel_windows.windows(
       record.mel, sound, self.num_frames, record.start_secs
     )
-    return self.note(clips, index, frames)
+    return self.note(clips, index, frames, np_rng)
+
+
+@dataclasses.dataclass(frozen=True)
+class TakeApart(_TakeFrames):
+  """Frames with their own sound, the clips of a record apart in time.
+
+  The sound of one clip is thus out of sync with the frames of the others, and
+  neither voice nor face tells the two apart.
+
+  Attributes:
+    min_offset: least distance of two clips in frames; less where a record is
+      too short.
+  """
+
+  min_offset: int = MIN_OFFSET
+
+  def choose(
+    self,
+    clips: Batch,
+    index: int,
+    record: schema.Record,
+    np_rng: np.random.Generator,
+  ) -> list[int]:
+    """Fills clips of one record except for `video`; see `TakePairs.choose`."""
+    num_starts = _num_starts(
+      index, record, self.num_frames, self.num_frames + self.min_offset
+    )
+    num_gaps = len(clips["start"]) - 1
+    gap = min(self.min_offset, (num_starts - 1) // max(num_gaps, 1))
+    free = num_starts - 1 - gap * num_gaps
+    starts = np.sort(np_rng.integers(free + 1, size=num_gaps + 1))
+    starts += gap * np.arange(num_gaps + 1)
+    clips["mel"][:] = mel_windows.windows(
+      record.mel, starts, self.num_frames, record.start_secs
+    )
+    return self.note(clips, index, starts, np_rng)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +203,7 @@ class TakeOffsets(_TakeFrames):
     max_offset: K.
   """
 
-  max_offset: int
+  max_offset: int = dataclasses.field(kw_only=True)
 
   def empty(self, num_clips: int) -> Batch:
     """Returns an uninitialised batch."""
@@ -175,7 +232,7 @@ class TakeOffsets(_TakeFrames):
     clips["mel"][:] = mel_windows.windows(
       record.mel, sound.ravel(), self.num_frames, record.start_secs
     ).reshape(clips["mel"].shape)
-    return self.note(clips, index, starts)
+    return self.note(clips, index, starts, np_rng)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +279,7 @@ class TakeTargets(_TakeFrames):
     references = np.array(
       [self._reference_start(start, num_starts, np_rng) for start in starts]
     )
-    frames = self.note(clips, index, starts)
+    frames = self.note(clips, index, starts, np_rng)
     clips["mel"][:] = mel_windows.windows(
       record.mel, starts, self.num_frames, record.start_secs
     )

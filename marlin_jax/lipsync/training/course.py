@@ -15,6 +15,11 @@ from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.data.sampling import RecordDraws, StoredOrder
 from marlin_jax.devices import sharding
 from marlin_jax.lipsync import configuration
+from marlin_jax.lipsync.training.person_draws import (
+  People,
+  PersonDraws,
+  people_of,
+)
 from marlin_jax.pretraining.build import count
 from marlin_jax.records import cli
 from marlin_jax.training import loop, remote_files
@@ -47,6 +52,8 @@ class LipsyncCourse:
     mesh: Mesh,
     dataset: Dataset,
     eval_dataset: Dataset,
+    people: People | None = None,
+    clips_per_record: int = 1,
   ):
     """Sets the attributes that do not depend on the networks.
 
@@ -55,10 +62,19 @@ class LipsyncCourse:
       mesh: mesh of the devices.
       dataset: training split.
       eval_dataset: evaluation split.
+      people: records of each person, to draw people; None: records are drawn.
+      clips_per_record: consecutive clips of one record.
     """
     self.config, self.mesh = config, mesh
     self.dataset, self.eval_dataset = dataset, eval_dataset
-    self.draws = RecordDraws(dataset, config.seed, order=StoredOrder)
+    if people is None:
+      self.draws = RecordDraws(
+        dataset, config.seed, order=StoredOrder, num_clips=clips_per_record
+      )
+    else:
+      self.draws = PersonDraws(
+        dataset, people, config.seed, num_clips=clips_per_record
+      )
     self.settings = config[self.section]
     self.batch_size = self.settings.batch_size
     self.num_steps = self.settings.num_steps
@@ -123,7 +139,7 @@ def train(
   config: ConfigDict,
   data: str,
   workdir: str,
-  make_course: Callable[[ConfigDict, Mesh, Dataset, Dataset], LipsyncCourse],
+  make_course: Callable[..., LipsyncCourse],
 ):
   """Trains a course.
 
@@ -131,7 +147,7 @@ def train(
     config: a valid configuration; see configs/eval_ls.py.
     data: data set with sound at 25 frames a second, from data_prep.prepare.
     workdir: workdir of the run; created, or resumed from.
-    make_course: called as the constructor of LipsyncCourse.
+    make_course: called with the first five arguments of LipsyncCourse.
 
   Returns:
     The last state, and the signal that ended the run early or None.
@@ -141,11 +157,14 @@ def train(
   """
   remote_files.check_reachable(str(workdir), data)
   with loop.started(config, str(workdir)) as watchdog:
-    dataset = prepared_dataset.open_dataset(data, config.data.train)
-    eval_dataset = prepared_dataset.open_dataset(data, config.data.val)
+    dataset = prepared_dataset.open_joined(data, config.data.train)
+    eval_dataset = prepared_dataset.open_joined(data, config.data.val)
+    people = None
+    if config.data.sample_by == "subject":
+      people = people_of(data, config.data.train, str(workdir))
     mesh = sharding.make_mesh(config.mesh.data)
     check_attention(config.attention, mesh.devices.flat[0].platform)
-    course = make_course(config, mesh, dataset, eval_dataset)
+    course = make_course(config, mesh, dataset, eval_dataset, people)
     key = f"{course.section}.batch_size"
     sharding.check_batch(mesh, course.batch_size, key)
     return loop.train(course, course.evaluations, workdir, watchdog)

@@ -13,49 +13,93 @@ import optax
 from ml_collections import ConfigDict
 
 from marlin_jax.data import loader
+from marlin_jax.data.augmentation import Augmentation
 from marlin_jax.data.reader import BadRecords
 from marlin_jax.devices import sharding
 from marlin_jax.lipsync import offset_chart
 from marlin_jax.lipsync.networks import build
-from marlin_jax.lipsync.networks.functional import split_network
+from marlin_jax.lipsync.networks.functional import Variables, split_network
 from marlin_jax.lipsync.training import course
-from marlin_jax.lipsync.training.clips import TakeOffsets, TakePairs
+from marlin_jax.lipsync.training.clips import TakeApart, TakeOffsets, TakePairs
 from marlin_jax.lipsync.training.expert_step import (
   ExpertState,
   ExpertTrainer,
+  Jitter,
   expert_step,
   offset_cosines,
 )
-from marlin_jax.lipsync.training.losses import sync_loss
+from marlin_jax.lipsync.training.losses import published_sync_loss
+from marlin_jax.training.configuration import ConfigError
 from marlin_jax.training.loop import Evaluation, Picture, Result
 
 
-def train_expert(config: ConfigDict, data: str, workdir: str):
+def train_expert(
+  config: ConfigDict, data: str, workdir: str, start: str | None = None
+):
   """Trains the sync expert; see `course.train`.
+
+  Args:
+    config, data, workdir: see `course.train`.
+    start: expert to start from, of the same layout; see
+      `networks.build.read_expert`. None: random weights.
 
   Returns:
     The last ExpertState, and the signal that ended the run early or None.
+
+  Raises:
+    ConfigError: `start` has another layout.
+    WeightsError: `start` cannot be read.
+    UserError: as `course.train`.
   """
-  return course.train(config, data, workdir, ExpertCourse)
+  make_course = functools.partial(ExpertCourse, start=start)
+  return course.train(config, data, workdir, make_course)
 
 
 class ExpertCourse(course.LipsyncCourse):
   """Course of --mode=train_expert."""
 
   section = "expert"
-  fields = ("video", "mel", "offset")
 
-  def __init__(self, config, mesh, dataset, eval_dataset):
-    """Builds the network; arguments as for LipsyncCourse."""
-    super().__init__(config, mesh, dataset, eval_dataset)
-    settings = self.settings
-    self.take_clip = TakePairs(settings.num_frames)
+  def __init__(
+    self, config, mesh, dataset, eval_dataset, people=None, *, start=None
+  ):
+    """Builds the network.
+
+    Args:
+      config, mesh, dataset, eval_dataset, people: see LipsyncCourse.
+      start: see `train_expert`.
+    """
+    settings = config.expert
+    super().__init__(
+      config, mesh, dataset, eval_dataset, people, settings.clips_per_record
+    )
+    is_contrastive = settings.loss == "contrastive"
+    self.fields = ("video", "mel", "start" if is_contrastive else "offset")
+    take = TakeApart if is_contrastive else TakePairs
+    self.take_clip = take(
+      settings.num_frames,
+      settings.frame_size,
+      Augmentation(settings.flip_ratio, settings.min_crop_ratio),
+    )
     self.summary = f"sync expert, windows of {settings.num_frames} frames"
-    network = build.expert_meta(settings.num_frames, settings.width)
+    network = build.expert_meta(
+      settings.num_frames, settings.width, settings.height
+    )
     expert = build.make_expert(network, seed=config.seed, dtype=config.dtype)
     structure, arrays = split_network(expert)
-    self.trainer = ExpertTrainer(structure, optax.adam(settings.lr))
-    self.set_state(self.trainer.init(arrays), network)
+    sources = {}
+    if start is not None:
+      arrays = _started_from(start, arrays)
+      sources["start_sha256"] = build.sha256(arrays)
+    self.trainer = ExpertTrainer(
+      structure,
+      _optimizer(settings),
+      temperature=settings.temperature if is_contrastive else 0.0,
+      clips_per_record=settings.clips_per_record,
+      jitter=Jitter(settings.colour_jitter, settings.gain_jitter),
+      seed=config.seed,
+    )
+    self.set_state(self.trainer.init(arrays), network, sources)
 
   def make_step(self):
     """Returns the step, which compiles when it is first called."""
@@ -73,6 +117,29 @@ class ExpertCourse(course.LipsyncCourse):
       Evaluation(self.settings.eval_steps, evaluator.scores, before_save=True),
       Evaluation(self.config.picture_steps, evaluator.picture),
     ]
+
+
+def _started_from(path: str, template: Variables) -> Variables:
+  """Reads the variables of an expert of the template's layout."""
+  _, arrays = split_network(build.read_expert(path))
+  shapes = [jax.tree.map(np.shape, x) for x in (arrays, template)]
+  if shapes[0] != shapes[1]:
+    raise ConfigError(
+      f"the expert in {path} has other layers: expected the "
+      "config.expert.num_frames, width and height that it was trained with"
+    )
+  return arrays
+
+
+def _optimizer(settings: ConfigDict) -> optax.GradientTransformation:
+  if not settings.weight_decay:
+    return optax.adam(settings.lr)
+  return optax.adamw(
+    settings.lr,
+    weight_decay=settings.weight_decay,
+    # Kernels, not biases and scales.
+    mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+  )
 
 
 class ExpertEvaluator:
@@ -96,7 +163,11 @@ class ExpertEvaluator:
     self._batches = functools.partial(
       loader.eval_batches,
       (expert.eval_dataset,),
-      TakeOffsets(settings.num_frames, settings.max_offset),
+      TakeOffsets(
+        settings.num_frames,
+        settings.frame_size,
+        max_offset=settings.max_offset,
+      ),
       batch_size=settings.batch_size,
       num_batches=settings.eval_batches,
       rows=loader.own_rows(self._split, settings.batch_size),
@@ -155,7 +226,7 @@ def offset_scores(cosines: np.ndarray) -> dict[str, float]:
     cosine_in_sync: mean cosine in sync.
     cosine_shifted: mean cosine at the largest offset in both directions.
     margin: cosine_in_sync - cosine_shifted.
-    loss_sync: training loss, with equal weights of sound in sync and sound at
+    loss_sync: published loss, with equal weights of sound in sync and sound at
       the largest offsets; 0.693 for a constant cosine of 0.5.
     accuracy: accuracy of classifying a cosine above 0.5 as in sync, with the
       same weights.
@@ -170,7 +241,7 @@ def offset_scores(cosines: np.ndarray) -> dict[str, float]:
   pairs = (in_sync[:, None] > shifted)[np.isfinite(shifted)]
   shifted = shifted[np.isfinite(shifted)]
   per_side = [
-    float(sync_loss(values, np.full(values.shape, truth)))
+    float(published_sync_loss(values, np.full(values.shape, truth)))
     for values, truth in ((in_sync, True), (shifted, False))
   ]
   mean = np.nanmean(cosines, axis=0)

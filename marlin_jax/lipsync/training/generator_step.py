@@ -18,6 +18,8 @@ Axes: B clips, T frames, S pixels of the square picture, M mel rows.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -28,7 +30,10 @@ import optax
 from marlin_jax.lipsync.networks import inputs
 from marlin_jax.lipsync.networks.functional import Graph, Variables
 from marlin_jax.lipsync.training.expert_step import cosines, finite_or_old
-from marlin_jax.lipsync.training.losses import sync_loss
+from marlin_jax.lipsync.training.losses import (
+  published_sync_loss,
+  sync_loss,
+)
 
 Pytree = Any
 
@@ -111,11 +116,17 @@ class GeneratorTrainer:
     )
     return inputs.hide_mouth(target), reference, target
 
-  def sync_loss(self, judge: Variables, video: jax.Array, mel: jax.Array):
+  def sync_loss(
+    self,
+    judge: Variables,
+    video: jax.Array,
+    mel: jax.Array,
+    loss: Callable[[jax.Array, jax.Array], jax.Array] = sync_loss,
+  ) -> jax.Array:
     """Returns the expert's loss for frames and the sound they should fit."""
     expert = self.expert.eval_network(judge)
     cosine = cosines(expert.faces(video), expert.sound(mel))
-    return sync_loss(cosine, jnp.ones(cosine.shape, bool))
+    return loss(cosine, jnp.ones(cosine.shape, bool))
 
 
 def next_sync_weight(
@@ -128,8 +139,8 @@ def next_sync_weight(
 
   Args:
     current: current weight of the sync loss.
-    eval_loss: mean of the expert's loss for frames generated from the
-      evaluation split.
+    eval_loss: mean of the expert's published loss for frames generated from
+      the evaluation split.
     threshold: 0.75 in Wav2Lip.
     weight: the weight when switched on.
   """
@@ -246,21 +257,25 @@ def generate(
 
   Returns:
     `masked`, `reference`, `generated`, `target`, float32 (B, T, S, S, 3), and
-    the scalars loss_l1, loss_sync, loss_sync_target (the expert's loss for the
-    true frames: a lower bound in practice) and, in dB, psnr_mouth of the lower
+    the scalars loss_l1, loss_sync, loss_sync_target (the expert's published
+    loss, for the generated and for the true frames: the second is a lower bound
+    in practice) and, in dB, psnr_mouth of the lower
     half and psnr_reference, of the lower half of the reference.
   """
   masked, reference, target = trainer.pictures(batch)
   net = trainer.generator.eval_network(state.generator)
   generated = net(masked, reference, batch["mels"])
+  sync_of = functools.partial(
+    trainer.sync_loss, judge, mel=batch["mel"], loss=published_sync_loss
+  )
   return {
     "masked": masked,
     "reference": reference,
     "generated": generated,
     "target": target,
     "loss_l1": jnp.abs(generated - target).mean(),
-    "loss_sync": trainer.sync_loss(judge, generated, batch["mel"]),
-    "loss_sync_target": trainer.sync_loss(judge, target, batch["mel"]),
+    "loss_sync": sync_of(generated),
+    "loss_sync_target": sync_of(target),
     "psnr_mouth": _mouth_psnr(generated, target),
     "psnr_reference": _mouth_psnr(reference, target),
   }

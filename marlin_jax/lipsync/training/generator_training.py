@@ -87,6 +87,7 @@ class GeneratorCourse(course.LipsyncCourse):
     mesh,
     dataset,
     eval_dataset,
+    people=None,
     *,
     expert: str,
     encoder: str | None,
@@ -94,14 +95,14 @@ class GeneratorCourse(course.LipsyncCourse):
     """Reads the expert and the encoder and builds the generator.
 
     Args:
-      config, mesh, dataset, eval_dataset: see LipsyncCourse.
+      config, mesh, dataset, eval_dataset, people: see LipsyncCourse.
       expert, encoder: see `train_generator`.
 
     Raises:
       ConfigError: expert and encoder have windows of different lengths.
       WeightsError: expert or encoder cannot be read.
     """
-    super().__init__(config, mesh, dataset, eval_dataset)
+    super().__init__(config, mesh, dataset, eval_dataset, people)
     settings = self.settings
     judge = build.read_expert(expert, dtype=config.dtype)
     self.take_clip = TakeTargets(judge.num_frames)

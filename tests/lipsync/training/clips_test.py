@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from marlin_jax.data import loader, prepared_dataset
+from marlin_jax.data.augmentation import Augmentation
 from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.data.reader import BadRecords
 from marlin_jax.data.sampling import RecordDraws, StoredOrder
 from marlin_jax.lipsync import mel_windows
-from marlin_jax.lipsync.training import clips
+from marlin_jax.lipsync.training import clips, person_draws
 from marlin_jax.records import mel_spectrogram, schema
 from tests.support import made_dataset, talking_mouths
 
@@ -112,6 +113,86 @@ def test_half_of_the_pairs_are_in_sync_and_the_others_clearly_not(dataset):
   assert np.abs(apart).min() >= 5
   assert apart.min() < -20
   assert apart.max() > 20
+
+
+def test_clips_of_a_record_are_apart_and_have_their_own_sound(dataset):
+  take = clips.TakeApart(5)
+  batches = loader.train_batches(
+    RecordDraws(dataset, seed=0, num_clips=4),
+    take,
+    batch_size=8,
+    start_step=0,
+    num_threads=1,
+  )
+  for _ in range(3):
+    batch = next(batches)
+    records = batch["_id"].reshape(2, 4)
+    assert (records == records[:, :1]).all()
+    starts = batch["start"].reshape(2, 4)
+    assert np.diff(starts, axis=1).min() >= 5
+    for i in range(8):
+      mel, first_frame, _ = sound_of(dataset, int(batch["_id"][i]))
+      row = int(80 * ((first_frame + int(batch["start"][i])) / 25))
+      np.testing.assert_array_equal(
+        batch["mel"][i][1:-1], mel[row + 1 : row + 15]
+      )
+
+
+def test_clips_of_a_short_record_are_as_far_apart_as_they_can_be(record):
+  short = dataclasses.replace(record, frames=record.frames[:20])
+  take = clips.TakeApart(5)  # 16 starts
+  batch = take.empty(6)
+  take.choose(batch, 0, short, np.random.default_rng(0))
+  assert np.diff(batch["start"]).min() >= 3
+
+
+def test_small_and_changed_views_are_those_of_the_record(record):
+  plain, changed = (
+    clips.TakePairs(5, 56),
+    clips.TakePairs(5, 56, Augmentation(flip_ratio=1.0)),
+  )
+  videos = []
+  for take in (plain, changed):
+    batch = take.empty(3)
+    frames = take.choose(batch, 0, record, np.random.default_rng(0))
+    take.decode(batch, 0, record, frames)
+    videos.append(batch["video"])
+    np.testing.assert_array_equal(
+      batch["start"], np.reshape(frames, (3, 5))[:, 0]
+    )
+  assert videos[0].shape == (3, 5, 56, 56, 3)
+  np.testing.assert_array_equal(videos[1], videos[0][..., ::-1, :])
+
+
+# --- People -------------------------------------------------------------------
+
+
+def test_people_weigh_the_same_whatever_there_is_of_them(tmp_path):
+  """And are those of the records of several splits, opened as one."""
+  frames = {"a.mp4": 250, "b.mp4": 20, "c.mp4": 70, "d.mp4": 20}
+  videos = {
+    name: talking_mouths.records_of(talking_mouths.talk(i, num), name)
+    for i, (name, num) in enumerate(frames.items())
+  }
+  videos["d.mp4"] = [  # two videos of one person
+    dataclasses.replace(record, subject_id="c.mp4")
+    for record in videos["d.mp4"]
+  ]
+  splits = {"c.mp4": "extra", "d.mp4": "extra"}
+  path = str(made_dataset.make(tmp_path, videos, splits, has_sound=True))
+  dataset = prepared_dataset.open_joined(path, "train+extra")
+  people = person_draws.people_of(path, "train+extra", tmp_path)
+  draws = person_draws.PersonDraws(dataset, people, seed=3)
+  source = dataset.source
+  heard, records = [], set()
+  for position in range(60):
+    (number,) = draws(position).records
+    records.add(number)
+    heard.append(source[number][1].subject_id)
+  for first in range(0, 60, 3):
+    assert set(heard[first : first + 3]) == {"a.mp4", "b.mp4", "c.mp4"}
+  assert records == set(range(dataset.num_records))
+  assert draws(7) == person_draws.PersonDraws(dataset, people, seed=3)(7)
 
 
 # --- Targets ------------------------------------------------------------------

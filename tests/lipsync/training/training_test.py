@@ -19,6 +19,7 @@ from marlin_jax.lipsync import configuration, mel_windows, offset_chart
 from marlin_jax.lipsync.networks import build
 from marlin_jax.lipsync.networks.functional import split_network
 from marlin_jax.lipsync.training import (
+  expert_step,
   expert_training,
   generator_step,
   generator_training,
@@ -161,6 +162,81 @@ def test_scores_of_cosines_are_what_they_are_called():
   assert scores["offset_accuracy"] == 0.5
 
 
+SMALL = {
+  "data.sample_by": "subject",
+  "expert.height": 24,
+  "expert.frame_size": 56,
+  "expert.loss": "contrastive",
+  "expert.clips_per_record": 8,
+  "expert.batch_size": 32,
+  "expert.flip_ratio": 0.5,
+  "expert.min_crop_ratio": 0.8,
+  "expert.colour_jitter": 0.1,
+  "expert.gain_jitter": 0.5,
+  "expert.weight_decay": 0.05,
+  "expert.width": 1 / 4,
+  "expert.lr": 1e-3,
+}
+
+
+def small(**overrides):
+  return tiny(**{k.replace(".", "__"): x for k, x in SMALL.items()} | overrides)
+
+
+@pytest.fixture(scope="module")
+def small_expert(talking_people, tmp_path_factory):
+  """Trained with every key for small data; interrupted and resumed once."""
+  workdir = tmp_path_factory.mktemp("small_expert")
+  for num_steps in (10, 100):
+    config = small(expert__num_steps=num_steps, checkpoint_steps=10)
+    expert_training.train_expert(config, talking_people, workdir)
+  return workdir
+
+
+def test_contrastive_expert_knows_people_it_has_never_seen(small_expert):
+  scores = last_of(small_expert, "eval/val/")
+  assert scores["ranked"] > 0.7
+  assert scores["best_offset"] == 0
+  rows = [row for row in rows_of(small_expert) if "train/ranked" in row]
+  assert rows[0]["step"] == 1
+  assert rows[-1]["train/ranked"] > rows[0]["train/ranked"]
+  assert build.read_expert(small_expert).height == 24
+
+
+def test_expert_starts_from_the_weights_of_another(
+  small_expert, talking_people, tmp_path
+):
+  config = small(expert__num_steps=1)
+  expert_training.train_expert(
+    config, talking_people, tmp_path / "next", str(small_expert)
+  )
+  (first,) = [
+    row for row in rows_of(tmp_path / "next") if "train/ranked" in row
+  ]
+  assert first["train/ranked"] > 0.7
+  wide = small(expert__num_steps=1, expert__width=1 / 8)
+  with pytest.raises(ConfigError, match="has other layers"):
+    expert_training.train_expert(
+      wide, talking_people, tmp_path / "wide", str(small_expert)
+    )
+
+
+def test_jitter_changes_clips_as_wholes_and_stays_in_range():
+  video = np.full((6, 5, 4, 4, 3), 0.25, np.float32)
+  mel = np.full((6, 16, 80), -3.5, np.float32)
+  key = jax.random.key(1)
+  same = expert_step.Jitter()(video, mel, key)
+  np.testing.assert_array_equal(same[0], video)
+  np.testing.assert_array_equal(same[1], mel)
+  bright, loud = expert_step.Jitter(0.2, 1.0)(video, mel, key)
+  assert np.ptp(bright, axis=(1, 2, 3)).max() < 1e-6
+  assert np.std(bright[:, 0, 0, 0, 0]) > 0.05
+  assert np.abs(bright - 0.25).max() <= 0.2 + 0.25 * 0.2 + 1e-6
+  assert np.ptp(loud, axis=(1, 2)).max() == 0
+  assert loud.min() >= -4
+  assert np.abs(loud - mel).max() <= 1
+
+
 # --- Losses -------------------------------------------------------------------
 
 
@@ -172,6 +248,43 @@ def test_the_sync_loss_is_the_published_cross_entropy():
   )
   ours = losses.sync_loss(cosine, in_sync)
   np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5)
+
+
+def test_contrastive_loss_finds_each_sound_among_those_far_enough():
+  np_rng = np.random.default_rng(0)
+  cosine = np_rng.uniform(size=(2, 4, 4)).astype(np.float32)
+  is_compared = np.ones((2, 4, 4), bool)
+  is_compared[0, 0, 1] = is_compared[0, 1, 0] = False
+  want = []
+  for matrix, known in zip(cosine, is_compared, strict=True):
+    logits = torch.tensor(np.where(known, matrix / 0.2, -np.inf))
+    for way in (logits, logits.T):
+      want.append(torch.nn.functional.cross_entropy(way, torch.arange(4)))
+  got = losses.contrastive_loss(cosine, is_compared, 0.2)
+  assert float(got) == pytest.approx(float(np.mean(want)), rel=1e-5)
+
+
+def test_evaluations_report_the_cross_entropy_as_pytorch_clamps_it():
+  cosine = np.float32([0, 0, 1, 1, 0.3, 1e-4])
+  in_sync = np.array([True, False, True, False, True, False])
+  theirs = torch.nn.functional.binary_cross_entropy(
+    torch.tensor(cosine), torch.tensor(in_sync, dtype=torch.float32)
+  )
+  ours = losses.published_sync_loss(cosine, in_sync)
+  np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5)
+
+
+def test_few_hopeless_clips_keep_the_sync_weight_at_0_as_published():
+  # Half a per cent of cosines at 0, which count 100 each: the mean is 1.05.
+  cosine = np.float32([0.0] * 5 + [0.58] * 995)
+  in_sync = np.ones(1000, bool)
+  published = float(losses.published_sync_loss(cosine, in_sync))
+  assert published > 1
+  assert float(losses.sync_loss(cosine, in_sync)) < 0.75
+  weight = generator_step.next_sync_weight(
+    0.0, published, threshold=0.75, weight=0.01
+  )
+  assert weight == 0
 
 
 @pytest.mark.parametrize(("cosine", "in_sync"), [(-0.5, True), (0.0, True)])
@@ -201,11 +314,18 @@ def test_every_problem_of_a_configuration_is_told_at_once():
   config.generator.kind = "gan"
   config.generator.adv_weight = 1.0
   config.data.val = ""
+  config.expert.loss = "contrastive"
   with pytest.raises(ConfigError) as caught:
     configuration.validate(config)
   message = str(caught.value)
-  assert "4 problem(s)" in message
-  for key in ("expert.num_frames=7", "kind='gan'", "1.01", "data.val=''"):
+  assert "5 problem(s)" in message
+  for key in (
+    "expert.num_frames=7",
+    "kind='gan'",
+    "1.01",
+    "data.val=''",
+    "expert.clips_per_record=1: expected at least 2",
+  ):
     assert key in message
 
 
