@@ -57,7 +57,6 @@ def _run(args: argparse.Namespace) -> None:
   # Imported here, so that --help answers at once.
   from marlin_jax.inference import (
     clips,
-    face_windows,
     feature_folder,
     video_folder,
   )
@@ -103,8 +102,13 @@ def _run(args: argparse.Namespace) -> None:
         )
       ) as events,
       video_folder.progress_bar(todo) as bar,
+      contextlib.ExitStack() as stack,
     ):
-      num_windows = num_padded = 0
+      problems: dict[int, str] = {}
+      if not args.crop_face:
+        check = stack.enter_context(video_folder.CropCheck())
+        events, problems = check.watched(events), check.problems
+      num_windows = 0
       for video in video_folder.encode_many(
         functools.partial(marlin.extract_features, keep_seq=args.keep_seq),
         events,
@@ -112,9 +116,6 @@ def _run(args: argparse.Namespace) -> None:
         bar,
       ):
         num_windows += len(video.windows)
-        num_padded += not args.crop_face and any(
-          map(face_windows.letterboxed, video.windows[:1])
-        )
         _write(folder, todo[video.number].name, video, args.reduction)
     folder.finish()
 
@@ -132,11 +133,12 @@ def _run(args: argparse.Namespace) -> None:
       f"{args.output} holds the features of {len(videos) - len(refused)} of "
       f"{counted(len(videos), 'video')}."
     )
-    if num_padded:
+    if problems:
+      number, problem = next(iter(problems.items()))
       print(
-        f"  NOTE: {counted(num_padded, 'video')} not square, padded with black "
-        "bars. The encoder knows crops of faces: unless these are, use "
-        "--crop_face"
+        f"  NOTE: {counted(len(problems), 'video')} not as a crop of a face, "
+        f"such as {todo[number].name}: {problem}. The encoder knows crops of "
+        "faces: use --crop_face, or prepare them"
       )
     if refused:
       print(

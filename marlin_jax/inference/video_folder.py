@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from marlin_jax.inference.face_windows import (
   FaceVideoError,
   Window,
   WindowSettings,
+  letterboxed,
   read_windows,
 )
 from marlin_jax.records import extras
@@ -169,6 +170,66 @@ def read_many(
           yield event.task, event.value
     except workers.WorkerError as e:
       raise ReaderError(str(e)) from e
+
+
+class CropCheck:
+  """Notices whole frames that are no crops of a face; a context manager.
+
+  In crops as the encoder knows them, the detector's box of the face takes about
+  0.7 of the side (of 42 tracks of the real clips measured 0.67 to 0.82).
+
+  Attributes:
+    problems: why a video is none, by its number.
+  """
+
+  # Below it a video is told of. A head with shoulders has 0.5 to 0.6.
+  _MIN_SHARE = 0.4
+  # The detectors need a picture of some size.
+  _MIN_SIZE = 100
+
+  def __init__(self) -> None:
+    self.problems: dict[int, str] = {}
+    self._checked: set[int] = set()
+    self._stack = contextlib.ExitStack()
+    self._finder = None
+
+  def __enter__(self) -> Self:
+    from data_prep.faces import face_finder
+
+    # Without the models, black bars are still noticed.
+    with contextlib.suppress(UserError):
+      self._finder = self._stack.enter_context(face_finder.FaceFinder())
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._stack.close()
+
+  def watched(
+    self, events: Iterable[tuple[int, Window | float | Outcome]]
+  ) -> Iterator[tuple[int, Window | float | Outcome]]:
+    """Passes events of `read_many` on; looks at each video's first window."""
+    for number, event in events:
+      if isinstance(event, Window) and number not in self._checked:
+        self._checked.add(number)
+        if problem := self._problem(event):
+          self.problems[number] = problem
+      yield number, event
+
+  def _problem(self, window: Window) -> str:
+    picture = window.frames[len(window.frames) // 2]
+    if self._finder is not None and len(picture) >= self._MIN_SIZE:
+      sides = [
+        max(np.ptp(d.box[::2]), np.ptp(d.box[1::2]))
+        for d in self._finder.detect(picture)
+      ]
+      share = max(sides, default=0.0) / len(picture)
+      if share < self._MIN_SHARE:
+        return (
+          f"the face takes {share:.0%} of the picture, in a crop about 70%"
+          if sides
+          else "no face is found"
+        )
+    return "padded with black bars" if letterboxed(window) else ""
 
 
 @dataclasses.dataclass

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -360,6 +361,30 @@ def test_a_reduced_video_is_one_row(videos, checkpoint, marlin, tmp_path):
     np.testing.assert_array_equal(file["features"], expected[None])
     assert (file["first_frame"].item(), file["num_frames"].item()) == (0, 100)
     assert file["end_secs"].item() == pytest.approx(3.3, abs=0.01)
+
+
+def test_whole_frames_that_are_no_crops_of_a_face_are_told(
+  face_models, carphone_frames, tmp_path, capsys
+):
+  weights = random_weights(dataclasses.replace(TINY, image_size=224))
+  safetensors_folder.write(weights, tmp_path / "weights")
+  square = [frame[:, 16:160] for frame in carphone_frames[:2]]
+  far = [np.full((432, 432, 3), 90, np.uint8) for _ in square]
+  for i, frame in enumerate(square):
+    far[i][144:288, 144:288] = frame
+  near = [frame[20:116, 40:136] for frame in square]
+  videos = tmp_path / "videos"
+  for name, frames in (("near", near), ("far", far), ("wall", moving_noise(2))):
+    write_video(videos / f"{name}.mp4", frames, qp="10")
+  arguments = [videos, "--checkpoint", tmp_path / "weights", "--output"]
+  assert run(*arguments, tmp_path / "whole") == 0
+  note = capsys.readouterr().out.partition("NOTE: ")[2]
+  assert note.startswith("2 videos not as a crop of a face")
+  assert re.search(r"far.mp4: the face takes \d\d% of the picture", note)
+  shutil.rmtree(tmp_path / "whole")
+  (videos / "far.mp4").unlink()
+  assert run(*arguments, tmp_path / "whole") == 0
+  assert "wall.mp4: no face is found" in capsys.readouterr().out
 
 
 def test_two_videos_without_a_face_are_a_failure(
