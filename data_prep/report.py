@@ -21,13 +21,12 @@ import numpy as np
 from data_prep import storage
 from data_prep.inspection import (
   dataset_statistics,
-  html_page,
   region_pictures,
 )
-from data_prep.inspection.html_page import Html, file_name, section, table, tag
 from data_prep.sources import listing
-from marlin_jax.records import cli, extras, folders, schema
+from marlin_jax.records import cli, extras, folders, html_page, schema
 from marlin_jax.records.cli import counted
+from marlin_jax.records.html_page import Html, file_name, section, table, tag
 
 if TYPE_CHECKING:
   from data_prep.inspection.dataset_statistics import Statistics, Track
@@ -337,7 +336,9 @@ def _crop(track: Track) -> Html:
     f"quality {track.quality:.2f} ({terms})"
   )
   caption = tag("span", file_name(track.video_id), tag("br"), numbers)
-  return html_page.picture(pair, caption)
+  return html_page.picture(
+    pair, caption, "face crop, plain and with its regions"
+  )
 
 
 def _legend() -> Html:

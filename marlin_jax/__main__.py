@@ -27,6 +27,7 @@ COMMANDS = {
   "report": "data_prep.report",
   "contact-sheet": "data_prep.contact_sheet",
   "train": "marlin_jax.train",
+  "show": "marlin_jax.show",
   "plan": "marlin_jax.plan",
   "features": "marlin_jax.features",
   "reconstruct": "marlin_jax.reconstruct",

@@ -12,7 +12,15 @@ from flax import nnx
 
 from configs import eval_far, eval_fer, eval_ls, pretrain_b
 from data_prep import contact_sheet, prepare, report, verify
-from marlin_jax import compare, convert, demo, features, predict, reconstruct
+from marlin_jax import (
+  compare,
+  convert,
+  demo,
+  features,
+  predict,
+  reconstruct,
+  show,
+)
 from marlin_jax.__main__ import COMMANDS as SCRIPTS
 from marlin_jax.eval import configuration as eval_configuration
 from marlin_jax.eval import ls
@@ -45,6 +53,7 @@ PARSERS = {
   "marlin_jax.features": lambda argv: features._parser().parse_args(argv),
   "marlin_jax.predict": lambda argv: predict._parser().parse_args(argv),
   "marlin_jax.reconstruct": reconstruct._parse_args,
+  "marlin_jax.show": lambda argv: show._parser().parse_args(argv),
   "tools.compare_parsers": lambda argv: compare_parsers._parser().parse_args(
     argv
   ),

@@ -233,6 +233,7 @@ def test_modules_of_a_wheel_import_each_other():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # it downloads a gigabyte
 def test_a_wheel_works_without_the_repository(
   sample_videos, face_models, encoder, tmp_path
 ):

@@ -10,9 +10,10 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from data_prep import report
-from data_prep.inspection import dataset_statistics, html_page
+from data_prep.inspection import dataset_statistics
 from data_prep.inspection.dataset_statistics import InspectionError
 from data_prep.output import shards
+from marlin_jax.records import html_page
 from tests.support import made_dataset
 from tests.support.made_dataset import a_record, some_labels
 from tests.support.processes import ROOT

@@ -11,10 +11,11 @@ import base64
 import html
 import io
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-_VOID = ("br", "img", "meta", "rect", "line")
+_VOID = ("br", "img", "meta", "rect", "line", "polyline", "circle")
 
 
 class Html(str):
@@ -116,12 +117,18 @@ def swatch(rgb: Sequence[int]) -> Html:
   return tag("i", class_="swatch", style=f"background:{colour}")
 
 
-def picture(pixels: np.ndarray, caption: Html, quality: int = 82) -> Html:
-  """Returns a figure with an embedded JPEG of uint8 (H, W, 3), RGB."""
+def picture(pixels: np.ndarray, caption: Html, text: str) -> Html:
+  """Returns a figure with an embedded JPEG.
+
+  Args:
+    pixels: uint8 (H, W, 3), RGB.
+    caption: text below it.
+    text: describes the picture where it cannot be seen.
+  """
   from PIL import Image
 
   file = io.BytesIO()
-  Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+  Image.fromarray(pixels).save(file, "JPEG", quality=82)
   data = base64.b64encode(file.getvalue()).decode()
   height, width = pixels.shape[:2]
   image = tag(
@@ -129,7 +136,7 @@ def picture(pixels: np.ndarray, caption: Html, quality: int = 82) -> Html:
     src=f"data:image/jpeg;base64,{data}",
     width=width,
     height=height,
-    alt="face crop, plain and with its regions",
+    alt=text,
   )
   return tag("figure", image, tag("figcaption", caption))
 
@@ -137,6 +144,8 @@ def picture(pixels: np.ndarray, caption: Html, quality: int = 82) -> Html:
 # --- Charts -------------------------------------------------------------------
 
 _WIDTH, _HEIGHT, _BOTTOM = 320, 150, 22
+# Room for numbers beside curves.
+_LEFT = 44
 # Larger values are counted in the last bin.
 _TOP_QUANTILE = 0.99
 _MOST_BINS = 24
@@ -222,9 +231,7 @@ def _bins(values: np.ndarray) -> tuple[float, float, int]:
   """
   low, high = np.quantile(values, [1 - _TOP_QUANTILE, _TOP_QUANTILE])
   low, high = min(low, 0.0), max(high, 0.0)
-  rough = (high - low) / _MOST_BINS or 1.0
-  power = 10.0 ** np.floor(np.log10(rough))
-  step = next(f * power for f in (1, 2, 5, 10) if f * power >= rough)
+  step = _round_step((high - low) / _MOST_BINS or 1.0)
   first, last = np.floor(low / step), np.floor(high / step) + 1
   return float(first * step), float(last * step), int(last - first)
 
@@ -239,11 +246,131 @@ def _quantiles(values: np.ndarray, unit: str) -> str:
   )
 
 
+class Curve(NamedTuple):
+  """A curve of a chart.
+
+  Attributes:
+    name: name in the legend.
+    x: finite numbers (N,) in rising order, N > 0.
+    y: finite numbers (N,).
+  """
+
+  name: str
+  x: np.ndarray
+  y: np.ndarray
+
+
+def lines(
+  title: str, curves: Sequence[Curve], x_name: str, *, is_log: bool = False
+) -> Html:
+  """Returns curves over a shared axis as SVG, with their last values.
+
+  Of a curve with more points than the chart has pixels, means of neighbouring
+  points are drawn.
+
+  Args:
+    title: heading of the chart.
+    curves: at most 6.
+    x_name: what the horizontal axis counts.
+    is_log: use a logarithmic axis if all values are positive and span a factor
+      of ten.
+  """
+  values = np.concatenate([curve.y for curve in curves]).astype(np.float64)
+  places = np.concatenate([curve.x for curve in curves]).astype(np.float64)
+  is_log = is_log and values.min() > 0 and values.max() > 10 * values.min()
+  low, high, ticks = _ticks(values.min(), values.max(), is_log)
+  first, last = places.min(), places.max()
+  plot = _HEIGHT - _BOTTOM
+
+  def across(x: np.ndarray) -> np.ndarray:
+    share = (x - first) / ((last - first) or 1.0)
+    return _LEFT + (_WIDTH - _LEFT) * share
+
+  def down(y: np.ndarray) -> np.ndarray:
+    y, ends = (np.log(y), np.log([low, high])) if is_log else (y, (low, high))
+    return 4 + (plot - 8) * (1 - (y - ends[0]) / (ends[1] - ends[0]))
+
+  shapes = []
+  for value in ticks:
+    y = f"{float(down(value)):.2f}"
+    grid = tag("line", x1=_LEFT, x2=_WIDTH, y1=y, y2=y, class_="grid")
+    text = f"{value:.4g}"
+    at = {"x": _LEFT - 4, "y": float(y) + 4, "text_anchor": "end"}
+    shapes += [grid, tag("text", text, **at)]
+  for i, curve in enumerate(curves):
+    x, y = _thinned(np.float64(curve.x), np.float64(curve.y))
+    points = " ".join(
+      f"{a:.1f},{b:.1f}" for a, b in zip(across(x), down(y), strict=True)
+    )
+    label = tag("title", f"{curve.name}: {curve.y[-1]:.4g}")
+    shapes.append(
+      tag("circle", label, cx=points.split(",")[0], cy=f"{down(y)[0]:.1f}", r=2)
+      if len(x) == 1
+      else tag("polyline", label, points=points, class_=f"curve c{i}")
+    )
+  shapes.append(tag("line", x1=_LEFT, x2=_WIDTH, y1=plot, y2=plot))
+  for x, anchor, at in ((_LEFT, "start", first), (_WIDTH, "end", last)):
+    text = f"{x_name} {at:,.0f}"
+    shapes.append(tag("text", text, x=x, y=_HEIGHT - 6, text_anchor=anchor))
+  rows = [
+    tag(
+      "span",
+      tag("i", class_=f"swatch s{i}"),
+      f"{curve.name} {curve.y[-1]:.4g}",
+    )
+    for i, curve in enumerate(curves)
+  ]
+  return tag(
+    "figure",
+    tag("h3", title),
+    tag(
+      "svg",
+      *shapes,
+      viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
+      role="img",
+      aria_label=", ".join(f"{c.name}: last {c.y[-1]:.4g}" for c in curves),
+    ),
+    tag("figcaption", *rows, class_="legend"),
+    class_="chart",
+  )
+
+
+def _ticks(
+  low: float, high: float, is_log: bool
+) -> tuple[float, float, list[float]]:
+  """Returns both ends of an axis that holds the values, and numbers on it."""
+  if is_log:
+    powers = 10.0 ** np.arange(np.floor(np.log10(low)), np.log10(high) + 1)
+    ticks = [f * power for power in powers for f in (1, 2, 5)]
+    inside = [t for t in ticks if low <= t <= high]
+    return low, high, inside[:: -(-len(inside) // 5) or 1]
+  step = _round_step((high - low) / 4 or abs(high) or 1.0)
+  low, high = np.floor(low / step) * step, np.ceil(high / step) * step
+  high = high if high > low else low + step
+  count = round((high - low) / step)
+  return float(low), float(high), [float(low + i * step) for i in range(count)]
+
+
+def _round_step(rough: float) -> float:
+  """Returns the least of 1, 2 and 5 times powers of ten, at least `rough`."""
+  power = 10.0 ** np.floor(np.log10(rough))
+  return float(next(f * power for f in (1, 2, 5, 10) if f * power >= rough))
+
+
+def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  parts = np.array_split(np.arange(len(x)), min(len(x), _WIDTH))
+  return (
+    np.array([x[part].mean() for part in parts]),
+    np.array([y[part].mean() for part in parts]),
+  )
+
+
 _STYLE = """
 :root{--paper:#fff;--ink:#1c2024;--quiet:#5b6570;--line:#d9dee3;--card:#f5f7f9;
---bar:#2f6fb5;--marker:#b5382f}
+--bar:#2f6fb5;--marker:#b5382f;--green:#2e7d4f;--violet:#7a4fb0;--ochre:#a8700c}
 @media (prefers-color-scheme:dark){:root{--paper:#14171a;--ink:#e6e9ec;
---quiet:#a0a9b2;--line:#333a41;--card:#1d2226;--bar:#6ea8e6;--marker:#ff8a80}}
+--quiet:#a0a9b2;--line:#333a41;--card:#1d2226;--bar:#6ea8e6;--marker:#ff8a80;--green:#6fcf97;--violet:#c3a2f2;
+--ochre:#e3b341}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
@@ -276,6 +403,13 @@ svg{display:block;width:100%;height:auto}
 svg rect{fill:var(--bar)}
 svg line{stroke:var(--quiet)}
 svg .marker{stroke:var(--marker);stroke-dasharray:4 3}
+svg .grid{stroke:var(--line)}
+svg .curve{fill:none;stroke-width:1.5;stroke-linejoin:round}
+.c0{stroke:var(--bar)}.c1{stroke:var(--marker)}.c2{stroke:var(--green)}
+.c3{stroke:var(--violet)}.c4{stroke:var(--ochre)}.c5{stroke:var(--quiet)}
+.s0{background:var(--bar)}.s1{background:var(--marker)}
+.s2{background:var(--green)}.s3{background:var(--violet)}
+.s4{background:var(--ochre)}.s5{background:var(--quiet)}
 svg text{fill:var(--quiet);font-size:11px}
 .share{display:flex;align-items:center;gap:.5rem}
 .share .number{flex:none;width:3.2rem}
