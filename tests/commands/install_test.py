@@ -61,6 +61,8 @@ def test_every_command_has_a_console_script():
 
 
 def test_a_script_runs_the_command_of_its_name(capsys, monkeypatch):
+  # As in a new process; runpy warns of modules that are loaded already.
+  monkeypatch.delitem(sys.modules, "marlin_jax.features", raising=False)
   monkeypatch.setattr(sys, "argv", ["/bin/marlin-features", "--help"])
   with pytest.raises(SystemExit, match="0"):
     __main__.main()
