@@ -9,7 +9,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 17179869184
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 export MALLOC_ARENA_MAX ?= 1
 
-.PHONY: quickstart demo test test-all lint format bench bench-features \
+.PHONY: quickstart demo test test-all lint format docs bench bench-features \
 	bench-compile bench-input bench-curves bench-prep bench-probe bench-sync \
 	clean help
 
@@ -35,6 +35,10 @@ lint: $(VENV)/.installed-test  ## Check style and format
 format: $(VENV)/.installed-test  ## Mend style and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-docs  ## Build the documentation site into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 bench: $(VENV)/.installed-test  ## Training step and features against PyTorch
 	$(BIN)/python -m tests.benchmarks.step
@@ -75,8 +79,9 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	  -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-demo: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo]'
+$(VENV)/.installed-demo $(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  -e '.[$(subst .installed-,,$(@F))]'
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed requirements-beam.txt
