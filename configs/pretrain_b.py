@@ -123,7 +123,8 @@ def get_config():
   config.model.start_grey = False
 
   config.mask = ConfigDict()
-  # fasking, fasking_opp (reversed order of regions), random, tube or frame.
+  # fasking, fasking_opp (reversed order of regions), random, tube, frame, or
+  # crfr_p: one region hidden whole, the rest in proportion (FSFM).
   config.mask.strategy = "fasking"
   # Share of the tokens that are masked.
   config.mask.ratio = 0.9
@@ -135,6 +136,15 @@ def get_config():
   # Reconstruct each token normalised by its own mean and deviation per colour,
   # as VideoMAE does; MARLIN does not.
   config.target.norm_pix = False
+  # Share of the loss on motion: the frames of a token after its first are
+  # reconstructed as differences from it. MAE-DFER uses 0.5, MARLIN 0: all
+  # frames as they are.
+  config.target.motion_weight = 0.0
+
+  config.loss = ConfigDict()
+  # Weight of a second reconstruction loss, on the region that crfr_p hides
+  # alone. FSFM uses 0.007.
+  config.loss.region_weight = 0.0
 
   config.input = ConfigDict()
   # Normalise the input with ImageNet's mean and deviation, as VideoMAE does;

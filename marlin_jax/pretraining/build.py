@@ -87,7 +87,10 @@ class Experiment:
     """Masking, and the form of input and target."""
     mask = self.config.mask
     return PretextTask.from_architecture(
-      self.architecture, mask.strategy, mask.ratio
+      self.architecture,
+      mask.strategy,
+      mask.ratio,
+      region_weight=self.config.loss.region_weight,
     )
 
   @functools.cached_property

@@ -31,7 +31,14 @@ from marlin_jax.training.configuration import (
 )
 
 # masking.Masking describes each.
-MASKING_STRATEGIES = ("fasking", "fasking_opp", "random", "tube", "frame")
+MASKING_STRATEGIES = (
+  "fasking",
+  "fasking_opp",
+  "random",
+  "tube",
+  "frame",
+  "crfr_p",
+)
 # data/sampling.py describes each; it is not imported, as it imports much.
 SAMPLE_BY = ("video", "record", "subject")
 ORDERS = ("hashed", "stored")
@@ -76,6 +83,8 @@ KEYS = TRAINING_KEYS | {
   "mask.ratio": fixed(BETWEEN_0_AND_1),
   "mask.decoder_ratio": fixed(BELOW_1),
   "target.norm_pix": fixed(),
+  "target.motion_weight": fixed(BELOW_1, before=0.0),
+  "loss.region_weight": fixed(at_least(0), before=0.0),
   "input.imagenet_norm": fixed(),
   "adv.weight": fixed(at_least(0)),
   "adv.hidden": fixed(at_least(1)),
@@ -284,6 +293,17 @@ def _mask_problems(config: ConfigDict) -> Iterator[str]:
       f"data.frame_size={size}: expected a multiple of model.patch_size={patch}"
     )
     return
+  if config.target.motion_weight and tubelet == 1:
+    yield (
+      f"target.motion_weight={config.target.motion_weight}: expected 0 with "
+      "model.tubelet_size=1, where a token has no second frame"
+    )
+  if config.loss.region_weight and config.mask.strategy != "crfr_p":
+    yield (
+      f"loss.region_weight={config.loss.region_weight}: expected 0 with "
+      f"mask.strategy={config.mask.strategy!r}; only crfr_p hides a whole "
+      "region"
+    )
   ratio = config.mask.ratio
   num_tokens = (size // patch) ** 2 * frames // tubelet
   if 0 < ratio < 1 and int((1 - ratio) * num_tokens + 1e-6) < 1:

@@ -11,14 +11,25 @@ import jax
 import jax.numpy as jnp
 
 
-def reconstruction_loss(pred: jax.Array, target: jax.Array) -> jax.Array:
+def reconstruction_loss(
+  pred: jax.Array, target: jax.Array, weights: jax.Array | None = None
+) -> jax.Array:
   """Returns the mean squared error over masked tokens (paper eq. 5).
 
   Args:
     pred: (B, M, P).
     target: float32 (B, M, P).
+    weights: float32, broadcasts to (B, M, P); None: all are 1.
   """
-  return jnp.mean(jnp.square(pred.astype(jnp.float32) - target))
+  return jnp.mean(squared_errors(pred, target, weights))
+
+
+def squared_errors(
+  pred: jax.Array, target: jax.Array, weights: jax.Array | None = None
+) -> jax.Array:
+  """Returns the terms of `reconstruction_loss`, float32 (B, M, P)."""
+  errors = jnp.square(pred.astype(jnp.float32) - target)
+  return errors if weights is None else weights * errors
 
 
 def flat_patch_losses(

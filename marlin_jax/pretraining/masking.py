@@ -6,7 +6,8 @@ masked and must be reconstructed. The number of visible tokens is the same for
 every clip, so that batches have one static shape.
 
 Axes: B batch, T tubelets, S = h*w spatial positions, N = T*S tokens (t h w),
-V visible, M masked, L region labels in the order in which they become visible.
+V visible, M masked, L region labels in the order in which they become visible,
+G groups of regions.
 """
 
 from __future__ import annotations
@@ -36,10 +37,13 @@ class Masking:
   """A masking strategy over a token grid.
 
   Attributes:
-    strategy: one of MASKING_STRATEGIES. Each chooses candidates, of which V are
-      drawn at random to be visible. fasking and fasking_opp: the patches of
-      some regions; random: all tokens; tube: ceil((1 - ratio) * S) spatial
-      positions at all times; frame: ceil((1 - ratio) * T) whole tubelets.
+    strategy: one of MASKING_STRATEGIES. All but crfr_p choose candidates, of
+      which V are drawn at random to be visible. fasking and fasking_opp: the
+      patches of some regions; random: all tokens; tube: ceil((1 - ratio) * S)
+      spatial positions at all times; frame: ceil((1 - ratio) * T) whole
+      tubelets. crfr_p hides one region whole, and an equal share of each of
+      the others (Wang et al. 2025, FSFM, section 3.1, where it is for images:
+      here the region is hidden in all tubelets).
     ratio: share of masked tokens, in (0, 1).
     grid: tokens along t, h, w.
 
@@ -71,7 +75,7 @@ class Masking:
   @property
   def needs_regions(self) -> bool:
     """True if the masks depend on the region bits."""
-    return self.strategy.startswith("fasking")
+    return self.strategy.startswith("fasking") or self.strategy == "crfr_p"
 
   @property
   def num_tokens(self) -> int:
@@ -104,6 +108,21 @@ class Masking:
     """
     return jax.vmap(self._split)(regions, keys)
 
+  def hidden_region(self, regions: jax.Array, keys: jax.Array) -> jax.Array:
+    """Returns the tokens of the region that crfr_p hides whole.
+
+    Args:
+      regions, keys: as of `__call__`.
+
+    Returns:
+      bool (B, N). If a region is larger than M, some of it is visible.
+    """
+    return jax.vmap(self._hidden_group)(regions, keys)
+
+  def _hidden_group(self, regions, key):
+    group = jax.random.randint(jax.random.fold_in(key, 1), (), 0, NUM_HIDEABLE)
+    return region_groups(regions.reshape(-1))[group]
+
   def _split(self, regions, key):
     order = jnp.argsort(self._rank(regions, key))
     visible, masked = jnp.split(order.astype(jnp.int32), [self.num_visible])
@@ -121,6 +140,12 @@ class Masking:
       else:
         candidates = jnp.repeat(self._draw_units(key, t), h * w)
       return _candidates_first(candidates, drop_key)
+    if self.strategy == "crfr_p":
+      return _equal_shares_first(
+        self._hidden_group(regions, key),
+        region_groups(regions.reshape(-1)),
+        key,
+      )
     order_key, drop_key = jax.random.split(key)
     components = jax.random.permutation(order_key, len(COMPONENTS))
     candidates = fasking_candidates(
@@ -143,6 +168,58 @@ def _candidates_first(candidates, key):
   """Ranks candidates at random, then the other tokens at random: float (N,)."""
   draw = jax.random.uniform(key, (candidates.size,))
   return jnp.where(candidates.reshape(-1), draw, 1 + draw)
+
+
+# Groups of CRFR-P that may be hidden: the first of `region_groups`.
+NUM_HIDEABLE = 6
+
+
+def region_groups(regions: jax.Array) -> jax.Array:
+  """Returns the tokens of each of FSFM's groups of regions.
+
+  Args:
+    regions: uint16 (N,), region bits.
+
+  Returns:
+    bool (8, N): brows, eyes, nose, mouth, outline of the face (skin beside
+    hair or background), hair, skin, background. Groups overlap.
+  """
+
+  def has(*labels):
+    return (regions & sum(1 << label for label in labels)) > 0
+
+  outline = has(SKIN) & has(10, BACKGROUND)
+  return jnp.stack(
+    [
+      *(has(2, 3), has(4, 5), has(6), has(7, 8, 9), outline),
+      *(has(10), has(SKIN), has(BACKGROUND)),
+    ]
+  )
+
+
+def _equal_shares_first(hidden, groups, key):
+  """Ranks tokens so that the first hold an equal share of each group.
+
+  Args:
+    hidden: bool (N,), tokens that come last.
+    groups: bool (G, N). A token counts for the first of its groups; those
+      without one are a group too.
+    key: a jax key.
+
+  Returns:
+    float (N,).
+  """
+  draw_key, start_key = jax.random.split(key)
+  draw = jax.random.uniform(draw_key, hidden.shape)
+  group = jnp.where(groups.any(0), jnp.argmax(groups, 0), len(groups))
+  group = jnp.where(hidden, len(groups) + 1, group)
+  size = jnp.bincount(group, length=len(groups) + 2)
+  # Place of each token among those of its group, in random order.
+  place = (
+    jnp.argsort(jnp.lexsort((draw, group))) - (size.cumsum() - size)[group]
+  )
+  start = jax.random.uniform(start_key, size.shape)
+  return jnp.where(hidden, 1 + draw, (place + start[group]) / size[group])
 
 
 def num_decoded(num_masked: int, decoder_ratio: float) -> int:

@@ -34,22 +34,35 @@ class PretextTask:
       deviation per colour (VideoMAE); MARLIN predicts plain pixels.
     imagenet_input: feed pixels normalised with ImageNet's statistics, as
       VideoMAE checkpoints expect.
+    motion_weight: share of the loss on the frames of a token after its first,
+      which are then predicted as differences from it (Sun et al. 2023,
+      MAE-DFER, section 3.3); 0: all frames are predicted as they are.
+    region_weight: weight of a second loss, on the region that crfr_p masks
+      whole (Wang et al. 2025, FSFM, section 3.1).
   """
 
   tubelets: Tubelets
   masking: Masking
   norm_pix: bool = False
   imagenet_input: bool = False
+  motion_weight: float = 0.0
+  region_weight: float = 0.0
 
   @classmethod
   def from_architecture(
-    cls, architecture: Architecture, strategy: str, ratio: float
+    cls,
+    architecture: Architecture,
+    strategy: str,
+    ratio: float,
+    *,
+    region_weight: float = 0.0,
   ) -> PretextTask:
     """Returns the pretext task for a network.
 
     Args:
       architecture: sets the token grid and the conventions of input and target.
       strategy, ratio: see masking.Masking.
+      region_weight: see PretextTask.
 
     Raises:
       ValueError: the strategy is unknown, or no token would be visible.
@@ -59,6 +72,8 @@ class PretextTask:
       Masking(strategy, ratio, architecture.tubelets.grid),
       norm_pix=architecture.norm_pix,
       imagenet_input=architecture.imagenet_input,
+      motion_weight=architecture.motion_weight,
+      region_weight=region_weight,
     )
 
   def inputs_and_target(self, video, regions, keys, decoder_ratio=0.0):
@@ -85,13 +100,77 @@ class PretextTask:
     tokens = self.tubelets.patchify(video)
     # Gathered as uint8 and converted afterwards: a quarter of the memory.
     target = gather_tokens(tokens, masked).astype(jnp.float32) / 255
-    if self.norm_pix:
-      mean, std = self.pixel_stats(target)
-      target = ((by_colour(target) - mean) / std).reshape(target.shape)
+    target = self._to_target(target)
     patches = gather_tokens(tokens, visible).astype(jnp.float32) / 255
     if self.imagenet_input:
       patches = imagenet_normalised(patches)
     return (patches, visible, masked), target
+
+  def weights(self, regions, keys, masked):
+    """Returns the weights of the reconstruction loss, see losses.
+
+    Args:
+      regions, keys: as of `inputs_and_target`.
+      masked: int (B, M), as `inputs_and_target` returns it.
+
+    Returns:
+      None if all are 1; else float32, broadcasts to (B, M, P).
+    """
+    weights = None
+    if self.region_weight:
+      hidden = jnp.take_along_axis(
+        self.masking.hidden_region(regions, keys), masked, axis=1
+      )
+      # A clip's mean over all tokens becomes one over those of the region.
+      count = hidden.sum(1, keepdims=True)
+      scale = hidden.shape[1] / jnp.maximum(count, 1)
+      weights = (1 + self.region_weight * scale * hidden)[..., None]
+    if self.motion_weight:
+      pt = self.tubelets.tubelet_size
+      by_frame = jnp.full((3, pt, 1), self.motion_weight * pt / (pt - 1))
+      by_frame = by_frame.at[:, 0].set((1 - self.motion_weight) * pt)
+      num_pixels = self.tubelets.pixels // (3 * pt)
+      by_pixel = jnp.repeat(by_frame, num_pixels, axis=2).reshape(-1)
+      weights = by_pixel if weights is None else weights * by_pixel
+    return weights
+
+  def _to_target(self, pixels):
+    """Maps pixels in [0, 1], float32 (..., P), to what the decoder predicts."""
+    target = pixels
+    if self.norm_pix:
+      mean, std = self.pixel_stats(pixels)
+      target = ((by_colour(pixels) - mean) / std).reshape(pixels.shape)
+    if self.motion_weight:
+      frames = self._by_frame(target)
+      first, rest = frames[..., :1, :], frames[..., 1:, :]
+      target = jnp.concatenate([first, rest - first], -2).reshape(pixels.shape)
+    return target
+
+  def to_pixels(self, predicted, pixels):
+    """Maps predictions of the decoder to pixels.
+
+    Args:
+      predicted: float32 (..., P).
+      pixels: the true pixels in [0, 1], float32 (..., P), whose statistics
+        undo the normalisation.
+
+    Returns:
+      float32 (..., P), not clipped to [0, 1].
+    """
+    if self.motion_weight:
+      frames = self._by_frame(predicted)
+      first, rest = frames[..., :1, :], frames[..., 1:, :]
+      predicted = jnp.concatenate([first, rest + first], -2)
+      predicted = predicted.reshape(pixels.shape)
+    if self.norm_pix:
+      mean, std = self.pixel_stats(pixels)
+      predicted = (by_colour(predicted) * std + mean).reshape(pixels.shape)
+    return predicted
+
+  def _by_frame(self, tokens):
+    """Splits a token's pixels: (..., P) -> (..., 3, tubelet_size, pixels)."""
+    shape = *tokens.shape[:-1], 3, self.tubelets.tubelet_size, -1
+    return tokens.reshape(shape)
 
   def pixel_stats(self, tokens):
     """Returns mean and standard deviation of each token, per colour.
@@ -146,12 +225,12 @@ def reconstruct_batch(
     batch["video"], batch["regions"], mask_keys
   )
   predicted = predict(patches, visible, masked)
-  loss_rec = losses.reconstruction_loss(predicted, target)
+  loss_rec = losses.reconstruction_loss(
+    predicted, target, task.weights(batch["regions"], mask_keys, masked)
+  )
   tokens = task.tubelets.patchify(batch["video"]).astype(jnp.float32) / 255
   pixels = gather_tokens(tokens, masked)
-  if task.norm_pix:
-    mean, std = task.pixel_stats(pixels)
-    predicted = (by_colour(predicted) * std + mean).reshape(predicted.shape)
+  predicted = task.to_pixels(predicted, pixels)
   scatter = jax.vmap(lambda clip, index, new: clip.at[index].set(new))
   is_visible = jnp.zeros(tokens.shape[:2], bool)
   flat_losses = losses.flat_patch_losses(tokens, masked)

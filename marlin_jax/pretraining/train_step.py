@@ -156,14 +156,16 @@ class Trainer:
       batch: `video`, `regions` and `keys`; see PretextTask.inputs_and_target.
 
     Returns:
-      The autoencoder's inputs (patches, visible, masked), its target, and B jax
+      The autoencoder's inputs (patches, visible, masked), its target, the
+      weights of the reconstruction loss, see PretextTask.weights, and B jax
       keys for the gradient penalty.
     """
     mask_keys, penalty_keys = pretext_task.split_keys(batch["keys"])
     inputs, target = self.task.inputs_and_target(
       batch["video"], batch["regions"], mask_keys, self.decoder_ratio
     )
-    return inputs, target, penalty_keys
+    weights = self.task.weights(batch["regions"], mask_keys, inputs[2])
+    return inputs, target, weights, penalty_keys
 
   def predict(self, params, fixed, patches, visible, masked) -> Prediction:
     """Runs the autoencoder; see MAE.predict."""
@@ -202,7 +204,7 @@ class Trainer:
       loss += self.adversarial.gp_weight * penalty
     return loss, metrics | {"loss_disc": loss}
 
-  def mae_grad(self, prediction, target, disc_params):
+  def mae_grad(self, prediction, target, weights, disc_params):
     """Returns the gradient of the loss with respect to the prediction.
 
     The loss is loss_rec + weight * loss_adv. The gradients of the two terms are
@@ -211,6 +213,7 @@ class Trainer:
     Args:
       prediction: the autoencoder's Prediction.
       target: float32 (B, M, P).
+      weights: weights of the reconstruction loss, see PretextTask.weights.
       disc_params: the discriminator's parameters, constants here.
 
     Returns:
@@ -222,7 +225,7 @@ class Trainer:
     weight, max_pull = self.adversarial.weight, self.adversarial.max_pull
 
     def reconstruction(prediction):
-      return losses.reconstruction_loss(prediction.pixels, target)
+      return losses.reconstruction_loss(prediction.pixels, target, weights)
 
     loss_rec, grad_rec = jax.value_and_grad(reconstruction)(prediction)
     metrics = {"loss_rec": loss_rec}
@@ -250,12 +253,13 @@ class Trainer:
     }
     return jax.tree.map(jnp.add, grad_rec, grad_adv), metrics
 
-  def losses_by_dataset(self, prediction, target, batch):
+  def losses_by_dataset(self, prediction, target, weights, batch):
     """Returns the parts of each data set's loss, if there are several.
 
     Args:
       prediction: the autoencoder's Prediction.
       target: float32 (B, M, P).
+      weights: weights of the reconstruction loss.
       batch: with `_id`, int32 (B,).
 
     Returns:
@@ -264,7 +268,7 @@ class Trainer:
     """
     if not self.datasets:
       return {}
-    errors = jnp.square(prediction.pixels.astype(jnp.float32) - target)
+    errors = losses.squared_errors(prediction.pixels, target, weights)
     number = jnp.searchsorted(
       jnp.array(self.first_ids), batch["_id"], side="right"
     )
@@ -401,7 +405,7 @@ def _step_whole_batch(trainer: Trainer, state: TrainState, batch):
   The discriminator's updates and the first of the g_steps share one forward
   pass.
   """
-  inputs, target, keys = trainer.prepare(batch)
+  inputs, target, weights, keys = trainer.prepare(batch)
   metrics = {}
 
   def forward(params):
@@ -419,8 +423,10 @@ def _step_whole_batch(trainer: Trainer, state: TrainState, batch):
   for i in range(trainer.adversarial.g_steps):
     if i:
       prediction, backward = jax.vjp(forward, state.params)
-    grad, mae_metrics = trainer.mae_grad(prediction, target, state.disc_params)
-    mae_metrics |= trainer.losses_by_dataset(prediction, target, batch)
+    grad, mae_metrics = trainer.mae_grad(
+      prediction, target, weights, state.disc_params
+    )
+    mae_metrics |= trainer.losses_by_dataset(prediction, target, weights, batch)
     (grads,) = backward(grad)
     state = trainer.update_mae(state, grads)
     metrics |= mae_metrics | {"grad_norm": optax.tree.norm(grads)}
@@ -438,19 +444,23 @@ def _step_microbatches(trainer: Trainer, state: TrainState, batch):
   metrics = {}
 
   def disc_grads(microbatch, i):
-    inputs, target, keys = trainer.prepare(microbatch)
+    inputs, target, _, keys = trainer.prepare(microbatch)
     prediction = trainer.predict(state.params, state.fixed, *inputs)
     return jax.grad(trainer.disc_loss, has_aux=True)(
       state.disc_params, prediction, target, pretext_task.fold_in(keys, i)
     )
 
   def mae_grads(microbatch):
-    inputs, target, _ = trainer.prepare(microbatch)
+    inputs, target, weights, _ = trainer.prepare(microbatch)
     prediction, backward = jax.vjp(
       lambda params: trainer.predict(params, state.fixed, *inputs), state.params
     )
-    grad, mae_metrics = trainer.mae_grad(prediction, target, state.disc_params)
-    mae_metrics |= trainer.losses_by_dataset(prediction, target, microbatch)
+    grad, mae_metrics = trainer.mae_grad(
+      prediction, target, weights, state.disc_params
+    )
+    mae_metrics |= trainer.losses_by_dataset(
+      prediction, target, weights, microbatch
+    )
     return *backward(grad), mae_metrics
 
   if trainer.adversarial.weight:

@@ -25,6 +25,7 @@ CONFIG_KEYS = {
   "image_size": "data.frame_size",
   "disc_hidden": "adv.hidden",
   "norm_pix": "target.norm_pix",
+  "motion_weight": "target.motion_weight",
   "imagenet_input": "input.imagenet_norm",
   "tubelet_size": "model.tubelet_size",
   "patch_size": "model.patch_size",
@@ -38,7 +39,7 @@ CONFIG_KEYS = {
   "dec_mlp_dim": "model.dec_mlp_dim",
 }
 # Fields that older checkpoints lack: they have the default value.
-_ADDED = ("image_size", "patch_size")
+_ADDED = ("image_size", "patch_size", "motion_weight")
 # Prefix of the discriminator's arrays in Weights and Architecture.shapes.
 DISCRIMINATOR = "discriminator."
 # Names of the position tables.
@@ -60,6 +61,8 @@ class Architecture:
     tubelet_size: frames of a token.
     patch_size: height and width of a token in pixels.
     norm_pix: the decoder predicts pixels normalised by token (VideoMAE).
+    motion_weight: above 0, the decoder predicts a token's first frame, and the
+      differences of the others from it (MAE-DFER); the share of their loss.
     imagenet_input: the encoder expects pixels normalised with ImageNet's
       statistics (VideoMAE) instead of plain pixels in [0, 1] (MARLIN).
     norm_eps: epsilon of every LayerNorm.
@@ -80,6 +83,7 @@ class Architecture:
   tubelet_size: int = 2
   patch_size: int = 16
   norm_pix: bool = False
+  motion_weight: float = 0.0
   imagenet_input: bool = False
   norm_eps: float = vit.NORM_EPS
 
@@ -161,6 +165,7 @@ class Architecture:
       dec_mlp_dim=0,
       disc_hidden=0,
       norm_pix=False,
+      motion_weight=0.0,
     )
 
   # --- modules ----------------------------------------------------------------

@@ -16,7 +16,12 @@ import numpy as np
 from marlin_jax.models.vit import NORM_EPS
 from marlin_jax.weights import name_tables, safetensors_folder, torch_files
 from marlin_jax.weights.architecture import Architecture
-from marlin_jax.weights.weights import Weights, WeightsError, eps_notice
+from marlin_jax.weights.weights import (
+  Weights,
+  WeightsError,
+  eps_notice,
+  motion_notice,
+)
 
 _SUFFIXES = (".pt", ".ckpt")
 # Module of the hub's class that holds the network.
@@ -218,6 +223,7 @@ def prepare(weights: Weights, path: Path) -> tuple[Weights, list[str]]:
       "the decoder predicts pixels normalised by token, which the file cannot "
       "say and the authors' code does not expect"
     )
+  notices += motion_notice(weights.architecture)
   if path.suffix == ".pt" and weights.architecture.has_discriminator:
     notices.append("the discriminator is dropped: only a .ckpt can hold it")
     weights = weights.without_discriminator()

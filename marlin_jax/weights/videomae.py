@@ -18,7 +18,12 @@ import numpy as np
 from marlin_jax.models.vit import sincos_positions
 from marlin_jax.weights import name_tables, torch_files
 from marlin_jax.weights.architecture import Architecture
-from marlin_jax.weights.weights import Weights, WeightsError, eps_notice
+from marlin_jax.weights.weights import (
+  Weights,
+  WeightsError,
+  eps_notice,
+  motion_notice,
+)
 
 _NORM_EPS = 1e-6
 _MLP = ("mlp.fc1", "mlp.fc2")
@@ -191,7 +196,7 @@ def drop_unsupported(
   Returns:
     The architecture, the arrays, and notices about what is dropped.
   """
-  notices = []
+  notices = motion_notice(weights.architecture)
   if weights.architecture.has_discriminator:
     notices.append(
       "the discriminator is dropped: the format has no place for it"

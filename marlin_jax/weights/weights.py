@@ -194,6 +194,16 @@ def eps_notice(
   ]
 
 
+def motion_notice(architecture: Architecture) -> list[str]:
+  """Returns a notice for formats that cannot say what the decoder predicts."""
+  if not architecture.motion_weight:
+    return []
+  return [
+    "the decoder predicts differences between the frames of a token "
+    "(target.motion_weight), which readers of this format do not undo"
+  ]
+
+
 def of_modules(
   architecture: Architecture, params: dict, disc_params: dict | None = None
 ) -> Weights:

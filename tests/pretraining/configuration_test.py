@@ -1,9 +1,13 @@
 """Configurations that cannot be run are refused at once, with every reason."""
 
+import importlib
+import pkgutil
+
 import jax
 import numpy as np
 import pytest
 
+import configs
 from configs import pretrain_b
 from marlin_jax.pretraining import configuration, masking
 from marlin_jax.pretraining.configuration import (
@@ -92,6 +96,15 @@ def test_all_problems_are_reported_together():
       {"optim.schedule": "constant"},
       "expected optim.warmup_steps, or a ratio of 0",
     ),
+    (
+      {"loss.region_weight": 0.1},
+      "expected 0 with mask.strategy='fasking'; only crfr_p hides a whole",
+    ),
+    (
+      {"target.motion_weight": 0.5, "model.tubelet_size": 1},
+      "target.motion_weight=0.5: expected 0 with model.tubelet_size=1",
+    ),
+    ({"target.motion_weight": 1.0}, "target.motion_weight=1.0: expected"),
     ({"probe.steps": 5}, "probe.label='' with probe.steps=5: name a label"),
     (
       {"probe.steps": 5, "probe.label": "x", "probe.eval_split": "train"},
@@ -110,6 +123,18 @@ def test_every_masking_strategy_of_the_table_exists(strategy):
   visible, masked = masks(regions, jax.random.split(jax.random.key(0), 1))
   tokens = np.concatenate([visible[0], masked[0]])
   assert sorted(tokens.tolist()) == list(range(1568))
+
+
+SHIPPED = sorted(
+  module.name
+  for module in pkgutil.iter_modules(configs.__path__)
+  if not module.name.startswith("eval_")
+)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_configuration_is_valid(name):
+  validate(importlib.import_module(f"configs.{name}").get_config())
 
 
 def test_a_run_that_differs_in_a_fixed_value_is_another():

@@ -198,6 +198,56 @@ def test_faces_are_hidden_more_than_background(real_label_maps):
   assert hidden["fasking_opp"]["background"] > hidden["fasking_opp"]["face"]
 
 
+def groups_by_hand(regions):
+  """FSFM's groups of regions in order, bool (8, N), from bits (N,)."""
+
+  def has(*labels):
+    return np.any([(regions >> label) & 1 for label in labels], axis=0)
+
+  return np.stack(
+    [
+      *(has(2, 3), has(4, 5), has(6), has(7, 8, 9), has(1) & has(0, 10)),
+      *(has(10), has(1), has(0)),
+    ]
+  )
+
+
+@pytest.mark.parametrize("ratio", [0.9, 0.75])
+def test_crfr_p_hides_a_region_and_an_equal_share_of_the_others(
+  real_label_maps, ratio
+):
+  """FSFM, section 3.1: one region whole, the others in proportion."""
+  regions = np.stack([bits_of(clip) for clip in real_label_maps])
+  keys = jax.random.split(jax.random.key(5), len(regions))
+  masks = masking.Masking("crfr_p", ratio)
+  visible, _ = jax.jit(masks)(regions, keys)
+  hidden = np.asarray(masks.hidden_region(regions, keys))
+  chosen = set()
+  for bits, seen, region in zip(
+    regions.reshape(len(regions), -1), np.asarray(visible), hidden, strict=True
+  ):
+    groups = groups_by_hand(bits)
+    (number,) = [
+      i for i, group in enumerate(groups[:6]) if (group == region).all()
+    ]
+    chosen.add(number)
+    assert not region[seen].any()
+    is_seen = np.isin(np.arange(len(bits)), seen)
+    share = len(seen) / (~region).sum()
+    taken = region.copy()
+    for group in [*groups, np.ones_like(region)]:
+      mine = group & ~taken
+      assert abs(is_seen[mine].sum() - share * mine.sum()) <= 2
+      taken |= mine
+  assert len(chosen) >= 4
+
+
+def test_a_hidden_region_too_large_for_the_ratio_is_seen_in_part():
+  regions = np.full((6, *GRID), 1 << 6, np.uint16)  # all nose
+  visible, _ = split(masking.Masking("crfr_p", 0.5), regions)
+  assert visible.shape == (6, 784)
+
+
 def test_patches_without_any_region_do_not_change_the_count():
   regions = np.zeros((1, *GRID), np.uint16)
   regions[0, :, 0, 0] = 1 << 6  # a damaged map: one patch of nose, else nothing

@@ -40,6 +40,9 @@ def two_forward_step(trainer, state, batch, rng):
     batch["video"], batch["regions"], keys[:, 0], trainer.decoder_ratio
   )
 
+  weights = trainer.task.weights(batch["regions"], keys[:, 0], masked)
+  weights = 1.0 if weights is None else weights
+
   def run(params):
     model = nnx.merge(trainer.mae, params, state.fixed)
     return model(patches, visible, masked)
@@ -76,7 +79,7 @@ def two_forward_step(trainer, state, batch, rng):
 
     def mae_loss(params, disc_params=state.disc_params):
       pred = run(params)
-      loss_rec = jnp.square(pred - target).mean()
+      loss_rec = (weights * jnp.square(pred - target)).mean()
       loss_adv = -judge(disc_params, pred).mean()
       return loss_rec + settings.weight * loss_adv, (loss_rec, loss_adv)
 
@@ -116,8 +119,13 @@ def assert_same_gradients(got, want):
       "g_steps": 2,
       "decoder_ratio": 0.5,
     },
+    {
+      "strategy": "crfr_p",
+      "decoder_ratio": 0.5,
+      "task": {"motion_weight": 0.25, "region_weight": 0.5},
+    },
   ],
-  ids=["recipe", "several_of_each"],
+  ids=["recipe", "several_of_each", "weighted"],
 )
 def test_the_step_equals_the_two_forward_step(batch, settings):
   rng = jax.random.key(3)
@@ -168,9 +176,9 @@ def test_max_pull_limits_the_adversarial_gradient_of_each_clip(
 
     @jax.jit
     def mae_grad(state, batch, trainer=trainer):
-      inputs, target, _ = trainer.prepare(batch)
+      inputs, target, weights, _ = trainer.prepare(batch)
       prediction = trainer.predict(state.params, state.fixed, *inputs)
-      return trainer.mae_grad(prediction, target, state.disc_params)
+      return trainer.mae_grad(prediction, target, weights, state.disc_params)
 
     keys = jax.random.split(jax.random.key(0), BATCH_SIZE)
     grad, metrics = mae_grad(state, batch | {"keys": keys})

@@ -29,9 +29,13 @@ def make(
   norm_pix=False,
   decoder_ratio=0.0,
   dtype="float32",
+  task=None,
   **adversarial,
 ):
-  """Returns a small trainer and its first state."""
+  """Returns a small trainer and its first state.
+
+  `task` holds further settings of the PretextTask.
+  """
   sizes = {"num_tokens": TUBELETS.num_tokens, "pixels": TUBELETS.pixels}
   graph, params, fixed = train_step.split_model(
     mae.MAE(
@@ -53,7 +57,10 @@ def make(
   optimizer = optax.chain(remember(), optax.sgd(1e-2))
   trainer = train_step.Trainer(
     task=pretext_task.PretextTask(
-      TUBELETS, masking.Masking(strategy, 0.75, TUBELETS.grid), norm_pix
+      TUBELETS,
+      masking.Masking(strategy, 0.75, TUBELETS.grid),
+      norm_pix,
+      **task or {},
     ),
     adversarial=train_step.Adversarial(**settings | adversarial),
     mae=graph,
