@@ -26,7 +26,14 @@ import numpy as np
 
 from marlin_jax.records import cli, folders, html_page
 from marlin_jax.records.cli import UserError
-from marlin_jax.records.html_page import Curve, Html, section, table, tag
+from marlin_jax.records.html_page import (
+  Curve,
+  Html,
+  file_name,
+  section,
+  table,
+  tag,
+)
 
 if TYPE_CHECKING:
   from etils import epath
@@ -64,6 +71,7 @@ _CHARTS = {
 # What has a place of its own on the page.
 _ELSEWHERE = ("step", "event", "goodput/*", "time/unix_secs", "time/step_secs")
 _MOST_CURVES = 6
+_MOST_EVENTS, _EVENT_LENGTH = 30, 300
 _NUM_PICTURES = 9
 _PICTURE_WIDTH = 900
 # Keys of the first table, where the configuration has them.
@@ -265,20 +273,16 @@ def _duration(secs: float) -> str:
 
 
 def _events(rows: Sequence[Mapping]) -> Iterator[Html]:
-  """Yields a table of the last events, if there are any."""
+  """Yields a list of the last events, if there are any."""
   events = [row for row in rows if row.get("event", "tracked") != "tracked"]
-  if events:
-    details = [
-      (
-        row["step"],
-        row["event"],
-        json.dumps(
-          {k: v for k, v in row.items() if k not in ("step", "event")}
-        )[:300],
-      )
-      for row in events[-30:]
-    ]
-    yield section("Events", table(("step", "event", "details"), details))
+  if not events:
+    return
+  items = []
+  for row in events[-_MOST_EVENTS:]:
+    details = {k: v for k, v in row.items() if k not in ("step", "event")}
+    text = file_name(json.dumps(details)[:_EVENT_LENGTH])
+    items.append(tag("li", f"step {row['step']:,}: {row['event']} ", text))
+  yield section("Events", tag("ul", *items))
 
 
 def _pictures(workdir: epath.Path) -> Iterator[Html]:
