@@ -133,8 +133,8 @@ def open_dataset(path: str, split: str, min_quality: float = 0.0) -> Dataset:
   splits = {s["name"]: s for s in info["splits"]}
   if split not in splits:
     raise DatasetError(
-      f"{path} has no split '{split}', it has {sorted(splits)}; set "
-      "config.data.split, or prepare with --val_ratio"
+      f"{path} has no split '{split}', it has {sorted(splits)}; name one of "
+      "them in the configuration, or prepare with --val_ratio or --test_ratio"
     )
   lengths = [int(n) for n in splits[split].get("shardLengths", ())]
   if not folders.is_remote(root):
