@@ -165,10 +165,23 @@ class Weights:
     )
 
 
+# Fields of `Architecture` that are younger than the first hashes.
+_NOT_HASHED_BY_DEFAULT = ("motion_weight",)
+
+
 def encoder_sha256(weights: Weights) -> str:
-  """Returns the hash of the encoder; it does not depend on the file format."""
+  """Returns the hash of the encoder; it does not depend on the file format.
+
+  Workdirs, kept models and feature folders hold it. So a field that is added to
+  `Architecture` counts only where it has not its default value.
+  """
   encoder = weights.encoder_only()
-  architecture = dataclasses.asdict(encoder.architecture)
+  architecture = {
+    field.name: value
+    for field in dataclasses.fields(encoder.architecture)
+    if (value := getattr(encoder.architecture, field.name)) != field.default
+    or field.name not in _NOT_HASHED_BY_DEFAULT
+  }
   digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
   for name in sorted(encoder.arrays):
     digest.update(name.encode())

@@ -21,7 +21,7 @@ from marlin_jax.weights import (
   videomae,
 )
 from marlin_jax.weights.architecture import Architecture
-from marlin_jax.weights.weights import Weights, WeightsError
+from marlin_jax.weights.weights import Weights, WeightsError, encoder_sha256
 from tests.support import authors
 
 TINY = Architecture(
@@ -151,6 +151,23 @@ def test_the_authors_package_opens_what_is_written(weights, tmp_path):
     marlin_pytorch.write(Weights(architecture, zeros), tmp_path / name)
     model = authors.open_file("marlin_vit_small_ytf", tmp_path / name)
     assert (model.decoder is None) == (name == "a.encoder.pt")
+
+
+def test_the_hash_of_an_encoder_stays():
+  """Workdirs, kept models and feature folders of before hold it.
+
+  A field that is added to Architecture belongs to _NOT_HASHED_BY_DEFAULT.
+  """
+  architecture = Architecture(
+    width=8, depth=1, num_heads=2, mlp_dim=16, num_frames=4, patch_size=56
+  )
+  arrays = {
+    name: np.full(shape, 0.5, np.float32)
+    for name, shape in architecture.shapes().items()
+  }
+  assert encoder_sha256(Weights(architecture, arrays)) == (
+    "33dff6137ffbb104b11243f9305defad61456ca6f2e09902a185616315cd6fd6"
+  )
 
 
 def test_folding_the_input_changes_rounding_only(weights, clips):
