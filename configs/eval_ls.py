@@ -176,8 +176,8 @@ def get_config():
 
   # Comma-separated keys that may differ from those of the run that is resumed.
   config.allow_change = ""
-  # The run ends after so many steps in a row with a loss or gradient that is
-  # not finite. Such steps are not applied.
+  # Steps in a row with a loss or gradient that is not finite, after which the
+  # run ends. Such steps are not applied.
   config.max_skipped_steps = 10
 
   # Steps from one line of metrics to the next.
@@ -194,7 +194,7 @@ def get_config():
   config.checkpoint_minutes = 0.0
   # Most recent checkpoints to keep.
   config.keep_checkpoints = 3
-  # Checkpoints at multiples of so many steps are saved and kept; 0: none.
+  # Steps from one checkpoint that is kept for good to the next; 0: none.
   config.keep_every_steps = 0
   # Metric whose best checkpoint is kept; as in configs/pretrain_b.py.
   config.best_metric = ""

@@ -203,9 +203,9 @@ def get_config():
   # Limit of the norm of each network's gradient; larger ones are scaled down.
   # 0: no limit. VideoMAE V2 uses 0.02, MAE-ST 0.02.
   config.optim.clip_norm = 0.0
-  # Steps are not applied if their reconstruction loss or gradient norm is more
-  # than so many standard deviations above the mean of the last 128 steps; OLMo
-  # uses 6. 0: no limit.
+  # A step is not applied if its reconstruction loss or gradient norm is more
+  # than this number of standard deviations above the mean of the last 128
+  # steps; OLMo uses 6. 0: no limit.
   config.optim.spike_sigmas = 0.0
   # Decay of the moving average of the weights, which evaluation and export use;
   # 0: no average.
@@ -213,8 +213,8 @@ def get_config():
   # Limit the decay to (1 + t) / (10 + t) at update t. Without that, the average
   # is mostly the random start for the first 1 / (1 - ema_decay) steps.
   config.ema_warmup = False
-  # The run ends after so many steps in a row with a loss or gradient that is
-  # not finite. Such steps are not applied.
+  # Steps in a row with a loss or gradient that is not finite, after which the
+  # run ends. Such steps are not applied.
   config.max_skipped_steps = 10
 
   # Dtype of matmuls; bfloat16 on TPU and GPU.
@@ -315,7 +315,7 @@ def get_config():
   config.checkpoint_minutes = 0.0
   # Most recent checkpoints to keep.
   config.keep_checkpoints = 3
-  # Checkpoints at multiples of so many steps are saved and kept; 0: none.
+  # Steps from one checkpoint that is kept for good to the next; 0: none.
   config.keep_every_steps = 0
   # Metric of an evaluation, such as eval/val/loss_pixels: the checkpoint with
   # its best value is saved and kept, and opens as WORKDIR/best. '': none.

@@ -61,8 +61,8 @@ def make(dataset_dir: Path, max_records: int) -> str:
 
   Args:
     dataset_dir: a folder written by data_prep.prepare.
-    max_records: minimum number of records to read; fewer if the data set holds
-      fewer.
+    max_records: number of records to read, rounded up to whole videos; all if
+      the data set holds fewer.
 
   Raises:
     InspectionError: there is no such data set, or it is damaged.

@@ -52,7 +52,7 @@ def path_of(text: str | os.PathLike) -> Path:
 
 
 def path_argument(text: str) -> Path:
-  """Argument type: as `path_of`.
+  """Returns `path_of(text)`; a type for argparse.
 
   Raises:
     argparse.ArgumentTypeError: the package that reads buckets is missing.
@@ -64,10 +64,10 @@ def path_argument(text: str) -> Path:
 
 
 def status(path: Path) -> tuple[bool, int, float]:
-  """Returns (is_folder, size, modified) with a single, slow request.
+  """Returns (is_folder, size, modified) in a single request.
 
-  The size is in bytes. The time of the last change is in seconds since 1970;
-  for a folder in a bucket, which has none, it is 0.
+  The size is in bytes, the time of the last change in seconds since 1970; a
+  folder in a bucket has no such time, and 0 is returned.
 
   Raises:
     OSError: there is no such file.
@@ -156,7 +156,7 @@ def remove(paths: Sequence[Path]) -> None:
   def unlink(path: Path) -> None:
     path.unlink(missing_ok=True)
 
-  # A bucket answers one request in some hundredths of a second.
+  # In parallel: a bucket takes some hundredths of a second per request.
   with concurrent.futures.ThreadPoolExecutor(_NUM_REQUESTS) as pool:
     list(pool.map(unlink, paths))
 
@@ -170,9 +170,9 @@ def listing(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _bucket_errors(path: Path) -> Iterator[None]:
-  """Turns errors of the package for buckets into OSErrors that name the path.
+  """Turns errors of the package for buckets into OSErrors with the path.
 
-  A full disk for temporary files is named too.
+  If the disk of temporary files is full, the message says so.
   """
   try:
     yield
@@ -193,9 +193,9 @@ _SCRATCH_NAME = re.compile(rf"{_SCRATCH}[a-z0-9_]{{8}}")
 
 
 def scratch_folder() -> Path:
-  """Returns the folder for temporary files of this process; made when needed.
+  """Returns the folder for temporary files of this process, creating it.
 
-  It is removed as the process ends, or by `remove_scratch` if it is killed.
+  It is removed when the process ends, or by `remove_scratch` if it was killed.
   """
   return _scratch_folder(os.getpid())
 
@@ -204,10 +204,10 @@ def scratch_folder() -> Path:
 def _scratch_folder(pid: int) -> Path:
   del pid  # a forked process has a folder of its own
   new = Path(tempfile.mkdtemp(prefix=f"new_{_SCRATCH}"))
-  # Held until the process ends: the lock tells that the folder is in use.
+  # The lock, held until the process ends, marks the folder as in use.
   fcntl.flock(os.open(new, os.O_RDONLY | os.O_DIRECTORY), fcntl.LOCK_EX)
   folder = new.rename(new.with_name(new.name.removeprefix("new_")))
-  # Unlike atexit, also where a worker process ends.
+  # Unlike atexit, it also runs when a worker process ends.
   util.Finalize(None, shutil.rmtree, (folder, True), exitpriority=0)
   return folder
 

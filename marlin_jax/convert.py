@@ -297,7 +297,9 @@ def _remove_target(target: Path, source: Path, *, overwrite: bool) -> None:
     raise WeightsError(f"{target} holds SRC itself: choose another name")
   if not target.is_dir():
     if target.suffix not in (*formats.FILE_SUFFIXES, ".stablehlo"):
-      raise WeightsError(f"{target} is no file of weights: choose another name")
+      raise WeightsError(
+        f"{target} is not a file of weights: choose another name"
+      )
     target.unlink()
     return
   names = {entry.name for entry in target.iterdir()}

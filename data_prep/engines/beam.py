@@ -96,7 +96,7 @@ def options_of(flags: Sequence[str]) -> PipelineOptions:
     name = unknown[0].partition("=")[0]
     similar = difflib.get_close_matches(name.lstrip("-"), known, 1)
     raise BeamFlagError(
-      f"{name} is no flag of Apache Beam"
+      f"{name} is not a flag of Apache Beam"
       + (f"; did you mean --{similar[0]}?" if similar else "")
     )
   return options

@@ -18,15 +18,16 @@ from data_prep.video import decode, video_to_records
 from data_prep.video.video_to_records import FAILED, QUARANTINED, Outcome
 from marlin_jax.records import cgroups
 
-# A worker is replaced after so many videos. This bounds what native libraries
+# Videos after which a worker is replaced. This bounds what native libraries
 # leak; opening the models again costs a few hundredths of a second per video.
 VIDEOS_PER_WORKER = 50
 # Time beyond the decoder's limit after which a silent worker counts as hung.
 EXTRA_STALL_SECS = 300.0
-# Bytes that a worker may allocate besides the frames that it keeps, where its
-# share of the memory is less. One needs 0.7 GB: libraries, models, tracks.
+# Least number of bytes that a worker may allocate, in addition to the frames it
+# keeps. It needs 0.7 GB: libraries, models, tracks.
 MIN_WORKER_BYTES = 2 << 30
-# Tries of a video that fails by no fault of its own; the last is made alone.
+# Tries of a video that fails for reasons of the machine; in the last one no
+# other video is processed.
 NUM_TRIES = 3
 
 
@@ -73,8 +74,7 @@ def run(
           if entry.is_failed and tries_left:
             left.append((number, source))
             continue
-          is_crash = event.kind == "died" and not event.is_hosts
-          if is_crash or entry.reason == decode.KILLED:
+          if event.is_crash or entry.reason == decode.KILLED:
             entry = _quarantine(output, source, settings, entry.reason)
           if bar is not None:
             bar.done(number, entry)
@@ -98,7 +98,7 @@ def _start(
 
 
 def _memory_of(num_workers: int) -> int:
-  """Returns the bytes that each of some workers may allocate."""
+  """Returns the number of bytes that each worker may allocate."""
   least = MIN_WORKER_BYTES + video_to_records.KEPT_BYTES
   return max(cgroups.usable_memory() // num_workers, least)
 

@@ -1,8 +1,8 @@
 """Runs tasks on worker processes that may die.
 
-A pool of the standard library hangs or breaks as a whole if one of its
-processes is killed. Here each worker has its own pipe, which tells the task
-that a dead worker was running; only that task is lost.
+If one process of a standard library pool is killed, the pool hangs or breaks as
+a whole. Here each worker has its own pipe, which shows the task that a dead
+worker was running; only that task is lost.
 
 A worker opens its tools once (`open_work`), runs some tasks and is replaced.
 This bounds what native libraries leak.
@@ -32,7 +32,7 @@ OpenWork = Callable[[Any], contextlib.AbstractContextManager[Work]]
 
 _SECS_TO_STOP = 5.0
 # Exit codes of processes that the system or a person ended.
-_SENT_SIGNALS = (
+_OUTSIDE_CODES = (
   *(-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, -signal.SIGHUP),
   *(-signal.SIGINT, -signal.SIGQUIT, -signal.SIGBUS),
 )
@@ -50,14 +50,14 @@ class Event:
     kind: 'report', 'done' or 'died'.
     task: number of the task.
     value: the reported value, the result, or how the worker died.
-    is_hosts: True if the worker died as the system or a person ended it, or as
-      it was silent: not by a crash, for which the task may be to blame.
+    is_crash: True if the worker crashed, for which the task may be to blame;
+      False if it was ended from outside, or killed because it was silent.
   """
 
   kind: str
   task: int
   value: Any
-  is_hosts: bool = False
+  is_crash: bool = False
 
 
 def run_tasks(
@@ -105,7 +105,7 @@ def run_tasks(
         if worker.pipe in ready:
           events = worker.listen()
         elif now - worker.heard_at > stall_secs:
-          events = worker.kill(f"said nothing for {stall_secs:g} s", True)
+          events = worker.kill(f"said nothing for {stall_secs:g} s", False)
         for event in events:
           num_left -= event.kind != "report"
           yield event
@@ -149,7 +149,7 @@ class _Worker:
     self.is_idle = False
     self._task = number
     self.heard_at = time.monotonic()
-    # `listen` notices a worker that has died meanwhile.
+    # If the worker has died meanwhile, `listen` reports it.
     with contextlib.suppress(BrokenPipeError):
       self.pipe.send((task,))
 
@@ -167,7 +167,7 @@ class _Worker:
     except (EOFError, ConnectionResetError):
       self._process.join(_SECS_TO_STOP)
       code = self._process.exitcode
-      return self.kill(cli.process_ending(code), code in _SENT_SIGNALS)
+      return self.kill(cli.process_ending(code), code not in _OUTSIDE_CODES)
     if kind == "failed":
       raise WorkerError(value)
     if kind == "ready":
@@ -180,13 +180,13 @@ class _Worker:
       self.is_idle = True
     return [event]
 
-  def kill(self, reason: str, is_hosts: bool) -> list[Event]:
+  def kill(self, reason: str, is_crash: bool) -> list[Event]:
     """Ends a dead or silent worker; returns the event of its task."""
     self._process.kill()
     self.is_idle, self.has_left = False, True
     if self._task is None:
       raise WorkerError(f"a worker process {reason} while it started")
-    return [Event("died", self._task, f"the worker process {reason}", is_hosts)]
+    return [Event("died", self._task, f"the worker process {reason}", is_crash)]
 
   def reap(self) -> bool:
     """Releases an ended process; returns False if it is still alive."""

@@ -16,7 +16,7 @@ import numpy as np
 from data_prep import assets
 from data_prep.faces import boxes, mediapipe_tasks
 
-# Each model and the lowest score of a detection that is believed. The
+# Each model, and the score from which on its detections are confident. The
 # full-range model misses faces that fill the frame. The short-range model
 # misses faces below about 8% of the frame's width; it gives a cartoon animal
 # 0.6, and people 0.69 and more.
@@ -46,12 +46,13 @@ class Detection:
   Attributes:
     box: float64 (4,).
     score: score of the detector, in [0.5, 1].
-    believed: whether this detector is seldom wrong at that score.
+    confident: True if the score reaches the detector's threshold in DETECTORS,
+      above which it is seldom wrong.
   """
 
   box: np.ndarray
   score: float
-  believed: bool
+  confident: bool
 
   def shifted(self, x: int, y: int) -> Detection:
     """Returns the detection moved by x and y pixels."""
@@ -76,9 +77,9 @@ class FaceFinder:
           stack.enter_context(
             mediapipe_tasks.open_task("FaceDetector", assets.fetch(asset_name))
           ),
-          believed_score,
+          min_score,
         )
-        for asset_name, believed_score in DETECTORS
+        for asset_name, min_score in DETECTORS
       ]
       # Two, because a neighbour may stand in the same crop.
       self._landmarker = stack.enter_context(
@@ -107,14 +108,15 @@ class FaceFinder:
       frame: uint8 (H, W, 3), RGB.
 
     Returns:
-      Believed detections first, then by falling score. No two overlap much.
+      Confident detections first, then by falling score. No two overlap by 0.4
+      or more.
     """
     short_range, full_range = self._detectors
     candidates = _run(*short_range, frame)
     for x, y, tile in _tiles(frame):
       for face in _run(*full_range, tile):
         candidates.append(face.shifted(x, y))
-    candidates.sort(key=lambda face: (not face.believed, -face.score))
+    candidates.sort(key=lambda face: (not face.confident, -face.score))
     faces: list[Detection] = []
     for face in candidates:
       if all(boxes.overlap(face.box, other.box) < 0.4 for other in faces):
@@ -135,7 +137,7 @@ class FaceFinder:
     if max(overlaps, default=0.0) < 0.1:
       return face
     best = near[int(np.argmax(overlaps))]
-    return dataclasses.replace(best, believed=best.believed or face.believed)
+    return dataclasses.replace(best, confident=best.confident or face.confident)
 
   def mesh(self, frame: np.ndarray, box: np.ndarray) -> np.ndarray | None:
     """Returns the landmarks of the face in a box.
@@ -145,16 +147,15 @@ class FaceFinder:
       box: (4,), roughly around the face; the model sees it with a margin.
 
     Returns:
-      float32 (478, 2), x and y in source pixels, or None when there is no face
-      or only one elsewhere.
+      float32 (478, 2), x and y in source pixels; None if the box holds no face.
     """
     mesh = self.mesh_3d(frame, box)
     return None if mesh is None else mesh[:, :2]
 
   def mesh_3d(self, frame: np.ndarray, box: np.ndarray) -> np.ndarray | None:
-    """Returns the landmarks with their depth, float32 (478, 3), or None.
+    """Returns the landmarks with depth, float32 (478, 3); see `mesh`.
 
-    As `mesh`; depth is in the same unit, smaller when nearer.
+    Depth is in source pixels too, smaller for points nearer to the camera.
     """
     height, width = frame.shape[:2]
     x, y, side = boxes.square(box)
@@ -183,7 +184,7 @@ class FaceFinder:
 
 
 def _run(
-  detector: Any, believed_score: float, picture: np.ndarray
+  detector: Any, min_score: float, picture: np.ndarray
 ) -> list[Detection]:
   """Returns the detections of one detector, in pixels of the picture."""
   detections = []
@@ -193,15 +194,15 @@ def _run(
     width, height = detection.bounding_box.width, detection.bounding_box.height
     score = detection.categories[0].score
     box = np.array([x, y, x + width, y + height], np.float64)
-    detections.append(Detection(box, score, score >= believed_score))
+    detections.append(Detection(box, score, score >= min_score))
   return detections
 
 
 def _tiles(frame: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
-  """Returns overlapping squares of a wide or high picture: x, y and pixels.
+  """Returns overlapping square tiles of a picture, each as (x, y, pixels).
 
-  A detector sees a square of a fixed number of pixels, in which a wide picture
-  as a whole is small.
+  A detector scales its input to a square of fixed size, in which the faces of a
+  wide or high picture would be small. Other pictures are a single tile.
   """
   height, width = frame.shape[:2]
   if max(height, width) < MIN_TILED_RATIO * min(height, width):

@@ -43,10 +43,10 @@ NOISE_FACTOR = 2.5
 # bridge of the nose.
 _STEADY = (33, 133, 263, 362, 168, 6)
 # Mean jump of these points between frames, over the height of the face, that
-# halves the score. Steady meshes have 0.002, those beside a face 0.05.
+# halves the score. Steady meshes have 0.002, those next to a face 0.05.
 HALF_JITTER = 0.02
 
-# A head of one who talks tilts by up to so many degrees.
+# Tilt in degrees up to which a head is upright: people who talk tilt theirs.
 FREE_TILT = 30.0
 
 _RIGHT_SIDE, _LEFT_SIDE, _TOP, _CHIN = 234, 454, 10, 152

@@ -1,4 +1,8 @@
-"""Tests whether one shot, or one face, gives way to another between frames."""
+"""Detects cuts between shots, and places where a track changes its person.
+
+A *look* is the appearance of a face in one frame: its brightness at the points
+of the mesh, see `Look`. Looks are compared by their median difference.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +12,24 @@ import numpy as np
 
 from data_prep.faces import boxes
 
-# Thumbnails and looks have this standard deviation, whatever the light.
+# Thumbnails and looks are scaled to this standard deviation, in grey levels.
 CONTRAST = 40.0
 
 
 class CutTest:
-  """Tests whether each frame of a video begins a new shot.
+  """Function of each frame of a video in order: True if it begins a new shot.
 
-  Called with the frames, uint8 (H, W, 3), in order. One of another size than
-  the frame before begins a shot.
+  Frames are uint8 (H, W, 3). A frame of a new size begins a shot.
   """
 
-  # At a cut, small thumbnails, normalised for light, differ by more than so
-  # many grey levels in the mean, and by more than so many times the usual
-  # difference. Within 60 frames of 42 shots they differ by at most 13, except
-  # for a flash; two videos differ by 25 and more in 99 of 100 pairs.
+  # At a cut, the mean difference of small thumbnails, normalised for light,
+  # exceeds MIN_DIFFERENCE grey levels and MIN_RATIO times the usual difference.
+  # Within 60 frames of 42 shots it is at most 13, except for a flash; between
+  # two videos it is 25 or more in 99 of 100 pairs.
   MIN_DIFFERENCE = 18.0
   MIN_RATIO = 4.0
-  # Overexposed pixels tell nothing. Where fewer others remain, it is a flash.
+  # Pixels above WHITE are overexposed and not compared. If the share of others
+  # is below MIN_EXPOSED, the frame is a flash, not a cut.
   WHITE = 250.0
   MIN_EXPOSED = 0.2
 
@@ -65,61 +69,60 @@ class CutTest:
     return float(np.abs(before - after).mean())
 
 
-# Side of the picture that a look samples, in pixels; the face's longer side
-# takes 70 of them.
+# A look samples a square picture of LOOK_SIZE pixels, whose side is LOOK_RATIO
+# times the longer side of the face: 70 pixels.
 LOOK_SIZE = 112
 LOOK_RATIO = 1.6
-# Standard deviations in these pixels of the band of detail that a look keeps.
+# Standard deviations, in these pixels, of the band-pass filter of a look.
 # Coarser detail is light and shade, finer detail is noise and focus.
 FINE_SIGMA, COARSE_SIGMA = 1.0, 8.0
 # Points of the mesh without the pupils.
 NUM_POINTS = 468
-# Contrast of a face, in grey levels, below which it is not amplified.
+# Added to a face's contrast, in grey levels, so that noise is not amplified.
 MIN_CONTRAST = 0.25
 
-# A mesh has moved on to another face if more than 1 - COVERED of its points
-# differ by more than OTHER_FACE, and of the thumbnail at its old place by more
-# than OTHER_PLACE.
+# A mesh has jumped to another face if more than COVERED of the look differs by
+# more than OTHER_FACE, and more than COVERED of the thumbnail at the face's old
+# place by more than OTHER_PLACE.
 OTHER_FACE = 10.0
 OTHER_PLACE = 8.0
 COVERED = 0.7
 
-# Two stretches of a track show two people if no two looks of them have a
-# median difference of at most OTHER_PERSON. Stretches of 20 frames of two
-# people have more in 99.3% of 2,850 pairs, and in a dissolve the clearest of
-# all places counts. One person who turns by 30 degrees and stays there has
-# more, too. At a fifth of the light the numbers are 5% to 10% lower.
+# Two stretches of a track show two people if every look of the one differs from
+# every look of the other by more than OTHER_PERSON. So do 99.3% of 2,850 pairs
+# of people in stretches of 20 frames; a dissolve has several places to test, of
+# which the clearest counts. So does one person who turns by 30 degrees and
+# stays there. At a fifth of the light the differences are 5% to 10% smaller.
 OTHER_PERSON = 13.0
-# If any look before a change resembles any after it by so much, both are of one
-# person, who turned and came back. Of 1,176 pairs of people in 8 s each, none
-# has a pair of looks below 10; of 9 people whom a turn seems to change, 6 have
-# one of 9 or less. Looks that are less than a dissolve apart do not count, nor
-# the ones beside the change.
+# If any look before a change differs from any after it by SAME_PERSON or less,
+# one person turned and came back. Of 1,176 pairs of people in 8 s each, none
+# has two looks that differ by less than 10; of 9 people whom a turn seems to
+# change, 6 have two that differ by 9 or less. The BLENDED looks next to the
+# change are not compared, nor looks that are less than a dissolve apart.
 SAME_PERSON = 9.0
 BLENDED = 4
-# The most looks of each that are compared.
+# Most looks on each side of a change that are compared.
 MAX_COMPARED = 100
-# Least distance in seconds of the looks that are compared, number of looks in a
-# stretch (fewer at the ends of a track), and the numbers of looks between two
-# stretches: a cut, and dissolves of up to two seconds.
+# Distance in seconds of the looks that are compared, number of looks in a
+# stretch (MIN_STRETCH at the ends of a track), and numbers of looks between two
+# stretches: none at a cut, more for dissolves of up to two seconds.
 LOOK_SECS = 0.13
 STRETCH = 5
 MIN_STRETCH = 4
 BETWEEN = (0, 2, 6, 11, 15)
-# A look belongs to a stretch if it differs from it at most this share of what
-# it differs from the other: in a dissolve, at most a third is the other face.
+# A look belongs to a stretch if its difference from it is at most this share of
+# that from the other: in a dissolve, at most a third is the other face.
 OWN_SHARE = 0.5
-# A dissolve of two seconds has at most so many that match neither: where there
-# are more, a person turned, and nothing is left out.
+# Longest time in which looks match neither stretch in a dissolve of two
+# seconds. If it is longer, a person turned, and nothing is left out.
 MAX_NEITHER_SECS = 1.0
 
 
 class Look:
-  """Brightness of a face at the points of its mesh.
+  """Brightness of a face at the points of its mesh, band-pass filtered.
 
-  Points of the mesh follow pose and expression. Only a band of detail (brows,
-  eyes, nose, lips, beard) is kept, so that the direction of the light counts
-  little.
+  The points follow pose and expression. The filter keeps brows, eyes, nose,
+  lips and beard, and removes most of what the direction of the light changes.
 
   Args:
     frame: uint8 (H, W, 3), RGB.
@@ -132,21 +135,21 @@ class Look:
     self._thumbnail = _thumbnail(frame, self._box)
 
   def normalised(self) -> np.ndarray:
-    """Returns the look whatever the strength of the light, int8 (468,)."""
+    """Returns the look, normalised for strength of light, int8 (468,)."""
     values = np.round(CONTRAST * _normalised(self._detail))
     return np.clip(values, -127, 127).astype(np.int8)
 
   def is_other_face(self, frame: np.ndarray, later: Look) -> bool:
-    """Returns whether a mesh shows another face than a few frames before.
+    """Returns True if the mesh has jumped to another face since this look.
 
-    A mesh moves on to another face that takes its place: in a cut between two
-    shots of one room, or where people cross. A face that moves looks the same
-    at its mesh. A face that is mostly covered, which shifts the mesh, looks the
-    same at its old place. If neither holds, it is another face.
+    That happens in a cut between two shots of one room, or when people cross.
+    A face that moves keeps its look. A face that is mostly covered, which
+    shifts the mesh, keeps the thumbnail at its old place. If both differ, it is
+    another face.
 
     Args:
-      frame: the frame that `later` was made of.
-      later: the look at the face in question.
+      frame: frame of `later`.
+      later: look of the mesh, a few frames after this one.
     """
     if _difference(self._detail, later._detail) <= OTHER_FACE:
       return False
@@ -155,7 +158,7 @@ class Look:
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> float:
-  """Returns what the 1 - COVERED most similar values differ by at most."""
+  """Returns the largest difference of the 1 - COVERED most similar values."""
   rank = int((1 - COVERED) * len(a))
   # Either the light has changed, or what covers the face changes its contrast.
   contrast = max(_contrast(a), _contrast(b))
@@ -174,7 +177,7 @@ def _contrast(values: np.ndarray) -> float:
 
 
 def _thumbnail(frame: np.ndarray, box: np.ndarray) -> np.ndarray:
-  """Returns float32 (256,): the box (4,) in 16 x 16 grey levels."""
+  """Returns the picture in a box (4,), 16 x 16 grey levels, float32 (256,)."""
   import cv2
 
   x0, y0, x1, y1 = (float(v) for v in box)
@@ -208,11 +211,11 @@ def _detail(frame: np.ndarray, points: np.ndarray) -> np.ndarray:
   shade = cv2.resize(face, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
   shade = cv2.GaussianBlur(shade, (0, 0), COARSE_SIGMA / 4)
   places = (points - np.float32([x0, y0])) / np.float32(2 * scale) - 0.5
-  return _at(detail, places) - _at(shade, (places + 0.5) / 4 - 0.5)
+  return _sample(detail, places) - _sample(shade, (places + 0.5) / 4 - 0.5)
 
 
-def _at(picture: np.ndarray, places: np.ndarray) -> np.ndarray:
-  """Returns float32 (N,), a picture (H, W) at places (N, 2), x and y."""
+def _sample(picture: np.ndarray, places: np.ndarray) -> np.ndarray:
+  """Interpolates a picture (H, W) at places (N, 2), x and y: float32 (N,)."""
   import cv2
 
   x, y = np.ascontiguousarray(places.T)[:, None]
@@ -221,15 +224,15 @@ def _at(picture: np.ndarray, places: np.ndarray) -> np.ndarray:
   )[0]
 
 
-def people(
+def person_spans(
   frames: np.ndarray, looks: np.ndarray, frame_rate: float
 ) -> list[tuple[int, int]]:
-  """Cuts the looks of a track where one person gives way to another.
+  """Splits the looks of a track by person.
 
-  Two stretches of looks, before and after a place, are of one person if any
-  look of the one resembles any of the other. Stretches with nothing between
-  them tell cuts; with up to two seconds between them, dissolves. What is
-  between two people and resembles neither is left out.
+  The stretches of looks before and after a place show one person if any look of
+  the one resembles any of the other. Adjacent stretches reveal cuts; stretches
+  up to two seconds apart reveal dissolves. Looks between two people that
+  resemble neither are left out.
 
   Args:
     frames: int (N,), ascending numbers of the frames.
@@ -237,7 +240,7 @@ def people(
     frame_rate: frames per second.
 
   Returns:
-    First and last + 1 of the looks of each person, in order.
+    (start, stop) of the looks of each person, in order.
   """
   rows = _sparse(frames, frame_rate)
   reach = max(BETWEEN) + 2 * STRETCH
@@ -247,25 +250,25 @@ def people(
   while waiting:
     start, stop = waiting.pop()
     first, last = np.searchsorted(rows, (start, stop))
-    found = _change(distances, int(first), int(last))
-    if found is None:
+    change = _change(distances, int(first), int(last))
+    if change is None:
       spans.append((start, stop))
       continue
-    stretches = [rows[stretch] for stretch in found]
-    old, new = _parted(looks, *stretches)
+    stretches = [rows[stretch] for stretch in change]
+    old, new = _boundary(looks, *stretches)
     if frames[new] - frames[old - 1] > MAX_NEITHER_SECS * frame_rate:
-      old, _ = _parted(looks, *stretches, own_share=1.0)
+      old, _ = _boundary(looks, *stretches, own_share=1.0)
       new = old
     waiting += [(start, old), (new, stop)]
   spans.sort()
-  people = spans[:1]
+  merged = spans[:1]
   for start, stop in spans[1:]:
-    first, end = people[-1]
+    first, end = merged[-1]
     if _are_same(looks, rows, (first, end), (start, stop)):
-      people[-1] = first, stop
+      merged[-1] = first, stop
     else:
-      people.append((start, stop))
-  return people
+      merged.append((start, stop))
+  return merged
 
 
 def _are_same(
@@ -274,12 +277,12 @@ def _are_same(
   before: tuple[int, int],
   after: tuple[int, int],
 ) -> bool:
-  """Returns whether looks before and after a change are of one person.
+  """Returns True if the looks before and after a change are of one person.
 
   Args:
     looks: int8 (N, 468).
     rows: ascending rows of looks that are LOOK_SECS apart.
-    before, after: first and last + 1 of the looks before and after.
+    before, after: (start, stop) of the looks before and after.
   """
   first, end, start, stop = np.searchsorted(rows, [*before, *after])
   old, new = np.arange(first, end - BLENDED), np.arange(start + BLENDED, stop)
@@ -296,9 +299,9 @@ def _are_same(
 
 
 def _distances(looks: np.ndarray, reach: int) -> np.ndarray:
-  """Returns (N, reach): median difference of look i and look i + 1 + j.
+  """Returns the median difference of looks i and i + 1 + j: (N, reach).
 
-  It is inf beyond the last look.
+  Beyond the last look it is inf.
   """
   looks = looks.astype(np.int16)
   distances = np.full((len(looks), reach), np.inf, np.float32)
@@ -311,9 +314,9 @@ def _distances(looks: np.ndarray, reach: int) -> np.ndarray:
 def _change(
   distances: np.ndarray, first: int, last: int
 ) -> tuple[slice, slice] | None:
-  """Returns the two stretches in looks first to last that differ most.
+  """Returns the two stretches that differ most among looks[first:last].
 
-  None if all of them show one person.
+  Returns None if they all show one person.
   """
   best, strongest = None, OTHER_PERSON
   for between in BETWEEN:
@@ -329,24 +332,24 @@ def _change(
   return best
 
 
-def parted(
+def find_transition(
   frames: np.ndarray, looks: np.ndarray, num_old: int, frame_rate: float
 ) -> tuple[int, int] | None:
-  """Parts the looks of two tracks, of which one took the place of the other.
+  """Finds the transition between two tracks, of which one replaced the other.
 
   Args:
     frames: int (N,), ascending numbers of the frames.
-    looks: int8 (N, 468), those of the first track before those of the second.
+    looks: int8 (N, 468), the first track's, then the second's.
     num_old: number of looks of the first track.
     frame_rate: frames per second.
 
   Returns:
     The end of the first person's looks, at most `num_old`, and the start of the
-    second one's, at least `num_old`; None where both tracks show one person.
+    second one's, at least `num_old`; None if both tracks show one person.
   """
   rows = _sparse(frames, frame_rate)
   first = int(np.searchsorted(rows, num_old))
-  # Before a dissolve, and as late as there is.
+  # From before a dissolve, and from the end of the second track.
   old_rows = rows[max(first - STRETCH - BETWEEN[-2], 0) : first][:STRETCH]
   new_rows = rows[first:][-STRETCH:]
   if not len(new_rows):
@@ -356,12 +359,12 @@ def parted(
     return None
   if _are_same(looks, rows, (0, num_old), (num_old, len(looks))):
     return None
-  end, start = _parted(looks, old_rows, new_rows)
+  end, start = _boundary(looks, old_rows, new_rows)
   return min(end, num_old), max(start, num_old)
 
 
 def _sparse(frames: np.ndarray, frame_rate: float) -> np.ndarray:
-  """Returns int (M,), rows of frames that are at least LOOK_SECS apart."""
+  """Returns rows of frames that are at least LOOK_SECS apart, int (M,)."""
   step = max(round(LOOK_SECS * frame_rate), 1)
   rows: list[int] = []
   for row, frame in enumerate(frames):
@@ -370,7 +373,7 @@ def _sparse(frames: np.ndarray, frame_rate: float) -> np.ndarray:
   return np.array(rows, int)
 
 
-def _parted(
+def _boundary(
   looks: np.ndarray,
   old_rows: np.ndarray,
   new_rows: np.ndarray,

@@ -1,4 +1,4 @@
-"""One face through one shot: while it goes on, and as a finished track.
+"""One face through one shot: an open track while it lasts, then a `Track`.
 
 Axes: T frames of a track, H W source pixels. Boxes are x0, y0, x1, y1 in
 source pixels, where pixel (i, j) covers [j, j+1) x [i, i+1).
@@ -19,8 +19,8 @@ from data_prep.faces.meshes import Meshes, MeshStore, PackedMesh
 # Times are in seconds: a face moves as fast at any frame rate. In the comments,
 # the same in frames at 30 per second.
 #
-# Rate that is assumed where it is unknown, and the range that is believed:
-# files of a variable rate may announce 1,000 or 90,000.
+# Rate assumed for unknown and implausible ones, and the plausible range: files
+# of a variable rate may announce 1,000 or 90,000.
 USUAL_RATE = 30.0
 RATE_RANGE = (1.0, 240.0)
 # A mesh is compared with the last looks at its face, LOOK_SECS apart: 4 frames.
@@ -29,10 +29,10 @@ LOOK_SECS = 0.13
 # Sharpness is measured this often in a track: 10 frames. The first time is half
 # of it after the first mesh, which a cut or a dissolve may blur.
 SHARPNESS_SECS = 0.33
-# A track is dropped where fewer of its frames have a mesh, or where fewer of
-# its detections are believed.
+# A track is dropped if fewer of its frames have a mesh, or if fewer of its
+# detections are confident.
 MIN_MESH_RATIO = 0.5
-MIN_BELIEVED_RATIO = 0.5
+MIN_CONFIDENT_RATIO = 0.5
 # Standard deviations of the Gaussians that smooth a track's box: 4 and 12
 # frames. A face's size changes slower than its place.
 CENTRE_SECS = 4 / 30
@@ -44,13 +44,13 @@ def frames_of(secs: float, frame_rate: float) -> int:
 
   Args:
     secs: the time in seconds.
-    frame_rate: frames per second; replaced by 30 where it is not believable.
+    frame_rate: frames per second; 30 is used instead of an implausible one.
   """
-  return max(round(secs * believed_rate(frame_rate)), 1)
+  return max(round(secs * plausible_rate(frame_rate)), 1)
 
 
-def believed_rate(frame_rate: float) -> float:
-  """Returns a frame rate, or 30 where it is not believable."""
+def plausible_rate(frame_rate: float) -> float:
+  """Returns a frame rate, or 30 if it is outside RATE_RANGE."""
   least, most = RATE_RANGE
   return frame_rate if least <= frame_rate <= most else USUAL_RATE
 
@@ -68,8 +68,8 @@ class Track:
     quality: in [0, 1], see `quality.combine`.
     quality_terms: float32 (4,), each in [0, 1], as `schema.QUALITY_TERMS`; see
       the module `quality`.
-    continues: whether it is the rest of a track that was cut for its length,
-      and ends in the frame before.
+    continues: True if this track is the rest of one that was cut for its
+      length; that one ends in the frame before.
   """
 
   track_id: int
@@ -119,7 +119,7 @@ class Sighting:
 
 
 class OpenTrack:
-  """One face so far: a track that is not finished.
+  """A track while its video is read.
 
   Args:
     steps: distance in frames between runs of the mesh model.
@@ -131,17 +131,17 @@ class OpenTrack:
     self._rate = rate
     self.observed: list[Sighting] = []
     # For each frame in which the detectors ran.
-    self.believed: list[bool] = []
+    self.confident: list[bool] = []
     # Box of the detector and bounds of the mesh, of frames that have both.
     self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
     self.num_meshes = 0
-    # LOOK_SECS apart, and the frame of the last one.
+    # The last looks, LOOK_SECS apart, and the frame of the latest.
     self._looks: collections.deque[shots.Look] = collections.deque(maxlen=LOOKS)
     self._look_frame = 0
     self._sharpness_frame: int | None = None
-    # Whether the first frame is the last of the track before, and the last that
-    # of a successor.
-    self.continues = self.gives_way = False
+    # Both tracks of a cut share the frame at the cut: the first frame here is
+    # the last of the predecessor, or the last frame the first of the successor.
+    self.continues = self.has_successor = False
 
   @property
   def first_frame(self) -> int:
@@ -164,24 +164,24 @@ class OpenTrack:
       frame: uint8 (H, W, 3), RGB.
       i: number of the frame.
       mesh: (478, 3).
-      goes_on: whether the face was seen when it was last looked for.
+      goes_on: True if the face was seen in the last visited frame.
 
     Returns:
-      True if the mesh was added; False if something covers the face or has
-      taken its place for good.
+      True if the mesh was added; False if something covers the face or another
+      face has taken its place.
     """
     box = boxes.bounds(mesh[:, :2])
     look = shots.Look(frame, mesh[:, :2])
-    # After frames without a mesh one look that fits is enough: the last may
+    # After frames without a mesh one matching look is enough: the latest may
     # show what hid the face, or the face half turned.
     goes_on = goes_on and self._looks and self.observed[-1].look is not None
     num_looks = len(self._looks)
     needed = num_looks - num_looks // 2 if goes_on else min(num_looks, 1)
-    # The latest first, and no more of them than are needed.
-    fits = (
+    # The latest first; no more are compared than needed.
+    matches = (
       not before.is_other_face(frame, look) for before in reversed(self._looks)
     )
-    if sum(itertools.islice(filter(None, fits), needed)) < needed:
+    if sum(itertools.islice(filter(None, matches), needed)) < needed:
       return False
     look_steps = frames_of(LOOK_SECS, self._rate)
     if not self._looks or i - self._look_frame >= look_steps:
@@ -196,7 +196,7 @@ class OpenTrack:
       sighting.sharpness = quality.sharpness(frame, mesh)
       self._sharpness_frame = i
     elif not self.num_meshes:
-      # Counts only where it remains the only one.
+      # Used only if no other is measured.
       sighting.first_sharpness = quality.sharpness(frame, mesh)
     self.num_meshes += 1
     self.observed.append(sighting)
@@ -210,7 +210,7 @@ class OpenTrack:
     mesh: np.ndarray | None,
     goes_on: bool,
   ) -> bool:
-    """Adds a detection: its mesh as `add_mesh`, without one its box."""
+    """Adds a detection: its mesh, see `add_mesh`, or else its box."""
     if mesh is None:
       self.observed.append(Sighting(i, box))
       return True
@@ -219,16 +219,16 @@ class OpenTrack:
       self.pairs.append((box, boxes.bounds(mesh[:, :2])))
     return is_added
 
-  def people(self) -> list[OpenTrack]:
-    """Returns a track for each person that the mesh showed, in order.
+  def split_by_person(self) -> list[OpenTrack]:
+    """Returns a track for each person that the mesh followed, in order.
 
-    The track ends at the last frame that matched the person; frames of a
+    A person's track ends at the last frame that shows the person; frames of a
     dissolve that match neither person are in no track.
     """
     rows = self._rows_with_look()
     if not rows:
       return [self]
-    spans = shots.people(
+    spans = shots.person_spans(
       np.array([self.observed[row].frame for row in rows]),
       np.array([self.observed[row].look for row in rows]),
       self._rate,
@@ -244,41 +244,41 @@ class OpenTrack:
       part.observed = self.observed[first:last]
       part.num_meshes = stop - start
       part.continues = self.continues and not parts
-      part.gives_way = self.gives_way and stop == len(rows)
+      part.has_successor = self.has_successor and stop == len(rows)
       parts.append(part)
     return parts
 
-  def part_from(self, later: OpenTrack) -> None:
-    """Cuts frames that match neither person where a track took over this one.
+  def cut_dissolve(self, later: OpenTrack) -> None:
+    """Drops the frames of a dissolve from this track and from the next one.
 
-    In a dissolve, the last frames of the one and the first of the other show
-    both faces.
+    In a dissolve, the last frames of this track and the first of the one that
+    takes its place show both faces.
     """
     mine, its = self._rows_with_look(), later._rows_with_look()
     sightings = [self.observed[row] for row in mine]
     sightings += [later.observed[row] for row in its]
-    parted = shots.parted(
+    transition = shots.find_transition(
       np.array([sighting.frame for sighting in sightings]),
       np.array([sighting.look for sighting in sightings]),
       len(mine),
       self._rate,
     )
-    if parted is None:
+    if transition is None:
       return
-    end, start = parted
+    end, start = transition
     self.observed = self.observed[: mine[end - 1] + 1]
     self.num_meshes = end
     later.observed = later.observed[its[start - len(mine)] :]
     later.num_meshes = len(its) + len(mine) - start
 
   def successor(self) -> OpenTrack:
-    """Returns a track that goes on from the last frame of this one."""
+    """Returns a track that continues from the last frame of this one."""
     successor = copy.copy(self)
     successor.observed = self.observed[-1:]
     successor.num_meshes = int(self.observed[-1].mesh is not None)
-    successor.believed = self.believed[-1:]
+    successor.confident = self.confident[-1:]
     successor._looks = self._looks.copy()
-    successor.continues = self.gives_way = True
+    successor.continues = self.has_successor = True
     return successor
 
   def _rows_with_look(self) -> list[int]:
@@ -290,20 +290,22 @@ class OpenTrack:
     return min(self.num_meshes / num_visited, 1.0)
 
   def is_face(self, min_frames: int, min_face_pixels: int) -> bool:
-    """Returns whether the track is kept."""
+    """Returns True if the track is long, large and certain enough to keep."""
     heights = [s.box[3] - s.box[1] for s in self.observed]
     return (
       self.last_frame - self.first_frame + 1 >= min_frames
       and float(np.median(heights)) >= min_face_pixels
       and self.mesh_ratio() >= MIN_MESH_RATIO
-      and float(np.mean(self.believed)) >= MIN_BELIEVED_RATIO
+      and float(np.mean(self.confident)) >= MIN_CONFIDENT_RATIO
     )
 
   def finish(self, store: MeshStore) -> Track:
-    """Returns the track, without a number, bridged and with a smoothed box.
+    """Returns the finished track, its gaps bridged and its boxes smoothed.
+
+    Its `track_id` is 0; `tracking.find_tracks` numbers the tracks.
 
     Args:
-      store: takes its landmarks.
+      store: stores the landmarks.
     """
     num_frames = self.last_frame - self.first_frame + 1
     rows = np.array([s.frame - self.first_frame for s in self.observed])
@@ -325,7 +327,7 @@ class OpenTrack:
       meshes=meshes,
       steps=self._steps,
     )
-    if self.gives_way:
+    if self.has_successor:
       crops, meshes = crops[:-1], meshes.part(0, num_frames - 1)
     store.take(meshes)
     return Track(
@@ -352,15 +354,15 @@ class OpenTrack:
     return Meshes(num_frames, rows, packed, goes_on)
 
   def _values(self, name: str) -> np.ndarray:
-    """Returns an attribute of the sightings where it is not None."""
+    """Returns the values of a Sighting's attribute that are not None."""
     values = [getattr(sighting, name) for sighting in self.observed]
     return np.array([value for value in values if value is not None])
 
   def _square_of(self, sighting: Sighting) -> tuple[float, float, float]:
-    """Returns centre x, centre y and side of the face's mesh.
+    """Returns centre x, centre y and side of the square around a mesh.
 
-    Without a mesh they are estimated from the box of the detector, by the
-    median relation of the two in other frames of the track.
+    Without a mesh they are estimated from the detector's box: by the median
+    offset and ratio between the two in other frames of the track.
     """
     x, y, side = boxes.square(sighting.box)
     if sighting.mesh is not None:
@@ -376,6 +378,6 @@ class OpenTrack:
           mesh_side / box_side,
         )
       )
-    # Where no frame of this track has both: the mean of the sample videos.
+    # If no frame of this track has both: the mean of the sample videos.
     dx, dy, ratio = np.median(shifts, axis=0) if shifts else (0.0, -0.05, 1.1)
     return x + dx * side, y + dy * side, ratio * side

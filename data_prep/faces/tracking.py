@@ -21,7 +21,7 @@ from data_prep.faces import boxes, shots
 from data_prep.faces.face_finder import Detection, FaceFinder
 from data_prep.faces.meshes import NUM_LANDMARKS as NUM_LANDMARKS
 from data_prep.faces.meshes import MeshStore
-from data_prep.faces.track import OpenTrack, Track, believed_rate, frames_of
+from data_prep.faces.track import OpenTrack, Track, frames_of, plausible_rate
 
 # Times are in seconds: a face moves as fast at any frame rate. In the comments,
 # the same in frames at 30 per second.
@@ -33,13 +33,12 @@ DETECT_SECS = 0.27
 # interpolated. In slower videos it runs on every frame.
 MESH_STEPS = 2
 MIN_RATE = 20.0
-# A gap of at most so long without the face is bridged: 12 frames.
+# Longest gap without the face that is bridged: 12 frames.
 MAX_GAP_SECS = 0.4
-# Preparation cuts a longer track, so that memory holds few minutes of what a
-# track needs while it goes on.
+# data_prep cuts longer tracks, since an open track takes memory for each frame.
 MAX_TRACK_SECS = 180.0
-# Landmarks of tracks that have ended take at most so many bytes of memory, and
-# a file the rest: those of an hour of one face.
+# Most bytes of memory for the landmarks of finished tracks, those of one face
+# for an hour; a file takes the rest.
 MAX_MESH_BYTES = 100 << 20
 MIN_FACE_PIXELS = 24
 # Faces tracked at a time: each costs a run of the mesh model per frame, and a
@@ -57,14 +56,14 @@ def find_tracks(
 ) -> list[Track]:
   """Tracks every face of a video, in one pass that keeps no frame.
 
-  A cut, or a change of the frame size, ends all tracks. A track also ends where
+  A cut, or a change of the frame size, ends all tracks. A track also ends when
   its face is not seen for more than `MAX_GAP_SECS`; a face that returns starts
   a new track. A face that turns away or is covered is tracked by the detectors
-  as long as they see it, without landmarks in these frames. Another face in its
-  place, after a dissolve or a cut within one room or as people cross, is
-  another track. At most `MAX_FACES` are tracked at a time, the largest first.
-  Tracks that are short, small, mostly without a mesh or not believed by the
-  detectors are dropped.
+  as long as they see it, without landmarks in these frames. Another face that
+  takes its place (in a dissolve, in a cut within one room, or when people
+  cross) starts another track. At most `MAX_FACES` are tracked at a time, the
+  largest first. Tracks that are short, small, mostly without a mesh or mostly
+  of unsure detections are dropped.
 
   Args:
     frames: uint8 (H, W, 3) RGB frames in order.
@@ -72,27 +71,27 @@ def find_tracks(
     frame_rate: frames per second of the video; 0 where it is unknown.
     min_frames: shortest track that is kept.
     min_face_pixels: smallest median height of a face that is kept.
-    max_track_secs: a longer track is cut, with no frame between its parts.
+    max_track_secs: longer tracks are cut into consecutive ones.
 
   Returns:
     The tracks by first frame, then left to right.
   """
-  rate = believed_rate(frame_rate)
+  rate = plausible_rate(frame_rate)
   max_gap = frames_of(MAX_GAP_SECS, rate)
   max_frames = max_track_secs * rate
   active: list[OpenTrack] = []
   store = MeshStore(MAX_MESH_BYTES)
-  # With the left edge where they begin.
+  # Each with the left edge of its first box.
   kept: list[tuple[float, Track]] = []
 
   def end(tracks: list[OpenTrack]) -> None:
-    # At once, so that a long video's false detections do not pile up.
+    # Filtered at once, so that a long video's false detections do not pile up.
     for track in tracks:
-      _part_from_next(track, active, max_gap)
-    people = [part for track in tracks for part in track.people()]
+      _cut_dissolve(track, active, max_gap)
+    parts = [part for track in tracks for part in track.split_by_person()]
     kept.extend(
       (float(track.observed[0].box[0]), track.finish(store))
-      for track in people
+      for track in parts
       if track.is_face(min_frames, min_face_pixels)
     )
 
@@ -111,7 +110,7 @@ def find_tracks(
         _follow(active, previous, i - 1, last_visited, finder)
       end(active)
       active, shot_start, last_visited = [], i, i - 1
-    # Where people cross, faces are told apart only by every frame.
+    # When people cross, only every frame tells their faces apart.
     if (i - shot_start) % steps and not _are_close(active):
       previous = frame
       continue
@@ -153,10 +152,10 @@ def _are_close(active: list[OpenTrack]) -> bool:
   )
 
 
-def _part_from_next(
+def _cut_dissolve(
   track: OpenTrack, others: list[OpenTrack], max_gap: int
 ) -> None:
-  """Parts a track that ends from the one that took its place, if any."""
+  """Drops frames of a dissolve into the track that took its place, if any."""
   for other in others:
     gap = other.first_frame - track.last_frame
     if (
@@ -165,7 +164,7 @@ def _part_from_next(
       and other.num_meshes
       and boxes.overlap(track.box, other.observed[0].box) > 0.2
     ):
-      track.part_from(other)
+      track.cut_dissolve(other)
       return
 
 
@@ -201,21 +200,21 @@ def _detect(
   rate: float,
   finder: FaceFinder,
 ) -> list[OpenTrack]:
-  """Runs the detectors; extends the tracks that fit and returns new ones."""
+  """Runs the detectors; extends the matching tracks and returns new ones."""
   detections = finder.detect(frame)
-  # The largest get the room that there is.
-  detections.sort(key=lambda d: (not d.believed, -boxes.square(d.box)[2]))
+  # The largest come first: at most MAX_FACES are tracked.
+  detections.sort(key=lambda d: (not d.confident, -boxes.square(d.box)[2]))
   track_of = _match(active, detections, i)
   for track in active:
     if track.last_frame == i and track not in track_of.values():
-      track.believed.append(False)
+      track.confident.append(False)
 
   started: list[OpenTrack] = []
   for number, detection in enumerate(detections):
     track = track_of.get(number)
     has_room = len(active) + len(started) < MAX_FACES
     if track is not None:
-      track.believed.append(detection.believed)
+      track.confident.append(detection.confident)
       if track.last_frame == i:
         if track.observed[-1].mesh is not None:
           track.pairs.append((detection.box, track.box))
@@ -234,7 +233,7 @@ def _detect(
     # No track fits, or another face has taken the place of the track's.
     if has_room:
       track = OpenTrack(steps, rate)
-      track.believed.append(detection.believed)
+      track.confident.append(detection.confident)
       track.add_detection(frame, i, detection.box, mesh, goes_on=False)
       started.append(track)
   return started
@@ -243,11 +242,11 @@ def _detect(
 def _match(
   active: list[OpenTrack], detections: list[Detection], i: int
 ) -> dict[int, OpenTrack]:
-  """Returns the track of each detection that fits one, by its number.
+  """Returns matched tracks by the index of their detection.
 
-  Tracks that are seen in frame i come before those that are lost, whose face
-  may have given way to theirs; then pairs that overlap most. Each track and
-  each detection is matched once.
+  Pairs are matched greedily, by falling overlap. Tracks that are seen in frame
+  i come first: their face may have taken the place of a lost one. Each track
+  and each detection is matched at most once.
   """
   pairs = [
     (

@@ -25,7 +25,7 @@ from marlin_jax.records import folders, schema
 from marlin_jax.records.cli import UserError
 from marlin_jax.records.schema import Record
 
-# Of a record, every so many label maps are counted: neighbours differ little.
+# Distance between the label maps that are counted: neighbours differ little.
 _AREA_STEPS = 8
 
 
@@ -206,7 +206,7 @@ def num_records(shard: Path) -> int:
   """
   num = shards.num_records(shard)
   if num is None:
-    raise _damaged(shard, "it is no whole ArrayRecord file")
+    raise _damaged(shard, "it is not a whole ArrayRecord file")
   return num
 
 
@@ -259,7 +259,7 @@ def _read_descriptions(
   metadata = ledger.read_json(dataset_dir / folders.METADATA)
   if not settings or not metadata:
     raise InspectionError(
-      f"{dataset_dir} is no complete data set of data_prep.prepare: "
+      f"{dataset_dir} is not a complete data set of data_prep.prepare: "
       "settings.json or metadata.json is missing or damaged; run "
       "data_prep.verify to see what to do"
     )

@@ -101,7 +101,7 @@ def counts(entries: Iterable[Entry]) -> dict[str, int]:
 class DatasetFolder:
   """The folder of a data set, locked while open; a context manager."""
 
-  @cli.without_collector
+  @cli.without_gc
   def __init__(
     self,
     path: Path,
@@ -194,7 +194,7 @@ class DatasetFolder:
 
   def _stored_recipe(self) -> dict[str, Any]:
     if self._stored is None:
-      raise OutputFolderError(f"{self.path} is no data set of this program")
+      raise OutputFolderError(f"{self.path} is not a data set of this program")
     others = {"num_shards", folder_settings.VERSIONS}
     stored = folder_settings.with_old_settings(self._stored)
     return {k: v for k, v in stored.items() if k not in others}
@@ -313,7 +313,7 @@ class DatasetFolder:
         f"{path} is damaged ({e}); restore it, or choose another --output"
       ) from e
 
-  @cli.without_collector
+  @cli.without_gc
   def plan(
     self, settings: video_to_records.Settings, retry_quarantined: bool
   ) -> Plan:

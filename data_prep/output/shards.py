@@ -20,12 +20,12 @@ from marlin_jax.records.cli import UserError
 # One record per chunk: a random read then decompresses nothing else.
 WRITER_OPTIONS = "group_size:1,zstd:1"
 
-# Video files of so many bytes make a shard; its records take about as much.
+# Bytes of the video files of a shard; its records take about as much.
 BYTES_PER_SHARD = 256 << 20
 # Readers keep all shards open.
 MAX_SHARDS = 2048
-# The sizes of so many files, spread evenly, count for all: a million take
-# minutes on a network's disk, and hours in a bucket.
+# Files, evenly spaced, from whose sizes that of all is estimated: to read a
+# million sizes takes minutes on a network disk, and hours in a bucket.
 MAX_SIZES = 1000
 # Size that counts for folders of pictures and missing files.
 USUAL_VIDEO_BYTES = 8 << 20

@@ -22,7 +22,7 @@ from marlin_jax.records.schema import FRAME_SIZE
 
 
 class DrawingError(UserError):
-  """A file is no drawing; the message names it and says why."""
+  """A file is not a drawing; the message names it and says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +76,6 @@ def read(file: Path) -> Drawing:
     )
   except (KeyError, TypeError, ValueError) as e:
     raise DrawingError(
-      f"{file} is no drawing: {type(e).__name__}: {e}; see "
+      f"{file} is not a drawing: {type(e).__name__}: {e}; see "
       "data_prep.regions.drawings"
     ) from e

@@ -49,7 +49,7 @@ class MediaPipeParser:
     segmenter: MediaPipe's Task.
   """
 
-  LOOK_STEPS = 6
+  ANALYSIS_STEPS = 6
 
   def __init__(self, segmenter: Any) -> None:
     self._segmenter = segmenter
@@ -60,11 +60,11 @@ class MediaPipeParser:
     """See `Parser.parse`; returns None exactly when there are no landmarks."""
     if not lapa.has_mesh(landmarks):
       return None
-    maps = self.look(frame, box, landmarks)
+    maps = self.analyse(frame, box, landmarks)
     return self.label(maps, lapa.in_crop(landmarks, box))
 
   def label(self, maps: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """See `SteadyParser.label`."""
+    """See `TwoStepParser.label`."""
     import cv2
 
     hair, forehead, fringe, inside = (part > 127 for part in cv2.split(maps))
@@ -77,10 +77,10 @@ class MediaPipeParser:
     labels[~inside] = lapa.CODE["background"]
     return labels
 
-  def look(
+  def analyse(
     self, frame: np.ndarray, box: np.ndarray, landmarks: np.ndarray
   ) -> np.ndarray:
-    """See `SteadyParser.look`.
+    """See `TwoStepParser.analyse`.
 
     Returns:
       uint8 (S, S, 4), in [0, 255]: confidence that a pixel is hair, forehead,

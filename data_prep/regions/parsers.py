@@ -24,8 +24,8 @@ import numpy as np
 from data_prep import assets
 from marlin_jax.records.folders import sha256_of
 
-# Model of each parser, by its name among the assets. None: no hash of the model
-# is published, so that it is never downloaded; a TorchScript file is a program.
+# Parser -> name of its model in `assets.ASSETS`. None: never downloaded, since
+# no hash of it is published, and a TorchScript file is a program.
 PARSERS: dict[str, str | None] = {
   "mediapipe": "selfie_segmenter.tflite",
   "multiclass": "selfie_multiclass_256x256.tflite",
@@ -61,18 +61,19 @@ class Parser(Protocol):
 
 
 @runtime_checkable
-class SteadyParser(Parser, Protocol):
-  """A parser that analyses pixels apart from the mesh.
+class TwoStepParser(Parser, Protocol):
+  """A parser in two steps: it analyses the pixels, then labels by the mesh.
 
-  Pixels change slowly, so that they are analysed only in some frames.
+  The result of the first, slow step changes little from frame to frame, so that
+  `track_labels` takes it in some frames only.
 
   Attributes:
-    LOOK_STEPS: distance in frames between two analyses of the pixels.
+    ANALYSIS_STEPS: distance in frames from one analysis to the next.
   """
 
-  LOOK_STEPS: int
+  ANALYSIS_STEPS: int
 
-  def look(
+  def analyse(
     self, frame: np.ndarray, box: np.ndarray, landmarks: np.ndarray
   ) -> np.ndarray:
     """Analyses the pixels of one frame.
@@ -91,7 +92,7 @@ class SteadyParser(Parser, Protocol):
     """Labels one face.
 
     Args:
-      maps: result of `look`, of this frame or blended of frames around it.
+      maps: result of `analyse` for this frame, or blended from two others.
       points: float32 (478, 2), the mesh in crop pixels.
 
     Returns:
@@ -106,10 +107,10 @@ class ParserChoice:
 
   Attributes:
     name: a key of `PARSERS`.
-    path: file of the model; None: the downloaded one.
+    path: file of the model; None: download it.
 
   Raises:
-    ValueError: there is no such parser.
+    ValueError: the name is not a key of `PARSERS`.
   """
 
   name: str = "mediapipe"
@@ -130,8 +131,8 @@ class ParserChoice:
     if self.path is not None:
       if not self.path.is_file():
         raise assets.AssetError(
-          f"{self.path}, given as the model of the parser {self.name}, is no "
-          f"file. {_where_to_get(self.name)}"
+          f"{self.path}, given as the model of the parser {self.name}, is "
+          f"not a file. {_where_to_get(self.name)}"
         )
       return self.path
     asset_name = PARSERS[self.name]
@@ -176,7 +177,7 @@ def _where_to_get(name: str) -> str:
 
 @contextlib.contextmanager
 def open_parser(choice: ParserChoice = DEFAULT) -> Iterator[Parser]:
-  """Opens a parser, and closes it at the end.
+  """Yields an open parser.
 
   Raises:
     assets.AssetError: there is no model file.

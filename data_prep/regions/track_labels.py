@@ -1,8 +1,8 @@
 """Labels the face of a segment frame by frame.
 
-The pixels that a parser analyses change slowly compared with the muscles of a
-face. A `parsers.SteadyParser` analyses them in every few frames only; in
-between, its maps are moved along with the face and blended.
+Hair and skin change slowly compared with the muscles of a face. Therefore a
+`parsers.TwoStepParser` analyses the pixels of some frames only; in between, its
+maps are warped along with the mesh and blended.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from data_prep.regions import lapa, parsers
 
 
 class Labeller:
-  """Collects frames in order and makes a label map of each.
+  """Makes a label map for each frame of a segment, added in order.
 
   Args:
     parser: parser that labels the faces.
@@ -24,10 +24,10 @@ class Labeller:
     self._parser = parser
     self._num_frames = num_frames
     self.label_maps: list[np.ndarray | None] = []
-    self._steady = isinstance(parser, parsers.SteadyParser)
-    # Frames that wait for the next look: number and mesh in crop pixels.
+    self._has_two_steps = isinstance(parser, parsers.TwoStepParser)
+    # Frames that wait for the next analysis: number and mesh in crop pixels.
     self._waiting: list[tuple[int, np.ndarray]] = []
-    # The last look: number and mesh of its frame, and its maps.
+    # The last analysed frame: number, mesh, and maps.
     self._last: tuple[int, np.ndarray, np.ndarray] | None = None
 
   def add(
@@ -35,18 +35,20 @@ class Labeller:
   ) -> None:
     """Adds the next frame; arguments as for `Parser.parse`."""
     i = len(self.label_maps)
-    if not self._steady:
+    if not self._has_two_steps:
       self.label_maps.append(self._parser.parse(frame, box, landmarks))
       return
     self.label_maps.append(None)
     if not lapa.has_mesh(landmarks):
       return
     points = lapa.in_crop(landmarks, box)
-    is_due = self._last is None or i - self._last[0] >= self._parser.LOOK_STEPS
+    is_due = (
+      self._last is None or i - self._last[0] >= self._parser.ANALYSIS_STEPS
+    )
     if not is_due and i < self._num_frames - 1:
       self._waiting.append((i, points))
       return
-    maps = self._parser.look(frame, box, landmarks)
+    maps = self._parser.analyse(frame, box, landmarks)
     self._label_waiting((i, points, maps))
     self.label_maps[i] = self._parser.label(maps, points)
     self._last = i, points, maps
@@ -59,7 +61,7 @@ class Labeller:
   def _label_waiting(
     self, after: tuple[int, np.ndarray, np.ndarray] | None
   ) -> None:
-    """Labels the waiting frames, between the last look and the one after."""
+    """Labels the waiting frames, between the last analysed one and `after`."""
     for i, points in self._waiting:
       self._blend(i, points, after)
     self._waiting.clear()
@@ -67,14 +69,14 @@ class Labeller:
   def _blend(
     self, i: int, points: np.ndarray, after: tuple[int, np.ndarray, np.ndarray]
   ) -> None:
-    """Labels a frame between two looks; the nearer look counts more."""
+    """Labels a frame between two analysed ones; the nearer counts more."""
     import cv2
 
-    looks = [self._last, after] if after is not self._last else [after]
-    moved = [lapa.moved(maps, mesh, points) for _, mesh, maps in looks]
+    around = [self._last, after] if after is not self._last else [after]
+    moved = [lapa.moved(maps, mesh, points) for _, mesh, maps in around]
     maps = moved[0]
     if len(moved) == 2:
-      first, second = looks[0][0], looks[1][0]
+      first, second = around[0][0], around[1][0]
       share = (i - first) / (second - first)
       maps = cv2.addWeighted(moved[0], 1 - share, moved[1], share, 0)
       maps = maps.reshape(moved[0].shape)  # OpenCV drops a single channel

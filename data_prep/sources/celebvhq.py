@@ -5,8 +5,8 @@
   raw/YTB_ID.mp4         or the downloaded videos: a clip is a span and a box
 
 The official download_and_process.py makes raw/ and, on request, the clips:
-boxes widened by 0.02 of the frame and cut to a square. Of raw videos the box
-itself is taken, see `listing.Part`; the tracker makes the square.
+boxes widened by 0.02 of the frame and cut to a square. For raw videos, a part
+(`listing.Part`) has the box itself, and the tracker crops a square.
 
 Labels: appearance (40 attributes), action (35 attributes), emotion (one class;
 unknown if it changes within the clip). There is no official split: 80% of the
@@ -84,7 +84,7 @@ def read_raw(root: Path, follow_links: bool = False) -> Listing:
 def _by_stem(
   root: Path, names: Collection[str], follow_links: bool
 ) -> dict[str, str]:
-  """Returns the path of each of these names that is below a folder."""
+  """Returns {stem: path} of the videos below `root` with a stem in `names`."""
   return only_once(
     (stem, path)
     for path in video_paths(root, follow_links)
@@ -104,7 +104,7 @@ def _part(clip: Mapping[str, Any]) -> Part:
 
 
 class _Info:
-  """The file of labels, found in a folder or one above it.
+  """The label file, in a folder or one of its parents.
 
   Attributes:
     path: the file.

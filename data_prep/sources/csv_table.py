@@ -116,7 +116,7 @@ def _part(row: dict[str, str]) -> Part:
   """Returns the part of the file that a row names.
 
   Raises:
-    ValueError: a cell is no number, or only some sides of the box are given.
+    ValueError: a cell is not a number, or only some sides of the box are given.
   """
   given = {}
   for name in PART:

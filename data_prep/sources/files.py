@@ -105,7 +105,7 @@ def text(manifest: Path, root: Path) -> Listing:
 
 
 def read_text(path: Path) -> str:
-  """Returns the content; raises ManifestError if it is no UTF-8 text."""
+  """Returns the content; raises ManifestError if it is not UTF-8 text."""
   try:
     # utf-8-sig: spreadsheets write a byte order mark before the header.
     return path.read_bytes().decode("utf-8-sig")

@@ -82,7 +82,7 @@ class Part:
     return "#" + "&".join(terms) if terms else ""
 
   def problem(self) -> str | None:
-    """Returns the reason why this is no part of a video, if any."""
+    """Returns the reason why this is not a part of a video, if any."""
     if not 0 <= self.start_secs < self.end_secs:
       return (
         f"it starts at {self.start_secs:g} s and ends at {self.end_secs:g} s, "

@@ -111,7 +111,7 @@ def read_sources(
   return read_input(source, root).sources
 
 
-@cli.without_collector
+@cli.without_gc
 def read_input(
   source: str | os.PathLike,
   root: str | os.PathLike | None = None,

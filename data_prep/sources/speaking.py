@@ -177,7 +177,7 @@ def _without_subset(name: str) -> str:
 def _seconds(text: str) -> float:
   """Returns the seconds of '01:30' or '1:02:03'."""
   if not re.fullmatch(r"\d+(:\d\d){1,2}", text):
-    raise ValueError(f"{text!r} is no time such as 01:30")
+    raise ValueError(f"{text!r} is not a time such as 01:30")
   secs = 0
   for part in text.split(":"):
     secs = 60 * secs + int(part)

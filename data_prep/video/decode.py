@@ -98,8 +98,8 @@ def open_video(
     The video, a context manager: leaving it ends the decoder.
 
   Raises:
-    DecodeError: the file is no video that can be opened, or is over a limit.
-    HostError: it could not be read, by no fault of its own.
+    DecodeError: the file is not a video that can be opened, or is over a limit.
+    HostError: the machine could not read it; the video may be good.
     DecoderSetupError: PyAV does not load, or the sandbox is not whole.
   """
   return Video(
@@ -136,8 +136,8 @@ def read_sound(
     where there is no sound track.
 
   Raises:
-    DecodeError: the file is no video that can be opened, its sound is damaged
-      or longer than MAX_SOUND_SECS, or over a limit.
+    DecodeError: the file is not a video that can be opened, or is over a limit;
+      or its sound is damaged or longer than MAX_SOUND_SECS.
     DecoderSetupError: as for `open_video`.
   """
   import numpy as np

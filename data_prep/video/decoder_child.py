@@ -185,7 +185,7 @@ class Decoder:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
   def read(self, length: int) -> bytes:
-    """Reads so many bytes of the pipe."""
+    """Reads `length` bytes from the pipe."""
     data = bytearray(length)
     self.read_into(memoryview(data))
     return bytes(data)

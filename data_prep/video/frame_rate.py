@@ -12,8 +12,8 @@ from data_prep.video.decode import DecodeError
 # Containers round times, some of them to milliseconds: a frame counts as shown
 # this share of a new frame's duration before its time.
 TOLERANCE = 0.25
-# A frame is repeated for so long at most. A longer pause is a still, or a fault
-# of the times, and no video of a face.
+# Longest time for which a frame is repeated. A longer pause is a still, or a
+# fault of the times, and not a video of a face.
 MAX_PAUSE_SECS = 2.0
 # Where every pause is filled, a longer one is an error in the times: filling it
 # would repeat thousands of frames.

@@ -27,14 +27,14 @@ SOUND_FORMATS = "wav,mp3,flac,aac,aiff,caf,au,w64,ac3,eac3"
 # guessed before there was any sound.
 _STREAMED_SOUND = {"wav", "aiff", "caf", "au", "w64"}
 
-# Times of decoding ascend, but for errors of rounding. As FFmpeg's program.
+# Decoding times ascend, except for rounding errors; the limit is FFmpeg's.
 MAX_STEP_BACK_SECS = 0.1
-# A longer leap is none of time, in formats of broadcasts.
+# In broadcast formats, a longer leap is a restart of the clock, not a pause.
 MAX_LEAP_SECS = 10.0
 _TIMES_MAY_START_AGAIN = 0x0200  # AVFMT_TS_DISCONT
 
-# Formats with times of presentation and an index of key frames. The times of
-# decoding that it holds are at most so much earlier.
+# Formats with presentation times and an index of key frames. The index holds
+# decoding times, which are earlier by at most _MAX_DELAY_SECS.
 _INDEXED = ("mov", "matroska")
 _MAX_DELAY_SECS = 1.0
 # Containers round times to milliseconds.

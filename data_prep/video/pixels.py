@@ -1,23 +1,23 @@
-"""Brings decoded pictures to RGB as a screen shows them.
+"""Converts decoded pictures to RGB as a screen shows them.
 
   converter = RgbConverter(pixel_aspect=stream.sample_aspect_ratio)
   send_frame(pipe, converter(frame), secs)
 
-Pixels that are not square are made square by width. A picture of 720 rows or
-more that names no colour matrix is taken for BT.709, a smaller one for BT.601,
-as broadcasts are. High dynamic range (PQ of ST 2084, HLG of BT.2100) is brought
-to standard range, in light:
+Pictures with non-square pixels are scaled in width. A picture without a colour
+matrix is read as BT.709 from 720 rows on, else as BT.601, as in broadcasts.
+High dynamic range (PQ of ST 2084, HLG of BT.2100) is mapped to standard range
+in linear light:
 
-1. to light in nits: the PQ curve; for HLG the inverse OETF, then the system
-   gamma 1.2 of a display of 1000 nits, per channel;
-2. from the primaries of BT.2020 to those of BT.709;
-3. 100 nits are the white of standard range. Up to 70% of it light is kept; from
-   there to 1000 nits it is compressed to the rest by the curve of Moebius, as
-   of FFmpeg's filter tonemap;
-4. to code values by the inverse of BT.1886, a gamma of 2.4.
+1. code values to light in nits, by the PQ curve; for HLG by the inverse OETF,
+   then the system gamma 1.2 of a display of 1000 nits, per channel;
+2. the primaries of BT.2020 to those of BT.709;
+3. light to the standard range, whose white is 100 nits: up to 70 nits it is
+   kept; from there to 1000 nits it is compressed by the Moebius curve of
+   FFmpeg's filter `tonemap`;
+4. light to code values, by the inverse of BT.1886, a gamma of 2.4.
 
-Only the picture is brought over: metadata of single scenes (ST 2094) and the
-measured peak of a video (ST 2086) are not read.
+Metadata of scenes (ST 2094) and the measured peak of a video (ST 2086) are not
+read.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from fractions import Fraction
 
 from data_prep.video.protocol import FRAME, send
 
-# Rows of a picture from which on it is taken for high definition.
+# Rows from which on a picture is high definition.
 HD_HEIGHT = 720
-# A pixel that is longer than that is taken for a fault of the header.
+# Pixels that are wider or narrower than this are a fault of the header.
 MAX_PIXEL_ASPECT = 4
-# Less is the rounding of an encoder: the picture is not worth a resampling.
+# Pixels that are closer to square are rounding by an encoder; they are kept.
 MIN_STRETCH = 0.01
 
-# Codes of ITU-T H.273, as of FFmpeg.
+# Codes of ITU-T H.273, which FFmpeg uses too.
 _UNKNOWN_MATRIX = 2
 _BT2020_PRIMARIES = 9
 HDR_CURVES = {16: "PQ", 18: "HLG"}
@@ -45,14 +45,13 @@ _KNEE = 0.7
 
 
 class RgbConverter:
-  """Function from a decoded picture to one in RGB.
+  """Function that converts decoded pictures of a video to RGB.
 
-  It is kept for all pictures of a video: to make it anew costs as much as
-  decoding.
+  Create it once per video: its creation takes as long as decoding a picture.
 
   Args:
-    pixel_aspect: width of a pixel over its height, as the header says; None or
-      0 where it says nothing.
+    pixel_aspect: width of a pixel over its height, from the header; None or 0
+      if unknown.
   """
 
   def __init__(self, pixel_aspect: Fraction | None = None) -> None:
@@ -71,7 +70,7 @@ class RgbConverter:
     return max(round(frame.width * self.pixel_aspect), 1)
 
   def __call__(self, frame):
-    """Returns the picture as 8-bit RGB, of the same height."""
+    """Returns the picture as 8-bit RGB of the same height, pixels square."""
     matrix = None
     if (
       frame.colorspace == _UNKNOWN_MATRIX
@@ -105,23 +104,24 @@ class RgbConverter:
     return self._tone_mappers[key]
 
 
-# Orientation by quarter turns counter-clockwise.
+# Orientations by number of quarter turns counter-clockwise.
 _TURNS = ([1, 0, 0, 1], [0, -1, 1, 0], [-1, 0, 0, -1], [0, 1, -1, 0])
 
 
 def orientation(frame) -> list[int]:
-  """Returns how a decoded picture is turned or mirrored to be shown.
+  """Returns the rotation and mirroring with which a decoded picture is shown.
+
+  The frame's display matrix is rounded to the nearest quarter turn.
 
   Returns:
-    [a, b, c, d], each -1, 0 or 1, with a x d or b x c not 0: a pixel at x to
-    the right and y down is shown at a x + c y and b x + d y, but for the
-    origin. It is the nearest to the frame's display matrix, of any angle.
+    [a, b, c, d], each -1, 0 or 1: the pixel at (x, y) is shown at
+    (a x + c y, b x + d y), up to a shift; x points right, y down.
   """
   try:
     data = frame.side_data.get("DISPLAYMATRIX")
   except ValueError:
-    # PyAV lists no side data where it does not know the type of one, such as
-    # the EXIF of a motion JPEG. It still tells the angle, but not a mirror.
+    # PyAV cannot list side data of which one has an unknown type, such as the
+    # EXIF of a motion JPEG. It still has the angle, but not the mirroring.
     return _TURNS[round(frame.rotation / 90) % 4]
   if data is None:
     return [1, 0, 0, 1]
@@ -138,7 +138,7 @@ def _sign(value: int) -> int:
 
 
 def send_frame(pipe: int, rgb, secs: float) -> None:
-  """Writes a picture in RGB, and its time, as a message."""
+  """Sends an RGB picture and its time."""
   plane = rgb.planes[0]
   rows = memoryview(plane)[: plane.line_size * rgb.height]
   send(pipe, b"F", FRAME.pack(secs, plane.line_size), rows)
@@ -146,8 +146,8 @@ def send_frame(pipe: int, rgb, secs: float) -> None:
 
 # --- High dynamic range -------------------------------------------------------
 
-# Formulas of FFmpeg's expressions: `val` and `maxval` are the code value and
-# the largest one, variables 0 to 9 are set by st and read by ld.
+# Expressions of FFmpeg's filter lutrgb: `val` is a code value, `maxval` the
+# largest one; st and ld store and load the variables 0 to 9.
 _TO_LIGHT = {
   # ST 2084, equation 4.1; 10,000 nits at 1.
   16: "st(0,pow(val/maxval,1/78.84375));"
@@ -166,7 +166,7 @@ _TO_BT709 = (
 
 
 class _ToneMapper:
-  """Filter of 16-bit pictures."""
+  """Function that maps high dynamic range pictures, gbrp16le, to standard."""
 
   def __init__(self, frame) -> None:
     from av.filter import Graph
@@ -200,7 +200,7 @@ class _ToneMapper:
 
 
 def _to_code() -> str:
-  """Returns the formula from light, 1 at the peak, to code values."""
+  """Returns the expression from light, 1 at the peak, to code values."""
   peak, knee = _PEAK_NITS / _WHITE_NITS, _KNEE
   a = -knee * knee * (peak - 1) / (knee * knee - 2 * knee + peak)
   b = (knee * knee - 2 * knee * peak + peak) / (peak - 1)

@@ -1,17 +1,17 @@
 """Messages between a decoder process and its parent, and their limits.
 
-A message is a kind (one byte), a length, and so many bytes:
+A message is a kind (one byte), a length, and a body of that length:
   L  JSON: the layers of the sandbox, see `sandbox.enter`; once, first
   I  JSON: width, height, orientation, rate, announced_frames; before the
      frames, and again where their size changes
   F  time in seconds, bytes per row, rows of RGB; once per frame
   T  JSON: rate, num_channels; once, before original sound
   S  16-bit little-endian samples, channels interleaved; many
-  W  a note on the video, for its reader; at any time
-  E  nothing: the video has ended; last
-  D  how the video is damaged, after what was sent; last
+  W  a note on the video, for the user; at any time
+  E  empty: the video has ended; last
+  D  how the video is damaged; what was sent is good; last
   X  why the video is refused; last
-  H  why it could not be read, by no fault of its own; last
+  H  why the machine could not read it; the video may be good; last
   N  why no video can be decoded on this machine; last
 """
 
@@ -23,9 +23,9 @@ import os
 import struct
 from typing import NamedTuple
 
-# What the parent asks for: the sound and the frames of a file, or nothing; else
-# the frame rate of a folder of pictures. The frame size of a changing video may
-# change.
+# What the parent asks for: the frames of a file (whose size may change in a
+# changing video), its sound, or nothing; or else the frame rate of a folder of
+# pictures.
 VIDEO, CHANGING_VIDEO, PROBE = "video", "changing_video", "none"
 SOUND, ORIGINAL_SOUND = "sound", "original_sound"
 FILES = (VIDEO, CHANGING_VIDEO, SOUND, ORIGINAL_SOUND, PROBE)
@@ -63,8 +63,8 @@ class Limits:
     video_pixels: pixels of all frames together; the default is an hour of
       1920x1080 at 60 frames per second, which a black video of a few MB may
       have.
-    secs: seconds spent waiting for the decoder in one pass; the time the caller
-      takes for a frame does not count.
+    secs: seconds that the caller waits for the decoder in one pass; the
+      caller's own work does not count.
     memory_bytes: address space of the decoder process.
   """
 

@@ -355,7 +355,7 @@ def _seccomp(libc: ctypes.CDLL) -> str:
 def _instruction(
   code: int, value: int, if_true: int = 0, if_false: int = 0
 ) -> bytes:
-  """Returns an instruction; a test skips so many if it is true, or false."""
+  """Returns an instruction; a test skips `if_true` or `if_false` others."""
   return _INSTRUCTION.pack(code, if_true, if_false, value)
 
 

@@ -1,9 +1,9 @@
 """Pseudo-random permutations that are computed point by point.
 
-A Feistel network permutes the numbers of 2k bits; numbers beyond the size are
-permuted again until one is within it (cycle walking; Black and Rogaway,
-"Ciphers with Arbitrary Finite Domains", CT-RSA 2002). A permutation of any size
-takes no memory, and a few microseconds for each number.
+A Feistel network permutes the numbers of 2k bits; a result beyond the size is
+permuted again until it is within it (cycle walking; Black and Rogaway, "Ciphers
+with Arbitrary Finite Domains", CT-RSA 2002). A permutation of any size takes no
+memory, and a few microseconds per number.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MASK = (1 << 64) - 1
 _NUM_ROUNDS = 8
 # Halves of fewer bits give too few different permutations.
 _MIN_HALF_BITS = 3
-# Of a window of `WindowedPermutation`.
+# Blocks in a window of `WindowedPermutation`.
 _BLOCKS_PER_WINDOW = 8
 
 
@@ -42,24 +42,24 @@ class Permutation:
     self._keys = sequence.generate_state(_NUM_ROUNDS, np.uint64).tolist()
 
   def __call__(self, number: int) -> int:
-    """Returns the number that takes the place of `number` in range(size)."""
+    """Returns the image of `number`, in range(size)."""
     bits = self._half_bits
     mask = (1 << bits) - 1
     while True:
       left, right = number >> bits, number & mask
       for key in self._keys:
-        left, right = right, left ^ (mixed(right ^ key) & mask)
+        left, right = right, left ^ (mix_bits(right ^ key) & mask)
       number = left << bits | right
       if number < self._size:
         return number
 
 
 class WindowedPermutation:
-  """Permutation of range(size) whose neighbours come from few places.
+  """Permutation of range(size) that reads mostly consecutive numbers.
 
-  Blocks of consecutive numbers are permuted, and then the numbers within each
-  window. A window is of a few whole blocks, so that someone who reads in this
-  order reads a disk or a bucket almost in sequence.
+  Blocks of consecutive numbers are permuted, then the numbers within each
+  window of a few blocks. A disk or a bucket is read almost in sequence in this
+  order.
   """
 
   def __init__(self, size: int, key: tuple[int, ...], window: int):
@@ -68,7 +68,7 @@ class WindowedPermutation:
     Args:
       size: numbers to permute, at least 1.
       key: integers of at least 0; another key gives another permutation.
-      window: numbers that are mixed, at least 1.
+      window: numbers that are permuted together, at least 1.
     """
     self._size, self._key, self._window = size, key, window
     self._block = max(window // _BLOCKS_PER_WINDOW, 1)
@@ -78,7 +78,7 @@ class WindowedPermutation:
     self._mixed = functools.lru_cache(maxsize=4)(self._permutation_within)
 
   def __call__(self, number: int) -> int:
-    """Returns the number that takes the place of `number` in range(size)."""
+    """Returns the image of `number`, in range(size)."""
     window, place = divmod(number, self._window)
     number = window * self._window + self._mixed(window)(place)
     block, place = divmod(number, self._block)
@@ -91,8 +91,8 @@ class WindowedPermutation:
     return Permutation(size, (*self._key, 1, window))
 
 
-def mixed(number: int) -> int:
-  """Returns 64 bits that each depend on every bit of a 64-bit number.
+def mix_bits(number: int) -> int:
+  """Returns a 64-bit hash of a 64-bit number.
 
   The finaliser of SplitMix64 (Steele et al., OOPSLA 2014), a bijection.
   """

@@ -1,16 +1,16 @@
-"""Batches made ahead, by threads or by worker processes.
+"""Makes batches ahead of their use, in threads or worker processes.
 
-A batch is made in parts, which are made at the same time, also those of later
-batches. Batches are views of a few slots of memory that are used in turns: in
-new memory the kernel would clear every page, which takes as long as a quarter
-of decoding. A slot is free again when no array of its last batch is left, be it
-the caller's or that of a copy to a device that has not finished.
+A batch is made in parts, in parallel with each other and with those of later
+batches. Batches are views of a few slots of memory that are used in turn: the
+kernel would clear each page of new memory, which takes a quarter of the time of
+decoding. A slot is free again when no array of its last batch is left, neither
+the caller's nor that of an unfinished copy to a device.
 
-Worker processes map the same memory, and each of their threads has a pipe to a
-thread of this process, which waits for it. Signals to a group of processes do
-not reach the workers, so that a training that saves after SIGTERM has batches
-until then; they end when their pipes do, however this process ends. The memory
-has no name that could remain.
+Worker processes map the same memory. Each of their threads has a pipe to a
+thread of this process, which waits for it. Signals to the process group do not
+reach the workers, so that a training that saves after SIGTERM still gets
+batches; workers end when their pipes close, however this process ends. The
+memory has no name in the file system that could be left behind.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from marlin_jax.records.cli import UserError
 
 Batch = dict[str, np.ndarray]
 
-# Batches in the hands of the caller, on average: one that it uses, one that is
-# on its way to the devices, one that it asks for.
+# Batches that the caller holds, on average: one in use, one on its way to the
+# devices, one just asked for.
 _NUM_IN_USE = 3
-# Of fields in memory: a CPU device uses such arrays without copying them.
+# Alignment in bytes with which a CPU device uses an array without a copy.
 _ALIGNMENT = 64
 _SECS_TO_DIE = 5.0
 
@@ -71,8 +71,7 @@ class BatchSource(Protocol):
     """Makes a part of the batch of a step, in a thread or worker process.
 
     Args:
-      batch: where to write. It holds what an earlier batch left, zeros at
-        first.
+      batch: arrays to write to. They hold an earlier batch, zeros at first.
       step: number of the batch.
       part: number of the part.
 
@@ -81,11 +80,11 @@ class BatchSource(Protocol):
     """
 
   def receive(self, report: Any) -> None:
-    """Takes the report of a part in this process, in some thread."""
+    """Receives the report of a part, in any thread of this process."""
 
 
 class Prefetcher(Iterator[Batch]):
-  """Iterator of batches, made ahead from when it is created."""
+  """Iterator of batches; begins to make them when it is created."""
 
   def __init__(
     self,
@@ -145,7 +144,7 @@ class Prefetcher(Iterator[Batch]):
       raise
     if self._free:
       batch = self._slots.lend(slot, self._free)
-    else:  # the caller keeps all others
+    else:  # the caller holds all other slots
       batch = {key: x.copy() for key, x in self._slots.batch(slot).items()}
       self._free.append(slot)
     self._prepare()
@@ -249,12 +248,12 @@ class _Slots:
   def __setstate__(self, state):
     file = state.pop("_file")
     self.__dict__ |= state
-    # All pages at once: each first touch of one would cost a page fault.
+    # All pages are mapped at once, rather than by a page fault each.
     self._map(file.detach(), mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
 
 
 def _nameless_file(size: int) -> int:
-  """Returns a descriptor of zeros that are gone when nobody has it open."""
+  """Returns the descriptor of a file of zeros without a name."""
   if hasattr(os, "memfd_create"):
     # Not in /dev/shm, which containers limit to 64 MB.
     file = os.memfd_create("marlin_jax-batches")
@@ -297,11 +296,11 @@ class _Workers:
       for pipe in ours:
         self._idle.put((process, pipe))
 
-    # Blocked in the threads, too, and in the processes that they start. At the
-    # same time, since a start ends when the process has read its arguments.
+    # Threads, and processes that they start, inherit the blocked signals. In
+    # parallel, since a start waits until its process has read its arguments.
     with _signals_blocked(), futures.ThreadPoolExecutor(num_workers) as pool:
       list(pool.map(start, range(num_workers)))
-    # Later than multiprocessing's own, hence run earlier.
+    # Registered after multiprocessing's own function, hence called before it.
     atexit.register(self.close)
 
   def fill(self, slot: int, step: int, part: int) -> Any:
@@ -330,7 +329,7 @@ class _Workers:
     )
 
   def close(self) -> None:
-    """Ends the processes; they hold nothing that needs to be tidied up."""
+    """Kills the processes; they hold nothing that needs an orderly end."""
     self._is_closed = True
     atexit.unregister(self.close)
     for process in self._processes:
@@ -341,8 +340,8 @@ class _Workers:
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-  """Blocks signals to a group of processes, such as Ctrl-C, meanwhile."""
-  # Would unblock them when it starts.
+  """Context in which SIGINT and SIGTERM are blocked."""
+  # It would unblock them when it starts.
   resource_tracker.ensure_running()
   previous = signal.pthread_sigmask(
     signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM)
@@ -371,7 +370,7 @@ def _serve(
   ]
   for thread in threads:
     thread.start()
-  for thread in threads:  # no pool can be made once the main thread has ended
+  for thread in threads:  # no pool can start after the main thread has ended
     thread.join()
 
 
@@ -390,10 +389,10 @@ def _answer(
 
 
 def _portable(error: Exception) -> Any:
-  """Returns an error that can be sent, with its traceback as the cause."""
+  """Returns an error that can be pickled, with its traceback as the cause."""
   traceback = error.__traceback__
   try:
-    # As pipes do it.
+    # The pickler of pipes.
     pickler = reduction.ForkingPickler
     pickler.loads(pickler.dumps(error))
   except Exception:
@@ -402,11 +401,11 @@ def _portable(error: Exception) -> Any:
 
 
 def _keep_freed_memory() -> None:
-  """Lets malloc keep the memory of records for the next ones.
+  """Lets malloc reuse the memory of records.
 
-  By default glibc returns such blocks to the kernel, which clears their pages
-  again for the next record: 1.3 ms of 1.5 for a record of 0.9 MB. Settings of
-  the user, in the environment, are kept.
+  By default glibc returns blocks of that size to the kernel, which clears their
+  pages for the next record: 1.3 ms of 1.5 for a record of 0.9 MB. The user's
+  MALLOC_* environment variables take precedence.
   """
   if any(name.startswith("MALLOC_") for name in os.environ):
     return

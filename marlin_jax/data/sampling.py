@@ -17,7 +17,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from marlin_jax.data.clip_geometry import Clip
-from marlin_jax.data.permutation import Permutation, WindowedPermutation, mixed
+from marlin_jax.data.permutation import (
+  Permutation,
+  WindowedPermutation,
+  mix_bits,
+)
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.records import segment_index
 from marlin_jax.records.segment_index import SegmentIndex
@@ -237,9 +241,9 @@ class VideoDraws:
     """Returns a draw; see `Draws`."""
     place = (self._order(position) + attempt) % len(self._units)
     unit = int(self._units[place])
-    random = mixed(mixed(self._key ^ position) ^ attempt)
+    random = mix_bits(mix_bits(self._key ^ position) ^ attempt)
     video = self._video_of(unit, random) if self._by_subject else unit
-    records, starts = self._clips_of(video, mixed(random))
+    records, starts = self._clips_of(video, mix_bits(random))
     return Draw(records, (self._seed, _CLIPS, position, attempt), starts)
 
   def _video_of(self, subject: int, random: int) -> int:

@@ -136,13 +136,13 @@ def _grid(sizes: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
     return grid
   if data % len(slices):
     raise _MisfitError(
-      f"{data} along data is no multiple of the {len(slices)} slices that the "
-      "devices belong to; fsdp and tensor must fit into one slice"
+      f"{data} along data is not a multiple of the {len(slices)} slices that "
+      "the devices belong to; fsdp and tensor must fit into one slice"
     )
   in_slice = (data // len(slices), *sizes[1:])
   try:
-    # Without splitting, an axis of the mesh must be whole axes of the slice:
-    # fsdp=8 would not fit 4x4. An axis is split only where it must be.
+    # Unless splitting is allowed, an axis of the mesh must be whole axes of the
+    # slice: fsdp=8 would not fit 4x4. Axes are split only if they must be.
     if len(slices) > 1:
       return mesh_utils.create_hybrid_device_mesh(
         in_slice,

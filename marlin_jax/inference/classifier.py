@@ -352,8 +352,8 @@ class VideoClassifier:
       return self._arrays["linear.kernel"], self._arrays["linear.bias"]
     if head != "linear" or pool != "mean":
       raise WeightsError(
-        f"the head '{head}' on features pooled by '{pool}' is no linear layer "
-        "on the mean feature: only models of linear (with pool=mean) and "
+        f"the head '{head}' on features pooled by '{pool}' is not a linear "
+        "layer on the mean feature: only models of linear (with pool=mean) and "
         "finetune can be exported"
       )
     return self._arrays["kernel"], self._arrays["bias"]

@@ -122,7 +122,7 @@ class WindowSettings:
     hop: frames from one window to the next; None places windows side by side.
     image_size: S.
     crop_face: track the face and crop it, as data_prep does; else the whole
-      frame is shown, with black bars where it is no square.
+      frame is shown, with black bars if it is not square.
     window_rule: 'cover', the rule of `Clip.window_starts`. For comparison only,
       'authors': the rule of MARLIN's code, which leaves out the end of a video
       and the last window where it just fits, and takes consecutive frames where
@@ -224,8 +224,8 @@ def read_windows(
   Args:
     path: a video file in any format that FFmpeg decodes; frames are turned as
       its rotation flag says, and counted by decoding them.
-    settings: see `WindowSettings`; the defaults where None.
-    models: open face models; where None, they are opened if needed.
+    settings: see `WindowSettings`; the defaults if None.
+    models: open face models; if None, they are opened if needed.
     progress: see `Progress`.
 
   Yields:
@@ -412,8 +412,8 @@ class _WindowReader:
   def _rows_to_parse(self, total: int) -> set[int]:
     """Returns the first frames of all tubelets of all windows.
 
-    They are parsed as they come by: the parser looks at the source frame, and a
-    window of those would fill the memory.
+    They are parsed as they are read: the parser needs the source frame, and a
+    whole window of source frames would fill the memory.
     """
     settings = self._settings
     if not settings.regions:
@@ -440,7 +440,7 @@ class _WindowReader:
 
 
 def fit_square(frame: np.ndarray, size: int) -> np.ndarray:
-  """Scales a picture into a square, with black bars where it is none.
+  """Scales a picture into a square, with black bars if it is not square.
 
   Args:
     frame: uint8 (H, W, 3).

@@ -383,8 +383,8 @@ def checked_clips(
     tubelets: geometry of the network.
 
   Raises:
-    ValueError: they are no array, none at all, or of a wrong shape, dtype or
-      range.
+    ValueError: they are not an array, there are none, or their shape, dtype or
+      range is wrong.
   """
   if not isinstance(x, (np.ndarray, jax.Array)):
     raise ValueError(

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 # A worker process is replaced after this many videos, as in data_prep.prepare.
 _VIDEOS_PER_WORKER = 50
-# A worker that sends nothing for so long hangs. A decoder may keep its reader
-# waiting for less: `data_prep.video.decode.Limits.secs`.
+# Seconds after which a silent worker counts as hung. A decoder may keep its
+# reader waiting for less: `data_prep.video.decode.Limits.secs`.
 _STALL_SECS = 600.0
 # Seconds between two reports of progress.
 _REPORT_SECS = 0.25
@@ -162,10 +162,10 @@ def read_many(
   ) as events:
     try:
       for event in events:
-        if event.is_hosts:
-          yield event.task, _failed(event.value)
-        elif event.kind == "died":
+        if event.is_crash:
           yield event.task, _outcome(paths[event.task], event.value)
+        elif event.kind == "died":
+          yield event.task, _failed(event.value)
         else:
           yield event.task, event.value
     except workers.WorkerError as e:

@@ -1,4 +1,4 @@
-"""NVIDIA GPUs as XLA describes them to its compiler, which needs none."""
+"""Descriptions of NVIDIA GPUs, for which XLA compiles without one."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from marlin_jax.devices.chips import Chip
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-  """Properties of a GPU that the compiler reads, beside those of its Chip.
+  """Properties of a GPU that the compiler reads, in addition to its Chip's.
 
   Attributes:
-    device_kind: value of jax.Device.device_kind; finds the Chip.
+    device_kind: value of jax.Device.device_kind, by which `chip` is found.
     compute_capability: major version.
     num_cores: streaming multiprocessors.
-    fpus_per_core: float32 units of each.
+    fpus_per_core: float32 units of each multiprocessor.
     clock_ghz: highest clock rate.
     l2_bytes: second-level cache.
     shared_bytes: shared memory of a multiprocessor; a block may use 1 kB less.
@@ -43,7 +43,8 @@ GPUS = {
   "h200": Gpu("NVIDIA H200", 9, 132, 128, 1.98, 50 << 20, 228 << 10),
   "b200": Gpu("NVIDIA B200", 10, 148, 128, 1.965, 126 << 20, 228 << 10),
 }
-# From Hopper on, the compiler may use instructions of this GPU alone: sm_90a.
+# Compute capability from which on the compiler may use instructions that only
+# this architecture has: sm_90a, Hopper.
 _ACCELERATED = 9
 
 

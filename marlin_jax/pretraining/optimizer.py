@@ -1,7 +1,7 @@
 """Optimiser and learning-rate schedule, from section `optim`.
 
-The settings do not change the structure of the optimiser's state: a run may
-turn any of them on when it resumes.
+No setting changes the structure of the optimiser's state, so that any of them
+may change when a run resumes.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def learning_rate(
     warmup_steps: steps that warm up.
     batch_size: clips per step, over all devices.
     num_steps: steps of the whole run.
-    cooldown_steps: stay at the peak and decay linearly over so many steps at
-      the end (Hägele et al. 2024); before the decay the rate does not depend on
+    cooldown_steps: number of last steps in which the rate decays linearly from
+      the peak (Hägele et al. 2024); before them it does not depend on
       num_steps. None: decay by a cosine from the warm-up on.
   """
   scale = batch_size / 256
@@ -99,9 +99,9 @@ def learning_rate(
 def per_update(
   schedule: optax.Schedule, updates_per_step: int
 ) -> optax.Schedule:
-  """Returns a schedule of steps as a schedule of an optimiser's updates.
+  """Returns a schedule by optimiser updates from one by steps.
 
-  optax counts updates. Every update of a step has the step's rate.
+  optax counts updates. All updates of a step have the step's rate.
 
   Args:
     schedule: step -> learning rate.
@@ -116,9 +116,9 @@ def last_rate(schedule: optax.Schedule, opt_state: optax.OptState) -> float:
   """Returns the learning rate of an optimiser's last update.
 
   Args:
-    schedule: that the optimiser was made with.
-    opt_state: its state, with concrete arrays. Before the first update the rate
-      is that of the first.
+    schedule: the optimiser's schedule.
+    opt_state: its state, with concrete arrays. Before the first update, the
+      rate of the first is returned.
   """
   count = optax.tree.get(
     opt_state,
@@ -136,7 +136,7 @@ def last_rate(schedule: optax.Schedule, opt_state: optax.OptState) -> float:
 def make_optimizer(
   settings: ConfigDict, schedule: optax.Schedule, depth: int
 ) -> optax.GradientTransformation:
-  """Returns AdamW of clipped gradients.
+  """Returns AdamW with weight and layer-wise decay, and gradient clipping.
 
   Args:
     settings: section `optim` of a configuration.
@@ -179,7 +179,7 @@ def make_optimizer(
 def _clipped(
   optimizer: optax.GradientTransformation, max_norm: float
 ) -> optax.GradientTransformation:
-  """Limits the global norm of the gradients that an optimiser gets.
+  """Returns the optimiser with the global norm of its gradients clipped.
 
   Args:
     optimizer: the optimiser.

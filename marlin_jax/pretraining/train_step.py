@@ -120,7 +120,8 @@ class Trainer:
     datasets: names of the data sets that clips are drawn from; () for one.
     first_ids: first of the record numbers of each, in the batch's `_id`.
     spike_sigmas: a step changes nothing if its loss or gradient norm is more
-      than so many standard deviations above the recent mean; 0: no limit.
+      than this number of standard deviations above the recent mean; 0: no
+      limit.
   """
 
   task: PretextTask

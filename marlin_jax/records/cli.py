@@ -94,11 +94,11 @@ def format_rows(rows: Iterable[Row]) -> str:
   )
 
 
-def without_collector(function: Callable) -> Callable:
-  """Pauses the garbage collector while a function runs.
+def without_gc(function: Callable) -> Callable:
+  """Decorator: pauses the garbage collector while the function runs.
 
-  It would look for cycles again and again while a million objects are made,
-  which are all kept: a third of the time.
+  For functions that create a million objects and keep them all: a third of
+  their time would go into repeated searches for cycles.
   """
 
   @functools.wraps(function)

@@ -156,7 +156,7 @@ class Record:
 
 
 class _JoinedFrames(Sequence):
-  """Frames of several records; none is copied before it is read."""
+  """Frames of several records, without copies."""
 
   def __init__(self, parts: Sequence[Sequence[bytes]]):
     self._parts = parts
@@ -174,7 +174,8 @@ class _JoinedFrames(Sequence):
 def joined(records: Sequence[Record]) -> Record:
   """Returns consecutive records of a track as one.
 
-  It has their frames, regions and label maps. All else is that of the first.
+  It has the frames, regions and label maps of all; everything else is the first
+  record's.
   """
   if len(records) == 1:
     return records[0]
@@ -266,17 +267,17 @@ def decode_frames(
   out: np.ndarray | None = None,
   box: Box = WHOLE,
 ) -> np.ndarray:
-  """Decodes the chosen frames, or a part of them, at the size of `out`.
+  """Decodes chosen frames, or a part of each, at the size of `out`.
 
-  Smaller pictures are antialiased. At half the size or less, JPEG files are
-  decoded from fewer of their frequencies, which is faster.
+  Pictures are antialiased when they are scaled down. To half the size or less,
+  JPEG files are decoded from fewer of their frequencies, which is faster.
 
   Args:
     record: record that holds the frames.
     indices: N frame numbers in [0, T); a repeated number is decoded once.
     out: contiguous uint8 (N, S, S, 3) to write to, S at most 224; None for a
       new array of 224 pixels.
-    box: part of the frames that fills the picture; by default all.
+    box: part of each frame to decode; by default all.
 
   Returns:
     uint8 (N, S, S, 3), RGB.
@@ -306,9 +307,9 @@ def decode_frames(
 
 @functools.lru_cache(maxsize=1024)
 def _frame_decoder(size: int, box: Box) -> Callable[[bytes, np.ndarray], None]:
-  """Returns a function that decodes a frame into uint8 (S, S, 3).
+  """Returns a function that decodes a JPEG file into uint8 (S, S, 3).
 
-  It raises ValueError if it cannot.
+  The function raises ValueError if the file is not a 224x224 JPEG.
   """
   import simplejpeg
 
@@ -359,7 +360,7 @@ def resized(
   if box is None and pixels.shape[:2] == (size, size):
     return pixels
 
-  # Of Pillow's filters the one nearest to libjpeg's scaling by a half.
+  # The filter of Pillow that is nearest to libjpeg's scaling by a half.
   bicubic = Image.Resampling.BICUBIC
   return np.asarray(
     Image.fromarray(pixels).resize((size, size), bicubic, box=box)
@@ -416,10 +417,9 @@ _EXAMPLE_PROTO = """
 
 
 def _message_classes() -> dict[str, type[message.Message]]:
-  """Returns the message classes by name, from a pool of their own.
+  """Returns the message classes by name, from a private pool.
 
-  A private pool keeps them from clashing with TensorFlow or TFDS in the same
-  process, and protobuf's C parser reads them as fast as theirs.
+  The private pool avoids a clash with TensorFlow or TFDS in the same process.
   """
   pool = descriptor_pool.DescriptorPool()
   file = descriptor_pb2.FileDescriptorProto()

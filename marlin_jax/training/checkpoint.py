@@ -212,8 +212,8 @@ class Checkpoints:
     Args:
       directory: a local path or gs://BUCKET/FOLDER.
       keep: number of the last checkpoints that are kept, at least 1.
-      keep_every: checkpoints at multiples of so many steps are kept too; 0:
-        none.
+      keep_every: checkpoints at multiples of `keep_every` steps are kept too;
+        0: none.
       best_metric: name of a metric; the checkpoint with its best value is kept
         too. '': none.
       best_mode: 'min' or 'max'.

@@ -133,7 +133,7 @@ def read(path: Path, *, drop_classifier: bool = False) -> Weights:
     theirs = {
       k: v for k, v in theirs.items() if not k.startswith("classifier.")
     }
-  kind = _class_of(config, theirs, path)
+  kind = _class_of(config, path)
   architecture = _architecture(config, kind, path)
   try:
     arrays = name_tables.read(rules(architecture, kind), theirs, str(path))
@@ -148,7 +148,7 @@ def read(path: Path, *, drop_classifier: bool = False) -> Weights:
   )
 
 
-def _class_of(config: dict, theirs: dict, path: Path) -> str:
+def _class_of(config: dict, path: Path) -> str:
   for kind in config.get("architectures") or ():
     if kind in CLASSES:
       return kind

@@ -25,6 +25,7 @@ _VERSION = 1
 
 
 def is_native(path: Path) -> bool:
+  """Returns True if a folder holds this format."""
   return read_config(path).get("format") == _FORMAT
 
 
@@ -70,7 +71,7 @@ def write(weights: Weights, path: Path) -> list[str]:
 
 
 def load_shards(path: Path) -> dict:
-  """Returns the arrays of a folder as HuggingFace writes it.
+  """Returns the arrays of a folder written by HuggingFace's transformers.
 
   In order of preference: model.safetensors, the files that
   model.safetensors.index.json lists, pytorch_model.bin.
@@ -108,11 +109,10 @@ def load_arrays(path: Path) -> dict:
 
 
 def save_arrays(arrays: dict, path: Path, **metadata: str) -> None:
-  """Writes a .safetensors file atomically."""
   """Writes a .safetensors file atomically.
 
   Raises:
-    WeightsError: it cannot be written.
+    WeightsError: the file cannot be written.
   """
   try:
     with folders.atomic_path(path) as partial:

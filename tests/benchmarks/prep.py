@@ -209,7 +209,7 @@ def agreement(source: manifest.Source, models: video_to_records.Models) -> dict:
 
   with (
     mock.patch.object(tracking, "MESH_STEPS", 1),
-    mock.patch.object(MediaPipeParser, "LOOK_STEPS", 1),
+    mock.patch.object(MediaPipeParser, "ANALYSIS_STEPS", 1),
   ):
     slow, track = label(None)
   fast, other = label(track.boxes)

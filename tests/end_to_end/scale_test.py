@@ -163,7 +163,7 @@ def test_a_flag_that_beam_does_not_know_is_refused(flags, tmp_path):
     *("--runner=DataflowRunner", "--reqion=us-central1"),
   )
   assert result.returncode == 1
-  assert "--reqion is no flag of Apache Beam; did you mean --region?" in (
+  assert "--reqion is not a flag of Apache Beam; did you mean --region?" in (
     result.stderr
   )
   assert not path.exists()
@@ -180,7 +180,7 @@ def test_flags_of_a_job_server_are_left_to_it():
   assert beam.options_of(flags).view_as(beam.StandardOptions).runner == (
     "FlinkRunner"
   )
-  with pytest.raises(beam.BeamFlagError, match="stray is no flag"):
+  with pytest.raises(beam.BeamFlagError, match="stray is not a flag"):
     beam.options_of(["--runner=FnApiRunner", "stray"])
   # Those of the example in DATA.md.
   text = (ROOT / "docs" / "DATA.md").read_text()

@@ -83,7 +83,7 @@ def children(process_id: int) -> set[int]:
 
 
 def seeing_devices(num_devices: int) -> dict[str, str]:
-  """Returns the environment of a process that sees so many CPU devices."""
+  """Returns the environment of a process with `num_devices` CPU devices."""
   flags = os.environ.get("XLA_FLAGS", "")
   flags += f" --xla_force_host_platform_device_count={num_devices}"
   return os.environ | {"XLA_FLAGS": flags}

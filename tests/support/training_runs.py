@@ -161,7 +161,7 @@ def start_two(
   num_devices: int = 4,
   **overrides: object,
 ) -> list[subprocess.Popen]:
-  """Starts the two processes of one run, each with so many devices."""
+  """Starts the two processes of one run, each with `num_devices` devices."""
   settings = {
     "distributed.coordinator": f"127.0.0.1:{free_port()}",
     "distributed.num_processes": 2,

@@ -154,7 +154,7 @@ def test_the_state_is_changed_then_saved_then_evaluated_then_published(
     *("save 3: 4", "look 3", "publish"),
     "double 4",
     *("double 6", "save 6: 14", "look 6", "publish"),
-    # The last step is no multiple of 2: it is evaluated, and not changed.
+    # The last step is not a multiple of 2: it is evaluated, and not changed.
     *("double 7", "save 7: 22", "look 7", "publish"),
     "publish",
   ]

@@ -107,7 +107,7 @@ def test_dead_worker_costs_its_own_task_only():
 
 def test_only_crashes_may_be_the_fault_of_a_task():
   events = [e for e in run(["kill", "crash", "exit"]) if e.kind == "died"]
-  assert {e.task: e.is_hosts for e in events} == {0: True, 1: False, 2: False}
+  assert {e.task: e.is_crash for e in events} == {0: False, 1: True, 2: True}
 
 
 def test_hanging_worker_costs_its_own_task_only():

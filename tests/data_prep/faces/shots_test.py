@@ -147,13 +147,13 @@ def looks_of(means, seed: int = 99) -> np.ndarray:
 def people(means, frames=None, rate: float = RATE) -> list[tuple[int, int]]:
   looks = looks_of(means)
   frames = np.arange(len(looks)) if frames is None else np.asarray(frames)
-  return shots.people(frames, looks, rate)
+  return shots.person_spans(frames, looks, rate)
 
 
 @pytest.mark.parametrize("length", [0, 1, 3, 12, 40, 300])
 def test_one_person_is_one(length):
   looks = looks_of([person(0)] * length).reshape(length, shots.NUM_POINTS)
-  assert shots.people(np.arange(length), looks, RATE) == [(0, length)]
+  assert shots.person_spans(np.arange(length), looks, RATE) == [(0, length)]
 
 
 @pytest.mark.parametrize("cut", [16, 25, 26, 27, 60, 84])
@@ -206,21 +206,21 @@ def test_gap_in_the_looks_is_no_change():
   assert people(means, frames) == [(0, 30), (30, 60)]
 
 
-def test_tracks_are_parted_where_each_shows_its_own_person():
+def test_transition_lies_between_the_people_of_two_tracks():
   shares = np.concatenate([np.zeros(30), np.linspace(0, 1, 30), np.ones(12)])
   looks = looks_of([(1 - w) * person(0) + w * person(1) for w in shares])
   # The first track was followed into the dissolve until most was the other.
-  end, start = shots.parted(np.arange(len(looks)), looks, 52, RATE)
+  end, start = shots.find_transition(np.arange(len(looks)), looks, 52, RATE)
   assert 30 <= end <= 44
   assert start == 52
-  end, start = shots.parted(np.arange(len(looks)), looks, 38, RATE)
+  end, start = shots.find_transition(np.arange(len(looks)), looks, 38, RATE)
   assert end == 38
   assert 45 <= start <= 60
 
 
-def test_two_tracks_of_one_person_are_not_parted():
+def test_two_tracks_of_one_person_have_no_transition():
   looks = looks_of([person(0)] * 60)
-  assert shots.parted(np.arange(60), looks, 30, RATE) is None
+  assert shots.find_transition(np.arange(60), looks, 30, RATE) is None
 
 
 def test_nothing_is_left_out_where_too_much_would_be(monkeypatch):
@@ -248,7 +248,7 @@ def test_a_person_who_turns_and_comes_back_is_one():
     turning(np.zeros(shots.NUM_POINTS))[0] + 30 * rng.normal(size=468)
   )
   frames = 4 * np.arange(len(looks))
-  assert shots.people(frames, looks, 30.0) == [(0, len(looks))]
+  assert shots.person_spans(frames, looks, 30.0) == [(0, len(looks))]
   # One who does not come back is another.
-  before, after = shots.people(frames[:28], looks[:28], 30.0)
+  before, after = shots.person_spans(frames[:28], looks[:28], 30.0)
   assert (before, after) == ((0, 20), (20, 28))

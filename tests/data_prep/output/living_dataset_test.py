@@ -233,7 +233,7 @@ def test_forgetting_needs_a_data_set_and_whole_shards(table, tmp_path):
   names.write_text("Ann")
   result = run_prepare("--output", tmp_path / "none", "--forget", names)
   assert result.returncode == 1
-  assert "is no data set" in result.stderr
+  assert "is not a data set" in result.stderr
   path = tmp_path / "dataset"
   prepare(table, path)
   for shard in path.glob("*.array_record-*"):

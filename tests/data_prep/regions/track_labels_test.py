@@ -16,18 +16,18 @@ BOX = np.float32([0, 0, FRAME_SIZE, FRAME_SIZE])
 class BrightPixels:
   """A parser of bright pixels; the mesh decides their region."""
 
-  LOOK_STEPS = 4
+  ANALYSIS_STEPS = 4
 
   def __init__(self) -> None:
-    self.num_looks = 0
+    self.num_analyses = 0
 
   def parse(self, frame, box, landmarks):
     if landmarks is None or not np.isfinite(landmarks).all():
       return None
-    return self.label(self.look(frame, box, landmarks), landmarks)
+    return self.label(self.analyse(frame, box, landmarks), landmarks)
 
-  def look(self, frame, box, landmarks):
-    self.num_looks += 1
+  def analyse(self, frame, box, landmarks):
+    self.num_analyses += 1
     return 255 * (frame[..., :1] > 128).astype(np.uint8)
 
   def label(self, maps, points):
@@ -65,12 +65,12 @@ def run(parser, frames, meshes) -> list[np.ndarray | None]:
 @pytest.mark.parametrize("num_frames", [1, 2, 4, 5, 9, 12])
 def test_what_was_seen_moves_with_the_face(num_frames):
   frames, meshes = moving_square(num_frames)
-  steady, plain = BrightPixels(), EveryFrame()
+  two_step, plain = BrightPixels(), EveryFrame()
   expected = run(plain, frames, meshes)
-  for i, labels in enumerate(run(steady, frames, meshes)):
+  for i, labels in enumerate(run(two_step, frames, meshes)):
     np.testing.assert_array_equal(labels, expected[i])
   # The first, every fourth after it, and the last.
-  assert steady.num_looks == 1 + -(-(num_frames - 1) // 4)
+  assert two_step.num_analyses == 1 + -(-(num_frames - 1) // 4)
 
 
 def test_frames_without_a_mesh_have_no_labels_and_the_others_all():

@@ -107,7 +107,7 @@ def test_hdtf_raw_is_cut_by_the_official_times(tmp_path):
   }
   assert found.notes == ["1 of 4 listed clips are missing."]
   write(tmp_path, times.format("RD"), "Radio11.mp4 30-60")
-  assert "Radio11.mp4 30-60: '30' is no time" in error(tmp_path, "hdtf_raw")
+  assert "Radio11.mp4 30-60: '30' is not a time" in error(tmp_path, "hdtf_raw")
 
 
 # --- Expressions --------------------------------------------------------------
