@@ -16,16 +16,14 @@ import importlib.metadata
 import importlib.util
 import sys
 import time
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlin_jax.records import cli, extras, folders
-from marlin_jax.records.cli import UserError, counted
+from marlin_jax.records.cli import counted
 
 if TYPE_CHECKING:
-  from data_prep.output import ledger
   from data_prep.output.dataset_folder import DatasetFolder, Plan
   from data_prep.regions.parsers import ParserChoice
   from data_prep.sources.manifest import Input
@@ -34,16 +32,6 @@ if TYPE_CHECKING:
 
 # Packages whose versions the bytes of records may depend on.
 _VERSIONED = ("av", "mediapipe", "opencv-contrib-python", "simplejpeg")
-# Kinds of notes in the summary.
-MAX_NOTES = 5
-
-
-class _TooManyFailedError(UserError):
-  """Too many videos failed because of this machine."""
-
-
-class _NothingKept(UserError):
-  """No video has a face track; the message lists the reasons."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
   from data_prep import storage
-  from data_prep.output import dataset_folder, own_files
+  from data_prep.output import dataset_folder, own_files, summary
   from data_prep.sources import manifest
 
   if args.engine == "beam":
@@ -106,7 +94,7 @@ def _run(args: argparse.Namespace) -> None:
     output,
     _recipe(args, videos),
     args.num_shards,
-    videos,
+    videos.sources,
     task,
     args.drop_missing,
     _names_of(args.forget),
@@ -145,7 +133,7 @@ def _run(args: argparse.Namespace) -> None:
     else:
       _run_pool(folder, plan, settings, args.num_workers)
     if args.task_count > 1:
-      _check_failed(folder.own_entries, args.max_failed_ratio)
+      summary.check_failed(folder.own_entries, args.max_failed_ratio)
       print(
         f"Task {args.task_index} of {args.task_count} is done. After all "
         f"tasks, complete {args.output} with the same command without "
@@ -158,18 +146,17 @@ def _run(args: argparse.Namespace) -> None:
     # --- Ledgers and TFDS -----------------------------------------------------
     folder.write_ledgers()
     entries = folder.entries
-    _check_failed(entries, args.max_failed_ratio)
+    summary.check_failed(entries, args.max_failed_ratio)
     if not any(entry.num_records for entry in entries):
       folder.remove_parts()
-      raise _NothingKept(_nothing_kept(folder.path, entries))
+      raise summary.NothingKeptError(entries, folder.path)
     folder.finish()
     todo = {source.video_id for source in plan.todo}
     num_frames = sum(
       entry.num_decoded_frames for entry in entries if entry.video_id in todo
     )
-    print(
-      _summary(folder.path, entries, num_frames, time.monotonic() - started_at)
-    )
+    secs = time.monotonic() - started_at
+    print(summary.text(entries, folder.path, num_frames, secs))
 
 
 def _forget(args: argparse.Namespace) -> None:
@@ -248,90 +235,6 @@ def fetch_models(choice: ParserChoice) -> None:
   choice.model_file()
 
 
-def _check_failed(entries: Sequence[ledger.Entry], max_ratio: float) -> None:
-  """Raises _TooManyFailedError if more videos failed than may."""
-  failed = {e.video_id: e.reason for e in entries if e.is_failed}
-  if len(failed) > max_ratio * len(entries):
-    raise _TooManyFailedError(
-      "\n".join(
-        [
-          f"{len(failed)} of {counted(len(entries), 'video')} failed, which is "
-          f"more than --max_failed_ratio={max_ratio:g}. Not the videos are to "
-          "blame, but this machine:",
-          *cli.reasons(failed),
-          "The same command tries them again, and only them.",
-        ]
-      )
-    )
-
-
-# --- Messages -----------------------------------------------------------------
-
-
-def _summary(
-  output: Path, entries: list[ledger.Entry], num_frames: int, secs: float
-) -> str:
-  from data_prep.video import video_to_records
-
-  statuses = Counter(entry.status for entry in entries)
-  rate = f" ({num_frames / secs:.0f} frames/s)" if num_frames else ""
-  lines = [f"Done in {secs:.0f} s{rate}. {output} holds:"]
-  for split in sorted({entry.split for entry in entries}):
-    kept = [e for e in entries if e.split == split and e.num_records]
-    counts = {
-      "record": sum(e.num_records for e in kept),
-      "face crop": sum(e.num_frames for e in kept),
-      "face track": sum(e.num_tracks for e in kept),
-      "video": len(kept),
-    }
-    lines.append(
-      f"  {split}: "
-      + ", ".join(counted(number, noun) for noun, number in counts.items())
-    )
-  if statuses[video_to_records.FAILED]:
-    lines.append(
-      f"  failed: {statuses[video_to_records.FAILED]}, because of this "
-      "machine; the same command tries them again:"
-    )
-    lines += cli.reasons({e.video_id: e.reason for e in entries if e.is_failed})
-  if statuses.keys() & {video_to_records.QUARANTINED, video_to_records.NO_FACE}:
-    lines.append(
-      f"  left out: {statuses[video_to_records.QUARANTINED]} quarantined, "
-      f"{statuses[video_to_records.NO_FACE]} without a face; see "
-      f"{output / folders.QUARANTINE}"
-    )
-  return "\n".join([*lines, *_noted(entries)])
-
-
-def _noted(entries: list[ledger.Entry]) -> list[str]:
-  """Returns a line for each kind of note, which ends at a colon."""
-  videos_of = defaultdict(list)
-  for entry in entries:
-    for note in entry.notes:
-      videos_of[note.partition(":")[0]].append((entry.video_id, note))
-  lines = []
-  for kind, noted in sorted(videos_of.items(), key=lambda item: -len(item[1])):
-    video_id, note = noted[0]
-    lines.append(
-      f"  note: {kind}: {counted(len(noted), 'video')}, such as {video_id!a}"
-      f"{note.removeprefix(kind)}"
-    )
-  if len(lines) > MAX_NOTES:
-    others = f"  and {len(lines) - MAX_NOTES} other notes, see the ledger"
-    lines[MAX_NOTES:] = [others]
-  return lines
-
-
-def _nothing_kept(output: Path, entries: list[ledger.Entry]) -> str:
-  return "\n".join(
-    [
-      f"no face track in {counted(len(entries), 'video')}:",
-      *cli.reasons({entry.video_id: entry.reason for entry in entries}),
-      f"For all reasons see {output / folders.QUARANTINE}",
-    ]
-  )
-
-
 # --- Command line -------------------------------------------------------------
 
 
@@ -401,13 +304,13 @@ def _parser() -> argparse.ArgumentParser:
   )
   add(
     "--val_ratio",
-    type=_ratio,
+    type=_number(1, inclusive=False),
     help="share of people (of videos, if people are unknown) in the split val, "
     "if the input has no splits; by default that of --dataset, or 0",
   )
   add(
     "--test_ratio",
-    type=_ratio,
+    type=_number(1, inclusive=False),
     help="share of people (or videos) in the split test; see --val_ratio",
   )
   add(
@@ -446,7 +349,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   add(
     "--fps",
-    type=_rate,
+    type=_number(240),
     default=0.0,
     help="resample every video to this number of frames per second, by "
     "repeating or dropping frames; 0 keeps the video's own rate (lip "
@@ -472,7 +375,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   add(
     "--max_failed_ratio",
-    type=_share,
+    type=_number(1),
     default=0.05,
     help="share of videos that may fail because of this machine (a full disk, "
     "a killed process, a network), after two more tries; beyond it the exit "
@@ -571,18 +474,18 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
   )
 
 
-def _ratio(text: str) -> float:
-  value = float(text)
-  if not 0 <= value < 1:
-    raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
-  return value
+def _number(most: float, *, inclusive: bool = True) -> Callable[[str], float]:
+  """Returns an argument type: numbers in [0, most], or in [0, most)."""
 
+  def parse(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= most or (value == most and not inclusive):
+      end = "]" if inclusive else ")"
+      raise argparse.ArgumentTypeError(f"{text} is not in [0, {most:g}{end}")
+    return value
 
-def _share(text: str) -> float:
-  value = float(text)
-  if not 0 <= value <= 1:
-    raise argparse.ArgumentTypeError(f"{text} is not in [0, 1]")
-  return value
+  parse.__name__ = "float"  # shown in argparse's error message
+  return parse
 
 
 def _output(text: str) -> str:
@@ -590,13 +493,6 @@ def _output(text: str) -> str:
   if folders.is_remote(text) and set(text) & set("*?["):
     raise argparse.ArgumentTypeError(f"{text!r} contains one of * ? [")
   return text
-
-
-def _rate(text: str) -> float:
-  value = float(text)
-  if not 0 <= value <= 240:
-    raise argparse.ArgumentTypeError(f"{text} is not in [0, 240]")
-  return value
 
 
 def _name(text: str) -> str:

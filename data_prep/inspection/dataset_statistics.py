@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from data_prep import storage
-from data_prep.output import dataset_folder, folder_settings, ledger, shards
+from data_prep.output import derived_files, folder_settings, ledger, shards
 from data_prep.sources.listing import Label
 from data_prep.sources.manifest import stable_hash
 from marlin_jax.records import folders, schema
@@ -172,7 +172,7 @@ def read(
       for name, label in metadata["labels"].items()
     },
     counts={
-      split: dataset_folder.counts(e for e in entries if e.split == split)
+      split: derived_files.counts(e for e in entries if e.split == split)
       for split in sorted({entry.split for entry in entries})
     },
     statuses=Counter(entry.status for entry in entries),

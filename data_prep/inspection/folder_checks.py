@@ -12,8 +12,8 @@ from typing import Any
 
 from data_prep.inspection import record_checks
 from data_prep.inspection.record_checks import Expected, Problems, ShardContent
-from data_prep.output import dataset_folder, folder_settings, ledger
-from data_prep.output.shards import features as tfds_features
+from data_prep.output import derived_files, folder_settings, ledger
+from data_prep.output.derived_files import features as tfds_features
 from data_prep.sources import listing
 from data_prep.sources.listing import Label
 from marlin_jax.records import (
@@ -42,9 +42,9 @@ def expected(settings: dict[str, Any]) -> tuple[dict[str, str], Expected]:
     KeyError, TypeError, AttributeError: the settings are damaged.
   """
   shard_split = {
-    folder_settings.shard_name(settings, split, i): split
-    for split, num in settings["num_shards"].items()
-    for i in range(num)
+    name: split
+    for split, names in folder_settings.shards_by_split(settings).items()
+    for name in names
   }
   labels = {
     name: Label(label["kind"], tuple(label["names"]))
@@ -139,7 +139,7 @@ def check_ledger(
       for what in record_checks.label_problems(entry.labels, expected.labels):
         problems.add("content", where, what)
   path = dataset_dir / folders.QUARANTINE
-  lines = ledger.as_lines(dataset_folder.refused(entries.values()))
+  lines = ledger.as_lines(derived_files.quarantined(entries.values()))
   if path.exists() and path.read_bytes() != lines.encode():
     what = "differs from the left-out videos of videos.jsonl"
     problems.add("counts", path.name, what)
@@ -350,7 +350,7 @@ def check_metadata(
     problems.add("counts", folders.METADATA, what)
   splits = metadata.get("splits", {})
   for split in sorted({*splits, *(e.split for e in entries.values())}):
-    expected = dataset_folder.counts(
+    expected = derived_files.counts(
       entry for entry in entries.values() if entry.split == split
     )
     if splits.get(split) != expected:

@@ -23,29 +23,26 @@ into place if a run was killed between the two.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import itertools
-import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from data_prep import storage
-from data_prep.output import folder_settings, ledger, own_files, shards
+from data_prep.output import (
+  derived_files,
+  folder_settings,
+  ledger,
+  own_files,
+  shards,
+)
 from data_prep.output.forgotten import Forgotten
 from data_prep.output.ledger import Entry
 from data_prep.output.shard_job import ShardJob, note_path, ready_path
-from data_prep.sources.listing import Label
-from data_prep.sources.manifest import Input, Source
+from data_prep.sources.manifest import Source
 from data_prep.video import video_to_records
-from marlin_jax.records import (
-  cli,
-  folders,
-  quality_index,
-  schema,
-  segment_index,
-)
+from marlin_jax.records import cli, folders
 from marlin_jax.records.folders import Lock, OutputFolderError
 
 
@@ -75,29 +72,6 @@ class Plan:
     return not (self.shards or self.has_new_labels)
 
 
-def refused(entries: Iterable[Entry]) -> list[dict[str, str]]:
-  """Returns the lines of quarantine.jsonl: the left-out videos.
-
-  Those that failed are not among them: the next run tries them again.
-  """
-  return [
-    {key: getattr(entry, key) for key in ("video_id", "reason", "sha256")}
-    for entry in entries
-    if entry.status not in (video_to_records.KEPT, video_to_records.FAILED)
-  ]
-
-
-def counts(entries: Iterable[Entry]) -> dict[str, int]:
-  """Returns the counts of a split in metadata.json, from its ledger lines."""
-  kept = [entry for entry in entries if entry.is_kept]
-  return {
-    "num_videos": len(kept),
-    "num_tracks": sum(entry.num_tracks for entry in kept),
-    "num_records": sum(entry.num_records for entry in kept),
-    "num_frames": sum(entry.num_frames for entry in kept),
-  }
-
-
 class DatasetFolder:
   """The folder of a data set, locked while open; a context manager."""
 
@@ -107,12 +81,12 @@ class DatasetFolder:
     path: Path,
     recipe: dict[str, Any],
     num_shards: int | None,
-    videos: Input | None,
+    videos: Sequence[Source] | None,
     task: tuple[int, int] = (0, 1),
     drop_missing: bool = False,
     forget: Sequence[str] = (),
   ) -> None:
-    """Reads the folder; changes nothing but leftovers of a killed run.
+    """Reads the folder; completes or removes what a killed run has left.
 
     Args:
       path: the folder; created if missing.
@@ -121,13 +95,13 @@ class DatasetFolder:
       num_shards: number of shards of the largest split; other splits have
         shards in proportion. None gives `shards.default_numbers`. The numbers
         stay as the folder grows.
-      videos: all videos, and the meaning of their labels. None: those that the
-        data set holds, with the settings that it has.
+      videos: all videos. None: those that the data set holds, with its own
+        settings in place of `recipe`.
       task: number of this task and number of tasks; a task plans and changes
         only its own shards.
-      drop_missing: let videos leave the data set that are not among `videos`.
-      forget: videos and people that leave the data set, also if they are among
-        `videos`, as for `Forgotten.adding`; this is noted at once.
+      drop_missing: remove videos from the data set that are not in `videos`.
+      forget: videos and people to remove from the data set for good, see
+        `Forgotten.adding`; recorded at once.
 
     Raises:
       OutputFolderError: the folder is in use, holds something else, or was
@@ -155,16 +129,15 @@ class DatasetFolder:
         None if can_differ else self._stored,
         recipe,
         num_shards,
-        videos.sources if videos else (),
+        videos or (),
       )
       self._version = recipe.get(folder_settings.ALGORITHM_VERSION)
       self._versions = recipe.get(folder_settings.VERSIONS, {})
       self._forgotten = Forgotten.of(path)
       self._sources: dict[str, Source] = {}
+      by_split = folder_settings.shards_by_split(self._settings)
       self._shards: dict[str, dict[str, Source]] = {
-        self._shard_name(split, i): {}
-        for split, num in self._settings["num_shards"].items()
-        for i in range(num)
+        name: {} for names in by_split.values() for name in names
       }
       self._hashes: dict[str, str] = {}
       # Ledger lines of each shard on disk.
@@ -176,7 +149,7 @@ class DatasetFolder:
       self._whole: set[str] = set()
       self._own = {*[*self._shards][index::count]}
       self._recover()
-      self._take_videos(videos, forget)
+      self._assign_videos(videos, forget)
       self._check_missing(drop_missing)
     except BaseException:
       self._close()
@@ -203,9 +176,6 @@ class DatasetFolder:
     return (self.path / folders.VIDEOS).exists() or any(
       path.suffix == ".json" for path in storage.listing(self._parts)
     )
-
-  def _shard_name(self, split: str, index: int) -> str:
-    return folder_settings.shard_name(self._settings, split, index)
 
   def _shard_of(self, video: Source | Entry) -> str:
     return folder_settings.shard_of(self._settings, video.split, video.video_id)
@@ -234,27 +204,21 @@ class DatasetFolder:
       if note:
         self._take(shard, note)
 
-  def _take_videos(self, videos: Input | None, forget: Sequence[str]) -> None:
-    """Sets the videos, without those that are forgotten."""
-    entries = [*itertools.chain(*(e.values() for e in self._written.values()))]
+  def _assign_videos(
+    self, videos: Sequence[Source] | None, forget: Sequence[str]
+  ) -> None:
+    """Assigns the videos to their shards, except those to forget."""
+    entries = self.entries
     if videos is None:
-      kinds = self._settings.get("labels", {})
-      videos = Input(
-        [ledger.source_of(entry) for entry in entries],
-        {k: Label(v["kind"], tuple(v["names"])) for k, v in kinds.items()},
-        self._settings["has_sound"],
-        (0.0, 0.0),
-        [],
-      )
-    self._labels, self._has_sound = videos.labels, videos.has_sound
+      videos = [ledger.source_of(entry) for entry in entries]
     if forget:
       self._forgotten = self._forgotten.adding(
         forget,
-        (video.video_id for video in (*entries, *videos.sources)),
+        (video.video_id for video in (*entries, *videos)),
         (self.path / folders.DATASET_INFO).exists(),
       )
       self._forgotten.write(self.path)
-    for source in videos.sources:
+    for source in videos:
       if source not in self._forgotten:
         self._sources[source.video_id] = source
         self._shards[self._shard_of(source)][source.video_id] = source
@@ -320,15 +284,14 @@ class DatasetFolder:
     """Returns the work that is left.
 
     Args:
-      settings: settings of this run. A quarantined video is tried again if it
-        was so under others, see `Settings.strictness`; a video that failed, in
-        any case.
-      retry_quarantined: try quarantined videos again in any case.
+      settings: settings of this run. Failed videos are always tried again, and
+        quarantined ones if their limits were others, see `Settings.strictness`.
+      retry_quarantined: try all quarantined videos again.
     """
     limits = settings.strictness()
 
-    def holds(entry: Entry | None, source: Source, since: float) -> bool:
-      """Returns True if an entry, written at `since`, is still valid."""
+    def is_valid(entry: Entry | None, source: Source, since: float) -> bool:
+      """Returns True if a line, written at `since`, still holds."""
       if entry is None:
         return False
       if entry.status != video_to_records.KEPT:
@@ -351,32 +314,23 @@ class DatasetFolder:
       since = ledger_since
       if note.name in self._names:
         since = ledger.modified(note)
-      whole = self._is_whole(shard)
-      if whole:
-        self._whole.add(shard)
-      else:
-        # Its records are lost; ledger lines without records remain valid.
-        self._written[shard] = {
-          video_id: entry
-          for video_id, entry in self._written.get(shard, {}).items()
-          if not entry.is_kept
-        }
-      written = self._written.setdefault(shard, {})
+      is_current = self._check_shard(shard)
+      written = self._written[shard]
       num_dropped += len(written.keys() - videos.keys())
       for video_id, source in videos.items():
         entry = written.get(video_id)
-        if holds(entry, source, since):
+        if is_valid(entry, source, since):
           written[video_id] = ledger.relabelled(entry, source)
           num_relabelled += written[video_id] is not entry
           continue
-        whole = False
+        is_current = False
         part = shards.Part(self.path, video_id)
         entry = part.entry() if part.line.name in self._names else None
-        if entry and holds(entry, source, ledger.modified(part.line)):
+        if entry and is_valid(entry, source, ledger.modified(part.line)):
           self._processed[video_id] = ledger.relabelled(entry, source)
         else:
           todo.append(source)
-      if not whole or set(written) != set(videos):
+      if not is_current or set(written) != set(videos):
         to_write.append(shard)
     self._todo = {source.video_id for source in todo}
     num_videos = sum(len(self._shards[shard]) for shard in own)
@@ -401,30 +355,33 @@ class DatasetFolder:
     lost = {s: ids - self._shards[s].keys() for s, ids in lost.items()}
     to_write = [shard for shard in own if lost[shard]]
     for shard in to_write:
-      if not self._is_whole(shard):
+      if not self._check_shard(shard):
         raise OutputFolderError(
           f"{self.path / shard} is missing or damaged; run again with --input"
         )
-      self._whole.add(shard)
     num = len(self._sources)
     num_dropped = sum(map(len, lost.values()))
     return Plan([], to_write, num, num, num_dropped, False)
 
-  def _is_whole(self, shard: str) -> bool:
-    if shard not in self._hashes:
-      return False
-    lines = self._written.get(shard, {})
-    expected = sum(entry.num_records for entry in lines.values())
-    return shards.holds(self.path / shard, expected)
+  def _check_shard(self, shard: str) -> bool:
+    """Returns True if a shard holds its records; else drops their lines."""
+    written = self._written.setdefault(shard, {})
+    expected = sum(entry.num_records for entry in written.values())
+    if shard in self._hashes and shards.holds(self.path / shard, expected):
+      self._whole.add(shard)
+      return True
+    # Lines of videos without records remain valid.
+    self._written[shard] = {k: e for k, e in written.items() if not e.is_kept}
+    return False
 
   @property
   def forgotten(self) -> Forgotten:
-    """The videos and people that the data set has forgotten."""
+    """The videos and people that were removed for good."""
     return self._forgotten
 
   @property
   def version_notes(self) -> list[str]:
-    """Notes on records that different versions of packages have made."""
+    """Notes on packages of which several versions have made records."""
     versions = self._settings.get(folder_settings.VERSIONS, {})
     return folder_settings.version_notes(versions)
 
@@ -438,7 +395,9 @@ class DatasetFolder:
     """True if the data set is complete."""
     return (self.path / folders.DATASET_INFO).exists() and all(
       data is None or (path.exists() and path.read_bytes() == data)
-      for path, data in self._index_files()
+      for path, data in derived_files.index_files(
+        self.path, self._settings, self._written
+      )
     )
 
   @property
@@ -453,25 +412,6 @@ class DatasetFolder:
     lines = (self._written.get(shard, {}).values() for shard in self._own)
     return [*itertools.chain(*lines)]
 
-  def _index_files(self) -> Iterator[tuple[Path, bytes | None]]:
-    """Yields path and content of each split's indices of its records.
-
-    Earlier versions did not note the segments of a video. Then training makes
-    that index, and here it has no content, None.
-    """
-    for split, num in self._settings["num_shards"].items():
-      names = [self._shard_name(split, i) for i in range(num)]
-      entries = [
-        entry
-        for name in names
-        for _, entry in sorted(self._written.get(name, {}).items())
-        if entry.num_records
-      ]
-      data = quality_index.pack_rows(*ledger.quality_rows(entries))
-      yield self.path / quality_index.name_for(names[0]), data
-      path = self.path / segment_index.name_for(names[0])
-      yield path, ledger.packed_segments(entries)
-
   # --- Changes ----------------------------------------------------------------
 
   def begin(self, plan: Plan) -> None:
@@ -481,7 +421,7 @@ class DatasetFolder:
       OutputFolderError: another version of the algorithms prepared the folder,
         or another task has just begun it with other settings.
     """
-    # Folders from before there were versions are of version 1.
+    # Folders that are older than this setting have version 1.
     version = self._settings.get(folder_settings.ALGORITHM_VERSION, 1)
     if plan.todo and self._version not in (None, version):
       raise OutputFolderError(
@@ -506,7 +446,7 @@ class DatasetFolder:
     ledger.write_json(self.path / folders.SETTINGS, self._settings, indent=2)
     self._parts.mkdir(parents=True, exist_ok=True)
     for source in plan.todo:
-      # An outdated part: a job would take it as done.
+      # A job would take an outdated part as done.
       part = shards.Part(self.path, source.video_id)
       if not self._names.isdisjoint((part.line.name, part.records.name)):
         part.remove()
@@ -518,7 +458,8 @@ class DatasetFolder:
       Its shard if that can be written now, else None.
     """
     if not folders.is_remote(self.path):  # objects cannot grow
-      ledger.append_lines(self.path / folders.QUARANTINE, refused([entry]))
+      lines = derived_files.quarantined([entry])
+      ledger.append_lines(self.path / folders.QUARANTINE, lines)
     self._processed[entry.video_id] = entry.packed()
     self._todo.discard(entry.video_id)
     shard = self._shard_of(self._sources[entry.video_id])
@@ -582,50 +523,16 @@ class DatasetFolder:
     entries = self.entries
     lines = (entry.to_line() for entry in entries)
     ledger.write_lines(self.path / folders.VIDEOS, lines)
-    lines = ledger.as_lines(refused(entries))
+    lines = ledger.as_lines(derived_files.quarantined(entries))
     ledger.write_lines(self.path / folders.QUARANTINE, [lines])
     hashes = {s: self._hashes[s] for s in self._shards if s in self._hashes}
     ledger.write_json(self.path / folders.HASHES, hashes, indent=2)
 
   def finish(self) -> None:
     """Writes the indices and the files of TFDS; removes the parts."""
-    for path, data in self._index_files():
-      if data is None:
-        path.unlink(missing_ok=True)
-      else:
-        ledger.write_if_new(path, data)
-    splits: dict[str, dict[str, tuple[int, int]]] = {}
-    by_split: dict[str, dict[str, int]] = {}
-    for split, num in self._settings["num_shards"].items():
-      names = [self._shard_name(split, i) for i in range(num)]
-      splits[split] = {
-        name: (
-          sum(entry.num_records for entry in self._written[name].values()),
-          storage.size(self.path / name),
-        )
-        for name in names
-      }
-      by_split[split] = counts(e for e in self.entries if e.split == split)
-    metadata = {
-      "schema_version": schema.SCHEMA_VERSION,
-      "splits": by_split,
-      "labels": {n: dataclasses.asdict(v) for n, v in self._labels.items()},
-    }
-    for name, data in self._tfds_files(splits, metadata):
-      folders.write_bytes(self.path / name, data)
+    derived_files.write(self.path, self._settings, self._written)
     dataclasses.replace(self._forgotten, was_complete=False).write(self.path)
     self.remove_parts()
-
-  def _tfds_files(self, splits, metadata) -> list[tuple[str, bytes]]:
-    """Returns name and content of the files of TFDS, in order."""
-    try:
-      with tempfile.TemporaryDirectory(dir=storage.scratch_folder()) as staging:
-        names = shards.write_tfds_metadata(
-          Path(staging), splits, metadata, self.record_labels, self._has_sound
-        )
-        return [(name, (Path(staging) / name).read_bytes()) for name in names]
-    except OSError as e:
-      raise storage.no_space(e) if e.errno == errno.ENOSPC else e from e
 
   def remove_parts(self) -> None:
     """Removes the files of an unfinished run."""

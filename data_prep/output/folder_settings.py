@@ -1,8 +1,8 @@
 """The settings of a data set: what must agree, and what may change.
 
-settings.json holds them. Whatever the bytes of a record depend on must agree
-for all records of a folder; labels, versions of packages and the numbers of
-shards may change as it grows.
+settings.json holds them. Settings that the bytes of a record depend on must be
+the same for all records of a folder; labels, versions of packages and the
+numbers of shards may change as it grows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ALGORITHM_VERSION = "algorithm_version"
 # Setting with the number of values of each label that records hold too. Only
 # folders of earlier versions have any: labels are read from the ledger.
 RECORD_LABELS = "record_labels"
-# Setting with all versions of the packages by which records were made.
+# Setting with all versions of the packages that have made records.
 VERSIONS = "versions"
 # Settings that may change as a folder grows.
 _FREE = {"num_shards", ALGORITHM_VERSION, RECORD_LABELS, VERSIONS, "labels"}
@@ -38,6 +38,14 @@ def shard_name(settings: dict[str, Any], split: str, index: int) -> str:
   """Returns the file name of a shard, given the folder's settings."""
   num = settings["num_shards"][split]
   return f"{settings['name']}-{split}.array_record-{index:05d}-of-{num:05d}"
+
+
+def shards_by_split(settings: dict[str, Any]) -> dict[str, list[str]]:
+  """Returns the file names of the shards of each split."""
+  return {
+    split: [shard_name(settings, split, i) for i in range(num)]
+    for split, num in settings["num_shards"].items()
+  }
 
 
 def shard_of(settings: dict[str, Any], split: str, video_id: str) -> str:
@@ -66,7 +74,7 @@ def version_notes(versions: dict[str, list[str]]) -> list[str]:
 
 
 def with_old_settings(stored: dict[str, Any]) -> dict[str, Any]:
-  """Returns a folder's settings, with those that it is older than."""
+  """Returns a folder's settings, with defaults for those of later versions."""
   return {"faces": "all", **stored}
 
 
@@ -126,8 +134,8 @@ def _numbers_of_shards(
 
   Args:
     sources: the videos of all splits.
-    num_shards: that of the largest split; None to go by the videos' bytes.
-    known: splits whose numbers are not needed.
+    num_shards: that of the largest split; None: by the bytes of the videos.
+    known: splits to leave out.
   """
   if num_shards is None:
     files_by_split: dict[str, set[Path]] = {}

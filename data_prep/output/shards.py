@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from data_prep import storage
 from data_prep.output import ledger
@@ -261,95 +261,3 @@ class PartWriter:
     with contextlib.suppress(*([RuntimeError] if kind else [])):
       self._close()
     self._partial.unlink(missing_ok=True)
-
-
-# --- TFDS ---------------------------------------------------------------------
-
-
-def features(labels: Mapping[str, int], has_sound: bool):
-  """Returns the TFDS features that match `schema.encode`.
-
-  Args:
-    labels: number of values of each label that records hold.
-    has_sound: True if records hold sound.
-  """
-  import numpy as np
-  from tensorflow_datasets import features
-
-  frame = (schema.FRAME_SIZE, schema.FRAME_SIZE, 3)
-  sound = {
-    "audio": features.Text(),
-    "mel": features.Tensor(
-      shape=(None, schema.NUM_MELS), dtype=np.float32, encoding="bytes"
-    ),
-  }
-  grid = (None, schema.GRID_SIZE, schema.GRID_SIZE)
-  return features.FeaturesDict(
-    {
-      "frames": features.Sequence(
-        features.Image(shape=frame, encoding_format="jpeg")
-      ),
-      "regions": features.Tensor(shape=grid, dtype=np.uint16, encoding="bytes"),
-      "parsing": features.Text(),  # any bytes; TFDS has no type for them
-      "boxes": features.Tensor(
-        shape=(None, 4), dtype=np.float32, encoding="bytes"
-      ),
-      "video_id": features.Text(),
-      "track_id": np.int64,
-      "segment": np.int64,
-      "subject_id": features.Text(),
-      "fps": np.float32,
-      "start_secs": np.float32,
-      "quality": np.float32,
-      "quality_terms": features.Tensor(
-        shape=(len(schema.QUALITY_TERMS),), dtype=np.float32
-      ),
-      **{
-        f"label_{name}": features.Tensor(shape=(length,), dtype=np.float32)
-        for name, length in labels.items()
-      },
-      **(sound if has_sound else {}),
-    }
-  )
-
-
-def write_tfds_metadata(
-  folder: Path,
-  splits: Mapping[str, Mapping[str, tuple[int, int]]],
-  metadata: Mapping[str, Any],
-  labels: Mapping[str, int],
-  has_sound: bool,
-) -> list[str]:
-  """Writes features.json, metadata.json and dataset_info.json.
-
-  Args:
-    folder: empty folder to write to; the shards are elsewhere.
-    splits: for each split and shard name, the numbers of records and bytes.
-    metadata: content of metadata.json.
-    labels, has_sound: as for `features`.
-
-  Returns:
-    The names of the files, in the order in which to publish them.
-  """
-  import tensorflow_datasets as tfds
-
-  for name in (name for split in splits.values() for name in split):
-    # TFDS looks for the shards' names, not at their content.
-    (folder / name).touch()
-  tfds.folder_dataset.write_metadata(
-    data_dir=folder,
-    features=features(labels, has_sound),
-    split_infos=[
-      tfds.core.SplitInfo(
-        name=name,
-        shard_lengths=[num for num, _ in split.values()],
-        num_bytes=sum(num_bytes for _, num_bytes in split.values()),
-      )
-      for name, split in splits.items()
-    ],
-    version="1.0.0",
-    check_data=False,
-    description="Face tracks for masked autoencoder pretraining.",
-    metadata=tfds.core.MetadataDict(metadata),
-  )
-  return [folders.FEATURES, folders.METADATA, folders.DATASET_INFO]

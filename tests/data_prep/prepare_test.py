@@ -417,12 +417,12 @@ def test_quarantined_videos_are_tried_again_under_other_limits(dataset, videos):
 
 
 def test_damaged_videos_are_tried_again_where_they_are_kept(dataset, videos):
-  inputs = manifest.read_input(videos)
+  sources = manifest.read_input(videos).sources
   recipe = json.loads((dataset / "settings.json").read_text())
   del recipe["num_shards"]
   strict = video_to_records.Settings()
   keep = video_to_records.Settings(on_damage=video_to_records.KEEP)
-  with dataset_folder.DatasetFolder(dataset, recipe, None, inputs) as folder:
+  with dataset_folder.DatasetFolder(dataset, recipe, None, sources) as folder:
     assert folder.plan(strict, retry_quarantined=False).todo == []
     todo = folder.plan(keep, retry_quarantined=False).todo
     reasons = {entry.video_id: entry.reason for entry in folder.entries}
@@ -434,9 +434,9 @@ def test_damaged_videos_are_tried_again_where_they_are_kept(dataset, videos):
 def test_quarantined_videos_can_be_tried_again_in_any_case(dataset, videos):
   recipe = json.loads((dataset / "settings.json").read_text())
   recipe.pop("num_shards")
-  inputs = manifest.read_input(videos)
+  sources = manifest.read_input(videos).sources
   settings = video_to_records.Settings()
-  with dataset_folder.DatasetFolder(dataset, recipe, None, inputs) as folder:
+  with dataset_folder.DatasetFolder(dataset, recipe, None, sources) as folder:
     assert folder.plan(settings, retry_quarantined=False).todo == []
     todo = folder.plan(settings, retry_quarantined=True).todo
   # A video without a face is not tried again: the result would be the same.
@@ -634,8 +634,8 @@ def test_folder_of_the_input_is_not_written_to(videos):
 def test_two_runs_into_one_folder_do_not_mix(dataset, videos):
   settings = json.loads((dataset / "settings.json").read_text())
   settings.pop("num_shards")
-  inputs = manifest.read_input(videos)
-  with dataset_folder.DatasetFolder(dataset, settings, None, inputs):
+  sources = manifest.read_input(videos).sources
+  with dataset_folder.DatasetFolder(dataset, settings, None, sources):
     message = failure("--input", videos, "--output", dataset)
   assert "another run is writing" in message
 

@@ -12,7 +12,7 @@ import simplejpeg
 from flax import nnx
 
 from configs import eval_dfd
-from data_prep.output import ledger, shards
+from data_prep.output import derived_files, ledger, shards
 from data_prep.sources.listing import BINARY, CLASS, VALUE, Label
 from marlin_jax.eval import configuration
 from marlin_jax.eval.evaluation import evaluate
@@ -110,7 +110,7 @@ def write(
     "splits": counts,
     "labels": {name: dataclasses.asdict(v) for name, v in labels.items()},
   }
-  for name in shards.write_tfds_metadata(
+  for name in derived_files.write_tfds_metadata(
     staging, infos, metadata, {n: v.length for n, v in labels.items()}, False
   ):
     (staging / name).rename(path / name)

@@ -9,7 +9,7 @@ import simplejpeg
 
 from data_prep.output import dataset_folder, ledger, shards
 from data_prep.sources.listing import Label
-from data_prep.sources.manifest import Input, Source
+from data_prep.sources.manifest import Source
 from data_prep.video import video_to_records
 from marlin_jax.records import quality_index, schema
 
@@ -124,7 +124,6 @@ def make(
         {k: tuple(v.tolist()) for k, v in first.labels.items()},
       )
     )
-  found = Input(sources, labels, has_sound, (0.0, 0.0), [])
   recipe = RECIPE | {
     "has_sound": has_sound,
     "labels": {
@@ -133,7 +132,7 @@ def make(
     },
   }
   settings = video_to_records.Settings(has_sound=has_sound)
-  with dataset_folder.DatasetFolder(path, recipe, num_shards, found) as made:
+  with dataset_folder.DatasetFolder(path, recipe, num_shards, sources) as made:
     plan = made.plan(settings, retry_quarantined=False)
     made.begin(plan)
     for shard in filter(made.is_complete, plan.shards):

@@ -57,7 +57,7 @@ def prepare(table: Path, output: Path, recipe=RECIPE, **options):
     }
   }
   with dataset_folder.DatasetFolder(
-    output, recipe, 3, videos, **options
+    output, recipe, 3, videos.sources, **options
   ) as folder:
     settings = dataclasses.replace(SETTINGS, record_labels=folder.record_labels)
     plan = folder.plan(settings, retry_quarantined=False)

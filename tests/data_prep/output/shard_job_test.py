@@ -22,7 +22,7 @@ SETTINGS = video_to_records.Settings()
 def open_folder(path: Path, task: tuple[int, int] = (0, 1), **recipe):
   videos = read_input(path.parent / "videos")
   return dataset_folder.DatasetFolder(
-    path, made_dataset.RECIPE | recipe, 1, videos, task
+    path, made_dataset.RECIPE | recipe, 1, videos.sources, task
   )
 
 
