@@ -40,9 +40,9 @@ def run(
 ) -> Iterator[ledger.Entry]:
   """Processes videos; yields the ledger line of each as it is finished.
 
-  A video that fails by no fault of its own is tried again after all others. It
-  counts as failed if that does not help, and as quarantined if it crashed its
-  worker, or its decoder was killed, each time.
+  A video that fails because of the machine is tried again after all others,
+  NUM_TRIES times in all. If its last try fails too, the video counts as failed;
+  or as quarantined, if it crashed its worker or its decoder was killed.
 
   Args:
     output: folder of the data set.

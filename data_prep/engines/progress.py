@@ -18,11 +18,10 @@ if TYPE_CHECKING:
 
 
 class TaskBar:
-  """Bar with the number of finished tasks and the time left.
+  """Progress bar with the time left; a context manager.
 
-  A context manager. The bar counts bytes of the tasks' files: unlike frames
-  they are known in advance, and unlike files they tell a long video from a
-  short one.
+  It advances by the bytes of the tasks' files, which are known in advance and
+  larger for longer videos.
   """
 
   def __init__(self, sizes: Sequence[int], noun: str = "video") -> None:
@@ -51,7 +50,7 @@ class TaskBar:
     )
 
   def advance(self, number: int, share: float) -> None:
-    """Moves the bar to a share in [0, 1] of a task."""
+    """Sets the finished share of a task, in [0, 1]."""
     # A share may fall, if a container announces too few frames.
     gained = max(share - self._shares[number], 0.0)
     self._shares[number] += gained

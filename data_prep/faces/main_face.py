@@ -13,9 +13,10 @@ from data_prep.faces.tracking import Track
 
 
 def largest(tracks: Sequence[Track]) -> list[Track]:
-  """Returns the track with the largest side x length; [] of none.
+  """Returns the track with the largest side x length, as a list.
 
-  Of a track that was cut for its length, these are all parts.
+  A track that was cut for its length is returned, and counts, as all its parts.
+  The list is empty if there is no track.
   """
   faces: list[list[Track]] = []
   for track in sorted(tracks, key=lambda track: track.first_frame):

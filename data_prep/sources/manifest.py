@@ -303,7 +303,7 @@ def _problem(
 ) -> tuple[str | None, tuple[int, float] | None]:
   """Returns the problem of a row, if any, and its file's size and last change.
 
-  Opens nothing.
+  No file is opened.
 
   Raises:
     FileNotFoundError: its file is missing.

@@ -249,9 +249,10 @@ def only_once(videos: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def above(root: Path, name: str) -> Path | None:
-  """Returns a file or folder of that name in `root` or two folders above it.
+  """Returns the file or folder `name` in `root` or in two folders above it.
 
-  So `root` may also be the folder of the clips, beside which the lists lie.
+  Thus `root` may be the folder of the clips, with the lists next to it. Returns
+  None if there is no such file.
   """
   root = root if folders.is_remote(root) else root.absolute()
   for folder in (root, *root.parents[:2]):

@@ -225,9 +225,9 @@ class Sound(Decoder):
       raise
 
   def __iter__(self) -> Iterator[np.ndarray]:
-    """Yields int16 (S, C), consecutive parts of the samples.
+    """Yields consecutive parts of the samples, int16 (S, C).
 
-    Sample 0 of the first part is at the time of that of `read_sound`.
+    The first sample is at the same time as that of `read_sound`.
 
     Raises:
       DecodeError: as for `read_sound`.
@@ -251,8 +251,8 @@ class Video(Decoder):
   """An open video; made by `open_video`, iterated once.
 
   Attributes:
-    info: the header; another one where the size of the frames changes.
-    notes: what a user should know of the video, as told so far.
+    info: the latest header; the size of the frames may change.
+    notes: notes on the video for the user, received so far.
     num_frames: frames decoded so far.
   """
 
@@ -318,10 +318,7 @@ class Video(Decoder):
 
   @property
   def share(self) -> float:
-    """Share of the frames decoded so far; 0 where their number is unknown.
-
-    At most 1, also where the container announces too few.
-    """
+    """Share of the frames decoded so far, at most 1; 0 if it is unknown."""
     announced = self.info.announced_frames
     return (
       self.num_frames / max(self.num_frames, announced) if announced else 0.0
@@ -331,9 +328,9 @@ class Video(Decoder):
   def fps(self) -> float:
     """Average rate of the frames decoded so far, in frames per second.
 
-    The rate of the container, unless the times of the frames differ from it by
-    more than 5% (a variable rate, a wrong or missing header); 0.0 where neither
-    is known. That of a folder of pictures, whatever its gaps.
+    The container's rate is returned unless the times of the frames differ from
+    it by more than 5% (a variable rate, a wrong or missing header); 0.0 if
+    neither is known. A folder of pictures has the rate it was opened with.
     """
     rate = self.info.rate
     duration = max(self._secs, default=0.0) - min(self._secs, default=0.0)

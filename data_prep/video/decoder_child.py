@@ -27,12 +27,12 @@ from marlin_jax.records.cli import UserError
 # Bytes of a message that is not pixels or samples, and notes of one video.
 MAX_TEXT_BYTES = 1000
 MAX_NOTES = 20
-# Share of its deadline that a decoder computes if the video is to blame: it has
-# two threads.
+# A decoder at its deadline that used the CPU for more than this share of the
+# time was slowed by the video, not by the machine. It has two threads.
 _BUSY_SHARE = 0.5
 # CPU time of a decoder that starts.
 _START_SECS = 1.0
-# Seconds in which a decoder ends that is told to.
+# Seconds that a decoder gets to end.
 END_SECS = 5.0
 
 # Signals of the system and of people; others are the decoder's own crashes.
@@ -40,7 +40,7 @@ _SENT_SIGNALS = (
   *(signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
   *(signal.SIGQUIT, signal.SIGBUS),
 )
-# Reason of a video whose decoder was killed, as for want of memory.
+# Reason of a video whose decoder was killed, for lack of memory for example.
 KILLED = "decoder was killed by SIGKILL (out of memory?)"
 
 # The child's program. -P keeps the current folder off its import path.
@@ -57,11 +57,11 @@ class DecodeError(UserError):
 
 
 class HostError(DecodeError):
-  """A video could not be read, by no fault of its own: another try may do."""
+  """The machine could not read a video; another try may succeed."""
 
 
 class DamageError(DecodeError):
-  """A video is damaged; what was read of it before is good."""
+  """A video is damaged; the frames read before are good."""
 
 
 class DecoderSetupError(UserError):
@@ -90,15 +90,15 @@ class Decoder:
 
   Args:
     path: the file.
-    limits: what it may cost.
-    output: what the child sends, as the argument of `decoder_process.main`.
-    require_sandbox: as for `open_video`.
-    span: span of the video that it sends.
+    limits: limits on the cost of the video.
+    output: what the child sends, see `protocol`.
+    require_sandbox: see `decode.open_video`.
+    span: span of the video to send.
 
   Attributes:
     pid: process and process group of the decoder.
     layers: see `sandbox_layers`.
-    notes: what a user should know of the video, as told so far.
+    notes: notes on the video for the user, received so far.
   """
 
   def __init__(
@@ -135,7 +135,7 @@ class Decoder:
   def _read_layers(self, is_required: bool) -> None:
     kind, length = self.read_header()
     if kind != b"L":
-      raise DecoderSetupError("decoder did not tell its sandbox")
+      raise DecoderSetupError("decoder did not report its sandbox")
     self.layers = self.read_json(length)
     if is_required and any(self.layers.values()):
       raise DecoderSetupError(
@@ -166,10 +166,10 @@ class Decoder:
         self.notes.append(note)
 
   def read_json(self, length: int) -> dict[str, Any]:
-    """Reads a message of fields.
+    """Reads a JSON object.
 
     Raises:
-      DecodeError: it is none.
+      DecodeError: the message is not one.
     """
     try:
       fields = json.loads(self.read(length))
@@ -180,7 +180,7 @@ class Decoder:
     return fields
 
   def _read_text(self, length: int) -> str:
-    """Reads text of the child, which may hold what controls a terminal."""
+    """Reads text of the child; escapes what could control a terminal."""
     text = self.read(length).decode(errors="replace")
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
@@ -209,7 +209,7 @@ class Decoder:
       view = view[num_read:]
 
   def _deadline_error(self) -> DecodeError:
-    """Ends the decoder; returns whether it worked or waited all the time."""
+    """Ends the decoder; returns the video's error, or the machine's."""
     before = _cpu_secs_of_children()
     self.close()
     secs = self._limits.secs
@@ -219,13 +219,13 @@ class Decoder:
     return HostError(f"decoder passed its deadline of {secs:g} s")
 
   def _death(self) -> UserError:
-    """Returns how the decoder ended that closed its pipe without a message."""
+    """Returns the error of a decoder that ended without a last message."""
     try:
       code = self._process.wait(timeout=END_SECS)
     except subprocess.TimeoutExpired:
       return DecodeError("decoder closed its pipe")
     if code >= 0:
-      # It reads the video after it has told its sandbox.
+      # It reads the video after it has reported its sandbox.
       kind = DecodeError if self.layers else DecoderSetupError
       return kind(f"decoder ended with exit code {code}")
     name = signal.Signals(-code).name
@@ -302,17 +302,15 @@ def _start_in_thread(
 
 @functools.cache
 def _starter(pid: int) -> concurrent.futures.ThreadPoolExecutor:
-  """Returns the thread that starts decoders, which lives as long as this
-  process; a forked process has one of its own.
-  """
-  del pid
+  """Returns the thread that starts the decoders of a process."""
+  del pid  # a forked process has a thread of its own
   return concurrent.futures.ThreadPoolExecutor(1, "decoder starter")
 
 
 def _start(
   file: int, limits: Limits, output: str, span: Span
 ) -> subprocess.Popen:
-  """Starts the child, which inherits `file`, a file descriptor."""
+  """Starts the child, which inherits the file descriptor `file`."""
   search = [_ROOT, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
   return subprocess.Popen(
     [

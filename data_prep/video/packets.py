@@ -1,8 +1,8 @@
-"""Opens the file of standard input, and yields what its packets decode to.
+"""Opens the file on standard input and decodes the packets of its streams.
 
 The decoder process has no path: libav reads an open file through its protocol
-fd. Streams are chosen, and times that start again made continuous, in the same
-way for pictures and sound, so that both keep one clock.
+fd. Pictures and sound share one `Clock`, which makes times that start again
+continuous.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ FORMATS = (
 )
 # Demuxers of audio files.
 SOUND_FORMATS = "wav,mp3,flac,aac,aiff,caf,au,w64,ac3,eac3"
-# Formats of samples of one size, whose headers may say a length that was
-# guessed before there was any sound.
+# Formats whose header may hold a guessed length, since it was written first.
 _STREAMED_SOUND = {"wav", "aiff", "caf", "au", "w64"}
 
 # Decoding times ascend, except for rounding errors; the limit is FFmpeg's.
@@ -70,9 +69,8 @@ def open_input():
 def video_stream(container):
   """Returns the stream of moving pictures that a player shows.
 
-  Covers, thumbnails and stills are skipped. Of several streams it is one of
-  more than a picture, that is marked as default, and the largest; of equals
-  the first.
+  Covers, thumbnails and stills are skipped. A stream of several pictures is
+  preferred, then the default one, then the largest, then the first.
 
   Raises:
     Refused: there is none.
@@ -102,7 +100,7 @@ def video_stream(container):
 
 
 def sound_stream(container):
-  """Returns the first sound track, the default one if one is marked; or None.
+  """Returns the default sound track, or the first, or None.
 
   Raises:
     Refused: its codec is not known.
@@ -129,20 +127,19 @@ def of_stream(container, stream, clock: Clock) -> Iterator:
 
 
 class Beginning:
-  """The first group of pictures of a video, which may be cut anywhere.
+  """The first group of pictures of a video that may be cut without encoding.
 
-  A cut without encoding leaves frames that refer to others before it: those
-  before the first key frame, and those after it that are shown before it. They
-  are left out, as players do.
+  Such a cut leaves frames that refer to missing ones: those before the first
+  key frame, and those after it that are shown before it. They are left out, as
+  players do.
 
   Args:
     packets: the packets of the stream.
 
   Attributes:
     num_left_out: frames that are left out so far.
-    is_open: whether the first key frame lets frames of H.264 after it refer to
-      ones before it. Frames after it may then also drop some of these, for
-      which the decoder reports an error with a good frame.
+    is_open: True if H.264 frames after the first key frame may refer to frames
+      before it. The decoder may then report errors with good frames.
   """
 
   def __init__(self, packets: Iterator) -> None:
@@ -168,11 +165,11 @@ class Beginning:
       yield packet
 
   def allows_errors(self) -> bool:
-    """Returns whether errors of the latest packet are those of a cut."""
+    """Returns True if errors in the latest packet may come from a cut."""
     return self.is_open and self._num_groups < 2
 
   def add(self, frame) -> bool:
-    """Returns whether a frame is good; to be called for each one."""
+    """Returns True if a frame is good; call it for each frame in order."""
     is_leading = self._is_leading(frame.pts)
     if frame.is_corrupt and self.allows_errors():
       self.num_left_out += not is_leading
@@ -188,7 +185,7 @@ _H264_SLICE, _H264_IDR_SLICE = 1, 5
 
 
 def _is_open(packet) -> bool:
-  """Returns whether a key frame of H.264 is none of instantaneous refresh."""
+  """Returns True for an H.264 key frame that is not an IDR picture."""
   codec = packet.stream.codec_context
   if codec.name != "h264":
     return False
@@ -212,7 +209,7 @@ def frames(packets: Iterator, stream, beginning: Beginning | None = None):
   Args:
     packets: see `of_stream`.
     stream: the stream.
-    beginning: where the packets are from, if frames may be missing there.
+    beginning: source of the packets, if the video may be cut.
 
   Raises:
     Damaged: the decoder reports damage.
@@ -222,15 +219,15 @@ def frames(packets: Iterator, stream, beginning: Beginning | None = None):
   name = stream.container.format.name
   counters_may_leap = name == "mpegts"
   is_streamed = name in _STREAMED_SOUND
-  # Times of decoding that no frame has taken yet, where the file has no times
-  # of presentation. For AVI libav guesses those, wrongly with B-frames.
+  # AVI has decoding times only; presentation times that libav guesses are wrong
+  # with B-frames. These decoding times are not yet assigned to a frame.
   has_presentation_times = name != "avi"
   decoding_times: list[int] = []
   for packet in packets:
     is_cut = packet.is_corrupt
     # The container ends, or has a gap, within this packet. In a transport
-    # stream its counters start again where recordings were joined: there the
-    # decoder has to tell.
+    # stream that is no proof of damage, since counters start again where
+    # recordings were joined: there only the decoder's errors count.
     if is_cut and not (counters_may_leap or is_streamed):
       raise Damaged("a packet is cut off")
     is_timed = packet.dts is not None and packet.size
@@ -252,10 +249,10 @@ def frames(packets: Iterator, stream, beginning: Beginning | None = None):
       if frame.is_corrupt:
         raise Damaged("a frame is incomplete")
       if decoding_times:
-        # Frames come in the order of presentation: theirs is the earliest.
+        # Frames come in presentation order: the next one has the earliest time.
         earliest = heapq.heappop(decoding_times)
         has_b_frames = getattr(stream.codec_context, "has_b_frames", False)
-        # Without reordering it is that of their own packet.
+        # Without reordering, a frame has the time of its packet.
         frame.pts = earliest if has_b_frames else frame.dts
       yield frame
 
@@ -263,9 +260,9 @@ def frames(packets: Iterator, stream, beginning: Beginning | None = None):
 class Frames:
   """The decoded frames of a span of a video, with their times in seconds.
 
-  They are the same, with the same times, as if the file were decoded from its
-  beginning. That is what happens where the format has no index, and where the
-  frames before the span that the index leads to are none or cannot be decoded.
+  Frames and times are the same as when the file is decoded from its beginning.
+  That is done if the format has no index, or if seeking by the index does not
+  lead to a decodable frame before the span.
 
   Args:
     container: the open file, at its beginning.
@@ -295,10 +292,10 @@ class Frames:
     return 0 if self._is_sought else self._beginning.num_left_out
 
   def __iter__(self) -> Iterator[tuple]:
-    """Yields a frame, and its time from the start of the file.
+    """Yields each frame and its time from the start of the file.
 
-    The time is NaN where the file has none, in which case the span has to be
-    all of it.
+    The time is NaN if the file has no times; the span must then be the whole
+    file.
 
     Raises:
       Damaged: the decoder reports damage.
@@ -341,15 +338,15 @@ class Frames:
     for frame in frames(packets, self._stream, self._beginning):
       secs = math.nan
       if frame.time is not None:
-        # A millisecond on where the file's times go back.
+        # If the file's times go back, one millisecond after the last.
         secs = last_secs = max(frame.time - start_secs, last_secs + 1e-3)
       yield frame, secs
 
 
 def _first_in(timed: Iterator[tuple], span: Span) -> list[tuple] | None:
-  """Returns the first frame of a span, in a list; [] if there is none.
+  """Returns a list of the first frame of a span; [] if the span has no frame.
 
-  None if there is no frame before it: then others may be missing, too.
+  Returns None if no frame comes before it, since others may be missing then.
   """
   is_found = False
   for frame, secs in timed:
@@ -360,13 +357,13 @@ def _first_in(timed: Iterator[tuple], span: Span) -> list[tuple] | None:
 
 
 def _seek(container, stream, secs: float) -> None:
-  """Moves to the last key frame at a time, or to the first one."""
+  """Moves to the last key frame before a time, or to the first one."""
   secs += (container.start_time or 0) / 1e6
   container.seek(int(secs / stream.time_base), stream=stream)
 
 
 def _is_mp3(data: bytes) -> bool:
-  """Returns whether data begins as a frame of MPEG audio does."""
+  """Returns True if the data begins with the header of an MPEG audio frame."""
   if len(data) < 4:
     return False
   _, version, rate, _ = data[:4]
@@ -380,15 +377,15 @@ def _is_mp3(data: bytes) -> bool:
 
 
 class Clock:
-  """Makes the times of a file continuous where they start again.
+  """Makes the times of a file continuous if they start again.
 
-  So they do in recordings that were joined byte by byte, and where a camera
-  restarts its counter. Each time that a stream starts again begins another
-  part; all streams are shifted by the same number of seconds within a part.
+  They start again in recordings that were joined byte by byte, or when a camera
+  restarts its counter. Each restart begins a part; within a part, all streams
+  are shifted by the same number of seconds.
 
   Args:
     container: the open file.
-    streams: those that count; the same for pictures and sound.
+    streams: streams to follow; the same ones for pictures and sound.
 
   Attributes:
     streams: as above.
@@ -401,7 +398,7 @@ class Clock:
     self.begin()
 
   def begin(self) -> None:
-    """Forgets all packets, for a file that is read again from its beginning."""
+    """Starts anew, for a file that is read again from its beginning."""
     # Seconds to add, for each part.
     self._shifts = [0.0]
     self._part = {stream.index: 0 for stream in self.streams}
@@ -416,7 +413,7 @@ class Clock:
     return len(self._shifts) - 1
 
   def adjust(self, packet) -> None:
-    """Shifts the times of a packet; to be called for each one, in order."""
+    """Shifts the times of a packet; call it for each packet in order."""
     index = packet.stream.index
     # Packets are in the order of decoding, whose times ascend. Where the file
     # has none for a packet, its presentation is not before its decoding.

@@ -28,8 +28,8 @@ from data_prep.video.protocol import Span
 # A shorter track is noise, unless the whole video is no longer: 15 frames at 30
 # per second.
 MIN_TRACK_SECS = 0.5
-# The frames of a part hold its box, and around it this share of its longer
-# side: detectors and crops need more than the face.
+# Margin around the box of a part, as a share of its longer side: detectors and
+# crops need more than the face.
 BOX_MARGIN = 0.25
 # Share of the time that finding a face takes; the second decoding and the
 # cropping take the rest.
@@ -46,19 +46,19 @@ class VideoFrames:
 
   Attributes:
     path: a video file; with `frame_rate`, a folder of pictures.
-    fps: constant rate that frames are repeated or left out to reach; 0 leaves
-      them as they are.
-    limits: what the video may cost.
+    fps: constant rate to resample to, by repeating and leaving out frames; 0
+      keeps the video's own.
+    limits: limits on the cost of the video.
     frame_rate: frames per second of a folder of pictures; 0 for a video.
-    part: part of the file that is the video. Of a box, frames hold the
-      `region_of`.
-    max_secs: longest video in seconds; checked where `fps` is set.
+    part: part of the file that is the video. If it has a box, frames show the
+      `region_of` the box.
+    max_secs: longest video in seconds; only checked if `fps` is set.
     fill_pauses: repeat a frame through each pause, see `frame_rate.resampled`;
-      else tracks end at a pause of more than `frame_rate.MAX_PAUSE_SECS`. Only
-      where `fps` is set.
-    require_sandbox: refuse to decode where the decoder's sandbox is not whole.
-    may_change_size, keep_damaged: as for `decode.open_video`.
-    stop_secs: time at which the last frame that is read gives way to the next.
+      else tracks end at a pause of more than `frame_rate.MAX_PAUSE_SECS`. Has
+      no effect unless `fps` is set.
+    require_sandbox: refuse to decode if a layer of the sandbox is missing.
+    may_change_size, keep_damaged: see `decode.open_video`.
+    stop_secs: time at which the last frame that is read ends.
   """
 
   path: str | os.PathLike
@@ -80,8 +80,8 @@ class VideoFrames:
     """Starts a decoder.
 
     Yields:
-      The open video, and its frames, uint8 (H, W, 3) RGB, with their times in
-      seconds.
+      The open video, and an iterator of its frames, uint8 (H, W, 3) RGB, with
+      their times in seconds.
 
     Raises:
       decode.DecodeError: the video is damaged, over a limit or longer than
@@ -105,9 +105,9 @@ class VideoFrames:
       yield video, self._resampled(frames) if self.fps else frames
 
   def region_of(self, info: decode.VideoInfo) -> tuple[int, int, int, int]:
-    """Returns the pixels that frames hold, x0, y0, x1, y1 in the file's frames.
+    """Returns the pixels to keep of the file's frames: x0, y0, x1, y1.
 
-    Of a part with a box, it and `BOX_MARGIN`.
+    They are the whole frame, or the part's box with a margin of `BOX_MARGIN`.
     """
     if not self.part.box:
       return 0, 0, info.width, info.height

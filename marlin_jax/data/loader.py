@@ -51,14 +51,14 @@ class Reading(NamedTuple):
 
 
 def reading(num_workers: int, num_threads: int) -> Reading:
-  """Returns who reads for this process.
+  """Returns the workers and threads that read for this process.
 
-  By default it is a worker process for each core but one, if there are
-  accelerators and at least four cores. On CPU devices the cores compute.
+  By default there is one worker per core but one, if there are accelerators and
+  at least four cores. With CPU devices this process reads: the cores compute.
 
   Args:
     num_workers: worker processes; -1: the default.
-    num_threads: threads of each, or of this process; 0: the default, 2.
+    num_threads: threads per worker, or of this process; 0: the default, 2.
   """
   if num_workers < 0:
     devices = jax.local_devices()
@@ -73,7 +73,7 @@ def _num_processes_that_share_cores() -> int:
   """Returns the number of training processes on this machine's cores."""
   if cli.num_cores() < (os.cpu_count() or 1):
     return 1  # this process has cores of its own, from Slurm for example
-  # On GPU one that tells the machines apart.
+  # On GPU, slice_index differs between machines.
   slices = {d: getattr(d, "slice_index", None) for d in jax.devices()}
   own = slices[jax.local_devices()[0]]
   if own is None or jax.local_devices()[0].platform != "gpu":

@@ -353,9 +353,9 @@ def part_seed(seed: int, part: int) -> int:
 
 
 def first_ids(datasets: Sequence[Dataset]) -> list[int]:
-  """Returns the first of the numbers of each data set's records in batches.
+  """Returns the number of each data set's first record in the `_id` of batches.
 
-  In the `_id` of a batch the records of several data sets are numbered on.
+  There, the records of all data sets are numbered consecutively.
   """
   counts = [dataset.stored.num_records for dataset in datasets]
   return [0, *itertools.accumulate(counts[:-1])]

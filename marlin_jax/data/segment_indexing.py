@@ -1,4 +1,4 @@
-"""Opens the segment index of a data set; makes it where there is none."""
+"""Opens the segment index of a data set; makes it if it is missing."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ _NUM_THREADS = 8
 def open_index(dataset: Dataset, cache: epath.PathLike) -> SegmentIndex:
   """Opens the index of a data set, memory-mapped.
 
-  data_prep writes it beside the shards. Earlier versions did not: then it is
-  made by reading all records once, and kept beside the shards too, or in
-  `cache` if that folder cannot be written. Let process 0 be the first to call.
+  data_prep writes the index next to the shards. For a data set of an earlier
+  version it is made here by reading all records once, and saved next to the
+  shards, or in `cache` if their folder is read-only. Process 0 must call this
+  function before the others.
 
   Args:
     dataset: the data set.
     cache: folder that all processes share, local or gs://.
 
   Raises:
-    DatasetError: the index is damaged or of other records, or a record is
-      damaged.
+    DatasetError: the index or a record is damaged, or the index belongs to
+      other records.
   """
   shard = epath.Path(dataset.shards[0])
   beside = shard.with_name(segment_index.name_for(shard.name))
@@ -59,7 +60,7 @@ def open_index(dataset: Dataset, cache: epath.PathLike) -> SegmentIndex:
 def _make(
   dataset: Dataset, beside: epath.Path, cached: epath.Path
 ) -> epath.Path:
-  """Writes the index beside the shards, or to a cache if that fails."""
+  """Writes the index next to the shards, or to a cache if that fails."""
   source = dataset.source
 
   def row(number: int) -> tuple[str, str, int, int]:

@@ -239,7 +239,8 @@ class VideoClassifier:
   def window_probabilities(self, outputs: np.ndarray) -> np.ndarray | None:
     """Returns the predictions of each window by itself, float64 (W, K).
 
-    None if features are pooled by their deviation, which one window has not.
+    Returns None if features are pooled by their standard deviation, which a
+    single window does not have.
     """
     if self.description.head in WINDOW_HEADS:
       return self._activated(outputs)

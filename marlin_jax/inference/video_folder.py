@@ -55,9 +55,9 @@ class Outcome:
   """Result of reading one video.
 
   Attributes:
-    reason: why it has no windows, '' where it was read to its end. Windows
-      yielded before an outcome with a reason are void.
-    sha256: hash of the file, '' where it cannot be read or another try may
+    reason: why it has no windows; '' if it was read to its end. Windows yielded
+      before an outcome with a reason are void.
+    sha256: hash of the file; '' if it cannot be read, or another try may
       succeed.
     num_bytes: size of the file.
   """
@@ -368,9 +368,9 @@ def _open_work(settings: WindowSettings) -> Iterator[Callable]:
 
 
 def _failed(reason: str) -> Outcome:
-  """Returns the outcome of a video that is not to blame for its failure.
+  """Returns the outcome of a video that the machine could not read.
 
-  Without a hash it is not taken for one that failed before, and tried again.
+  It has no hash, so that the next run tries the video again.
   """
   return Outcome(reason, "", 0)
 
