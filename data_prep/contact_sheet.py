@@ -118,12 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog="python -m data_prep.contact_sheet",
-    description="Draws evenly spaced crops of a prepared data set into one "
+  parser = cli.ArgumentParser(
+    "data_prep.contact_sheet",
+    "Draws evenly spaced crops of a prepared data set into one "
     "picture, each beside the same crop with its face regions in colour.",
-    formatter_class=cli.HelpFormatter,
-    allow_abbrev=False,
   )
   parser.add_argument(
     "dataset_dir", type=Path, help="folder written by data_prep.prepare"

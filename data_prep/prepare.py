@@ -242,15 +242,13 @@ def _parser() -> argparse.ArgumentParser:
   from data_prep.regions.parsers import PARSERS
   from data_prep.sources.layouts import LAYOUTS
 
-  parser = argparse.ArgumentParser(
-    prog="python -m data_prep.prepare",
-    description="Prepares a data set of face tracks from videos. A run may be "
+  parser = cli.ArgumentParser(
+    "data_prep.prepare",
+    "Prepares a data set of face tracks from videos. A run may be "
     "stopped at any moment; the same command resumes it and does only what is "
     "missing.",
     epilog="published data sets, see docs/DATA.md:\n"
     + "\n".join(f"  {n:14}{of.summary}" for n, of in LAYOUTS.items()),
-    formatter_class=cli.HelpFormatter,
-    allow_abbrev=False,  # a misspelled flag is an error
   )
   add = parser.add_argument
   add(

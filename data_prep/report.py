@@ -361,12 +361,10 @@ def _html_path(text: str) -> Path:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog="python -m data_prep.report",
-    description="Describes a prepared data set on one HTML page: counts, "
+  parser = cli.ArgumentParser(
+    "data_prep.report",
+    "Describes a prepared data set on one HTML page: counts, "
     "lengths, sizes, quality, regions, labels, left-out videos and crops.",
-    formatter_class=cli.HelpFormatter,
-    allow_abbrev=False,
   )
   parser.add_argument(
     "dataset_dir",

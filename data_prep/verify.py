@@ -251,12 +251,10 @@ def _summary(report: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog="python -m data_prep.verify",
-    description="Checks a prepared data set completely. Exit codes: 0 whole, "
+  parser = cli.ArgumentParser(
+    "data_prep.verify",
+    "Checks a prepared data set completely. Exit codes: 0 whole, "
     "1 damaged, 2 no data set or a wrong argument.",
-    formatter_class=cli.HelpFormatter,
-    allow_abbrev=False,
   )
   parser.add_argument(
     "dataset_dir",

@@ -390,12 +390,7 @@ does not hold 0.</p>
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog="python -m marlin_jax.compare",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,  # a misspelled flag is an error
-  )
+  parser = cli.ArgumentParser("marlin_jax.compare", __doc__)
   add = parser.add_argument
   add(
     "results",

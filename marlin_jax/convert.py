@@ -33,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 
+from marlin_jax.records import cli
 from marlin_jax.records.cli import UserError
 
 # Largest difference of features and predictions; float32 gives about 1e-5.
@@ -47,11 +48,7 @@ _READ_OPTIONS = {
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    prog="python -m marlin_jax.convert",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = cli.ArgumentParser("marlin_jax.convert", __doc__)
   parser.add_argument("src", metavar="SRC", help="file, folder or name")
   parser.add_argument("dst", metavar="DST", help="file or folder to write")
   parser.add_argument(
@@ -66,7 +63,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     dest="target_format",
     metavar="FORMAT",
     default="safetensors",
-    help="format of DST (default: %(default)s)",
+    help="format of DST",
   )
   parser.add_argument(
     "--overwrite",

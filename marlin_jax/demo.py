@@ -119,18 +119,13 @@ def _training_ratio(checkpoint: str) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog="python -m marlin_jax.demo",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,  # a misspelled flag is an error
-  )
+  parser = cli.ArgumentParser("marlin_jax.demo", __doc__)
   add = parser.add_argument
   add(
     "--checkpoint",
     default=_QUICKSTART,
     help="workdir of a run, weights in any format of marlin_jax.convert, or "
-    "name of a published model (default: %(default)s)",
+    "name of a published model",
   )
   add(
     "--model",
@@ -141,14 +136,13 @@ def _parser() -> argparse.ArgumentParser:
     "--max_secs",
     type=cli.at_least(1),
     default=20,
-    help="seconds of a video that are read, from its start (default: "
-    "%(default)s)",
+    help="seconds of a video that are read, from its start",
   )
   add(
     "--host",
     default="127.0.0.1",
     help="address to serve; 0.0.0.0 lets other machines in, and browsers allow "
-    "them a webcam over https only (default: %(default)s)",
+    "them a webcam over https only",
   )
   add(
     "--port",

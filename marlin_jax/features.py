@@ -95,28 +95,26 @@ def _run(args: argparse.Namespace) -> None:
     # --- Extraction -----------------------------------------------------------
     started_at = time.monotonic()
     folder.begin()
-    with (
-      contextlib.closing(
-        video_folder.read_many(
-          [video.path for video in todo], windows, args.num_workers
-        )
-      ) as events,
-      video_folder.progress_bar(todo) as bar,
-      contextlib.ExitStack() as stack,
-    ):
-      problems: dict[int, str] = {}
+    num_windows = 0
+    problems: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+      check = None
       if not args.crop_face:
         check = stack.enter_context(video_folder.CropCheck())
-        events, problems = check.watched(events), check.problems
-      num_windows = 0
-      for video in video_folder.encode_many(
+      encoded_videos = video_folder.encode_many(
         functools.partial(marlin.extract_features, keep_seq=args.keep_seq),
-        events,
-        args.batch_size,
-        bar,
-      ):
-        num_windows += len(video.windows)
-        _write(folder, todo[video.number].name, video, args.reduction)
+        todo,
+        windows,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        crop_check=check,
+      )
+      stack.enter_context(contextlib.closing(encoded_videos))
+      for encoded in encoded_videos:
+        num_windows += len(encoded.windows)
+        if encoded.crop_problem:
+          problems[encoded.video.name] = encoded.crop_problem
+        _write(folder, encoded, args.reduction)
     folder.finish()
 
     # --- Summary --------------------------------------------------------------
@@ -134,11 +132,11 @@ def _run(args: argparse.Namespace) -> None:
       f"{counted(len(videos), 'video')}."
     )
     if problems:
-      number, problem = next(iter(problems.items()))
+      name, problem = next(iter(problems.items()))
       print(
         f"  NOTE: {counted(len(problems), 'video')} not as a crop of a face, "
-        f"such as {todo[number].name}: {problem}. The encoder knows crops of "
-        "faces: use --crop_face, or prepare them"
+        f"such as {name}: {problem}. The encoder knows crops of faces: use "
+        "--crop_face, or prepare them"
       )
     if refused:
       print(
@@ -166,23 +164,23 @@ def _settings(
 
 
 def _write(
-  folder: FeatureFolder, source: str, video: EncodedVideo, reduction: str
+  folder: FeatureFolder, encoded: EncodedVideo, reduction: str
 ) -> None:
   """Writes the features of a video, or quarantines it."""
   import numpy as np
 
   from marlin_jax.inference import feature_folder, stream
 
-  outcome = video.outcome
-  origin = feature_folder.Origin(source, outcome.sha256, outcome.num_bytes)
+  outcome, name = encoded.outcome, encoded.video.name
+  origin = feature_folder.Origin(name, outcome.sha256, outcome.num_bytes)
   if outcome.reason:
     folder.refuse(origin, outcome.reason)
     return
-  features = np.stack(video.outputs)
+  features = np.stack(encoded.outputs)
   fields = feature_folder.Span._fields
   spans = [
     feature_folder.Span(*(getattr(window, field) for field in fields))
-    for window in video.windows
+    for window in encoded.windows
   ]
   if reduction != "none":
     features = stream.reduced(features, reduction)[None]
@@ -211,13 +209,11 @@ def _nothing_extracted(output: Path, refused: dict[str, str]) -> str:
 def _parser() -> argparse.ArgumentParser:
   from marlin_jax.inference import face_windows, feature_folder, stream
 
-  parser = argparse.ArgumentParser(
-    prog="python -m marlin_jax.features",
-    description="Extracts features of videos: one file per video, with the "
+  parser = cli.ArgumentParser(
+    "marlin_jax.features",
+    "Extracts features of videos: one file per video, with the "
     "times of its windows. Can be stopped at any time; the same command then "
     "extracts only what is missing.",
-    formatter_class=cli.HelpFormatter,
-    allow_abbrev=False,  # a misspelled flag is an error
   )
   add = parser.add_argument
   add(

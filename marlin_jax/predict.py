@@ -127,24 +127,21 @@ def _predict_videos(
   windows = classifier.window_settings(
     crop_face=False if args.whole_frames else None
   )
-  with (
-    contextlib.closing(
-      video_folder.read_many(
-        [video.path for video in todo], windows, args.num_workers
-      )
-    ) as events,
-    video_folder.progress_bar(todo) as bar,
-  ):
-    for video in video_folder.encode_many(
-      classifier.outputs, events, args.batch_size, bar
-    ):
-      name = todo[video.number].name
-      entry = {"sha256": video.outcome.sha256, "error": video.outcome.reason}
-      if not video.outcome.reason:
-        entry |= _entry(
-          classifier, np.stack(video.outputs), video.windows, args.calibrated
-        )
-      log.add(name, entry)
+  encoded_videos = video_folder.encode_many(
+    classifier.outputs,
+    todo,
+    windows,
+    batch_size=args.batch_size,
+    num_workers=args.num_workers,
+  )
+  with contextlib.closing(encoded_videos):
+    for encoded in encoded_videos:
+      outcome = encoded.outcome
+      entry = {"sha256": outcome.sha256, "error": outcome.reason}
+      if not outcome.reason:
+        outputs = np.stack(encoded.outputs)
+        entry |= _entry(classifier, outputs, encoded.windows, args.calibrated)
+      log.add(encoded.video.name, entry)
 
 
 def _entry(
@@ -369,12 +366,7 @@ class PredictionLog:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog="python -m marlin_jax.predict",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,  # a misspelled flag is an error
-  )
+  parser = cli.ArgumentParser("marlin_jax.predict", __doc__)
   add = parser.add_argument
   add(
     "videos",
@@ -394,7 +386,7 @@ def _parser() -> argparse.ArgumentParser:
     default="",
     help="predict the crops of a data set of data_prep.prepare, not videos",
   )
-  add("--split", default="test", help="with --data (default: %(default)s)")
+  add("--split", default="test", help="split of --data")
   add(
     "--checkpoint",
     default="",
@@ -415,7 +407,7 @@ def _parser() -> argparse.ArgumentParser:
     "--dtype",
     choices=("float32", "bfloat16"),
     default="float32",
-    help="dtype of matmuls (default: %(default)s)",
+    help="dtype of matmuls",
   )
   add(
     "--batch_size",
@@ -426,7 +418,7 @@ def _parser() -> argparse.ArgumentParser:
     "--num_workers",
     type=cli.at_least(1),
     default=cli.num_cores(),
-    help="worker processes that read videos (default: %(default)s)",
+    help="worker processes that read videos",
   )
   return parser
 

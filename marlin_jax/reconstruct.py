@@ -181,12 +181,7 @@ def _table(attention: np.ndarray, regions: np.ndarray, name: str) -> str:
 
 
 def _parse_args(argv: list[str] | None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    prog="python -m marlin_jax.reconstruct",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,  # a misspelled flag is an error
-  )
+  parser = cli.ArgumentParser("marlin_jax.reconstruct", __doc__)
   add = parser.add_argument
   add("video", metavar="VIDEO", type=Path, help="file that FFmpeg decodes")
   add(
@@ -213,26 +208,25 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     type=cli.at_least(1),
     default=4,
     help="number of clips from the start of the video; a clip of MARLIN spans "
-    "32 frames (default 4)",
+    "32 frames",
   )
   reconstruction = parser.add_argument_group("reconstruction")
   reconstruction.add_argument(
     "--strategy",
     default="fasking",
-    help="masking strategy: fasking, fasking_opp, random, tube or frame "
-    "(default fasking)",
+    help="masking strategy: fasking, fasking_opp, random, tube or frame",
   )
   reconstruction.add_argument(
     "--ratio",
     type=float,
     default=0.9,
-    help="share of masked tokens; best as in training (default 0.9)",
+    help="share of masked tokens; best as in training",
   )
   reconstruction.add_argument(
     "--seed",
     type=cli.at_least(0),
     default=0,
-    help="seed of the masks (default 0)",
+    help="seed of the masks",
   )
   attention = parser.add_argument_group("attention")
   attention.add_argument(

@@ -290,12 +290,10 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog="python -m tools.compare_parsers",
-    description="Compares the regions that face parsers, or hand-drawn masks, "
+  parser = cli.ArgumentParser(
+    "tools.compare_parsers",
+    "Compares the regions that face parsers, or hand-drawn masks, "
     "give for the same faces; prints the intersection over union per region.",
-    formatter_class=cli.HelpFormatter,
-    allow_abbrev=False,
   )
   add = parser.add_argument
   add("input", help="a video, a folder of videos, a manifest, or sample")

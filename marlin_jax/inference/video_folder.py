@@ -126,26 +126,14 @@ def progress_bar(videos: Sequence[Video]) -> TaskBar:
   return progress.TaskBar([max(video.num_bytes, 1) for video in videos])
 
 
-def read_many(
+def _read_many(
   paths: list[Path], settings: WindowSettings, num_workers: int
 ) -> Iterator[tuple[int, Window | float | Outcome]]:
-  """Reads videos in worker processes, some at a time.
-
-  No video can end the reading of the others: a worker that dies or hangs is
-  replaced. Workers wait while their windows are not taken.
-
-  Args:
-    paths: the videos, started in this order.
-    settings: see `WindowSettings`.
-    num_workers: number of processes.
+  """Reads videos in worker processes; see `encode_many`.
 
   Yields:
     The number of a video, with the share of it that has been read, its next
     window, or, last, its outcome.
-
-  Raises:
-    ReaderError: no video can be read on this machine.
-    MissingLibraryError: the libraries that read videos are not installed.
   """
   extras.require("features", "reading videos")
   from data_prep.engines import workers
@@ -173,23 +161,18 @@ def read_many(
 
 
 class CropCheck:
-  """Notices whole frames that are no crops of a face; a context manager.
+  """Checks that whole frames look like face crops; a context manager.
 
-  In crops as the encoder knows them, the detector's box of the face takes about
-  0.7 of the side (of 42 tracks of the real clips measured 0.67 to 0.82).
-
-  Attributes:
-    problems: why a video is none, by its number.
+  In the crops that the encoder knows, the detector's box takes about 0.7 of the
+  side: 0.67 to 0.82 in 42 tracks of real clips.
   """
 
-  # Below it a video is told of. A head with shoulders has 0.5 to 0.6.
+  # Smallest share in a crop. Pictures of head and shoulders have 0.5 to 0.6.
   _MIN_SHARE = 0.4
-  # The detectors need a picture of some size.
+  # Smallest picture for the detectors.
   _MIN_SIZE = 100
 
   def __init__(self) -> None:
-    self.problems: dict[int, str] = {}
-    self._checked: set[int] = set()
     self._stack = contextlib.ExitStack()
     self._finder = None
 
@@ -204,18 +187,8 @@ class CropCheck:
   def __exit__(self, *_) -> None:
     self._stack.close()
 
-  def watched(
-    self, events: Iterable[tuple[int, Window | float | Outcome]]
-  ) -> Iterator[tuple[int, Window | float | Outcome]]:
-    """Passes events of `read_many` on; looks at each video's first window."""
-    for number, event in events:
-      if isinstance(event, Window) and number not in self._checked:
-        self._checked.add(number)
-        if problem := self._problem(event):
-          self.problems[number] = problem
-      yield number, event
-
-  def _problem(self, window: Window) -> str:
+  def problem(self, window: Window) -> str:
+    """Returns why a window does not look like a face crop, or ''."""
     picture = window.frames[len(window.frames) // 2]
     if self._finder is not None and len(picture) >= self._MIN_SIZE:
       sides = [
@@ -237,13 +210,15 @@ class EncodedVideo:
   """A video that is being read and encoded, or is complete.
 
   Attributes:
-    number: number of the video.
+    video: the video.
+    crop_problem: result of the `CropCheck` of its first window.
     windows: its windows, without their frames and regions.
     outputs: results for the first windows; the others are being computed.
     outcome: result of reading; None while the video is being read.
   """
 
-  number: int
+  video: Video
+  crop_problem: str = ""
   windows: list[Window] = dataclasses.field(default_factory=list)
   outputs: list[np.ndarray] = dataclasses.field(default_factory=list)
   outcome: Outcome | None = None
@@ -257,22 +232,59 @@ class EncodedVideo:
 
 def encode_many(
   function: Callable[[np.ndarray], jax.Array],
-  events: Iterator[tuple[int, Window | float | Outcome]],
+  videos: Sequence[Video],
+  settings: WindowSettings,
+  *,
   batch_size: int | None,
-  bar: TaskBar,
+  num_workers: int,
+  crop_check: CropCheck | None = None,
 ) -> Iterator[EncodedVideo]:
-  """Encodes the windows of many videos; they share batches.
+  """Reads videos in worker processes and encodes them, with a progress bar.
+
+  The windows of all videos share batches. No video can end the reading of the
+  others: a worker that dies or hangs is replaced. Workers wait while their
+  windows are not taken. Closing the iterator stops them.
 
   Args:
     function: maps clips (B, ...) to an array whose first axis is B.
-    events: from `read_many`.
+    videos: the videos, started in this order.
+    settings: see `WindowSettings`.
     batch_size: B; None: `stream.default_batch_size`.
-    bar: bar of these videos; shows windows per second.
+    num_workers: number of processes.
+    crop_check: check to apply to the first window of each video.
 
   Yields:
     Each video when it is complete: with an output for each window, or with an
     outcome that has a reason.
+
+  Raises:
+    ReaderError: no video can be read on this machine.
+    MissingLibraryError: the libraries that read videos are not installed.
   """
+  paths = [video.path for video in videos]
+  with (
+    contextlib.closing(_read_many(paths, settings, num_workers)) as events,
+    progress_bar(videos) as bar,
+  ):
+    yield from _encode(
+      function,
+      videos,
+      events,
+      batch_size or stream.default_batch_size(),
+      bar,
+      crop_check,
+    )
+
+
+def _encode(
+  function: Callable[[np.ndarray], jax.Array],
+  videos: Sequence[Video],
+  events: Iterator[tuple[int, Window | float | Outcome]],
+  batch_size: int,
+  bar: TaskBar,
+  crop_check: CropCheck | None,
+) -> Iterator[EncodedVideo]:
+  """Encodes the windows of `_read_many`; yields as `encode_many`."""
   pending: dict[int, EncodedVideo] = {}
   complete: collections.deque[EncodedVideo] = collections.deque()
   # Number of the video of each window that is being computed.
@@ -295,11 +307,13 @@ def encode_many(
 
   def clips() -> Iterator[np.ndarray]:
     for number, event in events:
-      video = pending.setdefault(number, EncodedVideo(number))
+      video = pending.setdefault(number, EncodedVideo(videos[number]))
       match event:
         case float():  # the share of the video read so far
           bar.advance(number, event)
         case Window():
+          if crop_check is not None and not video.windows:
+            video.crop_problem = crop_check.problem(event)
           nothing = np.zeros(0, np.uint8)
           video.windows.append(
             dataclasses.replace(event, frames=nothing, regions=None)
@@ -310,9 +324,7 @@ def encode_many(
           video.outcome = event
           finish_if_complete(number)
 
-  for output in stream.encode(
-    function, clips(), batch_size or stream.default_batch_size()
-  ):
+  for output in stream.encode(function, clips(), batch_size):
     num_windows += 1
     show_progress()
     number = owners.popleft()

@@ -25,10 +25,10 @@ class UserError(Exception):
   exit_code = 1
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
   """Help formatter that shows the default of each argument that has one.
 
-  A text of several lines, such as a list at the end, keeps them.
+  The line breaks of a description or epilog of several lines are kept.
   """
 
   def _fill_text(self, text: str, width: int, indent: str) -> str:
@@ -37,9 +37,28 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     return super()._fill_text(text, width, indent)
 
   def _get_help_string(self, action: argparse.Action) -> str | None:
-    if action.default is None or action.default is False:
+    if action.default is False or action.default in (None, "", []):
       return action.help
     return super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+  """Parser of a command's arguments; its help shows their defaults.
+
+  Args:
+    module: the command, which runs as `python -m MODULE`.
+    description: text before the arguments.
+    epilog: text after them.
+  """
+
+  def __init__(self, module: str, description: str, epilog: str | None = None):
+    super().__init__(
+      prog=f"python -m {module}",
+      description=description,
+      epilog=epilog,
+      formatter_class=_HelpFormatter,
+      allow_abbrev=False,  # a misspelled flag is an error
+    )
 
 
 def run_command(work: Callable[[], None], interrupted: str = _RESUMABLE) -> int:
