@@ -19,7 +19,7 @@ from data_prep.sources.manifest import Source
 from data_prep.video import video_to_records
 from marlin_jax.records import folders, quality_index, segment_index
 
-# Reasons for which earlier versions quarantined videos that had only failed.
+# Reasons of failures that earlier versions recorded as quarantine.
 _FAILED_BEFORE = (
   "cannot fetch: ",
   "decoder passed its deadline of ",
@@ -61,7 +61,7 @@ class Rows(Sequence):
     return self.text
 
 
-# Of most lines, which share them.
+# Rows and labels of most lines; they share these objects.
 _NONE, _NO_LABELS = Rows("[]"), {}
 # The fields that are rows, and what follows each in a line. Within a string,
 # JSON has no bare quotes.
@@ -120,7 +120,7 @@ class Entry:
         rows[name] = Rows(text) if text != _NONE.text else _NONE
         line = line[:start] + line[stop:]
     fields = parse_json(line)
-    # A million of these are equal.
+    # A million lines may have equal ones: they share one object.
     fields["labels"] = fields["labels"] or _NO_LABELS
     for name in ("split", "subject_id", "status", "reason"):
       fields[name] = sys.intern(fields[name])
@@ -137,7 +137,7 @@ class Entry:
     return line + "\n"
 
   def to_fields(self) -> dict[str, Any]:
-    """Returns the fields; `Entry(**fields)` is the inverse."""
+    """Returns the fields as JSON values; `Entry(**fields)` is the inverse."""
     fields = {name: getattr(self, name) for name in _FIELDS}
     return fields | {name: lists_of(fields[name]) for name in _ROWS}
 
@@ -168,7 +168,7 @@ class Entry:
   ) -> Entry:
     """Returns the ledger line of a processed video; hashes the file.
 
-    A file that cannot be read makes it the line of a failed video.
+    If the file cannot be read, the video counts as failed.
     """
     num_bytes, digest = 0, ""
     if outcome.status != video_to_records.FAILED:

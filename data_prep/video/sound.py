@@ -16,12 +16,13 @@ from data_prep.video.protocol import (
   send,
 )
 
-# Containers round times, many to milliseconds: a smaller gap, overlap or drift
-# is none.
+# Smaller gaps, overlaps and drifts are ignored: many containers round times to
+# milliseconds.
 MIN_GAP_SECS = 0.002
 
 
-# Spectrograms of the last samples of a span need some of those behind it.
+# Sound that is decoded after the end of a span: the spectrogram of its last
+# samples needs it.
 SECS_BEHIND = 1.0
 
 

@@ -191,12 +191,12 @@ class TrackedVideo:
     self._source = source
     self._finding_share = finding_share
     self._progress = progress
-    # Frames and their times; None where they do not fit into memory.
+    # Frames and their times; None if they do not fit into `keep_bytes`.
     self._kept: list[tuple[np.ndarray, float]] | None = []
     self._kept_bytes = 0
     self.num_frames = 0
     self.secs: list[float] = []
-    # Frames that follow a pause which is not filled.
+    # Numbers of frames that follow a pause that is not filled.
     self._after_pauses: list[int] = []
     with source.open() as (video, frames):
       rate = source.fps or video.info.rate
@@ -243,7 +243,7 @@ class TrackedVideo:
     """Yields frames, counts them, and keeps them while they fit."""
     rate = self._source.fps or self._source.frame_rate
     for frame, secs in frames:
-      # Constant rates without a skip are no pause.
+      # Only videos of a constant rate have pauses: skips of at least a frame.
       if rate and self.secs and (secs - self.secs[-1]) * rate > 1.5:
         self._after_pauses.append(self.num_frames)
       self.secs.append(secs)

@@ -322,7 +322,7 @@ class _RecordCutter:
   def _part(self) -> Part:
     part = self._source.part
     if self._settings.faces == ALL:
-      # The whole of a video: also those who are beside the person.
+      # Everybody in the video, not only the person that the part names.
       part = dataclasses.replace(part, face_at=())
     return part
 
@@ -436,7 +436,7 @@ class _Segment:
       if labels is not None:
         label_maps[i] = labels
     bits = schema.region_bits(label_maps)
-    # Not even background: the trainer's rule for frames without a face.
+    # No bit at all, not even background, marks a frame without a parsed face.
     bits[[labels is None for labels in parsed]] = 0
     return schema.Record(
       frames=self._jpegs,
@@ -484,7 +484,7 @@ class _Sound:
     if self.notes:
       self.good_secs = len(self._samples) / schema.SAMPLE_RATE
       self.notes = [f"cut before damage: {note}" for note in self.notes]
-    # Of the whole sound: at a cut, a spectrogram needs samples beyond it.
+    # Computed from the whole sound: at a cut, it needs samples beyond the cut.
     self._mel = mel_spectrogram.mel_spectrogram(self._samples)
 
   def added_to(self, record: schema.Record, last_secs: float) -> schema.Record:

@@ -31,11 +31,11 @@ _CHUNK = 1 << 20
 # Options for random access.
 _READER_OPTIONS = "readahead_buffer_size:0"
 _BUFFER_BYTES = 1 << 15
-# A reader keeps 8 bytes for each record of its shard in memory, 160 MB for so
-# many records. Beyond them it looks up each record in the file.
+# Most records whose positions readers keep in memory: 8 bytes each, 160 MB. For
+# larger splits they look up each record in the file.
 _MAX_INDEXED = 20_000_000
 _UNINDEXED = ",index_storage_option:offloaded,footer_prefetch_bytes:0"
-# Room for files beside the shards: libraries, checkpoints, sockets.
+# Room for other open files: libraries, checkpoints, sockets.
 _NUM_OTHER_FILES = 512
 
 

@@ -234,7 +234,8 @@ class VideoDraws:
     (self._key,) = sequence.generate_state(1, np.uint64).tolist()
     self.datasets, self.num_clips = (dataset,), num_clips
     self.clips_per_epoch = len(self._units)
-    # Random, unlike those of records: more are needed to try all.
+    # Each attempt draws at random, so that some records are drawn repeatedly
+    # before all are tried.
     self.num_attempts = 8 * dataset.num_records
 
   def __call__(self, position: int, attempt: int = 0) -> Draw:

@@ -431,7 +431,7 @@ class _WindowReader:
     size = self._settings.grid_size
     labels = self._models.parser.parse(frame, box, landmarks)
     if labels is None:
-      # Not even background: the trainer's rule for frames without a face.
+      # No bit at all, not even background, marks a frame without a parsed face.
       return (
         np.zeros((size, size), np.uint16),
         np.zeros((schema.FRAME_SIZE, schema.FRAME_SIZE), np.uint8),

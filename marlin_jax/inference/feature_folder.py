@@ -233,7 +233,7 @@ class FeatureFolder:
       "sha256": origin.sha256,
     }
     self._refused[origin.source] = entry
-    with contextlib.suppress(OSError):  # there is none, or of no such name
+    with contextlib.suppress(OSError):  # no such file, or the name is too long
       self.file_of(origin.source).unlink()
     with open(self.path / QUARANTINE, "a") as file:
       file.write(json.dumps(entry) + "\n")

@@ -219,8 +219,8 @@ def _cudnn(q, k, v):
   lengths = {}
   num_queries, num_tokens = q.shape[1], k.shape[1]
   if num_queries % 2 or num_tokens % 2:
-    # jax 0.10.2 refuses the gradient of odd lengths: its check takes an absent
-    # bias for one. cuDNN ignores what is beyond the lengths.
+    # jax 0.10.2 refuses the gradient of odd lengths, since its check treats the
+    # absent bias as present. cuDNN ignores tokens beyond the given lengths.
     lengths = {
       "query_seq_lengths": jnp.full(len(q), num_queries),
       "key_value_seq_lengths": jnp.full(len(q), num_tokens),

@@ -25,7 +25,7 @@ def core_limit(
 
   Args:
     mount: where the control groups are mounted.
-    membership: the file that tells the groups of this process.
+    membership: the file that lists the groups of this process.
   """
   limits = []
   for folder in _folders(mount, membership, "cpu"):
@@ -45,7 +45,9 @@ def memory_limit(
 ) -> int | None:
   """Returns the bytes of memory that this process gets; None: no limit.
 
-  Args: as `core_limit`.
+  Args:
+    mount: see `core_limit`.
+    membership: see `core_limit`.
   """
   limits = []
   for folder in _folders(mount, membership, "memory"):
@@ -64,7 +66,7 @@ def usable_memory() -> int:
 
 def _folders(mount: Path, membership: Path, controller: str) -> Iterator[Path]:
   """Yields the group of this process and those above it, of both versions."""
-  # Within a container the path that is told may not be mounted; the root is.
+  # In a container the path of the group may not be mounted, but the root is.
   groups = {mount, mount / controller}
   with contextlib.suppress(OSError):
     for line in membership.read_text().splitlines():
