@@ -145,6 +145,19 @@ def test_docstrings_do_not_begin_with_what_or_whether():
         assert not re.match(r"(What|Whether)\b", text), f"{path}: {text[:60]}"
 
 
+def test_a_definition_has_one_docstring():
+  for path in MODULES.values():
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(body := getattr(node, "body", None), list):
+        for statement in body[1:]:
+          dead = isinstance(statement, ast.Expr) and isinstance(
+            statement.value, ast.Constant
+          )
+          assert not dead or statement.value.value is ..., (
+            f"{path}:{statement.lineno}"
+          )
+
+
 def test_configurations_import_nothing_of_the_programs():
   for path in sorted((ROOT / "configs").glob("*.py")):
     for name in imports(path):
