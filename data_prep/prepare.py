@@ -64,24 +64,12 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
   from data_prep import storage
   from data_prep.output import dataset_folder, own_files, summary
-  from data_prep.sources import manifest
 
   if args.engine == "beam":
     from data_prep.engines import beam
 
     beam.options_of(args.beam_flags)  # refuses a misspelled flag
-  # --- Plan -------------------------------------------------------------------
-  videos = manifest.read_input(
-    args.input,
-    args.root,
-    args.dataset,
-    args.val_ratio,
-    args.test_ratio,
-    follow_links=args.follow_links,
-    skip_missing=args.skip_missing,
-  )
-  if args.sound:
-    videos = dataclasses.replace(videos, has_sound=True)
+  videos = _read_input(args)
   output = storage.path_of(args.output)
   own_files.check_apart(
     output, storage.path_of(args.input), (v.path for v in videos.sources)
@@ -89,49 +77,25 @@ def _run(args: argparse.Namespace) -> None:
   settings = _settings(args, videos)
   for note in videos.notes:
     print(f"note: {note}")
-  task = (args.task_index, args.task_count)
   with dataset_folder.DatasetFolder(
     output,
     _recipe(args, videos),
     args.num_shards,
     videos.sources,
-    task,
+    (args.task_index, args.task_count),
     args.drop_missing,
     _names_of(args.forget),
   ) as folder:
     storage.remove_scratch()
     settings = dataclasses.replace(settings, record_labels=folder.record_labels)
     plan = folder.plan(settings, args.retry_quarantined)
-    num_videos = counted(plan.num_videos, "video")
-    if args.task_count > 1:
-      num_videos += f" of task {args.task_index} of {args.task_count}"
-    if not plan.shards and args.task_count > 1:
-      # Parts stay: other tasks may still need them.
-      print(f"Nothing to do for {num_videos}.")
+    if not _is_work_left(folder, plan, args):
       return
-    if folder.is_finished and plan.is_empty:
-      folder.remove_parts()
-      print(f"Nothing to do for {num_videos}: {args.output} is complete.")
-      return
-    done = f", {plan.num_done} of them already done" if plan.num_done else ""
-    print(f"{num_videos}{done}; writing to {args.output}", flush=True)
-    if plan.num_dropped:
-      print(f"note: {counted(plan.num_dropped, 'video')} leave the data set")
     if plan.todo:
       fetch_models(settings.parser)
       print(_sandbox_line(settings), flush=True)
-
-    # --- Videos to shards -----------------------------------------------------
     started_at = time.monotonic()
-    folder.begin(plan)
-    for note in folder.version_notes:
-      print(f"note: {note}")
-    if args.engine == "beam":
-      jobs = [folder.job(shard) for shard in plan.shards]
-      beam.run(jobs, settings, args.num_workers, args.beam_flags)
-      folder.take_shards(plan.shards)
-    else:
-      _run_pool(folder, plan, settings, args.num_workers)
+    _write_shards(folder, plan, settings, args)
     if args.task_count > 1:
       summary.check_failed(folder.own_entries, args.max_failed_ratio)
       print(
@@ -142,21 +106,100 @@ def _run(args: argparse.Namespace) -> None:
         + "."
       )
       return
-
-    # --- Ledgers and TFDS -----------------------------------------------------
-    folder.write_ledgers()
-    entries = folder.entries
-    summary.check_failed(entries, args.max_failed_ratio)
-    if not any(entry.num_records for entry in entries):
-      folder.remove_parts()
-      raise summary.NothingKeptError(entries, folder.path)
-    folder.finish()
+    _complete(folder, args.max_failed_ratio)
     todo = {source.video_id for source in plan.todo}
+    entries = folder.entries
     num_frames = sum(
       entry.num_decoded_frames for entry in entries if entry.video_id in todo
     )
     secs = time.monotonic() - started_at
     print(summary.text(entries, folder.path, num_frames, secs))
+
+
+def _read_input(args: argparse.Namespace) -> Input:
+  from data_prep.sources import manifest
+
+  videos = manifest.read_input(
+    args.input,
+    args.root,
+    args.dataset,
+    args.val_ratio,
+    args.test_ratio,
+    follow_links=args.follow_links,
+    skip_missing=args.skip_missing,
+  )
+  return dataclasses.replace(videos, has_sound=videos.has_sound or args.sound)
+
+
+def _is_work_left(
+  folder: DatasetFolder, plan: Plan, args: argparse.Namespace
+) -> bool:
+  """Prints the work of a run; returns False if there is none."""
+  num_videos = counted(plan.num_videos, "video")
+  if args.task_count > 1:
+    num_videos += f" of task {args.task_index} of {args.task_count}"
+  if not plan.shards and args.task_count > 1:
+    # Parts stay: other tasks may still need them.
+    print(f"Nothing to do for {num_videos}.")
+    return False
+  if folder.is_finished and plan.is_empty:
+    folder.remove_parts()
+    print(f"Nothing to do for {num_videos}: {args.output} is complete.")
+    return False
+  done = f", {plan.num_done} of them already done" if plan.num_done else ""
+  print(f"{num_videos}{done}; writing to {args.output}", flush=True)
+  if plan.num_dropped:
+    print(f"note: {counted(plan.num_dropped, 'video')} leave the data set")
+  return True
+
+
+def _write_shards(
+  folder: DatasetFolder,
+  plan: Plan,
+  settings: video_to_records.Settings,
+  args: argparse.Namespace,
+) -> None:
+  """Processes the videos of a plan and writes its shards."""
+  folder.begin(plan)
+  for note in folder.version_notes:
+    print(f"note: {note}")
+  if args.engine == "beam":
+    from data_prep.engines import beam
+
+    jobs = [folder.job(shard) for shard in plan.shards]
+    beam.run(jobs, settings, args.num_workers, args.beam_flags)
+    folder.take_shards(plan.shards)
+    return
+
+  from data_prep.engines import pool, progress
+
+  for shard in filter(folder.is_complete, plan.shards):
+    folder.write_shard(shard)
+  bar = progress.ProgressBar(plan.todo)
+  for entry in pool.run(
+    folder.path, plan.todo, settings, args.num_workers, bar
+  ):
+    shard = folder.add(entry)
+    if shard is not None:
+      folder.write_shard(shard)
+
+
+def _complete(folder: DatasetFolder, max_failed_ratio: float) -> None:
+  """Writes ledgers, indices and the files of TFDS.
+
+  Raises:
+    summary.TooManyFailedError: too many videos failed.
+    summary.NothingKeptError: there are no records.
+  """
+  from data_prep.output import summary
+
+  folder.write_ledgers()
+  entries = folder.entries
+  summary.check_failed(entries, max_failed_ratio)
+  if not any(entry.num_records for entry in entries):
+    folder.remove_parts()
+    raise summary.NothingKeptError(entries, folder.path)
+  folder.finish()
 
 
 def _forget(args: argparse.Namespace) -> None:
@@ -194,23 +237,6 @@ def _names_of(path: str | None) -> list[str]:
     return []
   lines = files.read_text(storage.path_of(path)).splitlines()
   return [line.strip() for line in lines if line.strip()]
-
-
-def _run_pool(
-  folder: DatasetFolder,
-  plan: Plan,
-  settings: video_to_records.Settings,
-  num_workers: int,
-) -> None:
-  from data_prep.engines import pool, progress
-
-  for shard in filter(folder.is_complete, plan.shards):
-    folder.write_shard(shard)
-  bar = progress.ProgressBar(plan.todo)
-  for entry in pool.run(folder.path, plan.todo, settings, num_workers, bar):
-    shard = folder.add(entry)
-    if shard is not None:
-      folder.write_shard(shard)
 
 
 def _sandbox_line(settings: video_to_records.Settings) -> str:

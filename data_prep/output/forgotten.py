@@ -20,10 +20,10 @@ from marlin_jax.records import folders
 
 @dataclasses.dataclass(frozen=True)
 class Forgotten:
-  """Names that a data set has forgotten.
+  """Videos and people that were removed from a data set for good.
 
   Attributes:
-    hashes: of ids of videos and of people.
+    hashes: hashes of their ids.
     was_complete: True if the data set was complete before a removal that has
       not been finished.
   """
@@ -59,7 +59,7 @@ class Forgotten:
   def adding(
     self, names: Sequence[str], video_ids: Iterable[str], was_complete: bool
   ) -> Self:
-    """Returns the names after more are forgotten.
+    """Returns a copy with more names.
 
     Args:
       names: ids of videos or people, or paths that end with the id of a video.
@@ -79,7 +79,7 @@ class Forgotten:
 
 
 def _id_of(name: str, known: set[str]) -> str:
-  """Returns the longest end of a path that is the id of a video, or all."""
+  """Returns the id of the video that a path ends with, or else the path."""
   path = PurePosixPath(name)
   for i in range(len(path.parts)):
     end = PurePosixPath(*path.parts[i:]).as_posix()
@@ -89,7 +89,7 @@ def _id_of(name: str, known: set[str]) -> str:
 
 
 def _file_of(video_id: str) -> str:
-  """Returns the file of a video that may be a span of it."""
+  """Returns the id of a video without the part of the file, if it has one."""
   return video_id.removesuffix(fragment_of(video_id))
 
 
