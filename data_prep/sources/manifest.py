@@ -59,7 +59,7 @@ class Source:
     frame_rate: frames per second of a folder of pictures; 0 for a video.
     part: part of the file that is the video.
     status: size in bytes and time of the last change of the file when it was
-      listed; None where that was not asked for.
+      listed; None if it was not asked for.
   """
 
   video_id: str
@@ -96,10 +96,10 @@ class Input:
 
   @property
   def has_main_face(self) -> bool:
-    """True if videos have labels, or it is said where their person is.
+    """True if videos have labels, or parts that say where their person is.
 
-    A subject alone is no reason to leave out faces: a person whose track is cut
-    has several.
+    Subjects are not enough: a person whose track was cut has several tracks,
+    and they should all be kept.
     """
     return bool(self.labels) or any(s.part.face_at for s in self.sources)
 
@@ -150,43 +150,8 @@ def read_input(
   source = storage.path_of(source)
   root = None if root is None else storage.path_of(root)
   listing = _listing(source, root, layout, follow_links)
-  problems = list(listing.problems)
-  statuses_of = _Statuses(listing.root, follow_links)
-  rows, statuses, num_listed = [], [], len(listing.rows)
-  for row in listing.rows:
-    try:
-      problem, status = _problem(row, listing.root, statuses_of)
-    except FileNotFoundError as e:
-      if skip_missing:
-        continue
-      problem, status = f"{_shown(row.path)}: {e.strerror}", None
-    rows.append(row)
-    statuses.append(status)
-    if problem is not None:
-      problems.append((row.number, problem))
-  num_missing = num_listed - len(rows)
-  notes = [*listing.notes, *missing_notes(num_missing, num_listed, "files")]
-  if num_missing == num_listed > 0:
-    raise ManifestError(
-      f"{source}: none of its {num_listed} files is below {listing.root}"
-    )
-  listing = dataclasses.replace(listing, rows=rows, notes=notes)
-  problems += _group_problems(rows)
-  problems += _label_problems(listing)
-  if problems:
-    raise ManifestError(_summary(source, problems))
-  if not listing.rows:
-    raise ManifestError(f"{source} lists no video")
-  given = val_ratio, test_ratio
-  ratios = tuple(
-    default if ratio is None else ratio
-    for ratio, default in zip(given, listing.split_ratios, strict=True)
-  )
-  if sum(ratios) > 1:
-    raise ManifestError(
-      f"the ratios of val and test are {ratios[0]:g} and {ratios[1]:g}, "
-      "expected a sum of at most 1"
-    )
+  listing, statuses = _checked(listing, source, follow_links, skip_missing)
+  ratios = _ratios((val_ratio, test_ratio), listing.split_ratios)
   sources = [
     Source(
       video_id=row.video_id,
@@ -200,7 +165,7 @@ def read_input(
       part=row.part,
       status=status,
     )
-    for row, status in zip(rows, statuses, strict=True)
+    for row, status in zip(listing.rows, statuses, strict=True)
   ]
   sources.sort(key=lambda source: source.video_id)
   return Input(
@@ -232,7 +197,7 @@ def _listing(
       "manifest (.csv or .txt), a video file, or the word sample"
     )
   if not is_manifest:
-    # The target of a link has the more telling name.
+    # The target of a link is likely to have the better name.
     source = source if folders.is_remote(source) else source.resolve()
     return Listing(source.parent, [Row(0, source.name)])
   root = source.parent if root is None else root
@@ -240,6 +205,22 @@ def _listing(
     raise ManifestError(f"--root={root} is not a folder")
   is_table = source.suffix.lower() == ".csv"
   return (csv_table.table if is_table else files.text)(source, root)
+
+
+def _ratios(
+  given: tuple[float | None, float | None], defaults: tuple[float, float]
+) -> tuple[float, float]:
+  """Returns the shares of val and test: those given, or else the defaults."""
+  val, test = (
+    default if ratio is None else ratio
+    for ratio, default in zip(given, defaults, strict=True)
+  )
+  if val + test > 1:
+    raise ManifestError(
+      f"the ratios of val and test are {val:g} and {test:g}, expected a sum of "
+      "at most 1"
+    )
+  return val, test
 
 
 def stable_hash(text: str) -> int:
@@ -261,8 +242,49 @@ def split_of(name: str, val_ratio: float, test_ratio: float = 0.0) -> str:
 # --- Checking rows ------------------------------------------------------------
 
 
+def _checked(
+  listing: Listing, source: Path, follow_links: bool, skip_missing: bool
+) -> tuple[Listing, list[tuple[int, float] | None]]:
+  """Returns the listing without skipped rows, and the status of each file.
+
+  Raises:
+    ManifestError: no video is found, or rows are bad; lists all of them.
+  """
+  problems = list(listing.problems)
+  statuses_of = _Statuses(listing.root, follow_links)
+  rows, statuses, num_listed = [], [], len(listing.rows)
+  for row in listing.rows:
+    try:
+      problem, status = _problem(row, listing.root, statuses_of)
+    except FileNotFoundError as e:
+      if skip_missing:
+        continue
+      problem, status = f"{_shown(row.path)}: {e.strerror}", None
+    rows.append(row)
+    statuses.append(status)
+    if problem is not None:
+      problems.append((row.number, problem))
+  num_missing = num_listed - len(rows)
+  notes = [*listing.notes, *missing_notes(num_missing, num_listed, "files")]
+  if num_missing == num_listed > 0:
+    raise ManifestError(
+      f"{source}: none of its {num_listed} files is below {listing.root}"
+    )
+  listing = dataclasses.replace(listing, rows=rows, notes=notes)
+  problems += _group_problems(rows)
+  problems += _label_problems(listing)
+  if problems:
+    raise ManifestError(_summary(source, problems))
+  if not rows:
+    raise ManifestError(f"{source} lists no video")
+  return listing, statuses
+
+
 class _Statuses:
-  """Asks for files, and once for each folder: network disks are slow."""
+  """Status of files, with one request per file: network disks are slow.
+
+  Whether a folder leads out of the root is asked once per folder.
+  """
 
   def __init__(self, root: Path, follow_links: bool) -> None:
     self._follow_links = follow_links
@@ -271,7 +293,7 @@ class _Statuses:
     self._are_below = {str(root): True, "": False, "/": False}
 
   def __call__(self, path: str) -> os.stat_result | None:
-    """Returns the status, None if links lead out of the root.
+    """Returns a file's status, or None if links lead out of the root.
 
     Raises:
       OSError: there is no such file.
