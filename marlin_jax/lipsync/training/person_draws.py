@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from marlin_jax.data import prepared_dataset, segment_indexing
-from marlin_jax.data.permutation import mixed
+from marlin_jax.data.permutation import mix_bits
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.data.sampling import Draw, HashedOrder
 
@@ -76,6 +76,6 @@ class PersonDraws:
     """Returns a draw; see `data.sampling.Draws`."""
     place = (self._order(position) + attempt) % len(self._people)
     records = self._people[place]
-    random = mixed(mixed(self._key ^ position) ^ attempt)
+    random = mix_bits(mix_bits(self._key ^ position) ^ attempt)
     number = int(records[random % len(records)])
     return Draw((number,), (self._seed, _CLIPS, position, attempt))

@@ -114,7 +114,7 @@ def test_of_a_crowd_the_largest_faces_are_tracked(carphone_frames, finder):
   [(30, 0.4, 12), (60, 0.4, 24), (10, 0.4, 4), (1, 0.1, 1), (0, 0.4, 12),
    (1000, 0.4, 12), (90000, 0.4, 12)],
 )  # fmt: skip
-def test_times_become_frames_at_a_rate_that_is_believed(rate, secs, frames):
+def test_times_become_frames_at_a_plausible_rate(rate, secs, frames):
   assert tracking.frames_of(secs, rate) == frames
 
 
