@@ -354,12 +354,6 @@ def _legend() -> Html:
 # --- Command line -------------------------------------------------------------
 
 
-def _html_path(text: str) -> Path:
-  if not text.lower().endswith((".html", ".htm")):
-    raise argparse.ArgumentTypeError(f"{text} does not end with .html")
-  return Path(text)
-
-
 def _parser() -> argparse.ArgumentParser:
   parser = cli.ArgumentParser(
     "data_prep.report",
@@ -373,7 +367,7 @@ def _parser() -> argparse.ArgumentParser:
     "hold the sample are downloaded",
   )
   parser.add_argument(
-    "--output", type=_html_path, required=True, help="page to write (.html)"
+    "--output", type=cli.html_path, required=True, help="page to write (.html)"
   )
   parser.add_argument(
     "--max_records",

@@ -326,19 +326,11 @@ def _configuration(config: Mapping[str, Any]) -> Iterator[Html]:
 # --- Command line -------------------------------------------------------------
 
 
-def _html_path(text: str) -> Path:
-  if not text.lower().endswith((".html", ".htm")):
-    raise argparse.ArgumentTypeError(f"{text} does not end with .html")
-  return Path(text)
-
-
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog="python -m marlin_jax.show",
-    description="Shows a training run on one HTML page: losses, probes, rates, "
-    "time and pictures.",
-    formatter_class=cli.HelpFormatter,
-    allow_abbrev=False,
+  parser = cli.ArgumentParser(
+    "marlin_jax.show",
+    "Shows a training run on one HTML page: losses, probes, rates, time and "
+    "pictures.",
   )
   parser.add_argument(
     "workdir",
@@ -347,7 +339,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument(
     "--output",
-    type=_html_path,
+    type=cli.html_path,
     metavar="PAGE.html",
     help="where to write the page; by default WORKDIR/show.html",
   )

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from marlin_jax.records import cgroups
 
@@ -144,6 +145,13 @@ def at_least(least: int) -> Callable[[str], int]:
 
   parse.__name__ = "int"  # shown in argparse's error message
   return parse
+
+
+def html_path(text: str) -> Path:
+  """Argument type: path of an HTML file."""
+  if not text.lower().endswith((".html", ".htm")):
+    raise argparse.ArgumentTypeError(f"{text} does not end with .html")
+  return Path(text)
 
 
 def num_cores() -> int:
