@@ -132,11 +132,11 @@ def _run(args: argparse.Namespace) -> None:
       f"{counted(len(videos), 'video')}."
     )
     if problems:
-      name, problem = next(iter(problems.items()))
+      name = min(problems)
       print(
         f"  NOTE: {counted(len(problems), 'video')} not as a crop of a face, "
-        f"such as {name}: {problem}. The encoder knows crops of faces: use "
-        "--crop_face, or prepare them"
+        f"such as {name}: {problems[name]}. The encoder knows crops of faces: "
+        "use --crop_face, or prepare them"
       )
     if refused:
       print(
