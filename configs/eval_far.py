@@ -45,6 +45,13 @@ def get_config():
   # Classes to train and choose on beside the negative one, comma-separated; '':
   # all. Scores are of all classes, and of each: of unseen ones too.
   config.data.train_classes = ""
+  # Cross-validation in place of train, val and test: names of splits,
+  # 'fold1,fold2'; groups of people, 'people:5'; 'leave_person_out'; of positive
+  # classes, 'leave_class_out' or 'single_class'. See
+  # marlin_jax/downstream/folds.py.
+  config.data.folds = ""
+  # Share of the people in the training folds on which choices are made.
+  config.data.fold_val = 0.1
   # Share of the people in the training split; comma-separated for several:
   # --config.data.ratio=0.01,0.1,1.
   config.data.ratio = "1"

@@ -83,6 +83,7 @@ class Split:
     subject_ids: person in each video; '' where unknown.
     labels: float32 (V, K) by label; NaN where unknown.
     tracks: face tracks, sorted by video.
+    parts: split that holds each video, where several are joined.
   """
 
   dataset: Dataset
@@ -90,6 +91,7 @@ class Split:
   subject_ids: tuple[str, ...]
   labels: Mapping[str, np.ndarray]
   tracks: tuple[TrackRecords, ...]
+  parts: tuple[str, ...]
 
   def __len__(self) -> int:
     return len(self.video_ids)
@@ -173,7 +175,22 @@ def open_split(
     subject_ids=tuple(videos[i]["subject_id"] for i in video_ids),
     labels=_stacked([videos[i]["labels"] for i in video_ids]),
     tracks=tuple(tracks),
+    parts=_parts(path, split, tracks),
   )
+
+
+def _parts(
+  path: str, split: str, tracks: Iterable[TrackRecords]
+) -> tuple[str, ...]:
+  """Returns the one of the joined splits that holds each video."""
+  names = prepared_dataset.split_names(split)
+  lengths = [
+    prepared_dataset.open_dataset(path, name).num_records for name in names
+  ]
+  ends = np.cumsum(lengths)
+  first = {track.video: track.records[0] for track in tracks}
+  places = np.searchsorted(ends, [first[v] for v in sorted(first)], "right")
+  return tuple(names[place] for place in places)
 
 
 def _read_ledger(path: str, split: str) -> dict[str, dict[str, list]] | None:

@@ -160,7 +160,7 @@ class Task:
     return dataclasses.replace(self, included=tuple(classes))
 
   def parts(self, values: np.ndarray) -> dict[str, np.ndarray]:
-    """Selects, for each positive class, its videos and the negative ones.
+    """Selects the videos of each positive class that occurs, and the negative.
 
     Args:
       values: see `targets`.
@@ -174,7 +174,7 @@ class Task:
     return {
       name: np.isin(values[:, 0], (negative, number))
       for number, name in enumerate(self.classes)
-      if number != negative
+      if number != negative and (values == number).any()
     }
 
   @property

@@ -6,7 +6,7 @@ The module imports no jax: a configuration is checked before devices are used.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -63,6 +63,54 @@ def _are_tests(text: str) -> bool:
   return all(path and split for path, split in other_tests(text))
 
 
+class FoldRule(NamedTuple):
+  """How the folds of a cross-validation are made; see `downstream.folds`.
+
+  Attributes:
+    kind: 'splits', 'people', 'leave_class_out' or 'single_class'; '': none.
+    splits: names of the splits that are the folds.
+    num_groups: number of groups of people; 0: one for each person.
+  """
+
+  kind: str
+  splits: tuple[str, ...] = ()
+  num_groups: int = 0
+
+  @property
+  def of_classes(self) -> bool:
+    """True if the splits for training, choice and test are kept."""
+    return self.kind in ("leave_class_out", "single_class")
+
+
+def fold_rule(text: str) -> FoldRule:
+  """Returns the rule of config.data.folds.
+
+  Raises:
+    ValueError: it is none.
+  """
+  if text in ("", "leave_class_out", "single_class"):
+    return FoldRule(text)
+  if text == "leave_person_out":
+    return FoldRule("people")
+  kind, colon, number = text.partition(":")
+  if kind == "people" and colon:
+    if int(number) < 2:
+      raise ValueError(text)
+    return FoldRule("people", num_groups=int(number))
+  names = tuple(split_names(text))
+  if len(names) < 2 or len(set(names)) < len(names):
+    raise ValueError(text)
+  return FoldRule("splits", names)
+
+
+def _are_folds(text: str) -> bool:
+  try:
+    fold_rule(text)
+  except ValueError:
+    return False
+  return True
+
+
 # All results in a workdir share the fixed values.
 KEYS = {
   "tasks": free(Rule("labels of the data set, comma-separated", split_names)),
@@ -77,6 +125,17 @@ KEYS = {
     Rule("PATH:SPLIT, comma-separated", _are_tests), before=""
   ),
   "data.train_classes": fixed(before=""),
+  "data.folds": fixed(
+    Rule(
+      "splits 'fold1,fold2', 'people:NUMBER', 'leave_person_out', "
+      "'leave_class_out', 'single_class' or ''",
+      _are_folds,
+    ),
+    before="",
+  ),
+  "data.fold_val": fixed(
+    Rule("a number in (0, 1)", lambda value: 0 < value < 1), before=0.1
+  ),
   "data.ratio": free(Rule("numbers in (0, 1], comma-separated", _are_ratios)),
   "data.all_tracks": fixed(),
   "data.num_threads": free(at_least(1)),
@@ -179,6 +238,12 @@ def _problems(config: ConfigDict) -> Iterator[str]:
   yield from violations(config, KEYS)
   if config.protocol == "paper" and config.pool != "mean":
     yield f"pool={config.pool!r}: expected 'mean' with protocol='paper'"
+  for key in ("tests", "train_classes"):
+    if config.data.folds and config.data[key]:
+      yield (
+        f"data.{key}={config.data[key]!r}: expected '' with data.folds, whose "
+        "models are several"
+      )
   others = set(split_names(config.modes)) - set(FEATURE_MODES)
   if config.features and others:
     yield (

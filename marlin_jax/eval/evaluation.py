@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from marlin_jax.devices import sharding
 from marlin_jax.downstream import low_data, splits
+from marlin_jax.downstream.folds import Fold
 from marlin_jax.downstream.splits import TaskSplit
 from marlin_jax.downstream.tasks import Task
 from marlin_jax.eval import configuration, measures, modes, report
@@ -29,6 +30,7 @@ from marlin_jax.weights.weights import encoder_sha256
 
 # Mode of the baseline that predicts the shares or means of the training split.
 CONSTANT = "constant"
+_NUM_TRAINED = ("num_train", "num_train_people")
 
 
 def evaluate(
@@ -98,10 +100,13 @@ def _describe(inputs: Inputs, videos: Videos) -> str:
     ),
   ]
   for task in inputs.tasks:
+    folds = videos.folds[task.name]
     sizes = ", ".join(
       f"{role} {len(task_videos)}"
-      for role, task_videos in videos.by_task[task.name].items()
+      for role, task_videos in next(iter(folds.values())).items()
     )
+    if "" not in folds:
+      sizes += f" in the first of {len(folds)} folds, {', '.join(folds)}"
     noun = {"binary": "labels", "class": "classes", "value": "numbers"}
     rows.append(
       Row(
@@ -139,6 +144,7 @@ class Cell(NamedTuple):
     ratio: share of the training people.
     seed: seed of the draw of the people and of the training.
     definition: hash of the task, its videos and their labels.
+    fold: name of the fold; '' without folds, and for all of them together.
   """
 
   task: Task
@@ -146,10 +152,12 @@ class Cell(NamedTuple):
   ratio: float
   seed: int
   definition: str = ""
+  fold: str = ""
 
   @property
   def name(self) -> str:
-    return f"{self.task.name}-{self.mode}-{self.ratio:g}-{self.seed}"
+    name = f"{self.task.name}-{self.mode}-{self.ratio:g}-{self.seed}"
+    return f"{name}-{self.fold}" if self.fold else name
 
 
 def run_cells(
@@ -162,15 +170,93 @@ def run_cells(
   """Returns the scores of all cells; runs those that are not finished."""
   results = []
   for task in inputs.tasks:
-    task_videos = videos.by_task[task.name]
-    results.append(_constant(task, task_videos, config))
+    folds = videos.folds[task.name]
+    results.append(_constant(task, folds, config))
     others = videos.others[task.name]
     for cell in _cells(config, task, _definition(task, videos)):
-      results.append(
-        folder.cell(cell.name, cell.definition)
-        or _run(cell, task_videos, others, runner, config, folder, inputs)
-      )
+      parts = [cell._replace(fold=fold) for fold in folds]
+      of_folds = [
+        folder.cell(part.name, part.definition)
+        or _run(part, folds[part.fold], others, runner, config, folder, inputs)
+        for part in parts
+      ]
+      if cell in parts:  # there are no folds
+        results += of_folds
+      else:
+        results.append(_total(cell, parts, of_folds, folds, config, folder))
   return results
+
+
+def _total(
+  cell: Cell,
+  parts: list[Cell],
+  results: list[dict[str, Any]],
+  folds: dict[str, Fold],
+  config: ConfigDict,
+  folder: ResultsFolder,
+) -> dict[str, Any]:
+  """Scores the test predictions of all folds as one, and writes them.
+
+  Args:
+    cell: what the folds have in common.
+    parts: the cell of each fold.
+    results: their scores.
+    folds: videos by fold.
+    config: configuration of the evaluation.
+    folder: folder with their predictions.
+  """
+  tested = [folds[part.fold]["test"] for part in parts]
+  pooled = measures.Predictions.joined(
+    [
+      _predictions(videos, folder.predicted(part.name))
+      for part, videos in zip(parts, tested, strict=True)
+    ]
+  )
+  # A video's decisions are those of its fold.
+  thresholds = np.concatenate(
+    [
+      np.tile(result["thresholds"], (len(videos), 1))
+      for result, videos in zip(results, tested, strict=True)
+    ]
+  )
+  scores, draws = measures.measure(
+    cell.task, pooled, thresholds, {}, config.num_resamples
+  )
+  return _written(
+    cell,
+    pooled,
+    {key: min(r[key] for r in results) for key in _NUM_TRAINED}
+    | {
+      "test": scores,
+      "tests": {},
+      "folds": results,
+      "secs": round(sum(result["secs"] for result in results), 1),
+    },
+    draws,
+    folder,
+  )
+
+
+def _written(
+  cell: Cell,
+  test: measures.Predictions,
+  result: dict[str, Any],
+  draws: dict[str, np.ndarray],
+  folder: ResultsFolder,
+) -> dict[str, Any]:
+  """Writes a cell; returns its result with what identifies it."""
+  result = {
+    "task": cell.task.name,
+    "mode": cell.mode,
+    "ratio": cell.ratio,
+    "seed": cell.seed,
+    "fold": cell.fold,
+    "name": cell.name,
+    "definition": cell.definition,
+  } | result
+  targets = _targets_as_labels(cell.task, test.targets)
+  folder.write_cell(cell.name, cell.task, test, targets, result, draws)
+  return result
 
 
 def _identity(
@@ -248,10 +334,9 @@ def _run(
     )
     draws |= {f"{name} {key}": values for key, values in other_draws.items()}
   val_score = task.score(val.targets, val.predicted, micro=False)
-  result = _header(cell.mode, task, cell.ratio, cell.seed, train) | {
-    "name": cell.name,
-    "definition": cell.definition,
+  result = _num_trained(train) | {
     "chosen": predicted.chosen,
+    "thresholds": thresholds.tolist(),
     "val": {
       task.score_name: measures.finite_or_none(val_score),
       "num_videos": len(val.video_ids),
@@ -260,15 +345,7 @@ def _run(
     "tests": other_scores,
     "secs": round(time.monotonic() - started_at, 1),
   }
-  folder.write_cell(
-    cell.name,
-    task,
-    test,
-    _targets_as_labels(task, test.targets),
-    result,
-    draws,
-  )
-  return result
+  return _written(cell, test, result, draws, folder)
 
 
 def _keep_model(
@@ -311,32 +388,41 @@ def _keep_model(
 
 
 def _constant(
-  task: Task, videos: dict[str, TaskSplit], config: ConfigDict
+  task: Task, folds: dict[str, Fold], config: ConfigDict
 ) -> dict[str, Any]:
   """Scores the baseline that predicts the training split's shares or means."""
-  train, test = videos["train"], videos["test"]
-  labels, known = task.encode(train.targets)
-  shares = (labels * known).sum(0) / np.maximum(known.sum(0), 1)
-  predictions = _predictions(test, np.tile(shares, (len(test), 1)))
-  thresholds = np.full(task.num_outputs, 0.5)
-  scores, _ = _measured(task, test, predictions, thresholds, config)
-  return _header(CONSTANT, task, 1.0, 0, train) | {
+  parts = []
+  for fold in folds.values():
+    labels, known = task.encode(fold["train"].targets)
+    means = (labels * known).sum(0) / np.maximum(known.sum(0), 1)
+    predicted = np.tile(means, (len(fold["test"]), 1))
+    parts.append(_predictions(fold["test"], predicted))
+  pooled = measures.Predictions.joined(parts)
+  values = np.concatenate(
+    [
+      fold["test"].split.labels[task.label][fold["test"].rows]
+      for fold in folds.values()
+    ]
+  )
+  thresholds = np.full(0 if task.is_value else task.num_outputs, 0.5)
+  scores, _ = measures.measure(
+    task, pooled, thresholds, task.parts(values), config.num_resamples
+  )
+  trained = [_num_trained(fold["train"]) for fold in folds.values()]
+  return {
+    "task": task.name,
+    "mode": CONSTANT,
+    "ratio": 1.0,
+    "seed": 0,
     "name": f"{task.name}-{CONSTANT}",
+    **{key: min(t[key] for t in trained) for key in _NUM_TRAINED},
     "test": scores,
   }
 
 
-def _header(
-  mode: str, task: Task, ratio: float, seed: int, train: TaskSplit
-) -> dict[str, Any]:
-  return {
-    "task": task.name,
-    "mode": mode,
-    "ratio": ratio,
-    "seed": seed,
-    "num_train": len(train),
-    "num_train_people": len(set(train.people)),
-  }
+def _num_trained(train: TaskSplit) -> dict[str, int]:
+  numbers = len(train), len(set(train.people))
+  return dict(zip(_NUM_TRAINED, numbers, strict=True))
 
 
 def _measured(
@@ -460,7 +546,9 @@ def _plot(
   ratio = configuration.ratios(config)[-1]
   for task, mode in itertools.product(inputs.tasks, _mode_names(config)):
     name = Cell(task, mode, ratio, 0).name
-    targets = videos.by_task[task.name]["test"].targets
+    targets = np.concatenate(
+      [fold["test"].targets for fold in videos.folds[task.name].values()]
+    )
     report.plot_cell(
       plots,
       cells[name],

@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 
 from marlin_jax.data import prepared_dataset
 from marlin_jax.devices import sharding
-from marlin_jax.downstream import feature_table, splits, tasks
+from marlin_jax.downstream import feature_table, folds, splits, tasks
 from marlin_jax.downstream.feature_table import FeatureTable
+from marlin_jax.downstream.folds import Fold
 from marlin_jax.downstream.splits import Split, TaskSplit
 from marlin_jax.downstream.tasks import Task
 from marlin_jax.eval import configuration
@@ -34,7 +35,8 @@ class Inputs:
 
   Attributes:
     data: directory of the data set.
-    split_names: name of the split of each role: train, val and test.
+    split_names: name of the split of each role: train, val and test; of folds
+      that take all videos, 'all'.
     tasks: tasks to predict.
     tests: the other data sets to score.
     weights: weights of the encoder; None if features are from elsewhere.
@@ -81,7 +83,7 @@ def open_inputs(config: ConfigDict, checkpoint: str, data: str) -> Inputs:
       "an evaluation needs either an encoder, --checkpoint, or features from "
       "elsewhere, --config.features"
     )
-  split_names = {role: config.data[role] for role in _ROLES}
+  split_names = _split_names(config, data)
   datasets = {
     role: prepared_dataset.open_joined(data, name)
     for role, name in split_names.items()
@@ -127,6 +129,20 @@ def open_inputs(config: ConfigDict, checkpoint: str, data: str) -> Inputs:
   )
 
 
+def _split_names(config: ConfigDict, data: str) -> dict[str, str]:
+  """Returns the split of each role; several joined as in 'a+b'."""
+  rule = configuration.fold_rule(config.data.folds)
+  if not rule.kind or rule.of_classes:
+    return {role: config.data[role] for role in _ROLES}
+  names = rule.splits or dict.fromkeys(
+    name
+    for role in _ROLES
+    for name in prepared_dataset.split_names(config.data[role])
+    if role == "train" or prepared_dataset.has_split(data, name)
+  )
+  return {"all": "+".join(names)}
+
+
 def _open_tests(config: ConfigDict, chosen: list[Task]) -> list[OtherTest]:
   """Opens the other data sets.
 
@@ -156,14 +172,15 @@ class Videos:
 
   Attributes:
     splits: splits by role.
-    by_task: videos of each task, by task name and role.
+    folds: videos of each task, by task name, fold and role. The only fold of an
+      evaluation without is named ''.
     others: videos of each task in the other data sets, by task name and name of
       the test.
     warnings: lines about splits that are not independent.
   """
 
   splits: dict[str, Split]
-  by_task: dict[str, dict[str, TaskSplit]]
+  folds: dict[str, dict[str, Fold]]
   others: dict[str, dict[str, TaskSplit]]
   warnings: list[str]
 
@@ -183,18 +200,9 @@ def open_videos(inputs: Inputs, config: ConfigDict, cache: Path) -> Videos:
     )
     for test in inputs.tests
   }
-  classes = configuration.split_names(config.data.train_classes)
   return Videos(
     by_role,
-    {
-      task.name: {
-        role: splits.task_split(
-          task.limited_to(classes) if role != "test" else task, split
-        )
-        for role, split in by_role.items()
-      }
-      for task in inputs.tasks
-    },
+    {task.name: _folds(task, by_role, config) for task in inputs.tasks},
     {
       task.name: {
         test.name: splits.task_split(test.tasks[task.name], others[test.name])
@@ -203,9 +211,43 @@ def open_videos(inputs: Inputs, config: ConfigDict, cache: Path) -> Videos:
       for task in inputs.tasks
     },
     splits.split_warnings(by_role.values())
+    + _fold_warnings(by_role, config)
     + [
       f"{name}: {line}"
       for name, split in others.items()
       for line in splits.split_warnings([by_role["train"], split])
     ],
   )
+
+
+def _fold_warnings(by_role: dict[str, Split], config: ConfigDict) -> list[str]:
+  if configuration.fold_rule(config.data.folds).kind != "splits":
+    return []
+  return list(folds.warnings(by_role["all"]))
+
+
+def _folds(
+  task: Task, by_role: dict[str, Split], config: ConfigDict
+) -> dict[str, Fold]:
+  """Returns the videos of a task by fold."""
+  rule = configuration.fold_rule(config.data.folds)
+  if rule.of_classes:
+    single = rule.kind == "single_class"
+    return folds.of_classes(task, by_role, single=single)
+  if rule.kind == "people":
+    return folds.of_people(
+      task, by_role["all"], rule.num_groups, config.data.fold_val
+    )
+  if rule.kind == "splits":
+    return folds.of_splits(
+      task, by_role["all"], rule.splits, config.data.fold_val
+    )
+  classes = configuration.split_names(config.data.train_classes)
+  return {
+    "": {
+      role: splits.task_split(
+        task if role == "test" else task.limited_to(classes), split
+      )
+      for role, split in by_role.items()
+    }
+  }

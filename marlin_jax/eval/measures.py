@@ -33,6 +33,16 @@ class Predictions:
   targets: np.ndarray
   predicted: np.ndarray
 
+  @classmethod
+  def joined(cls, parts: Sequence[Predictions]) -> Predictions:
+    """Returns the predictions of several sets of videos as of one."""
+    return cls(
+      [video for part in parts for video in part.video_ids],
+      [person for part in parts for person in part.people],
+      np.concatenate([part.targets for part in parts]),
+      np.concatenate([part.predicted for part in parts]),
+    )
+
   def subset(self, rows: np.ndarray) -> Predictions:
     """Returns the predictions of the videos where `rows`, bool (V,), is set."""
     indices = np.flatnonzero(rows)
@@ -96,7 +106,8 @@ def measure(
   Args:
     task: task that was predicted.
     predictions: predictions on the test split.
-    thresholds: result of `thresholds`.
+    thresholds: result of `thresholds`, (K,); or (V, K) where the predictions
+      are of several models.
     parts: subsets of the videos by name, bool (V,), to score separately.
     num_resamples: number of resamples of the bootstrap over people.
 
@@ -167,7 +178,8 @@ def _per_class(task, predictions, thresholds):
     columns = classes.per_class(targets, predicted)
   else:
     columns = binary.per_label(targets, predicted, thresholds)
-    columns["threshold"] = thresholds
+    if thresholds.ndim == 1:
+      columns["threshold"] = thresholds
   return [
     {"name": name}
     | {

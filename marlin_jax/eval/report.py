@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,11 @@ def summary(
 
   Returns:
     Dicts of `task`, `mode`, `ratio`, `num_seeds`, `num_train` (the minimum),
-    `metrics`: {name: {mean, std, low, high}}, and `tests`: {name: metrics} of
-    other data sets. `std` is that of the sample, None for one seed; `low` and
+    `metrics`: {name: {mean, std, low, high}}; `tests`: {name: metrics} of other
+    data sets; `parts`: {name: metrics} of parts of the videos; of folds, whose
+    predictions are pooled in `metrics`, the `folds`: {name: {num_train,
+    metrics, parts}}, and `mean_of_folds`: metrics whose `std` is over the
+    folds. `std` is that of the sample, None for one seed; `low` and
     `high` are the bootstrap interval of the mean over the seeds, which are
     tested on the same people.
   """
@@ -70,9 +73,46 @@ def summary(
           )
           for test in group[0].get("tests", {})
         },
+        "parts": _parts([cell["test"] for cell in group]),
       }
+      | _folds([cell["folds"] for cell in group if "folds" in cell])
     )
   return rows
+
+
+def _parts(scores: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+  """Summarises the scores of each part over seeds."""
+  return {
+    part: _metrics([{"metrics": score["parts"][part]} for score in scores], [])
+    for part in scores[0]["parts"]
+    if all(part in score["parts"] for score in scores)
+  }
+
+
+def _folds(cells: list[list[dict[str, Any]]]) -> dict[str, Any]:
+  """Summarises each fold over seeds, and the folds.
+
+  Args:
+    cells: scores of each fold, for each seed.
+  """
+  if not cells:
+    return {}
+  folds = {}
+  for group in zip(*cells, strict=True):
+    scores = [cell["test"] for cell in group]
+    folds[group[0]["fold"]] = {
+      "num_train": min(cell["num_train"] for cell in group),
+      "metrics": _metrics(scores, []),
+      "parts": _parts(scores),
+    }
+  metrics = [fold["metrics"] for fold in folds.values()]
+  mean = {}
+  for name in metrics[0]:
+    values = [m[name]["mean"] for m in metrics if m[name]["mean"] is not None]
+    mean[name] = _summarised(
+      [{"value": value, "low": None, "high": None} for value in values], []
+    )
+  return {"folds": folds, "mean_of_folds": mean}
 
 
 def _metrics(
@@ -94,9 +134,9 @@ def _summarised(
   numbers: list[dict[str, float | None]], draws: list[np.ndarray]
 ) -> dict[str, float | None]:
   low, high = numbers[0]["low"], numbers[0]["high"]
-  if len(numbers) > 1:
+  if len(numbers) != 1:
     low = high = None
-    if len(draws) == len(numbers):
+    if draws and len(draws) == len(numbers):
       low, high = map(finite_or_none, interval(np.mean(draws, axis=0)))
   values = [n["value"] for n in numbers if n["value"] is not None]
   return {
@@ -115,23 +155,70 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     metrics = group[0]["metrics"]
     names = [n for n in _COLUMNS if n in metrics]
     names += [n for n in metrics if n.startswith(_RATING_COLUMNS)]
-    cells = [["mode", "data", "videos", *names]]
-    for row in group:
-      cells.append(
-        [row["mode"], f"{row['ratio']:.4g}", str(row["num_train"])]
-        + [formatted(row["metrics"][name]) for name in names]
-      )
-    lines += [f"\n{task}", *_aligned(cells)]
+    lines += _table(
+      task,
+      names,
+      [(row, "", row["num_train"], row["metrics"]) for row in group],
+    )
     for test in dict.fromkeys(t for row in group for t in row["tests"]):
-      cells = [["mode", "data", "videos", *names]]
-      for row in group:
-        if test in row["tests"]:
-          cells.append(
-            [row["mode"], f"{row['ratio']:.4g}", str(row["num_train"])]
-            + [formatted(row["tests"][test][name]) for name in names]
-          )
-      lines += [f"\n{task}, tested on {test}", *_aligned(cells)]
+      lines += _table(
+        f"{task}, tested on {test}",
+        names,
+        [
+          (row, "", row["num_train"], row["tests"][test])
+          for row in group
+          if test in row["tests"]
+        ],
+      )
+    lines += _table(f"{task}, by fold", names, list(_fold_lines(group)))
+    lines += _table_of_parts(task, group)
   return "\n".join(lines).lstrip("\n")
+
+
+def _fold_lines(group: list[dict[str, Any]]) -> Iterator[tuple]:
+  for row in group:
+    for name, fold in row.get("folds", {}).items():
+      yield row, name, fold["num_train"], fold["metrics"]
+    if "folds" in row:
+      yield row, "mean", row["num_train"], row["mean_of_folds"]
+
+
+def _table(title: str, names: list[str], lines: list[tuple]) -> list[str]:
+  """Formats lines of (row, fold, number of training videos, metrics)."""
+  if not lines:
+    return []
+  has_folds = any(fold for _, fold, _, _ in lines)
+  cells = [["mode", "data", *["fold"] * has_folds, "videos", *names]]
+  for row, fold, num_train, metrics in lines:
+    cells.append(
+      [row["mode"], f"{row['ratio']:.4g}", *[fold] * has_folds, str(num_train)]
+      + [formatted(metrics[name]) for name in names]
+    )
+  return [f"\n{title}", *_aligned(cells)]
+
+
+def _table_of_parts(task: str, group: list[dict[str, Any]]) -> list[str]:
+  """Formats the main metric of each part, such as each manipulation."""
+  lines = []
+  for row in group:
+    for fold, parts in (
+      ("", row["parts"]),
+      *((name, fold["parts"]) for name, fold in row.get("folds", {}).items()),
+    ):
+      if parts:
+        lines.append((row, fold, parts))
+  names = list(dict.fromkeys(name for _, _, parts in lines for name in parts))
+  if len(names) < 2:
+    return []
+  metric = main_metric(group[0]["metrics"])
+  has_folds = any(fold for _, fold, _ in lines)
+  cells = [["mode", "data", *["fold"] * has_folds, *names]]
+  for row, fold, parts in lines:
+    cells.append(
+      [row["mode"], f"{row['ratio']:.4g}", *[fold] * has_folds]
+      + [formatted(parts[n][metric]) if n in parts else "-" for n in names]
+    )
+  return [f"\n{task}, {metric} of each part", *_aligned(cells)]
 
 
 def _aligned(cells: list[list[str]]) -> list[str]:

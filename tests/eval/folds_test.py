@@ -1,0 +1,264 @@
+"""Cross-validations: one command, a cell for each fold, and their total."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from sklearn import metrics
+
+from configs import eval_dfd, eval_far
+from marlin_jax import compare, predict
+from marlin_jax.eval import modes
+from marlin_jax.training.configuration import ConfigError
+from tests.support import labelled_data
+from tests.support.labelled_data import LABELS, draw_face, run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  """Four official folds of three people each."""
+  videos = labelled_data.make(24, draw_face)
+  return labelled_data.write(
+    tmp_path_factory.mktemp("folds") / "data",
+    {f"fold{k + 1}": videos[6 * k : 6 * k + 6] for k in range(4)},
+    LABELS,
+  )
+
+
+FOLDS = "fold1,fold2,fold3,fold4"
+
+
+def cross_validated(workdir, data, **changes):
+  return run(
+    eval_far,
+    workdir,
+    data,
+    **{
+      "modes": "linear,knn",
+      "plots": False,
+      "data.folds": FOLDS,
+      "knn.k": 3,
+    }
+    | changes,
+  )
+
+
+@pytest.fixture(scope="module")
+def workdir(data, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("results")
+  cross_validated(workdir, data, tasks="mood,appearance,affect", plots=True)
+  return workdir
+
+
+def cell_of(workdir, name):
+  results = json.loads((workdir / "results.json").read_text())
+  (cell,) = (cell for cell in results["cells"] if cell["name"] == name)
+  return cell
+
+
+def rows_of(workdir, name):
+  with (workdir / "predictions" / f"{name}.csv").open() as file:
+    return list(csv.DictReader(file))
+
+
+def test_the_total_is_of_the_pooled_predictions(workdir):
+  rows = rows_of(workdir, "mood-knn-1-0")
+  assert len({row["video_id"] for row in rows}) == 24
+  names = LABELS["mood"].names
+  true = [[row[f"true:{n}"] for n in names].index("1") for row in rows]
+  p = np.array([[float(row[f"p:{n}"]) for n in names] for row in rows])
+  total = cell_of(workdir, "mood-knn-1-0")
+  scored = {k: v["value"] for k, v in total["test"]["metrics"].items()}
+  assert scored["war"] == pytest.approx(
+    metrics.accuracy_score(true, p.argmax(1))
+  )
+  assert scored["uar"] == pytest.approx(
+    metrics.balanced_accuracy_score(true, p.argmax(1))
+  )
+  for number in total["test"]["metrics"].values():
+    assert number["low"] <= number["value"] <= number["high"]
+  assert [fold["fold"] for fold in total["folds"]] == FOLDS.split(",")
+  assert sum(fold["test"]["num_videos"] for fold in total["folds"]) == 24
+
+
+def test_the_mean_over_folds_is_reported_too(workdir):
+  results = json.loads((workdir / "results.json").read_text())
+  (row,) = (
+    r
+    for r in results["summary"]
+    if (r["task"], r["mode"]) == ("affect", "linear")
+  )
+  each = [fold["metrics"]["mae"]["mean"] for fold in row["folds"].values()]
+  mean = row["mean_of_folds"]["mae"]
+  assert len(each) == 4
+  assert mean["mean"] == pytest.approx(np.mean(each))
+  assert mean["std"] == pytest.approx(np.std(each, ddof=1))
+  table = (workdir / "results.txt").read_text()
+  assert "affect, by fold" in table
+  assert "fold3" in table
+
+
+def test_decisions_of_a_video_are_by_the_threshold_of_its_fold(workdir):
+  total = cell_of(workdir, "appearance-linear-1-0")
+  decided = []
+  for fold in total["folds"]:
+    for row in rows_of(workdir, fold["name"]):
+      decided += [
+        (float(row[f"true:{name}"]), float(row[f"p:{name}"]) > threshold)
+        for name, threshold in zip(
+          ("bright", "red"), fold["thresholds"], strict=False
+        )
+      ]
+  per_label = [decided[k::2] for k in range(2)]
+  expected = np.mean(
+    [metrics.balanced_accuracy_score(*zip(*x, strict=True)) for x in per_label]
+  )
+  found = total["test"]["metrics"]["balanced_accuracy"]["value"]
+  assert found == pytest.approx(expected)
+
+
+def test_the_baseline_knows_the_training_folds_only(workdir):
+  results = json.loads((workdir / "results.json").read_text())
+  constant = next(c for c in results["cells"] if c["mode"] == "constant")
+  assert constant["test"]["num_videos"] == 24
+
+
+def test_each_fold_keeps_its_model_and_totals_compare(
+  workdir, data, tmp_path, capsys
+):
+  output = tmp_path / "predictions.csv"
+  model = workdir / "models" / "mood-linear-1-0-fold2"
+  assert (
+    predict.main(
+      [
+        *("--model", str(model), "--data", str(data)),
+        *("--split", "fold2", "--output", str(output)),
+      ]
+    )
+    == 0
+  )
+  with output.open() as file:
+    found = [row["p:dark"] for row in csv.DictReader(file)]
+  expected = [r["p:dark"] for r in rows_of(workdir, "mood-linear-1-0-fold2")]
+  np.testing.assert_allclose(
+    np.array(found, float), np.array(expected, float), atol=2e-6
+  )
+  assert compare.main([str(workdir), str(workdir)]) == 0
+  assert "(+0.0000 [+0.000, +0.000])" in capsys.readouterr().out
+
+
+class Stopped(Exception):
+  pass
+
+
+def test_a_stopped_cross_validation_resumes_at_its_fold(
+  workdir, data, tmp_path, monkeypatch
+):
+  ran = []
+  run_mode = modes.ModeRunner.run
+
+  def stop_at_the_third(self, mode, job):
+    if len(ran) == 2:
+      raise Stopped
+    ran.append(job.name)
+    return run_mode(self, mode, job)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(modes.ModeRunner, "run", stop_at_the_third)
+    with pytest.raises(Stopped):
+      cross_validated(tmp_path, data, tasks="mood", modes="knn")
+
+  def count(self, mode, job):
+    ran.append(job.name)
+    return run_mode(self, mode, job)
+
+  monkeypatch.setattr(modes.ModeRunner, "run", count)
+  results = cross_validated(tmp_path, data, tasks="mood", modes="knn")
+  assert ran == [f"mood-knn-1-0-fold{k}" for k in range(1, 5)]
+  (row,) = (r for r in results["summary"] if r["mode"] == "knn")
+  whole = cell_of(workdir, "mood-knn-1-0")["test"]["metrics"]["auc"]
+  assert row["metrics"]["auc"]["mean"] == whole["value"]
+
+
+def test_people_are_left_out_one_by_one(data, tmp_path):
+  results = cross_validated(
+    tmp_path,
+    data,
+    tasks="mood",
+    modes="knn",
+    **{
+      "data.folds": "leave_person_out",
+      "data.train": "fold1+fold2",
+      "data.val": "fold4",
+      "data.test": "fold3",
+    },
+  )
+  (split,) = results["data"]["splits"].values()
+  assert split["name"] == "fold1+fold2+fold4+fold3"
+  (row,) = (r for r in results["summary"] if r["mode"] == "knn")
+  assert len(row["folds"]) == split["people"] == 12
+  assert row["metrics"]["war"]["mean"] > 0.8
+
+
+@pytest.mark.parametrize("folds", ["leave_class_out", "single_class"])
+def test_manipulations_are_left_out_or_trained_alone(
+  tmp_path, folds, deepfakes
+):
+  results = run(
+    eval_dfd,
+    tmp_path,
+    deepfakes,
+    modes="linear",
+    plots=False,
+    **{"data.folds": folds},
+  )
+  (row,) = (r for r in results["summary"] if r["mode"] == "linear")
+  assert list(row["folds"]) == list(eval_dfd.METHODS)
+  for name, fold in row["folds"].items():
+    tested = eval_dfd.METHODS if folds == "single_class" else (name,)
+    assert set(fold["parts"]) == set(tested)
+  table = (tmp_path / "results.txt").read_text()
+  assert "deepfake, by fold" in table
+  assert "deepfake, auc of each part" in table
+
+
+@pytest.fixture(scope="module")
+def deepfakes(tmp_path_factory):
+  """All manipulations in each split; their colours tell them apart."""
+
+  def draw(i, np_rng):
+    video = draw_face(i, np_rng)
+    number = i % 5
+    frames = np.full_like(video.frames, 90) + np.uint8(
+      [20 * number, 10 * (number > 0), 0]
+    )
+    return labelled_data.Video(
+      video.video_id, "", {"manipulation": (number,)}, frames
+    )
+
+  return labelled_data.write(
+    tmp_path_factory.mktemp("deepfakes") / "data",
+    {
+      split: labelled_data.renamed(labelled_data.make(15, draw, k), split)
+      for k, split in enumerate(("train", "val", "test"))
+    },
+    {"manipulation": LABELS["manipulation"]},
+  )
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"data.folds": "fold1"},
+    {"data.folds": "fold1,fold1"},
+    {"data.folds": "people:1"},
+    {"data.folds": "people:x"},
+    {"data.fold_val": 1.0},
+    {"data.tests": "other:test"},
+    {"data.train_classes": "Deepfakes"},
+  ],
+)
+def test_folds_that_make_no_sense_are_refused(data, tmp_path, changes):
+  with pytest.raises(ConfigError, match=next(iter(changes))):
+    cross_validated(tmp_path, data, tasks="mood", **changes)
