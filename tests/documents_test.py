@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import re
 import shlex
 
@@ -34,9 +35,11 @@ DOCUMENTS = [
   *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
   *sorted((ROOT / "docs").glob("*.md")),
 ]
+NOTEBOOK = ROOT / "docs" / "tour.ipynb"
 # Documents, and programs whose docstrings show commands.
 PAGES = [
   *DOCUMENTS,
+  NOTEBOOK,
   *sorted((ROOT / "configs").glob("*.py")),
   *(MODULES[command] for command in COMMANDS),
 ]
@@ -80,11 +83,27 @@ PLACEHOLDERS = {
 
 
 def text_of(page):
-  """Returns a document, or the docstring of a module."""
+  """Returns a document, the docstring of a module or a notebook's commands."""
   text = page.read_text()
+  if page.suffix == ".ipynb":
+    return "\n".join(notebook_commands(json.loads(text)))
   if page.suffix == ".py":
     return ast.get_docstring(ast.parse(text)) or ""
   return text
+
+
+def notebook_commands(notebook):
+  """Yields the commands that the cells of a notebook run."""
+  for cell in notebook["cells"]:
+    if cell["cell_type"] == "code":
+      for node in ast.walk(ast.parse("".join(cell["source"]))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "run":
+          (text,) = node.args
+          parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+          yield "python -m " + "".join(
+            part.value if isinstance(part, ast.Constant) else "FOLDER"
+            for part in parts
+          )
 
 
 def commands():

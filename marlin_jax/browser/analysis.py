@@ -106,13 +106,13 @@ class Scores(NamedTuple):
   """Prediction of a kept model.
 
   Attributes:
-    probabilities: by name of the label or class.
-    predicted: the class, or all labels above their thresholds.
+    values: probability by label or class, or the numbers of a model of numbers.
+    predicted: the class, or all labels above their thresholds; () for numbers.
     secs: float (W,), the middle of each window.
     by_window: float (W, K), or None if the model judges whole videos only.
   """
 
-  probabilities: dict[str, float]
+  values: dict[str, float]
   predicted: tuple[str, ...]
   secs: np.ndarray
   by_window: np.ndarray | None

@@ -178,16 +178,21 @@ class Page:
     self._results += [self._ratios, self._timeline]
     self._label = self._by_window = None
     if self._analyser.classifier is not None:
-      task = self._analyser.classifier.description.task
-      self._label = gr.Label(label=f"Scores: {task}", elem_id="scores")
+      description = self._analyser.classifier.description
+      is_value = description.kind == "value"
+      self._label = gr.Label(
+        label=f"Scores: {description.task}",
+        elem_id="scores",
+        visible=not is_value,  # it shows shares
+      )
       self._by_window = gr.LinePlot(
         None,
         x="seconds",
-        y="probability",
+        y="score",
         color="name",
         title="Scores over time",
         y_title=" ",
-        y_lim=[0, 1],
+        y_lim=None if is_value else [0, 1],
         height=240,
         elem_id="scores_over_time",
       )
@@ -315,13 +320,16 @@ class Page:
 
     scores = analyser.scores(reading)
     names = ", ".join(scores.predicted) or "none of the labels"
-    shown = {self._label: scores.probabilities}
+    shown = {self._label: scores.values}
+    if analyser.classifier.description.kind == "value":
+      names = ", ".join(f"{k} {v:.3g}" for k, v in scores.values.items())
+      shown = {}
     if scores.by_window is not None:
       shown[self._by_window] = _lines(
         scores.secs,
         scores.by_window,
-        list(scores.probabilities),
-        ("probability", "name"),
+        list(scores.values),
+        ("score", "name"),
       )
     yield shown | {self._status: " ".join([*notes, f"Predicted: {names}."])}
 

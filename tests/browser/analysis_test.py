@@ -85,9 +85,9 @@ def test_features_are_those_of_the_overlapping_windows(
 def test_scores_are_those_of_the_kept_model(analyser, reading, clip, kept):
   expected = Marlin.load_classifier(kept).predict(clip, crop_face=True)
   scores = analyser.scores(reading)
-  assert tuple(scores.probabilities) == NAMES
+  assert tuple(scores.values) == NAMES
   np.testing.assert_allclose(
-    list(scores.probabilities.values()), expected.probabilities, atol=1e-6
+    list(scores.values.values()), expected.probabilities, atol=1e-6
   )
   assert scores.predicted == expected.predicted
   np.testing.assert_allclose(

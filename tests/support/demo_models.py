@@ -31,8 +31,10 @@ def make_weights(**changes) -> Weights:
   return of_modules(architecture, nnx.to_pure_dict(nnx.state(model)))
 
 
-def make_classifier(folder: Path, names: Sequence[str], **changes) -> Path:
-  """Writes an encoder, and a model of one of K classes on it.
+def make_classifier(
+  folder: Path, names: Sequence[str], kind: str = "class", **changes
+) -> Path:
+  """Writes an encoder, and a model of K classes, labels or numbers on it.
 
   Returns:
     The folder of the model.
@@ -47,7 +49,7 @@ def make_classifier(folder: Path, names: Sequence[str], **changes) -> Path:
     classifier.Description(
       task="mood",
       names=tuple(names),
-      is_class=True,
+      kind=kind,
       head="linear",
       thresholds=(),
       encoder=str(folder / "encoder"),
