@@ -42,7 +42,11 @@ if TYPE_CHECKING:
 # A metric is in the first chart that has a pattern of its name.
 _CHARTS = {
   "Reconstruction": (
-    ("Training", ("train/loss_rec", "train/loss_rec/*"), True),
+    (
+      "Training",
+      ("train/loss_rec", "train/loss_rec_limit", "train/loss_rec/*"),
+      True,
+    ),
     (
       "Evaluation, per pixel",
       ("eval/*/loss_pixels", "eval/*/loss_*_colour"),
@@ -58,6 +62,8 @@ _CHARTS = {
     ("Total loss", ("train/loss",), True),
     ("Discriminator: scores", ("train/d_*",), False),
     ("Adversarial losses", ("train/loss_adv", "train/loss_disc"), False),
+    ("Adversarial gradient over reconstruction's", ("train/adv_pull",), False),
+    ("Gradient penalty", ("train/gradient_penalty",), False),
     ("Gradient norms", ("train/grad_norm*",), True),
     ("Learning rates", ("train/lr*",), False),
     ("Updates not applied", ("train/num_skipped",), False),
