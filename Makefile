@@ -10,7 +10,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 export MALLOC_ARENA_MAX ?= 1
 
 .PHONY: quickstart demo test test-all lint format docs bench bench-features \
-	bench-compile bench-input bench-curves bench-prep bench-probe bench-sync \
+	bench-compile bench-input bench-curves bench-prep bench-people bench-sync \
 	clean help
 
 help:  ## Show what there is
@@ -59,8 +59,9 @@ bench-input: $(VENV)/.installed-test  ## Clips per core's second, by stage
 bench-prep: $(VENV)/.installed-test  ## Frames per core's second of data_prep
 	$(BIN)/python -m tests.benchmarks.prep
 
-bench-probe: $(VENV)/.installed-test  ## Does pretraining learn? Linear probes
-	$(BIN)/python -m tests.benchmarks.probe
+bench-people: $(VENV)/.installed-test  ## Does it learn? FOOTAGE=DIR HOURS=6
+	$(BIN)/python -m tests.benchmarks.people --footage=$(FOOTAGE) \
+	  --hours=$(or $(HOURS),6) $(ARGS)
 
 bench-sync: $(VENV)/.installed-test  ## Sync expert on people not seen; FOOTAGE=DIR
 	$(BIN)/python -m tests.benchmarks.sync --footage=$(FOOTAGE)

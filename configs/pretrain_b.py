@@ -304,6 +304,9 @@ def get_config():
   config.probe.num_windows = 2
   # Windows that are encoded at once, over all devices.
   config.probe.batch_size = 16
+  # Features of a window: grid, the tokens' means over 4 x 4 cells of the
+  # picture, which keep where things are; or mean, over all tokens.
+  config.probe.pool = "grid"
   # L2 penalty of the linear probe. It is not tuned on eval_split.
   config.probe.penalty = 1e-2
   # Number of nearest neighbours.

@@ -88,8 +88,8 @@ def _train(config, workdir, watchdog):
 
 
 def _evaluations(course, probe_path, workdir, alive):
-  """Returns the evaluations: reconstruction losses, probe, pictures."""
-  from marlin_jax.evaluators import probe, reconstruction
+  """Returns the evaluations: losses, adversary, probe, pictures."""
+  from marlin_jax.evaluators import adversary, probe, reconstruction
   from marlin_jax.training.loop import Evaluation
 
   config = course.config
@@ -97,6 +97,9 @@ def _evaluations(course, probe_path, workdir, alive):
     course, [part.evaluated for part in course.parts], workdir.bad_records
   )
   evaluations = [Evaluation(config.eval_steps, reconstructed.losses)]
+  if config.adv.weight:
+    pull = adversary.AdversarialPull(workdir, config.adv.max_pull)
+    evaluations.append(Evaluation(config.eval_steps, pull))
   if config.probe.steps:
     encoder_probe = probe.Probe(course, probe_path, workdir, alive)
     evaluations.append(Evaluation(config.probe.steps, encoder_probe))

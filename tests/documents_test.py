@@ -209,7 +209,7 @@ def test_the_table_of_configurations_equals_the_configurations():
     (ROOT / "README.md").read_text(),
     re.MULTILINE,
   )
-  assert len(rows) == 5
+  assert len(rows) == 6
   for name, encoder, decoder, millions in rows:
     config = importlib.import_module(f"configs.{name}").get_config()
     model = config.model

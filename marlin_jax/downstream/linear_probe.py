@@ -126,6 +126,27 @@ def _best(scores: list[np.ndarray]) -> np.ndarray:
   return np.argmax(scores >= scores.max(axis=0) - _SCORE_TOLERANCE, axis=0)
 
 
+def _components(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the variances of principal components, and their directions.
+
+  Without those of variance 0 where there are more features than videos: the
+  optimum has nothing in them.
+
+  Args:
+    x: (V, D), features of mean 0.
+
+  Returns:
+    (R,) and (D, R).
+  """
+  num, width = x.shape
+  if width <= num:
+    return np.linalg.eigh(x.T @ x / num)
+  variances, left = np.linalg.eigh(x @ x.T / num)
+  kept = variances > 1e-10 * max(variances[-1], 1e-10)
+  variances, left = variances[kept], left[:, kept]
+  return variances, x.T @ left / np.sqrt(num * variances)
+
+
 class _Problem:
   """Training data, prepared for any penalty."""
 
@@ -172,7 +193,7 @@ class _Ridge(_Problem):
         rows = x[known] if known.any() else x[:1]
         centre = rows.mean(axis=0)
         rows = rows - centre
-        variances, rotation = np.linalg.eigh(rows.T @ rows / len(rows))
+        variances, rotation = _components(rows)
         eigen[known.tobytes()] = variances, rotation, rows, centre
       variances, rotation, rows, centre = eigen[known.tobytes()]
       y = self._labels[known, k] if known.any() else np.zeros(1)
@@ -186,7 +207,7 @@ class _Ridge(_Problem):
     for variances, rotation, covariances, centre, mean in self._solved:
       curvatures = np.maximum(variances, 0) + penalty
       # Without a penalty, directions that do not vary have no weight.
-      is_defined = curvatures > 1e-12 * max(1.0, variances[-1])
+      is_defined = curvatures > 1e-12 * variances.max(initial=1.0)
       coordinates = np.divide(
         covariances,
         curvatures,
@@ -208,7 +229,7 @@ class _Logistic(_Problem):
     x = self._standardised(features)
     # Rotated to uncorrelated features, whose curvatures are known: the solver
     # takes tens of iterations in place of thousands. The penalty is the same.
-    variances, self._rotation = np.linalg.eigh(x.T @ x / len(x))
+    variances, self._rotation = _components(x)
     self._x = x @ self._rotation
     frequency = (self._labels * self._weights).sum(axis=0)
     frequency = np.clip(frequency, 1 / (len(x) + 2), 1 - 1 / (len(x) + 2))

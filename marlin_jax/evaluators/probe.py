@@ -71,7 +71,9 @@ class Probe:
     )
     self._split = sharding.batch_sharding(course.mesh)
     self._features = jax.jit(
-      functools.partial(_features, course.trainer, architecture),
+      functools.partial(
+        _features, course.trainer, architecture, config.probe.pool
+      ),
       out_shardings=sharding.replicated(course.mesh),
     )
 
@@ -91,7 +93,10 @@ class Probe:
     )
 
 
-def _features(trainer, architecture, params, fixed, video):
+def _features(trainer, architecture, pool, params, fixed, video):
   with trainer.tracing():
     network = nnx.merge(trainer.mae, partition.weights(params), fixed)
-    return clip_features.features(network.encoder, architecture, video)
+    encoder = network.encoder
+    if pool == "mean":
+      return clip_features.features(encoder, architecture, video)
+    return clip_features.grid_features(encoder, architecture, video)

@@ -18,6 +18,9 @@ from marlin_jax.models import partition, vit
 from marlin_jax.models.mae import Encoder
 from marlin_jax.weights.architecture import Architecture
 
+# Cells along a side of `grid_features`.
+_GRID_CELLS = 4
+
 
 def to_tokens(x: jax.Array, architecture: Architecture) -> jax.Array:
   """Cuts clips into tokens as the encoder takes them.
@@ -55,6 +58,42 @@ def features(
   """
   tokens = encoder.tokens(to_tokens(x, architecture)).astype(jnp.float32)
   return encoder.norm(tokens if keep_seq else tokens.mean(axis=1))
+
+
+def grid_features(
+  encoder: Encoder, architecture: Architecture, x: jax.Array
+) -> jax.Array:
+  """Returns features of clips that keep where things are.
+
+  Those of the tokens, averaged over time and over the cells of a grid of 4 x 4
+  cells, or as many as there are patches along a side.
+
+  Args:
+    encoder, architecture, x: see `features`.
+
+  Returns:
+    float32 (B, 16 D), ordered by row, column and feature.
+  """
+  tokens = features(encoder, architecture, x, keep_seq=True)
+  _, height, width = architecture.tubelets.grid
+  rows, columns = (_cells(side) for side in (height, width))
+  tokens = tokens.reshape(len(x), -1, height, width, tokens.shape[-1])
+  # Sums of few numbers: exact products cost nothing here.
+  pooled = jnp.einsum(
+    "bthwd,ih,jw->bijd",
+    tokens,
+    rows,
+    columns,
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  return (pooled / tokens.shape[1]).reshape(len(x), -1)
+
+
+def _cells(side: int) -> jax.Array:
+  """Returns the share of each patch in the mean of each cell, (cells, side)."""
+  num = min(_GRID_CELLS, side)
+  is_in = jnp.arange(side) * num // side == jnp.arange(num)[:, None]
+  return is_in / is_in.sum(axis=1, keepdims=True)
 
 
 def jitted_features(

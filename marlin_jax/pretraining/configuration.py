@@ -128,6 +128,7 @@ KEYS = TRAINING_KEYS | {
   "probe.batch_size": free(at_least(1)),
   "probe.penalty": free(at_least(0)),
   "probe.k": free(at_least(1)),
+  "probe.pool": free(one_of("grid", "mean")),
   "profile.start_step": free(at_least(0)),
   "profile.num_steps": free(at_least(1)),
 }

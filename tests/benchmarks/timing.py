@@ -118,8 +118,16 @@ def save(name: str, results: list[dict]) -> None:
   """Writes results, machine and versions to runs/NAME.json."""
   path = Path("runs") / f"{name}.json"
   path.parent.mkdir(exist_ok=True)
+  path.write_text(
+    json.dumps({"about": environment(), "results": results}, indent=2)
+  )
+  print(path)
+
+
+def environment() -> dict:
+  """Returns machine and versions."""
   packages = ("jax", "jaxlib", "flax", "torch", "marlin-pytorch", "numpy")
-  environment = {
+  return {
     "machine": platform.machine(),
     "cpu": _cpu(),
     "cores": os.cpu_count(),
@@ -127,10 +135,6 @@ def save(name: str, results: list[dict]) -> None:
     "versions": {name: metadata.version(name) for name in packages},
     "python": platform.python_version(),
   }
-  path.write_text(
-    json.dumps({"about": environment, "results": results}, indent=2)
-  )
-  print(path)
 
 
 def _cpu() -> str:

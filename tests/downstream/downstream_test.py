@@ -1,5 +1,7 @@
 """Tasks, subsets, probes, protocols and heads, on data with known answers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -244,6 +246,22 @@ def test_the_probe_equals_sklearns_logistic_regression(penalty):
       probe.kernel[:, k], theirs.coef_[0], atol=1e-4, rtol=1e-4
     )
     assert probe.bias[k] == pytest.approx(theirs.intercept_[0], abs=1e-4)
+
+
+def test_more_features_than_videos_equal_sklearns_logistic_regression():
+  np_rng = np.random.default_rng(0)
+  x = np_rng.normal(size=(40, 300)) + np_rng.normal(size=300)
+  y = (x[:, :1] + np_rng.normal(size=(40, 1)) > 0).astype(float)
+  task = dataclasses.replace(BINARY, names=("it",))
+  probe = linear_probe.fit(task, x, y, (1e-2,), never, 500)
+  z = (x - x.mean(0)) / x.std(0)
+  theirs = linear_model.LogisticRegression(
+    C=1 / (1e-2 * 40), tol=1e-10, max_iter=5000
+  ).fit(z, y[:, 0])
+  np.testing.assert_allclose(probe.kernel[:, 0], theirs.coef_[0], atol=1e-5)
+  np.testing.assert_allclose(
+    probe.logits(x)[:, 0], theirs.decision_function(z), atol=1e-3
+  )
 
 
 def test_classes_equal_sklearns_logistic_regression():

@@ -29,6 +29,7 @@ PROBE = {
   "probe.num_videos": 20,
   "probe.batch_size": 12,
   "probe.k": 3,
+  "probe.pool": "mean",
 }
 
 
@@ -182,3 +183,33 @@ def test_a_run_with_nothing_to_probe_ends_before_it_makes_a_workdir(
   assert "config.probe.label='emotion'" in message
   assert "none at all: prepare it with labels" in message
   assert not workdir.exists()
+
+
+def test_the_features_of_the_probe_keep_where_things_are(tmp_path):
+  """Which half of the face is bright; the mean colour is the same."""
+
+  def draw(i, np_rng):
+    left = int(np_rng.integers(2))
+    frames = np.full((8, 224, 224, 3), 40, np.uint8)
+    half = slice(0, 112) if left else slice(112, None)
+    frames[:, :, half] = 200
+    noise = np_rng.integers(0, 20, frames.shape, np.uint8)
+    return Video(f"{i:02d}", f"person {i}", {"side": (left,)}, frames + noise)
+
+  path = write(
+    tmp_path / "data",
+    {"train": make(24, draw), "val": renamed(make(16, draw, 1), "v")},
+    {"side": Label(CLASS, ("right", "left"))},
+  )
+  losses = {}
+  for pool in ("mean", "grid"):
+    result = train(
+      tmp_path / pool,
+      **{"data.path": path, "mask.strategy": "random", "num_steps": 1},
+      **PROBE
+      | {"probe.label": "side", "probe.pool": pool, "probe.num_videos": 24},
+    )
+    assert result.returncode == 0, result.stderr
+    (row,) = [r for r in rows_of(tmp_path / pool) if "eval/probe/auc" in r]
+    losses[pool] = row["eval/probe/loss"]
+  assert losses["grid"] < losses["mean"]

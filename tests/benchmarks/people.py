@@ -1,0 +1,431 @@
+"""Tests on people never seen whether pretraining learns, and which masking.
+
+Prepares a folder of videos of many people, splits it by person, and pretrains
+encoders with fasking, tube and random masking, with several seeds and the same
+number of steps. Probes are fitted on the training people and scored on others,
+beside probes of untrained encoders, of small pictures and, as a ceiling, of
+face landmarks. The questions are six regressions, whether two videos show the
+same person, and the order of two windows in time.
+
+  make bench-people FOOTAGE=DIR HOURS=6
+
+DIR holds manifest.csv with the columns path and subject_id. Training goes on in
+rounds, each 1.3 to 2 times as long as the one before, until the next would take
+more than HOURS in all. After a round each encoder is probed: scores over
+compute. The same command resumes where it stopped, also with more hours or
+seeds. It prints a table, and writes people.json and people.png into --output.
+"""
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from configs import pretrain_ti
+from data_prep import prepare
+from marlin_jax import train
+from marlin_jax.devices import xla_flags
+from marlin_jax.downstream import clip_batches, splits
+from marlin_jax.inference.marlin import Marlin
+from marlin_jax.pretraining import configuration
+from marlin_jax.weights import formats
+from marlin_jax.weights.architecture import Architecture
+from marlin_jax.weights.weights import Weights, of_modules
+from tests.benchmarks import (
+  people_probes,
+  people_report,
+  people_windows,
+  timing,
+)
+from tests.benchmarks.people_report import LANDMARKS, PIXELS, RANDOM, Encoder
+from tests.benchmarks.people_windows import FIT, UNSEEN, Windows
+
+ROOT = Path(__file__).parents[2]
+EVAL_STEPS = 500
+# Steps after each round: 1, 2, 3, 4, 6, 8, 12, ... thousand.
+ROUNDS = (
+  1000,
+  *(1000 * n for k in range(1, 14) for n in (2**k, 3 * 2 ** (k - 1))),
+)
+_ENCODED_AT_ONCE = 32
+# On people never seen: of the network, of flat patches in their mean colour
+# over the batch, and in their own.
+_LOSSES = tuple(
+  f"eval/{UNSEEN}/loss_{name}"
+  for name in ("pixels", "batch_colour", "own_colour")
+)
+_STEPS_PER_MEAN = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """One folder of results.
+
+  Attributes:
+    folder: holds the data set, the runs and all answers.
+    footage: folder with manifest.csv.
+    overrides: values of the configuration by key, such as model.width.
+  """
+
+  folder: Path
+  footage: Path
+  overrides: dict[str, Any]
+
+  # --- time ---
+
+  @property
+  def ledger(self) -> Path:
+    """Seconds of each finished part, also of cores, a JSON object per line."""
+    return self.folder / "secs.jsonl"
+
+  @contextlib.contextmanager
+  def timed(self, what: str) -> Iterator[None]:
+    """Adds the time of what runs in it to the ledger, unless it fails."""
+    start, cpu_start = time.monotonic(), time.process_time()
+    yield
+    row = {
+      "what": what,
+      "secs": round(time.monotonic() - start, 2),
+      "cpu_secs": round(time.process_time() - cpu_start, 2),
+    }
+    with self.ledger.open("a") as file:
+      file.write(json.dumps(row) + "\n")
+
+  def secs(self, what: str = "") -> float:
+    """Returns the seconds of all parts whose names begin with `what`."""
+    if not self.ledger.exists():
+      return 0.0
+    rows = map(json.loads, self.ledger.read_text().splitlines())
+    return sum(row["secs"] for row in rows if row["what"].startswith(what))
+
+  # --- data ---
+
+  @property
+  def dataset(self) -> Path:
+    return self.folder / "dataset"
+
+  def windows(self) -> Windows:
+    """Returns the windows; makes the data set and measures them if missing."""
+    path = self.folder / "windows.npz"
+    if not path.exists():
+      command = [f"--input={self.footage / 'manifest.csv'}"]
+      command += [f"--output={self.dataset}", "--num_shards=4"]
+      command += ["--val_ratio=0.15", "--test_ratio=0.25"]
+      with self.timed("prepare"):
+        if code := prepare.main(command):
+          sys.exit(code)
+      with self.timed("windows"):
+        save(path, vars(people_windows.measure(self.dataset)))
+    with np.load(path) as file:
+      return Windows(**file)
+
+  # --- encoders ---
+
+  def config(self, settings: Mapping[str, Any]) -> ConfigDict:
+    """Returns configs/pretrain_ti.py, changed."""
+    config = pretrain_ti.get_config()
+    config.update_from_flattened_dict({**self.overrides, **settings})
+    return config
+
+  def workdir(self, strategy: str, seed: int) -> Path:
+    return self.folder / "runs" / f"{strategy}-{seed}"
+
+  def train(self, strategy: str, seed: int, num_steps: int) -> None:
+    """Trains an encoder up to a step, unless that is done.
+
+    Raises:
+      SystemExit: a signal ended the run, which has saved.
+    """
+    workdir = self.workdir(strategy, seed)
+    if (workdir / "checkpoints" / str(num_steps)).exists():
+      return
+    config = self.config(
+      {
+        "data.path": str(self.dataset),
+        "data.split": "train",
+        "data.eval_split": UNSEEN,
+        "mask.strategy": strategy,
+        "seed": seed,
+        "num_steps": num_steps,
+        "eval_steps": EVAL_STEPS,
+        "picture_steps": EVAL_STEPS,
+        "checkpoint_steps": EVAL_STEPS,
+        "keep_checkpoints": 1,
+        "compilation_cache": str(self.folder / "compiled"),
+      }
+    )
+    configuration.validate(config)
+    _, signal = train.train_and_evaluate(config, str(workdir))
+    if signal:
+      sys.exit(128 + signal)
+
+  def losses(self, strategy: str, seed: int) -> dict[str, Any]:
+    """Returns the loss curves of a run.
+
+    Returns:
+      `unseen`: rows of a step and _LOSSES; `seen`: rows of a step and the mean
+      of the logged training losses up to it since the row before.
+    """
+    lines = (self.workdir(strategy, seed) / "metrics.jsonl").read_text()
+    rows = [json.loads(line) for line in lines.splitlines()]
+    unseen = [
+      [row["step"], *(round(row[key], 5) for key in _LOSSES)]
+      for row in rows
+      if _LOSSES[0] in row
+    ]
+    logged: dict[int, list[float]] = {}
+    for row in rows:
+      if "train/loss_rec" in row:
+        end = -(-row["step"] // _STEPS_PER_MEAN) * _STEPS_PER_MEAN
+        logged.setdefault(end, []).append(row["train/loss_rec"])
+    seen = [[end, round(np.mean(part), 5)] for end, part in logged.items()]
+    return {"seen": seen, "unseen": unseen}
+
+  def answers_path(self, encoder: Encoder) -> Path:
+    name = f"{encoder.name}-{encoder.seed}-{encoder.steps}.npz"
+    return self.folder / "answers" / name
+
+  def all_answers(self) -> dict[Encoder, dict[str, np.ndarray]]:
+    """Returns the answers of all encoders so far."""
+    found = {}
+    for path in sorted((self.folder / "answers").glob("*-*-*.npz")):
+      name, seed, steps = path.stem.split("-")
+      with np.load(path) as file:
+        found[Encoder(name, int(seed), int(steps))] = dict(file)
+    return found
+
+  def probe(self, encoder: Encoder, weights: Weights, windows: Windows) -> None:
+    """Encodes all windows, fits the probes and saves their answers."""
+    tokens = self.encode(weights, windows)
+    grid = weights.architecture.tubelets.grid
+    features = {
+      "mean": tokens.mean(axis=1, dtype=np.float32),
+      "grid": np.stack(
+        [people_windows.moments(x.reshape(*grid, -1)) for x in tokens]
+      ),
+    }
+    heads = weights.architecture.num_heads
+    save(
+      self.answers_path(encoder),
+      people_probes.answers(windows, features, tokens, heads),
+    )
+
+  def probe_baselines(self, windows: Windows, num_seeds: int) -> None:
+    """Probes what needs no training."""
+    for name, x in ((PIXELS, windows.pixels), (LANDMARKS, windows.landmarks)):
+      path = self.answers_path(Encoder(name, 0, 0))
+      if not path.exists():
+        with self.timed(f"probe {name}"):
+          save(path, people_probes.answers(windows, {"grid": x}))
+    architecture = Architecture.from_config(self.config({})).without_decoder()
+    for seed in range(num_seeds):
+      encoder = Encoder(RANDOM, seed, 0)
+      if not self.answers_path(encoder).exists():
+        module = architecture.make_autoencoder(rngs=nnx.Rngs(seed))
+        weights = of_modules(architecture, nnx.to_pure_dict(nnx.state(module)))
+        with self.timed(f"probe {RANDOM}"):
+          self.probe(encoder, weights, windows)
+
+  def encode(self, weights: Weights, windows: Windows) -> np.ndarray:
+    """Returns the features of all tokens of each window, float16 (W, N, D)."""
+    marlin = Marlin(weights)
+    clip = marlin.architecture.clip
+    if clip.extent != people_windows.LABELLED.extent:
+      sys.exit(
+        f"a clip covers {clip.extent} frames, and the labels are of "
+        f"{people_windows.LABELLED.extent}: change data.num_frames or "
+        "data.stride"
+      )
+    shape = (
+      len(windows.split),
+      marlin.architecture.tubelets.num_tokens,
+      marlin.architecture.width,
+    )
+    tokens = np.empty(shape, np.float16)
+    for name in (*FIT, UNSEEN):
+      split = splits.open_split(str(self.dataset), name, self.folder / "index")
+      reader = clip_batches.ClipReader(
+        split, clip, marlin.architecture.image_size
+      )
+      rows = windows.rows(name)
+      for i in range(0, len(rows), _ENCODED_AT_ONCE):
+        part = rows[i : i + _ENCODED_AT_ONCE]
+        video = reader.read(
+          list(
+            map(splits.TrackWindow, windows.track[part], windows.start[part])
+          )
+        )
+        tokens[part] = marlin.extract_features(video, keep_seq=True)
+    return tokens
+
+
+def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+  """Writes an npz file at once, so that one that is there is whole."""
+  path.parent.mkdir(exist_ok=True)
+  part = path.with_name(path.name + ".part.npz")
+  np.savez(part, **arrays)
+  part.rename(path)
+
+
+def report(study: Study, windows: Windows, output: Path) -> None:
+  """Writes people.json, and people.png from it."""
+  answers = study.all_answers()
+  runs = sorted({e[:2] for e in answers if e.steps})
+  results = {
+    "about": timing.environment()
+    | {
+      "secs": round(study.secs()),
+      "secs_training": round(study.secs("train")),
+      "videos": len(set(windows.video)),
+      "people": {
+        name: len(set(windows.person[windows.rows(name)]))
+        for name in (*FIT, UNSEEN)
+      },
+      "windows": {name: len(windows.rows(name)) for name in (*FIT, UNSEEN)},
+      "overrides": study.overrides,
+    },
+    "runs": [
+      {"strategy": strategy, "seed": seed} | study.losses(strategy, seed)
+      for strategy, seed in runs
+    ],
+  } | people_report.scores(windows, answers)
+  output.mkdir(parents=True, exist_ok=True)
+  (output / "people.json").write_text(people_report.to_json(results))
+  people_report.draw(results, output / "people.png")
+
+
+def train_rounds(
+  study: Study,
+  windows: Windows,
+  strategies: list[str],
+  num_seeds: int,
+  hours: float,
+  output: Path,
+) -> None:
+  """Trains and probes all encoders round by round, within `hours` in all."""
+  previous = 0
+  for steps in ROUNDS:
+    todo = [
+      encoder
+      for seed in range(num_seeds)
+      for strategy in strategies
+      if not study.answers_path(
+        encoder := Encoder(strategy, seed, steps)
+      ).exists()
+    ]
+    left = 3600 * hours - study.secs()
+    done = sum(e.steps for e in _last_of_each(study))
+    secs_per_step = study.secs("train") / done if done else 0.0
+    needed = len(todo) * (steps - previous) * secs_per_step
+    if todo and needed > left and previous:
+      print(
+        f"{left / 60:.0f} minutes are left of HOURS={hours}; training "
+        f"{len(todo)} encoders to step {steps} takes about {needed / 60:.0f}"
+      )
+      return
+    for encoder in todo:
+      with study.timed(f"train {encoder}"):
+        study.train(*encoder)
+      weights = formats.read(str(study.workdir(*encoder[:2])))
+      with study.timed(f"probe {encoder}"):
+        study.probe(encoder, weights, windows)
+      report(study, windows, output)
+    previous = steps
+
+
+def _last_of_each(study: Study) -> list[Encoder]:
+  """Returns the last answers of each run."""
+  last = {}
+  for encoder in sorted(study.all_answers()):
+    if encoder.steps:
+      last[encoder[:2]] = encoder
+  return list(last.values())
+
+
+def main(argv: list[str] | None = None) -> None:
+  args = _parser().parse_args(argv)
+  xla_flags.set_for_training()
+  overrides = dict(map(_override, args.set))
+  study = Study(args.folder, args.footage, overrides)
+  study.folder.mkdir(parents=True, exist_ok=True)
+  windows = study.windows()
+  study.probe_baselines(windows, args.seeds)
+  train_rounds(
+    study, windows, args.strategies, args.seeds, args.hours, args.output
+  )
+  report(study, windows, args.output)
+  results = json.loads((args.output / "people.json").read_text())
+  print(
+    people_report.table(results),
+    people_report.table_of_probes(results),
+    sep="\n\n",
+  )
+  print("\n".join(people_report.summary(results)))
+  print(args.output / "people.json", args.output / "people.png", sep="\n")
+
+
+def _override(text: str) -> tuple[str, Any]:
+  """Splits KEY=VALUE; the value is a number, True, False or text."""
+  key, _, value = text.partition("=")
+  try:
+    return key, ast.literal_eval(value)
+  except (SyntaxError, ValueError):
+    return key, value
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="python -m tests.benchmarks.people",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument(
+    "--footage", type=Path, required=True, help="folder with manifest.csv"
+  )
+  parser.add_argument(
+    "--folder",
+    type=Path,
+    default=ROOT / "runs" / "people",
+    help="data set, runs and answers (default: runs/people)",
+  )
+  parser.add_argument(
+    "--output",
+    type=Path,
+    default=ROOT / "runs" / "people",
+    help="folder of people.json and people.png (default: runs/people)",
+  )
+  parser.add_argument(
+    "--hours", type=float, default=6.0, help="time in all (default: 6)"
+  )
+  parser.add_argument(
+    "--seeds", type=int, default=3, help="runs of each masking (default: 3)"
+  )
+  parser.add_argument(
+    "--strategies",
+    nargs="+",
+    default=list(people_report.STRATEGIES),
+    choices=people_report.STRATEGIES,
+    help="maskings (default: all)",
+  )
+  parser.add_argument(
+    "--set",
+    nargs="*",
+    default=[],
+    metavar="KEY=VALUE",
+    help="changes of configs/pretrain_ti.py, such as model.width=384",
+  )
+  return parser
+
+
+if __name__ == "__main__":
+  main()

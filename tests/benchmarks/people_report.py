@@ -1,0 +1,337 @@
+"""Scores of the answers of probes, as JSON, a table and a figure.
+
+Axes: V test windows, R draws.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from marlin_jax.eval.measures import finite_or_none
+from marlin_jax.scores import bootstrap
+from marlin_jax.scores import values as number_scores
+from tests.benchmarks import people_probes
+from tests.benchmarks.people_windows import LABELS, UNSEEN, Windows
+
+BASELINES = RANDOM, PIXELS, LANDMARKS = "random init", "pixels", "landmarks"
+STRATEGIES = "fasking", "tube", "random"
+PROBES = "mean", "grid", "attentive"
+QUESTIONS = (*LABELS, "same person", "order in time")
+DIFFERENCES = (
+  *itertools.product(STRATEGIES, (RANDOM, PIXELS)),
+  *itertools.combinations(STRATEGIES, 2),
+)
+_NUM_RESAMPLES = 1000
+
+
+class Encoder(NamedTuple):
+  """What answers are of.
+
+  Attributes:
+    name: strategy of the masking, or one of BASELINES.
+    seed: of the run.
+    steps: of the training; 0: none.
+  """
+
+  name: str
+  seed: int
+  steps: int
+
+
+Answers = Mapping[Encoder, Mapping[str, np.ndarray]]
+
+
+def scores(windows: Windows, answers: Answers) -> dict[str, Any]:
+  """Scores all answers on the people never seen.
+
+  Returns:
+    `encoders`: name -> steps -> probe -> question -> {score: [value, low,
+    high]}, means over the seeds; a score is `auc`, or `r2`, `rank` (Spearman's)
+    and `left_out`, R2 on training people that the fit left out. `differences`:
+    the same of pairs of encoders after the same number of steps. All intervals
+    are of one bootstrap over people.
+  """
+  test = windows.rows(UNSEEN)
+  groups: dict[tuple[str, int], list] = {}
+  for encoder, found in sorted(answers.items()):
+    groups.setdefault((encoder.name, encoder.steps), []).append(found)
+
+  def measure(weights: np.ndarray) -> dict[tuple, np.ndarray]:
+    values: dict[tuple, np.ndarray] = {}
+    for (name, steps), seeds in groups.items():
+      rows = [_scores(windows, test, found, weights) for found in seeds]
+      for key in rows[0]:
+        values[name, steps, *key] = np.mean([row[key] for row in rows], axis=0)
+    return values | _differences(values)
+
+  unweighted = measure(np.ones((len(test), 1)))
+  draws = bootstrap.draws(
+    measure, list(windows.person[test]), num_resamples=_NUM_RESAMPLES
+  )
+  result: dict[str, Any] = {"encoders": {}, "differences": {}}
+  for key, value in unweighted.items():
+    name, steps, probe, question, score = key
+    kind = "differences" if " - " in name else "encoders"
+    place = result[kind]
+    for part in (name, str(steps), probe, question):
+      place = place.setdefault(part, {})
+    numbers = (value[0], *bootstrap.interval(draws[key]))
+    place[score] = [_rounded(x) for x in numbers]
+  return result
+
+
+def _rounded(value: float) -> float | None:
+  return None if finite_or_none(value) is None else round(float(value), 3)
+
+
+def _scores(windows, test, found, weights) -> dict[tuple, np.ndarray]:
+  """Returns the scores of one encoder's answers by probe, question, score."""
+  labels, person = windows.labels[test], windows.person[test]
+  # Each person counts the same, however many windows there are.
+  _, numbers, counts = np.unique(
+    person, return_inverse=True, return_counts=True
+  )
+  shares = weights / counts[numbers][:, None]
+  values: dict[tuple, np.ndarray] = {}
+  probes = [probe for probe in PROBES if f"{probe}/labels" in found]
+  for probe in probes:
+    inputs = labels, found[f"{probe}/labels"], shares
+    r2 = people_probes.r_squared(*inputs)
+    rank = number_scores.per_value(*inputs)["spearman"]
+    for k, question in enumerate(LABELS):
+      values[probe, question, "r2"] = r2[:, k]
+      values[probe, question, "rank"] = rank[:, k]
+      left_out = found[f"{probe}/r2"][k]
+      values[probe, question, "left_out"] = np.full_like(r2[:, k], left_out)
+  video = windows.video[test]
+  pairs, same = people_probes.video_pairs(video, person)
+  # A video's weight is that of any of its windows: that of its person.
+  by_video = weights[np.unique(video, return_index=True)[1]]
+  (earlier, _) = people_probes.order_pairs(windows, test).T
+  of_pair = shares[np.searchsorted(test, earlier)]
+  for probe in probes:
+    if f"{probe}/same" not in found:
+      continue
+    values[probe, "same person", "auc"] = people_probes.pair_auc(
+      same, found[f"{probe}/same"], *pairs.T, by_video
+    )
+    right = (found[f"{probe}/order"] > 0) @ of_pair
+    values[probe, "order in time", "auc"] = right / of_pair.sum(axis=0)
+  return values
+
+
+def _differences(values) -> dict[tuple, np.ndarray]:
+  """Returns differences of pairs of encoders; baselines are of step 0."""
+  found = {}
+  for (name, steps, *key), value in values.items():
+    for one, other in DIFFERENCES:
+      at = 0 if other in BASELINES else steps
+      if name == one and (other, at, *key) in values:
+        found[f"{one} - {other}", steps, *key] = value - values[other, at, *key]
+  return found
+
+
+def to_json(results: Mapping[str, Any]) -> str:
+  """Returns JSON with a list of numbers per line."""
+  text = json.dumps(results, indent=1)
+  return (
+    re.sub(r"\[[^\[\]{}]*\]", lambda match: " ".join(match[0].split()), text)
+    + "\n"
+  )
+
+
+# --- Tables -------------------------------------------------------------------
+
+
+def last_steps(results: Mapping[str, Any], *names: str) -> int:
+  """Returns the last round that all of these encoders have finished, or 0."""
+  rounds = [set(map(int, results["encoders"].get(name, {}))) for name in names]
+  return max(set.intersection(*rounds), default=0)
+
+
+def table(results: Mapping[str, Any], probe: str = "grid") -> str:
+  """Returns R2 or AUC after the last round in Markdown, with intervals.
+
+  A row per encoder, then a row per difference of two, with a star where the
+  interval does not contain 0.
+  """
+  lines = [
+    f"| {probe} probe | {' | '.join(QUESTIONS)} |",
+    f"|---{'|---' * len(QUESTIONS)}|",
+  ]
+  for name in (LANDMARKS, PIXELS, RANDOM, *STRATEGIES):
+    steps = last_steps(results, name)
+    found = results["encoders"].get(name, {}).get(str(steps), {})
+    if probe in found:
+      title = f"{name}, {steps:,} steps" if steps else name
+      lines.append(_row(title, found[probe], _cell))
+  for one, other in DIFFERENCES:
+    names = [name for name in (one, other) if name not in BASELINES]
+    steps = last_steps(results, *names)
+    by_steps = results["differences"].get(f"{one} - {other}", {})
+    found = by_steps.get(str(steps), {})
+    if probe in found:
+      title = f"{one} - {other}, {steps:,} steps"
+      lines.append(_row(title, found[probe], _difference))
+  return "\n".join(lines)
+
+
+def table_of_probes(results: Mapping[str, Any]) -> str:
+  """Returns R2 / rank correlation, or AUC, of each probe in Markdown."""
+  lines = [
+    f"| encoder, probe | {' | '.join(QUESTIONS)} |",
+    f"|---{'|---' * len(QUESTIONS)}|",
+  ]
+  for name in (LANDMARKS, PIXELS, RANDOM, *STRATEGIES):
+    found = results["encoders"].get(name, {})
+    found = found.get(str(last_steps(results, name)), {})
+    for probe in (probe for probe in PROBES if probe in found):
+      lines.append(_row(f"{name}, {probe}", found[probe], _both))
+  return "\n".join(lines)
+
+
+def table_of_losses(results: Mapping[str, Any]) -> str:
+  """Returns the losses of all runs at each evaluation in Markdown."""
+  lines = [
+    "| masking, seed | steps | people seen | never seen | mean colours | own "
+    "colours | never seen / mean colours |",
+    f"|{'---|' * 7}",
+  ]
+  for run in results["runs"]:
+    seen = dict(run["seen"])
+    for step, pixels, batch, own in run["unseen"]:
+      cells = [f"{x:.4f}" for x in (seen[step], pixels, batch, own)]
+      cells = [f"{run['strategy']}, {run['seed']}", f"{step:,}", *cells]
+      lines.append(f"| {' | '.join(cells)} | {pixels / batch:.2f} |")
+  return "\n".join(lines)
+
+
+def _row(name: str, by_question: Mapping[str, Any], cell) -> str:
+  cells = [
+    cell(by_question[question]) if question in by_question else ""
+    for question in QUESTIONS
+  ]
+  return f"| {name} | {' | '.join(cells)} |"
+
+
+def _number(by_score) -> list[float]:
+  """Returns R2 or AUC and its interval, NaN where undefined."""
+  numbers = by_score.get("r2") or by_score["auc"]
+  return [np.nan if x is None else x for x in numbers]
+
+
+def _cell(by_score) -> str:
+  value, low, high = _number(by_score)
+  return f"{value:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _difference(by_score) -> str:
+  value, low, high = _number(by_score)
+  star = " *" if low > 0 or high < 0 else ""
+  return f"{value:+.2f} ({low:+.2f} to {high:+.2f}){star}"
+
+
+def _both(by_score) -> str:
+  value = f"{_number(by_score)[0]:.2f}"
+  return f"{value} / {by_score['rank'][0]:.2f}" if "rank" in by_score else value
+
+
+# --- Figure -------------------------------------------------------------------
+
+
+def draw(results: Mapping[str, Any], path, probe: str = "grid") -> None:
+  """Draws the scores over steps, and the losses on people never seen."""
+  import matplotlib
+
+  matplotlib.use("agg")
+  from matplotlib import pyplot
+
+  figure, axes = pyplot.subplots(
+    2, 4, figsize=(13, 6), layout="constrained", sharex=True
+  )
+  colours = dict(zip(STRATEGIES, ("C0", "C1", "C2"), strict=True))
+  for axis, question in zip(axes.flat, QUESTIONS[:7], strict=False):
+    for name, style in ((RANDOM, ":"), (PIXELS, "--")):
+      numbers = results["encoders"].get(name, {}).get("0", {})
+      if question in numbers.get(probe, {}):
+        axis.axhline(
+          _number(numbers[probe][question])[0],
+          color="0.4",
+          linestyle=style,
+          label=name,
+        )
+    for name in STRATEGIES:
+      by_steps = results["encoders"].get(name, {})
+      steps = sorted(map(int, by_steps))
+      if not steps:
+        continue
+      values, low, high = zip(
+        *(_number(by_steps[str(s)][probe][question]) for s in steps),
+        strict=True,
+      )
+      axis.plot(
+        steps,
+        values,
+        "o-",
+        color=colours[name],
+        label=name,
+        markersize=3,
+      )
+      axis.fill_between(steps, low, high, color=colours[name], alpha=0.12)
+    axis.set(title=question, xscale="log")
+  _draw_losses(axes.flat[7], results["runs"], colours)
+  for axis in axes[-1]:
+    axis.set_xlabel("steps")
+  axes[0, 0].legend(fontsize=8)
+  figure.savefig(path, dpi=110)
+  pyplot.close(figure)
+
+
+def _draw_losses(axis, runs, colours) -> None:
+  """Draws losses on people seen and never seen, and those of flat patches."""
+  for run in runs:
+    colour = colours[run["strategy"]]
+    axis.plot(*zip(*run["seen"], strict=True), color=colour, linewidth=0.6)
+    steps, pixels, batch, own = zip(*run["unseen"], strict=True)
+    axis.plot(steps, pixels, "o-", color=colour, markersize=3)
+    axis.plot(steps, batch, ":", color=colour, linewidth=1)
+    axis.plot(steps, own, "-.", color=colour, linewidth=1)
+  axis.set(title="loss: thin seen, dots never seen", xscale="log")
+  axis.text(
+    0.03,
+    0.03,
+    "dotted: mean colours; dash-dotted: own colours",
+    transform=axis.transAxes,
+    fontsize=7,
+  )
+
+
+def headline(results: Mapping[str, Any]) -> str:
+  """Returns a sentence about the lowest loss on people never seen."""
+  step, pixels, colours, _, strategy = min(
+    ((*run["unseen"][-1], run["strategy"]) for run in results["runs"]),
+    key=lambda row: row[1] / row[2],
+  )
+  people = results["about"]["people"]
+  return (
+    f"After {step:,} steps of {strategy} masking on videos of "
+    f"{people['train']} people the loss on {people['test']} others is "
+    f"{pixels / colours:.2f} of that of mean colours"
+  )
+
+
+def summary(results: Mapping[str, Any]) -> list[str]:
+  """Returns a line per run: its loss on people never seen, last."""
+  lines = []
+  for run in results["runs"]:
+    step, pixels, colours, own = run["unseen"][-1]
+    lines.append(
+      f"{run['strategy']}, seed {run['seed']}: after {step} steps the pixel "
+      f"loss on people never seen is {pixels:.4f}, {pixels / colours:.2f} of "
+      f"that of mean colours and {pixels / own:.2f} of that of own colours"
+    )
+  return lines

@@ -1,0 +1,275 @@
+"""The benchmark on people never seen: labels, probes, scores, resumption."""
+
+import json
+
+import numpy as np
+import pytest
+
+from data_prep.faces import boxes, tracking
+from tests.benchmarks import (
+  people,
+  people_probes,
+  people_report,
+  people_windows,
+)
+from tests.benchmarks.people_report import Encoder
+from tests.benchmarks.people_windows import LABELS, Windows
+from tests.layout_test import ROOT
+
+# --- Labels -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def carphone_crops(carphone_frames, finder) -> np.ndarray:
+  """The face crops of frames 20 to 63 of the sample video."""
+  frames = carphone_frames[20:64]
+  (track,) = tracking.find_tracks(frames, finder)
+  return np.stack(
+    [
+      boxes.crop_frame(frame, box)
+      for frame, box in zip(frames, track.boxes, strict=True)
+    ]
+  )
+
+
+@pytest.fixture(scope="module")
+def landmarks(carphone_crops, finder) -> np.ndarray:
+  return people_windows.meshes(finder, carphone_crops)
+
+
+def test_mirrored_video_turns_the_head_the_other_way(
+  carphone_crops, finder, landmarks
+):
+  mirrored = people_windows.meshes(finder, carphone_crops[:, :, ::-1].copy())
+  turn = people_windows.head_turn(landmarks)
+  other = people_windows.head_turn(mirrored)
+  assert np.ptp(turn) > 0.2
+  assert np.corrcoef(turn, -other)[0, 1] > 0.9
+  for label in (people_windows.mouth_opening, people_windows.eye_opening):
+    assert np.corrcoef(label(landmarks), label(mirrored))[0, 1] > 0.9
+
+
+def test_mouth_that_opens_and_eyes_that_blink_are_seen(landmarks):
+  # Seen by eye: he blinks at frame 42 and says "oh" at frame 60.
+  mouth = people_windows.mouth_opening(landmarks)
+  assert abs(int(mouth.argmax()) + 20 - 60) <= 2
+  assert mouth.max() > 2 * np.median(mouth)
+  eyes = people_windows.eye_opening(landmarks)
+  assert abs(int(eyes.argmin()) + 20 - 42) <= 1
+
+
+def test_tilted_or_larger_face_has_the_same_labels(landmarks):
+  angle = np.deg2rad(30)
+  turned = np.array(
+    [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+  )
+  no_hair = np.zeros((len(landmarks), 14, 14), np.uint16)
+  np.testing.assert_allclose(
+    people_windows.labels_of(1.7 * landmarks @ turned + 20, no_hair),
+    people_windows.labels_of(landmarks, no_hair),
+    atol=1e-9,
+  )
+
+
+def test_stillness_moves_less_than_speech_and_hair_is_counted(landmarks):
+  speech, still = landmarks[36:44], landmarks[[36] * 8]
+  regions = np.zeros((8, 14, 14), np.uint16)
+  regions[:, :7] = 1 << 10 | 1
+  talks = dict(
+    zip(LABELS, people_windows.labels_of(speech, regions), strict=True)
+  )
+  stands = dict(
+    zip(LABELS, people_windows.labels_of(still, 0 * regions), strict=True)
+  )
+  for name in ("mouth moves", "head moves"):
+    assert talks[name] > stands[name] + 0.5
+  assert (talks["hair"], stands["hair"]) == (0.5, 0.0)
+
+
+# --- Probes and scores --------------------------------------------------------
+
+
+def drawn(num_people: int = 30, num_windows: int = 8, noise: float = 0.3):
+  """Draws windows whose labels are linear in their features, and features."""
+  np_rng = np.random.default_rng(0)
+  num = num_people * num_windows
+  x = np_rng.normal(size=(num, 20))
+  labels = x[:, : len(LABELS)] + noise * np_rng.normal(size=(num, len(LABELS)))
+  person = np.repeat([f"p{i:02d}" for i in range(num_people)], num_windows)
+  half = np.tile(np.arange(num_windows) // (num_windows // 2), num_people)
+  windows = Windows(
+    split=np.where(person < "p20", "train", "test"),
+    video=np.char.add(person, half.astype(str)),
+    person=person,
+    track=np.zeros(num, int),
+    start=np.tile(np.arange(num_windows) * 16, num_people),
+    labels=labels,
+    pixels=x,
+    landmarks=x,
+  )
+  return windows, x
+
+
+def scored_by(windows, answers):
+  scored = people_report.scores(windows, answers)["encoders"]
+  return {name: by["0"]["grid"] for name, by in scored.items()}
+
+
+def test_what_is_in_the_features_is_found_and_what_is_not_is_not():
+  windows, x = drawn()
+  noise = np.random.default_rng(1).normal(size=x.shape)
+  found = scored_by(
+    windows,
+    {
+      Encoder("pixels", 0, 0): people_probes.answers(windows, {"grid": x}),
+      Encoder("landmarks", 0, 0): people_probes.answers(
+        windows, {"grid": noise}
+      ),
+    },
+  )
+  for label in LABELS:
+    known, unknown = found["pixels"][label], found["landmarks"][label]
+    # The noise of the label is 1 / 1.09 of its variance.
+    value, low, high = known["r2"]
+    assert 0.7 < low < value < high < 0.98
+    assert known["rank"][0] > 0.9
+    assert -0.2 < unknown["r2"][0] < 0.1
+    assert known["left_out"][0] == pytest.approx(value, abs=0.1)
+
+
+def test_a_person_and_the_order_in_time_are_found():
+  windows, x = drawn()
+  who = np.unique(windows.person, return_inverse=True)[1]
+  codes = np.random.default_rng(2).normal(size=(30, 20))
+  both = np.concatenate(
+    [3 * codes[who], windows.start[:, None] + x[:, :1]], axis=1
+  )
+  for features, same, order in ((both, 1.0, 1.0), (x, 0.5, 0.5)):
+    answers = {
+      Encoder("pixels", 0, 0): people_probes.answers(
+        windows, {"grid": features}
+      )
+    }
+    found = scored_by(windows, answers)["pixels"]
+    for question, want in (("same person", same), ("order in time", order)):
+      # Of few pairs.
+      assert found[question]["auc"][0] == pytest.approx(want, abs=0.25)
+
+
+def test_the_attentive_probe_finds_the_one_token_that_tells():
+  windows, x = drawn(noise=0.1)
+  tokens = np.random.default_rng(3).normal(size=(len(x), 6, 20))
+  tokens[:, 2] = x + 4
+  answers = people_probes.answers(windows, {}, tokens, num_heads=2)
+  test = windows.rows("test")
+  r2 = people_probes.r_squared(
+    windows.labels[test], answers["attentive/labels"], np.ones((len(test), 1))
+  )
+  assert r2.mean() > 0.3
+
+
+def test_differences_are_of_the_same_people_in_each_draw():
+  """A difference has a narrower interval than its two terms."""
+  windows, x = drawn(noise=1.0)
+  worse = x + 0.3 * np.random.default_rng(4).normal(size=x.shape)
+  answers = {
+    Encoder("fasking", 0, 10): people_probes.answers(windows, {"grid": x}),
+    Encoder("tube", 0, 10): people_probes.answers(windows, {"grid": worse}),
+  }
+  scored = people_report.scores(windows, answers)
+
+  def width(number):
+    return number[2] - number[1]
+
+  for label in LABELS:
+    one, other = (
+      scored["encoders"][name]["10"]["grid"][label]["r2"]
+      for name in ("fasking", "tube")
+    )
+    difference = scored["differences"]["fasking - tube"]["10"]["grid"][label]
+    assert difference["r2"][0] == pytest.approx(one[0] - other[0], abs=2e-3)
+    assert width(difference["r2"]) < width(one) + width(other)
+  assert people_report.last_steps(scored, "fasking", "tube") == 10
+  assert people_report.last_steps(scored, "fasking", "random") == 0
+
+
+# --- The whole ----------------------------------------------------------------
+
+TINY = (
+  *("model.width=16", "model.depth=1", "model.num_heads=2"),
+  *("model.mlp_dim=32", "model.dec_width=16", "model.dec_depth=1"),
+  *("model.dec_num_heads=2", "model.dec_mlp_dim=32", "batch_size=4"),
+  *("eval_batches=1", "optim.warmup_steps=1"),
+)
+
+
+@pytest.fixture(scope="module")
+def footage(carphone_frames, tmp_path_factory):
+  """Six people, twelve spans of one video."""
+  from tests.support.videos import write_video
+
+  folder = tmp_path_factory.mktemp("footage")
+  write_video(folder / "man.mp4", carphone_frames, crf="10")
+  rows = ["path,subject_id,start_secs,end_secs"]
+  for i in range(12):
+    start = 0.2 * i
+    rows.append(f"man.mp4,p{i // 2},{start:.2f},{start + 1.3:.2f}")
+  (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
+  return folder
+
+
+@pytest.mark.slow
+def test_more_hours_go_on_where_fewer_ended(
+  footage, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(people, "EVAL_STEPS", 2)
+  monkeypatch.setattr(people, "ROUNDS", (2, 4))
+  arguments = [f"--footage={footage}", f"--folder={tmp_path / 'run'}"]
+  arguments += [f"--output={tmp_path / 'out'}", "--seeds=1"]
+  arguments += ["--strategies", "random", "--set", *TINY]
+  steps = []
+  for hours in ("1e-9", "1e-9", "1"):
+    people.main([*arguments, "--hours", hours])
+    results = json.loads((tmp_path / "out" / "people.json").read_text())
+    steps.append(list(results["encoders"]["random"]))
+    print(results["encoders"]["landmarks"]["0"]["grid"])
+  said = capsys.readouterr().out
+  assert steps == [["2"], ["2"], ["2", "4"]]
+  assert said.count("minutes are left") == 2
+  assert {"random init", "pixels", "landmarks"} < set(results["encoders"])
+  (run,) = results["runs"]
+  assert [row[0] for row in run["unseen"]] == [2, 4]
+  assert (tmp_path / "out" / "people.png").stat().st_size > 1000
+  assert "| random |" in said
+
+
+# --- The documents ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results():
+  return json.loads((ROOT / "docs" / "people.json").read_text())
+
+
+@pytest.mark.parametrize(
+  "make",
+  [
+    people_report.table,
+    people_report.table_of_probes,
+    people_report.table_of_losses,
+  ],
+)
+def test_the_tables_of_the_results_are_those_of_the_numbers(results, make):
+  assert make(results) in (ROOT / "docs" / "RESULTS.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["docs/RESULTS.md", "README.md"])
+def test_documents_tell_the_loss_on_people_never_seen(results, name):
+  text = " ".join((ROOT / name).read_text().split())
+  assert people_report.headline(results) in text
+  assert "people.png)" in text
+
+
+def test_the_file_of_numbers_is_written_as_the_command_writes_it(results):
+  text = (ROOT / "docs" / "people.json").read_text()
+  assert people_report.to_json(results) == text
