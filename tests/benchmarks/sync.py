@@ -19,7 +19,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,7 @@ RUNS = {
   "45 people": (*_FIRST, sync_data.OTHERS),
 }
 DRAWN = "drawn mouths alone"
+BASELINE = "no network: opening of the mouth, loudness"
 NUM_DRAWN, NUM_DRAWN_VAL = 72, 8
 
 # A fourth of the channels, and lips of 24 x 48 pixels.
@@ -129,17 +130,28 @@ def _run(module: str, *args: str) -> None:
 # --- Scores -------------------------------------------------------------------
 
 
-def judge(workdir: Path, data: Path) -> list[sync_scores.ClipScores]:
-  """Scores an expert on the judged people."""
-  embedder = sync_scores.Embedder(
-    build.read_expert(workdir), REGIME["expert.frame_size"]
-  )
+def judge(
+  data: Path, cosines: Callable[[sync_scores.Talk], np.ndarray], name: str
+) -> dict:
+  """Returns the `sync_scores.summary` of the judged people.
+
+  Args:
+    data: the data set.
+    cosines: gives the cosines of all windows of a talk.
+    name: what is judged, for the progress bar.
+  """
   scores = []
-  for split in tqdm(JUDGED, desc=workdir.name, unit="group"):
+  for split in tqdm(JUDGED, desc=name, unit="group", disable=None):
     dataset = prepared_dataset.open_dataset(str(data), split)
     for talk in sync_scores.talks_of(dataset):
-      scores.append(sync_scores.score(talk.person, embedder.cosines(talk)))
-  return scores
+      scores.append(sync_scores.score(talk.person, cosines(talk)))
+  return sync_scores.summary(scores)
+
+
+def cosines_of(workdir: Path) -> Callable[[sync_scores.Talk], np.ndarray]:
+  """Returns `judge`'s cosines by a trained expert."""
+  expert = build.read_expert(workdir)
+  return sync_scores.Embedder(expert, REGIME["expert.frame_size"]).cosines
 
 
 def amount_of(data: Path, splits: Sequence[str]) -> tuple[int, float]:
@@ -168,12 +180,12 @@ def table(results: dict) -> str:
     "| trained on | minutes | " + " | ".join(_HEADERS.values()) + " |",
     "|---" * (2 + len(_HEADERS)) + "|",
   ]
-  for run in results["runs"]:
+  for run in (results["baseline"], *results["runs"]):
     cells = [
       f"{100 * m['value']:.1f}% ({100 * m['low']:.1f} to {100 * m['high']:.1f})"
       for m in (run["scores"][name] for name in _HEADERS)
     ]
-    minutes = f"{run['minutes']:.1f}" if run["minutes"] else "-"
+    minutes = f"{run['minutes']:.1f}" if run.get("minutes") else "-"
     lines.append(f"| {run['name']} | {minutes} | " + " | ".join(cells) + " |")
   chance = results["runs"][0]["scores"]
   cells = [f"{100 * chance[name]['chance']:.1f}%" for name in _HEADERS]
@@ -224,15 +236,15 @@ def main() -> None:
   data, drawn = prepare(footage, folder), draw(folder / "drawn")
   start = folder / f"drawn-{args.drawn_steps}"
   train(start, drawn, ["train"], "val", args.drawn_steps)
-  rows = [(DRAWN, start, (), 0)]
+  experts = [(DRAWN, start, (), 0)]
   for name, splits in RUNS.items():
     workdir = folder / f"{name.replace(' ', '_')}-{args.steps}"
     train(workdir, data, splits, splits[0], args.steps, start)
-    rows.append((name, workdir, splits, args.steps))
+    experts.append((name, workdir, splits, args.steps))
   runs = []
-  for name, workdir, splits, steps in rows:
+  for name, workdir, splits, steps in experts:
     people, minutes = amount_of(data, splits)
-    scores = sync_scores.summary(judge(workdir, data))
+    scores = judge(data, cosines_of(workdir), name)
     runs.append(
       {"name": name, "people": people, "minutes": minutes, "steps": steps}
       | {"scores": scores}
@@ -243,6 +255,10 @@ def main() -> None:
     "judged_minutes": judged_minutes,
     "drawn_steps": args.drawn_steps,
     "regime": REGIME,
+    "baseline": {
+      "name": BASELINE,
+      "scores": judge(data, sync_scores.mouth_and_loudness, BASELINE),
+    },
     "runs": runs,
   }
   (folder / "people.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -113,6 +113,36 @@ class Embedder:
     return np.concatenate(faces)[:num] @ np.concatenate(sound)[:num].T
 
 
+_WINDOW = 5
+_INNER_MOUTH = schema.REGIONS.index("inner_mouth")
+
+
+def mouth_and_loudness(talk: Talk) -> np.ndarray:
+  """Returns what can be known without a network, float64 (N, N).
+
+  The product of how far the mouth is open and how loud the sound is, both as
+  means over windows of 5 frames in units of their deviation over the talk: its
+  mean over a clip is their correlation. Takes the place of cosines.
+  """
+  opening = np.concatenate(
+    [
+      (schema.decode_parsing(record) == _INNER_MOUTH).mean(axis=(1, 2))
+      for record in talk.records
+    ]
+  )
+  frames = np.arange(len(opening))
+  rows = mel_windows.windows(talk.mel, frames, 1, talk.start_secs)
+  loudness = rows.mean(axis=(1, 2))
+  if len(frames) < _WINDOW:
+    return np.empty((0, 0))
+
+  def windowed(values: np.ndarray) -> np.ndarray:
+    means = np.convolve(values, np.full(_WINDOW, 1 / _WINDOW), mode="valid")
+    return (means - means.mean()) / (means.std() + 1e-9)
+
+  return np.outer(windowed(opening), windowed(loudness))
+
+
 class ClipScores(NamedTuple):
   """Scores of one talk: value and weight of each metric of CHANCE.
 
