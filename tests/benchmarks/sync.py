@@ -148,10 +148,14 @@ def judge(
   return sync_scores.summary(scores)
 
 
-def cosines_of(workdir: Path) -> Callable[[sync_scores.Talk], np.ndarray]:
-  """Returns `judge`'s cosines by a trained expert."""
-  expert = build.read_expert(workdir)
-  return sync_scores.Embedder(expert, REGIME["expert.frame_size"]).cosines
+def judge_expert(data: Path, workdir: Path, name: str) -> dict:
+  """Judges a trained expert, unless that is done."""
+  path = workdir / "people.json"
+  if not path.exists():
+    expert = build.read_expert(workdir)
+    embedder = sync_scores.Embedder(expert, REGIME["expert.frame_size"])
+    path.write_text(json.dumps(judge(data, embedder.cosines, name)))
+  return json.loads(path.read_text())
 
 
 def amount_of(data: Path, splits: Sequence[str]) -> tuple[int, float]:
@@ -244,7 +248,7 @@ def main() -> None:
   runs = []
   for name, workdir, splits, steps in experts:
     people, minutes = amount_of(data, splits)
-    scores = judge(data, cosines_of(workdir), name)
+    scores = judge_expert(data, workdir, name)
     runs.append(
       {"name": name, "people": people, "minutes": minutes, "steps": steps}
       | {"scores": scores}

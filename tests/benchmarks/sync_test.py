@@ -1,6 +1,8 @@
-"""Clips and scores of the benchmark of the sync expert."""
+"""Clips, scores and document of the benchmark of the sync expert."""
 
 import csv
+import dataclasses
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -8,8 +10,11 @@ import numpy as np
 import pytest
 
 from marlin_jax.data import prepared_dataset
-from tests.benchmarks import sync_data, sync_scores
+from marlin_jax.records import schema
+from tests.benchmarks import sync, sync_data, sync_scores
 from tests.support import talking_mouths
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 # --- Clips --------------------------------------------------------------------
 
@@ -162,3 +167,36 @@ def test_talks_join_records_and_keep_frames_and_sound_on_one_clock(tmp_path):
     # The other person's sound does not fit.
   swapped = talks[0]._replace(mel=talks[1].mel)
   assert means_of(embedder.cosines(swapped))["clip_ranked"] < 0.9
+
+
+def test_mouth_that_opens_with_the_voice_needs_no_network():
+  spoken = talking_mouths.talk(0, 128)
+  records = []
+  for record in talking_mouths.records_of(spoken, "a.mp4"):
+    first = round(record.start_secs * 25)
+    labels = np.zeros((len(record), 224, 224), np.uint8)
+    for frame, opening in zip(labels, spoken.opening[first:], strict=False):
+      frame[: int(40 * opening), :30] = schema.REGIONS.index("inner_mouth")
+    parsing = schema.compress_parsing(labels)
+    records.append(dataclasses.replace(record, parsing=parsing))
+  mel = np.concatenate([record.mel for record in records])
+  talk = sync_scores.Talk("a", tuple(records), mel)
+  means = means_of(sync_scores.mouth_and_loudness(talk))
+  assert means["clip_ranked"] == means["offset_within_1"] == 1
+  late = talk._replace(mel=np.roll(mel, 32, axis=0))  # 10 frames
+  assert means_of(sync_scores.mouth_and_loudness(late))["offset_within_1"] == 0
+
+
+# --- The document -------------------------------------------------------------
+
+
+def test_document_has_the_numbers_of_the_run():
+  results = json.loads((DOCS / "lipsync_people.json").read_text())
+  text = (DOCS / "LIPSYNC.md").read_text()
+  for line in sync.table(results).splitlines():
+    assert line in text
+  assert f"{results['judged_people']} people" in text
+  assert {run["people"] for run in results["runs"]} == {0, 6, 24, 45}
+  regime = {key: json.loads(json.dumps(x)) for key, x in sync.REGIME.items()}
+  assert results["regime"] == regime
+  assert (DOCS / "lipsync_people.png").exists()
