@@ -25,6 +25,7 @@ _THEME = gr.themes.Default(
 )
 _CSS = """
 .gradio-container {max-width: 1280px !important; margin: 0 auto}
+#video video {max-height: 320px}
 #legend span {display: inline-block; margin: 0 1em .2em 0; white-space: nowrap}
 #legend i {display: inline-block; width: .8em; height: .8em; margin-right: .4em;
   border: 1px solid #8888; vertical-align: -.05em}
@@ -107,7 +108,6 @@ class Page:
     video = gr.Video(
       label="Video",
       sources=["upload", "webcam"],
-      height=300,
       elem_id="video",
     )
     if examples:
