@@ -66,7 +66,8 @@ def _run(args: argparse.Namespace) -> None:
   )
   settings = {
     "program": "marlin_jax.predict",
-    "model": str(args.model),
+    "model": str(Path(args.model)),
+    "head_sha256": classifier.head_sha256,
     "encoder_sha256": classifier.description.encoder_sha256,
     "names": list(classifier.description.names),
     "calibrated": args.calibrated,
@@ -305,7 +306,10 @@ class PredictionLog:
         ) from e
       if number:
         self.entries[entry.pop("video")] = entry
-      elif changes := differences(entry, settings):
+      # Logs of before it was written have no hash of the head.
+      elif changes := differences(
+        {"head_sha256": settings["head_sha256"]} | entry, settings
+      ):
         raise OutputFolderError(
           f"{self._log} was made with other settings: {'; '.join(changes)}. "
           "Use those again, or another --output"
@@ -377,8 +381,8 @@ def _parser() -> argparse.ArgumentParser:
   add(
     "--model",
     required=True,
-    type=Path,
-    help="a folder in WORKDIR/models of an evaluation",
+    help="a folder in WORKDIR/models of an evaluation, or OWNER/NAME on the "
+    "HuggingFace hub",
   )
   add("--output", required=True, type=Path, help="file to write or to complete")
   add(

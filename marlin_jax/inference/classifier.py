@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -338,6 +340,19 @@ class VideoClassifier:
         batch_size or stream.default_batch_size(),
       )
       return self.prediction(np.stack(list(outputs)))
+
+  @functools.cached_property
+  def head_sha256(self) -> str:
+    """Hash of the head, and of how its outputs become decisions."""
+    described = dataclasses.asdict(self.description)
+    facts = {
+      k: v for k, v in described.items() if k not in ("encoder", "origin")
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(self._arrays):
+      digest.update(name.encode())
+      digest.update(self._arrays[name].tobytes())
+    return digest.hexdigest()
 
   # --- Export -----------------------------------------------------------------
 

@@ -3,11 +3,13 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from configs import eval_far
 from marlin_jax import Marlin, convert, predict
@@ -280,6 +282,33 @@ def test_wrong_models_and_outputs_are_refused(
   output.write_text("mine")
   assert "choose another --output" in message("--model", str(model), *data)
   assert output.read_text() == "mine"
+
+
+def test_predictions_of_another_head_at_the_same_place_are_not_mixed(
+  workdir, face_data, tmp_path, capsys
+):
+  model = shutil.copytree(
+    workdir / "far" / "models" / "mood-linear-1-0", tmp_path / "model"
+  )
+  output = tmp_path / "out.csv"
+  command = ["--model", str(model), "--data", str(face_data)]
+  command += ["--output", str(output)]
+  assert predict.main(command) == 0
+  log = tmp_path / "out.csv.jsonl"
+  first, *lines = log.read_text().splitlines(keepends=True)
+  # One of before the head had a hash goes on.
+  settings = json.loads(first)
+  del settings["head_sha256"]
+  log.write_text("".join([json.dumps(settings) + "\n", *lines[:3]]))
+  assert predict.main(command) == 0
+  assert len(log.read_text().splitlines()) == 1 + len(lines)
+  log.write_text("".join([first, *lines[:3]]))
+  arrays = safetensors.numpy.load_file(model / "model.safetensors")
+  arrays = {name: 2 * array for name, array in arrays.items()}
+  safetensors.numpy.save_file(arrays, model / "model.safetensors")
+  capsys.readouterr()
+  assert predict.main(command) == 1
+  assert "head_sha256 was" in capsys.readouterr().err
 
 
 def test_numbers_are_not_calibrated(workdir, face_data, tmp_path, capsys):
