@@ -20,7 +20,8 @@ def get_config():
   # Comma-separated labels of the data set, or names in `derive`. Each task gets
   # its own head.
   config.tasks = "appearance,action"
-  # Comma-separated: linear, attentive, knn (frozen encoder), finetune.
+  # Comma-separated: linear, attentive, knn (frozen encoder); layernorm, lora
+  # (a small part of it is trained); finetune (all of it).
   config.modes = "linear"
   # 'default' or 'paper'; see marlin_jax/downstream/protocols.py.
   config.protocol = "default"
@@ -52,11 +53,18 @@ def get_config():
   config.data.folds = ""
   # Share of the people in the training folds on which choices are made.
   config.data.fold_val = 0.1
+  # Compose each batch of pairs, a video with the label and one without it, of
+  # the same person where there is one: for tasks of one label, such as
+  # deepfakes.
+  config.data.pairs = False
   # Share of the people in the training split; comma-separated for several:
   # --config.data.ratio=0.01,0.1,1.
   config.data.ratio = "1"
   # Use all face tracks of a video; False: the main face.
   config.data.all_tracks = False
+  # Most windows of a video that are scored after each round of a training,
+  # spread over it; 0: all. Thresholds and final scores are of all windows.
+  config.data.val_windows = 0
   # Reader threads.
   config.data.num_threads = 4
 
@@ -142,6 +150,45 @@ def get_config():
   # Mirror half of the clips.
   config.finetune.flip = True
 
+  # Light tuning, modes layernorm and lora: a small part of the encoder, and a
+  # linear head.
+  config.light = ConfigDict()
+  # Videos per step.
+  config.light.batch_size = 32
+  # Length of the training in epochs.
+  config.light.epochs = 30.0
+  # Least number of steps, for small shares of the data.
+  config.light.min_steps = 500
+  # Times that the validation split is scored; the best round counts.
+  config.light.num_rounds = 10
+  # Peak learning rate at batch 256; it is scaled with the batch size.
+  config.light.base_lr = 5e-3
+  # Final learning rate at batch 256, scaled likewise.
+  config.light.min_lr = 1e-6
+  # Share of the steps spent on warm-up.
+  config.light.warmup_ratio = 0.1
+  # Decoupled weight decay of the head.
+  config.light.weight_decay = 0.01
+  # Decay of the first moment.
+  config.light.b1 = 0.9
+  # Decay of the second moment.
+  config.light.b2 = 0.999
+  # Added to the root of the second moment.
+  config.light.eps = 1e-8
+  # Largest probability of dropping a block (stochastic depth).
+  config.light.drop_path = 0.0
+  # Alpha of mixup; 0: no mixup.
+  config.light.mixup = 0.0
+  # Mirror half of the clips.
+  config.light.flip = True
+
+  # Adapters of mode lora, on the projections to queries and values.
+  config.lora = ConfigDict()
+  # Rank of an adapter.
+  config.lora.rank = 8
+  # An adapter is scaled by alpha / rank.
+  config.lora.alpha = 16.0
+
   # --- protocol=paper ---------------------------------------------------------
 
   # Recipe of linear, attentive and finetune alike.
@@ -223,4 +270,15 @@ def get_config():
   config.mesh.fsdp = 1
   # Devices that split heads and hidden units.
   config.mesh.tensor = 1
+
+  # As in configs/pretrain_b.py: several processes that evaluate together.
+  config.distributed = ConfigDict()
+  # host:port of process 0; 'auto', 'none' or ''.
+  config.distributed.coordinator = ""
+  # Number of processes; only with host:port.
+  config.distributed.num_processes = 0
+  # Number of this process, from 0; only with host:port.
+  config.distributed.process_id = 0
+  # How long to wait for the other processes to start.
+  config.distributed.timeout_secs = 300
   return config

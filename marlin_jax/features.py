@@ -4,7 +4,8 @@
 
 For each video, named by its path below the input folder, writes
   OUTPUT/<path>.npz, or .parquet   features, with the times of their windows
-  OUTPUT/quarantine.jsonl          the videos without features, and why
+  OUTPUT/quarantine.jsonl          the videos without features, and why; each
+                                   task has one of its own until they are merged
   OUTPUT/settings.json             the settings that all files share
 
 A file has one row per window, or with --reduction one for the whole video:
@@ -17,7 +18,8 @@ and `metadata`, JSON with the video and its hash, the checkpoint, the settings
 and the library versions; in parquet it is the schema's metadata `marlin_jax`.
 
 The command can be stopped or killed at any time; run again, it extracts only
-the features that are missing.
+the features that are missing. It uses all devices of the machine. Several
+machines share the work by --task_index and --task_count.
 
 Axes: N tokens, D width.
 """
@@ -33,14 +35,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from marlin_jax.models.options import DTYPES
 from marlin_jax.records import cli
 from marlin_jax.records.cli import UserError, counted
 
 if TYPE_CHECKING:
   from marlin_jax.inference.face_windows import WindowSettings
   from marlin_jax.inference.feature_folder import FeatureFolder
-  from marlin_jax.inference.marlin import Marlin
   from marlin_jax.inference.video_folder import EncodedVideo
+  from marlin_jax.weights.weights import Weights
 
 
 class ExtractionError(UserError):
@@ -50,24 +53,40 @@ class ExtractionError(UserError):
 def main(argv: list[str] | None = None) -> int:
   """Returns the exit code: 0, 1 for an error, 130 when interrupted."""
   args = _parser().parse_args(argv)
-  return cli.run_command(lambda: _run(args))
+  return cli.run_command(lambda: _start(args))
 
 
-def _run(args: argparse.Namespace) -> None:
+def _start(args: argparse.Namespace) -> None:
+  """Runs the task that arguments or environment name."""
   # Imported here, so that --help answers at once.
+  from marlin_jax.devices import distributed
+
+  distributed.run_task(cli.task_of(args), functools.partial(_run, args))
+
+
+def _run(args: argparse.Namespace, task: cli.Task) -> None:
+  # Imported here, so that --help answers at once.
+  import jax
+
+  from marlin_jax.devices import distributed, sharding
   from marlin_jax.inference import (
+    clip_features,
     clips,
     feature_folder,
+    stream,
     video_folder,
   )
-  from marlin_jax.inference.marlin import Marlin
+  from marlin_jax.weights import formats
 
   # --- Inputs -----------------------------------------------------------------
-  videos = video_folder.list_videos(args.videos)
-  marlin = Marlin.from_pretrained(args.checkpoint)
+  videos = task.part(video_folder.list_videos(args.videos))
+  with distributed.process_0_first():  # which may download it
+    weights = formats.read(formats.resolve(args.checkpoint, full=False))
+  mesh = sharding.make_mesh(devices=jax.local_devices())
+  encoder = clip_features.FrozenEncoder(weights, mesh, args.dtype, "auto")
   try:
     windows = clips.window_settings(
-      marlin.architecture,
+      weights.architecture,
       crop_face=args.crop_face,
       sample_rate=args.sample_rate,
       stride=args.stride,
@@ -75,8 +94,8 @@ def _run(args: argparse.Namespace) -> None:
     )
   except ValueError as e:
     raise ExtractionError(f"--stride, --sample_rate: {e}") from e
-  settings = _settings(args, marlin, windows)
-  with feature_folder.FeatureFolder(args.output, settings) as folder:
+  settings = _settings(args, weights, windows)
+  with feature_folder.FeatureFolder(args.output, settings, task) as folder:
     todo = [
       video
       for video in videos
@@ -87,8 +106,10 @@ def _run(args: argparse.Namespace) -> None:
     ]
     num_before = len(videos) - len(todo)
     done = f", {num_before} of them done before" if num_before else ""
+    of_task = f" of task {task.index} of {task.count}" if task.suffix else ""
     print(
-      f"{counted(len(videos), 'video')}{done}; writing to {args.output}",
+      f"{counted(len(videos), 'video')}{of_task}{done}; "
+      f"{sharding.describe(mesh)}; writing to {args.output}",
       flush=True,
     )
 
@@ -102,10 +123,10 @@ def _run(args: argparse.Namespace) -> None:
       if not args.crop_face:
         check = stack.enter_context(video_folder.CropCheck())
       encoded_videos = video_folder.encode_many(
-        functools.partial(marlin.extract_features, keep_seq=args.keep_seq),
+        functools.partial(encoder, keep_seq=args.keep_seq),
         todo,
         windows,
-        batch_size=args.batch_size,
+        batch_size=stream.local_batch_size(args.batch_size),
         num_workers=args.num_workers,
         crop_check=check,
       )
@@ -122,7 +143,7 @@ def _run(args: argparse.Namespace) -> None:
     refused = {
       name: reason for name, reason in folder.reasons.items() if name in names
     }
-    if len(refused) == len(videos):
+    if len(refused) == len(videos) and not task.suffix:
       raise ExtractionError(_nothing_extracted(folder.path, refused))
     print(
       f"Done in {time.monotonic() - started_at:.0f} s: "
@@ -140,19 +161,26 @@ def _run(args: argparse.Namespace) -> None:
       )
     if refused:
       print(
-        f"  left out: {len(refused)}; why: {folder.path / 'quarantine.jsonl'}"
+        f"  left out: {len(refused)}; why: "
+        f"{folder.path / 'quarantine.jsonl'}{task.suffix}"
+      )
+    if task.suffix:
+      print(
+        "After all tasks, run the same command as one process without "
+        "--task_index and --task_count: it extracts what is missing and merges "
+        "their quarantines"
       )
 
 
 def _settings(
-  args: argparse.Namespace, marlin: Marlin, windows: WindowSettings
+  args: argparse.Namespace, weights: Weights, windows: WindowSettings
 ) -> dict[str, Any]:
   """Returns the settings that the features depend on."""
   from marlin_jax.weights.weights import encoder_sha256
 
   return {
     "checkpoint": str(args.checkpoint),
-    "checkpoint_sha256": encoder_sha256(marlin.weights),
+    "checkpoint_sha256": encoder_sha256(weights),
     "format": args.format,
     "reduction": args.reduction,
     "keep_seq": args.keep_seq,
@@ -160,6 +188,8 @@ def _settings(
     "sample_rate": windows.clip.stride,
     "stride": windows.step // windows.clip.stride,
     "window_rule": args.window_rule,
+    # Folders from before there was a choice are float32.
+    **({} if args.dtype == "float32" else {"dtype": args.dtype}),
   }
 
 
@@ -282,7 +312,15 @@ def _parser() -> argparse.ArgumentParser:
   add(
     "--batch_size",
     type=cli.at_least(1),
-    help="windows per batch, across videos; by default 1 on CPU, else 16",
+    help="windows per batch, across videos and devices; by default for each "
+    "device 1 on CPU, else 16",
+  )
+  add(
+    "--dtype",
+    choices=DTYPES,
+    default="float32",
+    help="dtype of matmuls; bfloat16 is several times faster on TPU and GPU, "
+    "and accurate to about two digits",
   )
   add(
     "--num_workers",
@@ -294,6 +332,9 @@ def _parser() -> argparse.ArgumentParser:
     "--retry_quarantined",
     action="store_true",
     help="try quarantined videos again",
+  )
+  cli.add_task_arguments(
+    parser, "to extract what is missing and to merge their quarantines"
   )
   return parser
 

@@ -18,7 +18,9 @@ video, after the rows of its windows where the model judges windows:
 
 OUTPUT.jsonl holds the same as JSON, one line per video, written at once: the
 command can be stopped or killed at any time, and goes on from there. With
---json that file is the output.
+--json that file is the output. All devices of the machine are used. Several
+machines share the work by --task_index and --task_count: each writes a log of
+its own, OUTPUT.jsonl-00001-of-00004, and a run without these flags joins them.
 """
 
 from __future__ import annotations
@@ -26,12 +28,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import fcntl
+import functools
+import glob
 import io
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from marlin_jax.records import cli, extras
 from marlin_jax.records.cli import UserError, counted
@@ -50,20 +55,35 @@ class PredictionError(UserError):
 def main(argv: list[str] | None = None) -> int:
   """Returns the exit code: 0, 1 for an error, 130 when interrupted."""
   args = _parser().parse_args(argv)
-  return cli.run_command(lambda: _run(args))
+  return cli.run_command(lambda: _start(args))
 
 
-def _run(args: argparse.Namespace) -> None:
+def _start(args: argparse.Namespace) -> None:
+  """Runs the task that arguments or environment name."""
   # Imported here, so that --help answers at once.
+  from marlin_jax.devices import distributed
+
+  distributed.run_task(cli.task_of(args), functools.partial(_run, args))
+
+
+def _run(args: argparse.Namespace, task: cli.Task) -> None:
+  # Imported here, so that --help answers at once.
+  import jax
+
+  from marlin_jax.devices import distributed, sharding
   from marlin_jax.inference.classifier import VideoClassifier
 
   if bool(args.videos) == bool(args.data):
     raise PredictionError(
       "expected either videos or --data with a prepared data set"
     )
-  classifier = VideoClassifier.load(
-    args.model, encoder=args.checkpoint, dtype=args.dtype
-  )
+  with distributed.process_0_first():  # which may download the encoder
+    classifier = VideoClassifier.load(
+      args.model,
+      encoder=args.checkpoint,
+      dtype=args.dtype,
+      mesh=sharding.make_mesh(devices=jax.local_devices()),
+    )
   settings = {
     "program": "marlin_jax.predict",
     "model": str(Path(args.model)),
@@ -85,22 +105,29 @@ def _run(args: argparse.Namespace) -> None:
     settings,
     as_json=args.json,
     column="value" if is_value else "p",
+    task=task,
   ) as log:
     if args.data:
       _predict_dataset(args, classifier, log)
     else:
       _predict_videos(args, classifier, log)
     num_failed = sum(bool(entry["error"]) for entry in log.entries.values())
-    if num_failed == len(log.entries):
+    if num_failed == len(log.entries) and not task.suffix:
       reasons = {name: e["error"] for name, e in log.entries.items()}
       raise PredictionError(
         "\n".join(["nothing was predicted:", *cli.reasons(reasons)])
       )
   print(
-    f"{args.output} holds the predictions of "
+    f"{log.path if task.suffix else args.output} holds the predictions of "
     f"{counted(len(log.entries) - num_failed, 'video')}"
     + (f"; {num_failed} could not be read, see 'error'" if num_failed else "")
   )
+  if task.suffix:
+    print(
+      "After all tasks, run the same command as one process without "
+      "--task_index and --task_count: it joins their predictions in "
+      f"{args.output}"
+    )
 
 
 # --- Videos -------------------------------------------------------------------
@@ -111,10 +138,10 @@ def _predict_videos(
 ) -> None:
   import numpy as np
 
-  from marlin_jax.inference import video_folder
+  from marlin_jax.inference import stream, video_folder
   from marlin_jax.records.folders import sha256_of
 
-  videos = video_folder.list_videos(args.videos)
+  videos = log.task.part(video_folder.list_videos(args.videos))
   todo = [
     video
     for video in videos
@@ -132,7 +159,7 @@ def _predict_videos(
     classifier.outputs,
     todo,
     windows,
-    batch_size=args.batch_size,
+    batch_size=stream.local_batch_size(args.batch_size),
     num_workers=args.num_workers,
   )
   with contextlib.closing(encoded_videos):
@@ -210,14 +237,16 @@ def _predict_dataset(
   clip = classifier.weights.architecture.clip
   split = splits.open_split(args.data, args.split, None)
   fingerprint = split.dataset.fingerprint
+  own = set(log.task.part(range(len(split))))
   windows = [
     window
     for window in split.windows(clip)
-    if not log.holds(
+    if split.tracks[window.track].video in own
+    and not log.holds(
       split.video_ids[split.tracks[window.track].video], lambda: fingerprint
     )
   ]
-  batch_size = args.batch_size or stream.default_batch_size()
+  batch_size = stream.local_batch_size(args.batch_size)
   image_size = classifier.weights.architecture.image_size
   batches = clip_batches.window_batches(
     clip_batches.ClipReader(split, clip, image_size),
@@ -245,6 +274,8 @@ class PredictionLog:
   """Output that is complete for each video it holds, and locked while open.
 
   Attributes:
+    path: the log.
+    task: the part of the videos that it is of.
     entries: predictions by name of the video.
   """
 
@@ -255,63 +286,105 @@ class PredictionLog:
     *,
     as_json: bool,
     column: str = "p",
+    task: cli.Task = cli.WHOLE,
   ):
-    """Reads what an earlier call has written.
+    """Reads what earlier calls have written.
 
     Args:
       path: the output.
       settings: values that all predictions share.
       as_json: the output is the log itself, not a table.
       column: begins the names of the table's predictions.
+      task: a task writes a log of its own, and no table; the whole work takes
+        the predictions of all tasks over.
 
     Raises:
-      OutputFolderError: the log is in use, or of other settings.
+      OutputFolderError: a log is in use, or of other settings.
     """
     from marlin_jax.records.folders import OutputFolderError, check_local
 
     check_local(path)
-    self._table = None if as_json else path
-    self._log = path if as_json else path.with_name(f"{path.name}.jsonl")
+    whole = path if as_json else path.with_name(f"{path.name}.jsonl")
+    self._table = None if as_json or task.suffix else path
+    self.path = whole.with_name(f"{whole.name}{task.suffix}")
+    self.task = task
     self._columns = [f"{column}:{name}" for name in settings["names"]]
     self.entries: dict[str, dict[str, Any]] = {}
+    self._of_others: dict[str, dict[str, Any]] = {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not self._log.exists():
+    if self._table and path.exists() and not self.path.exists():
       raise OutputFolderError(
-        f"{path} exists, and {self._log.name} is not beside it, so it cannot "
+        f"{path} exists, and {self.path.name} is not beside it, so it cannot "
         "be completed; choose another --output"
       )
-    complete = b""
-    if self._log.exists():
-      complete = b"".join(self._read(settings))
-    self._file = self._log.open("r+b" if complete else "wb")
+    self._file = self.path.open("a+b")
+    self._lock(self._file)
+    complete = b"".join(self._read(self.path, settings, self.entries))
     # A killed run may leave half a line.
     self._file.truncate(len(complete))
-    self._file.seek(len(complete))
     if not complete:
       self._append(settings)
+    # A task that is given other videos than before finds their predictions too.
+    others = sorted(whole.parent.glob(f"{glob.escape(whole.name)}-*-of-*"))
+    for other in {whole, *others} - {self.path}:
+      if other.exists():
+        self._take_over(other, settings)
 
-  def _read(self, settings: dict[str, Any]) -> Iterator[bytes]:
-    """Yields the complete lines; takes over their predictions."""
+  def _take_over(self, other: Path, settings: dict[str, Any]) -> None:
+    """Reads another log; the whole work replaces those of tasks."""
+    own = set(self.entries)
+    if self.task.suffix:
+      self._of_others |= self._entries_of(other, settings)
+      return
+    with other.open("rb") as file:
+      self._lock(file)
+      self.entries = self._entries_of(other, settings) | self.entries
+      for name in self.entries.keys() - own:
+        self._append({"video": name, **self.entries[name]})
+      other.unlink()
+
+  def _entries_of(self, path: Path, settings: dict[str, Any]) -> dict:
+    entries: dict[str, dict[str, Any]] = {}
+    for _ in self._read(path, settings, entries):
+      pass
+    return entries
+
+  def _lock(self, file: BinaryIO) -> None:
+    from marlin_jax.records.folders import OutputFolderError
+
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      raise OutputFolderError(
+        f"another run is writing to {file.name}; wait for it or stop it"
+      ) from e
+    except OSError:
+      pass  # a network disk without locks
+
+  def _read(
+    self, path: Path, settings: dict[str, Any], entries: dict[str, Any]
+  ) -> Iterator[bytes]:
+    """Yields the complete lines of a log; adds its predictions to `entries`."""
     from marlin_jax.records.folders import OutputFolderError, differences
 
-    for number, line in enumerate(self._log.read_bytes().splitlines(True)):
+    for number, line in enumerate(path.read_bytes().splitlines(True)):
       if not line.endswith(b"\n"):
         return
       try:
         entry = json.loads(line)
       except ValueError as e:
         raise OutputFolderError(
-          f"{self._log} is damaged in line {number + 1}: {e}; choose another "
+          f"{path} is damaged in line {number + 1}: {e}; choose another "
           "--output"
         ) from e
       if number:
-        self.entries[entry.pop("video")] = entry
+        entries[entry.pop("video")] = entry
       # Logs of before it was written have no hash of the head.
       elif changes := differences(
         {"head_sha256": settings["head_sha256"]} | entry, settings
       ):
         raise OutputFolderError(
-          f"{self._log} was made with other settings: {'; '.join(changes)}. "
+          f"{path} was made with other settings: {'; '.join(changes)}. "
           "Use those again, or another --output"
         )
       yield line
@@ -333,7 +406,8 @@ class PredictionLog:
       name: name of the video.
       sha256: called for the hash of its bytes.
     """
-    return name in self.entries and self.entries[name]["sha256"] == sha256()
+    entry = self.entries.get(name) or self._of_others.get(name)
+    return bool(entry) and entry["sha256"] == sha256()
 
   def add(self, name: str, entry: dict[str, Any]) -> None:
     """Writes the prediction of a video."""
@@ -416,7 +490,8 @@ def _parser() -> argparse.ArgumentParser:
   add(
     "--batch_size",
     type=cli.at_least(1),
-    help="windows per batch; by default 1 on CPU, else 16",
+    help="windows per batch, across devices; by default for each device 1 on "
+    "CPU, else 16",
   )
   add(
     "--num_workers",
@@ -424,6 +499,7 @@ def _parser() -> argparse.ArgumentParser:
     default=cli.num_cores(),
     help="worker processes that read videos",
   )
+  cli.add_task_arguments(parser, "to join their predictions")
   return parser
 
 

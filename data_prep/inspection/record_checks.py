@@ -116,7 +116,8 @@ class VideoContent:
     subject_ids: subjects of its records; only one in a whole data set.
     quality: a row per record, see `quality_index.row_of`.
     segments: (segment, length) of the records of each track, in order.
-    lengths: [track_id, length] of each record, in order.
+    lengths: [track_id, length, side] of each record, in order, as the ledger
+      notes them.
   """
 
   labels: Mapping[str, np.ndarray]
@@ -125,7 +126,7 @@ class VideoContent:
   segments: dict[int, list[tuple[int, int]]] = dataclasses.field(
     default_factory=dict
   )
-  lengths: list[list[int]] = dataclasses.field(default_factory=list)
+  lengths: list[list[float]] = dataclasses.field(default_factory=list)
 
   @property
   def counts(self) -> dict[str, int]:
@@ -237,7 +238,8 @@ def check_shard(
       content.problems.add("content", where, what)
     video.subject_ids.add(record.subject_id)
     video.quality.append(quality_index.row_of(record))
-    video.lengths.append([record.track_id, len(record)])
+    side = schema.median_side(record)
+    video.lengths.append([record.track_id, len(record), side])
     part = record.segment, len(record)
     video.segments.setdefault(record.track_id, []).append(part)
   for video_id, video in content.videos.items():

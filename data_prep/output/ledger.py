@@ -79,8 +79,8 @@ class Entry:
     num_bytes, sha256: size and hash of the video file, or of a folder's
       pictures; 0 and '' if it failed.
     status, reason, num_..., quality: as in `video_to_records.Outcome`.
-    segments: as in `video_to_records.Outcome`; [] in ledgers of earlier
-      versions.
+    segments: as in `video_to_records.Outcome`; in ledgers of earlier versions
+      without the sides, or [].
     limits: `Settings.strictness` under which the video was quarantined, else
       None. Under another one it is tried again.
     notes: as in `video_to_records.Outcome`.
@@ -289,7 +289,9 @@ def packed_segments(entries: Iterable[Entry]) -> bytes | None:
   if not all(entry.segments for entry in entries):
     return None
   return segment_index.pack(
-    segment_index.Video(entry.subject_id, lists_of(entry.segments))
+    segment_index.Video(
+      entry.subject_id, lists_of(entry.segments), entry.video_id
+    )
     for entry in entries
   )
 

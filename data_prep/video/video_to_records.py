@@ -122,7 +122,8 @@ class Outcome:
     num_records: records that were emitted.
     num_frames: face crops in these records.
     quality: a row for each record, see `quality_index.row_of`.
-    segments: [track_id, number of frames] of each record.
+    segments: [track_id, number of frames, median side of the crop in pixels]
+      of each record.
     notes: what a user should know of the video, e.g. that it is interlaced.
   """
 
@@ -133,7 +134,7 @@ class Outcome:
   num_records: int = 0
   num_frames: int = 0
   quality: list[list[float]] = dataclasses.field(default_factory=list)
-  segments: list[list[int]] = dataclasses.field(default_factory=list)
+  segments: list[list[float]] = dataclasses.field(default_factory=list)
   notes: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -269,7 +270,7 @@ class _RecordCutter:
   Attributes:
     video: the video and its tracks, once the first record was asked for.
     quality: a row for each record so far, see `quality_index.row_of`.
-    segments: [track_id, number of frames] of each record so far.
+    segments: as in `Outcome`, of each record so far.
   """
 
   video: TrackedVideo
@@ -286,7 +287,7 @@ class _RecordCutter:
     self._models = models
     self._report = _both_passes(progress)
     self.quality: list[list[float]] = []
-    self.segments: list[list[int]] = []
+    self.segments: list[list[float]] = []
 
   def records(self) -> Iterator[bytes]:
     """Yields each encoded record once its last frame was read."""
@@ -352,7 +353,8 @@ class _RecordCutter:
         if sound is not None:
           record = sound.added_to(record, segment.last_secs)
         self.quality.append(quality_index.row_of(record))
-        self.segments.append([record.track_id, len(record)])
+        side = schema.median_side(record)
+        self.segments.append([record.track_id, len(record), side])
         yield schema.encode(record)
       num_done = i + 1
       self._report(1 + num_done / video.num_frames, video.num_frames + num_done)

@@ -31,16 +31,36 @@ def open_index(dataset: Dataset, cache: epath.PathLike) -> SegmentIndex:
     DatasetError: the index or a record is damaged, or the index belongs to
       other records.
   """
-  shard = epath.Path(dataset.shards[0])
-  beside = shard.with_name(segment_index.name_for(shard.name))
-  stored = dataset.stored
-  key = stored.fingerprint[:16]
-  cached = epath.Path(cache) / f"{key}-{beside.name}"
+  beside = _beside(dataset)
+  cached = epath.Path(cache) / f"{_key(dataset)}-{beside.name}"
   path = next((path for path in (beside, cached) if path.exists()), None)
-  if path is None:
-    path = _make(dataset, beside, cached)
-  local = folders.cached_copy(path, key) if folders.is_remote(path) else path
+  return _opened(path or _make(dataset, beside, cached), dataset)
+
+
+def find_index(dataset: Dataset) -> SegmentIndex | None:
+  """Opens the index beside the shards; None if there is none.
+
+  Raises:
+    DatasetError: it is damaged or of other records.
+  """
+  path = _beside(dataset)
+  return _opened(path, dataset) if path.exists() else None
+
+
+def _beside(dataset: Dataset) -> epath.Path:
+  shard = epath.Path(dataset.shards[0])
+  return shard.with_name(segment_index.name_for(shard.name))
+
+
+def _key(dataset: Dataset) -> str:
+  return dataset.stored.fingerprint[:16]
+
+
+def _opened(path: epath.Path, dataset: Dataset) -> SegmentIndex:
+  stored, local = dataset.stored, path
   try:
+    if folders.is_remote(path):
+      local = folders.cached_copy(path, _key(dataset))
     index = segment_index.open_index(local)
     found = index.num_records, index.num_videos
     expected = stored.num_records, stored.num_videos
@@ -78,8 +98,10 @@ def _make(
       mininterval=1.0,
     )
     data = segment_index.pack(
-      Video(subject_id, [of[2:] for of in group])
-      for (_, subject_id), group in itertools.groupby(rows, lambda of: of[:2])
+      Video(subject_id, [of[2:] for of in group], video_id)
+      for (video_id, subject_id), group in itertools.groupby(
+        rows, lambda of: of[:2]
+      )
     )
   try:
     folders.write_bytes(beside, data)

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -22,6 +22,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from marlin_jax.devices import coordination
 from marlin_jax.devices.rendezvous import StartError, meet
+from marlin_jax.records import cli
+from marlin_jax.records.cli import UserError
 
 # Longest wait for the other processes to exit; jax aborts all of them after it.
 _SHUTDOWN_SECS = 600
@@ -79,6 +81,33 @@ def initialise(settings: Any) -> None:
       shutdown_timeout_seconds=_SHUTDOWN_SECS,
     )
   coordination.watch_for_the_end()
+
+
+class Automatic:
+  """config.distributed of a command that has none: as the environment says."""
+
+  coordinator = ""
+  timeout_secs = 300
+
+
+def run_task(task: cli.Task | None, work: Callable[[cli.Task], None]) -> None:
+  """Does a part of work that is divided by videos.
+
+  Args:
+    task: the part; None: joins the other processes, if the environment names
+      any, and takes the part of this one. They share no computation, and leave
+      together.
+    work: does it.
+
+  Raises:
+    StartError: see `initialise`.
+  """
+  if task is None:
+    initialise(Automatic())
+    task = cli.Task(jax.process_index(), jax.process_count())
+  with ending_together():
+    work(task)
+    coordination.wait_for_all()
 
 
 def process_numbers(settings: Any) -> tuple[str, int, int]:
@@ -188,6 +217,23 @@ def smallest(value: int) -> int:
   return int(gathered.view(np.int64).min())
 
 
+def set_on_all(flags: Sequence[bool]) -> list[bool]:
+  """Returns, on every process, which flags are set on all processes."""
+  if jax.process_count() == 1:
+    return list(flags)
+  gathered = multihost_utils.process_allgather(np.array(flags, bool))
+  return gathered.all(axis=0).tolist()
+
+
+def shared_values(config: dict[str, Any]) -> dict[str, Any]:
+  """Returns what `check_same` is to check of a flat configuration."""
+  return {
+    f"config.{key}": value
+    for key, value in config.items()
+    if not key.startswith("distributed.")
+  }
+
+
 def check_same(facts: dict[str, Any]) -> None:
   """Checks that all processes have the same values.
 
@@ -286,6 +332,25 @@ def leave(
     sys.exit(code)
   sys.stdout.flush()
   os._exit(code)
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+  """Ends all processes when the block fails in one of them.
+
+  With a single process errors are raised.
+  """
+  try:
+    yield
+  except BaseException as e:
+    if not jax.distributed.is_initialized():
+      raise
+    prefix = f"process {jax.process_index()} of {jax.process_count()}"
+    if isinstance(e, UserError):
+      coordination.end_all(f"error: {e}", e.exit_code)
+    if isinstance(e, KeyboardInterrupt):
+      coordination.end_all(f"{prefix}: interrupted", cli.INTERRUPTED)
+    coordination.end_all(f"{prefix}:\n{traceback.format_exc()}", TRY_AGAIN)
 
 
 @contextlib.contextmanager

@@ -94,10 +94,13 @@ class _Groups:
 class _Drawn:
   """Grain source of a random training batch per step."""
 
-  def __init__(self, reader, split, clip, order, batch_size, seed, num_steps):
+  def __init__(
+    self, reader, split, clip, order, batch_size, seed, num_steps, rows
+  ):
     self._reader, self._split, self._clip = reader, split, clip
     self._order, self._batch_size, self._seed = order, batch_size, seed
     self._num_steps = num_steps
+    self._rows = range(batch_size) if rows is None else rows
     self._tracks: dict[int, list[int]] = {}
     for number, track in enumerate(split.tracks):
       self._tracks.setdefault(track.video, []).append(number)
@@ -106,9 +109,9 @@ class _Drawn:
     return self._num_steps
 
   def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-    videos = self._order.rows(step, self._batch_size)
+    videos = self._order.rows(step, self._batch_size)[self._rows]
     windows = []
-    for place, video in enumerate(videos):
+    for place, video in zip(self._rows, videos, strict=True):
       np_rng = np.random.default_rng((self._seed, 1, step, place))
       track = int(np_rng.choice(self._tracks[int(video)]))
       total = self._split.tracks[track].num_frames
@@ -135,6 +138,67 @@ class Order:
       for p in np.unique(passes)
     }
     return np.array([orders[p][i] for p, i in zip(passes, at, strict=True)])
+
+
+class PairedOrder:
+  """Order of pairs: a positive example, and a negative one of the same person.
+
+  Positive examples come as in `Order`. The negative one is drawn from those of
+  the person, or from all where that person has none.
+  """
+
+  def __init__(
+    self,
+    examples: np.ndarray,
+    is_positive: np.ndarray,
+    people: Sequence[str],
+    seed: int,
+  ):
+    """Stores the examples.
+
+    Args:
+      examples: their numbers, int (V,).
+      is_positive: bool (V,); some are, and some are not.
+      people: the person in each.
+      seed: seed of the draws.
+    """
+    self._positives = Order(examples[is_positive], seed)
+    self._negatives, self._seed = examples[~is_positive], seed
+    self._person_of = dict(zip(examples.tolist(), people, strict=True))
+    self._of_person: dict[str, list[int]] = {}
+    for example in self._negatives.tolist():
+      person = self._person_of[example]
+      self._of_person.setdefault(person, []).append(example)
+
+  def rows(self, step: int, batch_size: int) -> np.ndarray:
+    """Returns the examples of a step, int (B,): pair after pair; B is even."""
+    positives = self._positives.rows(step, batch_size // 2)
+    negatives = [
+      np.random.default_rng((self._seed, 2, step, place)).choice(
+        self._of_person.get(self._person_of[int(example)], self._negatives)
+      )
+      for place, example in enumerate(positives)
+    ]
+    return np.stack([positives, negatives], axis=1).reshape(-1)
+
+
+def spread_windows(owners: np.ndarray, most: int) -> np.ndarray:
+  """Chooses windows that are spread evenly over each video.
+
+  Args:
+    owners: int (W,), the video of each window, ascending.
+    most: most windows of a video; 0: all.
+
+  Returns:
+    Their numbers, int, ascending.
+  """
+  _, starts, sizes = np.unique(owners, return_index=True, return_counts=True)
+  chosen = [np.zeros(0, int)]
+  for start, size in zip(starts, sizes, strict=True):
+    num = min(size, most or size)
+    # The middles of `num` equal parts.
+    chosen.append(start + (2 * np.arange(num) + 1) * size // (2 * num))
+  return np.concatenate(chosen)
 
 
 def window_batches(
@@ -172,16 +236,20 @@ def drawn_batches(
   reader: ClipReader,
   split: Split,
   clip: Clip,
-  order: Order,
+  order: Order | PairedOrder,
   *,
   batch_size: int,
   seed: int,
   start_step: int,
   num_steps: int,
   num_threads: int,
+  rows: Sequence[int] | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields the videos of each step, int (B,), and a random clip of each."""
-  source = _Drawn(reader, split, clip, order, batch_size, seed, num_steps)
+  """Yields the videos of each step, int (B,), and a random clip of each.
+
+  With `rows`, as of `window_batches`, those of this process.
+  """
+  source = _Drawn(reader, split, clip, order, batch_size, seed, num_steps, rows)
   return _read_ahead(source, start_step, num_threads)
 
 

@@ -17,69 +17,20 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
 from tqdm import tqdm
 
-from marlin_jax.devices import sharding
+from marlin_jax.data import loader
+from marlin_jax.devices import distributed, sharding
 from marlin_jax.downstream import clip_batches
 from marlin_jax.downstream.splits import Split, TrackWindow
-from marlin_jax.inference import clip_features, stream
-from marlin_jax.models import softmax_attention
+from marlin_jax.inference import stream
+from marlin_jax.inference.clip_features import FrozenEncoder
 from marlin_jax.records.folders import SETTINGS, write_bytes
-from marlin_jax.weights.weights import Weights, encoder_sha256
 
 # Incremented when the same settings would give other features.
 _VERSION = 1
 # Windows of a part: 3 MB for B/16.
 PART_WINDOWS = 1024
-
-
-class FrozenEncoder:
-  """Encoder with fixed weights, replicated over the devices of a mesh.
-
-  Attributes:
-    architecture: architecture of the encoder.
-    identity: all that features depend on, except the clips; fit for JSON.
-  """
-
-  def __init__(self, weights: Weights, mesh: Mesh, dtype: str, attention: str):
-    """Puts the encoder on the devices.
-
-    Args:
-      weights: weights of the encoder.
-      mesh: mesh of the devices; clips are sharded over all axes but `tensor`.
-      dtype: dtype of matmuls.
-      attention: one of models.options.ATTENTION.
-    """
-    self.architecture = weights.architecture.without_decoder()
-    self.identity = {"encoder": encoder_sha256(weights), "dtype": dtype}
-    self._mesh = mesh
-    platform = mesh.devices.flat[0].platform
-    encoder = weights.encoder_only().autoencoder(
-      dtype=dtype,
-      attention=softmax_attention.choose(attention, platform, dtype),
-    )
-    graphdef, params = nnx.split(encoder)
-    self._params = jax.device_put(params, sharding.replicated(mesh))
-    self._features = clip_features.jitted_features(
-      graphdef,
-      self.architecture,
-      placement=sharding.MeshPlacement(mesh, dtype) if mesh.size > 1 else None,
-      out_shardings=sharding.replicated(mesh),
-    )
-
-  def __call__(self, video: np.ndarray) -> jax.Array:
-    """Returns the features of a batch, which must divide over the devices.
-
-    Args:
-      video: uint8 (B, T, S, S, 3).
-
-    Returns:
-      float32 (B, D); see `Marlin.extract_features`.
-    """
-    x = jax.device_put(video, sharding.batch_sharding(self._mesh))
-    return self._features(self._params, x)
 
 
 def window_features(
@@ -92,6 +43,8 @@ def window_features(
   num_threads: int,
 ) -> np.ndarray:
   """Returns the features of windows; computes those that are not cached.
+
+  All processes call it together; process 0 writes.
 
   Args:
     encoder: encoder that computes the features.
@@ -114,7 +67,10 @@ def window_features(
   for start in starts:
     num = min(PART_WINDOWS, len(windows) - start)
     parts[start] = _read(folder / _name(start), (num, width))
-  missing = [start for start in starts if parts[start] is None]
+  are_read = distributed.set_on_all([p is not None for p in parts.values()])
+  missing = [
+    s for s, is_read in zip(starts, are_read, strict=True) if not is_read
+  ]
   if missing:
     architecture = encoder.architecture
     reader = clip_batches.ClipReader(
@@ -127,15 +83,21 @@ def window_features(
       initial=len(windows) - sum(map(len, todo.values())),
       unit="window",
       mininterval=1.0,
+      disable=jax.process_index() != 0,
     ) as bar:
       for start, part in todo.items():
         batches = clip_batches.window_batches(
-          reader, part, batch_size, num_threads
+          reader,
+          part,
+          batch_size,
+          num_threads,
+          loader.own_rows(sharding.batch_sharding(encoder.mesh), batch_size),
         )
         parts[start] = batch_features(encoder, batches, len(part), bar.update)
-        data = io.BytesIO()
-        np.save(data, parts[start])
-        write_bytes(folder / _name(start), data.getvalue())
+        if jax.process_index() == 0:
+          data = io.BytesIO()
+          np.save(data, parts[start])
+          write_bytes(folder / _name(start), data.getvalue())
   if not parts:
     return np.zeros((0, width), np.float32)
   return np.concatenate([parts[start] for start in starts])
@@ -156,8 +118,9 @@ def _open_folder(
   }
   data = (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
   folder = cache / f"features-{hashlib.sha256(data).hexdigest()[:16]}"
-  folder.mkdir(parents=True, exist_ok=True)
-  write_bytes(folder / SETTINGS, data)
+  if jax.process_index() == 0:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / SETTINGS, data)
   return folder
 
 

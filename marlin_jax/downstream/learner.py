@@ -372,14 +372,15 @@ def on_encoder(
   remat: str,
   clips_per_device: int = 0,
   value_loss: str = "mse",
+  rank: int = 8,
+  alpha: float = 16.0,
 ) -> Learner:
   """Returns an encoder with a head.
 
   Args:
     task: task to predict.
     weights: weights of the encoder.
-    config: settings of the optimiser; see Learner. With `tuned` 'lora' also
-      `rank` and `alpha` of the adapters.
+    config: settings of the optimiser; see Learner.
     mesh: mesh of the devices.
     seed: seed of the head's initial weights.
     attentive: the head attends to all tokens; else it is linear on their mean.
@@ -388,6 +389,8 @@ def on_encoder(
     clips_per_device: clips of a microbatch on each device; 0: as many as are
       estimated to fit.
     value_loss: loss of numbers: 'mse', or 'ccc', 1 - CCC of the batch.
+    rank: R of the adapters, if `tuned` is 'lora'.
+    alpha: an adapter is scaled by alpha / rank.
   """
   platform = mesh.devices.flat[0].platform
   attention = softmax_attention.choose(attention, platform, dtype)
@@ -408,8 +411,8 @@ def on_encoder(
   trained, fixed = _pure(trained), _pure(fixed)
   scale = 0.0
   if tuned == "lora":
-    scale = config.alpha / config.rank
-    trained[_ADAPTERS] = _adapters(fixed, config.rank, seed)
+    scale = alpha / rank
+    trained[_ADAPTERS] = _adapters(fixed, rank, seed)
   model = Learner(
     graphdef,
     trained,

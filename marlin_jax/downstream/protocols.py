@@ -91,6 +91,17 @@ class TrainingPlan:
   factor: float = 0.5
   patience: int = 7
 
+  @property
+  def least_rounds(self) -> int:
+    """Rounds of the shortest training: one without any gain after the first."""
+    if self.schedule is not None:
+      return self.num_rounds
+    lr, num_rounds = np.float32(self.lr), 1
+    while lr > self.stop_lr and num_rounds < self.num_rounds:
+      lr = np.float32(lr * self.factor)
+      num_rounds += self.patience + 1
+    return min(num_rounds, self.num_rounds)
+
 
 def plan_training(config: ConfigDict, num_videos: int) -> TrainingPlan:
   """Returns the plan of a training.

@@ -14,13 +14,13 @@ import json
 from collections.abc import Iterable, Mapping
 from concurrent import futures
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from marlin_jax.data import prepared_dataset
+from marlin_jax.data import prepared_dataset, segment_indexing
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.data.prepared_dataset import Dataset, DatasetError
 from marlin_jax.downstream.tasks import Task, TaskError
@@ -30,6 +30,8 @@ from marlin_jax.records.folders import VIDEOS, write_bytes
 # Incremented when the meaning of an index file changes.
 _INDEX_VERSION = 2
 _NUM_THREADS = 8
+# What is used of a line of the ledger.
+_OF_LEDGER = ("split", "subject_id", "labels", "num_records", "segments")
 
 
 class TrackRecords(NamedTuple):
@@ -126,8 +128,10 @@ def open_split(
 ) -> Split:
   """Opens a split of a prepared data set.
 
-  Reads all records once, and keeps what describes them in `cache`. Labels come
-  from the ledger, where it is there, else from the records.
+  Reads the ledger and the segment index. Data sets of earlier versions do not
+  note all that is needed there: then all records are read once, and what
+  describes them is kept in `cache`. Labels come from the ledger, where it is
+  there, else from the records.
 
   Args:
     path: directory of the data set.
@@ -141,10 +145,14 @@ def open_split(
       video disagree on its subject or labels.
   """
   dataset = prepared_dataset.open_joined(path, split)
-  rows = _read_index(dataset, cache)
-  labels_of = _read_ledger(path, split)
-  if labels_of is not None:
-    rows = [row | {"labels": labels_of[row["video_id"]]} for row in rows]
+  entries = _read_ledger(path, split)
+  rows = _noted_rows(path, split, entries)
+  if rows is None:
+    rows = _read_index(dataset, cache)
+  if entries:
+    rows = [
+      row | {"labels": entries[row["video_id"]]["labels"]} for row in rows
+    ]
   videos: dict[str, dict] = {}
   segments = collections.defaultdict(list)
   for number, row in enumerate(rows):
@@ -193,15 +201,67 @@ def _parts(
   return tuple(names[place] for place in places)
 
 
-def _read_ledger(path: str, split: str) -> dict[str, dict[str, list]] | None:
-  """Returns the labels of each video, by name; None if there is no ledger."""
+def _read_ledger(path: str, split: str) -> dict[str, dict[str, Any]]:
+  """Returns the ledger's line of each video by name; {} without a ledger."""
   file = epath.Path(path) / VIDEOS
   if not file.exists():
-    return None
+    return {}
   names = prepared_dataset.split_names(split)
   with file.open() as lines:
     entries = map(json.loads, lines)
-    return {e["video_id"]: e["labels"] for e in entries if e["split"] in names}
+    return {
+      e["video_id"]: {key: e.get(key) for key in _OF_LEDGER}
+      for e in entries
+      if e["split"] in names
+    }
+
+
+def _noted_rows(
+  path: str, split: str, entries: dict[str, dict[str, Any]]
+) -> list[dict] | None:
+  """Returns the rows of `_read_records`, without labels and without reading.
+
+  None if ledger and segment index do not note all of it, or do not agree.
+  """
+  rows: list[dict] = []
+  for name in prepared_dataset.split_names(split):
+    index = segment_indexing.find_index(
+      prepared_dataset.open_dataset(path, name)
+    )
+    video_ids = sorted(
+      video_id
+      for video_id, entry in entries.items()
+      if entry["split"] == name and entry["num_records"]
+    )
+    if index is None or index.by_name is None:
+      return None
+    if len(video_ids) != index.num_videos:
+      return None
+    # From the order of names to that of records.
+    for place in np.argsort(index.by_name):
+      entry = entries[video_ids[place]]
+      tracks = collections.Counter()
+      for segment in entry["segments"] or ((),):
+        if len(segment) < 3:
+          return None
+        track_id, num_frames, side = segment
+        rows.append(
+          {
+            "video_id": video_ids[place],
+            "track_id": track_id,
+            "segment": tracks[track_id],
+            "subject_id": entry["subject_id"],
+            "num_frames": num_frames,
+            "side": side,
+          }
+        )
+        tracks[track_id] += 1
+    first = len(rows) - index.num_records
+    noted = [(row["track_id"], row["num_frames"]) for row in rows[first:]]
+    stored = zip(index.tracks.tolist(), index.frames.tolist(), strict=True)
+    if noted != list(stored):
+      return None
+  return rows
 
 
 def _stacked(rows: list[dict[str, list]]) -> dict[str, np.ndarray]:
@@ -252,7 +312,7 @@ def _row(record: schema.Record) -> dict:
     "segment": record.segment,
     "subject_id": record.subject_id,
     "num_frames": len(record),
-    "side": float(np.median(record.boxes[:, 2] - record.boxes[:, 0])),
+    "side": schema.median_side(record),
     # None instead of NaN, which differs from itself and is not JSON.
     "labels": {
       name: [None if np.isnan(x) else float(x) for x in np.ravel(values)]

@@ -9,6 +9,7 @@ from absl import app, flags, logging
 from marlin_jax.eval import configuration
 from marlin_jax.records import cli
 from marlin_jax.training import config_flags
+from marlin_jax.training.configuration import flat
 
 flags.adopt_module_key_flags(config_flags)
 _CHECKPOINT = flags.DEFINE_string(
@@ -29,22 +30,31 @@ _DATA = flags.DEFINE_string(
 
 
 def main(argv: Sequence[str]) -> int:
-  """Evaluates --checkpoint on --data.
+  """Evaluates --checkpoint on --data; several processes do it together.
 
   Returns:
-    The exit code, see `cli.run_command`.
+    The exit code, see `cli.run_command`. If one process fails, all end with its
+    code.
   """
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.FATAL)  # orbax logs every save
   config = config_flags.config(configuration.validate)
   # Imported here, since it takes seconds: --help and flag errors are immediate.
+  from marlin_jax.devices import coordination, distributed
   from marlin_jax.eval.evaluation import evaluate
 
   workdir = config_flags.workdir()
-  return cli.run_command(
-    lambda: evaluate(config, _CHECKPOINT.value or "", _DATA.value, workdir)
-  )
+
+  def work() -> None:
+    distributed.initialise(config.distributed)
+    with distributed.ending_together():
+      distributed.check_same(distributed.shared_values(flat(config)))
+      evaluate(config, _CHECKPOINT.value or "", _DATA.value, workdir)
+      # A process that leaves waits in jax's shutdown, for a limited time.
+      coordination.wait_for_all()
+
+  return cli.run_command(work)
 
 
 def run() -> None:

@@ -14,12 +14,14 @@ from marlin_jax.models.options import ATTENTION, DTYPES, REMAT
 from marlin_jax.records.schema import FRAME_SIZE
 from marlin_jax.training.configuration import (
   BELOW_1,
+  DISTRIBUTED_KEYS,
   FRAME_SIZES,
   NUM_DEVICES,
   SPLIT,
   Rule,
   above,
   at_least,
+  distributed_violations,
   fixed,
   fixed_values,
   free,
@@ -28,7 +30,14 @@ from marlin_jax.training.configuration import (
   violations,
 )
 
-MODES = ("linear", "attentive", "finetune", "knn")
+MODES = ("linear", "attentive", "layernorm", "lora", "finetune", "knn")
+# Modes that train on clips: what they tune of the encoder, see learner.TUNED.
+TUNED = {
+  "attentive": "nothing",
+  "layernorm": "norms",
+  "lora": "lora",
+  "finetune": "all",
+}
 # Begins the keys of rules of tasks; a workdir may get further ones.
 DERIVE = "derive."
 # Modes that need the features of whole videos only.
@@ -111,6 +120,13 @@ def _are_folds(text: str) -> bool:
   return True
 
 
+def section_of(mode: str, protocol: str) -> str:
+  """Returns the section of the configuration with a mode's training."""
+  if protocol == "paper":
+    return "paper"
+  return mode if mode in ("attentive", "finetune") else "light"
+
+
 # All results in a workdir share the fixed values.
 KEYS = {
   "tasks": free(Rule("labels of the data set, comma-separated", split_names)),
@@ -136,6 +152,8 @@ KEYS = {
   "data.fold_val": fixed(
     Rule("a number in (0, 1)", lambda value: 0 < value < 1), before=0.1
   ),
+  "data.pairs": fixed(before=False),
+  "data.val_windows": fixed(at_least(0), before=0),
   "data.ratio": free(Rule("numbers in (0, 1], comma-separated", _are_ratios)),
   "data.all_tracks": fixed(),
   "data.num_threads": free(at_least(1)),
@@ -173,6 +191,22 @@ KEYS = {
   "finetune.drop_path": fixed(BELOW_1),
   "finetune.mixup": fixed(),
   "finetune.flip": fixed(),
+  "light.batch_size": fixed(at_least(1), before=32),
+  "light.epochs": fixed(above(0), before=30.0),
+  "light.min_steps": fixed(before=500),
+  "light.num_rounds": fixed(at_least(1), before=10),
+  "light.base_lr": fixed(above(0), before=5e-3),
+  "light.min_lr": fixed(before=1e-6),
+  "light.warmup_ratio": fixed(BELOW_1, before=0.1),
+  "light.weight_decay": fixed(before=0.01),
+  "light.b1": fixed(before=0.9),
+  "light.b2": fixed(before=0.999),
+  "light.eps": fixed(before=1e-8),
+  "light.drop_path": fixed(BELOW_1, before=0.0),
+  "light.mixup": fixed(before=0.0),
+  "light.flip": fixed(before=True),
+  "lora.rank": fixed(at_least(1), before=8),
+  "lora.alpha": fixed(above(0), before=16.0),
   "paper.batch_size": fixed(at_least(1)),
   "paper.max_epochs": fixed(at_least(1)),
   "paper.lr": fixed(above(0)),
@@ -205,6 +239,7 @@ KEYS = {
   "mesh.data": free(NUM_DEVICES),
   "mesh.fsdp": free(at_least(1)),
   "mesh.tensor": free(at_least(1)),
+  **DISTRIBUTED_KEYS,
 }
 
 
@@ -236,6 +271,7 @@ def validate(config: ConfigDict) -> None:
 
 def _problems(config: ConfigDict) -> Iterator[str]:
   yield from violations(config, KEYS)
+  yield from distributed_violations(config.distributed)
   if config.protocol == "paper" and config.pool != "mean":
     yield f"pool={config.pool!r}: expected 'mean' with protocol='paper'"
   for key in ("tests", "train_classes"):
@@ -243,6 +279,13 @@ def _problems(config: ConfigDict) -> Iterator[str]:
       yield (
         f"data.{key}={config.data[key]!r}: expected '' with data.folds, whose "
         "models are several"
+      )
+  for section in {section_of(mode, config.protocol) for mode in TUNED}:
+    size = config[section].batch_size
+    if config.data.pairs and size % 2:
+      yield (
+        f"{section}.batch_size={size}: expected an even number with "
+        "data.pairs=True"
       )
   others = set(split_names(config.modes)) - set(FEATURE_MODES)
   if config.features and others:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import itertools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from marlin_jax.devices import sharding
+from marlin_jax.devices import distributed, sharding
 from marlin_jax.downstream import low_data, splits
 from marlin_jax.downstream.folds import Fold
 from marlin_jax.downstream.splits import TaskSplit
@@ -22,11 +25,16 @@ from marlin_jax.eval import configuration, measures, modes, report
 from marlin_jax.eval.inputs import Inputs, Videos, open_inputs, open_videos
 from marlin_jax.eval.results_folder import ResultsFolder
 from marlin_jax.inference import classifier
-from marlin_jax.records.cli import Row, format_rows
+from marlin_jax.records.cli import Row, UserError, format_rows
 from marlin_jax.records.folders import check_local
 from marlin_jax.training.configuration import flat
 from marlin_jax.weights import formats
 from marlin_jax.weights.weights import encoder_sha256
+
+
+class DeviceMemoryError(UserError):
+  """A batch does not fit into the memory of a device."""
+
 
 # Mode of the baseline that predicts the shares or means of the training split.
 CONSTANT = "constant"
@@ -46,26 +54,31 @@ def evaluate(
     workdir: folder for results; see `results_folder`.
 
   Returns:
-    The content of results.json.
+    The content of results.json; {} on all processes but the first.
 
   Raises:
     UserError: the evaluation is impossible as configured.
+    KeyboardInterrupt: SIGINT or SIGTERM; the same call resumes.
   """
   # --- Inputs -----------------------------------------------------------------
   check_local(config.cache)
   inputs = open_inputs(config, checkpoint, data)
   with ResultsFolder(Path(workdir), inputs.settings) as folder:
     cache = Path(config.cache or folder.path / "features")
-    videos = open_videos(inputs, config, cache)
-    print(_describe(inputs, videos))
-    for warning in videos.warnings:
-      print(f"WARNING: {warning}", flush=True)
+    with distributed.process_0_first():
+      videos = open_videos(inputs, config, cache)
+    if folder.writes:
+      print(_describe(inputs, videos))
+      for warning in videos.warnings:
+        print(f"WARNING: {warning}", flush=True)
 
     # --- Training and testing -------------------------------------------------
     runner = modes.ModeRunner(
       config, inputs.weights, inputs.mesh, cache, inputs.features
     )
     cells = run_cells(inputs, videos, runner, config, folder)
+    if not folder.writes:
+      return {}
 
     # --- Results, with those of earlier calls ---------------------------------
     results = results_of(inputs, videos, config, cells, folder)
@@ -168,21 +181,35 @@ def run_cells(
   folder: ResultsFolder,
 ) -> list[dict[str, Any]]:
   """Returns the scores of all cells; runs those that are not finished."""
+  cells = {
+    task.name: _cells(config, task, _definition(task, videos))
+    for task in inputs.tasks
+  }
+  fits = [
+    cell._replace(fold=fold)
+    for task in inputs.tasks
+    for cell in cells[task.name]
+    for fold in videos.folds[task.name]
+  ]
+  finished = {fit.name: folder.cell(fit.name, fit.definition) for fit in fits}
+  todo = [fit for fit in fits if not finished[fit.name]]
   results = []
   for task in inputs.tasks:
     folds = videos.folds[task.name]
     results.append(_constant(task, folds, config))
     others = videos.others[task.name]
-    for cell in _cells(config, task, _definition(task, videos)):
+    for cell in cells[task.name]:
       parts = [cell._replace(fold=fold) for fold in folds]
       of_folds = [
-        folder.cell(part.name, part.definition)
-        or _run(part, folds[part.fold], others, runner, config, folder, inputs)
+        finished[part.name]
+        or _run(
+          part, folds[part.fold], others, runner, config, folder, inputs, todo
+        )
         for part in parts
       ]
       if cell in parts:  # there are no folds
         results += of_folds
-      else:
+      elif folder.writes:
         results.append(_total(cell, parts, of_folds, folds, config, folder))
   return results
 
@@ -298,6 +325,7 @@ def _run(
   config: ConfigDict,
   folder: ResultsFolder,
   inputs: Inputs,
+  todo: list[Cell],
 ) -> dict[str, Any]:
   """Trains and tests a cell, writes its results and returns its scores."""
   task, started_at = cell.task, time.monotonic()
@@ -314,21 +342,26 @@ def _run(
     cell.name,
     folder.checkpoints(cell.name),
     _identity(cell, inputs, folder),
+    # Trainings are about as long as they have people.
+    sum(c.ratio for c in todo[todo.index(cell) :] if c.mode == cell.mode)
+    / cell.ratio,
   )
-  predicted = runner.run(cell.mode, job)
+  with _advising_on_memory():
+    predicted = runner.run(cell.mode, job)
+    val, test, *of_others = (
+      _predictions(split, predicted.predict(split))
+      for split in (videos["val"], videos["test"], *others.values())
+    )
+  if not folder.writes:
+    return {}
   for warning in predicted.warnings:
     print(f"WARNING: {cell.name}: {warning}", flush=True)
-  val, test = (
-    _predictions(videos[role], predicted.predict(videos[role]))
-    for role in ("val", "test")
-  )
   thresholds = measures.thresholds(task, val, config.protocol)
   if config.keep_models and inputs.weights:
     _keep_model(folder, cell, inputs, predicted, val, thresholds, config)
   scores, draws = _measured(task, videos["test"], test, thresholds, config)
   other_scores = {}
-  for name, split in others.items():
-    predictions = _predictions(split, predicted.predict(split))
+  for (name, split), predictions in zip(others.items(), of_others, strict=True):
     other_scores[name], other_draws = _measured(
       inputs.task_of(name, task), split, predictions, thresholds, config
     )
@@ -346,6 +379,22 @@ def _run(
     "secs": round(time.monotonic() - started_at, 1),
   }
   return _written(cell, test, result, draws, folder)
+
+
+@contextlib.contextmanager
+def _advising_on_memory() -> Iterator[None]:
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as e:
+    if "RESOURCE_EXHAUSTED" not in str(e):
+      raise
+    first_line = str(e).splitlines()[0]
+    raise DeviceMemoryError(
+      f"a device has too little memory: {first_line}\nLower "
+      "config.clips_per_device, the clips of a training that are processed at "
+      "once, or config.batch_size where nothing is trained; or set "
+      "config.remat=full, or config.dtype=bfloat16 in another --workdir"
+    ) from e
 
 
 def _keep_model(

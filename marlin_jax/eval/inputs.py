@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from marlin_jax.data import prepared_dataset
-from marlin_jax.devices import sharding
+from marlin_jax.devices import distributed, sharding
 from marlin_jax.downstream import feature_table, folds, splits, tasks
 from marlin_jax.downstream.feature_table import FeatureTable
 from marlin_jax.downstream.folds import Fold
@@ -96,19 +96,27 @@ def open_inputs(config: ConfigDict, checkpoint: str, data: str) -> Inputs:
   )
   for task in chosen:  # raises for classes that it lacks
     task.limited_to(configuration.split_names(config.data.train_classes))
+    if config.data.pairs and (task.kind != "binary" or task.num_outputs > 1):
+      raise tasks.TaskError(
+        f"config.data.pairs pairs videos with and without one label, and task "
+        f"'{task.name}' has {task.num_outputs}: expected a task such as "
+        "'deepfake' in configs/eval_dfd.py"
+      )
   tests = _open_tests(config, chosen)
   weights = features = None
   if config.features:
     features = feature_table.read(config.features, config.pool)
     sha256 = features.sha256
   else:
-    weights = formats.open_encoder(checkpoint, config.random)
+    with distributed.process_0_first():  # which may download it
+      weights = formats.open_encoder(checkpoint, config.random)
     sha256 = encoder_sha256(weights)
   mesh = sharding.make_mesh(**config.mesh)
   check_attention(config.attention, mesh.devices.flat[0].platform)
-  trained = {"attentive", "finetune"}
-  for mode in trained & set(configuration.split_names(config.modes)):
-    section = "paper" if config.protocol == "paper" else mode
+  for mode in configuration.TUNED.keys() & set(
+    configuration.split_names(config.modes)
+  ):
+    section = configuration.section_of(mode, config.protocol)
     sharding.check_batch(
       mesh, config[section].batch_size, f"{section}.batch_size"
     )

@@ -1,4 +1,4 @@
-"""Ways to predict a task from an encoder: linear, knn, attentive, finetune.
+"""Ways to predict a task from an encoder: probes, light tuning, fine-tuning.
 
 Each mode fits on the training split, selects on the validation split, and
 predicts any videos.
@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from marlin_jax.data import loader
 from marlin_jax.devices import sharding
 from marlin_jax.downstream import (
   clip_batches,
@@ -30,11 +32,11 @@ from marlin_jax.downstream import (
   protocols,
 )
 from marlin_jax.downstream.feature_table import FeatureTable
-from marlin_jax.downstream.splits import Split, TaskSplit
-from marlin_jax.downstream.tasks import Task, Units
-from marlin_jax.inference import nearest_neighbours, stream
+from marlin_jax.downstream.splits import Split, TaskSplit, TrackWindow
+from marlin_jax.downstream.tasks import Task, TaskError, Units
+from marlin_jax.eval import configuration
+from marlin_jax.inference import clip_features, nearest_neighbours, stream
 from marlin_jax.inference.classifier import Head
-from marlin_jax.training.checkpoint import Checkpoints
 from marlin_jax.weights.architecture import flatten
 from marlin_jax.weights.weights import Weights
 
@@ -53,6 +55,8 @@ class Job:
     name: name of the job in progress bars.
     checkpoints: folder for the checkpoints of a long training.
     identity: values that a resumed training must share.
+    num_alike: work of this training and of those of its mode that follow, in
+      units of this one.
   """
 
   task: Task
@@ -62,6 +66,7 @@ class Job:
   name: str
   checkpoints: Path
   identity: dict[str, Any]
+  num_alike: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +113,10 @@ class ModeRunner:
       self._image_size = weights.architecture.image_size
     self._split_features: dict[tuple[str, str], np.ndarray] = {}
     self._batch_size = clip_batches.rounded_batch_size(config.batch_size, mesh)
+    # Rows of this process in each batch.
+    self._own = functools.partial(
+      loader.own_rows, sharding.batch_sharding(mesh)
+    )
 
   def run(self, mode: str, job: Job) -> ModeResult:
     """Runs a job in one of configuration.MODES."""
@@ -117,7 +126,7 @@ class ModeRunner:
       if self._config.protocol == "paper":
         return self._linear_by_steps(job)
       return self._linear(job)
-    return self._on_encoder(job, attentive=mode == "attentive")
+    return self._on_encoder(mode, job)
 
   # --- On features ------------------------------------------------------------
 
@@ -142,9 +151,9 @@ class ModeRunner:
     return self._split_features[key]
 
   @functools.cached_property
-  def _encoder(self) -> feature_cache.FrozenEncoder:
+  def _encoder(self) -> clip_features.FrozenEncoder:
     config = self._config
-    return feature_cache.FrozenEncoder(
+    return clip_features.FrozenEncoder(
       self._weights, self._mesh, config.dtype, config.attention
     )
 
@@ -202,7 +211,7 @@ class ModeRunner:
     """
     config, task = self._config.paper, job.task
     train, val = self._features_of(job.train), self._features_of(job.val)
-    mesh = sharding.make_mesh(1, devices=jax.devices()[:1])
+    mesh = sharding.make_mesh(1, devices=jax.local_devices()[:1])
     probe = learner.linear_probe(
       task, train.shape[1], config, mesh, job.seed, self._config.value_loss
     )
@@ -222,16 +231,16 @@ class ModeRunner:
       return task.predicted(np.asarray(probe.logits(trained, features)))
 
     plan = protocols.plan_training(config, len(train))
-    with _ProgressBar(job.name, plan) as report:
+    with _ProgressBar(job, plan) as bar:
       fitted = fit.fit(
         probe,
         plan,
         batches,
-        lambda trained: task.score(
+        lambda trained, pause: task.score(
           job.val.targets, predict(trained, val), micro=True
         ),
         seed=job.seed,
-        report=report,
+        report=bar.report,
       )
     return ModeResult(
       lambda videos: predict(fitted.trained, self._features_of(videos)),
@@ -241,12 +250,11 @@ class ModeRunner:
 
   # --- On clips ---------------------------------------------------------------
 
-  def _on_encoder(self, job: Job, *, attentive: bool) -> ModeResult:
-    """Trains an attentive head, or finetunes the encoder with a linear one."""
+  def _on_encoder(self, mode: str, job: Job) -> ModeResult:
+    """Trains an attentive head, or tunes the encoder with a linear one."""
     config, task = self._config, job.task
-    is_paper = config.protocol == "paper"
-    section = "paper" if is_paper else "attentive" if attentive else "finetune"
-    training = config[section]
+    is_paper, attentive = config.protocol == "paper", mode == "attentive"
+    training = config[configuration.section_of(mode, config.protocol)]
     model = learner.on_encoder(
       task,
       self._weights,
@@ -254,40 +262,47 @@ class ModeRunner:
       self._mesh,
       job.seed,
       attentive=attentive,
-      tuned="nothing" if attentive else "all",
+      tuned=configuration.TUNED[mode],
       dtype=config.dtype,
       attention=config.attention,
       remat=config.remat,
       clips_per_device=config.clips_per_device,
       value_loss=config.value_loss,
+      **config.lora,
     )
     units = Units.of(task, job.train.targets)
     plan = protocols.plan_training(training, len(job.train))
 
-    def score(trained) -> float:
+    def score(trained, pause) -> float:
+      trained = learner.in_units(trained, units)
       predicted = self._predict(
-        model, learner.in_units(trained, units), job.val
+        model, trained, job.val, config.data.val_windows, pause
       )
       return task.score(job.val.targets, predicted, micro=is_paper)
 
-    checkpoints = Checkpoints(str(job.checkpoints), keep=1)
-    try:
-      with _ProgressBar(job.name, plan) as report:
-        fitted = fit.fit(
-          model,
-          plan,
-          self._training_batches(job, plan, training.batch_size, units),
-          score,
-          seed=job.seed,
-          checkpoints=checkpoints,
-          identity=job.identity,
-          report=report,
-        )
-    finally:
-      checkpoints.close()
+    with _ProgressBar(job, plan) as bar:
+      fitted = fit.fit(
+        model,
+        plan,
+        self._training_batches(job, plan, training.batch_size, units),
+        score,
+        seed=job.seed,
+        folder=job.checkpoints,
+        identity=job.identity,
+        report=bar.report,
+        # The forward pass of a clip takes a third of its training.
+        forecast=functools.partial(
+          bar.forecast,
+          score_steps=len(self._windows(job.val, config.data.val_windows)[0])
+          / training.batch_size
+          / 3,
+          note=_microbatch_note(model),
+        ),
+      )
     trained = learner.in_units(model.gathered(fitted.trained), units)
+    placed = sharding.put(trained, model.shardings["trained"])
     return ModeResult(
-      functools.partial(self._predict, model, trained),
+      functools.partial(self._predict, model, placed),
       Head(
         "attentive" if attentive else "mean",
         flatten(trained["head"]),
@@ -315,45 +330,75 @@ class ModeRunner:
         clip_batches.ClipReader(split, self._clip, self._image_size),
         split,
         self._clip,
-        clip_batches.Order(job.train.rows, job.seed),
+        self._order(job),
         batch_size=batch_size,
         seed=job.seed,
         start_step=step,
         num_steps=plan.num_rounds * plan.round_steps,
         num_threads=self._config.data.num_threads,
+        rows=self._own(batch_size),
       ):
         rows = [index_of[int(video)] for video in videos]
         yield clips, labels[rows], known[rows]
 
     return batches
 
+  def _order(self, job: Job) -> clip_batches.Order | clip_batches.PairedOrder:
+    """Returns the order of the training videos."""
+    if not self._config.data.pairs:
+      return clip_batches.Order(job.train.rows, job.seed)
+    is_positive = job.train.targets[:, 0] == 1
+    if is_positive.all() or not is_positive.any():
+      raise TaskError(
+        f"task '{job.task.name}': config.data.pairs needs videos with the "
+        "label and without it, and those to train on are all alike"
+      )
+    return clip_batches.PairedOrder(
+      job.train.rows, is_positive, job.train.people, job.seed
+    )
+
+  def _windows(
+    self, videos: TaskSplit, most: int = 0
+  ) -> tuple[list[TrackWindow], np.ndarray]:
+    """Returns windows of the videos, and the video of each.
+
+    Args:
+      videos: the videos.
+      most: most windows of a video; 0: all.
+    """
+    index_of = np.full(len(videos.split), -1)
+    index_of[videos.rows] = np.arange(len(videos))
+    windows = videos.split.windows(self._clip)
+    owners = index_of[videos.split.video_of(windows)]
+    known = np.flatnonzero(owners >= 0)
+    chosen = known[clip_batches.spread_windows(owners[known], most)]
+    return [windows[i] for i in chosen], owners[chosen]
+
   def _predict(
-    self, model: learner.Learner, trained, videos: TaskSplit
+    self,
+    model: learner.Learner,
+    trained,
+    videos: TaskSplit,
+    most: int = 0,
+    pause: Callable[[], None] = lambda: None,
   ) -> np.ndarray:
     """Returns predictions (V, K), means over the windows of each video."""
-    index_of = {int(video): i for i, video in enumerate(videos.rows)}
-    all_windows = videos.split.windows(self._clip)
-    windows, owners = [], []
-    for window, video in zip(
-      all_windows, videos.split.video_of(all_windows), strict=True
-    ):
-      if int(video) in index_of:
-        windows.append(window)
-        owners.append(index_of[int(video)])
+    windows, owners = self._windows(videos, most)
     batches = clip_batches.window_batches(
       clip_batches.ClipReader(videos.split, self._clip, self._image_size),
       windows,
       self._batch_size,
       self._config.data.num_threads,
+      self._own(self._batch_size),
     )
-    logits = np.concatenate(
-      list(
-        stream.encode_batches(functools.partial(model.logits, trained), batches)
-      )
-    )[: len(windows)]
-    return feature_cache.pooled(
-      model.task.predicted(logits), np.array(owners), len(videos), "mean"
-    )
+
+    def logits(clips: np.ndarray) -> jax.Array:
+      pause()
+      return model.logits(trained, clips)
+
+    found = list(stream.encode_batches(logits, batches))
+    predicted = model.task.predicted(np.concatenate(found)[: len(windows)])
+    return feature_cache.pooled(predicted, owners, len(videos), "mean")
 
 
 def _float64(layer: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -385,26 +430,66 @@ def _probe_warnings(
     )
 
 
-class _ProgressBar:
-  """Context manager of a bar for one training; gives `report` of `fit.fit`."""
+def _microbatch_note(model: learner.Learner) -> str:
+  num = model.num_microbatches
+  return f", each in {num} microbatches" if num > 1 else ""
 
-  def __init__(self, name: str, plan: protocols.TrainingPlan):
+
+class _ProgressBar:
+  """Context manager of the bar of a training; process 0 shows it."""
+
+  def __init__(self, job: Job, plan: protocols.TrainingPlan):
+    self._job, self._plan = job, plan
     total = plan.num_rounds * plan.round_steps
     self._bar = tqdm(
-      desc=name,
+      desc=job.name,
       # Unknown under a plateau, which ends at a learning rate.
       total=total if plan.schedule is not None else None,
       unit="step",
       mininterval=1.0,
+      disable=jax.process_index() != 0,
     )
 
-  def __enter__(self) -> Callable[[str, int], None]:
-    return self._report
+  def __enter__(self) -> Self:
+    return self
 
-  def _report(self, text: str, steps: int) -> None:
+  def report(self, text: str, steps: int) -> None:
+    """Implements `report` of `fit.fit`."""
     if text:
       self._bar.set_postfix_str(text, refresh=False)
     self._bar.update(steps)
 
+  def forecast(self, secs: float, *, score_steps: float, note: str) -> None:
+    """Prints how long the training will take; `forecast` of `fit.fit`.
+
+    Args:
+      secs: time of a step.
+      score_steps: time of a validation, in steps.
+      note: how a step is done.
+    """
+    plan = self._plan
+    round_secs = secs * (plan.round_steps + score_steps)
+    least, most = plan.least_rounds * round_secs, plan.num_rounds * round_secs
+    text = f"about {_duration(most)}"
+    if least < most:
+      text = f"{_duration(least)} to {_duration(most)}"
+    if self._job.num_alike > 1:
+      text += (
+        ", with the trainings of this mode that follow "
+        f"{_duration(least * self._job.num_alike)}"
+      )
+      text += " or more" if least < most else ""
+    if not self._bar.disable:
+      self._bar.write(
+        f"{self._job.name}: {text}; {plan.round_steps} steps of {secs:.2f} s"
+        f"{note} in each of {plan.num_rounds} rounds"
+      )
+
   def __exit__(self, *_) -> None:
     self._bar.close()
+
+
+def _duration(secs: float) -> str:
+  if secs < 3600:
+    return f"{math.ceil(secs / 60)} min"
+  return f"{secs / 3600:.1f} h"

@@ -19,14 +19,17 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import jax
 import numpy as np
 
+from marlin_jax.devices import coordination
 from marlin_jax.downstream.tasks import Task
 from marlin_jax.eval import configuration
 from marlin_jax.eval.measures import Predictions
@@ -41,7 +44,14 @@ _DRAWS = "draws:"
 
 
 class ResultsFolder:
-  """Workdir that is locked until the context manager exits."""
+  """Workdir that is locked until the context manager exits.
+
+  Of several processes the first one locks and writes.
+
+  Attributes:
+    path: the folder.
+    writes: True on process 0.
+  """
 
   def __init__(self, path: Path, settings: dict[str, Any]):
     """Opens the folder.
@@ -56,6 +66,10 @@ class ResultsFolder:
         something else.
     """
     self.path = path
+    self.writes = jax.process_index() == 0
+    self._num_asked = itertools.count()
+    if not self.writes:
+      return
     self._lock = Lock(path, "lock")
     try:
       self._check_settings(settings)
@@ -67,7 +81,8 @@ class ResultsFolder:
     return self
 
   def __exit__(self, *_) -> None:
-    self._lock.close()
+    if self.writes:
+      self._lock.close()
 
   def _check_settings(self, settings: dict[str, Any]) -> None:
     file = self.path / SETTINGS
@@ -122,6 +137,8 @@ class ResultsFolder:
   def cell(self, name: str, definition: str) -> dict[str, Any] | None:
     """Returns the scores of a cell; None if it is not finished.
 
+    All processes call it together, since they run the unfinished cells.
+
     Args:
       name: name of the cell.
       definition: hash of its task, videos and labels.
@@ -129,11 +146,13 @@ class ResultsFolder:
     Raises:
       OutputFolderError: they were others when the cell was computed.
     """
+    text = "null"
     file = self.path / "cells" / f"{name}.json"
-    if not file.exists():
-      return None
-    result = json.loads(file.read_text())
-    if result.get("definition", definition) != definition:
+    if self.writes and file.exists():
+      text = file.read_text()
+    key = f"marlin_jax/cell/{next(self._num_asked)}"
+    result = json.loads(coordination.broadcast(key, text))
+    if result and result.get("definition", definition) != definition:
       raise OutputFolderError(
         f"{file} was computed with another definition of its task, or with "
         "other videos or labels. Change them back, or use another --workdir"

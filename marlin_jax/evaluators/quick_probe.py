@@ -7,7 +7,7 @@ processes. With weights from a file:
 
   weights = formats.read(path)
   data = quick_probe.open_data(config.probe, weights.architecture, DATASET)
-  encode = feature_cache.FrozenEncoder(weights, mesh, "float32", "auto")
+  encode = clip_features.FrozenEncoder(weights, mesh, "float32", "auto")
   quick_probe.QuickProbe(data, config.probe, mesh, num_threads=4).scores(encode)
 
 Axes: B clips, V videos, W windows, D width.

@@ -30,7 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from flax import nnx
+from jax.sharding import Mesh
 
+from marlin_jax.devices import sharding
 from marlin_jax.inference import (
   clip_features,
   face_windows,
@@ -38,7 +40,7 @@ from marlin_jax.inference import (
   stream,
 )
 from marlin_jax.inference.clips import window_settings
-from marlin_jax.models import heads, softmax_attention, vit
+from marlin_jax.models import heads, partition, softmax_attention, vit
 from marlin_jax.records.folders import atomic_path, write_bytes
 from marlin_jax.weights import formats, hub, safetensors_folder
 from marlin_jax.weights.architecture import flatten, unflatten
@@ -151,6 +153,7 @@ class VideoClassifier:
     *,
     dtype: str = "float32",
     attention: str = "auto",
+    mesh: Mesh | None = None,
   ):
     """Builds the network.
 
@@ -159,7 +162,15 @@ class VideoClassifier:
       weights: weights of the encoder; others are left out.
       arrays: see `Head.arrays`.
       dtype, attention: as of `Marlin`.
+      mesh: devices of this process that share each batch, which must divide
+        over them; None: one device.
     """
+    mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
+    self._split = sharding.batch_sharding(mesh)
+    everywhere = sharding.replicated(mesh)
+    placement = None
+    if mesh.size > 1:
+      placement = sharding.MeshPlacement(mesh, dtype)
     self.description = description
     self.weights = weights.encoder_only()
     self._arrays = dict(arrays)
@@ -171,16 +182,20 @@ class VideoClassifier:
       ),
     )
     if description.head in VIDEO_HEADS:
-      graphdef, self._params = nnx.split(encoder)
-      self._outputs = clip_features.jitted_features(graphdef, architecture)
+      graphdef, params = nnx.split(encoder)
+      self._params = jax.device_put(params, everywhere)
+      self._outputs = clip_features.jitted_features(
+        graphdef, architecture, placement=placement, out_shardings=everywhere
+      )
       return
-    graphdef, self._params = nnx.split(
+    graphdef, params = nnx.split(
       heads.Classifier(encoder, self._network_head())
     )
+    self._params = jax.device_put(params, everywhere)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=everywhere)
     def logits(params, x):
-      with vit.exact_matmuls(dtype):
+      with partition.use(placement), vit.exact_matmuls(dtype):
         tokens = clip_features.to_tokens(x, architecture)
         return nnx.merge(graphdef, params)(tokens)
 
@@ -219,7 +234,7 @@ class VideoClassifier:
     Returns:
       float32 (B, D) features, or (B, K) logits if the head takes tokens.
     """
-    return self._outputs(self._params, clips)
+    return self._outputs(self._params, jax.device_put(clips, self._split))
 
   def probabilities(self, outputs: np.ndarray) -> np.ndarray:
     """Returns the probabilities or numbers of a video, float64 (K,).
@@ -464,7 +479,7 @@ class VideoClassifier:
       path: the folder, or a name on the HuggingFace hub; see `hub.fetch`.
       encoder: weights of the frozen encoder, if they are no longer where they
         were during the training.
-      **options: `dtype` and `attention`, as of `Marlin`.
+      **options: `dtype`, `attention` and `mesh`; see `__init__`.
 
     Raises:
       WeightsError: the folder is damaged or of another kind, or the encoder is

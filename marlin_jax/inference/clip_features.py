@@ -1,7 +1,7 @@
 """Features of clips as pure functions of the encoder, to jit and train through.
 
-Axes: B clips, T frames, H W pixels, N tokens (ordered t h w), P pixels per
-token, D width.
+Axes: B clips, T frames, H W pixels (S S of a square), N tokens (ordered t h w),
+P pixels per token, D width.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from marlin_jax.data.clip_geometry import imagenet_normalised
-from marlin_jax.models import partition, vit
+from marlin_jax.devices import sharding
+from marlin_jax.models import partition, softmax_attention, vit
 from marlin_jax.models.mae import Encoder
 from marlin_jax.weights.architecture import Architecture
+from marlin_jax.weights.weights import Weights, encoder_sha256
 
 # Cells along a side of `grid_features`.
 _GRID_CELLS = 4
@@ -126,3 +130,54 @@ def jitted_features(
       return features(encoder, architecture, x, keep_seq=keep_seq)
 
   return apply
+
+
+class FrozenEncoder:
+  """Encoder with fixed weights, replicated over the devices of a mesh.
+
+  Attributes:
+    mesh: mesh of the devices.
+    architecture: architecture of the encoder.
+    identity: all that features depend on, except the clips; fit for JSON.
+  """
+
+  def __init__(self, weights: Weights, mesh: Mesh, dtype: str, attention: str):
+    """Puts the encoder on the devices.
+
+    Args:
+      weights: weights of the encoder.
+      mesh: mesh of the devices; clips are sharded over all axes but `tensor`.
+      dtype: dtype of matmuls.
+      attention: one of models.options.ATTENTION.
+    """
+    self.architecture = weights.architecture.without_decoder()
+    self.identity = {"encoder": encoder_sha256(weights), "dtype": dtype}
+    self.mesh = mesh
+    platform = mesh.devices.flat[0].platform
+    encoder = weights.encoder_only().autoencoder(
+      dtype=dtype,
+      attention=softmax_attention.choose(attention, platform, dtype),
+    )
+    graphdef, params = nnx.split(encoder)
+    self._params = sharding.put(params, sharding.replicated(mesh))
+    self._features = jitted_features(
+      graphdef,
+      self.architecture,
+      placement=sharding.MeshPlacement(mesh, dtype) if mesh.size > 1 else None,
+      out_shardings=sharding.replicated(mesh),
+    )
+
+  def __call__(self, video: np.ndarray, keep_seq: bool = False) -> jax.Array:
+    """Returns the features of a batch, which must divide over the devices.
+
+    Args:
+      video: uint8 (B, T, S, S, 3); of several processes each gives its own
+        rows, see `loader.own_rows`.
+      keep_seq: return a feature per token instead of one per clip.
+
+    Returns:
+      float32 (B, D), on every process; see `features`.
+    """
+    split = sharding.batch_sharding(self.mesh)
+    x = jax.make_array_from_process_local_data(split, video)
+    return self._features(self._params, x, keep_seq=keep_seq)

@@ -15,13 +15,16 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
+from marlin_jax.records.cli import WHOLE, Task
 from marlin_jax.records.folders import (
+  PARTIAL_SUFFIX,
   QUARANTINE,
   SETTINGS,
   Lock,
@@ -81,18 +84,24 @@ class Origin:
 class FeatureFolder:
   """Output folder that is locked until the context manager exits.
 
+  Several tasks may write to it at the same time, each to its own videos. A task
+  keeps its quarantine in a file of its own, which a run of all merges.
+
   Attributes:
     path: the folder.
     reasons: reason for each quarantined video, by source.
   """
 
-  def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+  def __init__(
+    self, path: Path, settings: dict[str, Any], task: Task = WHOLE
+  ) -> None:
     """Reads settings and quarantine; changes no file.
 
     Args:
       path: created if missing.
       settings: that all files depend on, with a `format` of FORMATS; an
         existing folder must have the same.
+      task: the part of the videos that this run writes.
 
     Raises:
       OutputFolderError: the folder is in use, was not made by this program or
@@ -107,7 +116,11 @@ class FeatureFolder:
       **settings,
     }
     self._refused: dict[str, dict[str, str]] = {}
-    self._lock = Lock(path)
+    self._quarantine = path / f"{QUARANTINE}{task.suffix}"
+    # The videos in it; those in other files are of other tasks.
+    self._own: set[str] = set()
+    self._merges = task.count == 1
+    self._lock = Lock(path, shared=not self._merges)
     try:
       self._check_settings()
       self._read_quarantine()
@@ -126,7 +139,9 @@ class FeatureFolder:
     try:
       earlier = json.loads((self.path / SETTINGS).read_bytes())
     except FileNotFoundError:
-      if any(self.path.iterdir()):
+      # Another task may be writing the settings.
+      names = [entry.name for entry in self.path.iterdir()]
+      if not all(name.endswith(PARTIAL_SUFFIX) for name in names):
         raise OutputFolderError(
           f"{self.path} holds files but no {SETTINGS}, so it was not made by "
           "this program; choose an empty or new folder as --output"
@@ -145,12 +160,19 @@ class FeatureFolder:
     self._settings = earlier
 
   def _read_quarantine(self) -> None:
-    with contextlib.suppress(FileNotFoundError):
-      for line in (self.path / QUARANTINE).read_text().splitlines():
+    for file in sorted(self.path.glob(f"{QUARANTINE}*")):
+      if file.name.endswith(PARTIAL_SUFFIX):
+        continue
+      for line in file.read_text().splitlines():
         # A killed run may leave an incomplete last line.
         with contextlib.suppress(ValueError):
           entry = json.loads(line)
-          self._refused[entry["source"]] = entry
+          # A later run may have succeeded. A name that is too long for its
+          # file raises in Path.exists.
+          if not os.path.exists(self.file_of(entry["source"])):
+            self._refused[entry["source"]] = entry
+            if self._merges or file == self._quarantine:
+              self._own.add(entry["source"])
 
   # --- Queries ----------------------------------------------------------------
 
@@ -192,10 +214,16 @@ class FeatureFolder:
   # --- Changes ----------------------------------------------------------------
 
   def begin(self) -> None:
-    """Writes the settings unless the folder has them."""
+    """Writes the settings unless the folder has them.
+
+    Raises:
+      OutputFolderError: another task has just begun with other settings.
+    """
     if not (self.path / SETTINGS).exists():
       data = json.dumps(self._settings, indent=2) + "\n"
       write_bytes(self.path / SETTINGS, data.encode())
+    if not self._merges:
+      self._check_settings()
 
   def write(
     self, origin: Origin, spans: list[Span], features: np.ndarray
@@ -224,6 +252,7 @@ class FeatureFolder:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(file, encode(features, columns, json.dumps(metadata)))
     self._refused.pop(origin.source, None)
+    self._own.discard(origin.source)
 
   def refuse(self, origin: Origin, reason: str) -> None:
     """Quarantines a video and removes its features; written at once."""
@@ -233,16 +262,23 @@ class FeatureFolder:
       "sha256": origin.sha256,
     }
     self._refused[origin.source] = entry
+    self._own.add(origin.source)
     with contextlib.suppress(OSError):  # no such file, or the name is too long
       self.file_of(origin.source).unlink()
-    with open(self.path / QUARANTINE, "a") as file:
+    with open(self._quarantine, "a") as file:
       file.write(json.dumps(entry) + "\n")
 
   def finish(self) -> None:
-    """Writes the quarantine sorted, without videos that succeeded later."""
-    lines = [json.dumps(self._refused[name]) for name in sorted(self._refused)]
+    """Writes the quarantine sorted, without videos that succeeded later.
+
+    A run of all videos takes those of the tasks over.
+    """
+    lines = [json.dumps(self._refused[name]) for name in sorted(self._own)]
     data = "".join(f"{line}\n" for line in lines)
-    write_bytes(self.path / QUARANTINE, data.encode())
+    write_bytes(self._quarantine, data.encode())
+    if self._merges:
+      for file in self.path.glob(f"{QUARANTINE}-*"):
+        file.unlink()
 
 
 # --- Files --------------------------------------------------------------------

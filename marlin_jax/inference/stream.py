@@ -20,13 +20,28 @@ REDUCTIONS = ("none", "mean", "max", "std", "mean_std")
 
 
 def default_batch_size() -> int:
-  """Returns 1 on CPU and 16 elsewhere.
+  """Returns the clips of a batch on one device: 1 on CPU, 16 elsewhere.
 
   On CPU one clip keeps all cores busy, and padding the last batch costs time.
   """
   import jax
 
   return 1 if jax.default_backend() == "cpu" else 16
+
+
+def local_batch_size(batch_size: int | None) -> int:
+  """Returns the clips of a batch that divides over this process's devices.
+
+  Args:
+    batch_size: clips per batch, rounded up; None: `default_batch_size` for each
+      device.
+  """
+  import jax
+
+  num_devices = jax.local_device_count()
+  if batch_size is None:
+    return num_devices * default_batch_size()
+  return -(-batch_size // num_devices) * num_devices
 
 
 def encode_batches(

@@ -9,11 +9,14 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from marlin_jax.records import cgroups
 
+# Exit code after Ctrl-C or SIGTERM.
+INTERRUPTED = 130
 _RESUMABLE = "Finished work is kept; run the same command to resume."
 
 
@@ -24,6 +27,10 @@ class UserError(Exception):
   """
 
   exit_code = 1
+
+
+class ArgumentError(UserError):
+  """Arguments that contradict each other."""
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -78,7 +85,7 @@ def run_command(work: Callable[[], None], interrupted: str = _RESUMABLE) -> int:
     work()
   except KeyboardInterrupt:
     print(f"\nInterrupted. {interrupted}", file=sys.stderr)
-    return 130
+    return INTERRUPTED
   except UserError as e:
     print(f"error: {e}", file=sys.stderr)
     return e.exit_code
@@ -152,6 +159,76 @@ def html_path(text: str) -> Path:
   if not text.lower().endswith((".html", ".htm")):
     raise argparse.ArgumentTypeError(f"{text} does not end with .html")
   return Path(text)
+
+
+class Task(NamedTuple):
+  """A part of a command's work, for one of several machines.
+
+  Attributes:
+    index: number of the task, from 0.
+    count: number of tasks; 1: the task is the whole work.
+  """
+
+  index: int = 0
+  count: int = 1
+
+  @property
+  def suffix(self) -> str:
+    """Ends the names of files that each task has for itself; '' for one."""
+    if self.count == 1:
+      return ""
+    return f"-{self.index:05d}-of-{self.count:05d}"
+
+  def part(self, items: Sequence) -> Sequence:
+    """Returns the task's items."""
+    return items[self.index :: self.count]
+
+
+# The whole work as one task.
+WHOLE = Task()
+
+
+def add_task_arguments(parser: argparse.ArgumentParser, effect: str) -> None:
+  """Adds --task_index and --task_count; `task_of` reads them.
+
+  Args:
+    parser: parser of the command.
+    effect: what the run without these flags does after all tasks.
+  """
+  group = parser.add_argument_group(
+    "many machines",
+    "Each task takes its own part of the videos. All machines must see the "
+    "input and --output at the same paths. Processes that srun, mpirun or "
+    "JAX_COORDINATOR_ADDRESS start together are tasks without these flags.",
+  )
+  group.add_argument(
+    "--task_index",
+    type=at_least(0),
+    help="index of this task, from 0",
+  )
+  group.add_argument(
+    "--task_count",
+    type=at_least(1),
+    help="number of tasks; after all tasks, run the same command without these "
+    f"two flags {effect}",
+  )
+
+
+def task_of(args: argparse.Namespace) -> Task | None:
+  """Returns the task that the arguments name; None if they name none.
+
+  Raises:
+    ArgumentError: only one of them is given, or they contradict each other.
+  """
+  index, count = args.task_index, args.task_count
+  if index is None and count is None:
+    return None
+  if index is None or count is None or index >= count:
+    raise ArgumentError(
+      f"--task_index is {index} and --task_count {count}: expected both, and "
+      "an index below the count"
+    )
+  return Task(index, count)
 
 
 def num_cores() -> int:

@@ -155,6 +155,15 @@ class Record:
     return f"{self.video_id}#{self.track_id}.{self.segment}"
 
 
+def median_side(record: Record) -> float:
+  """Returns the median side of a record's crop in pixels of the video.
+
+  Rounded to the digits of a float32, so that it survives JSON.
+  """
+  sides = record.boxes[:, 2] - record.boxes[:, 0]
+  return float(str(np.float32(np.median(sides))))
+
+
 class _JoinedFrames(Sequence):
   """Frames of several records, without copies."""
 

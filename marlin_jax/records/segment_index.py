@@ -2,8 +2,10 @@
 
 NAME-SPLIT.segments.npy lies beside the split's shards. Training draws clips of
 videos and subjects by it, without reading a record and without loading the
-index: it is memory-mapped. The file holds five int32 arrays, one after the
-other as np.save writes them; each call of np.load reads the next.
+index: it is memory-mapped. Evaluations match it with the ledger, which holds
+names and labels. The file holds six int32 arrays, one after the other as
+np.save writes them; each call of np.load reads the next. Files of earlier
+versions lack the last one.
 """
 
 from __future__ import annotations
@@ -26,11 +28,14 @@ class Video(NamedTuple):
 
   Attributes:
     subject_id: identity of the person; '' if unknown.
-    segments: (track_id, number of frames) of each record, in order.
+    segments: (track_id, number of frames) of each record, in order; other
+      values that follow are left out.
+    video_id: name of the video.
   """
 
   subject_id: str
-  segments: Sequence[tuple[int, int]]
+  segments: Sequence[Sequence[float]]
+  video_id: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,6 +54,8 @@ class SegmentIndex:
     first_records: (V + 1,), first record of each video, and N.
     videos: (V,), videos ordered by subject.
     first_videos: (S + 1,), first place in `videos` of each subject, and V.
+    by_name: (V,), videos ordered by video_id; None in files of earlier
+      versions.
     path: the file.
   """
 
@@ -57,6 +64,7 @@ class SegmentIndex:
   first_records: np.ndarray
   videos: np.ndarray
   first_videos: np.ndarray
+  by_name: np.ndarray | None
   path: str
 
   def __reduce__(self):
@@ -88,10 +96,11 @@ def pack(videos: Iterable[Video]) -> bytes:
   """
   # Arrays of the standard library grow without a Python object for each number.
   tracks, frames, first_records = (array.array("i") for _ in range(3))
-  subject_of, subjects = array.array("i"), {}
+  subject_of, subjects, names = array.array("i"), {}, []
   for i, video in enumerate(videos):
+    names.append(video.video_id)
     first_records.append(len(frames))
-    for track, num_frames in video.segments:
+    for track, num_frames, *_ in video.segments:
       tracks.append(track)
       frames.append(num_frames)
     # No subject_id is an int.
@@ -106,9 +115,18 @@ def pack(videos: Iterable[Video]) -> bytes:
     first_records,
     np.argsort(subject_of, kind="stable"),
     np.cumsum([0, *np.bincount(subject_of)]),
+    sorted(range(len(names)), key=names.__getitem__),
   ):
     np.save(file, np.asarray(values, _DTYPE), allow_pickle=False)
   return file.getvalue()
+
+
+def without_names(data: bytes) -> bytes:
+  """Returns the bytes that earlier versions wrote for the same records."""
+  file = io.BytesIO(data)
+  for _ in range(5):
+    np.load(file, allow_pickle=False)
+  return data[: file.tell()]
 
 
 def open_index(path: str | os.PathLike) -> SegmentIndex:
@@ -124,13 +142,17 @@ def open_index(path: str | os.PathLike) -> SegmentIndex:
   with open(path, "rb") as file:
     data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     arrays = [_next_array(file, data) for _ in range(5)]
-  index = SegmentIndex(*arrays, path=os.fspath(path))
+    by_name = None
+    if file.tell() < len(data):
+      by_name = _next_array(file, data)
+  index = SegmentIndex(*arrays, by_name, path=os.fspath(path))
   lengths = {
     "tracks": len(index.tracks) == index.num_records,
     "first_records": len(index.first_records) == index.num_videos + 1
     and index.first_records[-1] == index.num_records,
     "first_videos": len(index.first_videos) > 0
     and index.first_videos[-1] == index.num_videos,
+    "by_name": by_name is None or len(by_name) == index.num_videos,
   }
   wrong = [name for name, is_right in lengths.items() if not is_right]
   if wrong:

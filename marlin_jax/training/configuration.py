@@ -144,8 +144,17 @@ def check_attention(attention: str, platform: str) -> None:
 # Where metrics go beside metrics.jsonl.
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
+# Keys of every configuration of a program for several processes.
+DISTRIBUTED_KEYS = {
+  "distributed.coordinator": free(),
+  "distributed.num_processes": free(at_least(0)),
+  "distributed.process_id": free(at_least(0)),
+  "distributed.timeout_secs": free(at_least(1)),
+}
+
 # Keys of every configuration that trains networks step by step.
 TRAINING_KEYS = {
+  **DISTRIBUTED_KEYS,
   "seed": fixed(SEED),
   "data.num_workers": free(at_least(-1)),
   "data.num_threads": free(at_least(0)),
@@ -154,10 +163,6 @@ TRAINING_KEYS = {
   "attention": free(one_of(*ATTENTION)),
   "remat": free(one_of(*REMAT)),
   "mesh.data": free(NUM_DEVICES),
-  "distributed.coordinator": free(),
-  "distributed.num_processes": free(at_least(0)),
-  "distributed.process_id": free(at_least(0)),
-  "distributed.timeout_secs": free(at_least(1)),
   "watchdog.dump_secs": free(at_least(0)),
   "watchdog.exit_secs": free(at_least(0)),
   "compilation_cache": free(),
@@ -214,10 +219,11 @@ def training_violations(
   for name in filter(None, config.allow_change.split(",")):
     if name not in names:
       yield f"allow_change names {name!r}, which is not a key"
-  yield from _distributed_violations(config.distributed)
+  yield from distributed_violations(config.distributed)
 
 
-def _distributed_violations(settings: ConfigDict) -> Iterator[str]:
+def distributed_violations(settings: ConfigDict) -> Iterator[str]:
+  """Yields a line for each problem of config.distributed."""
   address, num_processes = settings.coordinator, settings.num_processes
   if address in ("", "auto", "none"):
     return

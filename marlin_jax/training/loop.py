@@ -183,13 +183,7 @@ def started(config: ConfigDict, path: str) -> Iterator[Watchdog]:
     # It has a time limit of its own.
     watchdog.alive("waiting for the other processes", is_limited=False)
     distributed.initialise(config.distributed)
-    distributed.check_same(
-      {
-        f"config.{key}": value
-        for key, value in flat(config).items()
-        if not key.startswith("distributed.")
-      }
-    )
+    distributed.check_same(distributed.shared_values(flat(config)))
     watchdog.alive("opening the data")
     yield watchdog
 

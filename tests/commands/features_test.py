@@ -29,7 +29,7 @@ from marlin_jax.records.folders import OutputFolderError
 from marlin_jax.weights import safetensors_folder
 from marlin_jax.weights.architecture import Architecture
 from marlin_jax.weights.weights import Weights
-from tests.support import authors, compile_cache
+from tests.support import authors, compile_cache, training_runs
 from tests.support.files import content, read_lines
 from tests.support.processes import ROOT
 from tests.support.videos import moving_noise, shared_video, write_video
@@ -439,3 +439,73 @@ def test_one_run_at_a_time(tmp_path):
     pytest.raises(OutputFolderError, match="another run is writing"),
   ):
     FeatureFolder(tmp_path, {"format": "npz"})
+
+
+def test_tasks_share_the_videos_and_a_run_of_all_joins_them(
+  extracted, videos, checkpoint, tmp_path, capsys
+):
+  out = tmp_path / "out"
+  args = (videos, "--checkpoint", checkpoint, "--output", out)
+  args += ("--batch_size", 4)
+  assert run(*args, "--task_index", 2, "--task_count", 2) == 1
+  assert "an index below the count" in capsys.readouterr().err
+  for index in (1, 0):
+    assert run(*args, "--task_index", index, "--task_count", 2) == 0
+    assert "3 videos of task" in capsys.readouterr().out
+    # Its own are done, whatever the others do.
+    assert run(*args, "--task_index", index, "--task_count", 2) == 0
+    assert "3 of them done before" in capsys.readouterr().out
+  parts = [
+    read_lines(out / f"quarantine.jsonl-0000{index}-of-00002")
+    for index in (0, 1)
+  ]
+  assert sorted(line["source"] for part in parts for line in part) == [*BAD]
+  assert run(*args) == 0
+  assert "6 videos, 6 of them done before" in capsys.readouterr().out
+  assert content(out) == content(extracted)
+
+
+def test_processes_started_together_use_all_their_devices(
+  extracted, videos, checkpoint, tmp_path
+):
+  out = tmp_path / "out"
+  args = [videos, "--checkpoint", checkpoint, "--output", out]
+  args += ["--batch_size", "3", "--num_workers", "1"]
+  together = {
+    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{training_runs.free_port()}",
+    "JAX_NUM_PROCESSES": "2",
+  }
+  processes = [
+    training_runs.start(
+      [sys.executable, "-m", "marlin_jax.features", *map(str, args)],
+      4,
+      JAX_PROCESS_ID=str(number),
+      **together,
+    )
+    for number in (0, 1)
+  ]
+  outputs = [training_runs.finish(process) for process in processes]
+  for number, output in enumerate(outputs):
+    assert f"3 videos of task {number} of 2; 4 x cpu" in output
+  assert run(*args[:-2]) == 0
+  assert sorted(content(out)) == sorted(content(extracted))
+  for name in GOOD:
+    with (
+      np.load(out / f"{name}.npz") as ours,
+      np.load(extracted / f"{name}.npz") as theirs,
+    ):
+      np.testing.assert_allclose(
+        ours["features"], theirs["features"], rtol=0, atol=1e-5
+      )
+
+
+def test_bfloat16_is_another_setting(extracted, videos, checkpoint, tmp_path):
+  same = (videos / "a", "--checkpoint", checkpoint)
+  assert run(*same, "--output", extracted, "--dtype", "bfloat16") == 1
+  assert run(*same, "--output", tmp_path / "o", "--dtype", "bfloat16") == 0
+  with (
+    np.load(tmp_path / "o" / "100.mp4.npz") as rounded,
+    np.load(extracted / "a" / "100.mp4.npz") as exact,
+  ):
+    difference = np.abs(rounded["features"] - exact["features"]).max()
+  assert 1e-5 < difference < 0.1

@@ -15,6 +15,7 @@ from configs import eval_far
 from marlin_jax import Marlin, convert, predict
 from marlin_jax.downstream import splits
 from marlin_jax.inference import classifier
+from marlin_jax.records.folders import OutputFolderError
 from marlin_jax.weights.architecture import Architecture
 from marlin_jax.weights.weights import WeightsError
 from tests.support.labelled_data import run, write_random
@@ -25,7 +26,7 @@ ENCODER = Architecture(
   width=32, depth=1, num_heads=2, mlp_dim=64, num_frames=4, patch_size=56
 )
 MODES = {
-  "appearance": "linear,knn,attentive,finetune",
+  "appearance": "linear,knn,attentive,layernorm,lora,finetune",
   "mood": "linear,knn,attentive",
   "affect": "linear,knn,attentive,finetune",
 }
@@ -233,6 +234,35 @@ def test_json_lines_hold_the_same(workdir, face_data, tmp_path):
   )
 
 
+def test_tasks_share_the_videos_and_a_run_of_all_joins_them(
+  workdir, face_data, tmp_path, capsys
+):
+  model = workdir / "far" / "models" / "mood-linear-1-0"
+  arguments = ["--model", str(model), "--data", str(face_data)]
+  alone, joined = tmp_path / "alone.csv", tmp_path / "joined.csv"
+  assert predict.main([*arguments, "--output", str(alone)]) == 0
+  for index in "01":
+    part = ["--task_index", index, "--task_count", "2"]
+    assert predict.main([*arguments, "--output", str(joined), *part]) == 0
+    assert not joined.exists()
+  logs = sorted(path.name for path in tmp_path.glob("joined.csv.jsonl*"))
+  assert logs == [f"joined.csv.jsonl-0000{i}-of-00002" for i in (0, 1)]
+  lengths = [len((tmp_path / log).read_text().splitlines()) for log in logs]
+  assert lengths == [9, 9]  # 16 videos, and the settings of each
+  assert predict.main([*arguments, "--output", str(joined)]) == 0
+  assert rows_of(joined) == rows_of(alone)
+  assert not list(tmp_path.glob("joined.csv.jsonl-*"))
+  # One run at a time.
+  settings = json.loads(
+    (tmp_path / "joined.csv.jsonl").read_text().splitlines()[0]
+  )
+  with (
+    predict.PredictionLog(joined, settings, as_json=False),
+    pytest.raises(OutputFolderError, match="another run is writing"),
+  ):
+    predict.PredictionLog(joined, settings, as_json=False)
+
+
 def test_calibrated_probabilities_fit_the_validation_split_better(
   workdir, face_data, tmp_path
 ):
@@ -361,7 +391,7 @@ def test_a_missing_encoder_is_asked_for(workdir, tmp_path):
   ("cell", "fold_input"),
   [
     ("appearance-linear", True),
-    ("appearance-finetune", False),
+    ("appearance-lora", False),
     ("affect-linear", False),
   ],
 )

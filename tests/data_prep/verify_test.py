@@ -505,6 +505,15 @@ def test_a_ledger_that_differs_from_the_segments_is_told_of(dataset):
   assert "'b.mp4'" in where
 
 
+def test_a_data_set_of_before_names_and_sides_is_whole(dataset):
+  for line in read_lines(dataset / "videos.jsonl"):
+    segments = [row[:2] for row in line["segments"]]
+    edit_ledger(dataset, line["video_id"], segments=segments)
+  for path in dataset.glob("*.segments.npy"):
+    path.write_bytes(segment_index.without_names(path.read_bytes()))
+  assert problems(dataset) == []
+
+
 def test_a_data_set_of_before_the_segment_index_is_whole(dataset):
   for name in ("a.mp4", "b.mp4", "c.mp4", "d.mp4"):
     edit_ledger(dataset, name, segments=[])

@@ -434,7 +434,7 @@ def test_the_papers_gradient_steps_separate_labels():
     probe,
     protocols.plan_training(config, 256),
     batches,
-    lambda trained: BINARY.score(new_y, predict(trained), micro=True),
+    lambda trained, pause: BINARY.score(new_y, predict(trained), micro=True),
     seed=0,
   )
   assert BINARY.score(new_y, predict(fitted.trained), micro=True) > 0.97
@@ -454,7 +454,7 @@ def test_a_loss_that_is_not_finite_ends_a_training():
       probe,
       protocols.plan_training(config, 32),
       lambda _: batches,
-      lambda trained: 0.0,
+      lambda trained, pause: 0.0,
       seed=0,
     )
 
@@ -518,15 +518,16 @@ def test_the_papers_training_ends_at_the_lowest_rate():
   labels, known = BINARY.encode(y)
   # No label is known: the loss is 0 and never falls.
   batches = iter([(x, labels, 0 * known)] * 99)
+  plan = protocols.plan_training(config, 8)
   fitted = fit.fit(
     probe,
-    protocols.plan_training(config, 8),
+    plan,
     lambda _: batches,
-    lambda trained: 0.0,
+    lambda trained, pause: 0.0,
     seed=0,
   )
   # One best round, two without gain, then half the rate.
-  assert fitted.num_rounds == 3
+  assert fitted.num_rounds == plan.least_rounds == 3
 
 
 def test_steps_equal_pytorchs_adam_with_the_papers_betas():
@@ -584,6 +585,37 @@ def test_an_order_visits_all_examples_before_repeating_any():
   for first in range(0, 35, 7):
     assert sorted(rows[first : first + 7]) == list(range(10, 17))
   assert rows[:7].tolist() != rows[7:14].tolist()
+
+
+def test_windows_are_spread_over_each_video():
+  owners = np.array([0] * 9 + [2] + [5] * 4)
+  chosen = clip_batches.spread_windows(owners, 3)
+  assert chosen.tolist() == [1, 4, 7, 9, 10, 12, 13]
+  every = clip_batches.spread_windows(owners, 0)
+  np.testing.assert_array_equal(every, np.arange(14))
+
+
+def test_pairs_are_of_one_person_where_both_kinds_are_known():
+  examples = np.arange(10, 22)
+  # Person d has no negative example.
+  people = [*"aabbccdd", *"aabb"]
+  is_positive = np.array([1, 0, 1, 0, 1, 0, 1, 1, 1, 0, 1, 0], bool)
+  order = clip_batches.PairedOrder(examples, is_positive, people, 0)
+  rows = np.concatenate([order.rows(step, 4) for step in range(14)])
+  positives, negatives = rows[::2] - 10, rows[1::2] - 10
+  assert is_positive[positives].all()
+  assert not is_positive[negatives].any()
+  # Each pass over the positive examples shows all of them.
+  for first in range(0, 28, 7):
+    seen = positives[first : first + 7]
+    assert sorted(seen) == np.flatnonzero(is_positive).tolist()
+  partners = {person: set() for person in "abcd"}
+  for positive, negative in zip(positives, negatives, strict=True):
+    partners[people[positive]].add(people[negative])
+  assert [partners[person] for person in "abc"] == [{"a"}, {"b"}, {"c"}]
+  assert len(partners["d"]) > 1
+  # A function of the step.
+  np.testing.assert_array_equal(order.rows(3, 4), rows[12:16])
 
 
 # --- Networks -----------------------------------------------------------------

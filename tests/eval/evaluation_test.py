@@ -179,21 +179,34 @@ def test_fer_derives_sentiment_and_follows_the_papers_protocol(
   ]
 
 
-def test_dfd_gives_the_same_on_two_devices_as_on_one(face_data, tmp_path):
+def test_two_processes_of_four_devices_give_the_numbers_of_one(
+  face_data, tmp_path
+):
   changes = {
     "modes": "linear,finetune",
+    "data.pairs": True,
     "num_seeds": 1,
     "plots": False,
     "num_resamples": 2,
+    "finetune.batch_size": 16,
     "finetune.epochs": 0.1,
     "finetune.min_steps": 2,
     "finetune.num_rounds": 1,
   }
   one = run(eval_dfd, tmp_path / "one", face_data, **changes)
-  result = command("dfd", tmp_path / "two", face_data, **changes, devices=2)
-  assert result.returncode == 0, result.stderr
+  (code, first), (other_code, second) = labelled_data.in_two_processes(
+    "dfd",
+    tmp_path / "two",
+    face_data,
+    devices=4,
+    **changes | {"clips_per_device": 1},
+  )
+  assert (code, other_code) == (0, 0), first + second
+  assert "8 x cpu in 2 processes" in first
+  assert "results.json holds all scores" in first
+  assert "results.json" not in second
   two = json.loads((tmp_path / "two" / "results.json").read_text())
-  assert len(two["devices"]) == 2
+  assert len(two["devices"]) == 8
   for mode in ("linear", "finetune"):
     name = f"deepfake-{mode}-1-0"
     a, b = (
@@ -201,6 +214,7 @@ def test_dfd_gives_the_same_on_two_devices_as_on_one(face_data, tmp_path):
       for w in ("one", "two")
     )
     np.testing.assert_allclose(a, b, atol=1e-3, err_msg=mode)
+    assert (tmp_path / "two" / "models" / name / "model.json").exists()
   parts = one["cells"][1]["test"]["parts"]
   assert set(parts) <= {*eval_dfd.METHODS}
   assert "Deepfakes" in parts
@@ -217,6 +231,12 @@ def test_dfd_gives_the_same_on_two_devices_as_on_one(face_data, tmp_path):
     ({"modes": "linear,magic"}, ConfigError, "modes='linear,magic'"),
     ({"data.ratio": "0,1"}, ConfigError, r"data.ratio='0,1': expected"),
     ({"mesh.data": 3}, MeshError, "config.mesh.data=3"),
+    ({"data.pairs": True}, TaskError, "and task 'mood' has 3: expected"),
+    (
+      {"data.pairs": True, "light.batch_size": 7},
+      ConfigError,
+      "light.batch_size=7: expected an even number",
+    ),
     (
       {"random.image_size": 100},
       ConfigError,

@@ -1,9 +1,12 @@
 """Features, probes and finetuning of a tiny encoder on small data sets."""
 
+import itertools
+import os
+import signal
+
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from configs import eval_far
 from data_prep.sources.listing import BINARY, Label
@@ -16,7 +19,7 @@ from marlin_jax.downstream import (
   splits,
   tasks,
 )
-from marlin_jax.inference import marlin
+from marlin_jax.inference import clip_features, marlin
 from marlin_jax.weights import formats
 from marlin_jax.weights.architecture import Architecture
 from tests.support import labelled_data
@@ -38,7 +41,7 @@ from tests.support.labelled_data import (
 def frozen(config):
   weights = formats.open_encoder("random", config.random)
   mesh = sharding.make_mesh()
-  return weights, feature_cache.FrozenEncoder(weights, mesh, "float32", "auto")
+  return weights, clip_features.FrozenEncoder(weights, mesh, "float32", "auto")
 
 
 def test_features_do_not_depend_on_the_batch_size(face_data, tmp_path):
@@ -235,11 +238,10 @@ def test_every_trained_array_changes(face_data, tmp_path):
   labels, known = task.encode(np.array([0.0, 1.0, 2.0, 1.0]))
   for tuned in learner.TUNED:
     section = "attentive" if tuned == "nothing" else "finetune"
-    settings = ConfigDict(config[section].to_dict() | {"rank": 2, "alpha": 4})
     head = learner.on_encoder(
       task,
       weights,
-      settings,
+      config[section],
       sharding.make_mesh(),
       0,
       attentive=tuned == "nothing",
@@ -301,44 +303,86 @@ def test_microbatches_give_the_step_of_the_whole_batch(face_data):
     np.testing.assert_allclose(whole, split, atol=2e-6)
 
 
-class Stopped(Exception):
-  pass
-
-
-def test_a_resumed_finetuning_gives_the_same_bits(
-  face_data, tmp_path, monkeypatch
+def test_a_stopped_finetuning_resumes_to_the_same_bits(
+  face_data, tmp_path, monkeypatch, capfd
 ):
+  """A signal comes within a round, and while a round is scored."""
   changes = {
     "tasks": "mood",
     "modes": "finetune",
     "num_seeds": 1,
     "plots": False,
     "num_resamples": 2,
-    "finetune.epochs": 0.1,
-    "finetune.min_steps": 2,
+    "finetune.min_steps": 12,
+  }
+  run(eval_far, tmp_path / "whole", face_data, **changes)
+  assert "mood-finetune-1-0: about 1 min; 6 steps of" in capfd.readouterr().out
+
+  name = "mood-finetune-1-0"
+  folder = tmp_path / "stopped" / "cells" / name
+  for owner, method, number, saved in (
+    (learner.Learner, "step", 8, "within/8"),
+    (learner.Learner, "logits", 2, "within/12"),
+  ):
+    calls = itertools.count(1)
+    original = getattr(owner, method)
+
+    def call(self, *args, original=original, calls=calls, number=number):
+      if next(calls) == number:
+        os.kill(os.getpid(), signal.SIGTERM)
+      return original(self, *args)
+
+    with monkeypatch.context() as patch:
+      patch.setattr(owner, method, call)
+      with pytest.raises(KeyboardInterrupt):
+        run(eval_far, tmp_path / "stopped", face_data, **changes)
+    assert (folder / saved).is_dir()
+  run(eval_far, tmp_path / "stopped", face_data, **changes)
+  assert not folder.exists()
+  a, b = (
+    np.load(tmp_path / w / "cells" / f"{name}.npz")["probabilities"]
+    for w in ("whole", "stopped")
+  )
+  np.testing.assert_array_equal(a, b)
+
+
+class Killed(Exception):
+  pass
+
+
+def test_a_killed_finetuning_goes_on_from_its_last_round(
+  face_data, tmp_path, monkeypatch
+):
+  changes = {
+    "tasks": "mood",
+    "modes": "lora",
+    "num_seeds": 1,
+    "plots": False,
+    "num_resamples": 2,
+    "light.epochs": 0.1,
+    "light.min_steps": 2,
   }
   run(eval_far, tmp_path / "whole", face_data, **changes)
 
   scored = []
-  auc = tasks.Task.auc
+  score = tasks.Task.score
 
-  def stop_at_the_second(self, *args, **how):
-    scored.append(auc(self, *args, **how))
+  def die_at_the_second(self, *args, **how):
+    scored.append(score(self, *args, **how))
     if len(scored) == 2:
-      raise Stopped
+      raise Killed
     return scored[-1]
 
   with monkeypatch.context() as patch:
-    patch.setattr(tasks.Task, "auc", stop_at_the_second)
-    with pytest.raises(Stopped):
-      run(eval_far, tmp_path / "stopped", face_data, **changes)
-  name = "mood-finetune-1-0"
-  assert (tmp_path / "stopped" / "cells" / name / "1").is_dir()
-  run(eval_far, tmp_path / "stopped", face_data, **changes)
-  assert not (tmp_path / "stopped" / "cells" / name).exists()
+    patch.setattr(tasks.Task, "score", die_at_the_second)
+    with pytest.raises(Killed):
+      run(eval_far, tmp_path / "killed", face_data, **changes)
+  name = "mood-lora-1-0"
+  assert (tmp_path / "killed" / "cells" / name / "1").is_dir()
+  run(eval_far, tmp_path / "killed", face_data, **changes)
   a, b = (
     np.load(tmp_path / w / "cells" / f"{name}.npz")["probabilities"]
-    for w in ("whole", "stopped")
+    for w in ("whole", "killed")
   )
   np.testing.assert_array_equal(a, b)
 

@@ -10,10 +10,11 @@ from configs import pretrain_b
 from data_prep.sources.listing import CLASS, Label
 from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.devices import sharding
-from marlin_jax.downstream import feature_cache, splits
+from marlin_jax.downstream import splits
 from marlin_jax.downstream.tasks import TaskError
 from marlin_jax.evaluators import quick_probe
 from marlin_jax.evaluators.probe import Probe
+from marlin_jax.inference import clip_features
 from marlin_jax.records import folders
 from marlin_jax.weights import formats
 from marlin_jax.weights.architecture import Architecture
@@ -64,7 +65,7 @@ def test_a_run_on_eight_devices_tells_what_its_checkpoint_is_worth_on_one(
   weights = formats.read(tmp_path)
   mesh = sharding.make_mesh()
   data = quick_probe.open_data(settings(), weights.architecture, str(face_data))
-  encode = feature_cache.FrozenEncoder(weights, mesh, "float32", "auto")
+  encode = clip_features.FrozenEncoder(weights, mesh, "float32", "auto")
   seen = []
   alone = quick_probe.QuickProbe(data, settings(), mesh, num_threads=2).scores(
     encode, seen.append

@@ -12,11 +12,11 @@ def test_a_packed_index_has_records_videos_and_subjects(tmp_path):
   path.write_bytes(
     segment_index.pack(
       [
-        Video("ann", [(0, 40), (1, 20), (0, 39)]),
-        Video("", [(0, 5)]),
-        Video("bob", [(2, 7)]),
-        Video("", [(0, 6)]),
-        Video("ann", [(0, 8), (0, 9)]),
+        Video("ann", [(0, 40), (1, 20), (0, 39)], "c.mp4"),
+        Video("", [(0, 5)], "e.mp4"),
+        Video("bob", [(2, 7, 130.5)], "a.mp4"),
+        Video("", [(0, 6)], "b.mp4"),
+        Video("ann", [(0, 8), (0, 9)], "d.mp4"),
       ]
     )
   )
@@ -28,11 +28,22 @@ def test_a_packed_index_has_records_videos_and_subjects(tmp_path):
   # Of ann, unknown, bob, unknown.
   assert index.videos.tolist() == [0, 4, 1, 2, 3]
   assert index.first_videos.tolist() == [0, 2, 3, 4, 5]
+  assert index.by_name.tolist() == [2, 3, 0, 4, 1]
   # Nothing was read into memory.
   assert not index.frames.flags.owndata
   with open(path, "rb") as file:
     assert np.load(file).tolist() == index.tracks.tolist()
     assert np.load(file).tolist() == index.frames.tolist()
+
+
+def test_an_index_of_before_names_is_read(tmp_path):
+  data = segment_index.pack(
+    [Video("", [(0, 5)], "b"), Video("", [(0, 6)], "a")]
+  )
+  (tmp_path / "x").write_bytes(segment_index.without_names(data))
+  index = segment_index.open_index(tmp_path / "x")
+  assert index.by_name is None
+  assert index.frames.tolist() == [5, 6]
 
 
 def test_a_split_without_records_has_an_empty_index(tmp_path):

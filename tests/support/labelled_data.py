@@ -21,6 +21,7 @@ from marlin_jax.weights import safetensors_folder
 from marlin_jax.weights.architecture import Architecture
 from marlin_jax.weights.weights import of_modules
 from tests.support.processes import ROOT, seeing_devices
+from tests.support.training_runs import free_port, start
 
 SIZE = schema.FRAME_SIZE
 
@@ -174,6 +175,10 @@ TINY = {
   "finetune.epochs": 1.0,
   "finetune.min_steps": 4,
   "finetune.num_rounds": 2,
+  "light.batch_size": 8,
+  "light.epochs": 1.0,
+  "light.min_steps": 4,
+  "light.num_rounds": 2,
   "attentive.batch_size": 8,
   "attentive.epochs": 1.0,
   "attentive.min_steps": 4,
@@ -254,17 +259,21 @@ def run(module, workdir, data, checkpoint="random", **changes):
   return evaluate(config, str(checkpoint), str(data), str(workdir))
 
 
+def command_line(task, workdir, data, checkpoint="random", **changes):
+  """Returns the command line of an evaluation."""
+  return [
+    *(sys.executable, "-m", f"marlin_jax.eval.{task}"),
+    f"--config=configs/eval_{task}.py",
+    *(f"--checkpoint={checkpoint}", f"--data={data}"),
+    f"--workdir={workdir}",
+    *(f"--config.{key}={x}" for key, x in (TINY | changes).items()),
+  ]
+
+
 def command(task, workdir, data, checkpoint="random", *, devices=1, **changes):
   """Runs the command in a process that sees `devices` CPU devices."""
-  flags = [f"--config.{k}={v}" for k, v in (TINY | changes).items()]
   return subprocess.run(
-    [
-      *(sys.executable, "-m", f"marlin_jax.eval.{task}"),
-      f"--config=configs/eval_{task}.py",
-      *(f"--checkpoint={checkpoint}", f"--data={data}"),
-      f"--workdir={workdir}",
-      *flags,
-    ],
+    command_line(task, workdir, data, checkpoint, **changes),
     capture_output=True,
     text=True,
     cwd=ROOT,
@@ -272,6 +281,34 @@ def command(task, workdir, data, checkpoint="random", *, devices=1, **changes):
     check=False,
     timeout=250,
   )
+
+
+def in_two_processes(task, workdir, data, *, devices, **changes):
+  """Runs the command in two processes of one evaluation.
+
+  Returns:
+    Exit code and output, stderr with stdout, of each.
+  """
+  settings = {
+    "distributed.coordinator": f"127.0.0.1:{free_port()}",
+    "distributed.num_processes": 2,
+    "distributed.timeout_secs": 120,
+  }
+  processes = [
+    start(
+      command_line(
+        task,
+        workdir,
+        data,
+        **changes | settings | {"distributed.process_id": number},
+      ),
+      devices,
+    )
+    for number in (0, 1)
+  ]
+  outputs = [process.communicate(timeout=250)[0] for process in processes]
+  codes = [process.returncode for process in processes]
+  return list(zip(codes, outputs, strict=True))
 
 
 def metric(results, mode, name="auc", ratio=1.0):

@@ -147,7 +147,10 @@ def make(
         num_records=len(found),
         num_frames=sum(map(len, found)),
         quality=[quality_index.row_of(record) for record in found],
-        segments=[[record.track_id, len(record)] for record in found],
+        segments=[
+          [record.track_id, len(record), schema.median_side(record)]
+          for record in found
+        ],
       )
       entry = ledger.Entry.of(source, settings, outcome)
       # Equal hashes would make them copies of a video.
