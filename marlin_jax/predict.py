@@ -318,7 +318,15 @@ class PredictionLog:
         "be completed; choose another --output"
       )
     self._file = self.path.open("a+b")
-    self._lock(self._file)
+    try:
+      self._lock(self._file)
+      self._begin(settings, whole)
+    except BaseException:
+      self._file.close()
+      raise
+
+  def _begin(self, settings: dict[str, Any], whole: Path) -> None:
+    """Reads this log and the others; `whole` is that of the whole work."""
     complete = b"".join(self._read(self.path, settings, self.entries))
     # A killed run may leave half a line.
     self._file.truncate(len(complete))
