@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import pickle
+import socketserver
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -391,6 +393,30 @@ def test_a_published_name_without_a_network_says_where_to_put_the_file(
   assert formats.resolve("marlin_vit_base_ytf") == path
   with pytest.raises(WeightsError, match="nor one of the published"):
     formats.resolve("marlin_vit_huge")
+
+
+@pytest.mark.parametrize(
+  "answer",
+  [b"nonsense\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort"],
+)
+def test_a_download_that_breaks_off_is_one_error_and_no_file(
+  tmp_path, monkeypatch, answer
+):
+  class Handler(socketserver.StreamRequestHandler):
+    def handle(self):
+      self.rfile.readline()
+      self.wfile.write(answer)
+
+  monkeypatch.setenv("MARLIN_HOME", str(tmp_path))
+  with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+    thread = threading.Thread(target=server.handle_request)
+    thread.start()
+    port = server.server_address[1]
+    monkeypatch.setattr(formats, "_ADDRESS", f"http://127.0.0.1:{port}/")
+    with pytest.raises(WeightsError, match="could not be downloaded"):
+      formats.resolve("marlin_vit_base_ytf")
+    thread.join()
+  assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_what_marlin_pytorch_has_downloaded_is_used(tmp_path, monkeypatch):
