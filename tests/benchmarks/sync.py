@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from marlin_jax.data import prepared_dataset
 from marlin_jax.lipsync.networks import build
+from marlin_jax.records import cli
 from tests.benchmarks import sync_data, sync_scores
 from tests.support import talking_mouths
 
@@ -233,6 +234,11 @@ def main() -> None:
   parser.add_argument("--steps", type=int, default=400, help="of each run")
   parser.add_argument("--drawn_steps", type=int, default=400)
   args = parser.parse_args()
+  sys.exit(cli.run_command(lambda: run(args)))
+
+
+def run(args: argparse.Namespace) -> None:
+  """Prepares, trains and judges what is missing, and writes the results."""
   folder, footage = args.folder.absolute(), args.footage.absolute()
   folder.mkdir(parents=True, exist_ok=True)
   # All runs take the same steps, which are compiled once.
