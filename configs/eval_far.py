@@ -20,8 +20,8 @@ def get_config():
   # Comma-separated labels of the data set, or names in `derive`. Each task gets
   # its own head.
   config.tasks = "appearance,action"
-  # Comma-separated: linear, attentive, knn (frozen encoder); layernorm, lora
-  # (a small part of it is trained); finetune (all of it).
+  # Comma-separated: linear, attentive, knn, knn_centred (frozen encoder);
+  # layernorm, lora (a small part of it is trained); finetune (all of it).
   config.modes = "linear"
   # 'default' or 'paper'; see marlin_jax/downstream/protocols.py.
   config.protocol = "default"
@@ -81,7 +81,7 @@ def get_config():
   # Most iterations of the solver.
   config.linear.max_iterations = 1000
 
-  # Nearest neighbours, as DINO.
+  # Nearest neighbours, as DINO; knn_centred: less the mean of the training.
   config.knn = ConfigDict()
   # Number of neighbours.
   config.knn.k = 20

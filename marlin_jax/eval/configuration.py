@@ -30,7 +30,15 @@ from marlin_jax.training.configuration import (
   violations,
 )
 
-MODES = ("linear", "attentive", "layernorm", "lora", "finetune", "knn")
+MODES = (
+  "linear",
+  "attentive",
+  "layernorm",
+  "lora",
+  "finetune",
+  "knn",
+  "knn_centred",
+)
 # Modes that train on clips: what they tune of the encoder, see learner.TUNED.
 TUNED = {
   "attentive": "nothing",
@@ -41,7 +49,7 @@ TUNED = {
 # Begins the keys of rules of tasks; a workdir may get further ones.
 DERIVE = "derive."
 # Modes that need the features of whole videos only.
-FEATURE_MODES = ("linear", "knn")
+FEATURE_MODES = ("linear", "knn", "knn_centred")
 
 
 def split_names(text: str) -> list[str]:

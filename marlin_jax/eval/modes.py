@@ -41,7 +41,8 @@ from marlin_jax.weights.architecture import flatten
 from marlin_jax.weights.weights import Weights
 
 # Modes whose result does not depend on the seed, by protocol.
-DETERMINISTIC = {"default": ("linear", "knn"), "paper": ("knn",)}
+_NEIGHBOURS = ("knn", "knn_centred")
+DETERMINISTIC = {"default": ("linear", *_NEIGHBOURS), "paper": _NEIGHBOURS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +121,8 @@ class ModeRunner:
 
   def run(self, mode: str, job: Job) -> ModeResult:
     """Runs a job in one of configuration.MODES."""
-    if mode == "knn":
-      return self._knn(job)
+    if mode in _NEIGHBOURS:
+      return self._knn(job, centred=mode == "knn_centred")
     if mode == "linear":
       if self._config.protocol == "paper":
         return self._linear_by_steps(job)
@@ -160,16 +161,18 @@ class ModeRunner:
   def _features_of(self, videos: TaskSplit) -> np.ndarray:
     return self.features(videos.split)[videos.rows]
 
-  def _knn(self, job: Job) -> ModeResult:
+  def _knn(self, job: Job, *, centred: bool) -> ModeResult:
     train = self._features_of(job.train)
     labels, known = job.task.encode(job.train.targets)
+    bank = {"train": train, "labels": labels, "known": known}
+    if centred:
+      bank["centre"] = train.mean(axis=0)
 
     def predict(videos: TaskSplit) -> np.ndarray:
       return nearest_neighbours.predict(
-        self._features_of(videos), train, labels, known, **self._config.knn
+        self._features_of(videos), **bank, **self._config.knn
       )
 
-    bank = {"train": train, "labels": labels, "known": known}
     head = Head("neighbours", bank, dict(self._config.knn))
     return ModeResult(predict, head, {})
 

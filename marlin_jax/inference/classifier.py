@@ -97,8 +97,8 @@ class Head:
   Attributes:
     kind: one of VIDEO_HEADS or WINDOW_HEADS.
     arrays: `kernel` (D, K) and `bias` (K,) of 'linear'; `train` (V, D),
-      `labels` and `known` (V, K) of 'neighbours'; else the parameters of the
-      module.
+      `labels` and `known` (V, K) of 'neighbours', and if centred `centre` (D,);
+      else the parameters of the module.
     options: keyword arguments: `k` and `temperature` of 'neighbours',
       `num_heads` of 'attentive'.
     encoder: weights of the trained encoder; None if it was frozen.

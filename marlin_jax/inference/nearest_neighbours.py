@@ -19,6 +19,7 @@ def predict(
   *,
   k: int,
   temperature: float,
+  centre: np.ndarray | float = 0.0,
 ) -> np.ndarray:
   """Returns weighted votes of the neighbours by cosine, as DINO (ICCV 2021).
 
@@ -29,16 +30,19 @@ def predict(
     known: (M, K), 1 where the label is known; others have no vote.
     k: number of neighbours; all if there are fewer.
     temperature: a vote has the weight exp(cosine / temperature).
+    centre: (D,), taken from all features first. Where features share a large
+      part, all cosines are near 1 and all votes weigh the same; the mean of
+      `train` takes it away.
 
   Returns:
     float64 (V, K), means of labels; without votes, the mean of all training
     labels.
   """
-  train, k = _unit(train), min(k, len(train))
+  train, k = _unit(train - centre), min(k, len(train))
   mean = (labels * known).sum(0) / np.maximum(known.sum(0), 1)
   votes = np.empty((len(features), labels.shape[1]))
   for first in range(0, len(features), _BLOCK):
-    cosines = _unit(features[first : first + _BLOCK]) @ train.T
+    cosines = _unit(features[first : first + _BLOCK] - centre) @ train.T
     # Stable: of equally near videos the first comes first.
     nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
     near = np.take_along_axis(cosines, nearest, axis=1)

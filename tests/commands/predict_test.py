@@ -27,7 +27,7 @@ ENCODER = Architecture(
 )
 MODES = {
   "appearance": "linear,knn,attentive,layernorm,lora,finetune",
-  "mood": "linear,knn,attentive",
+  "mood": "linear,knn,knn_centred,attentive",
   "affect": "linear,knn,attentive,finetune",
 }
 COLUMNS = {"appearance": "p:", "mood": "p:", "affect": "value:"}

@@ -474,6 +474,30 @@ def test_neighbours_equal_sklearns():
   np.testing.assert_allclose(found, theirs.predict(new_x), atol=1e-6)
 
 
+def test_centred_neighbours_do_not_see_what_all_features_share():
+  (x, y), (new_x, _) = drawn(100, 0), drawn(40, 1)
+  common = 50 * np.random.default_rng(3).normal(size=16)
+  options = {"k": 20, "temperature": 0.07}
+  known = np.ones_like(y)
+  mean = x.mean(axis=0)
+  expected = nearest_neighbours.predict(
+    new_x - mean, x - mean, y, known, **options
+  )
+  for shift in (0.0, common):
+    found = nearest_neighbours.predict(
+      new_x + shift, x + shift, y, known, centre=mean + shift, **options
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+  # Else all cosines are near 1, and all votes weigh the same.
+  shifted = nearest_neighbours.predict(
+    new_x + common, x + common, y, known, **options
+  )
+  shares = np.round(20 * shifted)
+  np.testing.assert_allclose(20 * shifted, shares, atol=0.5)
+  assert np.abs(20 * shifted - shares).mean() < 0.1
+  assert np.abs(20 * expected - np.round(20 * expected)).mean() > 0.2
+
+
 def test_unknown_labels_have_no_vote():
   x = np.eye(3, dtype=np.float32)
   labels = np.array([[0.0], [1.0], [1.0]])
