@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from marlin_jax.downstream.measures import finite_or_none
 from marlin_jax.downstream.tasks import Task
-from marlin_jax.eval.measures import finite_or_none
 from marlin_jax.scores import ranking
 from marlin_jax.scores.bootstrap import interval
 

@@ -30,9 +30,9 @@ import jax
 import numpy as np
 
 from marlin_jax.devices import coordination
+from marlin_jax.downstream.measures import Predictions
 from marlin_jax.downstream.tasks import Task
 from marlin_jax.eval import configuration
-from marlin_jax.eval.measures import Predictions
 from marlin_jax.records.folders import (
   SETTINGS,
   Lock,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from marlin_jax.eval.measures import finite_or_none
+from marlin_jax.downstream.measures import finite_or_none
 from marlin_jax.scores import bootstrap
 from marlin_jax.scores import values as number_scores
 from tests.benchmarks import people_probes

@@ -18,11 +18,12 @@ from marlin_jax.downstream import (
   learner,
   linear_probe,
   low_data,
+  measures,
   protocols,
   tasks,
 )
 from marlin_jax.downstream.tasks import Task, TaskError
-from marlin_jax.eval import configuration, measures
+from marlin_jax.eval import configuration
 from marlin_jax.inference import nearest_neighbours
 from marlin_jax.models import heads, vit
 from marlin_jax.scores import values
