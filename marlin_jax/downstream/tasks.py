@@ -201,6 +201,11 @@ class Task:
     labels = np.where(known, targets, 0.0)
     return labels.astype(np.float32), known.astype(np.float32)
 
+  def as_labels(self, targets: np.ndarray) -> np.ndarray:
+    """Returns float32 (V, K), one-hot for classes; NaN where unknown."""
+    labels, known = self.encode(targets)
+    return np.where(known > 0, labels, np.nan)
+
   def strata(self, targets: np.ndarray) -> np.ndarray:
     """Returns the stratum of each video, for subsets of the same mixture.
 

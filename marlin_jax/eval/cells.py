@@ -140,6 +140,7 @@ def _total(
   return _written(
     cell,
     pooled,
+    None,
     {key: min(r[key] for r in results) for key in _NUM_TRAINED}
     | {
       "test": scores,
@@ -155,6 +156,7 @@ def _total(
 def _written(
   cell: Cell,
   test: measures.Predictions,
+  val: measures.Predictions | None,
   result: dict[str, Any],
   draws: dict[str, np.ndarray],
   folder: ResultsFolder,
@@ -169,8 +171,7 @@ def _written(
     "name": cell.name,
     "definition": cell.definition,
   } | result
-  targets = targets_as_labels(cell.task, test.targets)
-  folder.write_cell(cell.name, cell.task, test, targets, result, draws)
+  folder.write_cell(cell.name, cell.task, test, val, result, draws)
   return result
 
 
@@ -266,7 +267,7 @@ def _run(
     "tests": other_scores,
     "secs": round(time.monotonic() - started_at, 1),
   }
-  return _written(cell, test, result, draws, folder)
+  return _written(cell, test, val, result, draws, folder)
 
 
 @contextlib.contextmanager
@@ -381,12 +382,6 @@ def _predictions(
   return measures.Predictions(
     videos.video_ids, videos.people, videos.targets, predicted
   )
-
-
-def targets_as_labels(task: Task, targets: np.ndarray) -> np.ndarray:
-  """Returns float32 (V, K), one-hot for classes; NaN where unknown."""
-  labels, known = task.encode(targets)
-  return np.where(known > 0, labels, np.nan)
 
 
 def versions() -> dict[str, str]:

@@ -16,7 +16,6 @@ from marlin_jax.eval import configuration, modes, report
 from marlin_jax.eval.cells import (
   Cell,
   run_cells,
-  targets_as_labels,
   versions,
 )
 from marlin_jax.eval.inputs import Inputs, Videos, open_inputs, open_videos
@@ -223,7 +222,7 @@ def _plot(
       plots,
       cells[name],
       task,
-      targets_as_labels(task, targets),
+      task.as_labels(targets),
       folder.predicted(name),
     )
   report.plot_ratios(plots, results["summary"])

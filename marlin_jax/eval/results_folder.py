@@ -4,7 +4,8 @@
   results.json           scores of all calls, with hashes, and the configuration
                          of the last call
   results.txt            the table
-  predictions/CELL.csv   true labels and predictions of each video
+  predictions/CELL.csv   true labels and predictions of each test video; of the
+                         validation split in CELL-val.csv
   models/CELL/           the trained model, for marlin_jax.predict
   plots/                 PNG files
   cells/CELL.json, .npz  scores, predictions and bootstrap draws of a finished
@@ -180,8 +181,8 @@ class ResultsFolder:
     self,
     name: str,
     task: Task,
-    predictions: Predictions,
-    targets: np.ndarray,
+    test: Predictions,
+    val: Predictions | None,
     result: dict[str, Any],
     draws: Mapping[str, np.ndarray],
   ) -> None:
@@ -190,8 +191,9 @@ class ResultsFolder:
     Args:
       name: name of the cell.
       task: task of the cell.
-      predictions: predictions on the test split.
-      targets: (V, K), one-hot for classes; NaN where unknown.
+      test: predictions on the test split.
+      val: predictions on the validation split, to calibrate or to join models
+        by; None for several folds as one.
       result: scores of the cell.
       draws: bootstrap draws of each metric, (R,).
     """
@@ -200,15 +202,17 @@ class ResultsFolder:
     data = io.BytesIO()
     np.savez(
       data,
-      probabilities=predictions.predicted,
+      probabilities=test.predicted,
       **{f"{_DRAWS}{name}": values for name, values in draws.items()},
     )
     write_bytes(cells / f"{name}.npz", data.getvalue())
-    self._write_csv(name, task, predictions, targets)
+    self._write_csv(name, task, test)
+    if val is not None:
+      self._write_csv(f"{name}-val", task, val)
     write_bytes(cells / f"{name}.json", to_json(result))
     shutil.rmtree(self.checkpoints(name), ignore_errors=True)
 
-  def _write_csv(self, name, task, predictions, targets) -> None:
+  def _write_csv(self, name, task, predictions) -> None:
     folder = self.path / "predictions"
     folder.mkdir(exist_ok=True)
     text = io.StringIO()
@@ -219,7 +223,7 @@ class ResultsFolder:
     for video_id, person, true, p in zip(
       predictions.video_ids,
       predictions.people,
-      targets,
+      task.as_labels(predictions.targets),
       predictions.predicted,
       strict=True,
     ):

@@ -54,6 +54,19 @@ def test_numbers_are_predicted_in_their_units(workdir):
       assert number["low"] <= number["mean"] <= number["high"]
 
 
+def test_predictions_of_the_validation_split_are_kept(workdir):
+  with (workdir / "predictions" / "affect-knn-1-0-val.csv").open() as file:
+    rows = list(csv.DictReader(file))
+  assert [row["video_id"] for row in rows] == [
+    f"v{i:03d}.mp4" for i in range(16)
+  ]
+  true, predicted = (
+    np.array([float(row[f"{kind}:valence"]) for row in rows])
+    for kind in ("true", "predicted")
+  )
+  assert np.corrcoef(true, predicted)[0, 1] > 0.5
+
+
 def test_the_baseline_predicts_the_mean(workdir):
   results = json.loads((workdir / "results.json").read_text())
   constant = results["summary"][0]
