@@ -195,7 +195,9 @@ def mosei(film, tmp_path_factory) -> Path:
 
 
 def test_mosei_goes_to_emotion_and_sentiment(mosei):
-  results = results_of(eval_fer, mosei, tasks="emotion,sentiment,sentiment7")
+  results = results_of(
+    eval_fer, mosei, tasks="emotion,sentiment,sentiment7,sentiment_value"
+  )
   assert num_videos(results) == {"train": 4, "val": 2, "test": 2}
   assert results["data"]["splits"]["test"]["people"] == 1
   scores = {
@@ -204,6 +206,10 @@ def test_mosei_goes_to_emotion_and_sentiment(mosei):
   for task in ("emotion", "sentiment"):
     assert scores[task]["metrics"]["auc"]["value"] == 1.0
   assert scores["sentiment7"]["confusion"][0] == [0] * 7
+  assert scores["sentiment_value"]["metrics"]["accuracy_2"]["value"] == 1.0
+  numbers = truth(mosei, "sentiment_value-linear-1-0")
+  assert numbers[f"{MOSEI_SEGMENTS}/d_0.mp4"]["true:sentiment"] == "1.5"
+  assert numbers[f"{MOSEI_SEGMENTS}/d_1.mp4"]["true:sentiment"] == "-2"
   rows = truth(mosei, "sentiment-linear-1-0")
   assert rows[f"{MOSEI_SEGMENTS}/d_0.mp4"]["true:sentiment>=0"] == "1"
   assert rows[f"{MOSEI_SEGMENTS}/d_1.mp4"]["true:sentiment>=0"] == "0"
