@@ -202,9 +202,9 @@ def table_of_losses(results: Mapping[str, Any]) -> str:
     f"|{'---|' * 7}",
   ]
   for run in results["runs"]:
-    seen = dict(run["seen"])
     for step, pixels, batch, own in run["unseen"]:
-      cells = [f"{x:.4f}" for x in (seen[step], pixels, batch, own)]
+      seen = next(loss for end, loss in run["seen"] if end >= step)
+      cells = [f"{x:.4f}" for x in (seen, pixels, batch, own)]
       cells = [f"{run['strategy']}, {run['seed']}", f"{step:,}", *cells]
       lines.append(f"| {' | '.join(cells)} | {pixels / batch:.2f} |")
   return "\n".join(lines)
