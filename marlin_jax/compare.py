@@ -13,18 +13,21 @@ does not hold 0. --output also writes the table as a self-contained HTML page.
 from __future__ import annotations
 
 import argparse
-import html
 import itertools
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from marlin_jax.records import cli
+from marlin_jax.records import cli, html_page
 from marlin_jax.records.cli import UserError
+from marlin_jax.records.html_page import Html, file_name, section, table, tag
 
 if TYPE_CHECKING:
   import numpy as np
+
+
+_BREAK = tag("br")
 
 
 class CompareError(UserError):
@@ -300,93 +303,60 @@ def _cell_text(cell: Cell | None) -> str:
 
 
 def _page(evaluations: list[Evaluation], rows: list[Row], metric: str) -> str:
-  tables = "".join(
-    _table(title, evaluations, list(group))
-    for title, group in itertools.groupby(rows, lambda row: row.key.title)
+  explanation = tag(
+    "p",
+    f"Each cell holds the {metric}, its deviation over seeds if there are "
+    "several, and its 95% interval over people. The last line is the "
+    f"difference to {evaluations[0].name}, with an interval of paired draws of "
+    "the same people; * marks one whose interval does not hold 0.",
   )
-  checkpoints = "".join(
-    f"<dt>{html.escape(e.name)}</dt>"
-    f"<dd>{html.escape(str(e.results['checkpoint']['source']))}<br>"
-    f"sha256 {html.escape(e.results['checkpoint']['sha256'][:12])}</dd>"
-    for e in evaluations
-  )
-  return _PAGE.format(
-    metric=html.escape(metric),
-    first=html.escape(evaluations[0].name),
-    tables=tables,
-    checkpoints=checkpoints,
-  )
-
-
-def _table(title: str, evaluations: list[Evaluation], rows: list[Row]) -> str:
-  names = [html.escape(e.name) for e in evaluations]
-  header = "".join(f"<th>{name}</th>" for name in names)
-  body = "".join(
-    f"<tr><th>{html.escape(row.key.mode)} <small>{100 * row.key.ratio:.4g}% of "
-    "the data</small></th>"
-    + "".join(
-      f'<td data-name="{name}">{_cell_html(cell)}</td>'
-      for name, cell in zip(names, row.cells, strict=True)
+  tables = [
+    section(
+      title,
+      table(
+        ["", *(e.name for e in evaluations)],
+        [[_row_name(row.key), *map(_cell_html, row.cells)] for row in group],
+        stacked=True,
+      ),
     )
-    + "</tr>"
-    for row in rows
-  )
-  return (
-    f"<h2>{html.escape(title)}</h2><div><table><thead><tr><th></th>{header}</tr>"
-    f"</thead><tbody>{body}</tbody></table></div>"
+    for title, group in itertools.groupby(rows, lambda row: row.key.title)
+  ]
+  encoders = [
+    tag(
+      "p",
+      file_name(e.name),
+      _BREAK,
+      e.results["checkpoint"]["source"],
+      _BREAK,
+      f"sha256 {e.results['checkpoint']['sha256'][:12]}",
+    )
+    for e in evaluations
+  ]
+  return html_page.page(
+    "Comparison of encoders",
+    explanation,
+    *tables,
+    section("Encoders", *encoders),
   )
 
 
-def _cell_html(cell: Cell | None) -> str:
+def _row_name(key: Key) -> Html:
+  share = tag("small", f"{100 * key.ratio:.4g}% of the data")
+  return tag("span", key.mode, _BREAK, share)
+
+
+def _cell_html(cell: Cell | None) -> Html:
   from marlin_jax.eval import report
 
   if cell is None:
-    return "-"
+    return tag("span", "-")
   value, _, rest = report.formatted(cell.number).partition(" ")
-  lines = [f"<b>{value}</b>", f"<small>{rest.replace('+-', '&pm;')}</small>"]
+  lines = [tag("b", value), _BREAK, tag("small", rest.replace("+-", "\xb1"))]
   if cell.difference:
     kind = "differs" if cell.differs else "alike"
-    text = cell.difference_text.replace("-", "&minus;")
-    lines.append(f'<small class="{kind}">{text}</small>')
-  return "<br>".join(lines)
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Comparison of encoders: {metric}</title>
-<style>
-  body {{ font: 16px/1.4 system-ui, sans-serif; margin: 2rem auto;
-    max-width: 80rem; padding: 0 1rem; color: #222; }}
-  div {{ overflow-x: auto; }}
-  table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-  th, td {{ padding: .4rem 1rem .4rem 0; text-align: left;
-    vertical-align: top; }}
-  td {{ white-space: nowrap; }}
-  tr {{ border-bottom: 1px solid #ddd; }}
-  small {{ font-weight: normal; color: #555; }}
-  tbody th small {{ display: block; }}
-  .differs {{ color: #8a1c00; font-weight: 600; }}
-  dt {{ font-weight: 600; }}
-  dt, dd, th {{ overflow-wrap: anywhere; }}
-  dd {{ margin: 0 0 .6rem; }}
-  @media (max-width: 40rem) {{
-    thead {{ display: none; }}
-    table, tbody, tr, tbody th, td {{ display: block; }}
-    td {{ padding-left: 1rem; white-space: normal; }}
-    td::before {{ content: attr(data-name); display: block; color: #555; }}
-  }}
-</style></head><body>
-<h1>Comparison of encoders</h1>
-<p>Each cell holds the {metric}, its deviation over seeds if there are several,
-and its 95% interval over people. The last line is the difference to {first},
-with an interval of paired draws of the same people; * marks one whose interval
-does not hold 0.</p>
-{tables}
-<h2>Encoders</h2>
-<dl>{checkpoints}</dl>
-</body></html>
-"""
+    text = cell.difference_text.replace("-", "\u2212")
+    lines += [_BREAK, tag("small", text, class_=kind)]
+  return tag("span", *lines)
 
 
 def _parser() -> argparse.ArgumentParser:

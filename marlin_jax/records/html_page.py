@@ -81,15 +81,31 @@ def section(title: str, *children: Html) -> Html:
   return tag("section", tag("h2", title), *children)
 
 
-def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> Html:
-  """Returns a table; the first column holds names, the others numbers."""
+def table(
+  header: Sequence[object],
+  rows: Iterable[Sequence[object]],
+  *,
+  stacked: bool = False,
+) -> Html:
+  """Returns a table; the first column holds names, the others numbers.
+
+  Args:
+    header: names of the columns.
+    rows: cells.
+    stacked: on a phone the cells of a row stand below each other, each with the
+      name of its column; otherwise a wide table scrolls.
+  """
   head = tag("tr", *(tag("th", cell) for cell in header))
-  body = [
-    tag("tr", tag("th", row[0], scope="row"), *(tag("td", c) for c in row[1:]))
-    for row in rows
-  ]
+  body = []
+  for name, *cells in rows:
+    columns = zip(header[1:], cells, strict=True)
+    numbers = (
+      tag("td", cell, **({"data_name": column} if stacked else {}))
+      for column, cell in columns
+    )
+    body.append(tag("tr", tag("th", name, scope="row"), *numbers))
   inner = tag("table", tag("thead", head), tag("tbody", *body))
-  return tag("div", inner, class_="wide")
+  return tag("div", inner, class_="wide stacked" if stacked else "wide")
 
 
 def share_bar(share: float, colour: str = "var(--bar)") -> Html:
@@ -391,6 +407,8 @@ thead th{color:var(--quiet);font-size:.85rem;vertical-align:bottom}
 th:first-child{text-align:left}
 tbody th{overflow-wrap:anywhere;min-width:8rem}
 td{white-space:nowrap}
+small{color:var(--quiet)}
+.differs{color:var(--marker);font-weight:600}
 .charts,.crops{display:grid;gap:1rem;
 grid-template-columns:repeat(auto-fill,minmax(min(100%,260px),1fr))}
 .charts{margin:.75rem 0}
@@ -430,5 +448,11 @@ tbody th{min-width:4.5rem}
 .share{justify-content:flex-end}
 .share .number{width:auto}
 .track{display:none}
+.stacked thead{display:none}
+.stacked table,.stacked tbody,.stacked tr,.stacked th,.stacked td{
+display:block;text-align:left}
+.stacked td{padding-left:1rem;white-space:normal}
+.stacked td::before{content:attr(data-name);display:block;color:var(--quiet);
+font-size:.85rem;overflow-wrap:anywhere}
 }
 """
