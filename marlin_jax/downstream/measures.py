@@ -15,7 +15,14 @@ from tqdm import tqdm
 
 from marlin_jax.downstream.tasks import Task
 from marlin_jax.inference.classifier import rescaled
-from marlin_jax.scores import binary, bootstrap, classes, ranking, values
+from marlin_jax.scores import (
+  arrays,
+  binary,
+  bootstrap,
+  classes,
+  ranking,
+  values,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +53,56 @@ class Predictions:
   def subset(self, rows: np.ndarray) -> Predictions:
     """Returns the predictions of the videos where `rows`, bool (V,), is set."""
     indices = np.flatnonzero(rows)
+    return self.of_windows(self.predicted[indices], indices)
+
+  def of_windows(
+    self, predicted: np.ndarray, owners: np.ndarray
+  ) -> Predictions:
+    """Returns other predictions, each with the target of its video.
+
+    Args:
+      predicted: float64 (W, K).
+      owners: int (W,), the video of each.
+    """
     return Predictions(
-      [self.video_ids[i] for i in indices],
-      [self.people[i] for i in indices],
-      self.targets[rows],
-      self.predicted[rows],
+      [self.video_ids[i] for i in owners],
+      [self.people[i] for i in owners],
+      self.targets[owners],
+      predicted,
     )
+
+
+def window_auc(
+  task: Task, windows: Predictions, num_resamples: int
+) -> tuple[dict[str, float | None], np.ndarray]:
+  """Returns the AUC of windows, each an example; and its draws.
+
+  What detectors of manipulated videos call the AUC of frames. With several
+  labels or classes it is the mean over them.
+
+  Args:
+    task: task that was predicted; not of numbers.
+    windows: predictions of W windows, with the targets of their videos.
+    num_resamples: number of resamples of the bootstrap over people.
+
+  Returns:
+    `value`, `low` and `high`, None if not defined; and float64 (R,).
+  """
+  targets = windows.targets
+  if task.is_class:
+    is_known = np.isfinite(targets)[:, None]
+    one_hot = targets[:, None] == np.arange(task.num_outputs)
+    targets = np.where(is_known, one_hot, np.nan)
+
+  def auc(weights: np.ndarray | None) -> dict[str, np.ndarray]:
+    columns = [
+      ranking.roc_auc(targets[:, k], windows.predicted[:, k], weights)
+      for k in range(task.num_outputs)
+    ]
+    return {"auc": arrays.mean_of_defined(np.stack(columns, axis=-1))}
+
+  draws = bootstrap.draws(auc, windows.people, num_resamples=num_resamples)
+  return _with_interval(auc(None)["auc"], draws["auc"]), draws["auc"]
 
 
 def thresholds(task: Task, val: Predictions, protocol: str) -> np.ndarray:
@@ -159,15 +210,19 @@ def _metrics(task, predictions, thresholds, num_resamples):
       num_resamples=num_resamples,
       report=bar.update,
     )
-  metrics = {}
-  for name, value in found.items():
-    low, high = bootstrap.interval(draws[name])
-    metrics[name] = {
-      "value": finite_or_none(value),
-      "low": finite_or_none(low),
-      "high": finite_or_none(high),
-    }
+  metrics = {
+    name: _with_interval(value, draws[name]) for name, value in found.items()
+  }
   return metrics, draws
+
+
+def _with_interval(value, draws: np.ndarray) -> dict[str, float | None]:
+  low, high = bootstrap.interval(draws)
+  return {
+    "value": finite_or_none(value),
+    "low": finite_or_none(low),
+    "high": finite_or_none(high),
+  }
 
 
 def _per_class(task, predictions, thresholds):

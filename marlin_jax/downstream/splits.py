@@ -387,6 +387,13 @@ class TaskSplit:
   def people(self) -> list[str]:
     return [self.split.people[row] for row in self.rows]
 
+  @property
+  def positions(self) -> np.ndarray:
+    """Where each video of `split` stands in `rows`, int; -1 if it does not."""
+    positions = np.full(len(self.split), -1)
+    positions[self.rows] = np.arange(len(self))
+    return positions
+
   def subset(self, indices: np.ndarray) -> TaskSplit:
     """Returns some of the videos; `indices` count from 0 within the task."""
     return TaskSplit(self.split, self.rows[indices], self.targets[indices])

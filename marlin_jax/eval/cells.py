@@ -238,9 +238,10 @@ def _run(
   with _advising_on_memory():
     predicted = runner.run(cell.mode, job)
     val, test, *of_others = (
-      _predictions(split, predicted.predict(split))
+      predicted.predict(split)
       for split in (videos["val"], videos["test"], *others.values())
     )
+  val = _predictions(videos["val"], val.videos)
   if not folder.writes:
     return {}
   for warning in predicted.warnings:
@@ -249,6 +250,7 @@ def _run(
   if config.keep_models and inputs.weights:
     _keep_model(folder, cell, inputs, predicted, val, thresholds, config)
   scores, draws = _measured(task, videos["test"], test, thresholds, config)
+  test = _predictions(videos["test"], test.videos)
   other_scores = {}
   for (name, split), predictions in zip(others.items(), of_others, strict=True):
     other_scores[name], other_draws = _measured(
@@ -366,14 +368,22 @@ def _num_trained(train: TaskSplit) -> dict[str, int]:
 def _measured(
   task: Task,
   videos: TaskSplit,
-  predictions: measures.Predictions,
+  predicted: modes.Predicted,
   thresholds: np.ndarray,
   config: ConfigDict,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   values = videos.split.labels[task.label][videos.rows]
-  return measures.measure(
+  predictions = _predictions(videos, predicted.videos)
+  scores, draws = measures.measure(
     task, predictions, thresholds, task.parts(values), config.num_resamples
   )
+  if predicted.windows is not None and not task.is_value:
+    windows = predictions.of_windows(predicted.windows, predicted.owners)
+    name = "window_auc"
+    scores["metrics"][name], draws[name] = measures.window_auc(
+      task, windows, config.num_resamples
+    )
+  return scores, draws
 
 
 def _predictions(

@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -70,18 +70,33 @@ class Job:
   num_alike: float = 1.0
 
 
+class Predicted(NamedTuple):
+  """Predictions of videos, and of each of their windows by itself.
+
+  Attributes:
+    videos: float64 (V, K).
+    windows: float64 (W, K); None if features are pooled by their deviation,
+      which a window does not have, or are from elsewhere.
+    owners: int (W,), the video of each window.
+  """
+
+  videos: np.ndarray
+  windows: np.ndarray | None = None
+  owners: np.ndarray | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class ModeResult:
   """Output of a mode.
 
   Attributes:
-    predict: returns the predictions of V videos, float64 (V, K).
+    predict: predicts videos.
     head: the trained model.
     chosen: hyperparameters selected on the validation split.
     warnings: lines for the user about the choice.
   """
 
-  predict: Callable[[TaskSplit], np.ndarray]
+  predict: Callable[[TaskSplit], Predicted]
   head: Head
   chosen: dict[str, Any]
   warnings: tuple[str, ...] = ()
@@ -137,19 +152,36 @@ class ModeRunner:
       return self._table.of(split)
     key = split.dataset.fingerprint, split.name
     if key not in self._split_features:
-      windows = split.windows(self._clip)
-      features = feature_cache.window_features(
-        self._encoder,
-        split,
-        windows,
-        self._cache,
-        batch_size=self._batch_size,
-        num_threads=self._config.data.num_threads,
-      )
+      features, owners = self._window_features(split)
       self._split_features[key] = feature_cache.pooled(
-        features, split.video_of(windows), len(split), self._config.pool
+        features, owners, len(split), self._config.pool
       )
     return self._split_features[key]
+
+  def _window_features(self, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Returns features of all windows, float32 (W, D), and their videos."""
+    windows = split.windows(self._clip)
+    features = feature_cache.window_features(
+      self._encoder,
+      split,
+      windows,
+      self._cache,
+      batch_size=self._batch_size,
+      num_threads=self._config.data.num_threads,
+    )
+    return features, split.video_of(windows)
+
+  def _predicted(
+    self, videos: TaskSplit, function: Callable[[np.ndarray], np.ndarray]
+  ) -> Predicted:
+    """Applies a function of features to videos and to their windows."""
+    predicted = function(self._features_of(videos))
+    if self._table is not None or self._config.pool != "mean":
+      return Predicted(predicted)
+    features, owners = self._window_features(videos.split)
+    owners = videos.positions[owners]
+    known = owners >= 0
+    return Predicted(predicted, function(features[known]), owners[known])
 
   @functools.cached_property
   def _encoder(self) -> clip_features.FrozenEncoder:
@@ -168,13 +200,14 @@ class ModeRunner:
     if centred:
       bank["centre"] = train.mean(axis=0)
 
-    def predict(videos: TaskSplit) -> np.ndarray:
-      return nearest_neighbours.predict(
-        self._features_of(videos), **bank, **self._config.knn
-      )
+    def predict(features: np.ndarray) -> np.ndarray:
+      return nearest_neighbours.predict(features, **bank, **self._config.knn)
 
-    head = Head("neighbours", bank, dict(self._config.knn))
-    return ModeResult(predict, head, {})
+    return ModeResult(
+      lambda videos: self._predicted(videos, predict),
+      Head("neighbours", bank, dict(self._config.knn)),
+      {},
+    )
 
   def _linear(self, job: Job) -> ModeResult:
     task, val = job.task, self._features_of(job.val)
@@ -194,7 +227,9 @@ class ModeRunner:
       self._config.linear.max_iterations,
     )
     return ModeResult(
-      lambda videos: task.predicted(probe.logits(self._features_of(videos))),
+      lambda videos: self._predicted(
+        videos, lambda features: task.predicted(probe.logits(features))
+      ),
       # The standardisation is folded into the layer.
       Head(
         "linear",
@@ -246,7 +281,9 @@ class ModeRunner:
         report=bar.report,
       )
     return ModeResult(
-      lambda videos: predict(fitted.trained, self._features_of(videos)),
+      lambda videos: self._predicted(
+        videos, functools.partial(predict, fitted.trained)
+      ),
       Head("linear", _float64(units.folded(fitted.trained["linear"]))),
       {"num_rounds": fitted.num_rounds},
     )
@@ -280,7 +317,7 @@ class ModeRunner:
       trained = learner.in_units(trained, units)
       predicted = self._predict(
         model, trained, job.val, config.data.val_windows, pause
-      )
+      ).videos
       return task.score(job.val.targets, predicted, micro=is_paper)
 
     with _ProgressBar(job, plan) as bar:
@@ -369,10 +406,8 @@ class ModeRunner:
       videos: the videos.
       most: most windows of a video; 0: all.
     """
-    index_of = np.full(len(videos.split), -1)
-    index_of[videos.rows] = np.arange(len(videos))
     windows = videos.split.windows(self._clip)
-    owners = index_of[videos.split.video_of(windows)]
+    owners = videos.positions[videos.split.video_of(windows)]
     known = np.flatnonzero(owners >= 0)
     chosen = known[clip_batches.spread_windows(owners[known], most)]
     return [windows[i] for i in chosen], owners[chosen]
@@ -384,8 +419,8 @@ class ModeRunner:
     videos: TaskSplit,
     most: int = 0,
     pause: Callable[[], None] = lambda: None,
-  ) -> np.ndarray:
-    """Returns predictions (V, K), means over the windows of each video."""
+  ) -> Predicted:
+    """Predicts videos, by the means over their windows, and the windows."""
     windows, owners = self._windows(videos, most)
     batches = clip_batches.window_batches(
       clip_batches.ClipReader(videos.split, self._clip, self._image_size),
@@ -401,7 +436,8 @@ class ModeRunner:
 
     found = list(stream.encode_batches(logits, batches))
     predicted = model.task.predicted(np.concatenate(found)[: len(windows)])
-    return feature_cache.pooled(predicted, owners, len(videos), "mean")
+    pooled = feature_cache.pooled(predicted, owners, len(videos), "mean")
+    return Predicted(pooled, predicted, owners)
 
 
 def _float64(layer: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -20,6 +20,7 @@ _COLUMNS = (
   "accuracy",
   "auc_micro",
   "auc",
+  "window_auc",
   "balanced_accuracy",
   "f1_weighted",
   "average_precision",
@@ -127,6 +128,7 @@ def _metrics(
       [values[prefix + name] for values in draws if prefix + name in values],
     )
     for name in scores[0]["metrics"]
+    if all(name in score["metrics"] for score in scores)
   }
 
 
@@ -152,9 +154,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
   lines = []
   for task, group in itertools.groupby(rows, lambda row: row["task"]):
     group = list(group)
-    metrics = group[0]["metrics"]
-    names = [n for n in _COLUMNS if n in metrics]
-    names += [n for n in metrics if n.startswith(_RATING_COLUMNS)]
+    names = [n for n in _COLUMNS if any(n in row["metrics"] for row in group)]
+    names += [n for n in group[0]["metrics"] if n.startswith(_RATING_COLUMNS)]
     lines += _table(
       task,
       names,
@@ -192,7 +193,7 @@ def _table(title: str, names: list[str], lines: list[tuple]) -> list[str]:
   for row, fold, num_train, metrics in lines:
     cells.append(
       [row["mode"], f"{row['ratio']:.4g}", *[fold] * has_folds, str(num_train)]
-      + [formatted(metrics[name]) for name in names]
+      + [formatted(metrics[n]) if n in metrics else "-" for n in names]
     )
   return [f"\n{title}", *_aligned(cells)]
 

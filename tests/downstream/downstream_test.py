@@ -9,6 +9,7 @@ import pytest
 import torch
 from flax import nnx
 from sklearn import linear_model, neighbors
+from sklearn.metrics import roc_auc_score
 
 from configs import eval_far, eval_fer
 from marlin_jax.devices import sharding
@@ -683,7 +684,32 @@ def test_the_attentive_head_equals_pytorchs_attention_with_one_query():
   np.testing.assert_allclose(head(jnp.asarray(x)), expected, atol=1e-5)
 
 
-# --- Thresholds ---------------------------------------------------------------
+# --- Windows and thresholds ---------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["binary", "class"])
+def test_the_auc_of_windows_equals_sklearns(kind):
+  np_rng = np.random.default_rng(0)
+  names = ("a", "b", "c")
+  task = Task("t", "t", kind, names)
+  p = np_rng.dirichlet(np.ones(3), 60)
+  owners = np.repeat(np.arange(20), 3)
+  if kind == "class":
+    targets = np.arange(20) % 3.0
+    labels = targets[owners, None] == np.arange(3)
+  else:
+    targets = np_rng.integers(0, 2, (20, 3)).astype(np.float64)
+    labels = targets[owners]
+  videos = measures.Predictions(
+    [f"v{i}" for i in range(20)],
+    [f"p{i // 2}" for i in range(20)],
+    targets,
+    p[::3],
+  )
+  found, draws = measures.window_auc(task, videos.of_windows(p, owners), 50)
+  assert found["value"] == pytest.approx(roc_auc_score(labels, p))
+  assert found["low"] < found["value"] < found["high"]
+  assert draws.shape == (50,)
 
 
 def test_thresholds_come_from_validation_except_under_the_papers_protocol():

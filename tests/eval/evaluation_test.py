@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from configs import eval_dfd, eval_far, eval_fer
 from data_prep.sources.listing import CLASS, Label
@@ -15,6 +16,7 @@ from marlin_jax.devices.sharding import MeshError
 from marlin_jax.downstream import clip_batches, splits, tasks
 from marlin_jax.downstream.tasks import TaskError
 from marlin_jax.eval.results_folder import ResultsFolder
+from marlin_jax.inference.classifier import VideoClassifier
 from marlin_jax.records.folders import OutputFolderError
 from marlin_jax.training.configuration import ConfigError
 from marlin_jax.weights import formats, safetensors_folder
@@ -85,6 +87,28 @@ def test_far_writes_all_scores_and_prints_a_table(far):
   )
   assert (low["num_seeds"], low["num_train"]) == (2, 6)
   assert low["metrics"]["auc"]["std"] is not None
+
+
+@pytest.mark.parametrize("mode", ["linear", "knn"])
+def test_windows_by_themselves_have_an_auc(far, face_data, mode):
+  """The kept model, applied to each window of the test videos."""
+  results, workdir, _ = far
+  model = VideoClassifier.load(workdir / "models" / f"appearance-{mode}-1-0")
+  split = splits.open_split(str(face_data), "test", None)
+  clip = model.weights.architecture.clip
+  windows = split.windows(clip)
+  assert len(windows) > len(split)
+  clips = clip_batches.ClipReader(split, clip).read(windows)
+  predicted = model.window_probabilities(np.asarray(model.outputs(clips)))
+  labels = split.labels["appearance"][split.video_of(windows)]
+  columns = [
+    roc_auc_score(labels[:, k], predicted[:, k])
+    for k in range(labels.shape[1])
+    if len(set(labels[:, k])) == 2
+  ]
+  assert metric(results, mode, "window_auc") == pytest.approx(
+    np.mean(columns), abs=1e-3
+  )
 
 
 def test_far_writes_predictions_and_plots(far, face_data):
