@@ -272,6 +272,7 @@ def test_a_configuration_that_does_not_fit_is_told_what_would():
   assert len(tried) <= 3
 
 
+@pytest.mark.slow
 def test_the_memory_planned_is_the_memory_that_a_run_takes():
   result = run(
     config="pretrain_s",

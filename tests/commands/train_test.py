@@ -250,6 +250,7 @@ def without_step_4(workdir):
   return metrics
 
 
+@pytest.mark.slow
 def test_a_run_of_before_sampling_by_video_goes_on_by_record(
   sample_dataset, tmp_path
 ):

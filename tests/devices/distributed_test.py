@@ -31,6 +31,9 @@ from tests.support.training_runs import (
   start_two,
 )
 
+# Each test starts several processes that compile a step.
+pytestmark = pytest.mark.slow
+
 NUM_STEPS = 7
 # fsdp spans both processes, tensor stays within each.
 SPREAD = {

@@ -39,6 +39,7 @@ def assert_same_losses(got, want):
       )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SPREAD)
 def test_five_steps_have_the_same_losses_under_every_layout(results, case):
   got, want = (results[name]["losses"] for name in (case, "one device"))
@@ -237,7 +238,7 @@ def test_slices_differ_along_data_alone():
     ((3, 1, 1), 1, "a mesh of 3, but there are 8 devices"),
     ((-1, 3, 1), 1, "3 x 1 does not divide; .*fsdp can be 1, 2, 4, 8$"),
     ((-1, 2, 3), 1, "2 x 3 does not divide; tensor can be 1, 2, 4, 8$"),
-    ((1, 8, 1), 2, "no multiple of the 2 slices.*fsdp can be 1, 2, 4$"),
+    ((1, 8, 1), 2, "not a multiple of the 2 slices.*fsdp can be 1, 2, 4$"),
   ],
 )
 def test_meshes_that_do_not_fit_are_refused(sizes, num_slices, words):

@@ -203,6 +203,7 @@ def test_fer_derives_sentiment_and_follows_the_papers_protocol(
   ]
 
 
+@pytest.mark.slow
 def test_two_processes_of_four_devices_give_the_numbers_of_one(
   face_data, tmp_path
 ):

@@ -84,6 +84,7 @@ def losses_of(workdir):
   }
 
 
+@pytest.mark.slow
 def test_killed_interrupted_and_resumed_gives_the_same_bits(
   talking_person, tmp_path
 ):

@@ -40,6 +40,7 @@ def settings(**changes):
   return config.probe
 
 
+@pytest.mark.slow
 def test_a_run_on_eight_devices_tells_what_its_checkpoint_is_worth_on_one(
   face_data, tmp_path
 ):

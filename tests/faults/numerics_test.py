@@ -303,6 +303,7 @@ def test_a_watchdog_that_is_told_never_to_bark_does_not():
     guard.alive("step 1")
 
 
+@pytest.mark.slow
 def test_a_run_that_waits_for_a_dead_process_ends_to_be_started_again(
   sample_dataset, tmp_path
 ):

@@ -413,6 +413,7 @@ def memory_mib() -> float:
   return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_a_worker_stays_flat(carphone, models, tmp_path):
   """Checks that no video leaks a frame, 1.2 MB here.

@@ -44,15 +44,19 @@ def of_size(name, is_small):
 
 
 def cases(*names):
-  """Marks every size for small clips, and the paper's clips as slow."""
+  """Marks every size for small and for the paper's clips; the first is quick.
+
+  The others are slow.
+  """
+  sizes = [
+    *((of_size(n, True), f"{n}-small") for n in names),
+    *((of_size(n, False), n) for n in names),
+  ]
   return pytest.mark.parametrize(
     "architecture",
     [
-      *(pytest.param(of_size(n, True), id=f"{n}-small") for n in names),
-      *(
-        pytest.param(of_size(n, False), id=n, marks=pytest.mark.slow)
-        for n in names
-      ),
+      pytest.param(size, id=name, marks=[pytest.mark.slow] if i else [])
+      for i, (size, name) in enumerate(sizes)
     ],
   )
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import simplejpeg
+from google.protobuf.descriptor import Descriptor
 
 from marlin_jax.data import prepared_dataset
 from marlin_jax.records import schema
@@ -73,14 +74,15 @@ def test_a_record_needs_neither_labels_nor_sound(record):
 def test_decoding_uses_the_same_message_classes_all_the_time(record):
   """A class that only the parser knows is collected while threads decode."""
 
+  pool = schema._Example.DESCRIPTOR.file.pool
+
   def message_classes():
     return {
       id(x): x.__name__
       for x in gc.get_objects()
       if isinstance(x, type)
-      and getattr(x.__dict__.get("DESCRIPTOR"), "full_name", "").startswith(
-        "tensorflow."
-      )
+      and isinstance(x.__dict__.get("DESCRIPTOR"), Descriptor)
+      and x.DESCRIPTOR.file.pool is pool
     }
 
   schema.decode(schema.encode(record))

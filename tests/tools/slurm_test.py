@@ -103,6 +103,7 @@ def finish(process, returncode, seen=()):
   return output
 
 
+@pytest.mark.slow
 def test_a_slurm_job_that_is_signalled_saves_and_is_queued_again(
   slurm, sample_dataset
 ):

@@ -68,7 +68,10 @@ def test_record_tells_where_its_crops_come_from(carphone, models, tmp_path):
     num_records=2,
     num_frames=70,
     quality=[quality_index.row_of(record) for record in (first, second)],
-    segments=[[record.track_id, len(record)] for record in (first, second)],
+    segments=[
+      [r.track_id, len(r), np.median(r.boxes[:, 2] - r.boxes[:, 0])]
+      for r in (first, second)
+    ],
   )
   assert (len(first), len(second)) == (35, 35)
   assert [(r.track_id, r.segment) for r in (first, second)] == [(0, 0), (0, 1)]

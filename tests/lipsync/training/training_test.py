@@ -101,6 +101,7 @@ def expert(talking_people, tmp_path_factory):
 # --- The expert ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_of_people_never_seen_sound_in_sync_fits_better_than_shifted(expert):
   scores = last_of(expert, "eval/val/")
   assert scores["ranked"] > 0.65
@@ -193,6 +194,7 @@ def small_expert(talking_people, tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_contrastive_expert_knows_people_it_has_never_seen(small_expert):
   scores = last_of(small_expert, "eval/val/")
   assert scores["ranked"] > 0.7
@@ -343,6 +345,7 @@ def generator(talking_person, expert, tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_a_mouth_learned_by_heart_follows_the_sound():
   """Closer than any mouth that stays the same, and not with other sound.
 
@@ -448,6 +451,7 @@ def test_a_run_of_the_generator_leaves_what_it_promises(generator):
 # --- Resumed ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_resumed_generator_has_the_same_bits_and_the_same_schedule(
   talking_person, expert, tmp_path
 ):
@@ -493,6 +497,7 @@ def test_another_expert_is_refused_on_resume(talking_person, expert, generator):
 # --- Devices ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_steps_do_not_depend_on_the_number_of_devices():
   """Batch normalisation takes the statistics of the whole batch."""
   for case in on_eight_devices("lipsync_layouts.py").values():
