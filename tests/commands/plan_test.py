@@ -246,6 +246,7 @@ def test_without_the_cuda_plugin_the_error_says_how_to_get_it(monkeypatch):
 # --- what fits ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_largest_batch_that_fits_fills_the_memory():
   devices = here(GIB // 2)
   step = compiled_step.compile_step(small(clips_per_device=8), devices, quiet)
@@ -256,6 +257,7 @@ def test_the_largest_batch_that_fits_fills_the_memory():
   assert best.needed_bytes > 0.9 * devices.memory_bytes
 
 
+@pytest.mark.slow
 def test_a_configuration_that_does_not_fit_is_told_what_would():
   devices = here(GIB // 8)
   config = small(batch_size=64, clips_per_device=64)

@@ -299,6 +299,7 @@ def test_a_run_by_subject_resumes_exactly(tmp_path):
   assert f"num_steps: was 4, is {num_steps}\n" in message
 
 
+@pytest.mark.slow
 def test_a_run_on_several_data_sets_reports_each_and_resumes_exactly(tmp_path):
   for name, num_videos in (("few", 2), ("many", 5)):
     videos = {

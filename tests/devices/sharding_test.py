@@ -47,6 +47,7 @@ def test_five_steps_have_the_same_losses_under_every_layout(results, case):
   assert_same_losses(got, want)
 
 
+@pytest.mark.slow
 def test_penalty_parts_scan_and_remat_work_on_all_axes_at_once(results):
   want, got = results["rich, one device"], results["rich, all axes"]
   assert got["num_microbatches"] == want["num_microbatches"] == 2
@@ -54,6 +55,7 @@ def test_penalty_parts_scan_and_remat_work_on_all_axes_at_once(results):
   assert_same_losses(got["losses"], want["losses"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "case", [case for case in layouts.CASES if case.startswith("cudnn")]
 )
@@ -66,6 +68,7 @@ def test_cudnns_rules_allow_every_layout(results, case):
     assert got["loss"] == pytest.approx(exact["loss"], rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", layouts.CASES)
 def test_a_step_reuses_the_memory_of_the_state_before_it(results, case):
   assert results[case]["old_state_is_given_up"]
@@ -74,6 +77,7 @@ def test_a_step_reuses_the_memory_of_the_state_before_it(results, case):
 # --- memory -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", layouts.CASES)
 def test_devices_hold_what_was_planned(results, case):
   assert results[case]["held_bytes"] == results[case]["planned_bytes"]
@@ -176,6 +180,7 @@ def textbook(result, fsdp, tensor, num_clips):
   return put_together, summed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SPREAD)
 def test_a_step_exchanges_the_textbook_bytes_and_nothing_else(results, case):
   _, num_clips, (_, fsdp, tensor), _ = layouts.CASES[case]
@@ -189,6 +194,7 @@ def test_a_step_exchanges_the_textbook_bytes_and_nothing_else(results, case):
   assert not found
 
 
+@pytest.mark.slow
 def test_no_layout_moves_whole_activations(results):
   for case, result in results.items():
     kinds = result["exchanged"].keys()

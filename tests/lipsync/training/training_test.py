@@ -205,6 +205,7 @@ def test_contrastive_expert_knows_people_it_has_never_seen(small_expert):
   assert build.read_expert(small_expert).height == 24
 
 
+@pytest.mark.slow
 def test_expert_starts_from_the_weights_of_another(
   small_expert, talking_people, tmp_path
 ):
