@@ -32,7 +32,6 @@ if TYPE_CHECKING:
   from marlin_jax.browser.page import Page
 
 _QUICKSTART = "runs/quickstart"
-_RECIPE_RATIO = 0.9
 
 
 class DemoError(UserError):
@@ -89,6 +88,7 @@ def _page(args: argparse.Namespace) -> Page:
   from marlin_jax.browser.analysis import Analyser
   from marlin_jax.inference.classifier import VideoClassifier
   from marlin_jax.inference.marlin import Marlin
+  from marlin_jax.weights import run_checkpoint
 
   marlin = Marlin.from_pretrained(checkpoint, full_model=True)
   classifier = VideoClassifier.load(args.model) if args.model else None
@@ -98,21 +98,10 @@ def _page(args: argparse.Namespace) -> Page:
   sample = assets.cache_folder() / "sample_videos" / "carphone_pristine.mp4"
   return Page(
     Analyser(marlin, classifier, max_secs=args.max_secs),
-    ratio=_training_ratio(checkpoint),
+    ratio=run_checkpoint.masking_of(checkpoint)[1],
     title=marlin.weights.source,
     examples=[sample] if sample.exists() else [],
   )
-
-
-def _training_ratio(checkpoint: str) -> float:
-  """Returns the masking ratio of a run; the recipe's for other weights."""
-  from marlin_jax.weights import run_checkpoint
-
-  path = Path(checkpoint).expanduser()
-  if not run_checkpoint.is_run(path):
-    return _RECIPE_RATIO
-  _, settings = run_checkpoint.read_meta(path)
-  return settings.get("mask.ratio", _RECIPE_RATIO)
 
 
 # --- Command line -------------------------------------------------------------

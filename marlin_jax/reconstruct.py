@@ -54,6 +54,7 @@ def _reconstruct(args: argparse.Namespace) -> None:
   from marlin_jax.inference.marlin import Marlin
   from marlin_jax.pretraining.pretext_task import PretextTask
   from marlin_jax.records.schema import FRAME_SIZE
+  from marlin_jax.weights import run_checkpoint
 
   if args.output.resolve() == Path(args.video).resolve():
     raise ArgumentError(f"--output={args.output} is the video itself")
@@ -68,8 +69,11 @@ def _reconstruct(args: argparse.Namespace) -> None:
     needs_regions = architecture.image_size <= FRAME_SIZE
   else:
     mae = marlin.mae
+    strategy, ratio = run_checkpoint.masking_of(args.checkpoint)
     task = PretextTask.from_architecture(
-      architecture, args.strategy, args.ratio
+      architecture,
+      args.strategy or strategy,
+      ratio if args.ratio is None else args.ratio,
     )
     needs_regions = task.masking.needs_regions
 
@@ -181,6 +185,8 @@ def _table(attention: np.ndarray, regions: np.ndarray, name: str) -> str:
 
 
 def _parse_args(argv: list[str] | None) -> argparse.Namespace:
+  from marlin_jax.pretraining.configuration import MASKING_STRATEGIES
+
   parser = cli.ArgumentParser("marlin_jax.reconstruct", __doc__)
   add = parser.add_argument
   add("video", metavar="VIDEO", type=Path, help="file that FFmpeg decodes")
@@ -213,14 +219,13 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
   reconstruction = parser.add_argument_group("reconstruction")
   reconstruction.add_argument(
     "--strategy",
-    default="fasking",
-    help="masking strategy: fasking, fasking_opp, random, tube or frame",
+    choices=MASKING_STRATEGIES,
+    help="masking strategy (default: that of the run, or fasking)",
   )
   reconstruction.add_argument(
     "--ratio",
     type=float,
-    default=0.9,
-    help="share of masked tokens; best as in training",
+    help="share of masked tokens (default: that of the run, or 0.9)",
   )
   reconstruction.add_argument(
     "--seed",

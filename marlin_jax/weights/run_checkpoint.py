@@ -36,6 +36,23 @@ def is_run(path: Path) -> bool:
   return _checkpoints(path) is not None
 
 
+def masking_of(checkpoint: str) -> tuple[str, float]:
+  """Returns strategy and ratio of the masks that weights were trained with.
+
+  Args:
+    checkpoint: what `formats.open_weights` takes; only a run says how it was
+      trained. Others are taken to follow the paper.
+  """
+  settings = {}
+  path = Path(checkpoint).expanduser()
+  if is_run(path):
+    _, settings = read_meta(path)
+  return (
+    settings.get("mask.strategy", "fasking"),
+    settings.get("mask.ratio", 0.9),
+  )
+
+
 def read(path: Path) -> Weights:
   """Reads the weights of a run's last checkpoint.
 

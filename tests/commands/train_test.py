@@ -16,6 +16,7 @@ from PIL import Image
 from marlin_jax.data import sampling
 from marlin_jax.data.clip_geometry import Tubelets
 from marlin_jax.inference.marlin import Marlin
+from marlin_jax.weights import run_checkpoint
 from tests.support import compile_cache, made_dataset
 from tests.support.files import arrays_of, rows_of
 from tests.support.made_dataset import a_record
@@ -40,6 +41,19 @@ def finished(sample_dataset, tmp_path_factory):
   result = run(workdir, **{"data.path": sample_dataset})
   assert result.returncode == 0, result.stderr
   return workdir, result.stdout
+
+
+def test_pictures_of_a_run_are_masked_as_it_was_trained(
+  sample_dataset, tmp_path
+):
+  masks = {"mask.strategy": "tube", "mask.ratio": 0.75}
+  result = run(
+    tmp_path / "run", **{"data.path": sample_dataset, "num_steps": 1}, **masks
+  )
+  assert result.returncode == 0, result.stderr
+  found = run_checkpoint.masking_of(str(tmp_path / "run"))
+  assert found == tuple(masks.values())
+  assert run_checkpoint.masking_of(str(tmp_path / "b.pt")) == ("fasking", 0.9)
 
 
 def test_a_run_leaves_what_it_promises(finished):
