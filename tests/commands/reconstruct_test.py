@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from PIL import Image
 
 from marlin_jax import Marlin, reconstruct
@@ -20,28 +19,11 @@ from marlin_jax.inference.clips import read_clips
 from marlin_jax.pretraining import train_step
 from marlin_jax.pretraining.pretext_task import PretextTask, reconstruct_batch
 from marlin_jax.weights import safetensors_folder
-from marlin_jax.weights.architecture import Architecture
-from marlin_jax.weights.weights import WeightsError, of_modules
+from marlin_jax.weights.weights import WeightsError
+from tests.support import demo_models
 from tests.support.videos import moving_noise, shared_video, write_video
 
-SIZES = {
-  "width": 32,
-  "depth": 1,
-  "num_heads": 2,
-  "mlp_dim": 64,
-  "dec_width": 16,
-  "dec_depth": 1,
-  "dec_num_heads": 2,
-  "dec_mlp_dim": 32,
-}
-
-
-def make_weights(**changes):
-  architecture = Architecture(
-    **SIZES | {"num_frames": 4, "image_size": 64} | changes
-  )
-  model = architecture.make_autoencoder()
-  return of_modules(architecture, nnx.to_pure_dict(nnx.state(model)))
+make_weights = functools.partial(demo_models.make_weights, image_size=64)
 
 
 @pytest.fixture(scope="module")
