@@ -1,7 +1,8 @@
-"""Frames of a clip, windows of a video, and tokens of a clip.
+"""Frames of a clip, windows of a video, and tokens of a clip and its sound.
 
 Axes: B batch, T frames, H W pixels, C colours, N tokens (ordered t h w),
-P pixels per token (ordered c pt ph pw, as MARLIN; VideoMAE has pt ph pw c).
+P pixels per token (ordered c pt ph pw, as MARLIN; VideoMAE has pt ph pw c),
+M R rows of a mel spectrogram. N and P of sound: see SoundPatches.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import numpy as np
 
 from marlin_jax.records import schema
+from marlin_jax.records.mel_spectrogram import MAX_VALUE, MEL_RATE
 
 # Per-channel statistics (RGB in [0, 1]) of the input of VideoMAE checkpoints.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -178,6 +180,87 @@ class Tubelets:
     x = tokens.reshape(-1, t, h, w, 3, pt, p, p)
     x = x.transpose(0, 1, 5, 2, 6, 3, 7, 4)
     return x.reshape(-1, t * pt, h * p, w * p, 3)
+
+
+# Frame rate at which a row of `SoundPatches` is a row of the spectrogram.
+_FPS = 25
+
+
+@dataclasses.dataclass(frozen=True)
+class SoundPatches:
+  """Token grid of a clip's sound: square patches of its mel spectrogram.
+
+  Tokens are ordered by time, then by frequency; the P values of a token
+  likewise.
+
+  Attributes:
+    num_rows: R, a multiple of the patch size. The rows are spread evenly over
+      the frames of a clip, whatever its stride and frame rate: those of a token
+      are heard while the same frames are seen.
+    patch_size: rows and mel bands of a token, 16 as in Audio-MAE (Huang et al.
+      2022) and HiCMAE (Sun et al. 2024); it divides 80.
+  """
+
+  num_rows: int
+  patch_size: int = 16
+
+  @classmethod
+  def of(cls, clip: Clip, patch_size: int = 16) -> SoundPatches:
+    """Returns the grid with about 80 rows a second at 25 frames a second."""
+    num_patches = clip.extent / _FPS * MEL_RATE / patch_size
+    return cls(patch_size * max(round(num_patches), 1), patch_size)
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    """Tokens along time and frequency."""
+    p = self.patch_size
+    return self.num_rows // p, schema.NUM_MELS // p
+
+  @property
+  def num_tokens(self) -> int:
+    return int(np.prod(self.grid))
+
+  @property
+  def values(self) -> int:
+    """P, values per token."""
+    return self.patch_size**2
+
+  def window(
+    self, mel: np.ndarray, first_row: float, num_rows: float
+  ) -> np.ndarray:
+    """Returns the sound of a clip at this grid's number of rows.
+
+    Each row is the mean over its share of time. Beyond the spectrogram its
+    first or last row is repeated, as a clip repeats its last frame.
+
+    Args:
+      mel: float32 (M, 80), spectrogram of a record or a video; not empty.
+      first_row: row of the clip's first frame, which need not be whole.
+      num_rows: rows that the clip lasts, likewise.
+
+    Returns:
+      float32 (R, 80). Its first row is centred on the first frame's time.
+    """
+    step = num_rows / self.num_rows
+    # Row i of the spectrogram lasts from i to i + 1 on this scale.
+    edges = first_row + 0.5 + step * (np.arange(self.num_rows + 1) - 0.5)
+    first = int(np.floor(edges[0]))
+    rows = np.arange(first, int(np.ceil(edges[-1])) + 1)
+    values = mel[np.clip(rows, 0, len(mel) - 1)].astype(float)
+    sums = np.cumsum(values, axis=0) - values  # of all rows before each
+    whole, part = np.divmod(edges - first, 1)
+    whole = whole.astype(int)
+    until = sums[whole] + part[:, None] * values[whole]
+    return (np.diff(until, axis=0) / step).astype(np.float32)
+
+  def patchify(self, mel):
+    """Cuts sound into tokens: (B, R, 80) in [-4, 4] -> (B, N, P) in [-1, 1].
+
+    Accepts numpy and jax arrays.
+    """
+    (t, f), p = self.grid, self.patch_size
+    x = mel.reshape(-1, t, p, f, p).transpose(0, 1, 3, 2, 4)
+    return x.reshape(-1, t * f, p * p) / MAX_VALUE
 
 
 def by_colour(tokens):

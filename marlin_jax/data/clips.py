@@ -2,7 +2,8 @@
 
 It imports no jax, since worker processes read with it.
 
-Axes: B batch, T frames, H W pixels, S pixels of a square picture.
+Axes: B batch, T frames, H W pixels, S pixels of a square picture, R rows of a
+mel spectrogram.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import numpy as np
 
 from marlin_jax.data import augmentation
 from marlin_jax.data.augmentation import Augmentation, View
-from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.data.clip_geometry import Clip, SoundPatches
 from marlin_jax.data.prefetch import Batch
 from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.records import schema
+from marlin_jax.records.mel_spectrogram import MAX_VALUE
 
 
 class ClipTaker(Protocol):
@@ -103,7 +105,10 @@ class TakeClip:
 
   A batch also holds `video` uint8 (B, T, S, S, 3), `regions` uint16
   (B, T / tubelet_size, h, w), the region bits of each tubelet's first frame,
-  and `_view` int32 (B, 5), the view of each clip as a row.
+  and `_view` int32 (B, 5), the view of each clip as a row. With `sound` it
+  holds `mel` float32 (B, R, 80), the sound of each clip in [-4, 4], and
+  `has_sound` bool (B,), False where there is none or only silence; `mel` is
+  silence there.
 
   Attributes:
     clip: number of frames and stride.
@@ -112,6 +117,7 @@ class TakeClip:
     patch_size: height and width of a token in pixels.
     needs_regions: if False, `regions` is 0: label maps need not be read.
     augmentation: random changes of the clips.
+    sound: rows of the clips' sound; None: it is left out.
   """
 
   clip: Clip
@@ -120,6 +126,7 @@ class TakeClip:
   patch_size: int = schema.PATCH_SIZE
   needs_regions: bool = True
   augmentation: Augmentation = Augmentation()
+  sound: SoundPatches | None = None
 
   def without_augmentation(self) -> TakeClip:
     return dataclasses.replace(self, augmentation=Augmentation())
@@ -140,7 +147,14 @@ class TakeClip:
     num_frames, grid = self.clip.num_frames, 2 * (self.grid_size,)
     num_tubelets = num_frames // self.tubelet_size
     frame = (self.frame_size, self.frame_size, 3)
-    return {
+    sound = {}
+    if self.sound:
+      rows = (num_clips, self.sound.num_rows, schema.NUM_MELS)
+      sound = {
+        "mel": np.empty(rows, np.float32),
+        "has_sound": np.empty(num_clips, bool),
+      }
+    return sound | {
       "video": np.empty((num_clips, num_frames, *frame), np.uint8),
       "regions": np.empty((num_clips, num_tubelets, *grid), np.uint16),
       "_id": np.empty(num_clips, np.int32),
@@ -185,7 +199,21 @@ class TakeClip:
     clips["_id"][:] = index
     clips["start"][:] = starts
     clips["_view"][:] = [view.row for view in views]
+    if self.sound:
+      self._take_sound(clips, record, clip, starts)
     return frames.ravel().tolist()
+
+  def _take_sound(self, clips, record, clip, starts) -> None:
+    mel, has_sound = clips["mel"], clips["has_sound"]
+    mel[:] = -MAX_VALUE
+    if len(record.mel):
+      # The sound of a record lasts as long as its frames.
+      per_frame = len(record.mel) / len(record)
+      for rows, start in zip(mel, starts, strict=True):
+        rows[:] = self.sound.window(
+          record.mel, start * per_frame, clip.extent * per_frame
+        )
+    has_sound[:] = (mel > -MAX_VALUE).any(axis=(1, 2))
 
   def decode(
     self,

@@ -76,6 +76,15 @@ class Dataset:
     """The stored records; each shard is opened once."""
     return RecordSource(self)
 
+  @functools.cached_property
+  def has_sound(self) -> bool:
+    """True if it was prepared with sound, which a video may still lack.
+
+    Reads a record.
+    """
+    _, record = self.source[0]
+    return record.audio is not None
+
   def record_number(self, position: int) -> int:
     """Returns the number in the split of the served record at a position."""
     return self.selection.records[position] if self.selection else position

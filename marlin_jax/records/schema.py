@@ -183,8 +183,8 @@ class _JoinedFrames(Sequence):
 def joined(records: Sequence[Record]) -> Record:
   """Returns consecutive records of a track as one.
 
-  It has the frames, regions and label maps of all; everything else is the first
-  record's.
+  It has the frames, regions, label maps and sound of all; everything else is
+  the first record's.
   """
   if len(records) == 1:
     return records[0]
@@ -193,6 +193,12 @@ def joined(records: Sequence[Record]) -> Record:
     frames=_JoinedFrames([record.frames for record in records]),
     regions=np.concatenate([record.regions for record in records]),
     parsing=b"".join(record.parsing for record in records),
+    audio=(
+      None
+      if records[0].audio is None
+      else b"".join(record.audio or b"" for record in records)
+    ),
+    mel=np.concatenate([record.mel for record in records]),
   )
 
 
