@@ -1,4 +1,4 @@
-"""Prepares a data set of face tracks from videos.
+"""Prepares a data set of face tracks from videos or pictures.
 
   python -m data_prep.prepare --input DIR_OR_MANIFEST --output DIR
 
@@ -270,7 +270,7 @@ def _parser() -> argparse.ArgumentParser:
 
   parser = cli.ArgumentParser(
     "data_prep.prepare",
-    "Prepares a data set of face tracks from videos. A run may be "
+    "Prepares a data set of face tracks from videos or pictures. A run may be "
     "stopped at any moment; the same command resumes it and does only what is "
     "missing.",
     epilog="published data sets, see docs/DATA.md:\n"
@@ -279,11 +279,12 @@ def _parser() -> argparse.ArgumentParser:
   add = parser.add_argument
   add(
     "--input",
-    help="a folder of videos, a manifest (.csv with the column path and "
+    help="a folder of videos (or of pictures, where it has no video: each "
+    "becomes a record of one frame), a manifest (.csv with the column path and "
     "optionally subject_id, split, label_NAME, start_secs, end_secs and the "
     "box x0 y0 x1 y1 in fractions of the frame, or .txt with one path per "
-    "line), one video, or the word sample for three sample videos; with "
-    "--dataset the folder of that data set",
+    "line), one video or picture, or the word sample for three sample videos; "
+    "with --dataset the folder of that data set",
   )
   add(
     "--dataset",
@@ -464,7 +465,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     "--max_frame_pixels",
     type=cli.at_least(1),
     default=limits.frame_pixels,
-    help="width x height of a frame",
+    help="width x height of a frame; a picture may have eight times as many",
   )
   add(
     "--max_frames",

@@ -171,7 +171,9 @@ def _charts(statistics: Statistics) -> Html:
     if len(known):
       charts.append(histogram(f"Quality: {name}", known, limits=(0.0, 1.0)))
   enlarged = np.mean(sides < _FULL_SIZE)
-  rates = Counter(f"{track.fps:.4g}" for track in tracks)
+  rates = Counter(
+    "pictures" if track.is_picture else f"{track.fps:.4g}" for track in tracks
+  )
   return section(
     "Tracks",
     tag(
@@ -331,8 +333,9 @@ def _crop(track: Track) -> Html:
     )
     if not np.isnan(value)
   )
+  length = "picture" if track.is_picture else f"{track.secs:.3g} s"
   numbers = (
-    f"track {track.track_id}, {track.secs:.3g} s, {track.side:.0f} px, "
+    f"track {track.track_id}, {length}, {track.side:.0f} px, "
     f"quality {track.quality:.2f} ({terms})"
   )
   caption = tag("span", file_name(track.video_id), tag("br"), numbers)

@@ -70,6 +70,10 @@ class Track:
   def secs(self) -> float:
     return self.num_frames / self.fps if self.fps > 0 else 0.0
 
+  @property
+  def is_picture(self) -> bool:
+    return self.num_frames == 1
+
 
 @dataclasses.dataclass
 class Statistics:

@@ -80,15 +80,19 @@ def text(
   lines = [f"Done in {secs:.0f} s{rate}. {output} holds:"]
   for split in sorted({entry.split for entry in entries}):
     kept = [e for e in entries if e.split == split and e.num_records]
+    num_pictures = sum(e.num_decoded_frames == 1 for e in kept)
     counts = {
       "record": sum(e.num_records for e in kept),
       "face crop": sum(e.num_frames for e in kept),
       "face track": sum(e.num_tracks for e in kept),
-      "video": len(kept),
+      "video": len(kept) - num_pictures,
+      "picture": num_pictures,
     }
     lines.append(
       f"  {split}: "
-      + ", ".join(counted(number, noun) for noun, number in counts.items())
+      + ", ".join(
+        counted(number, noun) for noun, number in counts.items() if number
+      )
     )
   if statuses[video_to_records.FAILED]:
     lines.append(

@@ -1,4 +1,4 @@
-"""Plain inputs: a folder of videos, a text file of paths, one video."""
+"""Plain inputs: a folder of videos or pictures, a list of paths, one file."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ VIDEO_SUFFIXES = (
   *(".mts", ".m2ts", ".ts", ".vob", ".flv", ".wmv", ".asf", ".ogv", ".3g2"),
   ".qt",
 )
+# A picture is a video of one frame.
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # Suffixes that a note names.
 MAX_SUFFIXES = 6
 # Folder name -> split.
@@ -31,21 +33,48 @@ SPLIT_FOLDERS = {
 
 
 def folder(root: Path, follow_links: bool = False) -> Listing:
-  """Lists all video files below a folder, except hidden ones."""
-  others: collections.Counter[str] = collections.Counter()
-  rows = [Row(0, path) for path in video_paths(root, follow_links, others)]
+  """Lists all videos below a folder, or all pictures if there is no video.
+
+  Hidden files are left out.
+
+  Raises:
+    ManifestError: there is neither.
+  """
+  rows, others = _listed(root, follow_links, is_video)
+  notes = []
+  num_pictures = sum(n for suffix, n in others.items() if is_picture(suffix))
+  if num_pictures and not rows:
+    rows, others = _listed(root, follow_links, is_picture)
+    notes.append(
+      f"{root.name} has no video: each of its {counted(len(rows), 'picture')} "
+      "becomes a record of one frame."
+    )
   if not rows:
     raise ManifestError(
-      f"{root} has no video file (by suffix: {' '.join(VIDEO_SUFFIXES)})"
+      f"{root} has no video file (by suffix: {' '.join(VIDEO_SUFFIXES)}) and "
+      f"no picture ({' '.join(PICTURE_SUFFIXES)})"
       + (f"; it has {_of_suffixes(others)}" if others else "")
     )
-  notes = []
   if others:
     notes.append(
       f"{counted(others.total(), 'file')} of {root.name} left out for other "
       f"suffixes: {_of_suffixes(others)}."
     )
+  if any(map(is_picture, others)):
+    notes.append(
+      "to prepare its pictures, list their paths in a .txt file, and prepare "
+      "them into a data set of their own."
+    )
   return Listing(root, rows, notes=notes)
+
+
+def _listed(
+  root: Path, follow_links: bool, is_kind: Callable[[str], bool]
+) -> tuple[list[Row], collections.Counter[str]]:
+  """Returns the files of a kind, and the number of others by suffix."""
+  others: collections.Counter[str] = collections.Counter()
+  paths = video_paths(root, follow_links, others, is_kind)
+  return [Row(0, path) for path in paths], others
 
 
 def _of_suffixes(others: collections.Counter[str]) -> str:
@@ -127,6 +156,7 @@ def video_paths(
   root: Path,
   follow_links: bool = False,
   others: collections.Counter[str] | None = None,
+  is_kind: Callable[[str], bool] | None = None,
 ) -> Iterator[str]:
   """Yields the videos below a folder, and links to folders outside it.
 
@@ -134,9 +164,11 @@ def video_paths(
     root: the folder.
     follow_links: enter linked folders, each real folder once.
     others: counts the suffixes of other files.
+    is_kind: selects the files by name; `is_video` by default.
   """
+  is_kind = is_kind or is_video
   if folders.is_remote(root):
-    yield from _remote_paths(root, "", others)
+    yield from _remote_paths(root, "", others, is_kind)
     return
   for prefix, folder_names, names in _walk(root, follow_links):
     for name in () if follow_links else folder_names:
@@ -144,7 +176,7 @@ def video_paths(
       if os.path.islink(os.path.join(root, prefix, name)):
         yield prefix + name
     for name in names:
-      if _counted(name, others):
+      if _counted(name, others, is_kind):
         yield prefix + name
 
 
@@ -203,9 +235,18 @@ def is_video(name: str) -> bool:
   return name.lower().endswith(VIDEO_SUFFIXES)
 
 
-def _counted(name: str, others: collections.Counter[str] | None) -> bool:
-  """Returns `is_video`; counts the suffixes of others."""
-  is_found = is_video(name)
+def is_picture(path: str | os.PathLike) -> bool:
+  """Returns True for the path of a picture, by its suffix."""
+  return os.fspath(path).lower().endswith(PICTURE_SUFFIXES)
+
+
+def _counted(
+  name: str,
+  others: collections.Counter[str] | None,
+  is_kind: Callable[[str], bool],
+) -> bool:
+  """Returns `is_kind`; counts the suffixes of others."""
+  is_found = is_kind(name)
   if not is_found and others is not None:
     others[PurePath(name).suffix.lower()] += 1
   return is_found
@@ -219,17 +260,20 @@ def outside(path: str) -> str:
 
 
 def _remote_paths(
-  folder: Path, prefix: str, others: collections.Counter[str] | None
+  folder: Path,
+  prefix: str,
+  others: collections.Counter[str] | None,
+  is_kind: Callable[[str], bool],
 ) -> Iterator[str]:
   for path in sorted(folder.iterdir()):
     if path.name.startswith("."):
       continue
-    if is_video(path.name):
+    if is_kind(path.name):
       yield prefix + path.name
     elif path.is_dir():
-      yield from _remote_paths(path, f"{prefix}{path.name}/", others)
+      yield from _remote_paths(path, f"{prefix}{path.name}/", others, is_kind)
     else:
-      _counted(path.name, others)
+      _counted(path.name, others, is_kind)
 
 
 def is_below(path: str | Path, real_root: str) -> bool:

@@ -68,13 +68,18 @@ class Part:
     )
 
   @property
+  def has_times(self) -> bool:
+    """True if the part begins or ends within the file."""
+    return self.start_secs > 0 or self.end_secs < math.inf
+
+  @property
   def fragment(self) -> str:
     """Suffix that tells parts of a file apart: '#t=1.5,3&box=0,0,0.5,1'.
 
     Seconds as in a Media Fragments URI; '' for the whole file.
     """
     terms = []
-    if self.start_secs or self.end_secs < math.inf:
+    if self.has_times:
       end = f",{self.end_secs:.10g}" if self.end_secs < math.inf else ""
       terms.append(f"t={self.start_secs:.10g}{end}")
     if self.box:

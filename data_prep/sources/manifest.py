@@ -125,10 +125,11 @@ def read_input(
   """Lists the videos of an input.
 
   Args:
-    source: a folder (all video files below it except hidden ones), a manifest
-      (.csv as in `csv_table`, or .txt with one path per line), one video file,
-      or 'sample' for the sample videos. With a layout, the folder of the data
-      set.
+    source: a folder (all video files below it except hidden ones, or all
+      pictures if there is no video), a manifest
+      (.csv as in `csv_table`, or .txt with one path per line), one video file
+      or picture, or 'sample' for the sample videos. With a layout, the folder
+      of the data set.
     root: folder that a manifest's paths are relative to; by default its own.
     layout: key of `layouts.LAYOUTS`, for a published data set.
     val_ratio: share of people (of videos, if people are unknown) in 'val', if
@@ -193,8 +194,8 @@ def _listing(
     return files.folder(source, follow_links)
   if not source.is_file():
     raise ManifestError(
-      f"{source}: no such file or folder; expected a folder of videos, a "
-      "manifest (.csv or .txt), a video file, or the word sample"
+      f"{source}: no such file or folder; expected a folder of videos or "
+      "pictures, a manifest (.csv or .txt), a video file, or the word sample"
     )
   if not is_manifest:
     # The target of a link is likely to have the better name.
@@ -378,6 +379,8 @@ def _text_problem(row: Row) -> str | None:
   if ".." in row.path and ".." in row.path.split("/"):
     return f"{_shown(row.path)} leads out of the root"
   problem = row.part.problem()
+  if row.part.has_times and files.is_picture(row.path):
+    problem = "a picture has no times; leave start_secs and end_secs empty"
   return f"{_shown(row.path)}: {problem}" if problem else None
 
 

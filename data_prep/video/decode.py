@@ -23,6 +23,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from data_prep.sources.files import is_picture
 from data_prep.video.decoder_child import KILLED as KILLED
 from data_prep.video.decoder_child import DamageError, DecodeError, Decoder
 from data_prep.video.decoder_child import DecoderSetupError as DecoderSetupError
@@ -34,6 +35,8 @@ from data_prep.video.protocol import (
   FRAME,
   MAX_SOUND_SECS,
   ORIGINAL_SOUND,
+  PICTURE,
+  PICTURE_FACTOR,
   PROBE,
   SAMPLE_RATE,
   SOUND,
@@ -84,9 +87,9 @@ def open_video(
   """Starts the decoder and reads the video's header.
 
   Args:
-    path: a file; never read as an address or a pattern. With a frame rate, a
-      folder whose pictures are the frames, ordered by the numbers in their
-      names.
+    path: a file; never read as an address or a pattern. A picture is a video
+      of one frame, without a rate. With a frame rate, a folder whose pictures
+      are the frames, ordered by the numbers in their names.
     limits: what the video may cost.
     frame_rate: frames per second of a folder of pictures; 0 for a video.
     require_sandbox: refuse to decode where a layer of the sandbox is missing.
@@ -269,6 +272,10 @@ class Video(Decoder):
     output = CHANGING_VIDEO if may_change_size else VIDEO
     if frame_rate:
       output = str(frame_rate)
+    elif is_picture(path):
+      output = PICTURE
+      most_pixels = PICTURE_FACTOR * limits.frame_pixels
+      limits = dataclasses.replace(limits, frame_pixels=most_pixels)
     super().__init__(path, limits, output, require_sandbox, span)
     self._has_fixed_rate = frame_rate > 0
     self._may_change_size = may_change_size

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import itertools
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from data_prep.video import (
 from data_prep.video.protocol import (
   CHANGING_VIDEO,
   ORIGINAL_SOUND,
+  PICTURE,
   SOUND,
   VIDEO,
   WHOLE,
@@ -51,10 +53,8 @@ _HOST_ERRORS = (
 )
 
 
-def _decode(
-  limits: Limits, span: Span, may_change_size: bool, pipe: int
-) -> None:
-  """Writes the frames of a span of the video to the pipe.
+def _decode(limits: Limits, span: Span, output: str, pipe: int) -> None:
+  """Writes the frames of a span of the video, or a picture, to the pipe.
 
   Raises:
     Refused: the video cannot be decoded, or is over a limit.
@@ -62,15 +62,18 @@ def _decode(
   """
   import av
 
-  with packets.open_input() as container:
+  is_picture = output == PICTURE
+  formats = [packets.PICTURE_FORMATS] if is_picture else []
+  with packets.open_input(*formats) as container:
     stream = packets.video_stream(container)
     clock = packets.Clock(container, stream, _sound_of(container))
     _check_size(stream, limits, span)
-    writer = _FrameWriter(pipe, stream, span, limits, may_change_size)
+    writer = _FrameWriter(pipe, stream, span, limits, output == CHANGING_VIDEO)
     try:
       frames = packets.Frames(container, stream, clock, span)
       _open_codec(stream, frames.begins_open)
-      for frame, secs in frames:
+      # Cameras append previews and videos to pictures.
+      for frame, secs in itertools.islice(frames, 1 if is_picture else None):
         writer.write(frame, secs)
     except (Damaged, av.FFmpegError) as e:
       if isinstance(e, MemoryError):
@@ -258,6 +261,8 @@ _MAX_RATE = 500
 
 def _rate(stream) -> float:
   """Returns frames per second by the container, 0.0 where it is unknown."""
+  if stream.container.format.name in packets.PICTURE_FORMATS.split(","):
+    return 0.0
   rate = float(stream.average_rate or stream.guessed_rate or 0)
   return rate if 0 < rate <= _MAX_RATE else 0.0
 
@@ -328,9 +333,9 @@ def main() -> None:
   parser.add_argument("limits", help="the fields of Limits as JSON")
   parser.add_argument(
     "output",
-    help="video, changing_video (whose frame size may change), sound (16 kHz, "
-    "mono), original_sound (its own rate and one or two channels), none, or "
-    "the frame rate of a folder of pictures",
+    help="video, changing_video (whose frame size may change), picture, sound "
+    "(16 kHz, mono), original_sound (its own rate and one or two channels), "
+    "none, or the frame rate of a folder of pictures",
   )
   parser.add_argument(
     "file", type=int, help="descriptor of the open file, or folder"
@@ -356,9 +361,8 @@ def main() -> None:
     _limit(limits)
     _load_libraries()
     send(pipe, b"L", json.dumps(sandbox.enter(pipe)).encode())
-    if args.output in (VIDEO, CHANGING_VIDEO):
-      may_change_size = args.output == CHANGING_VIDEO
-      _decode(limits, Span(*args.span), may_change_size, pipe)
+    if args.output in (VIDEO, CHANGING_VIDEO, PICTURE):
+      _decode(limits, Span(*args.span), args.output, pipe)
     elif args.output in (SOUND, ORIGINAL_SOUND):
       sound.decode(pipe, args.output == ORIGINAL_SOUND, args.span[1])
     elif is_folder:

@@ -21,6 +21,8 @@ from data_prep.video.protocol import Damaged, Refused, Span
 FORMATS = (
   "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,m4v,mjpeg,h264,hevc,gif"
 )
+# Demuxers of pictures.
+PICTURE_FORMATS = "jpeg_pipe,png_pipe,webp_pipe"
 # Demuxers of audio files.
 SOUND_FORMATS = "wav,mp3,flac,aac,aiff,caf,au,w64,ac3,eac3"
 # Formats whose header may hold a guessed length, since it was written first.
@@ -40,8 +42,11 @@ _MAX_DELAY_SECS = 1.0
 _ROUNDING_SECS = 1e-3
 
 
-def open_input():
+def open_input(formats: str = f"{FORMATS},{SOUND_FORMATS}"):
   """Opens the file of standard input as a container.
+
+  Args:
+    formats: names of the demuxers that may read it.
 
   Raises:
     Refused: it cannot be opened.
@@ -53,7 +58,7 @@ def open_input():
     "fd": "0",
     "err_detect": "explode",
     "protocol_whitelist": "fd",
-    "format_whitelist": f"{FORMATS},{SOUND_FORMATS}",
+    "format_whitelist": formats,
   }
   try:
     # Metadata in another encoding is no reason to refuse a video.
@@ -61,7 +66,7 @@ def open_input():
   except av.FFmpegError as e:
     reason = e.strerror
     if e.errno == errno.EINVAL:
-      names = f"{FORMATS},{SOUND_FORMATS}".replace(",", " ")
+      names = formats.replace("_pipe", "").replace(",", " ")
       reason += f": damaged, or in none of the formats {names}"
     raise Refused(f"cannot open: {reason}") from e
 

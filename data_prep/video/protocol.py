@@ -24,11 +24,12 @@ import struct
 from typing import NamedTuple
 
 # What the parent asks for: the frames of a file (whose size may change in a
-# changing video), its sound, or nothing; or else the frame rate of a folder of
-# pictures.
+# changing video; a picture is one frame), its sound, or nothing; or else the
+# frame rate of a folder of pictures.
 VIDEO, CHANGING_VIDEO, PROBE = "video", "changing_video", "none"
+PICTURE = "picture"
 SOUND, ORIGINAL_SOUND = "sound", "original_sound"
-FILES = (VIDEO, CHANGING_VIDEO, SOUND, ORIGINAL_SOUND, PROBE)
+FILES = (VIDEO, CHANGING_VIDEO, PICTURE, SOUND, ORIGINAL_SOUND, PROBE)
 
 SAMPLE_RATE = 16_000
 # Two hours: 230 MB of samples in the parent.
@@ -76,6 +77,9 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+# A picture may have this many times the pixels of a frame of a video: cameras
+# of phones have 50 megapixels.
+PICTURE_FACTOR = 8
 
 
 class Refused(Exception):

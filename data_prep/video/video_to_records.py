@@ -20,6 +20,7 @@ import numpy as np
 
 from data_prep.faces import boxes, face_finder, main_face, tracking
 from data_prep.regions import parsers, track_labels
+from data_prep.sources.files import is_picture
 from data_prep.sources.listing import Part
 from data_prep.sources.manifest import Source
 from data_prep.video import decode
@@ -297,7 +298,7 @@ class _RecordCutter:
     self.video = TrackedVideo(
       VideoFrames(
         source.path,
-        settings.fps,
+        0.0 if is_picture(source.path) else settings.fps,
         settings.limits,
         source.frame_rate,
         self._part(),
@@ -473,7 +474,7 @@ class _Sound:
   def __init__(self, source: Source, settings: Settings) -> None:
     self.notes: list[str] = []
     self._samples = np.zeros(0, np.int16)
-    if not source.frame_rate:
+    if not (source.frame_rate or is_picture(source.path)):
       keeps = settings.on_damage == KEEP
       self._samples = decode.read_sound(
         source.path,

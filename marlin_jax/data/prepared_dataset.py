@@ -50,6 +50,7 @@ class Dataset:
     lengths: number of records in each shard.
     num_records: track segments that are served.
     num_videos: source videos of these segments.
+    num_frames: frames of all stored segments.
     fingerprint: sha256 over the split's content and the selection; identifies
       the training data.
     selection: records that are served; None: all of the split.
@@ -62,6 +63,7 @@ class Dataset:
   lengths: tuple[int, ...]
   num_records: int
   num_videos: int
+  num_frames: int
   fingerprint: str
   selection: Selection | None = None
   unfiltered: Dataset | None = None
@@ -70,6 +72,11 @@ class Dataset:
   def stored(self) -> Dataset:
     """The whole split, including records that are not served."""
     return self.unfiltered or self
+
+  @property
+  def is_of_pictures(self) -> bool:
+    """True if each stored record is one frame."""
+    return self.num_frames == self.stored.num_records
 
   @functools.cached_property
   def source(self) -> RecordSource:
@@ -162,6 +169,7 @@ def open_dataset(path: str, split: str, min_quality: float = 0.0) -> Dataset:
     lengths=tuple(lengths),
     num_records=sum(lengths),
     num_videos=meta["splits"][split]["num_videos"],
+    num_frames=meta["splits"][split]["num_frames"],
     fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
   )
   return _filtered(dataset, min_quality) if min_quality else dataset
@@ -200,6 +208,7 @@ def open_joined(path: str, splits: str) -> Dataset:
     lengths=tuple(n for part in parts for n in part.lengths),
     num_records=sum(part.num_records for part in parts),
     num_videos=sum(part.num_videos for part in parts),
+    num_frames=sum(part.num_frames for part in parts),
     fingerprint=hashlib.sha256(content).hexdigest(),
   )
 

@@ -274,6 +274,11 @@ class PretrainingCourse(Experiment):
         f"left out, below data.min_quality={selection.min_quality}: records: "
         f"{selection.num_left_out}, videos: {selection.num_videos_left_out}"
       )
+    if dataset.is_of_pictures:
+      row.notes.append(
+        f"pictures: each is repeated to a clip of "
+        f"{self.take_clip.clip.num_frames} frames"
+      )
     if len(self.parts) > 1:
       share = part.weight / sum(part.weight for part in self.parts)
       row.notes.append(

@@ -315,9 +315,10 @@ def test_a_run_by_subject_resumes_exactly(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_on_several_data_sets_reports_each_and_resumes_exactly(tmp_path):
-  for name, num_videos in (("few", 2), ("many", 5)):
+  # Videos, and pictures beside them.
+  for name, num_videos, num_frames in (("few", 2, 20), ("many", 5, 1)):
     videos = {
-      f"{i}.mp4": [a_record(f"{i}.mp4", num_frames=20)]
+      f"{i}.mp4": [a_record(f"{i}.mp4", num_frames=num_frames)]
       for i in range(num_videos)
     }
     made_dataset.make(tmp_path / name, videos)
@@ -327,6 +328,7 @@ def test_a_run_on_several_data_sets_reports_each_and_resumes_exactly(tmp_path):
   result = train(workdir, num_steps=4, **options)
   assert result.returncode == 0, result.stderr
   assert "share of the clips: 75.00%; train/loss_rec/many" in result.stdout
+  assert result.stdout.count("pictures: each is repeated to a clip of 4") == 1
   whole = without_step_4(workdir)
   chosen, _ = sampling._mixed_block((2500, 7500), 0, 0)
   for step, metrics in whole.items():

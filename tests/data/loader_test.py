@@ -8,13 +8,19 @@ import jax
 import numpy as np
 import pytest
 
-from marlin_jax.data import loader, prepared_dataset, sampling
+from marlin_jax.data import (
+  loader,
+  prepared_dataset,
+  sampling,
+  segment_indexing,
+)
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.data.clips import TakeClip
 from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.data.reader import BadRecords
 from marlin_jax.records import schema
 from tests.support import made_dataset
+from tests.support.made_dataset import a_record, showing, shown
 
 TAKE_CLIP = TakeClip(Clip(4, 2), tubelet_size=2)
 
@@ -95,6 +101,31 @@ def test_every_record_is_seen_once_per_pass(dataset):
   n = dataset.num_records
   for first in range(0, len(ids) - n, n):
     assert set(ids[first : first + n]) == set(range(n))
+
+
+def test_a_picture_is_a_still_clip_once_per_pass(tmp_path):
+  videos = {
+    f"{i}.jpg": [showing(a_record(f"{i}.jpg", num_frames=1), [40 * i])]
+    for i in range(5)
+  }
+  path = made_dataset.make(tmp_path / "pictures", videos)
+  pictures = prepared_dataset.open_dataset(str(path), "train")
+  assert pictures.is_of_pictures
+  index = segment_indexing.open_index(pictures, tmp_path)
+  draws = sampling.VideoDraws(pictures, index, TAKE_CLIP.clip, seed=0)
+  batches = loader.train_batches(
+    draws, TAKE_CLIP, batch_size=5, start_step=0, num_threads=1
+  )
+  for _ in range(3):
+    batch = next(batches)
+    assert sorted(batch["_id"]) == [0, 1, 2, 3, 4]
+    for i, video, regions in zip(
+      batch["_id"], batch["video"], batch["regions"], strict=True
+    ):
+      np.testing.assert_allclose(shown(video), 40 * i, atol=1)
+      assert (video == video[:1]).all()
+      assert (regions == regions[:1]).all()
+      assert regions.any()
 
 
 def test_clips_of_one_record_follow_each_other_and_differ(dataset):

@@ -31,7 +31,14 @@ CLIP = Clip(16, 2)  # 31 frames
 def described(num_records, num_videos=1):
   """Returns a data set without its files."""
   return prepared_dataset.Dataset(
-    "data", "train", (), (), num_records, num_videos, "f" * 64
+    path="data",
+    split="train",
+    shards=(),
+    lengths=(),
+    num_records=num_records,
+    num_videos=num_videos,
+    num_frames=60 * num_records,
+    fingerprint="f" * 64,
   )
 
 

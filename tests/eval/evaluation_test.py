@@ -457,6 +457,25 @@ def test_windows_cover_the_track_across_records(face_data, tmp_path):
   assert np.isnan(split.labels["emotion"][0, 1])
 
 
+def test_pictures_are_still_clips(tmp_path):
+  def draw(i, np_rng):
+    face = draw_face(i, np_rng)
+    return dataclasses.replace(
+      face, frames=face.frames[:1], cuts=(), num_tracks=1
+    )
+
+  path = labelled_data.write(
+    tmp_path / "data", {"train": labelled_data.make(3, draw)}, LABELS
+  )
+  clip = Clip(4, 2)
+  split = splits.open_split(str(path), "train", tmp_path)
+  windows = split.windows(clip)
+  assert [w.start for w in windows] == [0, 0, 0]
+  for found in clip_batches.ClipReader(split, clip).read(windows):
+    assert found.shape[0] == 4
+    assert (found == found[:1]).all()
+
+
 # --- Other data sets and unseen classes ---------------------------------------
 
 

@@ -50,6 +50,7 @@ def write(directory, contents):
     lengths=(len(contents),),
     num_records=len(contents),
     num_videos=1,
+    num_frames=0,
     fingerprint="f" * 64,
   )
 

@@ -9,6 +9,7 @@ import av
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_prep.video import decode, video_to_records
 from marlin_jax.data.clip_geometry import Clip
@@ -219,6 +220,20 @@ def test_short_videos_of_a_face(tmp_path, carphone, models, total):
   expected = Clip(16, 2).window_starts(total)
   assert [window.first_frame for window in windows] == expected.tolist()
   assert windows[0].frames.shape == (16, SIZE, SIZE, 3)
+
+
+@pytest.mark.parametrize("crop_face", [True, False])
+def test_a_photograph_is_one_still_window(
+  tmp_path, carphone_frames, models, crop_face
+):
+  path = tmp_path / "photo.jpg"
+  Image.fromarray(carphone_frames[0]).save(path, quality=95)
+  settings = small(crop_face=crop_face)
+  (window,) = read_windows(path, settings, models)
+  assert window.num_frames == 1
+  assert (window.start_secs, window.end_secs) == (0, 0)
+  assert window.frames.shape == (16, SIZE, SIZE, 3)
+  assert (window.frames == window.frames[:1]).all()
 
 
 def nose_is_central(picture, models) -> bool:

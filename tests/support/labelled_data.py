@@ -103,7 +103,10 @@ def write(
     num = sum(entry.num_records for entry, _, _ in parts)
     infos[split] = {name: (num, (path / name).stat().st_size)}
     hashes[name] = folders.sha256_of(path / name)
-    counts[split] = {"num_videos": len(videos)}
+    counts[split] = {
+      "num_videos": len(videos),
+      "num_frames": sum(len(r) for video in videos for r in video.records()),
+    }
   staging = path / "staging"
   staging.mkdir()
   metadata = {
