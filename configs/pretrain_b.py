@@ -67,6 +67,11 @@ def get_config():
   # Clips drawn from each record that is read (repeated sampling). Above 1 there
   # is less to read and to decode per clip; batch_size must be a multiple of it.
   config.data.clips_per_record = 1
+  # Draws in a row of each video or subject, so that neighbours in a batch show
+  # the same person, as contrast needs: with sample_by=subject of different
+  # videos as long as there are some, with video of one track. batch_size must
+  # be a multiple.
+  config.data.draws_per_unit = 1
   # Worker processes that read, for each process of the training; 0: none,
   # threads of the training's own process read; -1: by the cores and devices.
   config.data.num_workers = -1

@@ -105,10 +105,11 @@ class TakeClip:
 
   A batch also holds `video` uint8 (B, T, S, S, 3), `regions` uint16
   (B, T / tubelet_size, h, w), the region bits of each tubelet's first frame,
-  and `_view` int32 (B, 5), the view of each clip as a row. With `sound` it
-  holds `mel` float32 (B, R, 80), the sound of each clip in [-4, 4], and
-  `has_sound` bool (B,), False where there is none or only silence; `mel` is
-  silence there.
+  `_view` int32 (B, 5), the view of each clip as a row, and `_subject` int32
+  (B,), a number for each person (for each video, if its person is unknown), or
+  -1 if records are drawn without an index. With `sound` it holds `mel` float32
+  (B, R, 80), the sound of each clip in [-4, 4], and `has_sound` bool (B,),
+  False where there is none or only silence; `mel` is silence there.
 
   Attributes:
     clip: number of frames and stride.
@@ -158,6 +159,7 @@ class TakeClip:
       "video": np.empty((num_clips, num_frames, *frame), np.uint8),
       "regions": np.empty((num_clips, num_tubelets, *grid), np.uint16),
       "_id": np.empty(num_clips, np.int32),
+      "_subject": np.full(num_clips, -1, np.int32),
       "start": np.empty(num_clips, np.int32),
       "_view": np.empty((num_clips, len(View().row)), np.int32),
     }

@@ -176,7 +176,12 @@ class Reader:
         record = schema.joined(records)
         yield
         frames = self._choose(clips, number, record, draw)
-        clips["_id"] += self._first_ids[draw.dataset]
+        first_id = self._first_ids[draw.dataset]
+        clips["_id"] += first_id
+        if "_subject" in clips:
+          # There are no more subjects than records.
+          is_known = draw.subject >= 0
+          clips["_subject"][:] = first_id + draw.subject if is_known else -1
         yield
         self.take_clip.decode(clips, number, record, frames)
         return

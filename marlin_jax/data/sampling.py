@@ -1,7 +1,8 @@
 """Which clips a step reads: a function of the seed and the step alone.
 
 A run is a sequence of draws, of which each step takes the next few. A draw
-gives one clip, or several of one record. Draws are computed from the data set's
+gives one clip, or several of one record; a few draws in a row may be of one
+video or subject. Draws are computed from the data set's
 description: no record is read, no state is kept, and the numbers of processes
 and threads do not enter.
 """
@@ -42,12 +43,15 @@ class Draw(NamedTuple):
     starts: int (num_clips,), first frame of each clip, counted from the first
       frame of the first record; None: drawn after reading.
     dataset: number of the data set in `Draws.datasets`.
+    subject: number of the person in the data set, see `SegmentIndex`; -1 if
+      records are drawn without an index.
   """
 
   records: tuple[int, ...]
   seed: tuple[int, ...]
   starts: np.ndarray | None = None
   dataset: int = 0
+  subject: int = -1
 
 
 class Draws(Protocol):
@@ -201,6 +205,10 @@ class VideoDraws:
   Of a subject a video is drawn, each with equal probability. Of a video a clip
   is drawn, each start in each of its tracks with equal probability: a clip may
   begin in one record of a track and end in the next.
+
+  With `draws_per_unit` above 1, that many draws in a row are of one video or
+  subject: of different videos of the subject as long as it has some, and within
+  a video of one track, so that they show the same person.
   """
 
   def __init__(
@@ -213,6 +221,7 @@ class VideoDraws:
     order: Callable[[int, int], Callable[[int], int]] = HashedOrder,
     by_subject: bool = False,
     num_clips: int = 1,
+    draws_per_unit: int = 1,
   ):
     """Shuffles the videos or subjects with served records.
 
@@ -224,11 +233,12 @@ class VideoDraws:
       order: HashedOrder or StoredOrder.
       by_subject: draw subjects, not videos.
       num_clips: clips of a draw. They begin in the same record.
+      draws_per_unit: draws in a row of each video or subject.
     """
     self._index, self._clip, self._seed = index, clip, seed
     self._selection = dataset.selection
     self._units = _subjects(index, dataset) if by_subject else _videos(dataset)
-    self._by_subject = by_subject
+    self._by_subject, self._draws_per_unit = by_subject, draws_per_unit
     self._order = order(len(self._units), seed)
     sequence = np.random.SeedSequence((seed, _CLIPS))
     (self._key,) = sequence.generate_state(1, np.uint64).tolist()
@@ -240,24 +250,48 @@ class VideoDraws:
 
   def __call__(self, position: int, attempt: int = 0) -> Draw:
     """Returns a draw; see `Draws`."""
-    place = (self._order(position) + attempt) % len(self._units)
+    turn, member = divmod(position, self._draws_per_unit)
+    place = (self._order(turn) + attempt) % len(self._units)
     unit = int(self._units[place])
     random = mix_bits(mix_bits(self._key ^ position) ^ attempt)
-    video = self._video_of(unit, random) if self._by_subject else unit
-    records, starts = self._clips_of(video, mix_bits(random))
-    return Draw(records, (self._seed, _CLIPS, position, attempt), starts)
+    # Equal for all draws of the unit.
+    shared = None
+    if self._draws_per_unit > 1:
+      shared = mix_bits(self._key ^ mix_bits(turn))
+    video = unit
+    if self._by_subject:
+      video = self._video_of(unit, random, shared, member)
+    if shared is not None:
+      shared = mix_bits(shared ^ video)
+    records, starts = self._clips_of(video, mix_bits(random), shared)
+    return Draw(
+      records,
+      (self._seed, _CLIPS, position, attempt),
+      starts,
+      subject=int(self._index.subjects[video]),
+    )
 
-  def _video_of(self, subject: int, random: int) -> int:
+  def _video_of(
+    self, subject: int, random: int, shared: int | None, member: int
+  ) -> int:
     first, stop = self._index.first_videos[subject : subject + 2].tolist()
     videos = self._index.videos[first:stop]
     if self._selection:
       videos = videos[self._selection.videos.mask(videos)]
+    if shared is not None:
+      random = Permutation(len(videos), (shared,))(member % len(videos))
     return int(videos[random % len(videos)])
 
   def _clips_of(
-    self, video: int, random: int
+    self, video: int, random: int, shared: int | None
   ) -> tuple[tuple[int, ...], np.ndarray]:
-    """Returns records and starts of clips of a video."""
+    """Returns records and starts of clips of a video.
+
+    Args:
+      video: the video.
+      random: draws record and start.
+      shared: draws the track before; None: they are of any track.
+    """
     first, stop = self._index.first_records[video : video + 2].tolist()
     if self._selection:
       numbers = self._selection.records.within(first, stop)
@@ -268,6 +302,10 @@ class VideoDraws:
     # Clips that begin in each record.
     num_starts = np.clip(self._clip.num_starts(totals) - begins, 0, frames)
     ends = np.cumsum(num_starts)
+    if shared is not None:
+      i = np.searchsorted(ends, shared % int(ends[-1]), "right")
+      num_starts = np.where(tracks == tracks[i], num_starts, 0)
+      ends = np.cumsum(num_starts)
     drawn = random % int(ends[-1])
     i = int(np.searchsorted(ends, drawn, "right"))
     starts = self._clip.spread_starts(
@@ -303,7 +341,11 @@ class MixedDraws:
   """
 
   def __init__(
-    self, parts: Sequence[Draws], weights: Sequence[float], seed: int
+    self,
+    parts: Sequence[Draws],
+    weights: Sequence[float],
+    seed: int,
+    draws_per_unit: int = 1,
   ):
     """Rounds the shares.
 
@@ -311,8 +353,11 @@ class MixedDraws:
       parts: draws of each data set, with the same `num_clips`.
       weights: weight of each, above 0; its share is its part of their sum.
       seed: seed of the order of the data sets.
+      draws_per_unit: draws in a row that are of one data set, as those of a
+        unit of each part.
     """
     self._parts, self._seed = tuple(parts), seed
+    self._draws_per_unit = draws_per_unit
     # From the ends, so that they sum up to a block.
     ends = np.cumsum(weights) / np.sum(weights)
     self._counts = np.diff(np.rint(_BLOCK * ends), prepend=0).astype(int)
@@ -325,12 +370,14 @@ class MixedDraws:
 
   def __call__(self, position: int, attempt: int = 0) -> Draw:
     """Returns a draw; see `Draws`."""
-    number, place = divmod(position, _BLOCK)
+    turn, member = divmod(position, self._draws_per_unit)
+    number, place = divmod(turn, _BLOCK)
     chosen, ranks = _mixed_block(
       tuple(self._counts.tolist()), self._seed, number
     )
     i = int(chosen[place])
-    position = number * int(self._counts[i]) + int(ranks[place])
+    turn = number * int(self._counts[i]) + int(ranks[place])
+    position = turn * self._draws_per_unit + member
     return self._parts[i](position, attempt)._replace(dataset=i)
 
 

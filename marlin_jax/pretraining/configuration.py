@@ -62,6 +62,7 @@ KEYS = TRAINING_KEYS | {
   "data.num_frames": fixed(at_least(1)),
   "data.stride": fixed(at_least(1)),
   "data.clips_per_record": fixed(at_least(1)),
+  "data.draws_per_unit": fixed(at_least(1), before=1),
   "data.frame_size": fixed(FRAME_SIZES, before=FRAME_SIZE),
   "augment.flip_ratio": fixed(FROM_0_TO_1, before=0.0),
   "augment.min_crop_ratio": fixed(ABOVE_0_TO_1, before=1.0),
@@ -219,17 +220,24 @@ def _problems(config: ConfigDict) -> Iterator[str]:
       f"num_epochs={config.num_epochs} and num_steps={config.num_steps}: "
       "exactly one must be above 0"
     )
-  per_record = config.data.clips_per_record
-  if per_record >= 1 and config.batch_size % per_record:
+  data = config.data
+  per_record, per_unit = data.clips_per_record, data.draws_per_unit
+  together = per_record * per_unit
+  if together >= 1 and config.batch_size % together:
     yield (
       f"batch_size={config.batch_size}: expected a multiple of "
-      f"data.clips_per_record={per_record}"
+      f"data.clips_per_record={per_record} times "
+      f"data.draws_per_unit={per_unit}"
     )
-  window = config.data.shuffle_window
-  if window and config.data.order != "hashed":
+  if per_unit > 1 and data.sample_by == "record":
     yield (
-      f"data.shuffle_window={window}: expected 0 with "
-      f"data.order={config.data.order}"
+      f"data.draws_per_unit={per_unit}: expected 1 with "
+      "data.sample_by='record'; set data.clips_per_record"
+    )
+  window = data.shuffle_window
+  if window and data.order != "hashed":
+    yield (
+      f"data.shuffle_window={window}: expected 0 with data.order={data.order}"
     )
   for prefix in ("", "dec_"):
     width, heads = (config.model[prefix + k] for k in ("width", "num_heads"))

@@ -166,6 +166,7 @@ class PretrainingCourse(Experiment):
       ],
       [part.weight for part in self.parts],
       seed,
+      self.config.data.draws_per_unit,
     )
 
   def _draws_of(self, part: TrainingData, seed: int) -> Draws:
@@ -185,6 +186,7 @@ class PretrainingCourse(Experiment):
       self.take_clip.longest_clip,
       seed,
       by_subject=settings.sample_by == "subject",
+      draws_per_unit=settings.draws_per_unit,
       **options,
     )
 
@@ -326,6 +328,8 @@ class PretrainingCourse(Experiment):
     batch = f"{self.batch_size} clips"
     if config.data.clips_per_record > 1:
       batch += f", {config.data.clips_per_record} of each record"
+    if config.data.draws_per_unit > 1:
+      batch += f", {config.data.draws_per_unit} draws of each {unit} in a row"
     num_microbatches = self.trainer.num_microbatches
     if num_microbatches > 1:
       batch += (

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import array
 import dataclasses
+import functools
 import io
 import mmap
 import os
@@ -69,6 +70,14 @@ class SegmentIndex:
 
   def __reduce__(self):
     return open_index, (self.path,)
+
+  @functools.cached_property
+  def subjects(self) -> np.ndarray:
+    """(V,), subject of each video."""
+    subjects = np.empty(self.num_videos, _DTYPE)
+    num_videos = np.diff(self.first_videos)
+    subjects[self.videos] = np.repeat(np.arange(len(num_videos)), num_videos)
+    return subjects
 
   @property
   def num_records(self) -> int:

@@ -299,9 +299,11 @@ def test_a_run_by_subject_resumes_exactly(tmp_path):
   }
   data = made_dataset.make(tmp_path / "data", videos)
   options = {"data.path": data, "data.sample_by": "subject"}
+  options["data.draws_per_unit"] = 2
   workdir = tmp_path / "run"
   result = train(workdir, num_steps=4, **options)
   assert "sampled by subject" in result.stdout
+  assert "4 clips, 2 draws of each subject in a row" in result.stdout
   whole = without_step_4(workdir)
   result = train(workdir, num_steps=4, **options)
   assert "resumed from step 3" in result.stdout

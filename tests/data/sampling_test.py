@@ -10,7 +10,12 @@ from concurrent import futures
 import numpy as np
 import pytest
 
-from marlin_jax.data import loader, prepared_dataset, sampling
+from marlin_jax.data import (
+  loader,
+  prepared_dataset,
+  sampling,
+  segment_indexing,
+)
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.data.clips import TakeClip
 from marlin_jax.data.sampling import (
@@ -208,6 +213,68 @@ def test_a_subject_is_drawn_once_per_pass_and_each_of_its_videos_as_often(
     assert 220 < counts[video] < 380  # 300, sd 14
 
 
+def test_draws_of_a_subject_in_a_row_are_of_different_videos(opened):
+  index = opened(
+    Video("ann", [(0, 64)]),
+    Video("", [(0, 64), (1, 64)]),
+    Video("ann", [(0, 64)]),
+    Video("ann", [(0, 64)]),
+  )
+  draws = VideoDraws(
+    described(5, 4), index, CLIP, 0, by_subject=True, draws_per_unit=2
+  )
+  pairs = collections.Counter()
+  for turn in range(300):
+    pair = [draws(2 * turn + member) for member in range(2)]
+    assert pair[0].subject == pair[1].subject
+    videos = [video_of(index, draw) for draw in pair]
+    pairs[tuple(videos)] += 1
+    if videos[0] == 1:  # of nobody else: two clips of one track
+      assert pair[0].records == pair[1].records
+  # Each of the two subjects once per pass, and each pair of videos as often.
+  assert pairs.pop((1, 1)) == 150
+  assert len(pairs) == 6
+  assert min(pairs.values()) > 10  # 25, sd 5
+
+
+def test_draws_of_a_video_in_a_row_are_of_one_track(opened):
+  index = opened(Video("ann", SEGMENTS), Video("", [(0, 64)]))
+  draws = VideoDraws(described(6, 2), index, CLIP, seed=0, draws_per_unit=3)
+  starts = collections.Counter()
+  for turn in range(600):
+    drawn = [draws(3 * turn + member) for member in range(3)]
+    assert len({video_of(index, draw) for draw in drawn}) == 1
+    assert len({draw.subject for draw in drawn}) == 1
+    if drawn[0].records[0] < 5:
+      tracks = {SEGMENTS[draw.records[0]][0] for draw in drawn}
+      assert len(tracks) == 1
+      starts[tracks.pop(), drawn[1].records[0], *drawn[1].starts] += 1
+  # Any start of any track.
+  assert len({track for track, *_ in starts}) == 3
+  assert len(starts) > 60
+  copy = pickle.loads(pickle.dumps(draws))
+  assert repr(copy(1001)) == repr(draws(1001))
+
+
+def test_draws_in_a_row_are_of_one_data_set(opened):
+  index = opened(*[Video("", [(0, 64)])] * 5)
+  parts = [
+    VideoDraws(described(5, 5), index, CLIP, seed, draws_per_unit=2)
+    for seed in range(2)
+  ]
+  draws = MixedDraws(parts, [1, 1], seed=0, draws_per_unit=2)
+  drawn = [draws(position) for position in range(4000)]
+  for first, second in zip(drawn[::2], drawn[1::2], strict=True):
+    assert first.dataset == second.dataset
+    assert first.records == second.records
+  for i, part in enumerate(parts):
+    found = [draw for draw in drawn if draw.dataset == i]
+    expected = [part(position) for position in range(len(found))]
+    assert [d.starts.tolist() for d in found] == [
+      d.starts.tolist() for d in expected
+    ]
+
+
 def test_only_videos_and_tracks_of_the_wanted_quality_are_drawn(opened):
   # ann has tracks of two qualities; bob's video is left out.
   index = opened(
@@ -332,6 +399,30 @@ def counting(tmp_path_factory):
     videos[name] = segments
   path = tmp_path_factory.mktemp("counting") / "dataset"
   return made_dataset.make(path, videos)
+
+
+def test_a_batch_tells_people_apart_over_data_sets(tmp_path):
+  parts = []
+  for name, people in (("one", "aba"), ("two", "ca")):
+    videos = {
+      f"{i}.mp4": [made_dataset.a_record(f"{i}.mp4", subject_id=person)]
+      for i, person in enumerate(people)
+    }
+    path = made_dataset.make(tmp_path / name, videos)
+    dataset = prepared_dataset.open_dataset(str(path), "train")
+    index = segment_indexing.open_index(dataset, tmp_path)
+    parts.append(VideoDraws(dataset, index, Clip(2, 1), seed=0))
+  batches = loader.train_batches(
+    MixedDraws(parts, [1, 1], seed=0),
+    TakeClip(Clip(2, 1), tubelet_size=2),
+    batch_size=40,
+    start_step=0,
+    num_threads=1,
+  )
+  batch = next(batches)
+  found = {*zip(batch["_id"].tolist(), batch["_subject"].tolist(), strict=True)}
+  # A name in two data sets may be of two people.
+  assert found == {(0, 0), (1, 1), (2, 0), (3, 3), (4, 4)}
 
 
 def test_a_clip_goes_on_from_one_record_to_the_next(counting, opened):

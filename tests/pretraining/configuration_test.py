@@ -82,6 +82,14 @@ def test_all_problems_are_reported_together():
       "batch_size=32: expected a multiple of data.clips_per_record=3",
     ),
     ({"data.clips_per_record": 0}, "data.clips_per_record=0: expected at"),
+    (
+      {"data.clips_per_record": 2, "data.draws_per_unit": 3},
+      "data.clips_per_record=2 times data.draws_per_unit=3",
+    ),
+    (
+      {"data.draws_per_unit": 2, "data.sample_by": "record"},
+      "data.draws_per_unit=2: expected 1 with data.sample_by='record'",
+    ),
     ({"data.min_quality": 1.5}, "data.min_quality=1.5: expected 0 <= value"),
     ({"data.min_quality": -0.1}, "data.min_quality=-0.1: expected 0 <= value"),
     ({"mesh.data": 0}, "mesh.data=0"),
