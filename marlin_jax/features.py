@@ -250,7 +250,8 @@ def _parser() -> argparse.ArgumentParser:
     "videos",
     nargs="+",
     metavar="VIDEO_OR_DIR",
-    help="a video, a folder of videos, a manifest of data_prep.prepare, or the "
+    help="a video or picture, a folder of videos (or of pictures, where it has "
+    "no video), a manifest of data_prep.prepare, or the "
     "word sample for three sample videos",
   )
   add(

@@ -458,7 +458,8 @@ def _parser() -> argparse.ArgumentParser:
     "videos",
     nargs="*",
     metavar="VIDEO_OR_DIR",
-    help="a video, a folder of videos, or a manifest of data_prep.prepare",
+    help="a video or picture, a folder of videos (or of pictures, where it has "
+    "no video), or a manifest of data_prep.prepare",
   )
   add(
     "--model",
