@@ -31,6 +31,10 @@ def get_config():
   config.num_epochs = 2000.0
   # Length of the run in steps; 0 if num_epochs is set.
   config.num_steps = 0
+  # Earlier stages on smaller clips, 'STEPS: KEY=VALUE, KEY=VALUE; STEPS: ...',
+  # with the keys data.num_frames, data.frame_size and mask.ratio; the last
+  # stage has the values of this file. '': one stage. docs/TRAINING.md.
+  config.curriculum = ""
 
   config.data = ConfigDict()
   # Folder written by data_prep.prepare, local or gs://. 'sample' is a tiny real

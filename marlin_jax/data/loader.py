@@ -98,10 +98,11 @@ def train_batches(
   start_step: int,
   num_threads: int,
   num_workers: int = 0,
+  num_batches: int | None = None,
   rows: Sequence[int] | None = None,
   bad: BadRecords | None = None,
 ) -> Iterator[Batch]:
-  """Yields this process's rows of every global batch, endlessly.
+  """Yields this process's rows of every global batch.
 
   Reading starts at once. It ends when the iterator is forgotten.
 
@@ -114,6 +115,7 @@ def train_batches(
     start_step: steps already taken.
     num_threads: reader threads, in this process or in each worker.
     num_workers: worker processes; 0: threads of this process read.
+    num_batches: batches to yield; None: no end.
     rows: rows of this process, from `own_rows`; None: all.
     bad: list for unreadable records, which are then replaced by other records;
       None: the first unreadable record raises.
@@ -134,7 +136,11 @@ def train_batches(
     bad=bad,
   )
   batches = Prefetcher(
-    source, start_step, num_threads=num_threads, num_workers=num_workers
+    source,
+    start_step,
+    num_threads=num_threads,
+    num_workers=num_workers,
+    num_batches=num_batches,
   )
   if source.own is None:
     return batches

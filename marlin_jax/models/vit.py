@@ -111,6 +111,31 @@ def position_table(num_tokens: int, width: int) -> Fixed:
   return Fixed(jnp.asarray(sincos_positions(num_tokens, width)))
 
 
+def positions_at(
+  table: jax.Array, grid: tuple[int, int, int], new: tuple[int, int, int]
+) -> jax.Array:
+  """Returns a position table for clips of another token grid.
+
+  A token keeps its place in time and in the picture. Along t these are the
+  first rows. Along h and w the table is interpolated linearly between the
+  centres of patches, as is usual for tables of vision transformers (Dosovitskiy
+  et al. 2021, section 3.2).
+
+  Args:
+    table: (N, D).
+    grid: tokens of the table along t, h and w.
+    new: tokens of the clips along t, h and w; not more along t.
+
+  Returns:
+    (N', D).
+  """
+  table = table.reshape(*grid, -1)[: new[0]]
+  if new[1:] != grid[1:]:
+    shape = *new, table.shape[-1]
+    table = jax.image.resize(table, shape, "linear", antialias=False)
+  return table.reshape(-1, table.shape[-1])
+
+
 def layer_norm(
   width: int, rngs: nnx.Rngs, eps: float = NORM_EPS
 ) -> nnx.LayerNorm:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +21,14 @@ from marlin_jax.devices import chips, sharding
 from marlin_jax.models import softmax_attention, vit
 from marlin_jax.models.discriminator import Discriminator
 from marlin_jax.models.mae import MAE
-from marlin_jax.pretraining import memory, optimizer, train_step
+from marlin_jax.pretraining import (
+  configuration,
+  memory,
+  optimizer,
+  train_step,
+)
 from marlin_jax.pretraining.pretext_task import PretextTask
-from marlin_jax.weights.architecture import Architecture
+from marlin_jax.weights.architecture import POSITIONS, Architecture
 
 
 class Experiment:
@@ -196,6 +203,14 @@ class Experiment:
       has_ema=bool(self.config.ema_decay),
     )
 
+  @property
+  def num_microbatches(self) -> int:
+    """Microbatches of a batch, see `train_step.Trainer`."""
+    return memory.num_microbatches(
+      self.batch_size // sharding.num_shards(self.mesh),
+      self.config.clips_per_device or self.clips_that_fit,
+    )
+
   # --- Training step ----------------------------------------------------------
 
   @functools.cached_property
@@ -217,10 +232,7 @@ class Experiment:
       ema_decay=config.ema_decay,
       ema_warmup=config.ema_warmup,
       decoder_ratio=config.mask.decoder_ratio,
-      num_microbatches=memory.num_microbatches(
-        self.batch_size // sharding.num_shards(mesh),
-        config.clips_per_device or self.clips_that_fit,
-      ),
+      num_microbatches=self.num_microbatches,
       placement=(
         sharding.MeshPlacement(mesh, config.dtype, config.float32_sums)
         if mesh.size > 1
@@ -277,10 +289,92 @@ class Experiment:
       lambda x, where: struct(x.shape, x.dtype, where), self.shapes, shardings
     )
     return jax.jit(
-      functools.partial(train_step.train_step, self.trainer),
+      self._step,
       donate_argnums=0,
       out_shardings=(shardings, replicated),
     ).lower(state, batch, struct(rng.shape, rng.dtype, replicated))
+
+  @property
+  def _step(self) -> Callable[..., tuple[train_step.TrainState, dict]]:
+    """The step: (state, batch, rng) -> (new state, scalars)."""
+    return functools.partial(train_step.train_step, self.trainer)
+
+  # --- Curriculum -------------------------------------------------------------
+
+  @functools.cached_property
+  def by_stage(self) -> list[Experiment]:
+    """The experiment at each stage of the curriculum; itself without one."""
+    stages = configuration.stages(self.config)
+    if len(stages) == 1:
+      return [self]
+    starts = itertools.accumulate((s.num_steps for s in stages), initial=0)
+    return [
+      Stage(self, stage.config, start)
+      for stage, start in zip(stages, starts, strict=False)
+    ]
+
+
+class Stage(Experiment):
+  """A stage of an experiment: other sizes of clips, other masking ratio.
+
+  Networks, optimisers and state are those of the experiment. A token keeps its
+  place in time and in the picture, see `vit.positions_at`.
+
+  Attributes:
+    num_earlier: steps of the run before the stage.
+
+  The other attributes are those of `Experiment`.
+  """
+
+  def __init__(self, whole: Experiment, config: ConfigDict, num_earlier: int):
+    """Builds nothing yet.
+
+    Args:
+      whole: the experiment.
+      config: its configuration with the sizes of the stage.
+      num_earlier: steps of the run before the stage.
+    """
+    super().__init__(config, whole.num_steps, whole.mesh, whole._device_bytes)
+    self._whole, self.num_earlier = whole, num_earlier
+
+  @functools.cached_property
+  def trainer(self) -> train_step.Trainer:
+    """The experiment's, with the task of the stage."""
+    return dataclasses.replace(
+      self._whole.trainer,
+      task=self.task,
+      num_microbatches=self.num_microbatches,
+    )
+
+  @property
+  def shapes(self) -> train_step.TrainState:
+    return self._whole.shapes
+
+  @property
+  def layout(self) -> sharding.Layout:
+    return self._whole.layout
+
+  @property
+  def _step(self) -> Callable[..., tuple[train_step.TrainState, dict]]:
+    grids = (self._whole.task.tubelets.grid, self.task.tubelets.grid)
+
+    def at_grid(path, table):
+      name = jax.tree_util.keystr(path, simple=True, separator=".")
+      return vit.positions_at(table, *grids) if name in POSITIONS else table
+
+    def step(state, batch, rng):
+      # Steps of another stage say nothing about a spike.
+      is_first = state.step == self.num_earlier
+      recent = jax.tree.map(
+        lambda x: jnp.where(is_first, jnp.zeros_like(x), x), state.recent
+      )
+      tables = jax.tree_util.tree_map_with_path(at_grid, state.fixed)
+      new, scalars = train_step.train_step(
+        self.trainer, state.replace(fixed=tables, recent=recent), batch, rng
+      )
+      return new.replace(fixed=state.fixed), scalars
+
+    return step
 
 
 def lay_out(architecture: Architecture, mesh: Mesh, shapes) -> sharding.Layout:

@@ -25,9 +25,11 @@ from marlin_jax.training.configuration import (
   fixed,
   fixed_values,
   free,
+  get,
   one_of,
   refuse,
   training_violations,
+  violations,
 )
 
 # masking.Masking describes each.
@@ -49,6 +51,7 @@ KEYS = TRAINING_KEYS | {
   # A checkpoint records the number of steps that follows from the two.
   "num_epochs": free(at_least(0)),
   "num_steps": fixed(at_least(0)),
+  "curriculum": fixed(before=""),
   # A checkpoint records the data set's fingerprint instead of its path.
   "data.path": free(),
   "data.split": fixed(),
@@ -190,6 +193,88 @@ def data_sets(config: ConfigDict) -> list[DataSet]:
   return found
 
 
+class Stage(NamedTuple):
+  """A stage of `curriculum`: steps on clips of one size.
+
+  Attributes:
+    num_steps: its steps; 0 for the last stage, which takes the others.
+    config: the configuration with the sizes of the stage and no curriculum.
+  """
+
+  num_steps: int
+  config: ConfigDict
+
+
+# Keys that a stage may change, and how its values are written.
+STAGE_KEYS = {
+  "data.num_frames": int,
+  "data.frame_size": int,
+  "mask.ratio": float,
+}
+# Sizes whose largest value is that of the last stage.
+_NETWORK_SIZES = ("data.num_frames", "data.frame_size")
+
+
+def stages(config: ConfigDict) -> list[Stage]:
+  """Returns the stages: STEPS: KEY=VALUE, KEY=VALUE; STEPS: ...
+
+  The last one has the sizes of the configuration itself, and is the only one
+  if `curriculum` is ''.
+
+  Raises:
+    ValueError: `curriculum` has another form.
+  """
+  found = []
+  for text in filter(None, map(str.strip, config.curriculum.split(";"))):
+    steps, colon, sizes = text.partition(":")
+    num_steps = _parsed(int, steps, "a number of steps")
+    if not colon or num_steps < 1:
+      raise ValueError(f"{text!r} does not begin with a number of steps")
+    values: dict[str, Any] = {"curriculum": ""}
+    for assignment in sizes.split(","):
+      key, _, value = map(str.strip, assignment.partition("="))
+      if key not in STAGE_KEYS:
+        raise ValueError(f"{key!r} is not a key of a stage")
+      if key in values:
+        raise ValueError(f"{text!r} has {key} twice")
+      values[key] = _parsed(STAGE_KEYS[key], value, f"a value of {key}")
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict(values)
+    found.append(Stage(num_steps, changed))
+  return [*found, Stage(0, config)]
+
+
+def _parsed(kind: type, text: str, expected: str) -> Any:
+  try:
+    return kind(text)
+  except ValueError:
+    raise ValueError(f"{text.strip()!r} is not {expected}") from None
+
+
+def check_curriculum(config: ConfigDict, num_steps: int) -> None:
+  """Refuses a curriculum that leaves no steps for the last stage.
+
+  Args:
+    config: a valid configuration.
+    num_steps: steps of the whole run.
+
+  Raises:
+    ConfigError: it does.
+  """
+  if config.curriculum:
+    refuse(_length_problems(stages(config), num_steps))
+
+
+def _length_problems(stages: list[Stage], num_steps: int) -> Iterator[str]:
+  taken = sum(stage.num_steps for stage in stages)
+  if taken >= num_steps:
+    yield (
+      f"curriculum: its stages take {taken} steps, and the run has "
+      f"{num_steps}: expected fewer, so that steps with the run's own sizes "
+      "follow; or curriculum=''"
+    )
+
+
 def identity(
   config: ConfigDict, fingerprint: str, num_steps: int
 ) -> dict[str, Any]:
@@ -256,6 +341,7 @@ def _problems(config: ConfigDict) -> Iterator[str]:
     )
   yield from _probe_problems(config.probe)
   yield from _mask_problems(config)
+  yield from _curriculum_problems(config)
 
 
 def _schedule_problems(settings: ConfigDict) -> Iterator[str]:
@@ -321,3 +407,30 @@ def _mask_problems(config: ConfigDict) -> Iterator[str]:
       f"mask.ratio={ratio}: leaves nothing visible of {num_tokens} tokens; "
       f"expected at most {highest:.4f}"
     )
+
+
+def _curriculum_problems(config: ConfigDict) -> Iterator[str]:
+  try:
+    found = stages(config)
+  except ValueError as e:
+    yield (
+      f"curriculum={config.curriculum!r}: {e}; expected '' or "
+      "'STEPS: KEY=VALUE, KEY=VALUE; STEPS: KEY=VALUE', with the keys "
+      f"{', '.join(STAGE_KEYS)}"
+    )
+    return
+  rules = {key: KEYS[key] for key in STAGE_KEYS}
+  known = {*_mask_problems(config)}
+  for i, stage in enumerate(found[:-1]):
+    problems = [*violations(stage.config, rules)] or [
+      *(p for p in _mask_problems(stage.config) if p not in known),
+      *(
+        f"{key}={get(stage.config, key)}: expected at most {get(config, key)}, "
+        "the run's own, which is that of the last stage"
+        for key in _NETWORK_SIZES
+        if get(stage.config, key) > get(config, key)
+      ),
+    ]
+    yield from (f"curriculum, stage {i + 1}: {problem}" for problem in problems)
+  if len(found) > 1 and config.num_steps > 0:
+    yield from _length_problems(found, config.num_steps)

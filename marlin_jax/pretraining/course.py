@@ -24,6 +24,7 @@ from marlin_jax.data import (
   sampling,
   segment_indexing,
 )
+from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.data.sampling import Draws
 from marlin_jax.devices import chips, distributed, sharding
@@ -32,6 +33,7 @@ from marlin_jax.pretraining.build import Experiment, count
 from marlin_jax.pretraining.train_step import Trainer, TrainState
 from marlin_jax.records import cli
 from marlin_jax.records.segment_index import SegmentIndex
+from marlin_jax.training import loop
 from marlin_jax.training.configuration import check_attention
 from marlin_jax.weights import formats
 
@@ -135,6 +137,8 @@ class PretrainingCourse(Experiment):
 
     Raises:
       MeshError: the configuration does not fit the number of devices.
+      ConfigError: the attention does not run there, or the stages of the
+        curriculum are longer than the run.
     """
     # The smallest of all processes, so that they split a batch alike.
     device_bytes = distributed.smallest(
@@ -147,6 +151,7 @@ class PretrainingCourse(Experiment):
     self.num_steps = config.num_steps or math.ceil(
       config.num_epochs * self.draws.clips_per_epoch / config.batch_size
     )
+    configuration.check_curriculum(config, self.num_steps)
 
   @functools.cached_property
   def mesh(self) -> Mesh:
@@ -156,12 +161,16 @@ class PretrainingCourse(Experiment):
   @functools.cached_property
   def draws(self) -> Draws:
     """Clips of the training data by their place in the run."""
+    return self._draws(self.take_clip.longest_clip)
+
+  def _draws(self, clip: Clip) -> Draws:
+    """Returns the draws of clips of a length, in the same order for any."""
     seed = self.config.seed
     if len(self.parts) == 1:
-      return self._draws_of(self.parts[0], seed)
+      return self._draws_of(self.parts[0], clip, seed)
     return sampling.MixedDraws(
       [
-        self._draws_of(part, sampling.part_seed(seed, i))
+        self._draws_of(part, clip, sampling.part_seed(seed, i))
         for i, part in enumerate(self.parts)
       ],
       [part.weight for part in self.parts],
@@ -169,7 +178,7 @@ class PretrainingCourse(Experiment):
       self.config.data.draws_per_unit,
     )
 
-  def _draws_of(self, part: TrainingData, seed: int) -> Draws:
+  def _draws_of(self, part: TrainingData, clip: Clip, seed: int) -> Draws:
     settings = self.config.data
     order = sampling.ORDERS[settings.order]
     if settings.shuffle_window:
@@ -183,7 +192,7 @@ class PretrainingCourse(Experiment):
     return sampling.VideoDraws(
       part.dataset,
       part.index,
-      self.take_clip.longest_clip,
+      clip,
       seed,
       by_subject=settings.sample_by == "subject",
       draws_per_unit=settings.draws_per_unit,
@@ -225,12 +234,36 @@ class PretrainingCourse(Experiment):
     content = [(part.dataset.fingerprint, part.weight) for part in self.parts]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-  @property
-  def peak_clips_per_sec(self) -> float | None:
-    return flops.peak_clips_per_sec(
-      flops.training_step(self.architecture, self.trainer, self.batch_size),
-      self.mesh,
-      self.config.dtype,
+  @functools.cached_property
+  def stages(self) -> list[loop.Stage]:
+    """Stages of the curriculum; without one, the run is a single stage."""
+    ends = [*(later.num_earlier for later in self.by_stage[1:]), self.num_steps]
+    return [
+      self._stage(experiment, last_step, f"stage {i + 1} of {len(ends)}")
+      for i, (experiment, last_step) in enumerate(
+        zip(self.by_stage, ends, strict=True)
+      )
+    ]
+
+  def _stage(
+    self, experiment: Experiment, last_step: int, name: str
+  ) -> loop.Stage:
+    arithmetic = _flops_of(experiment)
+    return loop.Stage(
+      last_step=last_step,
+      draws=(
+        self.draws
+        if experiment is self
+        else self._draws(experiment.take_clip.longest_clip)
+      ),
+      take_clip=experiment.take_clip,
+      make_step=functools.partial(self._make_step, experiment, name),
+      name="" if experiment is self else name,
+      summary=_clips_of(experiment),
+      arithmetic=arithmetic,
+      peak_clips_per_sec=flops.peak_clips_per_sec(
+        arithmetic, self.mesh, self.config.dtype
+      ),
     )
 
   def first_state(self) -> TrainState:
@@ -252,16 +285,17 @@ class PretrainingCourse(Experiment):
         print("\nnote: ".join([f"starts from {weights.source}", *notices]))
     return state
 
-  def make_step(self):
+  def _make_step(self, experiment: Experiment, name: str):
     """Returns the compiled step: (state, batch) -> (state, scalars)."""
     make_key = functools.partial(jax.random.key, self.config.seed)
     everywhere = sharding.replicated(self.mesh)
     rng = jax.jit(make_key, out_shardings=everywhere)()
     start = time.monotonic()
-    step = self.lower_step().compile()
+    step = experiment.lower_step().compile()
     if jax.process_index() == 0:
       secs = time.monotonic() - start
-      print(f"compiled the step in {secs:.1f} s", flush=True)
+      of_stage = "" if experiment is self else f" of {name}"
+      print(f"compiled the step{of_stage} in {secs:.1f} s", flush=True)
     return lambda state, batch: step(state, batch, rng)
 
   def _describe_part(self, part: TrainingData) -> cli.Row:
@@ -346,5 +380,39 @@ class PretrainingCourse(Experiment):
       ),
       devices,
       cli.Row("batch", batch),
-      cli.Row("steps", f"{self.num_steps}"),
+      self._describe_steps(),
     ]
+
+  def _describe_steps(self) -> cli.Row:
+    row = cli.Row("steps", f"{self.num_steps}")
+    if len(self.stages) > 1:
+      full = self.stages[-1].arithmetic
+      for stage in self.stages:
+        row.notes.append(
+          f"{stage.name}, to step {stage.last_step}: {stage.summary}, "
+          f"{stage.arithmetic / 1e9:.1f} GFLOP per clip "
+          f"({stage.arithmetic / full:.0%} of the last)"
+        )
+      share = loop.work(self.stages, self.num_steps) / (full * self.num_steps)
+      row.notes.append(
+        f"all stages: {share:.0%} of the arithmetic of {self.num_steps} steps "
+        "of the last; its clips and masks are evaluated throughout"
+      )
+    return row
+
+
+def _flops_of(experiment: Experiment) -> float:
+  """Returns the FLOPs per clip of a step."""
+  return flops.training_step(
+    experiment.architecture, experiment.trainer, experiment.batch_size
+  )
+
+
+def _clips_of(experiment: Experiment) -> str:
+  """Describes the clips of a stage in the words of the configuration."""
+  sizes = experiment.architecture
+  masking = experiment.task.masking
+  return (
+    f"{sizes.num_frames} frames of {sizes.image_size} pixels, "
+    f"{masking.num_visible} of {masking.num_tokens} tokens visible"
+  )

@@ -8,8 +8,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from marlin_jax.models import stacking
-from marlin_jax.models.vit import NORM_EPS
+from marlin_jax.models import stacking, vit
 from marlin_jax.pretraining.train_step import TrainState
 from marlin_jax.weights.architecture import (
   CONFIG_KEYS,
@@ -46,7 +45,7 @@ def apply(
   Raises:
     WeightsError: the sizes of the networks differ; lists the config keys.
   """
-  notices = eps_notice(weights.architecture, NORM_EPS, "a run")
+  notices = eps_notice(weights.architecture, vit.NORM_EPS, "a run")
   weights, input_notices = _with_input_of(weights, ours)
   notices += input_notices
   _check_sizes(weights, ours)
@@ -107,24 +106,17 @@ def _with_input_of(
 def _at_frame_size(
   weights: Weights, ours: Architecture
 ) -> tuple[Weights, list[str]]:
-  """Interpolates the position tables if frames have another size.
-
-  Linear in h and w, between the centres of patches, as is usual for tables of
-  vision transformers (Dosovitskiy et al. 2021, section 3.2).
-  """
+  """Interpolates the position tables if frames have another size."""
   theirs = weights.architecture
   if theirs.image_size == ours.image_size:
     return weights, []
   adapted = dataclasses.replace(theirs, image_size=ours.image_size)
   tables = {
     name: np.asarray(
-      jax.image.resize(
-        weights.arrays[name].reshape(*theirs.tubelets.grid, -1),
-        (*adapted.tubelets.grid, weights.arrays[name].shape[-1]),
-        "linear",
-        antialias=False,
+      vit.positions_at(
+        weights.arrays[name], theirs.tubelets.grid, adapted.tubelets.grid
       )
-    ).reshape(adapted.tubelets.num_tokens, -1)
+    )
     for name in POSITIONS
     if name in weights.arrays
   }

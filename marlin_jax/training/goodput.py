@@ -31,6 +31,7 @@ import datetime
 import functools
 import json
 import math
+import operator
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -67,7 +68,6 @@ class Timer:
     *,
     clips_per_step: int,
     carried: dict[str, float] | None = None,
-    peak_clips_per_sec: float | None = None,
     age_secs: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
     watch: Callable[[Any], futures.Future] | None = None,
@@ -77,7 +77,6 @@ class Timer:
     Args:
       clips_per_step: clips of the whole batch.
       carried: seconds of earlier processes, from `carried_over`.
-      peak_clips_per_sec: rate at a model FLOPs utilisation of 1; None: unknown.
       age_secs: age of this process; None: `process_age_secs`.
       clock: returns seconds.
       watch: maps the result of a step to a future of the time at which it is
@@ -85,7 +84,7 @@ class Timer:
     """
     self._clips_per_step = clips_per_step
     self._carried = carried or {}
-    self._peak = peak_clips_per_sec
+    self._peak: float | None = None
     self._clock = clock
     if watch is None:
       thread = futures.ThreadPoolExecutor(1, "marlin_jax_step")
@@ -98,7 +97,7 @@ class Timer:
     self._until = clock() - age_secs
     self._running: collections.deque[futures.Future] = collections.deque()
     self._num_steps = 0
-    self._last_read = (0.0, 0.0)
+    self._last_read = self._stage_begin = (0, 0.0, 0.0)
 
   def enter(self, kind: str) -> None:
     """Assigns the time from now on to a kind, except inside `on`."""
@@ -141,24 +140,45 @@ class Timer:
     if self._running:
       self._running[-1].result()
 
+  def begin_stage(self, peak_clips_per_sec: float | None) -> None:
+    """Begins a stage of the run; call it when all steps are done.
+
+    Args:
+      peak_clips_per_sec: rate at a model FLOPs utilisation of 1; None: unknown.
+    """
+    self._assign(self._kind, self._clock())
+    self._peak = peak_clips_per_sec
+    self._stage_begin = self._now()
+
   def read(self) -> dict[str, float]:
     """Returns rates since the last call and sums over the run, as metrics.
 
     Call it when all steps are done.
     """
     totals = self.totals()
-    step, data = self._own["step"], self._own["data"]
-    waited = data - self._last_read[1]
-    secs = step - self._last_read[0] + waited
+    rates = self._rates(self._last_read)
+    self._last_read = self._now()
+    return rates | totals
+
+  def stage_rates(self) -> dict[str, float]:
+    """Returns rates since `begin_stage`; call it when all steps are done."""
+    self._assign(self._kind, self._clock())
+    return self._rates(self._stage_begin)
+
+  def _now(self) -> tuple[int, float, float]:
+    return self._num_steps, self._own["step"], self._own["data"]
+
+  def _rates(self, since: tuple[int, float, float]) -> dict[str, float]:
+    num_steps, step, waited = map(operator.sub, self._now(), since)
+    secs = step + waited
     rates = {
-      "time/step_secs": secs / self._num_steps,
-      "time/clips_per_sec": self._clips_per_step * self._num_steps / secs,
+      "time/step_secs": secs / num_steps,
+      "time/clips_per_sec": self._clips_per_step * num_steps / secs,
       "time/data_wait_ratio": waited / secs,
     }
     if self._peak:
       rates["time/mfu"] = rates["time/clips_per_sec"] / self._peak
-    self._last_read, self._num_steps = (step, data), 0
-    return rates | totals
+    return rates
 
   def totals(self) -> dict[str, float]:
     """Returns sums over all processes of the run, as metrics."""

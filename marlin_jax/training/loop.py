@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import math
 import signal
 import sys
@@ -44,13 +46,49 @@ State = Any
 Scalars = dict[str, jax.Array]
 
 
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """Consecutive steps of a run that take clips of one size.
+
+  Attributes:
+    last_step: number of its last step, from 1.
+    draws: clips of the training split by their place in the run. The data sets
+      are those of all stages.
+    take_clip: turns records into clips; see `loader.train_batches`.
+    make_step: compiles the training step, (state, batch) -> (new state,
+      scalars). The step may donate the old state's memory. The scalars include
+      `num_skipped`, the number of updates not applied so far.
+    name: such as 'stage 1 of 3'; '': the run is a single stage.
+    summary: describes its clips.
+    arithmetic: of one step, in a unit that all stages share.
+    peak_clips_per_sec: rate at a model FLOPs utilisation of 1; None: unknown.
+  """
+
+  last_step: int
+  draws: Draws
+  take_clip: ClipTaker
+  make_step: Callable[[], Callable[[State, dict], tuple[State, Scalars]]]
+  name: str = ""
+  summary: str = ""
+  arithmetic: float = 1.0
+  peak_clips_per_sec: float | None = None
+
+
+def work(stages: Sequence[Stage], step: int) -> float:
+  """Returns the arithmetic of the steps up to `step`, see `Stage`."""
+  total, done = 0.0, 0
+  for stage in stages:
+    num_steps = max(min(stage.last_step, step) - done, 0)
+    total, done = total + stage.arithmetic * num_steps, stage.last_step
+  return total
+
+
 class Course(Protocol):
   """Network, data and training step of a run.
 
   Attributes:
     config: configuration of the run; see configs/pretrain_b.py.
-    draws: clips of the training split by their place in the run.
-    take_clip: turns records into clips; see `loader.train_batches`.
+    stages: stages of the run; the last ends with its last step.
     fields: keys of a batch that the training step gets.
     batch_size: clips per step over all devices.
     num_steps: steps of the whole run.
@@ -59,12 +97,10 @@ class Course(Protocol):
     shardings: sharding of each array of the state.
     identity: flat dict of JSON values, saved with each checkpoint; a run
       resumes only if its values are the same.
-    peak_clips_per_sec: rate at a model FLOPs utilisation of 1; None: unknown.
   """
 
   config: ConfigDict
-  draws: Draws
-  take_clip: ClipTaker
+  stages: Sequence[Stage]
   fields: tuple[str, ...]
   batch_size: int
   num_steps: int
@@ -72,20 +108,12 @@ class Course(Protocol):
   shapes: State
   shardings: Any
   identity: dict[str, Any]
-  peak_clips_per_sec: float | None
 
   def describe(self) -> list[cli.Row]:
     """Returns the rows that are printed when the run starts."""
 
   def first_state(self) -> State:
     """Returns the state before the first step, on the devices."""
-
-  def make_step(self) -> Callable[[State, dict], tuple[State, Scalars]]:
-    """Returns the training step: (state, batch) -> (new state, scalars).
-
-    The step may donate the old state's memory. The scalars include
-    `num_skipped`, the number of updates not applied so far.
-    """
 
   def learning_rates(self, state: State) -> dict[str, float]:
     """Returns the learning rates to log under 'train/', by name.
@@ -222,7 +250,7 @@ def train(
     print(cli.format_rows(rows), flush=True)
   num_values = sum(math.prod(x.shape) for x in jax.tree.leaves(course.shapes))
   watchdog.alive("opening the workdir and checking its checkpoints")
-  datasets = course.draws.datasets
+  datasets = course.stages[0].draws.datasets
   with Workdir(path, config, datasets, num_values) as workdir:
     # --- State ----------------------------------------------------------------
     start_step, checkpoints = workdir.start_step, workdir.checkpoints
@@ -239,14 +267,16 @@ def train(
     before_save = [e for e in evaluations if e.before_save]
     after_save = [e for e in evaluations if not e.before_save]
     timer = goodput.Timer(
-      clips_per_step=course.batch_size,
-      peak_clips_per_sec=course.peak_clips_per_sec,
-      carried=workdir.earlier_secs(),
+      clips_per_step=course.batch_size, carried=workdir.earlier_secs()
     )
-    batches = _batches(course, workdir)
-    watchdog.alive("compiling the step")
-    with timer.on("compile"):
-      take_step = course.make_step()
+    stages = [s for s in course.stages if s.last_step > start_step]
+    batches = _batches(course, stages, workdir)
+    # All of them now: one that does not fit in memory is found at once.
+    take_steps = []
+    for stage in stages:
+      watchdog.alive(f"compiling the step{stage.name and f' of {stage.name}'}")
+      with timer.on("compile"):
+        take_steps.append(stage.make_step())
 
     # --- Output ---------------------------------------------------------------
     writer = metrics.MetricWriter(
@@ -255,7 +285,11 @@ def train(
       ),
       config.trackers,
     )
-    progress = metrics.Progress(course.num_steps, start=start_step)
+    progress = metrics.Progress(
+      course.num_steps,
+      start=start_step,
+      work=functools.partial(work, course.stages),
+    )
     skipped = skipped_steps.SkippedSteps(
       datasets,
       max_in_row=config.max_skipped_steps,
@@ -282,6 +316,7 @@ def train(
 
     # --- Loop -----------------------------------------------------------------
     signum = None
+    stage, to_come = None, iter(zip(stages, take_steps, strict=True))
     requests = distributed.Requests(course.mesh)
     save_timer = SaveTimer(config.checkpoint_minutes)
     best = BestMetric(
@@ -292,6 +327,11 @@ def train(
       with StopSignal() as stop, profiles:
         for step in range(start_step + 1, course.num_steps + 1):
           watchdog.alive(f"step {step}")
+          if stage is None or step > stage.last_step:
+            stage, take_step = next(to_come)
+            timer.begin_stage(stage.peak_clips_per_sec)
+            if stage.name:
+              progress.say(f"{stage.name}: {stage.summary}")
           with timer.on("data"):
             batch = next(batches)
           with profiles.step(step):
@@ -316,7 +356,10 @@ def train(
           # On a small machine the second log may be an hour away: log the first
           # step too.
           is_first = step == start_step + 1
-          if is_last or is_first or step % config.log_steps == 0:
+          # Rates of two stages are not mixed.
+          ends_stage = step == stage.last_step
+          is_logged = is_first or is_last or ends_stage
+          if is_logged or step % config.log_steps == 0:
             report_skipped()
             row = {
               f"train/{k}": float(v)
@@ -326,9 +369,20 @@ def train(
             }
             for name, rate in course.learning_rates(state).items():
               row[f"train/{name}"] = rate
+            if stage.name:
+              row["train/stage"] = course.stages.index(stage) + 1
             row |= timer.read()
             writer.write(step, row)
             progress.report(step, row)
+          if ends_stage and stage.name:
+            rates = timer.stage_rates()
+            details = {"stage": stage.name, "clips": stage.summary} | {
+              name.removeprefix("time/"): rate for name, rate in rates.items()
+            }
+            writer.event("stage", step, **details)
+            progress.say(
+              f"{stage.name} ends with step {step}: {metrics.rates_text(rates)}"
+            )
 
           found = {}
           for every, evaluator, _ in before_save:
@@ -391,22 +445,36 @@ def _reading(config: ConfigDict) -> loader.Reading:
   return loader.reading(config.data.num_workers, config.data.num_threads)
 
 
-def _batches(course: Course, workdir: Workdir):
-  """Yields the batches of the remaining steps, on the devices."""
-  config = course.config
+def _batches(course: Course, stages: Sequence[Stage], workdir: Workdir):
+  """Yields the batches of the remaining steps, on the devices.
+
+  Args:
+    course: the course.
+    stages: its remaining stages.
+    workdir: the workdir.
+  """
   split = sharding.batch_sharding(course.mesh)
-  return loader.to_devices(
-    loader.train_batches(
-      course.draws,
-      course.take_clip,
+
+  def read(stage: Stage, start_step: int):
+    return loader.train_batches(
+      stage.draws,
+      stage.take_clip,
       batch_size=course.batch_size,
-      start_step=workdir.start_step,
-      **_reading(config)._asdict(),
+      start_step=start_step,
+      **_reading(course.config)._asdict(),
+      num_batches=stage.last_step - start_step,
       rows=loader.own_rows(split, course.batch_size),
       bad=workdir.bad_records,
-    ),
-    split,
+    )
+
+  # Reading starts now, and that of a later stage when the one before has ended.
+  first = (read(stage, workdir.start_step) for stage in stages[:1])
+  later = (
+    read(stage, before.last_step)
+    for before, stage in itertools.pairwise(stages)
   )
+  chained = itertools.chain(*first, itertools.chain.from_iterable(later))
+  return loader.to_devices(chained, split)
 
 
 def _write(

@@ -299,31 +299,53 @@ def _step_of(line: str) -> float:
     return float("inf")  # the half-written last line of a killed run
 
 
+def rates_text(scalars: Mapping[str, float]) -> str:
+  """Describes the rates among metrics, those of `goodput.Timer.read`."""
+  rates = [f"{scalars['time/clips_per_sec']:.1f} clips/s"]
+  if "time/mfu" in scalars:
+    rates.append(f"MFU {scalars['time/mfu']:.1%}")
+  rates.append(f"data wait {scalars['time/data_wait_ratio']:.1%}")
+  return ", ".join(rates)
+
+
 class Progress:
   """Progress of a run, printed by process 0.
 
   A bar with the remaining time on a terminal; in a log file a line per report.
   """
 
-  def __init__(self, total: int, *, start: int):
-    """Shows `start` of `total` steps."""
-    self._total = total
+  def __init__(
+    self, total: int, *, start: int, work: Callable[[int], float] = float
+  ):
+    """Shows `start` of `total` steps.
+
+    Args:
+      total: steps of the run.
+      start: steps already taken.
+      work: maps a number of steps to what they cost, in any unit: the remaining
+        time and the length of the bar are in proportion to it.
+    """
+    self._total, self._step, self._work = total, start, work
     self._prints = jax.process_index() == 0
     self._bar = tqdm(
-      total=total,
-      initial=start,
-      unit="step",
+      total=work(total),
+      initial=work(start),
       dynamic_ncols=True,
       # Shows every step: on small machines they are slow.
       mininterval=0.5,
       disable=not (self._prints and sys.stderr.isatty()),
-      bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
+      bar_format="{percentage:3.0f}%|{bar}| {desc}"
       "[{elapsed}<{remaining}{postfix}]",
     )
 
   def step(self) -> None:
     """Advances by a step."""
-    self._bar.update()
+    self._step += 1
+    self._bar.set_description_str(f"{self._step}/{self._total} ", refresh=False)
+    self._bar.update(self._cost(self._step))
+
+  def _cost(self, step: int) -> float:
+    return self._work(step) - self._work(step - 1)
 
   def report(self, step: int, scalars: dict[str, float]) -> None:
     """Shows the losses and rates among a step's metrics."""
@@ -332,16 +354,13 @@ class Progress:
       for name, value in scalars.items()
       if name.startswith("train/loss_")
     ]
-    rates = [f"{scalars['time/clips_per_sec']:.1f} clips/s"]
-    if "time/mfu" in scalars:
-      rates.append(f"MFU {scalars['time/mfu']:.1%}")
-    rates.append(f"data wait {scalars['time/data_wait_ratio']:.1%}")
-    text = ", ".join(losses + rates)
+    text = ", ".join([*losses, rates_text(scalars)])
     if not self._bar.disable:
       # A terminal cuts off the end of a long line.
       self._bar.set_postfix_str(text.replace("loss_", ""))
       return
-    remaining = (self._total - step) * scalars["time/step_secs"]
+    steps = (self._work(self._total) - self._work(step)) / self._cost(step)
+    remaining = steps * scalars["time/step_secs"]
     self.say(
       f"step {step}/{self._total}: {text}, "
       f"ETA {tqdm.format_interval(remaining)}"

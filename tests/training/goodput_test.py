@@ -145,8 +145,9 @@ def test_saving_beside_a_running_step_costs_only_what_it_outlasts():
 
 
 def test_rates_leave_out_what_is_neither_step_nor_data():
-  loop = Loop(peak_clips_per_sec=20.0)
+  loop = Loop()
   loop.timer.enter("step")
+  loop.timer.begin_stage(20.0)
   for _ in range(2):
     loop.step(fetch=1, device=4)
     loop.timer.wait()
@@ -159,6 +160,21 @@ def test_rates_leave_out_what_is_neither_step_nor_data():
   loop.step(fetch=0, device=2)
   loop.timer.wait()
   assert loop.timer.read()["time/step_secs"] == 2
+
+
+def test_a_stage_has_rates_of_its_own():
+  loop = Loop()
+  loop.timer.enter("step")
+  for peak, num_steps, secs in ((20.0, 3, 1), (10.0, 2, 4)):
+    loop.timer.begin_stage(peak)
+    for _ in range(num_steps):
+      loop.step(fetch=1, device=secs)
+      loop.timer.wait()
+      row = loop.timer.read()
+    loop.spend("checkpoint", 50)
+    rates = loop.timer.stage_rates()
+    assert rates["time/step_secs"] == row["time/step_secs"] == 1 + secs
+    assert rates["time/mfu"] == pytest.approx(4 / (1 + secs) / peak)
 
 
 def test_a_thread_notes_when_a_real_step_is_done():

@@ -43,11 +43,11 @@ class AddingCourse:
   fields = ("_id",)
   batch_size = 1
   identity = {"seed": 0}
-  peak_clips_per_sec = None
 
   def __init__(self, config, dataset, num_steps):
     self.config, self.dataset, self.num_steps = config, dataset, num_steps
-    self.draws = RecordDraws(dataset, config.seed)
+    draws = RecordDraws(dataset, config.seed)
+    self.stages = [loop.Stage(num_steps, draws, self.take_clip, self.make_step)]
     self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
     self.shapes = Sum(*(jnp.int32(x) for x in (0, 0, 1, 0)))
     everywhere = sharding.replicated(self.mesh)

@@ -211,3 +211,20 @@ def test_the_progress_line_tells_the_utilisation_where_it_is_known(
     f"step 4/10: loss_rec 0.5000, 12.3 clips/s{mfu}, data wait 1.2%, "
     "ETA 06:00\n"
   )
+
+
+def test_the_remaining_time_counts_steps_by_their_cost(capsys):
+  """Of ten steps the last five cost three times as much as the others."""
+  progress = metrics.Progress(
+    10, start=0, work=lambda step: step + 2 * max(step - 5, 0)
+  )
+  scalars = {
+    "time/step_secs": 60.0,
+    "time/clips_per_sec": 1.0,
+    "time/data_wait_ratio": 0.0,
+  }
+  for step in (4, 8):
+    progress.report(step, scalars)
+  progress.close()
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.rpartition(" ")[2] for line in lines] == ["16:00", "02:00"]

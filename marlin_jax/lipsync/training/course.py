@@ -35,6 +35,7 @@ class LipsyncCourse:
   constructor sets `take_clip` and `summary` and calls `set_state`.
 
   Attributes:
+    draws, take_clip: see `loop.Stage`; the run is a single one.
     section: section of the configuration, 'expert' or 'generator'.
     settings: that section of the configuration.
     summary: the network in one line.
@@ -44,7 +45,6 @@ class LipsyncCourse:
   section: str
   fields: tuple[str, ...]
   summary: str
-  peak_clips_per_sec = None
 
   def __init__(
     self,
@@ -103,6 +103,12 @@ class LipsyncCourse:
       "eval_data.fingerprint": self.eval_dataset.fingerprint,
     }
     self.identity = json.loads(json.dumps(identity))
+
+  @property
+  def stages(self) -> list[loop.Stage]:
+    return [
+      loop.Stage(self.num_steps, self.draws, self.take_clip, self.make_step)
+    ]
 
   def first_state(self) -> Any:
     """Returns the first state, on the devices."""
