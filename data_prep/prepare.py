@@ -328,6 +328,14 @@ def _parser() -> argparse.ArgumentParser:
     help="length of the longest record; longer tracks are cut into equal parts",
   )
   add(
+    "--frame_size",
+    type=_stored_size,
+    default=224,
+    help="height and width of the stored frames, a multiple of 16; small ones "
+    "are read faster, but only for clips of at most this size. Regions stay "
+    "those of 224 pixels",
+  )
+  add(
     "--val_ratio",
     type=_number(1, inclusive=False),
     help="share of people (of videos, if people are unknown) in the split val, "
@@ -513,6 +521,19 @@ def _number(most: float, *, inclusive: bool = True) -> Callable[[str], float]:
   return parse
 
 
+def _stored_size(text: str) -> int:
+  from marlin_jax.records import schema
+
+  if (size := int(text)) not in (sizes := schema.STORED_SIZES):
+    raise argparse.ArgumentTypeError(
+      f"{text} is not a multiple of {sizes.step} in [{sizes[0]}, {sizes[-1]}]"
+    )
+  return size
+
+
+_stored_size.__name__ = "int"  # shown in argparse's error message
+
+
 def _output(text: str) -> str:
   # Removing a file in a bucket expands these characters.
   if folders.is_remote(text) and set(text) & set("*?["):
@@ -546,6 +567,7 @@ def _settings(
     require_sandbox=args.require_sandbox,
     has_sound=videos.has_sound,
     fps=args.fps,
+    frame_size=args.frame_size,
     parser=_parser_choice(args),
     faces=_faces(args, videos),
     on_damage=args.on_damage,
@@ -592,6 +614,7 @@ def _recipe(args: argparse.Namespace, videos: Input) -> dict[str, Any]:
     "schema_version": schema.SCHEMA_VERSION,
     folder_settings.ALGORITHM_VERSION: schema.ALGORITHM_VERSION,
     "segment_frames": args.segment_frames,
+    "frame_size": args.frame_size,
     "jpeg_quality": video_to_records.JPEG_QUALITY,
     "dataset": args.dataset,
     "split_ratios": list(videos.split_ratios),

@@ -56,6 +56,7 @@ def expected(settings: dict[str, Any]) -> tuple[dict[str, str], Expected]:
     labels,
     folder_settings.record_labels(settings),
     bool(settings["has_sound"]),
+    int(folder_settings.with_old_settings(settings)["frame_size"]),
   )
 
 

@@ -99,12 +99,14 @@ class Expected:
     labels: labels by name, and their meaning.
     record_labels: number of values of each label that records hold.
     has_sound: True if records hold sound.
+    frame_size: height and width of their frames in pixels.
   """
 
   segment_frames: int
   labels: Mapping[str, Label]
   record_labels: Mapping[str, int]
   has_sound: bool
+  frame_size: int = schema.FRAME_SIZE
 
 
 @dataclasses.dataclass
@@ -259,6 +261,8 @@ def record_problems(record: Record, expected: Expected) -> Iterator[str]:
   """Yields the problems of a single record; decodes all of it."""
   try:
     schema.decode_frames(record, range(len(record)))
+    if (size := schema.stored_size(record)) != expected.frame_size:
+      yield f"frames have {size} pixels, expected {expected.frame_size}"
   except ValueError as e:
     yield str(e)
   yield from _parsing_problems(record)

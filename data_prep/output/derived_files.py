@@ -100,6 +100,7 @@ def write(path: Path, settings: dict[str, Any], written: Written) -> None:
     "schema_version": schema.SCHEMA_VERSION,
     "splits": by_split,
     "labels": settings.get("labels", {}),
+    "frame_size": settings["frame_size"],
   }
   record_labels = settings[folder_settings.RECORD_LABELS]
   try:
@@ -117,17 +118,22 @@ def write(path: Path, settings: dict[str, Any], written: Written) -> None:
 # --- TFDS ---------------------------------------------------------------------
 
 
-def features(labels: Mapping[str, int], has_sound: bool):
+def features(
+  labels: Mapping[str, int],
+  has_sound: bool,
+  frame_size: int = schema.FRAME_SIZE,
+):
   """Returns the TFDS features that match `schema.encode`.
 
   Args:
     labels: number of values of each label that records hold.
     has_sound: True if records hold sound.
+    frame_size: height and width of their frames in pixels.
   """
   import numpy as np
   from tensorflow_datasets import features
 
-  frame = (schema.FRAME_SIZE, schema.FRAME_SIZE, 3)
+  frame = (frame_size, frame_size, 3)
   sound = {
     "audio": features.Text(),
     "mel": features.Tensor(
@@ -176,7 +182,7 @@ def write_tfds_metadata(
   Args:
     folder: empty folder to write to; the shards are elsewhere.
     splits: for each split and shard name, the numbers of records and bytes.
-    metadata: content of metadata.json.
+    metadata: content of metadata.json; `frame_size` is as for `features`.
     labels, has_sound: as for `features`.
 
   Returns:
@@ -189,7 +195,7 @@ def write_tfds_metadata(
     (folder / name).touch()
   tfds.folder_dataset.write_metadata(
     data_dir=folder,
-    features=features(labels, has_sound),
+    features=features(labels, has_sound, metadata["frame_size"]),
     split_infos=[
       tfds.core.SplitInfo(
         name=name,

@@ -15,7 +15,7 @@ from typing import Any
 from data_prep.output import shards
 from data_prep.sources.listing import Label
 from data_prep.sources.manifest import Source, stable_hash
-from marlin_jax.records import folders
+from marlin_jax.records import folders, schema
 from marlin_jax.records.folders import OutputFolderError
 
 # Setting with the version of decoding, tracking and labelling.
@@ -75,7 +75,7 @@ def version_notes(versions: dict[str, list[str]]) -> list[str]:
 
 def with_old_settings(stored: dict[str, Any]) -> dict[str, Any]:
   """Returns a folder's settings, with defaults for those of later versions."""
-  return {"faces": "all", **stored}
+  return {"faces": "all", "frame_size": schema.FRAME_SIZE, **stored}
 
 
 def agreed(

@@ -78,6 +78,7 @@ class Settings:
       source says where its person is, MAIN keeps all tracks of that person.
     require_sandbox: refuse to decode where the decoder's sandbox is not whole.
     on_damage: `KEEP` what comes before damage, or `QUARANTINE` the video.
+    frame_size: height and width of the stored frames, of `schema.STORED_SIZES`.
   """
 
   segment_frames: int = 64
@@ -89,6 +90,7 @@ class Settings:
   faces: str = ALL
   require_sandbox: bool = False
   on_damage: str = QUARANTINE
+  frame_size: int = schema.FRAME_SIZE
 
   def __post_init__(self) -> None:
     if self.segment_frames < 2 * schema.CLIP_SPAN:
@@ -371,6 +373,7 @@ class _RecordCutter:
         length,
         self._models.parser,
         self._settings.record_labels,
+        self._settings.frame_size,
       )
       start += length
 
@@ -386,7 +389,9 @@ class _Segment:
     length: int,
     parser: parsers.Parser,
     record_labels: Mapping[str, int],
+    frame_size: int,
   ) -> None:
+    self._frame_size = frame_size
     self._track = track
     self._number = number
     self._labeller = track_labels.Labeller(parser, length)
@@ -403,6 +408,7 @@ class _Segment:
 
   def add(self, frame: np.ndarray, i: int, secs: float) -> None:
     """Crops and parses frame number i of the video, shown at `secs`."""
+    import cv2
     import simplejpeg
 
     if not self._jpegs:
@@ -412,6 +418,9 @@ class _Segment:
     row = i - self._track.first_frame
     box, landmarks = self._track.boxes[row], self._track.meshes[row]
     crop = boxes.crop_frame(frame, box)
+    if self._frame_size < schema.FRAME_SIZE:
+      size = (self._frame_size, self._frame_size)
+      crop = cv2.resize(crop, size, interpolation=cv2.INTER_AREA)
     self._jpegs.append(
       simplejpeg.encode_jpeg(
         np.ascontiguousarray(crop),

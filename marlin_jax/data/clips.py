@@ -31,7 +31,12 @@ class ClipTaker(Protocol):
   several data sets, see `sampling.first_ids`), and
   `start` int32 (B,), the first frame of each clip in its record. Reading is cut
   into phases, so that frames of all clips are decoded last.
+
+  Attributes:
+    frame_size: height and width of the clips in pixels.
   """
+
+  frame_size: int
 
   def empty(self, num_clips: int) -> Batch:
     """Allocates a batch."""

@@ -55,6 +55,7 @@ class Dataset:
       the training data.
     selection: records that are served; None: all of the split.
     unfiltered: the data set without the selection; None: there is none.
+    frame_size: height and width of the stored frames in pixels.
   """
 
   path: str
@@ -67,6 +68,7 @@ class Dataset:
   fingerprint: str
   selection: Selection | None = None
   unfiltered: Dataset | None = None
+  frame_size: int = schema.FRAME_SIZE
 
   @property
   def stored(self) -> Dataset:
@@ -95,6 +97,20 @@ class Dataset:
   def record_number(self, position: int) -> int:
     """Returns the number in the split of the served record at a position."""
     return self.selection.records[position] if self.selection else position
+
+  def check_frame_size(self, size: int) -> None:
+    """Raises DatasetError if the stored frames have fewer pixels.
+
+    Args:
+      size: height and width of the frames that are wanted.
+    """
+    if size > self.frame_size:
+      raise DatasetError(
+        f"{self.path} holds frames of {self.frame_size} pixels, and frames of "
+        f"{size} are wanted. Prepare the videos with --frame_size={size} or "
+        "more into a new folder, or ask for smaller frames "
+        f"(config.data.frame_size={self.frame_size} in pretraining)"
+      )
 
 
 class DatasetError(UserError):
@@ -171,6 +187,7 @@ def open_dataset(path: str, split: str, min_quality: float = 0.0) -> Dataset:
     num_videos=meta["splits"][split]["num_videos"],
     num_frames=meta["splits"][split]["num_frames"],
     fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+    frame_size=meta.get("frame_size", schema.FRAME_SIZE),
   )
   return _filtered(dataset, min_quality) if min_quality else dataset
 
@@ -210,6 +227,7 @@ def open_joined(path: str, splits: str) -> Dataset:
     num_videos=sum(part.num_videos for part in parts),
     num_frames=sum(part.num_frames for part in parts),
     fingerprint=hashlib.sha256(content).hexdigest(),
+    frame_size=parts[0].frame_size,
   )
 
 

@@ -262,7 +262,12 @@ class ClipBatches:
       batch_size: clips per step over all processes.
       rows: this process's rows of each batch.
       bad: list for unreadable records; None: the first one raises.
+
+    Raises:
+      DatasetError: a data set holds smaller frames than the clips have.
     """
+    for dataset in draws.datasets:
+      dataset.check_frame_size(take_clip.frame_size)
     self._reader = Reader(draws, take_clip, bad.limit if bad else None)
     self._bad = bad
     n = draws.num_clips

@@ -39,8 +39,9 @@ class ClipReader:
       image_size: S.
 
     Raises:
-      DatasetError: a shard is missing or damaged.
+      DatasetError: the data set holds smaller frames.
     """
+    split.dataset.check_frame_size(image_size)
     self._split, self._clip, self._image_size = split, clip, image_size
     self._source = split.dataset.source
 

@@ -37,6 +37,9 @@ SCHEMA_VERSION = 2
 ALGORITHM_VERSION = 3
 
 FRAME_SIZE = 224
+# Sizes at which records may store their frames: whole blocks of JPEG files with
+# colour at half the size. Boxes, label maps and bits are of FRAME_SIZE in all.
+STORED_SIZES = range(32, FRAME_SIZE + 1, 16)
 PATCH_SIZE = 16
 GRID_SIZE = FRAME_SIZE // PATCH_SIZE
 
@@ -106,7 +109,7 @@ class Record:
   """A segment of a face track.
 
   Attributes:
-    frames: T JPEG files, RGB 224x224, quality 95.
+    frames: T JPEG files, RGB, quality 95, all of the same of STORED_SIZES.
     regions: uint16 (T, 14, 14); bit k is set if LaPa class k touches the patch;
       all zero in a frame without a parsed face.
     parsing: zstd-compressed uint8 (T, 224, 224) of LaPa label codes.
@@ -292,18 +295,20 @@ def decode_frames(
     indices: N frame numbers in [0, T); a repeated number is decoded once.
     out: contiguous uint8 (N, S, S, 3) to write to, S at most 224; None for a
       new array of 224 pixels.
-    box: part of each frame to decode; by default all.
+    box: part of each frame to decode, in pixels of FRAME_SIZE; by default all.
 
   Returns:
-    uint8 (N, S, S, 3), RGB.
+    uint8 (N, S, S, 3), RGB; scaled up if the frames are stored smaller.
 
   Raises:
-    ValueError: a frame is not a JPEG of 224x224; names record and frame.
+    ValueError: a frame is not a JPEG of the size of the record's first, or that
+      has none of STORED_SIZES; names record and frame.
   """
   indices = list(indices)
   if out is None:
     out = np.empty((len(indices), FRAME_SIZE, FRAME_SIZE, 3), np.uint8)
-  decode_frame = _frame_decoder(out.shape[1], box)
+  stored = stored_size(record)
+  decode_frame = _frame_decoder(stored, out.shape[1], box)
   first_at: dict[int, int] = {}
   for i, index in enumerate(indices):
     if index in first_at:
@@ -315,26 +320,49 @@ def decode_frames(
     except ValueError as e:
       raise ValueError(
         f"record {record.name}: frame {index} is not a "
-        f"{FRAME_SIZE}x{FRAME_SIZE} JPEG ({e}); prepare the data set again"
+        f"{stored}x{stored} JPEG ({e}); prepare the data set again"
       ) from e
   return out
 
 
-@functools.lru_cache(maxsize=1024)
-def _frame_decoder(size: int, box: Box) -> Callable[[bytes, np.ndarray], None]:
-  """Returns a function that decodes a JPEG file into uint8 (S, S, 3).
+def stored_size(record: Record) -> int:
+  """Returns the size of a record's frames in pixels, that of the first.
 
-  The function raises ValueError if the file is not a 224x224 JPEG.
+  Raises:
+    ValueError: it is none of STORED_SIZES.
   """
   import simplejpeg
 
-  shown = min(box.width, box.height)
+  try:
+    height, width, *_ = simplejpeg.decode_jpeg_header(record.frames[0])
+    if height != width or height not in STORED_SIZES:
+      raise ValueError(f"it has {width}x{height} pixels")
+  except ValueError as e:
+    raise ValueError(
+      f"record {record.name}: frame 0 is not a square JPEG of {FRAME_SIZE} "
+      f"pixels or fewer, a multiple of {STORED_SIZES.step} ({e}); prepare the "
+      "data set again"
+    ) from e
+  return height
+
+
+@functools.lru_cache(maxsize=1024)
+def _frame_decoder(
+  stored: int, size: int, box: Box
+) -> Callable[[bytes, np.ndarray], None]:
+  """Returns a function that decodes a JPEG file into uint8 (S, S, 3).
+
+  The function raises ValueError if the file has another size than `stored`.
+  """
+  import simplejpeg
+
+  shown = min(box.width, box.height) * stored / FRAME_SIZE
   # libjpeg is slower at other factors than at full size.
   factor = max(n for n in (1, 2, 4, 8) if n == 1 or n * size <= shown)
-  decoded_size = FRAME_SIZE // factor
+  decoded_size = stored // factor
   fits = decoded_size == size and box == WHOLE
-  x, y, width, height = (side / factor for side in box)
-  part = (x, y, x + width, y + height)
+  corners = (box.x, box.y, box.x + box.width, box.y + box.height)
+  part = tuple(x * stored / FRAME_SIZE / factor for x in corners)
 
   def decode(data: bytes, out: np.ndarray) -> None:
     if factor == 1:  # the header need not be read twice
@@ -342,7 +370,7 @@ def _frame_decoder(size: int, box: Box) -> Callable[[bytes, np.ndarray], None]:
       height, width, _ = pixels.shape
     else:
       height, width, *_ = simplejpeg.decode_jpeg_header(data)
-    if (height, width) != (FRAME_SIZE, FRAME_SIZE):
+    if (height, width) != (stored, stored):
       raise ValueError(f"it has {width}x{height} pixels")
     if factor > 1:
       pixels = simplejpeg.decode_jpeg(

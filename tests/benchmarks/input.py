@@ -21,12 +21,14 @@ from concurrent import futures
 from importlib import metadata
 from pathlib import Path
 
+import cv2
 import jax
 import numpy as np
 import simplejpeg
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from data_prep.output import shards
+from data_prep.video import video_to_records
 from marlin_jax.data import loader, prepared_dataset, sample, sampling
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.data.clips import TakeClip
@@ -41,7 +43,10 @@ NUM_WARM = 5  # rounds until all queues and malloc's memory are filled
 
 
 def cut(
-  dataset: prepared_dataset.Dataset, num_frames: int, directory: str
+  dataset: prepared_dataset.Dataset,
+  num_frames: int,
+  directory: str,
+  frame_size: int = schema.FRAME_SIZE,
 ) -> prepared_dataset.Dataset:
   """Returns a data set of NUM_RECORDS records with `num_frames` each.
 
@@ -51,6 +56,8 @@ def cut(
     dataset: the source.
     num_frames: frames per record.
     directory: where the new shard is written.
+    frame_size: size to which frames are scaled down, as `prepare --frame_size`
+      does.
   """
   source = prepared_dataset.RecordSource(dataset)
   records = (source[i][1] for i in range(len(source)))
@@ -61,7 +68,7 @@ def cut(
     schema.encode(
       dataclasses.replace(
         record,
-        frames=list(record.frames)[:num_frames],
+        frames=scaled(list(record.frames)[:num_frames], frame_size),
         regions=record.regions[:num_frames],
         boxes=record.boxes[:num_frames],
         # Truncated: it is not decoded here, only its size matters.
@@ -74,7 +81,7 @@ def cut(
   ]
   if not contents:
     raise SystemExit(f"no record of {dataset.path} has {num_frames} frames")
-  path = Path(directory) / "faces-train.array_record-00000-of-00001"
+  path = Path(directory) / f"{frame_size}-train.array_record-00000-of-00001"
   writer = ArrayRecordWriter(str(path), shards.WRITER_OPTIONS)
   for content in itertools.islice(itertools.cycle(contents), NUM_RECORDS):
     writer.write(content)
@@ -84,13 +91,35 @@ def cut(
     shards=(str(path),),
     lengths=(NUM_RECORDS,),
     num_records=NUM_RECORDS,
+    frame_size=frame_size,
   )
 
 
+def scaled(frames: list[bytes], frame_size: int) -> list[bytes]:
+  if frame_size == schema.FRAME_SIZE:
+    return frames
+  size = (frame_size, frame_size)
+  return [
+    simplejpeg.encode_jpeg(
+      cv2.resize(
+        simplejpeg.decode_jpeg(frame), size, interpolation=cv2.INTER_AREA
+      ),
+      quality=video_to_records.JPEG_QUALITY,
+      colorsubsampling="420",
+    )
+    for frame in frames
+  ]
+
+
 def stages(
-  dataset: prepared_dataset.Dataset, batch_size: int, num_threads: int
+  dataset: prepared_dataset.Dataset,
+  small: prepared_dataset.Dataset,
+  batch_size: int,
+  num_threads: int,
 ) -> dict[str, Callable[[], Callable[[], object]]]:
   """Returns functions that set up a stage, by name.
+
+  `small` is the data set with frames of 112 pixels.
 
   Each returns a function that does the work of its stage for one batch per
   thread.
@@ -98,7 +127,9 @@ def stages(
   raw = dataset.source
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
-  def batches(clips_per_record=1, take_clip=TAKE_CLIP, **reading):
+  def batches(
+    clips_per_record=1, take_clip=TAKE_CLIP, dataset=dataset, **reading
+  ):
     return loader.train_batches(
       sampling.RecordDraws(dataset, seed=0, num_clips=clips_per_record),
       take_clip,
@@ -156,6 +187,7 @@ def stages(
       [next(made) for _ in range(num_threads)]
     )
 
+  take_small = dataclasses.replace(TAKE_CLIP, frame_size=112)
   apart = {
     LIMIT: all_clips(decode),
     "read": all_clips(lambda i: raw.read(ids[i])),
@@ -169,9 +201,8 @@ def stages(
     "train_batches": whole,
     "train_batches, to_devices": whole_on_devices,
     "worker processes": lambda: whole(num_threads=1, num_workers=num_threads),
-    "112 pixels": lambda: whole(
-      take_clip=dataclasses.replace(TAKE_CLIP, frame_size=112)
-    ),
+    "112 of 224 pixels": lambda: whole(take_clip=take_small),
+    "112 of 112 pixels": lambda: whole(take_clip=take_small, dataset=small),
     "2 clips per record": lambda: whole(2),
     "4 clips per record": lambda: whole(4),
   }
@@ -207,13 +238,14 @@ def measure(work: Callable[[], object], num_clips: int) -> tuple[float, float]:
 
 def compare(
   dataset: prepared_dataset.Dataset,
+  small: prepared_dataset.Dataset,
   num_frames: int,
   batch_size: int,
   num_threads: int,
   repeats: int,
 ) -> dict:
   """Measures all stages for records of one length; prints and returns them."""
-  stage_makers = stages(dataset, batch_size, num_threads)
+  stage_makers = stages(dataset, small, batch_size, num_threads)
   decode = stage_makers[LIMIT]()
   rows, num_clips = {}, batch_size * num_threads
   for name, make in stage_makers.items():
@@ -320,6 +352,7 @@ def main():
       results.append(
         compare(
           cut(dataset, num_frames, directory),
+          cut(dataset, num_frames, directory, 112),
           num_frames,
           args.batch_size,
           args.num_threads,

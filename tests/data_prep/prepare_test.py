@@ -14,10 +14,14 @@ import grain
 import numpy as np
 import pytest
 
+from data_prep import verify
 from data_prep.inspection import folder_checks
 from data_prep.output import dataset_folder, folder_settings, ledger
 from data_prep.sources import manifest
 from data_prep.video import decode, decoder_child, video_to_records
+from marlin_jax.data import loader, prepared_dataset, sampling
+from marlin_jax.data.clip_geometry import Clip
+from marlin_jax.data.clips import TakeClip
 from marlin_jax.records import quality_index, schema, segment_index
 from tests.support import attacker
 from tests.support.files import content, read_lines
@@ -539,6 +543,7 @@ def test_data_sets_older_than_the_choice_of_faces_keep_all(
   path = dataset / "settings.json"
   settings = json.loads(path.read_text())
   assert settings.pop("faces") == "all"
+  assert settings.pop("frame_size") == 224
   path.write_text(json.dumps(settings))
   before = content(dataset)
   result = run_prepare("--input", videos, "--output", dataset)
@@ -546,6 +551,46 @@ def test_data_sets_older_than_the_choice_of_faces_keep_all(
   assert content(dataset) == before
   message = failure("--input", videos, "--output", dataset, "--faces", "main")
   assert "faces was 'all' and is now 'main'" in message
+
+
+# --- Smaller frames -----------------------------------------------------------
+
+
+def test_smaller_frames_serve_clips_of_their_size(videos, tmp_path):
+  import tensorflow_datasets as tfds
+
+  table, path = tmp_path / "m.csv", tmp_path / "out"
+  table.write_text("path\n33 frames.mp4\n")
+  args = ("--input", table, "--root", videos, "--output", path)
+  result = run_prepare(*args, "--frame_size", 112)
+  assert result.returncode == 0, result.stderr
+  (record,) = read_records(path)
+  assert schema.stored_size(record) == 112
+  assert schema.decode_parsing(record).shape == (33, 224, 224)
+  assert record.regions.any()
+  assert verify.verify(path, num_workers=1)["is_whole"]
+  builder = tfds.builder_from_directory(path)
+  assert builder.info.features["frames"].shape == (None, 112, 112, 3)
+
+  def batch(size):
+    draws = sampling.RecordDraws(opened, seed=0)
+    return next(
+      loader.train_batches(
+        draws,
+        TakeClip(Clip(16, 2), tubelet_size=2, frame_size=size),
+        batch_size=1,
+        start_step=0,
+        num_threads=1,
+      )
+    )
+
+  opened = prepared_dataset.open_dataset(path, "train")
+  assert batch(112)["video"].std() > 20
+  with pytest.raises(
+    prepared_dataset.DatasetError, match=r"112 pixels, and frames of 224"
+  ):
+    batch(224)
+  assert "frame_size was 112 and is now 224" in failure(*args)
 
 
 # --- Errors -------------------------------------------------------------------
@@ -659,6 +704,7 @@ def test_missing_model_is_one_error_and_no_quarantine(videos, tmp_path):
   ("args", "problem"),
   [
     (["--segment_frames", "61"], "61 is less than 62"),
+    (["--frame_size", "120"], "120 is not a multiple of 16 in [32, 224]"),
     (["--val_ratio", "1"], "1 is not in [0, 1)"),
     (["--name", "My-Faces"], "'My-Faces': expected a-z"),
     (["--num_workers", "x"], "invalid int value: 'x'"),

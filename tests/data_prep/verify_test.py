@@ -262,6 +262,11 @@ def small_frame(record):
   return dataclasses.replace(record, frames=[*record.frames[:-1], frame])
 
 
+def all_small(record):
+  frame = simplejpeg.encode_jpeg(np.zeros((112, 112, 3), np.uint8))
+  return dataclasses.replace(record, frames=len(record) * [frame])
+
+
 def half_a_frame(record):
   first, second, third = record.frames
   half = second[: len(second) // 2]
@@ -300,6 +305,7 @@ def label(name, *values):
     (unparsed_frame, "region bits of 1 of 3 frames .* first in frame 2"),
     (lambda r: other_labels(r, 11), "holds code 11, expected 0 to 10"),
     (small_frame, "64x64 pixels"),
+    (all_small, "frames have 112 pixels, expected 224"),
     (half_a_frame, "frame 1 is not a 224x224 JPEG"),
     (value(parsing=b"no zstd"), "label maps cannot be read"),
     (boxes(0, 0, np.nan, 9), "boxes are not finite"),

@@ -217,6 +217,42 @@ def test_label_maps_survive(record):
   np.testing.assert_array_equal(schema.region_bits(labels), record.regions)
 
 
+def stored_at(record, size) -> schema.Record:
+  """Returns the record as `--frame_size` stores it."""
+  every = range(len(record))
+  out = np.empty((len(record), size, size, 3), np.uint8)
+  schema.decode_frames(record, every, out)
+  frames = [simplejpeg.encode_jpeg(x, 98) for x in out]
+  return dataclasses.replace(record, frames=frames)
+
+
+@pytest.mark.parametrize("stored", [208, 160, 112, 32])
+def test_records_of_smaller_frames_give_the_same_clips(sample_dataset, stored):
+  record = first_record(sample_dataset)
+  record = dataclasses.replace(record, frames=list(record.frames[:3]))
+  small = stored_at(record, stored)
+  for size in (stored, stored // 2, 16):
+    for box in (schema.WHOLE, schema.Box(16, 80, 144, 144)):
+      difference = abs(
+        decode_at(small, size, box=box).astype(int)
+        - decode_at(record, size, box=box)
+      )
+      assert difference.mean() < 5, (size, box)
+  assert schema.decode_frames(small, [0]).shape == (1, 224, 224, 3)
+
+
+def test_a_record_has_one_size_and_a_known_one(record):
+  small = stored_at(record, 112)
+  mixed = dataclasses.replace(small, frames=[*small.frames[:4], *record.frames])
+  with pytest.raises(ValueError, match="frame 4 is not a 112x112 JPEG"):
+    schema.decode_frames(mixed, [4])
+  for shape in ((112, 96), (100, 100), (240, 240)):
+    frames = [simplejpeg.encode_jpeg(np.zeros((*shape, 3), np.uint8))] * 5
+    bad = dataclasses.replace(record, frames=frames)
+    with pytest.raises(ValueError, match=f"it has {shape[1]}x{shape[0]} pix"):
+      schema.decode_frames(bad, [4])
+
+
 def test_a_frame_of_another_size_is_named(record):
   small = simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))
   bad = dataclasses.replace(record, frames=[*record.frames[:4], small])

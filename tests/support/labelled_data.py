@@ -113,6 +113,7 @@ def write(
     "schema_version": schema.SCHEMA_VERSION,
     "splits": counts,
     "labels": {name: dataclasses.asdict(v) for name, v in labels.items()},
+    "frame_size": schema.FRAME_SIZE,
   }
   for name in derived_files.write_tfds_metadata(
     staging, infos, metadata, {n: v.length for n, v in labels.items()}, False

@@ -19,6 +19,7 @@ RECIPE = {
   "segment_frames": 64,
   "has_sound": False,
   "faces": "all",
+  "frame_size": schema.FRAME_SIZE,
 }
 
 
