@@ -26,8 +26,6 @@ from marlin_jax.records.quality_index import Selection
 
 # In the name of each shard, between split and number.
 _SHARD_MARK = ".array_record-"
-# Numbers of records that are hashed at once.
-_CHUNK = 1 << 20
 # Options for random access.
 _READER_OPTIONS = "readahead_buffer_size:0"
 _BUFFER_BYTES = 1 << 15
@@ -128,7 +126,12 @@ def has_split(path: str, split: str) -> bool:
   return split in {s["name"] for s in info["splits"]}
 
 
-def open_dataset(path: str, split: str, min_quality: float = 0.0) -> Dataset:
+def open_dataset(
+  path: str,
+  split: str,
+  min_quality: float = 0.0,
+  cache: epath.PathLike | None = None,
+) -> Dataset:
   """Opens a split of a data set; reads its description and checks its shards.
 
   Args:
@@ -136,6 +139,8 @@ def open_dataset(path: str, split: str, min_quality: float = 0.0) -> Dataset:
     split: name of a split, such as 'train' or 'val'.
     min_quality: least quality of a track, in [0, 1]; records of other tracks
       are left out. 0: all records.
+    cache: folder, local or gs://, where the records of that quality are kept,
+      so that the next call need not read all qualities; None: nowhere.
 
   Raises:
     DatasetError: the folder holds no complete data set of this schema version
@@ -189,7 +194,7 @@ def open_dataset(path: str, split: str, min_quality: float = 0.0) -> Dataset:
     fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
     frame_size=meta.get("frame_size", schema.FRAME_SIZE),
   )
-  return _filtered(dataset, min_quality) if min_quality else dataset
+  return _filtered(dataset, min_quality, cache) if min_quality else dataset
 
 
 def split_names(splits: str) -> list[str]:
@@ -231,7 +236,9 @@ def open_joined(path: str, splits: str) -> Dataset:
   )
 
 
-def _filtered(dataset: Dataset, min_quality: float) -> Dataset:
+def _filtered(
+  dataset: Dataset, min_quality: float, cache: epath.PathLike | None
+) -> Dataset:
   """Returns the data set without records of a lower quality."""
   path = epath.Path(dataset.shards[0])
   path = path.with_name(quality_index.name_for(path.name))
@@ -242,41 +249,68 @@ def _filtered(dataset: Dataset, min_quality: float) -> Dataset:
       "data_prep.prepare again to create it; prepare a data set of an earlier "
       "version into a new folder"
     )
+  made = None
+  if cache:
+    stat = path.stat()
+    source = dataset.fingerprint, float(min_quality), stat.length, stat.mtime
+    key = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:16]
+    made = epath.Path(cache) / f"{key}.selection.npy"
   try:
-    local = path
-    if folders.is_remote(path):
-      local = folders.cached_copy(path, dataset.fingerprint[:16])
-    rows = quality_index.open_rows(local)
-    if len(rows) != dataset.num_records:
-      raise ValueError(
-        f"it lists {len(rows)} records, the split has {dataset.num_records}"
-      )
-    selection = quality_index.select(rows, min_quality)
+    if made and made.exists():
+      selection = _opened_selection(made)
+    else:
+      selection = _selected(dataset, path, min_quality)
+      if made:
+        made.parent.mkdir(parents=True, exist_ok=True)
+        folders.write_bytes(made, quality_index.pack_selection(selection))
+        selection = _opened_selection(made)
   except (ValueError, EOFError) as e:
     raise DatasetError(
       f"{setting} cannot use {path}: {e}; copy the folder again, or run "
       "data_prep.prepare on it again"
     ) from e
-  if not len(selection.records):
-    raise DatasetError(
-      f"{setting} leaves no record of split '{dataset.split}' of "
-      f"{dataset.path}: the best of {dataset.num_records} has a quality of "
-      f"{rows['quality'].max():.4f}"
-    )
-  # Hashes the selection, not the threshold: the file of qualities is not among
-  # the hashed files.
-  digest = hashlib.sha256(dataset.fingerprint.encode())
-  for first in range(0, dataset.num_records, _CHUNK):
-    numbers = selection.records.within(first, first + _CHUNK)
-    digest.update(numbers.astype("<i8").tobytes())
   return dataclasses.replace(
     dataset,
     num_records=len(selection.records),
     num_videos=len(selection.videos),
-    fingerprint=digest.hexdigest(),
+    fingerprint=selection.fingerprint,
     selection=selection,
     unfiltered=dataset,
   )
+
+
+def _opened_selection(path: epath.Path) -> Selection:
+  local = path
+  if folders.is_remote(path):
+    local = folders.cached_copy(path, "selection")
+  try:
+    return quality_index.open_selection(local)
+  except ValueError as e:
+    raise DatasetError(
+      f"{path} cannot be used: {e}. Delete it; it is made again"
+    ) from e
+
+
+def _selected(
+  dataset: Dataset, path: epath.Path, min_quality: float
+) -> Selection:
+  """Selects records by the index at `path`, of which it reads all rows."""
+  local = path
+  if folders.is_remote(path):
+    local = folders.cached_copy(path, dataset.fingerprint[:16])
+  rows = quality_index.open_rows(local)
+  if len(rows) != dataset.num_records:
+    raise ValueError(
+      f"it lists {len(rows)} records, the split has {dataset.num_records}"
+    )
+  selection = quality_index.select(rows, min_quality, dataset.fingerprint)
+  if not len(selection.records):
+    raise DatasetError(
+      f"config.data.min_quality={min_quality} leaves no record of split "
+      f"'{dataset.split}' of {dataset.path}: the best of {dataset.num_records} "
+      f"has a quality of {rows['quality'].max():.4f}"
+    )
+  return selection
 
 
 def _shards(root: epath.Path, split: str, expected: int) -> tuple[str, ...]:

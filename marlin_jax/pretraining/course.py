@@ -63,7 +63,8 @@ class TrainingData:
     Args:
       data: path, weight and name.
       settings: the section `data` of the configuration.
-      cache: folder for an index that the data set lacks.
+      cache: folder for an index that the data set lacks, and for the records
+        of `min_quality`.
     """
     self.path, self.weight, self.name = data
     self._settings, self._cache = settings, cache
@@ -83,10 +84,11 @@ class TrainingData:
       alive("preparing the sample", is_limited=False)
       with distributed.process_0_first():
         self.path = sample.prepare_sample()
-      alive("opening the data")
-    self.dataset = prepared_dataset.open_dataset(
-      self.path, settings.split, settings.min_quality
-    )
+    alive("opening the data", is_limited=not settings.min_quality)
+    with distributed.process_0_first():
+      self.dataset = prepared_dataset.open_dataset(
+        self.path, settings.split, settings.min_quality, self._cache
+      )
     self.index = None
     if settings.sample_by != "record":
       alive("indexing the segments", is_limited=False)

@@ -339,8 +339,8 @@ def stored_size(record: Record) -> int:
       raise ValueError(f"it has {width}x{height} pixels")
   except ValueError as e:
     raise ValueError(
-      f"record {record.name}: frame 0 is not a square JPEG of {FRAME_SIZE} "
-      f"pixels or fewer, a multiple of {STORED_SIZES.step} ({e}); prepare the "
+      f"record {record.name}: frame 0 is not a {FRAME_SIZE}x{FRAME_SIZE} JPEG, "
+      f"or one smaller by a multiple of {STORED_SIZES.step} ({e}); prepare the "
       "data set again"
     ) from e
   return height

@@ -3,9 +3,8 @@
 NAME-SPLIT.segments.npy lies beside the split's shards. Training draws clips of
 videos and subjects by it, without reading a record and without loading the
 index: it is memory-mapped. Evaluations match it with the ledger, which holds
-names and labels. The file holds six int32 arrays, one after the other as
-np.save writes them; each call of np.load reads the next. Files of earlier
-versions lack the last one.
+names and labels. The file holds six int32 arrays (mapped_arrays.py), of which
+the last is missing in files of earlier versions.
 """
 
 from __future__ import annotations
@@ -14,12 +13,13 @@ import array
 import dataclasses
 import functools
 import io
-import mmap
 import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from marlin_jax.records import mapped_arrays
 
 _DTYPE = np.dtype("<i4")
 
@@ -117,17 +117,15 @@ def pack(videos: Iterable[Video]) -> bytes:
     subject_of.append(subject)
   first_records.append(len(frames))
   subject_of = np.array(subject_of, int)
-  file = io.BytesIO()
-  for values in (
+  arrays = (
     tracks,
     frames,
     first_records,
     np.argsort(subject_of, kind="stable"),
     np.cumsum([0, *np.bincount(subject_of)]),
     sorted(range(len(names)), key=names.__getitem__),
-  ):
-    np.save(file, np.asarray(values, _DTYPE), allow_pickle=False)
-  return file.getvalue()
+  )
+  return mapped_arrays.pack(np.asarray(values, _DTYPE) for values in arrays)
 
 
 def without_names(data: bytes) -> bytes:
@@ -148,13 +146,14 @@ def open_index(path: str | os.PathLike) -> SegmentIndex:
     ValueError: the file is not an index, or it is damaged.
     OSError: the file cannot be read.
   """
-  with open(path, "rb") as file:
-    data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    arrays = [_next_array(file, data) for _ in range(5)]
-    by_name = None
-    if file.tell() < len(data):
-      by_name = _next_array(file, data)
-  index = SegmentIndex(*arrays, by_name, path=os.fspath(path))
+  arrays = mapped_arrays.open_arrays(path)
+  dtypes = {array.dtype for array in arrays}
+  if len(arrays) not in (5, 6) or dtypes != {_DTYPE}:
+    raise ValueError(
+      f"it holds {len(arrays)} arrays of {dtypes}, expected 6 of {_DTYPE}"
+    )
+  by_name = arrays[5] if len(arrays) == 6 else None
+  index = SegmentIndex(*arrays[:5], by_name, path=os.fspath(path))
   lengths = {
     "tracks": len(index.tracks) == index.num_records,
     "first_records": len(index.first_records) == index.num_videos + 1
@@ -167,19 +166,6 @@ def open_index(path: str | os.PathLike) -> SegmentIndex:
   if wrong:
     raise ValueError(f"its arrays do not fit each other: {', '.join(wrong)}")
   return index
-
-
-def _next_array(file: io.BufferedReader, data: mmap.mmap) -> np.ndarray:
-  """Returns the array at the file's position, and moves on to the next."""
-  version = np.lib.format.read_magic(file)
-  if version != (1, 0):
-    raise ValueError(f"it holds an array of format {version}, expected 1.0")
-  shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-  if dtype != _DTYPE or len(shape) != 1:
-    raise ValueError(f"it holds {dtype} {shape}, expected rows of {_DTYPE}")
-  start = file.tell()
-  file.seek(shape[0] * dtype.itemsize, os.SEEK_CUR)
-  return np.frombuffer(data, dtype, shape[0], start)
 
 
 def places_in_tracks(

@@ -17,13 +17,17 @@ class Subset:
   Indexing takes time O(log N).
   """
 
-  def __init__(self, bits: np.ndarray):
+  def __init__(self, bits: np.ndarray, ends: np.ndarray | None = None):
     """Counts the numbers.
 
     Args:
       bits: uint8 (ceil(N / 8),), from np.packbits of bool (N,).
+      ends: counts that another Subset of these bits has made; None: they are
+        counted.
     """
-    self._bits = bits
+    self._bits, self._ends = bits, ends
+    if ends is not None:
+      return
     if not len(bits):
       bits = np.zeros(1, np.uint8)
     counts = np.bitwise_count(bits)
@@ -31,6 +35,11 @@ class Subset:
       counts, np.arange(0, len(counts), _BLOCK // 8), dtype=np.int64
     )
     self._ends = np.cumsum(per_block)
+
+  @property
+  def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+    """Arguments that make the same Subset without counting."""
+    return self._bits, self._ends
 
   def __len__(self) -> int:
     return int(self._ends[-1])

@@ -9,6 +9,7 @@ import resource
 import shutil
 import time
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,6 +79,40 @@ def test_the_fingerprint_tells_which_records_are_served(mixed):
   )
   assert low == same
   assert len({whole, low, high}) == 3
+
+
+def test_a_restart_maps_the_selection_and_reads_no_quality(
+  mixed, tmp_path, monkeypatch
+):
+  def opened(threshold, path=mixed, cache=tmp_path / "cache"):
+    return prepared_dataset.open_dataset(str(path), "train", threshold, cache)
+
+  plain, first = opened(0.5, cache=None), opened(0.5)
+  monkeypatch.setattr(quality_index, "open_rows", None)
+  again = opened(0.5)
+  copy = pickle.loads(pickle.dumps(again))
+  assert copy.selection.path == str(next((tmp_path / "cache").iterdir()))
+  for found in (first, again, copy):
+    assert found.fingerprint == plain.fingerprint
+    assert qualities(found) == qualities(plain)
+    for name in ("min_quality", "num_left_out", "num_videos_left_out"):
+      assert getattr(found.selection, name) == getattr(plain.selection, name)
+    assert list(found.selection.videos) == list(plain.selection.videos)
+  # Another threshold, or another file of qualities, is selected anew.
+  monkeypatch.undo()
+  assert opened(0.8).num_records == 1
+  path = Path(shutil.copytree(mixed, tmp_path / "dataset"))
+  file = path / "faces-train.quality.npy"
+  rows = quality_index.unpack(file.read_bytes())
+  rows["quality"] = 1
+  np.save(file, rows)
+  os.utime(file, (0, 0))
+  assert opened(0.5, path).num_records == 5
+  # A file that was cut is named.
+  (*_, made) = sorted((tmp_path / "cache").iterdir(), key=os.path.getmtime)
+  made.write_bytes(made.read_bytes()[:-1])
+  with pytest.raises(prepared_dataset.DatasetError, match=f"{made} cannot"):
+    opened(0.5, path)
 
 
 def test_a_threshold_above_all_names_the_best(mixed):
