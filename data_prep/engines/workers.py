@@ -16,14 +16,13 @@ import dataclasses
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any
 
-from marlin_jax.records import cli
+from marlin_jax.records import cli, signals
 from marlin_jax.records.cli import UserError
 
 # (task, report) -> result; `report` sends a value to the parent.
@@ -135,7 +134,8 @@ class _Worker:
     self._process = context.Process(
       target=_serve, args=(inner, open_work, settings), daemon=True
     )
-    self._process.start()
+    with signals.blocked(signal.SIGINT):  # until `_serve` ignores it
+      self._process.start()
     inner.close()
     self._task: int | None = None
     self.num_done = 0
@@ -216,12 +216,12 @@ def _serve(
 ) -> None:
   # Ctrl-C reaches the whole process group; the parent handles it.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
-  # An exception, so that this worker ends its own children on exit.
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-  sys.unraisablehook = _signal_again
+  signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
   threading.Thread(target=_die_with_parent, daemon=True).start()
+  # An exception, so that this worker ends its own children on exit.
+  end = SystemExit(128 + signal.SIGTERM)
   try:
-    with open_work(settings) as work:
+    with signals.raised_as(end, signal.SIGTERM), open_work(settings) as work:
       pipe.send(("ready", None))
       while (message := pipe.recv()) is not None:
         pipe.send(
@@ -234,17 +234,6 @@ def _serve(
     return  # the parent has ended
   except Exception as e:
     pipe.send(("failed", str(e) or type(e).__name__))
-
-
-def _signal_again(unraisable: Any) -> None:
-  """Sends SIGTERM again if a destructor, such as MediaPipe's, swallowed it.
-
-  It is sent a moment later: inside this hook it would be swallowed too.
-  """
-  if unraisable.exc_type is SystemExit:
-    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
-  else:
-    sys.__unraisablehook__(unraisable)
 
 
 def _die_with_parent() -> None:

@@ -30,13 +30,13 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
-from multiprocessing import connection, reduction, resource_tracker
+from multiprocessing import connection, reduction
 from multiprocessing.pool import ExceptionWithTraceback
 from typing import Any, Protocol
 
 import numpy as np
 
-from marlin_jax.records import cli
+from marlin_jax.records import cli, signals
 from marlin_jax.records.cli import UserError
 
 Batch = dict[str, np.ndarray]
@@ -298,7 +298,10 @@ class _Workers:
 
     # Threads, and processes that they start, inherit the blocked signals. In
     # parallel, since a start waits until its process has read its arguments.
-    with _signals_blocked(), futures.ThreadPoolExecutor(num_workers) as pool:
+    with (
+      signals.blocked(signal.SIGINT, signal.SIGTERM),
+      futures.ThreadPoolExecutor(num_workers) as pool,
+    ):
       list(pool.map(start, range(num_workers)))
     # Registered after multiprocessing's own function, hence called before it.
     atexit.register(self.close)
@@ -336,20 +339,6 @@ class _Workers:
       process.kill()
     for process in self._processes:
       process.join()
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-  """Context in which SIGINT and SIGTERM are blocked."""
-  # It would unblock them when it starts.
-  resource_tracker.ensure_running()
-  previous = signal.pthread_sigmask(
-    signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM)
-  )
-  try:
-    yield
-  finally:
-    signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def _ending(code: int | None) -> str:

@@ -13,8 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from marlin_jax.records import cgroups
+from marlin_jax.records import cgroups, signals
 
+# How `marlin_jax.__main__` was told to run the command, such as marlin-train.
+# None: `python -m MODULE` runs it.
+script: str | None = None
 # Exit code after Ctrl-C or SIGTERM.
 INTERRUPTED = 130
 _RESUMABLE = "Finished work is kept; run the same command to resume."
@@ -54,14 +57,14 @@ class ArgumentParser(argparse.ArgumentParser):
   """Parser of a command's arguments; its help shows their defaults.
 
   Args:
-    module: the command, which runs as `python -m MODULE`.
+    module: the command, which `script` or `python -m MODULE` runs.
     description: text before the arguments.
     epilog: text after them.
   """
 
   def __init__(self, module: str, description: str, epilog: str | None = None):
     super().__init__(
-      prog=f"python -m {module}",
+      prog=script or f"python -m {module}",
       description=description,
       epilog=epilog,
       formatter_class=_HelpFormatter,
@@ -80,9 +83,10 @@ def run_command(work: Callable[[], None], interrupted: str = _RESUMABLE) -> int:
     0; the `exit_code` of a `UserError`; 1 after an `OSError`, such as a full
     disk; 130 when interrupted.
   """
-  signal.signal(signal.SIGTERM, signal.default_int_handler)
+  interrupt = KeyboardInterrupt()
   try:
-    work()
+    with signals.raised_as(interrupt, signal.SIGINT, signal.SIGTERM):
+      work()
   except KeyboardInterrupt:
     print(f"\nInterrupted. {interrupted}", file=sys.stderr)
     return INTERRUPTED

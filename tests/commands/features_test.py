@@ -192,11 +192,7 @@ def videos(tmp_path_factory) -> Path:
 
 def run(*args: object) -> int:
   """Runs the command in this process, which has loaded JAX."""
-  handler = signal.getsignal(signal.SIGTERM)
-  try:
-    return features.main([*map(str, args), "--num_workers", "1"])
-  finally:
-    signal.signal(signal.SIGTERM, handler)
+  return features.main([*map(str, args), "--num_workers", "1"])
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import errno
 import functools
 import os
-import signal
 
 import av
 import jax
@@ -226,11 +225,7 @@ def folder(weights, tmp_path_factory):
 
 def run(*args) -> int:
   """Runs the command in this process; returns its exit code."""
-  handler = signal.getsignal(signal.SIGTERM)
-  try:
-    return reconstruct.main([str(arg) for arg in args])
-  finally:
-    signal.signal(signal.SIGTERM, handler)
+  return reconstruct.main([str(arg) for arg in args])
 
 
 SIZE = (64 + 22, 3 * 64 + 2 * 4)  # with a caption and the gaps between views

@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,19 +31,14 @@ def run_here(command: Callable[[], int | None]) -> Finished:
       exceptions, which would end a process, are raised.
   """
   out, err = io.StringIO(), io.StringIO()
-  handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-  try:
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-      try:
-        code = command() or 0
-      except SystemExit as e:
-        code = e.code or 0
-        if not isinstance(code, int):  # as Python does with a message
-          print(code, file=err)
-          code = 1
-  finally:
-    for signum, handler in handlers.items():
-      signal.signal(signum, handler)
+  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    try:
+      code = command() or 0
+    except SystemExit as e:
+      code = e.code or 0
+      if not isinstance(code, int):  # as Python does with a message
+        print(code, file=err)
+        code = 1
   return Finished(code, out.getvalue(), err.getvalue())
 
 

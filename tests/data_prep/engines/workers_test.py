@@ -3,11 +3,14 @@
 import contextlib
 import os
 import signal
+import threading
 import time
+from concurrent import futures
 
 import pytest
 
 from data_prep.engines import workers
+from tests.support.processes import children
 
 
 @contextlib.contextmanager
@@ -45,17 +48,31 @@ def open_and_die(_):
   yield
 
 
+class Picture:
+  """Waits for a signal while it is made, or while it is destroyed."""
+
+  def __init__(self, report, ends_at):
+    self.report, self.ends_at = report, ends_at
+    if ends_at == "start":
+      self.wait()
+    self.pixels = "pixels"
+
+  def __del__(self):
+    self.pixels, self.ends_at  # noqa: B018
+    if self.ends_at == "end":
+      self.wait()
+
+  def wait(self):
+    self.report(f"at its {self.ends_at}")
+    time.sleep(1000)
+
+
 @contextlib.contextmanager
-def open_slow_destructor(farewell):
-  """Yields endless work that reports from a destructor."""
+def open_pictures(farewell):
+  """Yields endless work on pictures."""
 
-  def work(_, report):
-    class Picture:
-      def __del__(self):
-        report("in a destructor")
-        time.sleep(1000)
-
-    Picture()
+  def work(ends_at, report):
+    Picture(report, ends_at)
     time.sleep(1000)
 
   try:
@@ -145,10 +162,32 @@ def test_closing_ends_all_workers():
       os.kill(pid, 0)
 
 
-def test_worker_in_a_destructor_is_stopped_in_order(tmp_path, capfd):
+@pytest.mark.parametrize("ends_at", ["start", "end"])
+def test_worker_amid_an_object_is_stopped_in_order(ends_at, tmp_path, capfd):
   farewell = tmp_path / "farewell"
-  events = run([1], open_slow_destructor, settings=farewell)
-  assert next(events).value == "in a destructor"
+  events = run([ends_at], open_pictures, settings=farewell)
+  assert next(events).value == f"at its {ends_at}"
   events.close()
   assert farewell.exists()
+  assert "Traceback" not in capfd.readouterr().err
+
+
+def test_ctrl_c_while_workers_start_is_left_to_the_parent(capfd):
+  before = children(os.getpid())
+  is_over = threading.Event()
+
+  def interrupt():
+    while not is_over.is_set():
+      for pid in children(os.getpid()) - before:
+        with contextlib.suppress(ProcessLookupError):
+          os.kill(pid, signal.SIGINT)
+
+  with futures.ThreadPoolExecutor(1) as pool:
+    interrupts = pool.submit(interrupt)
+    try:
+      endings = ends(run([1, 2], num_workers=1, tasks_per_worker=1))
+    finally:
+      is_over.set()
+    interrupts.result()
+  assert endings == {0: 2, 1: 4}
   assert "Traceback" not in capfd.readouterr().err
