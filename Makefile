@@ -2,6 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # glibc gives big buffers back to the kernel after every step and faults them
 # in again; keeping them makes a step on CPU up to 1.4x faster.
@@ -19,7 +20,7 @@ help:  ## Show what there is
 quickstart: $(VENV)/.installed  ## Prepare the sample video and pretrain on it
 	$(BIN)/python -m marlin_jax.train --config=configs/quickstart.py
 
-demo: $(VENV)/.installed-demo  ## Show the quickstart's network on your videos
+demo: $(VENV)/.installed-demo runs/quickstart/checkpoints  ## Show the quickstart's network on your videos
 	$(BIN)/python -m marlin_jax.demo
 
 test: $(VENV)/.installed-test  ## Run the tests, but for the slow ones
@@ -66,29 +67,31 @@ bench-people: $(VENV)/.installed-test  ## Does it learn? FOOTAGE=DIR HOURS=6
 bench-sync: $(VENV)/.installed-test  ## Sync expert on people not seen; FOOTAGE=DIR
 	$(BIN)/python -m tests.benchmarks.sync --footage=$(FOOTAGE)
 
-clean:  ## Remove the environment, runs/ and the compile cache of the tests
-	rm -rf $(VENV) runs .pytest_cache
+clean:  ## Remove the environment, runs/ and all that was built or cached
+	rm -rf $(VENV) runs build site *.egg-info .pytest_cache .ruff_cache
+
+runs/quickstart/checkpoints:
+	$(MAKE) quickstart
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "marlin_jax needs Python 3.11 or newer; found" \
 	    "$$($(PYTHON) --version). Point PYTHON at one: make PYTHON=python3.12" \
 	    "quickstart"; exit 1; }
-	$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing? On Debian" \
+	@$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing? On Debian" \
 	  "and Ubuntu: apt-get install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  -r requirements.txt
-	touch $@
+	@echo "Installing the environment into $(VENV), 1.7 GB ..."
+	@$(INSTALL) -r requirements.txt
+	@touch $@
 
 $(VENV)/.installed-demo $(VENV)/.installed-docs: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  -e '.[$(subst .installed-,,$(@F))]'
-	touch $@
+	@echo "Installing $(subst .installed-,,$(@F)) into $(VENV) ..."
+	@$(INSTALL) -e '.[$(subst .installed-,,$(@F))]'
+	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed requirements-beam.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  --no-deps marlin-pytorch==0.3.4 syncnet-python==0.2.3
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  -r requirements-beam.txt
-	touch $@
+	@echo "Installing test dependencies into $(VENV), some GB ..."
+	@$(INSTALL) -e '.[test]'
+	@$(INSTALL) --no-deps marlin-pytorch==0.3.4 syncnet-python==0.2.3
+	@$(INSTALL) -r requirements-beam.txt
+	@touch $@

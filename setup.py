@@ -7,6 +7,7 @@ its modules name them so. An editable install leaves all files as they are.
 """
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import setup
@@ -29,6 +30,12 @@ def renamed(text: str) -> str:
 
 class BuildPy(build_py):
   """Copies modules to the places and with the names that a wheel has."""
+
+  def run(self):
+    if not self.editable_mode:
+      # Modules of an earlier build, since renamed, would get into the wheel.
+      shutil.rmtree(self.build_lib, ignore_errors=True)
+    super().run()
 
   def get_module_outfile(self, build_dir, package, module):
     if package[0] in MOVED and not self.editable_mode:

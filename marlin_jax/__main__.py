@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import marlin_jax
-from marlin_jax.records import extras
+from marlin_jax.records import cli, extras
 
 # Each is a console script too, as marlin-NAME in pyproject.toml.
 COMMANDS = {
@@ -57,10 +57,16 @@ def main() -> int:
   Returns:
     0, or 2 for a command that does not exist; a command itself exits.
   """
-  script = Path(sys.argv[0]).stem
+  program = Path(sys.argv[0]).stem
   arguments = sys.argv[1:]
-  if script.startswith(_SCRIPT):
-    arguments.insert(0, script.removeprefix(_SCRIPT))
+  if program.startswith(_SCRIPT):
+    cli.script = program
+    arguments.insert(0, program.removeprefix(_SCRIPT))
+  elif arguments:
+    is_module = program == "__main__"
+    cli.script = " ".join(
+      ["python -m marlin_jax" if is_module else program, arguments[0]]
+    )
   name = arguments[0] if arguments else "--help"
   if name in ("--help", "-h", "help"):
     print(_help())

@@ -80,8 +80,9 @@ def _page(args: argparse.Namespace) -> Page:
   checkpoint = args.checkpoint
   if checkpoint == _QUICKSTART and not Path(checkpoint).exists():
     raise DemoError(
-      f"no checkpoint at {checkpoint}: run `make quickstart` first, or name "
-      "another: --checkpoint runs/b"
+      f"no checkpoint at {checkpoint}: run `make quickstart` first (with an "
+      "installed package `marlin-train --config=quickstart`), or name another: "
+      "--checkpoint runs/b"
     )
   extras.require("demo", "the demo")
   from data_prep import assets

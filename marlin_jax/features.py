@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlin_jax.models.options import DTYPES
-from marlin_jax.records import cli
+from marlin_jax.records import cli, extras
 from marlin_jax.records.cli import UserError, counted
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _start(args: argparse.Namespace) -> None:
   """Runs the task that arguments or environment name."""
+  extras.require("features", "marlin_jax.features")
   # Imported here, so that --help answers at once.
   from marlin_jax.devices import distributed
 

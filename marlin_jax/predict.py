@@ -77,6 +77,10 @@ def _run(args: argparse.Namespace, task: cli.Task) -> None:
     raise PredictionError(
       "expected either videos or --data with a prepared data set"
     )
+  if args.data:
+    extras.require("train", "--data")
+  else:
+    extras.require("features", "marlin_jax.predict of videos")
   with distributed.process_0_first():  # which may download the encoder
     classifier = VideoClassifier.load(
       args.model,
@@ -230,7 +234,6 @@ def _predict_dataset(
   import numpy as np
   from tqdm import tqdm
 
-  extras.require("train", "--data")
   from marlin_jax.downstream import clip_batches, splits
   from marlin_jax.inference import stream
 

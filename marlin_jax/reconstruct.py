@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from marlin_jax.records import cli
+from marlin_jax.records import cli, extras
 from marlin_jax.records.cli import UserError
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _reconstruct(args: argparse.Namespace) -> None:
+  extras.require("features", "marlin_jax.reconstruct")
   from marlin_jax.inference import pictures, reconstruction
   from marlin_jax.inference.marlin import Marlin
   from marlin_jax.pretraining.pretext_task import PretextTask
