@@ -13,16 +13,12 @@ from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.data.reader import BadRecords
 from marlin_jax.devices import sharding
 from marlin_jax.inference import pictures
+from marlin_jax.pretraining import losses
 from marlin_jax.pretraining.course import PretrainingCourse
 from marlin_jax.pretraining.train_step import TrainState, reconstruct
 from marlin_jax.training.loop import Picture, Result
 
-_SCALARS = (
-  "loss_rec",
-  "loss_pixels",
-  "loss_batch_colour",
-  "loss_own_colour",
-)
+_LOSSES = ("loss_rec", "loss_pixels", "loss_own_colour")
 _FPS = 30  # of most videos
 
 
@@ -52,7 +48,7 @@ class Reconstruction:
       out_shardings={
         "video": self._split,
         "visible": self._split,
-        **dict.fromkeys(_SCALARS, everywhere),
+        **dict.fromkeys((*_LOSSES, "colour_sums"), everywhere),
       },
     )
     self._num_parts = trainer.num_microbatches
@@ -83,12 +79,22 @@ class Reconstruction:
 
   def losses(self, state: TrainState) -> Result:
     """Returns the losses of `train_step.reconstruct`, averaged over clips."""
-    rows = [
-      [float(result[name]) for name in _SCALARS]
-      for _, result in self._results(state, self._config.eval_batches)
-    ]
-    means = np.mean(rows, axis=0).tolist()
-    loss = dict(zip(_SCALARS, means, strict=True))
+    num_batches, size = self._config.eval_batches, self._config.batch_size
+    rows, sums = [], []
+    for _, result in self._results(state, num_batches):
+      rows.append([float(result[name]) for name in _LOSSES])
+      sums.append(np.asarray(result["colour_sums"], np.float64))
+    loss = dict(zip(_LOSSES, np.mean(rows, axis=0).tolist(), strict=True))
+    # Colours are those of a batch, not of a part.
+    sums = np.reshape(sums, (num_batches, self._num_parts, *sums[0].shape))
+    loss["loss_batch_colour"] = float(
+      np.mean(
+        [
+          losses.batch_colour_loss(loss["loss_own_colour"], of_batch, size)
+          for of_batch in sums.sum(1)
+        ]
+      )
+    )
     name = self._split_name
     return Result(
       {f"eval/{name}/{key}": value for key, value in loss.items()},

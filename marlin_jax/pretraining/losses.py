@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def reconstruction_loss(
@@ -32,30 +33,54 @@ def squared_errors(
   return errors if weights is None else weights * errors
 
 
-def flat_patch_losses(
-  tokens: jax.Array, masked: jax.Array
-) -> dict[str, jax.Array]:
-  """Returns reconstruction losses of flat patches, baselines for a network.
+def flat_patches(tokens: jax.Array, masked: jax.Array) -> dict[str, jax.Array]:
+  """Returns the losses of flat patches, baselines for a network.
 
   Args:
     tokens: float (B, N, P), whole clips, P ordered c pt ph pw.
     masked: int (B, M), the tokens over which the mean is taken.
 
   Returns:
-    `batch_colour`: loss if every patch has its mean colour over the batch,
-    which uses nothing of the clip itself; `own_colour`: loss if every patch has
-    its own mean colour, a perfect mosaic.
+    `loss_own_colour`: loss if every patch has its own mean colour, a perfect
+    mosaic; `colour_sums`: float32 (N, 8), sums over the clips, which
+    `batch_colour_loss` takes.
   """
-  colours = tokens.reshape(*tokens.shape[:2], 3, -1)
-  own = colours.mean(-1, keepdims=True)
-  losses = {}
-  for name, flat in (
-    ("batch_colour", own.mean(0, keepdims=True)),
-    ("own_colour", own),
-  ):
-    per_token = jnp.square(colours - flat).mean((-2, -1))  # (B, N)
-    losses[name] = jnp.take_along_axis(per_token, masked, axis=1).mean()
-  return losses
+  num_clips, num_tokens, _ = tokens.shape
+  colours = tokens.reshape(num_clips, num_tokens, 3, -1)
+  own = colours.mean(-1)  # (B, N, 3)
+  errors = jnp.square(colours - own[..., None]).mean((-2, -1))  # (B, N)
+  is_masked = jax.vmap(lambda index: jnp.zeros(num_tokens).at[index].set(1.0))
+  weights = is_masked(masked)[..., None]  # (B, N, 1)
+  squares = jnp.square(own).mean(-1, keepdims=True)
+  columns = (own, weights * own, weights * squares, weights)
+  return {
+    "loss_own_colour": jnp.take_along_axis(errors, masked, axis=1).mean(),
+    "colour_sums": jnp.concatenate(columns, axis=-1).sum(0),
+  }
+
+
+def batch_colour_loss(
+  own_colour: float, colour_sums: np.ndarray, num_clips: int
+) -> float:
+  """Returns the loss if every patch has its mean colour over a batch.
+
+  This uses nothing of the clip itself.
+
+  Args:
+    own_colour: mean of `loss_own_colour` over the parts of the batch.
+    colour_sums: (N, 8), sum over the parts; see `flat_patches`.
+    num_clips: clips of the batch.
+  """
+  sums = np.asarray(colour_sums, np.float64)
+  colours, masked, squares, num_masked = np.split(sums, (3, 6, 7), axis=1)
+  colours = colours / num_clips
+  # Squared differences between the patches' own colours and those.
+  between = (
+    squares.sum()
+    - 2 * (colours * masked).mean(1).sum()
+    + (num_masked * np.square(colours)).mean(1).sum()
+  )
+  return own_colour + float(between / num_masked.sum())
 
 
 def generator_adversarial_loss(d_fake: jax.Array) -> jax.Array:

@@ -217,8 +217,8 @@ def reconstruct_batch(
       undone with each token's true mean and standard deviation.
     `visible`: bool (B, N).
     `loss_rec`: scalar, the training loss on the target.
-    `loss_pixels`: scalar, the same loss on plain pixels; compare it with
-      `loss_batch_colour` and `loss_own_colour`, see losses.flat_patch_losses.
+    `loss_pixels`: scalar, the same loss on plain pixels.
+    `loss_own_colour`, `colour_sums`: baselines of it, see losses.flat_patches.
   """
   mask_keys, _ = split_keys(batch["keys"])
   (patches, visible, masked), target = task.inputs_and_target(
@@ -233,11 +233,10 @@ def reconstruct_batch(
   predicted = task.to_pixels(predicted, pixels)
   scatter = jax.vmap(lambda clip, index, new: clip.at[index].set(new))
   is_visible = jnp.zeros(tokens.shape[:2], bool)
-  flat_losses = losses.flat_patch_losses(tokens, masked)
   return {
     "video": task.tubelets.unpatchify(scatter(tokens, masked, predicted)),
     "visible": scatter(is_visible, visible, jnp.ones(visible.shape, bool)),
     "loss_rec": loss_rec,
     "loss_pixels": losses.reconstruction_loss(predicted, pixels),
-    **{f"loss_{name}": loss for name, loss in flat_losses.items()},
+    **losses.flat_patches(tokens, masked),
   }

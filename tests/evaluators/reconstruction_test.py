@@ -34,8 +34,7 @@ def test_the_loss_does_not_depend_on_the_memory_of_the_device(sample_dataset):
   assert (whole, parts) == (1, 2)
   assert got.keys() == want.keys()
   for name, value in want.items():
-    if not name.endswith("loss_batch_colour"):  # the colour of each part
-      assert got[name] == pytest.approx(value, rel=1e-5), name
+    assert got[name] == pytest.approx(value, rel=1e-5), name
 
 
 def test_a_data_set_with_held_out_videos_is_evaluated_on_them(

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from marlin_jax.pretraining import losses
 
@@ -28,11 +29,31 @@ def test_flat_patches_score_the_variance_they_leave():
   np_rng = np.random.default_rng(0)
   tokens = np_rng.normal(size=(4, 7, 3 * 8)).astype(np.float32)
   masked = np.tile(np.arange(7), (4, 1))
-  scores = losses.flat_patch_losses(tokens, masked)
+  scores = losses.flat_patches(tokens, masked)
+  own = float(scores["loss_own_colour"])
   colours = tokens.reshape(4, 7, 3, 8)
-  np.testing.assert_allclose(
-    scores["own_colour"], colours.var(-1).mean(), rtol=1e-5
-  )
-  np.testing.assert_allclose(
-    scores["batch_colour"], colours.var((0, 3)).mean(), rtol=1e-5
-  )
+  assert own == pytest.approx(colours.var(-1).mean(), rel=1e-5)
+  loss = losses.batch_colour_loss(own, scores["colour_sums"], 4)
+  assert loss == pytest.approx(colours.var((0, 3)).mean(), rel=1e-5)
+
+
+def test_the_batch_colour_is_of_all_clips_and_scored_where_masked():
+  """In parts of any size: the sums of the parts are those of the batch."""
+  np_rng = np.random.default_rng(1)
+  tokens = np_rng.uniform(size=(4, 7, 3 * 8)).astype(np.float32)
+  masked = np.stack([np_rng.permutation(7)[:5] for _ in range(4)])
+  colours = tokens.reshape(4, 7, 3, 8)
+  errors = np.square(colours - colours.mean((0, 3), keepdims=True))
+  errors = errors.mean((2, 3))
+  want = np.take_along_axis(errors, masked, axis=1).mean()
+  for num_parts in (1, 2, 4):
+    parts = [
+      losses.flat_patches(*part)
+      for part in zip(
+        np.split(tokens, num_parts), np.split(masked, num_parts), strict=True
+      )
+    ]
+    own = np.mean([part["loss_own_colour"] for part in parts])
+    sums = sum(np.asarray(part["colour_sums"]) for part in parts)
+    found = losses.batch_colour_loss(own, sums, 4)
+    assert found == pytest.approx(want, rel=1e-5)
