@@ -246,11 +246,36 @@ def test_without_the_cuda_plugin_the_error_says_how_to_get_it(monkeypatch):
 # --- what fits ----------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+  ("state", "fixed", "per_clip", "first"),
+  # GiB of S on v5e, B on H200 and L on H200, and a network with a large state.
+  [(0.06, 0, 0.22, 8), (0.6, 0.5, 0.225, 32), (1, 0, 0.71, 2), (12, 1, 0.1, 1)],
+)
+def test_a_few_guesses_fill_the_memory_and_none_exceeds_it(
+  state, fixed, per_clip, first
+):
+  available = 15.75 * GIB
+  needed, clips = {0: state * GIB}, first
+  for _ in range(3 if state < 12 else 4):
+    needed[clips] = (state + fixed + clips * per_clip) * GIB
+    assert needed[clips] <= available
+    clips = search.guess(needed, available)
+  assert needed[max(needed)] > 0.93 * available
+  assert clips - max(needed) <= max(needed) // 16
+
+
 @pytest.mark.slow
 def test_the_largest_batch_that_fits_fills_the_memory():
   devices = here(GIB // 2)
   step = compiled_step.compile_step(small(clips_per_device=8), devices, quiet)
-  best = search.largest(step, quiet)
+  compilations = []
+
+  def counted(message):
+    compilations.append(message)
+    return quiet(message)
+
+  best = search.largest(step, counted)
+  assert len(compilations) <= 3
   assert best.fits
   assert best.num_microbatches == 1
   assert best.clips_at_once > 2 * step.clips_at_once
