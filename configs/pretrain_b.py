@@ -151,9 +151,25 @@ def get_config():
   config.target.motion_weight = 0.0
 
   config.loss = ConfigDict()
+  # Weight of the reconstruction loss; 0: other objectives alone train the
+  # network.
+  config.loss.pixel_weight = 1.0
   # Weight of a second reconstruction loss, on the region that crfr_p hides
   # alone. FSFM uses 0.007.
   config.loss.region_weight = 0.0
+
+  # Latent targets: the decoder predicts for the masked tokens the features that
+  # a teacher computes from the whole clip.
+  config.teacher = ConfigDict()
+  # Weight of the loss; 0: no teacher.
+  config.teacher.weight = 0.0
+  # A workdir, or any checkpoint that marlin_jax.convert reads, of an encoder of
+  # any width and depth (SALT, distillation); or 'ema': the moving average of
+  # the run's own weights (V-JEPA).
+  config.teacher.path = ""
+  # Numbers of the teacher's blocks, from 1, whose outputs are predicted, such
+  # as '6,12'. '': the last.
+  config.teacher.layers = ""
 
   config.input = ConfigDict()
   # Normalise the input with ImageNet's mean and deviation, as VideoMAE does;

@@ -7,13 +7,11 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from flax import nnx
 
 from marlin_jax.data import loader
 from marlin_jax.devices import distributed, sharding
 from marlin_jax.evaluators import quick_probe
 from marlin_jax.inference import clip_features
-from marlin_jax.models import partition
 from marlin_jax.pretraining.course import PretrainingCourse
 from marlin_jax.pretraining.train_step import TrainState
 from marlin_jax.records import cli
@@ -95,8 +93,7 @@ class Probe:
 
 def _features(trainer, architecture, pool, params, fixed, video):
   with trainer.tracing():
-    network = nnx.merge(trainer.mae, partition.weights(params), fixed)
-    encoder = network.encoder
+    encoder = trainer.bind(params, fixed).encoder
     if pool == "mean":
       return clip_features.features(encoder, architecture, video)
     return clip_features.grid_features(encoder, architecture, video)

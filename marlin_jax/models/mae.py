@@ -163,7 +163,21 @@ class MAE(nnx.Module):
     Returns:
       A Prediction in the network's dtype.
     """
-    latent = self.enc_to_dec(self.encoder(patches, visible))
+    return self.decode(self.encoder(patches, visible), visible, masked)
+
+  def decode(
+    self, encoded: jax.Array, visible: jax.Array, masked: jax.Array
+  ) -> Prediction:
+    """Predicts the masked tokens from the encoder's output.
+
+    Args:
+      encoded: float32 (B, V, D), from the encoder.
+      visible, masked: see `__call__`.
+
+    Returns:
+      A Prediction in the network's dtype.
+    """
+    latent = self.enc_to_dec(encoded)
     positions = self.dec_positions[...]
     x = jnp.concatenate(
       [latent + positions[visible], self.mask_token[...] + positions[masked]],

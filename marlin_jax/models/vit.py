@@ -92,6 +92,12 @@ class Fixed(nnx.Variable):
   """
 
 
+def split_model(module: nnx.Module) -> tuple[nnx.GraphDef, dict, dict]:
+  """Splits a module into structure, trained parameters and fixed values."""
+  graphdef, params, fixed = nnx.split(module, nnx.Param, Fixed)
+  return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(fixed)
+
+
 def sincos_positions(num_tokens: int, width: int) -> np.ndarray:
   """Returns the sine-cosine position table (Vaswani et al. 2017).
 
@@ -398,6 +404,27 @@ class Transformer(nnx.Module):
         nnx.to_pure_dict(params),
         None if keep is None else keep[i],
       )
+    return x
+
+  def part(self, x: jax.Array, begin: int, end: int) -> jax.Array:
+    """Runs the blocks from number `begin` to before `end`, counted from 0.
+
+    Args:
+      x: (B, N, D), tokens.
+      begin, end: 0 <= begin < end <= depth.
+
+    Returns:
+      (B, N, D).
+    """
+    apply = jax.jit(self._apply(), static_argnums=(0, 1))
+    if self.scan:
+      graphdef, params = nnx.split(self.blocks)
+      params = jax.tree.map(lambda p: p[begin:end], nnx.to_pure_dict(params))
+      step = functools.partial(apply, graphdef, 0)
+      return jax.lax.scan(lambda x, p: (step(x, p), None), x, params)[0]
+    for block in self.blocks[begin:end]:
+      graphdef, params = nnx.split(block)
+      x = apply(graphdef, 0, x, nnx.to_pure_dict(params))
     return x
 
   def _scan(self, x, start, keep):

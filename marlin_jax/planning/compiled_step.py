@@ -173,10 +173,15 @@ def compile_step(config: ConfigDict, topology: Topology, busy: Busy) -> Step:
   traced_at = time.perf_counter()
   num_microbatches = trainer.num_microbatches
   tubelets = trainer.task.tubelets
-  # uint8 pixels and uint16 region bits.
-  batch_bytes = config.batch_size * tubelets.num_tokens * (tubelets.pixels + 2)
+  batch_bytes = sum(
+    x.size * x.dtype.itemsize for x in experiment.batch_shapes.values()
+  )
   state_bytes = _state_bytes(shapes, experiment.layout.shardings)
   state_bytes["batch"] = batch_bytes // num_shards
+  if experiment.constants:
+    state_bytes["frozen"] = sharding.bytes_per_device(
+      experiment.constants, experiment.constants_shardings
+    )
   step_memory, text = None, ""
   with busy(f"compiling for {topology.name}"):
     try:

@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +22,15 @@ from marlin_jax.devices import chips, sharding
 from marlin_jax.models import softmax_attention, vit
 from marlin_jax.models.discriminator import Discriminator
 from marlin_jax.models.mae import MAE
+from marlin_jax.objectives import objective, table
+from marlin_jax.objectives.objective import Objective
 from marlin_jax.pretraining import (
   configuration,
   memory,
   optimizer,
   train_step,
 )
+from marlin_jax.pretraining.masking import num_decoded
 from marlin_jax.pretraining.pretext_task import PretextTask
 from marlin_jax.weights.architecture import POSITIONS, Architecture
 
@@ -128,10 +132,51 @@ class Experiment:
 
   @functools.cached_property
   def _structure(self) -> tuple[tuple, tuple]:
-    """Both networks, see `train_step.split_model`, without arrays."""
-    return tuple(
-      map(train_step.split_model, nnx.eval_shape(self.draw_networks))
+    """Both networks, see `vit.split_model`, without arrays."""
+    return tuple(map(vit.split_model, nnx.eval_shape(self.draw_networks)))
+
+  # --- Extra objectives -------------------------------------------------------
+
+  @functools.cached_property
+  def objectives(self) -> tuple[Objective, ...]:
+    """Objectives beside MARLIN's.
+
+    Raises:
+      UserError: the run cannot have one of them.
+    """
+    masking = self.task.masking
+    return table.make(
+      objective.Run(
+        self.config,
+        self.architecture,
+        self.execution,
+        num_visible=masking.num_visible,
+        num_masked=num_decoded(
+          masking.num_tokens - masking.num_visible,
+          self.config.mask.decoder_ratio,
+        ),
+        batch_size=self.batch_size,
+      )
     )
+
+  def _draw_objectives(self) -> tuple[dict, dict]:
+    """Draws their networks; see `objective.draw`."""
+    return objective.draw(self.objectives, jax.random.key(self.config.seed))
+
+  @functools.cached_property
+  def constants(self) -> dict[str, dict]:
+    """Arguments of the step that are the same at every step, by name.
+
+    `frozen`: the arrays that objectives read, if there are any.
+    """
+    frozen = {x.name: x.frozen for x in self.objectives if x.frozen}
+    return {"frozen": frozen} if frozen else {}
+
+  @functools.cached_property
+  def constants_shardings(self) -> dict[str, dict]:
+    """Sharding of each of the constants."""
+    heads = objective.all_heads(self.objectives)
+    return sharding.lay_out(self.mesh, self.constants, heads).shardings
 
   # --- Optimisers -------------------------------------------------------------
 
@@ -187,21 +232,27 @@ class Experiment:
         self.task.masking.num_visible,
         self.execution,
         num_tensor=self.mesh.shape["tensor"],
-      ),
+      )
+      + sum(x.clip_bytes for x in self.objectives),
     )
 
   def _state_bytes(self) -> int:
     """Estimates the memory of one device that state and gradients take."""
     (_, params, fixed), (_, disc_params, _) = self._structure
-    shapes = {"params": params, "fixed": fixed, "disc_params": disc_params}
-    shardings = lay_out(self.architecture, self.mesh, shapes).shardings
+    own, own_fixed = jax.eval_shape(self._draw_objectives)
+    shapes = {
+      "params": params | own,
+      "fixed": fixed | own_fixed,
+      "disc_params": disc_params,
+    }
+    shardings = self._lay_out(shapes).shardings
     num_params = sharding.bytes_per_device(shapes, shardings) // 4
     fsdp = self.mesh.shape["fsdp"]
     return memory.state_bytes(
       num_params,
       num_gathered=num_params * fsdp if fsdp > 1 else 0,
       has_ema=bool(self.config.ema_decay),
-    )
+    ) + sharding.bytes_per_device(self.constants, self.constants_shardings)
 
   @property
   def num_microbatches(self) -> int:
@@ -229,6 +280,8 @@ class Experiment:
       discriminator=discriminator,
       optimizer=make_optimizer(schedule),
       disc_optimizer=make_optimizer(disc_schedule),
+      objectives=self.objectives,
+      pixel_weight=config.loss.pixel_weight,
       ema_decay=config.ema_decay,
       ema_warmup=config.ema_warmup,
       decoder_ratio=config.mask.decoder_ratio,
@@ -245,9 +298,12 @@ class Experiment:
   def initialise(self) -> train_step.TrainState:
     """Returns the first state; call it under jit."""
     (_, params, fixed), (_, disc_params, _) = map(
-      train_step.split_model, self.draw_networks()
+      vit.split_model, self.draw_networks()
     )
-    return train_step.init_state(self.trainer, params, fixed, disc_params)
+    own, own_fixed = self._draw_objectives()
+    return train_step.init_state(
+      self.trainer, params | own, fixed | own_fixed, disc_params
+    )
 
   @functools.cached_property
   def shapes(self) -> train_step.TrainState:
@@ -257,46 +313,60 @@ class Experiment:
   @functools.cached_property
   def layout(self) -> sharding.Layout:
     """Layout of the state on the mesh."""
-    return lay_out(self.architecture, self.mesh, self.shapes)
+    return self._lay_out(self.shapes)
+
+  def _lay_out(self, shapes) -> sharding.Layout:
+    heads = objective.all_heads(self.objectives)
+    return lay_out(self.architecture, self.mesh, shapes, heads)
+
+  @property
+  def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of each array of a batch that the step gets."""
+    tubelets = self.task.tubelets
+    clip = {
+      "video": jax.ShapeDtypeStruct(tubelets.video_shape, jnp.uint8),
+      "regions": jax.ShapeDtypeStruct(tubelets.grid, jnp.uint16),
+      "_id": jax.ShapeDtypeStruct((), jnp.int32),
+    }
+    for x in self.objectives:
+      clip |= x.fields
+    return {
+      name: jax.ShapeDtypeStruct(
+        (self.batch_size, *clip[name].shape), clip[name].dtype
+      )
+      for name in self.trainer.fields
+    }
 
   def lower_step(self) -> jax.stages.Lowered:
     """Traces the training step for the mesh, which may be of another machine.
 
     Returns:
-      The lowered step. `.compile()` gives step(state, batch, rng) -> (state,
-      scalars), where batch holds `video` and `regions` alone, and `_id` with
-      several data sets. The old state is donated.
+      The lowered step. `.compile()` gives step(state, batch, rng, **constants)
+      -> (state, scalars), where batch holds `batch_shapes` alone. The old state
+      is donated.
     """
     replicated = sharding.replicated(self.mesh)
     over_batch = sharding.batch_sharding(self.mesh)
-    tubelets, shardings = self.task.tubelets, self.layout.shardings
 
-    def struct(shape, dtype, where):
-      return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+    def struct(x, where):
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
-    batch = {
-      "video": struct(
-        (self.batch_size, *tubelets.video_shape), jnp.uint8, over_batch
-      ),
-      "regions": struct(
-        (self.batch_size, *tubelets.grid), jnp.uint16, over_batch
-      ),
-    }
-    if self.trainer.datasets:
-      batch["_id"] = struct((self.batch_size,), jnp.int32, over_batch)
+    shardings = self.layout.shardings
     rng = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.tree.map(
-      lambda x, where: struct(x.shape, x.dtype, where), self.shapes, shardings
-    )
     return jax.jit(
       self._step,
       donate_argnums=0,
       out_shardings=(shardings, replicated),
-    ).lower(state, batch, struct(rng.shape, rng.dtype, replicated))
+    ).lower(
+      jax.tree.map(struct, self.shapes, shardings),
+      {k: struct(x, over_batch) for k, x in self.batch_shapes.items()},
+      struct(rng, replicated),
+      **jax.tree.map(struct, self.constants, self.constants_shardings),
+    )
 
   @property
   def _step(self) -> Callable[..., tuple[train_step.TrainState, dict]]:
-    """The step: (state, batch, rng) -> (new state, scalars)."""
+    """The step: (state, batch, rng, **constants) -> (new state, scalars)."""
     return functools.partial(train_step.train_step, self.trainer)
 
   # --- Curriculum -------------------------------------------------------------
@@ -339,10 +409,11 @@ class Stage(Experiment):
 
   @functools.cached_property
   def trainer(self) -> train_step.Trainer:
-    """The experiment's, with the task of the stage."""
+    """The experiment's, with task and objectives of the stage."""
     return dataclasses.replace(
       self._whole.trainer,
       task=self.task,
+      objectives=self.objectives,
       num_microbatches=self.num_microbatches,
     )
 
@@ -362,7 +433,7 @@ class Stage(Experiment):
       name = jax.tree_util.keystr(path, simple=True, separator=".")
       return vit.positions_at(table, *grids) if name in POSITIONS else table
 
-    def step(state, batch, rng):
+    def step(state, batch, rng, **constants):
       # Steps of another stage say nothing about a spike.
       is_first = state.step == self.num_earlier
       recent = jax.tree.map(
@@ -370,20 +441,41 @@ class Stage(Experiment):
       )
       tables = jax.tree_util.tree_map_with_path(at_grid, state.fixed)
       new, scalars = train_step.train_step(
-        self.trainer, state.replace(fixed=tables, recent=recent), batch, rng
+        self.trainer,
+        state.replace(fixed=tables, recent=recent),
+        batch,
+        rng,
+        **constants,
       )
       return new.replace(fixed=state.fixed), scalars
 
     return step
 
 
-def lay_out(architecture: Architecture, mesh: Mesh, shapes) -> sharding.Layout:
-  """Places each array of a TrainState, or of its shapes, on the mesh."""
-  num_heads = {
-    "encoder": architecture.num_heads,
-    "decoder": architecture.dec_num_heads,
-  }
-  return sharding.lay_out(mesh, shapes, num_heads)
+def lay_out(
+  architecture: Architecture,
+  mesh: Mesh,
+  shapes,
+  heads: Mapping[str, int] = types.MappingProxyType({}),
+) -> sharding.Layout:
+  """Places each array of a TrainState, or of its shapes, on the mesh.
+
+  Args:
+    architecture: sizes of the autoencoder.
+    mesh: the devices.
+    shapes: the state, or parts of it.
+    heads: attention heads of other networks, see sharding.lay_out.
+  """
+  return sharding.lay_out(
+    mesh,
+    shapes,
+    # The first name that is in a path counts.
+    {
+      **heads,
+      "encoder": architecture.num_heads,
+      "decoder": architecture.dec_num_heads,
+    },
+  )
 
 
 def count(tree) -> int:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from marlin_jax.models.options import DTYPES
+from marlin_jax.objectives import table
 from marlin_jax.records.schema import FRAME_SIZE, PATCH_SIZE
 from marlin_jax.training.configuration import (
   ABOVE_0_TO_1,
@@ -89,6 +90,7 @@ KEYS = TRAINING_KEYS | {
   "target.norm_pix": fixed(),
   "target.motion_weight": fixed(BELOW_1, before=0.0),
   "loss.region_weight": fixed(at_least(0), before=0.0),
+  "loss.pixel_weight": fixed(at_least(0), before=1.0),
   "input.imagenet_norm": fixed(),
   "adv.weight": fixed(at_least(0)),
   "adv.hidden": fixed(at_least(1)),
@@ -135,6 +137,7 @@ KEYS = TRAINING_KEYS | {
   "probe.pool": free(one_of("grid", "mean")),
   "profile.start_step": free(at_least(0)),
   "profile.num_steps": free(at_least(1)),
+  **table.KEYS,
 }
 
 # Recorded in checkpoints, but not a key of the configuration.
@@ -299,7 +302,8 @@ def identity(
 
 
 def _problems(config: ConfigDict) -> Iterator[str]:
-  yield from training_violations(config, KEYS, extra=(_FINGERPRINT,))
+  extra = (_FINGERPRINT, *table.IDENTITIES)
+  yield from training_violations(config, KEYS, extra)
   if (config.num_epochs > 0) == (config.num_steps > 0):
     yield (
       f"num_epochs={config.num_epochs} and num_steps={config.num_steps}: "
@@ -342,6 +346,7 @@ def _problems(config: ConfigDict) -> Iterator[str]:
   yield from _probe_problems(config.probe)
   yield from _mask_problems(config)
   yield from _curriculum_problems(config)
+  yield from table.problems(config)
 
 
 def _schedule_problems(settings: ConfigDict) -> Iterator[str]:

@@ -216,7 +216,7 @@ class PretrainingCourse(Experiment):
   @property
   def fields(self) -> tuple[str, ...]:
     """Keys of a batch that the training step gets."""
-    return ("video", "regions", *(("_id",) if self.trainer.datasets else ()))
+    return self.trainer.fields
 
   @property
   def shardings(self) -> TrainState:
@@ -224,9 +224,12 @@ class PretrainingCourse(Experiment):
 
   @property
   def identity(self) -> dict[str, Any]:
-    return configuration.identity(
+    identity = configuration.identity(
       self.config, self._fingerprint, self.num_steps
     )
+    for objective in self.objectives:
+      identity |= objective.identity
+    return identity
 
   @property
   def _fingerprint(self) -> str:
@@ -298,7 +301,10 @@ class PretrainingCourse(Experiment):
       secs = time.monotonic() - start
       of_stage = "" if experiment is self else f" of {name}"
       print(f"compiled the step{of_stage} in {secs:.1f} s", flush=True)
-    return lambda state, batch: step(state, batch, rng)
+    constants = sharding.put(
+      experiment.constants, experiment.constants_shardings
+    )
+    return lambda state, batch: step(state, batch, rng, **constants)
 
   def _describe_part(self, part: TrainingData) -> cli.Row:
     dataset = part.dataset
@@ -379,6 +385,10 @@ class PretrainingCourse(Experiment):
         "masking",
         f"{masking.strategy}: {masking.num_visible} of {masking.num_tokens} "
         "tokens are visible",
+      ),
+      *(
+        cli.Row("objective", f"{x.name}, weight {x.weight:g}: {x.describe()}")
+        for x in self.objectives
       ),
       devices,
       cli.Row("batch", batch),

@@ -13,7 +13,7 @@ import dataclasses
 from jax.sharding import Mesh
 
 from marlin_jax.devices import chips
-from marlin_jax.models import vit
+from marlin_jax.models.flops import StackFlops
 from marlin_jax.pretraining.masking import num_decoded
 from marlin_jax.pretraining.train_step import Trainer
 from marlin_jax.weights.architecture import Architecture
@@ -33,7 +33,7 @@ def training_step(
 
   Args:
     architecture: sizes of both networks.
-    trainer: pretext task and settings of the adversarial loss.
+    trainer: pretext task, settings of the adversarial loss, extra objectives.
     batch_size: clips per step over all devices.
     num_microbatches: microbatches per batch; with more than one, each update of
       the discriminator runs the autoencoder forward again. The trainer's own
@@ -43,6 +43,9 @@ def training_step(
   adversarial = trainer.adversarial
   # Forward, and two products backward; the input's gradient is not needed.
   mae = 3 * parts.forward - parts.embed
+  if not trainer.pixel_weight:
+    mae -= 2 * parts.head
+  mae += sum(x.flops for x in trainer.objectives)
   if not adversarial.weight:
     return mae * adversarial.g_steps
   # The product of head and discriminator kernels, once per microbatch.
@@ -88,7 +91,7 @@ def features(architecture: Architecture) -> float:
   tubelets = architecture.tubelets
   tokens = tubelets.num_tokens
   embed = 2 * tokens * tubelets.pixels * architecture.width
-  return embed + _StackFlops(architecture.encoder, tokens, tokens).forward
+  return embed + StackFlops(architecture.encoder, tokens, tokens).forward
 
 
 def peak_clips_per_sec(
@@ -111,45 +114,6 @@ def peak_clips_per_sec(
 
 
 @dataclasses.dataclass(frozen=True)
-class _StackFlops:
-  """FLOPs of a stack of transformer blocks on one clip, forward.
-
-  Attributes:
-    size: width, depth, heads and MLP of the stack.
-    tokens: number of input tokens.
-    tokens_out: number of tokens that the last block computes.
-  """
-
-  size: vit.Size
-  tokens: int
-  tokens_out: int
-
-  def _over_blocks(self, block_flops) -> float:
-    """Sums block_flops(number of queries) over the blocks."""
-    full_blocks = self.size.depth - 1
-    return full_blocks * block_flops(self.tokens) + block_flops(self.tokens_out)
-
-  @property
-  def attention(self) -> float:
-    """FLOPs of attention scores and weighted sums of values."""
-    width = self.size.width
-    return self._over_blocks(lambda queries: 4 * queries * self.tokens * width)
-
-  @property
-  def mlp(self) -> float:
-    width, mlp_dim = self.size.width, self.size.mlp_dim
-    return self._over_blocks(lambda queries: 4 * queries * width * mlp_dim)
-
-  @property
-  def forward(self) -> float:
-    # Query and output projections of the queries, key and value of all tokens.
-    projections = self._over_blocks(
-      lambda queries: 4 * (queries + self.tokens) * self.size.width**2
-    )
-    return projections + self.attention + self.mlp
-
-
-@dataclasses.dataclass(frozen=True)
 class _ClipFlops:
   """FLOPs of each part of the networks on one clip, forward.
 
@@ -168,9 +132,9 @@ class _ClipFlops:
   """
 
   embed: float
-  encoder: _StackFlops
+  encoder: StackFlops
   enc_to_dec: float
-  decoder: _StackFlops
+  decoder: StackFlops
   head: float
   disc_hidden: float
   disc_hidden_fused: float
@@ -186,9 +150,9 @@ class _ClipFlops:
     width, dec_width = architecture.width, architecture.dec_width
     return cls(
       embed=2 * visible * pixels * width,
-      encoder=_StackFlops(architecture.encoder, visible, visible),
+      encoder=StackFlops(architecture.encoder, visible, visible),
       enc_to_dec=2 * visible * width * dec_width,
-      decoder=_StackFlops(architecture.decoder, visible + masked, masked),
+      decoder=StackFlops(architecture.decoder, visible + masked, masked),
       head=2 * masked * dec_width * pixels,
       disc_hidden=2 * masked * pixels * disc_hidden,
       disc_hidden_fused=2 * masked * dec_width * disc_hidden,

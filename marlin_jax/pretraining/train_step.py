@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -31,7 +31,8 @@ from marlin_jax.models import partition
 from marlin_jax.models.discriminator import Discriminator
 from marlin_jax.models.mae import MAE
 from marlin_jax.models.prediction import Prediction
-from marlin_jax.models.vit import Fixed
+from marlin_jax.objectives import objective
+from marlin_jax.objectives.objective import Forward, Objective
 from marlin_jax.pretraining import losses, pretext_task, spikes
 from marlin_jax.pretraining.pretext_task import PretextTask
 
@@ -46,9 +47,10 @@ class TrainState:
     step: int32, steps taken.
     num_skipped: int32, steps among them that changed nothing because a loss or
       a gradient was not finite or a spike.
-    params: the autoencoder's trained parameters, nested dicts by path.
+    params: the autoencoder's trained parameters, nested dicts by path; those of
+      extra objectives' networks under 'objectives'.
     ema: exponential moving average of `params`; {} if none is kept.
-    fixed: the autoencoder's position tables.
+    fixed: position tables, by the paths of `params`.
     opt_state: state of the autoencoder's optimiser.
     disc_params: the discriminator's parameters.
     disc_opt_state: state of the discriminator's optimiser.
@@ -103,6 +105,8 @@ class Trainer:
   Attributes:
     task: pretext task: masking, and the form of the target.
     adversarial: settings of the adversarial loss.
+    objectives: extra objectives of the autoencoder.
+    pixel_weight: factor of the reconstruction loss.
     mae: structure of the autoencoder.
     discriminator: structure of the discriminator.
     optimizer: updates the autoencoder.
@@ -130,6 +134,8 @@ class Trainer:
   discriminator: nnx.GraphDef
   optimizer: optax.GradientTransformation
   disc_optimizer: optax.GradientTransformation
+  objectives: tuple[Objective, ...] = ()
+  pixel_weight: float = 1.0
   ema_decay: float = 0.0
   ema_warmup: bool = False
   decoder_ratio: float = 0.0
@@ -139,6 +145,12 @@ class Trainer:
   datasets: tuple[str, ...] = ()
   first_ids: tuple[int, ...] = ()
   spike_sigmas: float = 0.0
+
+  @property
+  def fields(self) -> tuple[str, ...]:
+    """Keys of a batch that a step reads."""
+    extra = dict.fromkeys(key for x in self.objectives for key in x.fields)
+    return ("video", "regions", *extra, *(("_id",) if self.datasets else ()))
 
   @contextlib.contextmanager
   def tracing(self):
@@ -168,13 +180,23 @@ class Trainer:
     weights = self.task.weights(batch["regions"], mask_keys, inputs[2])
     return inputs, target, weights, penalty_keys
 
-  def predict(self, params, fixed, patches, visible, masked) -> Prediction:
+  def bind(self, params, fixed) -> MAE:
+    """Returns the autoencoder with these parameters of a state."""
+    params, fixed = map(objective.without_own, (params, fixed))
+    with partition.use(self.placement):
+      return nnx.merge(self.mae, partition.weights(params), fixed)
+
+  def forward(self, params, fixed, patches, visible, masked) -> Forward:
     """Runs the autoencoder; see MAE.predict."""
     with partition.use(self.placement):
-      params = partition.weights(params)
-      return nnx.merge(self.mae, params, fixed).predict(
-        patches, visible, masked
-      )
+      network = self.bind(params, fixed)
+      encoded = network.encoder(patches, visible)
+      prediction = network.decode(encoded, visible, masked)
+    return Forward(prediction, encoded if self.objectives else None)
+
+  def predict(self, params, fixed, patches, visible, masked) -> Prediction:
+    """Runs the autoencoder; see MAE.predict."""
+    return self.forward(params, fixed, patches, visible, masked).prediction
 
   def bind_discriminator(self, disc_params) -> Discriminator:
     """Returns the discriminator with these parameters."""
@@ -182,7 +204,7 @@ class Trainer:
       disc_params = partition.weights(disc_params)
     return nnx.merge(self.discriminator, disc_params)
 
-  # --- the two losses ---------------------------------------------------------
+  # --- the losses -------------------------------------------------------------
 
   def disc_loss(self, disc_params, prediction, target, keys):
     """Returns the discriminator's loss, and metrics.
@@ -206,10 +228,11 @@ class Trainer:
     return loss, metrics | {"loss_disc": loss}
 
   def mae_grad(self, prediction, target, weights, disc_params):
-    """Returns the gradient of the loss with respect to the prediction.
+    """Returns the gradient of MARLIN's loss with respect to the prediction.
 
-    The loss is loss_rec + weight * loss_adv. The gradients of the two terms are
-    computed separately, because their ratio is a metric and can be limited.
+    It is pixel_weight * loss_rec + weight * loss_adv. The gradients of the two
+    terms are computed separately, because their ratio is a metric and can be
+    limited.
 
     Args:
       prediction: the autoencoder's Prediction.
@@ -228,8 +251,15 @@ class Trainer:
     def reconstruction(prediction):
       return losses.reconstruction_loss(prediction.pixels, target, weights)
 
-    loss_rec, grad_rec = jax.value_and_grad(reconstruction)(prediction)
-    metrics = {"loss_rec": loss_rec}
+    if self.pixel_weight:
+      loss_rec, grad_rec = jax.value_and_grad(reconstruction)(prediction)
+    else:
+      loss_rec = reconstruction(prediction)
+      grad_rec = jax.tree.map(jnp.zeros_like, prediction)
+    metrics, loss = {"loss_rec": loss_rec}, loss_rec
+    if self.pixel_weight != 1:
+      grad_rec = jax.tree.map(lambda x: self.pixel_weight * x, grad_rec)
+      metrics["loss"] = loss = self.pixel_weight * loss_rec
     if not weight:
       return grad_rec, metrics
 
@@ -249,10 +279,42 @@ class Trainer:
       (grad_adv,) = backward(limit * (weight * grad_scores))
     metrics |= {
       "loss_adv": loss_adv,
-      "loss": loss_rec + weight * loss_adv,
+      "loss": loss + weight * loss_adv,
       "adv_pull": pull.mean(),
     }
     return jax.tree.map(jnp.add, grad_rec, grad_adv), metrics
+
+  def params_grad(self, state, frozen, passed, prepared, batch):
+    """Returns the gradient of the whole loss for `state.params`, and metrics.
+
+    Args:
+      state: the state, with the discriminator's parameters after its update.
+      frozen: see `train_step`.
+      passed: the autoencoder's Forward, and its function backwards.
+      prepared: see `prepare`.
+      batch: the batch that was prepared.
+    """
+    (forward, backward), (inputs, target, weights, _) = passed, prepared
+    grad, metrics = self.mae_grad(
+      forward.prediction, target, weights, state.disc_params
+    )
+    metrics |= self.losses_by_dataset(
+      forward.prediction, target, weights, batch
+    )
+    if not self.objectives:
+      (grads,) = backward(Forward(grad, None))
+      return grads, metrics
+    loss, extra_metrics, (extra, own) = objective.value_and_grads(
+      self.objectives,
+      state,
+      frozen,
+      forward,
+      batch | {"visible": inputs[1], "masked": inputs[2]},
+    )
+    both = jax.tree.map(jnp.add, grad, extra.prediction)
+    (grads,) = backward(extra._replace(prediction=both))
+    total = metrics.get("loss", metrics["loss_rec"]) + loss
+    return grads | own, metrics | extra_metrics | {"loss": total}
 
   def losses_by_dataset(self, prediction, target, weights, batch):
     """Returns the parts of each data set's loss, if there are several.
@@ -336,14 +398,12 @@ def init_state(trainer: Trainer, params, fixed, disc_params) -> TrainState:
   )
 
 
-def split_model(model: MAE | Discriminator):
-  """Splits a module into structure, trained parameters and fixed values."""
-  graphdef, params, fixed = nnx.split(model, nnx.Param, Fixed)
-  return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(fixed)
-
-
 def train_step(
-  trainer: Trainer, state: TrainState, batch: dict, rng: jax.Array
+  trainer: Trainer,
+  state: TrainState,
+  batch: dict,
+  rng: jax.Array,
+  frozen: Mapping[str, Pytree] | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Updates both networks, or neither if a value is not finite or a spike.
 
@@ -355,9 +415,10 @@ def train_step(
     trainer: structure, optimisers and settings.
     state: the state.
     batch: `video` uint8 (B, T, H, W, 3) and `regions` uint16 (B, T/2, h, w);
-      with several `trainer.datasets` also `_id` int32 (B,). B is a multiple of
-      `trainer.num_microbatches`.
+      with several `trainer.datasets` also `_id` int32 (B,); and the fields of
+      `trainer.objectives`. B is a multiple of `trainer.num_microbatches`.
     rng: the run's key, the same at every step.
+    frozen: arrays that extra objectives read, by their names.
 
   Returns:
     The new state, and float32 scalars: `loss_rec`, `grad_norm`, `num_skipped`
@@ -365,18 +426,18 @@ def train_step(
     `d_real`, `d_fake`, `adv_pull`, `grad_norm_disc` and, with its penalty,
     `gradient_penalty`; with `trainer.spike_sigmas` also `loss_rec_limit` and
     `grad_norm_limit`, infinite until there are enough steps; with several
-    `trainer.datasets` also `loss_rec/NAME` of each, NaN without a clip of it.
+    `trainer.datasets` also `loss_rec/NAME` of each, NaN without a clip of it;
+    with extra objectives `loss`, `loss_NAME` and what each of them measures.
   """
   step_rng = jax.random.fold_in(rng, state.step)
   # A key per clip, so that masks do not depend on devices or microbatches.
   keys = jax.random.split(step_rng, batch["video"].shape[0])
-  names = ("video", "regions", *(("_id",) if trainer.datasets else ()))
-  batch = {name: batch[name] for name in names} | {"keys": keys}
+  batch = {name: batch[name] for name in trainer.fields} | {"keys": keys}
   with trainer.tracing():
     if trainer.num_microbatches == 1:
-      new, metrics = _step_whole_batch(trainer, state, batch)
+      new, metrics = _step_whole_batch(trainer, state, batch, frozen or {})
     else:
-      new, metrics = _step_microbatches(trainer, state, batch)
+      new, metrics = _step_microbatches(trainer, state, batch, frozen or {})
   by_dataset = metrics.pop("by_dataset", None)
   applied = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
   recent = state.recent
@@ -400,21 +461,21 @@ def train_step(
   return new, metrics | {"num_skipped": num_skipped.astype(jnp.float32)}
 
 
-def _step_whole_batch(trainer: Trainer, state: TrainState, batch):
+def _step_whole_batch(trainer: Trainer, state: TrainState, batch, frozen):
   """Updates both networks on a whole batch.
 
   The discriminator's updates and the first of the g_steps share one forward
   pass.
   """
-  inputs, target, weights, keys = trainer.prepare(batch)
+  prepared = inputs, target, _, keys = trainer.prepare(batch)
   metrics = {}
 
   def forward(params):
-    return trainer.predict(params, state.fixed, *inputs)
+    return trainer.forward(params, state.fixed, *inputs)
 
-  prediction, backward = jax.vjp(forward, state.params)
+  passed = jax.vjp(forward, state.params)
   if trainer.adversarial.weight:
-    constant = jax.lax.stop_gradient(prediction)
+    constant = jax.lax.stop_gradient(passed[0].prediction)
     for i in range(trainer.adversarial.d_steps):
       grads, disc_metrics = jax.grad(trainer.disc_loss, has_aux=True)(
         state.disc_params, constant, target, pretext_task.fold_in(keys, i)
@@ -423,18 +484,16 @@ def _step_whole_batch(trainer: Trainer, state: TrainState, batch):
       metrics |= disc_metrics | {"grad_norm_disc": optax.tree.norm(grads)}
   for i in range(trainer.adversarial.g_steps):
     if i:
-      prediction, backward = jax.vjp(forward, state.params)
-    grad, mae_metrics = trainer.mae_grad(
-      prediction, target, weights, state.disc_params
+      passed = jax.vjp(forward, state.params)
+    grads, mae_metrics = trainer.params_grad(
+      state, frozen, passed, prepared, batch
     )
-    mae_metrics |= trainer.losses_by_dataset(prediction, target, weights, batch)
-    (grads,) = backward(grad)
     state = trainer.update_mae(state, grads)
     metrics |= mae_metrics | {"grad_norm": optax.tree.norm(grads)}
   return state, metrics
 
 
-def _step_microbatches(trainer: Trainer, state: TrainState, batch):
+def _step_microbatches(trainer: Trainer, state: TrainState, batch, frozen):
   """Updates both networks with gradients accumulated over microbatches.
 
   The autoencoder's loss needs the discriminator after its update on the whole
@@ -452,17 +511,12 @@ def _step_microbatches(trainer: Trainer, state: TrainState, batch):
     )
 
   def mae_grads(microbatch):
-    inputs, target, weights, _ = trainer.prepare(microbatch)
-    prediction, backward = jax.vjp(
-      lambda params: trainer.predict(params, state.fixed, *inputs), state.params
+    prepared = trainer.prepare(microbatch)
+    passed = jax.vjp(
+      lambda params: trainer.forward(params, state.fixed, *prepared[0]),
+      state.params,
     )
-    grad, mae_metrics = trainer.mae_grad(
-      prediction, target, weights, state.disc_params
-    )
-    mae_metrics |= trainer.losses_by_dataset(
-      prediction, target, weights, microbatch
-    )
-    return *backward(grad), mae_metrics
+    return trainer.params_grad(state, frozen, passed, prepared, microbatch)
 
   if trainer.adversarial.weight:
     for i in range(trainer.adversarial.d_steps):

@@ -42,6 +42,8 @@ CONFIG_KEYS = {
 _ADDED = ("image_size", "patch_size", "motion_weight")
 # Prefix of the discriminator's arrays in Weights and Architecture.shapes.
 DISCRIMINATOR = "discriminator."
+# Key of the networks of extra objectives among the arrays of a run's state.
+OBJECTIVES = "objectives"
 # Names of the position tables.
 POSITIONS = ("encoder.positions", "dec_positions")
 

@@ -19,6 +19,7 @@ from marlin_jax.records.schema import FRAME_SIZE
 from marlin_jax.training import checksums
 from marlin_jax.weights.architecture import (
   DISCRIMINATOR,
+  OBJECTIVES,
   POSITIONS,
   Architecture,
   flatten,
@@ -88,7 +89,11 @@ def _averaged(tree: dict) -> dict:
   if tree.get("ema"):
     parts["ema"] = tree["ema"]
     del parts["params"]
-  return parts
+  # The networks of extra objectives are no part of the autoencoder.
+  return {
+    part: {name: x for name, x in tree.items() if name != OBJECTIVES}
+    for part, tree in parts.items()
+  }
 
 
 def read_meta(path: Path) -> tuple[Path, dict]:

@@ -15,6 +15,7 @@ from marlin_jax import Marlin, reconstruct
 from marlin_jax.inference import pictures
 from marlin_jax.inference.attention_maps import SHARES
 from marlin_jax.inference.clips import read_clips
+from marlin_jax.models.vit import split_model
 from marlin_jax.pretraining import train_step
 from marlin_jax.pretraining.pretext_task import PretextTask, reconstruct_batch
 from marlin_jax.weights import safetensors_folder
@@ -87,7 +88,7 @@ def test_losses_equal_those_of_the_training_evaluation(batch, norm_pix):
   result = marlin.reconstruct(
     batch["video"], regions=batch["regions"], ratio=0.75, seed=3
   )
-  graph, params, fixed = train_step.split_model(marlin.mae)
+  graph, params, fixed = split_model(marlin.mae)
   trainer = train_step.Trainer(
     task=PretextTask.from_architecture(marlin.architecture, "fasking", 0.75),
     adversarial=train_step.Adversarial(0.0, 0.0, 1, 1),

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from marlin_jax.models import mae, stacking, vit
-from marlin_jax.pretraining.train_step import split_model
+from marlin_jax.models.vit import split_model
 
 SIZES = {
   "num_tokens": 12,

@@ -208,8 +208,8 @@ def test_five_alternating_steps_have_the_authors_losses_and_gradients(
   weights, weight, lr, disc_lr = random_weights(architecture), 0.01, 0.03, 0.001
   tubelets = architecture.tubelets
   theirs = AuthorsStep(weights, weight, lr, disc_lr)
-  mae_parts = train_step.split_model(weights.autoencoder())
-  disc_parts = train_step.split_model(weights.discriminator())
+  mae_parts = vit.split_model(weights.autoencoder())
+  disc_parts = vit.split_model(weights.discriminator())
   # Not Adam, which would make a full step of the rounding in a gradient that is
   # 0, as that of the discriminator's last bias.
   trainer = train_step.Trainer(

@@ -37,7 +37,7 @@ def make(
   `task` holds further settings of the PretextTask.
   """
   sizes = {"num_tokens": TUBELETS.num_tokens, "pixels": TUBELETS.pixels}
-  graph, params, fixed = train_step.split_model(
+  graph, params, fixed = vit.split_model(
     mae.MAE(
       encoder=vit.Size(width=32, depth=1, num_heads=2, mlp_dim=64),
       decoder=vit.Size(width=16, depth=1, num_heads=2, mlp_dim=32),
@@ -46,7 +46,7 @@ def make(
       **sizes,
     )
   )
-  disc_graph, disc_params, _ = train_step.split_model(
+  disc_graph, disc_params, _ = vit.split_model(
     discriminator.Discriminator(
       pixels=TUBELETS.pixels, hidden=24, rngs=nnx.Rngs(1), dtype=dtype
     )

@@ -1,0 +1,1 @@
+"""Objectives beside MARLIN's, each trained on the same forward pass."""

@@ -1,0 +1,97 @@
+"""The extra objectives and the rules of their keys, `config.NAME.KEY`.
+
+The module imports no jax: a configuration is checked before devices are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from ml_collections import ConfigDict
+
+from marlin_jax.training.configuration import Key, at_least, fixed, free
+
+if TYPE_CHECKING:
+  from marlin_jax.objectives.objective import Objective, Run
+
+# Name of an objective -> rules of its keys beside `weight`.
+_KEYS: Mapping[str, Mapping[str, Key]] = {
+  # A checkpoint records the hash of the teacher's encoder instead of its path.
+  "teacher": {"path": free(), "layers": fixed(before="")},
+}
+# Names that objectives add to the identity of a run.
+IDENTITIES = ("teacher.sha256",)
+
+# Rules by dotted key.
+KEYS = {
+  f"{name}.{key}": rule
+  for name, rules in _KEYS.items()
+  for key, rule in (
+    ("weight", fixed(at_least(0), before=0.0)),
+    *rules.items(),
+  )
+}
+
+
+def names(config: ConfigDict) -> list[str]:
+  """Returns the names of the objectives that a run has: of weight above 0."""
+  return [name for name in _KEYS if config[name].weight > 0]
+
+
+def problems(config: ConfigDict) -> Iterator[str]:
+  """Yields a line for each combination of keys that cannot be run."""
+  pixel_weight = config.loss.pixel_weight
+  if not pixel_weight and not names(config):
+    yield (
+      "loss.pixel_weight=0: expected another objective with a weight above 0"
+    )
+  if not pixel_weight and config.adv.weight:
+    yield (
+      f"adv.weight={config.adv.weight}: expected 0 with loss.pixel_weight=0, "
+      "without which no pixels are learned that could be judged"
+    )
+  if config.teacher.weight:
+    yield from _teacher_problems(config)
+
+
+def _teacher_problems(config: ConfigDict) -> Iterator[str]:
+  path, layers = config.teacher.path, config.teacher.layers
+  if not path:
+    yield (
+      "teacher.path='': name a run or a checkpoint, or 'ema', with "
+      f"teacher.weight={config.teacher.weight}"
+    )
+  if path == "ema" and not config.ema_decay:
+    yield "ema_decay=0: expected a value above 0 with teacher.path='ema'"
+  try:
+    numbers = layer_numbers(layers)
+  except ValueError:
+    numbers = [0]
+  if numbers != sorted(set(numbers)) or min(numbers, default=1) < 1:
+    yield (
+      f"teacher.layers={layers!r}: expected '' or numbers of blocks from 1, in "
+      "rising order, joined by commas"
+    )
+
+
+def layer_numbers(layers: str) -> list[int]:
+  """Returns the numbers in `teacher.layers`; [] for ''.
+
+  Raises:
+    ValueError: one of them is no number.
+  """
+  return [int(number) for number in layers.split(",") if layers]
+
+
+def make(run: Run) -> tuple[Objective, ...]:
+  """Returns the objectives of a run.
+
+  Raises:
+    UserError: the run cannot have one of them.
+  """
+  # Imported here, since they import jax.
+  from marlin_jax.objectives.teacher import Teacher
+
+  classes: dict[str, type[Objective]] = {"teacher": Teacher}
+  return tuple(classes[name](run) for name in names(run.config))

@@ -1,0 +1,73 @@
+"""Every objective of pretraining, as settings of a small run.
+
+A test that holds for MARLIN's objective is parametrised over OBJECTIVES, and so
+holds for a new one as soon as it is named here.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from marlin_jax.weights import safetensors_folder
+from tests.support.demo_models import make_weights
+
+# Stands for the folder of a teacher of these sizes, see `overrides`.
+_TEACHER = "a teacher"
+_TEACHER_SIZES = {"width": 48, "depth": 3, "num_frames": 4, "image_size": 64}
+
+# name: overrides of configs/pretrain_b.py
+OBJECTIVES = {
+  "marlin": {},
+  "motion": {"target.motion_weight": 0.5},
+  "region": {"mask.strategy": "crfr_p", "loss.region_weight": 0.5},
+  "teacher": {
+    "loss.pixel_weight": 0.5,
+    "teacher.layers": "1,3",
+    "teacher.path": _TEACHER,
+    "teacher.weight": 0.5,
+  },
+  "average": {
+    "ema_decay": 0.9,
+    "teacher.path": "ema",
+    "teacher.weight": 0.5,
+  },
+}
+# Sizes of a clip that all of them can take, in seconds on a CPU.
+CLIP = {"data.num_frames": 4, "data.frame_size": 64}
+
+
+def overrides(name: str, folder: Path) -> dict[str, object]:
+  """Returns the overrides for an objective.
+
+  Args:
+    name: a key of OBJECTIVES.
+    folder: a teacher is written into it, if one is needed.
+  """
+  settings = CLIP | OBJECTIVES[name]
+  if settings.get("teacher.path") == _TEACHER:
+    path = folder / "teacher"
+    if not path.exists():
+      safetensors_folder.write(make_weights(**_TEACHER_SIZES), path)
+    settings["teacher.path"] = str(path)
+  return settings
+
+
+def random_batch(
+  shapes: dict[str, jax.ShapeDtypeStruct], seed: int = 0
+) -> dict[str, np.ndarray]:
+  """Returns a batch of random values.
+
+  Args:
+    shapes: see `Experiment.batch_shapes`.
+    seed: of the values.
+  """
+  np_rng = np.random.default_rng(seed)
+  below = {"uint8": 256, "uint16": 2048, "int32": 3}
+
+  def values(x):
+    if x.dtype.name in below:
+      return np_rng.integers(0, below[x.dtype.name], x.shape, x.dtype)
+    return np_rng.normal(size=x.shape).astype(x.dtype)
+
+  return {name: values(x) for name, x in sorted(shapes.items())}
