@@ -229,6 +229,17 @@ CHIPS = (
     per_host=8,
   ),
   Chip(
+    name="A10",
+    device_kinds=("NVIDIA A10",),
+    hbm_bytes=24 * 10**9,
+    hbm_bandwidth=600e9,
+    bfloat16=125e12,
+    float32=62.5e12,
+    link_bandwidth=32e9,
+    network_bandwidth=None,
+    per_host=8,
+  ),
+  Chip(
     name="L40S",
     device_kinds=("NVIDIA L40S",),
     hbm_bytes=48 * 10**9,
