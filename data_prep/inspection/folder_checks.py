@@ -358,6 +358,11 @@ def check_metadata(
   if metadata.get("labels") != settings["labels"]:
     what = "labels differ from settings.json"
     problems.add("counts", folders.METADATA, what)
+  size = metadata.get("frame_size", schema.FRAME_SIZE)
+  wanted = folder_settings.with_old_settings(settings)["frame_size"]
+  if size != wanted:
+    what = f"frame_size is {size}, settings.json has {wanted}"
+    problems.add("counts", folders.METADATA, what)
   splits = metadata.get("splits", {})
   for split in sorted({*splits, *(e.split for e in entries.values())}):
     expected = derived_files.counts(

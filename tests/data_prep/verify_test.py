@@ -248,6 +248,18 @@ def test_other_schema_version_is_told_of(dataset):
     assert problems(dataset)[0] == ("schema", name, what)
 
 
+def test_another_frame_size_than_announced_is_told_of(dataset):
+  """In data sets of before the setting it is 224."""
+  path = dataset / "metadata.json"
+  content = json.loads(path.read_text())
+  assert content.pop("frame_size") == 224
+  path.write_text(json.dumps(content))
+  assert problems(dataset) == []
+  path.write_text(json.dumps(content | {"frame_size": 112}))
+  what = "frame_size is 112, settings.json has 224"
+  assert problems(dataset) == [("counts", "metadata.json", what)]
+
+
 # --- Wrong parts of records ---------------------------------------------------
 
 
