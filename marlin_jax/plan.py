@@ -79,6 +79,9 @@ def main(argv):
 def plan(config: ConfigDict) -> tuple[dict[str, Any], bool]:
   """Compiles the step and prints a report, except with --json=-.
 
+  With a curriculum, that of each stage: a line for each, and the report of the
+  one that needs the most memory.
+
   Returns:
     The numbers of the report as JSON values, and True if the configuration fits
     in memory.
@@ -97,9 +100,15 @@ def plan(config: ConfigDict) -> tuple[dict[str, Any], bool]:
   from marlin_jax.planning import compiled_step, report, search
 
   # --- The step ---------------------------------------------------------------
-  step = compiled_step.compile_step(config, devices, busy)
+  steps = compiled_step.compile_steps(config, devices, busy)
+  step = max(steps, key=lambda step: (not step.fits, step.needed_bytes))
+  if len(steps) > 1:
+    say(report.stages_text(steps))
+    say(f"\nstage {step.stage + 1} needs the most memory:")
   say(report.step_text(step))
   numbers = report.numbers(step)
+  if len(steps) > 1:
+    numbers["stages"] = [report.numbers(step) for step in steps]
 
   # --- Other configurations ---------------------------------------------------
   if _SEARCH.value and step.fits:
@@ -111,7 +120,7 @@ def plan(config: ConfigDict) -> tuple[dict[str, Any], bool]:
     numbers["remedies"] = []
     for changes in search.remedies(step):
       tried = compiled_step.compile_step(
-        compiled_step.with_changes(config, changes), devices, busy
+        compiled_step.with_changes(config, changes), devices, busy, step.stage
       )
       say(report.remedy_text(changes, tried))
       numbers["remedies"].append({"changes": changes} | report.numbers(tried))

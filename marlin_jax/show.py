@@ -67,6 +67,7 @@ _CHARTS = {
     ("Gradient norms", ("train/grad_norm*",), True),
     ("Learning rates", ("train/lr*",), False),
     ("Updates not applied", ("train/num_skipped",), False),
+    ("Stage of the curriculum", ("train/stage",), False),
   ),
   "Speed": (
     ("Clips per second", ("time/clips_per_sec",), False),

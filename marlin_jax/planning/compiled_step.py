@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from marlin_jax.devices import chips, sharding
 from marlin_jax.planning import hlo, roofline
 from marlin_jax.planning.topology import Topology
-from marlin_jax.pretraining import build, flops, memory
+from marlin_jax.pretraining import build, configuration, flops, memory
 
 # The TPU compiler's messages for a program that is too large, before and after
 # it tries to make it fit.
@@ -62,6 +62,9 @@ class Step:
 
   Attributes:
     config: the configuration.
+    stage: number of the stage of its curriculum, from 0.
+    num_stages: number of its stages.
+    clips: describes the clips of the stage.
     topology: the devices.
     mesh: size of the mesh along each axis.
     num_microbatches: microbatches of a batch.
@@ -84,6 +87,9 @@ class Step:
   """
 
   config: ConfigDict
+  stage: int
+  num_stages: int
+  clips: str
   topology: Topology
   mesh: dict[str, int]
   num_microbatches: int
@@ -142,13 +148,27 @@ class Step:
     )
 
 
-def compile_step(config: ConfigDict, topology: Topology, busy: Busy) -> Step:
-  """Compiles the step that training would run.
+def compile_steps(
+  config: ConfigDict, topology: Topology, busy: Busy
+) -> list[Step]:
+  """Compiles the steps that training would run, one for each stage.
+
+  See `compile_step`.
+  """
+  num_stages = len(configuration.stages(config))
+  return [compile_step(config, topology, busy, i) for i in range(num_stages)]
+
+
+def compile_step(
+  config: ConfigDict, topology: Topology, busy: Busy, stage: int = 0
+) -> Step:
+  """Compiles a step that training would run.
 
   Args:
     config: a valid configuration.
     topology: the devices.
     busy: entered while the compiler works.
+    stage: number of the stage of its curriculum, from 0.
 
   Raises:
     MeshError: the mesh or the batch does not fit the devices.
@@ -161,12 +181,13 @@ def compile_step(config: ConfigDict, topology: Topology, busy: Busy) -> Step:
   device_bytes = chips.usable_bytes(
     topology.memory_bytes, topology.devices[0].platform
   )
-  experiment = build.Experiment(
+  stages = build.Experiment(
     config,
     config.num_steps or 1000,  # only the schedule depends on it
     mesh,
     device_bytes,
-  )
+  ).by_stage
+  experiment = stages[stage]
   trainer, architecture = experiment.trainer, experiment.architecture
   shapes = experiment.shapes
   lowered = experiment.lower_step()
@@ -183,7 +204,8 @@ def compile_step(config: ConfigDict, topology: Topology, busy: Busy) -> Step:
       experiment.constants, experiment.constants_shardings
     )
   step_memory, text = None, ""
-  with busy(f"compiling for {topology.name}"):
+  of_stage = f" stage {stage + 1} of {len(stages)}" if len(stages) > 1 else ""
+  with busy(f"compiling{of_stage} for {topology.name}"):
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
@@ -196,6 +218,9 @@ def compile_step(config: ConfigDict, topology: Topology, busy: Busy) -> Step:
     text = compiled.as_text()
   return Step(
     config=config,
+    stage=stage,
+    num_stages=len(stages),
+    clips=experiment.clips_summary,
     topology=topology,
     mesh=dict(mesh.shape),
     num_microbatches=num_microbatches,

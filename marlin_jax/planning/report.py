@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from marlin_jax.devices.chips import gpu_memory_fraction
@@ -50,6 +51,25 @@ def step_text(step: Step) -> str:
     ]
   if step.memory:
     lines += ["", *_communication_lines(step), "", *_rate_lines(step)]
+  return "\n".join(lines)
+
+
+def stages_text(steps: Sequence[Step]) -> str:
+  """Describes the steps of all stages of a curriculum, a line for each."""
+  lines = []
+  for step in steps:
+    rate = _rate(step)
+    speed = (
+      f", at most {rate['clips_per_sec']:.0f} clips/s"
+      if "clips_per_sec" in rate
+      else ""
+    )
+    verdict = "fits" if step.fits else "does not fit"
+    lines.append(
+      f"stage {step.stage + 1} of {step.num_stages}: {step.clips}; "
+      f"{step.needed_bytes / _GIB:.2f} GiB, {verdict}; "
+      f"{step.flops_per_clip / 1e9:.1f} GFLOP per clip{speed}"
+    )
   return "\n".join(lines)
 
 
@@ -198,6 +218,7 @@ def numbers(step: Step) -> dict[str, Any]:
   topology = step.topology
   return {
     "config": flat(step.config),
+    "clips": step.clips,
     "topology": topology.name,
     "num_devices": len(topology.devices),
     "num_hosts": topology.num_hosts,

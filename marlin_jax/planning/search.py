@@ -56,7 +56,7 @@ def largest(step: Step, busy: Busy) -> Step | None:
       "clips_per_device": clips,
     }
     tried = compile_step(
-      with_changes(step.config, changes), step.topology, busy
+      with_changes(step.config, changes), step.topology, busy, step.stage
     )
     needed[clips] = tried.needed_bytes
     if tried.fits:

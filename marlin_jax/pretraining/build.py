@@ -371,6 +371,15 @@ class Experiment:
 
   # --- Curriculum -------------------------------------------------------------
 
+  @property
+  def clips_summary(self) -> str:
+    """The clips in words: frames, pixels and tokens."""
+    sizes, masking = self.architecture, self.task.masking
+    return (
+      f"{sizes.num_frames} frames of {sizes.image_size} pixels, "
+      f"{masking.num_visible} of {masking.num_tokens} tokens visible"
+    )
+
   @functools.cached_property
   def by_stage(self) -> list[Experiment]:
     """The experiment at each stage of the curriculum; itself without one."""

@@ -264,7 +264,7 @@ class PretrainingCourse(Experiment):
       take_clip=experiment.take_clip,
       make_step=functools.partial(self._make_step, experiment, name),
       name="" if experiment is self else name,
-      summary=_clips_of(experiment),
+      summary=experiment.clips_summary,
       arithmetic=arithmetic,
       peak_clips_per_sec=flops.peak_clips_per_sec(
         arithmetic, self.mesh, self.config.dtype
@@ -417,14 +417,4 @@ def _flops_of(experiment: Experiment) -> float:
   """Returns the FLOPs per clip of a step."""
   return flops.training_step(
     experiment.architecture, experiment.trainer, experiment.batch_size
-  )
-
-
-def _clips_of(experiment: Experiment) -> str:
-  """Describes the clips of a stage in the words of the configuration."""
-  sizes = experiment.architecture
-  masking = experiment.task.masking
-  return (
-    f"{sizes.num_frames} frames of {sizes.image_size} pixels, "
-    f"{masking.num_visible} of {masking.num_tokens} tokens visible"
   )

@@ -184,6 +184,39 @@ def test_cpu_devices_are_planned_for_in_words_and_numbers(tmp_path):
   assert "clips_per_sec" not in found["rate"]
 
 
+CURRICULUM = "3: data.frame_size=112"
+
+
+def test_every_stage_of_a_curriculum_is_compiled():
+  steps = compiled_step.compile_steps(
+    small(curriculum=CURRICULUM), here(GIB), quiet
+  )
+  assert [step.stage for step in steps] == [0, 1]
+  assert steps[0].needed_bytes < steps[1].needed_bytes
+  assert steps[0].num_params == steps[1].num_params
+  first, *_ = report.stages_text(steps).splitlines()
+  assert first.startswith(
+    "stage 1 of 2: 2 frames of 112 pixels, 4 of 49 tokens visible; 0.0"
+  )
+
+
+@pytest.mark.slow
+def test_the_stage_that_needs_the_most_memory_is_reported_in_full(tmp_path):
+  path = tmp_path / "plan.json"
+  result = run(
+    "--topology=cpu:1", "--nosearch", f"--json={path}", curriculum=CURRICULUM
+  )
+  assert result.returncode == 0, result.stderr
+  assert "stage 2 needs the most memory:\nnetwork " in result.stdout
+  assert "compiling stage 2 of 2 for cpu:1" in result.stderr
+  found = json.loads(path.read_text())
+  assert [stage["clips"] for stage in found["stages"]] == [
+    "2 frames of 112 pixels, 4 of 49 tokens visible",
+    "2 frames of 224 pixels, 19 of 196 tokens visible",
+  ]
+  assert found["needed_bytes"] == found["stages"][1]["needed_bytes"]
+
+
 @pytest.mark.parametrize(
   ("args", "words"),
   [
