@@ -83,8 +83,15 @@ _NUM_PICTURES = 9
 _PICTURE_WIDTH = 900
 # Keys of the first table, where the configuration has them.
 _MAIN_KEYS = (
-  *("data.path", "batch_size", "num_epochs", "num_steps", "model.width"),
-  *("model.depth", "mask.strategy", "mask.ratio", "optim.base_lr", "dtype"),
+  *("data.path", "batch_size", "num_epochs", "num_steps", "curriculum"),
+  *(
+    "model.width",
+    "model.depth",
+    "mask.strategy",
+    "mask.ratio",
+    "optim.base_lr",
+    "dtype",
+  ),
 )
 
 

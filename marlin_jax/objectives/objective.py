@@ -74,7 +74,8 @@ class Objective(abc.ABC):
     num_heads: attention heads of each transformer in `networks` and in
       `frozen`, by the name of its attribute.
     frozen: arrays that it reads and does not train, nested dicts by path. They
-      are not part of the state, and so of no checkpoint.
+      are not part of the state, and so of no checkpoint; and the same in all
+      stages of a curriculum, whatever the sizes of clips.
     reads_average: it reads the average of the autoencoder's weights in place of
       `frozen`.
     identity: values beside the configuration that a resumed run must share.
@@ -104,7 +105,8 @@ class Objective(abc.ABC):
     """Draws the networks that are trained for this objective alone.
 
     Layers whose names the table devices.sharding.RULES knows, such as `head`,
-    `hidden` and those of transformer blocks, are sharded over the mesh.
+    `hidden` and those of transformer blocks, are sharded over the mesh. Their
+    shapes must not depend on the sizes of clips, which a curriculum changes.
     """
     del rngs
     return nnx.Dict()

@@ -58,19 +58,23 @@ class Teacher(Objective):
       )
 
   def _check_tokens(self) -> None:
-    """Raises ConfigError if teacher and run cut clips into other tokens."""
+    """Raises ConfigError if the teacher cannot see the run's tokens.
+
+    Clips may be smaller than the teacher's, and frames of another size.
+    """
     ours, theirs = self.run.architecture.tubelets, self._architecture.tubelets
     differences = [
-      f"  {field.name}: {getattr(ours, field.name)}, of the teacher "
-      f"{getattr(theirs, field.name)}"
-      for field in dataclasses.fields(ours)
-      if getattr(ours, field.name) != getattr(theirs, field.name)
+      f"  {name}: {getattr(ours, name)}, of the teacher {getattr(theirs, name)}"
+      for name in ("tubelet_size", "patch_size", "num_frames")
+      if getattr(ours, name) != getattr(theirs, name)
+      and (name != "num_frames" or ours.num_frames > theirs.num_frames)
     ]
     if differences:
       raise ConfigError(
         f"teacher.path: {self._source} and the run cut clips into other "
         "tokens:\n" + "\n".join(differences) + "\nTrain with the teacher's "
-        "sizes (config.data, config.model), or take another teacher"
+        "sizes (config.model) and at most its frames (config.data), or take "
+        "another teacher"
       )
 
   @functools.cached_property
@@ -138,7 +142,12 @@ class Teacher(Objective):
 
   def loss(self, own, frozen, forward, batch):
     params, fixed = (frozen[part]["encoder"] for part in ("params", "fixed"))
-    encoder = nnx.merge(self._encoder, partition.weights(params), fixed)
+    # A token keeps its place in clips of another size, as in `init_from`.
+    grids = (
+      x.tubelets.grid for x in (self._architecture, self.run.architecture)
+    )
+    tables = {"positions": vit.positions_at(fixed["positions"], *grids)}
+    encoder = nnx.merge(self._encoder, partition.weights(params), tables)
     targets = self.targets(encoder, batch["video"], batch["masked"])
     predicted = own["head"](forward.prediction.features).astype(jnp.float32)
     loss = jnp.abs(predicted - targets).mean()
@@ -176,7 +185,7 @@ class Teacher(Objective):
   @property
   def flops(self) -> float:
     run, architecture = self.run, self._architecture
-    tokens = architecture.tubelets.num_tokens
+    tokens = run.architecture.tubelets.num_tokens
     size = dataclasses.replace(architecture.encoder, depth=self._layers[-1])
     embed = 2 * tokens * architecture.tubelets.pixels * architecture.width
     head = 2 * run.num_masked * run.architecture.dec_width * self._width
@@ -195,6 +204,8 @@ class Teacher(Objective):
     )
 
 
+# The stages of a curriculum share it.
+@functools.lru_cache(maxsize=1)
 def _read(path: str) -> Weights:
   """Reads the teacher's encoder.
 

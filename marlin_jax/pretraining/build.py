@@ -435,6 +435,10 @@ class Stage(Experiment):
     return self._whole.layout
 
   @property
+  def constants(self) -> dict[str, dict]:
+    return self._whole.constants
+
+  @property
   def _step(self) -> Callable[..., tuple[train_step.TrainState, dict]]:
     grids = (self._whole.task.tubelets.grid, self.task.tubelets.grid)
 

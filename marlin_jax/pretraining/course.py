@@ -301,10 +301,12 @@ class PretrainingCourse(Experiment):
       secs = time.monotonic() - start
       of_stage = "" if experiment is self else f" of {name}"
       print(f"compiled the step{of_stage} in {secs:.1f} s", flush=True)
-    constants = sharding.put(
-      experiment.constants, experiment.constants_shardings
-    )
+    constants = self._constants_on_devices
     return lambda state, batch: step(state, batch, rng, **constants)
+
+  @functools.cached_property
+  def _constants_on_devices(self) -> dict[str, dict]:
+    return sharding.put(self.constants, self.constants_shardings)
 
   def _describe_part(self, part: TrainingData) -> cli.Row:
     dataset = part.dataset

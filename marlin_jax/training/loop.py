@@ -377,7 +377,8 @@ def train(
           if ends_stage and stage.name:
             rates = timer.stage_rates()
             details = {"stage": stage.name, "clips": stage.summary} | {
-              name.removeprefix("time/"): rate for name, rate in rates.items()
+              name.removeprefix("time/"): float(f"{rate:.4g}")
+              for name, rate in rates.items()
             }
             writer.event("stage", step, **details)
             progress.say(

@@ -1,5 +1,7 @@
 """Latent targets, against a PyTorch transcription; teachers of every kind."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,11 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from configs import pretrain_b
+from marlin_jax.models import vit
 from marlin_jax.objectives import objective
 from marlin_jax.pretraining import build, configuration, flops
 from marlin_jax.training.configuration import ConfigError
 from marlin_jax.weights import formats, safetensors_folder
-from marlin_jax.weights.weights import WeightsError, encoder_sha256
+from marlin_jax.weights.weights import Weights, WeightsError, encoder_sha256
 from tests.support import layouts
 from tests.support.demo_models import make_weights
 from tests.support.training_runs import metrics_of, refused, train
@@ -121,6 +124,34 @@ def test_the_loss_is_that_of_v_jepa(teacher, layers, imagenet, scan):
   assert metrics["teacher/features_rank"] > 1
 
 
+def test_a_teacher_sees_smaller_clips_with_their_places_positions(
+  teacher, tmp_path
+):
+  """As one whose table is of the run's own grid."""
+  weights, path = teacher[0].encoder_only(), teacher[1]
+  small = dataclasses.replace(weights.architecture, num_frames=2, image_size=32)
+  grids = (x.tubelets.grid for x in (weights.architecture, small))
+  table = vit.positions_at(weights.arrays["encoder.positions"], *grids)
+  cut = Weights(
+    small, weights.arrays | {"encoder.positions": np.asarray(table)}, "cut"
+  )
+  safetensors_folder.write(cut, tmp_path)
+  losses = []
+  for folder in (path, tmp_path):
+    made = experiment(
+      **{
+        "teacher.path": str(folder),
+        "data.num_frames": 2,
+        "data.frame_size": 32,
+        "mask.ratio": 0.5,
+      }
+    )
+    state = jax.jit(made.initialise)()
+    _, metrics, *_ = pass_over(made, state, batch_of(made.trainer))
+    losses.append(metrics["loss_teacher"])
+  assert losses[0] == losses[1] > 0
+
+
 def test_the_average_teaches_with_the_weights_it_has():
   """V-JEPA's target encoder: the average, not the present weights."""
   made = experiment(**{"teacher.path": "ema", "ema_decay": 0.9})
@@ -178,8 +209,8 @@ def test_what_cannot_be_run_is_refused(overrides, words):
 
 def test_a_teacher_that_does_not_fit_is_refused(teacher, tmp_path):
   path = str(teacher[1])
-  with pytest.raises(ConfigError, match=r"num_frames: 2, of the teacher 4"):
-    _ = experiment(**{"teacher.path": path, "data.num_frames": 2}).objectives
+  with pytest.raises(ConfigError, match=r"num_frames: 6, of the teacher 4"):
+    _ = experiment(**{"teacher.path": path, "data.num_frames": 6}).objectives
   with pytest.raises(ConfigError, match=r"has 3 blocks"):
     _ = experiment(**{"teacher.path": path, "teacher.layers": "4"}).objectives
   with pytest.raises(WeightsError, match="nothing_here"):

@@ -14,6 +14,7 @@ from marlin_jax.pretraining import build, configuration, optimizer
 from marlin_jax.training.configuration import ConfigError
 from tests.support import made_dataset, training_runs
 from tests.support.files import arrays_of, rows_of
+from tests.support.objectives import OBJECTIVES, overrides
 from tests.support.training_runs import metrics_of, train
 
 # Stages of 3, 4 and 5 steps, with 4, 16 and 32 tokens.
@@ -203,6 +204,25 @@ def test_a_stage_is_not_compared_with_the_steps_before_it(experiment, state):
     for step in (3, 4)
   ]
   assert nums == [1, 71]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_has_stages(name, tmp_path):
+  """The state keeps its form; constants are not held again for each stage."""
+  config = pretrain_b.get_config()
+  config.update_from_flattened_dict(
+    training_runs.TINY
+    | overrides(name, tmp_path)
+    | {"curriculum": "3: data.num_frames=2, data.frame_size=32, mask.ratio=0.5"}
+  )
+  whole = build.Experiment(config, 6)
+  for stage in whole.by_stage:
+    new, _ = stage.lower_step().out_info
+    assert jax.tree.structure(new) == jax.tree.structure(whole.shapes)
+    assert jax.tree.all(
+      jax.tree.map(lambda a, b: a.shape == b.shape, new, whole.shapes)
+    )
+    assert stage.constants is whole.constants
 
 
 def test_without_a_curriculum_the_step_is_the_plain_one():
