@@ -171,6 +171,30 @@ def get_config():
   # as '6,12'. '': the last.
   config.teacher.layers = ""
 
+  # Sound beside video, from data sets prepared with --sound (HiCMAE).
+  config.sound = ConfigDict()
+  # Weight of the loss; 0: sound is not read.
+  config.sound.weight = 0.0
+  # Share of the sound's tokens that are masked.
+  config.sound.mask_ratio = 0.8
+  # Encoder of sound: embedding width; its MLPs are four times as wide.
+  config.sound.width = 384
+  # Encoder of sound: transformer blocks.
+  config.sound.depth = 10
+  # Encoder of sound: attention heads.
+  config.sound.num_heads = 6
+  # Decoder of sound: embedding width, likewise.
+  config.sound.dec_width = 192
+  # Decoder of sound: transformer blocks.
+  config.sound.dec_depth = 4
+  # Decoder of sound: attention heads.
+  config.sound.dec_num_heads = 3
+  # Weight of the contrast between the video and the sound of a clip, within the
+  # loss; 0: reconstruction alone.
+  config.sound.contrast_weight = 0.0025
+  # Divides the cosines of the contrast.
+  config.sound.temperature = 0.07
+
   config.input = ConfigDict()
   # Normalise the input with ImageNet's mean and deviation, as VideoMAE does;
   # MARLIN does not.

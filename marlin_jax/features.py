@@ -8,6 +8,10 @@ For each video, named by its path below the input folder, writes
                                    task has one of its own until they are merged
   OUTPUT/settings.json             the settings that all files share
 
+Features are of the video; with --modality=sound of its sound, by the encoder of
+a run that was trained with config.sound.weight above 0; or with both of video
+and sound, one after the other.
+
 A file has one row per window, or with --reduction one for the whole video:
   features     float32 (D,), or (N, D) with --keep_seq; in parquet a flat list
   first_frame  number of the row's first frame, from 0
@@ -21,17 +25,19 @@ The command can be stopped or killed at any time; run again, it extracts only
 the features that are missing. It uses all devices of the machine. Several
 machines share the work by --task_index and --task_count.
 
-Axes: N tokens, D width.
+Axes: N tokens, D width; of both encoders together for --modality=both.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import functools
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +46,13 @@ from marlin_jax.records import cli, extras
 from marlin_jax.records.cli import UserError, counted
 
 if TYPE_CHECKING:
+  import jax
+  from jax.sharding import Mesh
+
   from marlin_jax.inference.face_windows import WindowSettings
   from marlin_jax.inference.feature_folder import FeatureFolder
   from marlin_jax.inference.video_folder import EncodedVideo
-  from marlin_jax.weights.weights import Weights
+  from marlin_jax.weights.weights import SoundWeights, Weights
 
 
 class ExtractionError(UserError):
@@ -71,20 +80,28 @@ def _run(args: argparse.Namespace, task: cli.Task) -> None:
 
   from marlin_jax.devices import distributed, sharding
   from marlin_jax.inference import (
-    clip_features,
     clips,
     feature_folder,
     stream,
     video_folder,
   )
-  from marlin_jax.weights import formats
+  from marlin_jax.weights import formats, run_checkpoint
+
+  if args.modality == "both" and args.keep_seq:
+    raise ExtractionError(
+      "--keep_seq with --modality=both: tokens of video and of sound do not "
+      "form rows of one width; extract video and sound into a folder each"
+    )
 
   # --- Inputs -----------------------------------------------------------------
   videos = task.part(video_folder.list_videos(args.videos))
   with distributed.process_0_first():  # which may download it
     weights = formats.read(formats.resolve(args.checkpoint, full=False))
+  sound = None
+  if args.modality != "video":
+    sound = run_checkpoint.read_sound(Path(args.checkpoint).expanduser())
   mesh = sharding.make_mesh(devices=jax.local_devices())
-  encoder = clip_features.FrozenEncoder(weights, mesh, args.dtype, "auto")
+  encode = _encoder(args, weights, sound, mesh)
   try:
     windows = clips.window_settings(
       weights.architecture,
@@ -95,7 +112,9 @@ def _run(args: argparse.Namespace, task: cli.Task) -> None:
     )
   except ValueError as e:
     raise ExtractionError(f"--stride, --sample_rate: {e}") from e
-  settings = _settings(args, weights, windows)
+  if sound:
+    windows = dataclasses.replace(windows, sound=sound.patches)
+  settings = _settings(args, weights, sound, windows)
   with feature_folder.FeatureFolder(args.output, settings, task) as folder:
     todo = [
       video
@@ -124,7 +143,7 @@ def _run(args: argparse.Namespace, task: cli.Task) -> None:
       if not args.crop_face:
         check = stack.enter_context(video_folder.CropCheck())
       encoded_videos = video_folder.encode_many(
-        functools.partial(encoder, keep_seq=args.keep_seq),
+        encode,
         todo,
         windows,
         batch_size=stream.local_batch_size(args.batch_size),
@@ -173,8 +192,37 @@ def _run(args: argparse.Namespace, task: cli.Task) -> None:
       )
 
 
+def _encoder(
+  args: argparse.Namespace,
+  weights: Weights,
+  sound: SoundWeights | None,
+  mesh: Mesh,
+) -> Callable[[Any], jax.Array]:
+  """Returns the function from a batch of `Window.clip` to features."""
+  import jax.numpy as jnp
+
+  from marlin_jax.inference import clip_features
+
+  options = mesh, args.dtype, "auto"
+  of_video = of_sound = None
+  if args.modality != "sound":
+    of_video = clip_features.FrozenEncoder(weights, *options)
+  if sound:
+    of_sound = clip_features.FrozenSoundEncoder(sound, *options)
+  if not of_sound:
+    return functools.partial(of_video, keep_seq=args.keep_seq)
+  if not of_video:
+    return lambda clips: of_sound(clips["mel"], keep_seq=args.keep_seq)
+  return lambda clips: jnp.concatenate(
+    [of_video(clips["video"]), of_sound(clips["mel"])], axis=-1
+  )
+
+
 def _settings(
-  args: argparse.Namespace, weights: Weights, windows: WindowSettings
+  args: argparse.Namespace,
+  weights: Weights,
+  sound: SoundWeights | None,
+  windows: WindowSettings,
 ) -> dict[str, Any]:
   """Returns the settings that the features depend on."""
   from marlin_jax.weights.weights import encoder_sha256
@@ -191,6 +239,9 @@ def _settings(
     "window_rule": args.window_rule,
     # Folders from before there was a choice are float32.
     **({} if args.dtype == "float32" else {"dtype": args.dtype}),
+    **(
+      {"modality": args.modality, "sound_sha256": sound.sha256} if sound else {}
+    ),
   }
 
 
@@ -284,6 +335,14 @@ def _parser() -> argparse.ArgumentParser:
     "--keep_seq",
     action="store_true",
     help="a feature per token of a window (1568) instead of their mean",
+  )
+  add(
+    "--modality",
+    choices=("video", "sound", "both"),
+    default="video",
+    help="what the features are of; sound and both need the workdir of a run "
+    "with an encoder of sound, such as of configs/hicmae_s.py, and videos with "
+    "a sound track; both: those of video, then those of sound, in one row",
   )
   add(
     "--crop_face",

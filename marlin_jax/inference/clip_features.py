@@ -1,7 +1,7 @@
 """Features of clips as pure functions of the encoder, to jit and train through.
 
 Axes: B clips, T frames, H W pixels (S S of a square), N tokens (ordered t h w),
-P pixels per token, D width.
+P pixels per token, D width, R rows of a mel spectrogram.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from marlin_jax.devices import sharding
 from marlin_jax.models import partition, softmax_attention, vit
 from marlin_jax.models.mae import Encoder
 from marlin_jax.weights.architecture import Architecture
-from marlin_jax.weights.weights import Weights, encoder_sha256
+from marlin_jax.weights.weights import SoundWeights, Weights, encoder_sha256
 
 # Cells along a side of `grid_features`.
 _GRID_CELLS = 4
@@ -60,7 +60,12 @@ def features(
   Returns:
     float32 (B, D), or (B, N, D) with `keep_seq`.
   """
-  tokens = encoder.tokens(to_tokens(x, architecture)).astype(jnp.float32)
+  return _pooled(encoder, to_tokens(x, architecture), keep_seq)
+
+
+def _pooled(encoder: Encoder, patches: jax.Array, keep_seq: bool) -> jax.Array:
+  """Returns the features of all tokens of clips, see `features`."""
+  tokens = encoder.tokens(patches).astype(jnp.float32)
   return encoder.norm(tokens if keep_seq else tokens.mean(axis=1))
 
 
@@ -121,19 +126,71 @@ def jitted_features(
     float32 encoder are exact on every device.
   """
 
+  return _jitted(
+    graphdef,
+    functools.partial(to_tokens, architecture=architecture),
+    placement,
+    out_shardings,
+  )
+
+
+def _jitted(graphdef, to_patches, placement=None, out_shardings=None):
+  """Returns `jitted_features` of inputs that `to_patches` cuts into tokens."""
+
   @functools.partial(
     jax.jit, static_argnames="keep_seq", out_shardings=out_shardings
   )
   def apply(params, x, keep_seq=False):
     encoder = nnx.merge(graphdef, params)
     with partition.use(placement), vit.exact_matmuls(encoder.dtype):
-      return features(encoder, architecture, x, keep_seq=keep_seq)
+      return _pooled(encoder, to_patches(x), keep_seq)
 
   return apply
 
 
-class FrozenEncoder:
+class _Replicated:
   """Encoder with fixed weights, replicated over the devices of a mesh.
+
+  Attributes:
+    mesh: mesh of the devices.
+  """
+
+  def __init__(self, make, to_patches, mesh: Mesh, dtype: str, attention: str):
+    """Puts the encoder on the devices.
+
+    Args:
+      make: execution options -> the encoder.
+      to_patches: inputs (B, ...) -> tokens (B, N, P).
+      mesh, dtype, attention: see FrozenEncoder.
+    """
+    self.mesh = mesh
+    platform = mesh.devices.flat[0].platform
+    attention = softmax_attention.choose(attention, platform, dtype)
+    everywhere = sharding.replicated(mesh)
+    graphdef, params = nnx.split(make(dtype=dtype, attention=attention))
+    self._params = sharding.put(params, everywhere)
+    placement = sharding.MeshPlacement(mesh, dtype) if mesh.size > 1 else None
+    self._features = _jitted(graphdef, to_patches, placement, everywhere)
+
+  def __call__(self, inputs: np.ndarray, keep_seq: bool = False) -> jax.Array:
+    """Returns the features of a batch, which must divide over the devices.
+
+    Args:
+      inputs: (B, ...), see the class; of several processes each gives its own
+        rows, see `loader.own_rows`.
+      keep_seq: return a feature per token instead of one per clip.
+
+    Returns:
+      float32 (B, D), or (B, N, D) with `keep_seq`, on every process; see
+      `features`.
+    """
+    split = sharding.batch_sharding(self.mesh)
+    x = jax.make_array_from_process_local_data(split, inputs)
+    return self._features(self._params, x, keep_seq=keep_seq)
+
+
+class FrozenEncoder(_Replicated):
+  """Function from clips, uint8 (B, T, S, S, 3), to features.
 
   Attributes:
     mesh: mesh of the devices.
@@ -152,32 +209,31 @@ class FrozenEncoder:
     """
     self.architecture = weights.architecture.without_decoder()
     self.identity = {"encoder": encoder_sha256(weights), "dtype": dtype}
-    self.mesh = mesh
-    platform = mesh.devices.flat[0].platform
-    encoder = weights.encoder_only().autoencoder(
-      dtype=dtype,
-      attention=softmax_attention.choose(attention, platform, dtype),
-    )
-    graphdef, params = nnx.split(encoder)
-    self._params = sharding.put(params, sharding.replicated(mesh))
-    self._features = jitted_features(
-      graphdef,
-      self.architecture,
-      placement=sharding.MeshPlacement(mesh, dtype) if mesh.size > 1 else None,
-      out_shardings=sharding.replicated(mesh),
+    super().__init__(
+      weights.encoder_only().autoencoder,
+      functools.partial(to_tokens, architecture=self.architecture),
+      *(mesh, dtype, attention),
     )
 
-  def __call__(self, video: np.ndarray, keep_seq: bool = False) -> jax.Array:
-    """Returns the features of a batch, which must divide over the devices.
+
+class FrozenSoundEncoder(_Replicated):
+  """Function from sound, float32 (B, R, 80), to features.
+
+  Attributes:
+    mesh: mesh of the devices.
+  """
+
+  def __init__(
+    self, weights: SoundWeights, mesh: Mesh, dtype: str, attention: str
+  ):
+    """Puts the encoder on the devices.
 
     Args:
-      video: uint8 (B, T, S, S, 3); of several processes each gives its own
-        rows, see `loader.own_rows`.
-      keep_seq: return a feature per token instead of one per clip.
-
-    Returns:
-      float32 (B, D), on every process; see `features`.
+      weights: weights of the encoder.
+      mesh, dtype, attention: see FrozenEncoder.
     """
-    split = sharding.batch_sharding(self.mesh)
-    x = jax.make_array_from_process_local_data(split, video)
-    return self._features(self._params, x, keep_seq=keep_seq)
+    super().__init__(
+      weights.encoder,
+      weights.patches.patchify,
+      *(mesh, dtype, attention),
+    )

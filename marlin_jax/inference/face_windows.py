@@ -10,7 +10,8 @@ first video is read.
 `video_folder` reads many videos in worker processes.
 
 Axes: T frames of a window, S pixels of the model's square picture, H W pixels
-of the video, N patches, h w patches of a picture.
+of the video, N patches, h w patches of a picture, M R rows of a mel
+spectrogram.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from marlin_jax.data.clip_geometry import Clip
-from marlin_jax.records import extras, schema
+from marlin_jax.data.clip_geometry import Clip, SoundPatches
+from marlin_jax.records import extras, mel_spectrogram, schema
 from marlin_jax.records.cli import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
   from data_prep.video import tracked, video_to_records
 
 WINDOW_RULES = ("cover", "authors")
+
+# Frame rate of a single frame, and of frames without times, as in data_prep.
+_DEFAULT_FPS = 25.0
 
 # Called with the share of the video that has been read, once per frame.
 Progress = Callable[[float], None]
@@ -101,6 +105,8 @@ class Window:
       of the tubelet; 0 where no face was parsed.
     labels: uint8 (T/2, H, W) where `regions` are: LaPa codes of the pixels of
       those frames, H = W = 224; all background where no face was parsed.
+    mel: float32 (R, 80) where `WindowSettings.sound` is set, else None: the
+      sound of the frames, see SoundPatches.window.
   """
 
   frames: np.ndarray
@@ -111,6 +117,14 @@ class Window:
   box: np.ndarray
   regions: np.ndarray | None = None
   labels: np.ndarray | None = None
+  mel: np.ndarray | None = None
+
+  @property
+  def clip(self) -> np.ndarray | dict[str, np.ndarray]:
+    """The frames; with sound {"video": frames, "mel": mel}."""
+    if self.mel is None:
+      return self.frames
+    return {"video": self.frames, "mel": self.mel}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +145,7 @@ class WindowSettings:
     tubelet_size: frames per tubelet; the first of them is parsed.
     patch_size: pixels of a patch, for the regions.
     stop_secs: time in the video at which reading ends.
+    sound: rows of the windows' sound; None: it is not read.
 
   Raises:
     ValueError: the settings contradict each other, or windows would not cover
@@ -146,6 +161,7 @@ class WindowSettings:
   tubelet_size: int = 2
   patch_size: int = schema.PATCH_SIZE
   stop_secs: float = math.inf
+  sound: SoundPatches | None = None
 
   def __post_init__(self) -> None:
     if self.window_rule not in WINDOW_RULES:
@@ -195,9 +211,16 @@ class WindowSettings:
     """Returns int (T,), numbers of the frames that a window shows."""
     return self._clip(total).indices(start, total)
 
+  def extent(self, total: int) -> int:
+    """Returns the number of frames that a window spans, if there are as many.
+
+    A video of fewer frames is continued with its last one.
+    """
+    return self._clip(total).extent
+
   def num_covered(self, total: int) -> int:
     """Returns the number of frames that a window stands for."""
-    return min(self._clip(total).extent, total)
+    return min(self.extent(total), total)
 
   def _clip(self, total: int) -> Clip:
     if self.window_rule == "authors" and total <= self.clip.extent:
@@ -233,7 +256,8 @@ def read_windows(
 
   Raises:
     FaceVideoError: the video is damaged, or over a limit of
-      `data_prep.video.decode.Limits`; possibly after some windows.
+      `data_prep.video.decode.Limits`; possibly after some windows. Or it has no
+      sound track, and its sound was to be read.
     NoFaceError: a face was to be cropped, and there is none.
     UserError: this machine lacks a model file or a library.
   """
@@ -282,6 +306,7 @@ class _WindowReader:
     self._progress = progress
 
   def windows(self) -> Iterator[Window]:
+    self._mel = self._read_sound() if self._settings.sound else None
     if not self._settings.crop_face:
       yield from self._cut(self._whole_frames(), 0)
       return
@@ -328,18 +353,41 @@ class _WindowReader:
       first = shown[:: settings.tubelet_size]
       parsed = [self._parsed(frame) for frame in first]
       regions, labels = map(np.stack, zip(*parsed, strict=True))
+    start_secs = kept[start - num_dropped].secs
+    end_secs = kept[start + num_frames - 1 - num_dropped].secs
+    mel = None
+    if self._mel is not None:
+      per_frame = (end_secs - start_secs) / max(num_frames - 1, 1)
+      secs = settings.extent(total) * (per_frame or 1 / _DEFAULT_FPS)
+      mel = settings.sound.window(
+        self._mel,
+        mel_spectrogram.MEL_RATE * start_secs,
+        mel_spectrogram.MEL_RATE * secs,
+      )
     return Window(
       frames=np.stack(
         [schema.resized(frame.picture, settings.image_size) for frame in shown]
       ),
       first_frame=offset + start,
       num_frames=num_frames,
-      start_secs=kept[start - num_dropped].secs,
-      end_secs=kept[start + num_frames - 1 - num_dropped].secs,
+      start_secs=start_secs,
+      end_secs=end_secs,
       regions=regions,
       labels=labels,
+      mel=mel,
       box=np.median([frame.box for frame in shown], axis=0),
     )
+
+  def _read_sound(self) -> np.ndarray:
+    """Returns the mel spectrogram of the video, float32 (M, 80)."""
+    from data_prep.video import decode
+
+    mel = mel_spectrogram.mel_spectrogram(decode.read_sound(self._path))
+    if not len(mel):
+      raise FaceVideoError(
+        self._path, "it has no sound track, and features of sound are wanted"
+      )
+    return mel
 
   # --- Whole frames -----------------------------------------------------------
 

@@ -71,7 +71,7 @@ def encode_batches(
 
 def encode(
   function: Callable[[np.ndarray], jax.Array],
-  clips: Iterable[np.ndarray],
+  clips: Iterable[np.ndarray | dict[str, np.ndarray]],
   batch_size: int,
 ) -> Iterator[np.ndarray]:
   """Applies a function to a stream of clips, with one batch in flight.
@@ -82,7 +82,8 @@ def encode(
 
   Args:
     function: maps clips (B, ...) to an array whose first axis is B.
-    clips: inputs without the batch axis, such as uint8 (T, S, S, 3).
+    clips: inputs without the batch axis, such as uint8 (T, S, S, 3), or dicts
+      of such arrays.
     batch_size: B.
 
   Yields:
@@ -94,10 +95,16 @@ def encode(
     stream = iter(clips)
     while group := list(itertools.islice(stream, batch_size)):
       sizes.append(len(group))
-      yield np.stack(group + group[-1:] * (batch_size - len(group)))
+      yield _stacked(group + group[-1:] * (batch_size - len(group)))
 
   for results in encode_batches(function, batches()):
     yield from results[: sizes.popleft()]
+
+
+def _stacked(group: list) -> np.ndarray | dict[str, np.ndarray]:
+  if isinstance(group[0], dict):
+    return {key: _stacked([x[key] for x in group]) for key in group[0]}
+  return np.stack(group)
 
 
 def reduced(features: np.ndarray, reduction: str) -> np.ndarray:

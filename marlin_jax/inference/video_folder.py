@@ -246,7 +246,8 @@ def encode_many(
   windows are not taken. Closing the iterator stops them.
 
   Args:
-    function: maps clips (B, ...) to an array whose first axis is B.
+    function: maps clips (B, ...), see `Window.clip`, to an array whose first
+      axis is B.
     videos: the videos, started in this order.
     settings: see `WindowSettings`.
     batch_size: B; None: `stream.default_batch_size`.
@@ -316,10 +317,10 @@ def _encode(
             video.crop_problem = crop_check.problem(event)
           nothing = np.zeros(0, np.uint8)
           video.windows.append(
-            dataclasses.replace(event, frames=nothing, regions=None)
+            dataclasses.replace(event, frames=nothing, regions=None, mel=None)
           )
           owners.append(number)
-          yield event.frames
+          yield event.clip
         case Outcome():
           video.outcome = event
           finish_if_complete(number)

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
-from marlin_jax.training.configuration import Key, at_least, fixed, free
+from marlin_jax.training.configuration import (
+  BETWEEN_0_AND_1,
+  Key,
+  above,
+  at_least,
+  fixed,
+  free,
+)
 
 if TYPE_CHECKING:
   from marlin_jax.objectives.objective import Objective, Run
@@ -19,6 +26,17 @@ if TYPE_CHECKING:
 _KEYS: Mapping[str, Mapping[str, Key]] = {
   # A checkpoint records the hash of the teacher's encoder instead of its path.
   "teacher": {"path": free(), "layers": fixed(before="")},
+  "sound": {
+    "mask_ratio": fixed(BETWEEN_0_AND_1, before=0.8),
+    "width": fixed(at_least(1), before=384),
+    "depth": fixed(at_least(1), before=10),
+    "num_heads": fixed(at_least(1), before=6),
+    "dec_width": fixed(at_least(1), before=192),
+    "dec_depth": fixed(at_least(1), before=4),
+    "dec_num_heads": fixed(at_least(1), before=3),
+    "contrast_weight": fixed(at_least(0), before=0.0025),
+    "temperature": fixed(above(0), before=0.07),
+  },
 }
 # Names that objectives add to the identity of a run.
 IDENTITIES = ("teacher.sha256",)
@@ -53,6 +71,13 @@ def problems(config: ConfigDict) -> Iterator[str]:
     )
   if config.teacher.weight:
     yield from _teacher_problems(config)
+  for prefix in ("", "dec_"):
+    width, heads = (config.sound[prefix + k] for k in ("width", "num_heads"))
+    if heads >= 1 and width % (2 * heads):
+      yield (
+        f"sound.{prefix}width={width}: expected a multiple of twice "
+        f"sound.{prefix}num_heads={heads}"
+      )
 
 
 def _teacher_problems(config: ConfigDict) -> Iterator[str]:
@@ -91,7 +116,11 @@ def make(run: Run) -> tuple[Objective, ...]:
     UserError: the run cannot have one of them.
   """
   # Imported here, since they import jax.
+  from marlin_jax.objectives.audio_visual import AudioVisual
   from marlin_jax.objectives.teacher import Teacher
 
-  classes: dict[str, type[Objective]] = {"teacher": Teacher}
+  classes: dict[str, type[Objective]] = {
+    "teacher": Teacher,
+    "sound": AudioVisual,
+  }
   return tuple(classes[name](run) for name in names(run.config))

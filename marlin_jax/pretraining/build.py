@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from marlin_jax.data.augmentation import Augmentation
+from marlin_jax.data.clip_geometry import SoundPatches
 from marlin_jax.data.clips import TakeClip
 from marlin_jax.devices import chips, sharding
 from marlin_jax.models import softmax_attention, vit
@@ -84,6 +85,7 @@ class Experiment:
   @functools.cached_property
   def take_clip(self) -> TakeClip:
     """Turns records into clips."""
+    reads_sound = any("mel" in x.fields for x in self.objectives)
     return TakeClip(
       self.architecture.clip,
       self.architecture.tubelet_size,
@@ -91,6 +93,7 @@ class Experiment:
       self.architecture.patch_size,
       needs_regions=self.task.masking.needs_regions,
       augmentation=Augmentation(**self.config.augment),
+      sound=SoundPatches.of(self.architecture.clip) if reads_sound else None,
     )
 
   @functools.cached_property

@@ -150,10 +150,22 @@ class PretrainingCourse(Experiment):
     sharding.check_batch(self.mesh, self.batch_size)
     check_attention(config.attention, self.mesh.devices.flat[0].platform)
     self.parts = parts
+    self._check_sound()
     self.num_steps = config.num_steps or math.ceil(
       config.num_epochs * self.draws.clips_per_epoch / config.batch_size
     )
     configuration.check_curriculum(config, self.num_steps)
+
+  def _check_sound(self) -> None:
+    """Raises DatasetError if sound is read and no data set has any."""
+    if not self.take_clip.sound:
+      return
+    if not any(part.dataset.has_sound for part in self.parts):
+      raise prepared_dataset.DatasetError(
+        f"config.sound.weight={self.config.sound.weight} needs sound, and "
+        f"{', '.join(part.path for part in self.parts)} was prepared without: "
+        "prepare the videos again, with data_prep.prepare --sound"
+      )
 
   @functools.cached_property
   def mesh(self) -> Mesh:

@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from etils import epath
 
+from marlin_jax.data.clip_geometry import Clip, SoundPatches
+from marlin_jax.models import vit
 from marlin_jax.models.vit import NORM_EPS
 from marlin_jax.records.schema import FRAME_SIZE
 from marlin_jax.training import checksums
@@ -25,7 +27,12 @@ from marlin_jax.weights.architecture import (
   flatten,
   unflatten,
 )
-from marlin_jax.weights.weights import Weights, WeightsError, eps_notice
+from marlin_jax.weights.weights import (
+  SoundWeights,
+  Weights,
+  WeightsError,
+  eps_notice,
+)
 
 _PARTS = ("params", "fixed", "disc_params")
 _CONVERTED_STEP = 0
@@ -81,6 +88,53 @@ def read(path: Path) -> Weights:
     for name, array in flatten(tree).items()
   }
   return Weights(architecture, arrays, str(where))
+
+
+def read_sound(path: Path) -> SoundWeights:
+  """Reads the encoder of sound from a run's last checkpoint.
+
+  Args:
+    path: see `read`.
+
+  Raises:
+    WeightsError: there is no checkpoint, it is damaged, or the run was trained
+      without sound.
+  """
+  if not is_run(path):
+    raise WeightsError(
+      f"{path} is no workdir of a run. Features of sound need one: other "
+      "formats hold the encoder of video alone"
+    )
+  where, meta = read_meta(path)
+  if not meta.get("sound.weight"):
+    raise WeightsError(
+      f"{where} has no encoder of sound. A run trains one with "
+      "config.sound.weight above 0, as configs/hicmae_s.py"
+    )
+  width = meta["sound.width"]
+  (params, fixed) = read_state(where, _sound_encoder).values()
+  arrays = {}
+  for tree in (params, fixed):
+    arrays |= flatten(tree["objectives"]["sound"]["encoder"])
+  return SoundWeights(
+    SoundPatches.of(Clip(meta["data.num_frames"], meta["data.stride"])),
+    vit.Size(width, meta["sound.depth"], meta["sound.num_heads"], 4 * width),
+    arrays,
+    str(where),
+  )
+
+
+def _sound_encoder(tree: dict) -> dict:
+  """Selects the encoder of sound, its average if there is one."""
+  params = "ema" if tree.get("ema") else "params"
+  return {
+    part: {
+      "objectives": {
+        "sound": {"encoder": tree[part]["objectives"]["sound"]["encoder"]}
+      }
+    }
+    for part in (params, "fixed")
+  }
 
 
 def _averaged(tree: dict) -> dict:

@@ -12,14 +12,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from marlin_jax.data.clip_geometry import IMAGENET_MEAN, IMAGENET_STD
-from marlin_jax.models import stacking
+from marlin_jax.data.clip_geometry import (
+  IMAGENET_MEAN,
+  IMAGENET_STD,
+  SoundPatches,
+)
+from marlin_jax.models import stacking, vit
 from marlin_jax.models.discriminator import Discriminator
 from marlin_jax.models.mae import MAE, Encoder
 from marlin_jax.records.cli import UserError
@@ -83,8 +88,9 @@ class Weights:
     Args:
       **execution: `dtype`, `attention`, `scan`, `remat`; see vit.Execution.
     """
-    return self._fill(
+    return _filled(
       lambda: self.architecture.make_autoencoder(**execution),
+      self.arrays,
       self.architecture.prefix,
     )
 
@@ -96,15 +102,9 @@ class Weights:
     """
     if not self.architecture.has_discriminator:
       raise WeightsError(f"{self.source} holds no discriminator")
-    return self._fill(self.architecture.make_discriminator, DISCRIMINATOR)
-
-  def _fill(self, make, prefix):
-    arrays = {
-      name: jnp.asarray(self.arrays[prefix + name]) for name in shapes_of(make)
-    }
-    graphdef, like = nnx.split(nnx.eval_shape(make))
-    like = nnx.to_pure_dict(like)
-    return nnx.merge(graphdef, stacking.in_form_of(like, unflatten(arrays)))
+    return _filled(
+      self.architecture.make_discriminator, self.arrays, DISCRIMINATOR
+    )
 
   def encoder_only(self) -> Weights:
     """Returns the encoder's weights."""
@@ -165,6 +165,49 @@ class Weights:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class SoundWeights:
+  """Encoder of sound, which a run with the objective `sound` trains.
+
+  Attributes:
+    patches: token grid of a clip's sound.
+    size: size of the encoder.
+    arrays: float32 arrays by name, such as `patch_embedding.kernel`.
+    source: origin of the arrays, for messages.
+  """
+
+  patches: SoundPatches
+  size: vit.Size
+  arrays: dict[str, np.ndarray]
+  source: str
+
+  def encoder(self, **execution) -> Encoder:
+    """Returns the encoder.
+
+    Args:
+      **execution: `dtype`, `attention`, `scan`, `remat`; see vit.Execution.
+    """
+
+    def make():
+      return Encoder(
+        num_tokens=self.patches.num_tokens,
+        pixels=self.patches.values,
+        size=self.size,
+        execution=vit.Execution(**execution),
+        rngs=nnx.Rngs(0),
+      )
+
+    return _filled(make, self.arrays)
+
+  @property
+  def sha256(self) -> str:
+    """Hash of the encoder."""
+    return _sha256(
+      dataclasses.asdict(self.patches) | dataclasses.asdict(self.size),
+      self.arrays,
+    )
+
+
 # Fields of `Architecture` that are younger than the first hashes.
 _NOT_HASHED_BY_DEFAULT = ("motion_weight",)
 
@@ -182,11 +225,23 @@ def encoder_sha256(weights: Weights) -> str:
     if (value := getattr(encoder.architecture, field.name)) != field.default
     or field.name not in _NOT_HASHED_BY_DEFAULT
   }
-  digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
-  for name in sorted(encoder.arrays):
+  return _sha256(architecture, encoder.arrays)
+
+
+def _sha256(sizes: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
+  digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
+  for name in sorted(arrays):
     digest.update(name.encode())
-    digest.update(encoder.arrays[name].tobytes())
+    digest.update(arrays[name].tobytes())
   return digest.hexdigest()
+
+
+def _filled(make, arrays: dict[str, np.ndarray], prefix: str = ""):
+  """Returns the module that `make` draws, with these arrays."""
+  given = {name: jnp.asarray(arrays[prefix + name]) for name in shapes_of(make)}
+  graphdef, like = nnx.split(nnx.eval_shape(make))
+  like = nnx.to_pure_dict(like)
+  return nnx.merge(graphdef, stacking.in_form_of(like, unflatten(given)))
 
 
 def eps_notice(

@@ -32,6 +32,15 @@ OBJECTIVES = {
     "teacher.path": "ema",
     "teacher.weight": 0.5,
   },
+  "sound": {
+    "sound.weight": 0.5,
+    "sound.width": 32,
+    "sound.depth": 2,
+    "sound.num_heads": 2,
+    "sound.dec_width": 32,
+    "sound.dec_depth": 1,
+    "sound.dec_num_heads": 2,
+  },
 }
 # Sizes of a clip that all of them can take, in seconds on a CPU.
 CLIP = {"data.num_frames": 4, "data.frame_size": 64}
