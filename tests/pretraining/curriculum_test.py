@@ -332,6 +332,28 @@ def test_a_run_resumes_in_every_stage_with_the_same_bits(
     assert value.tobytes() == got[key].tobytes(), key
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_sharded_and_with_worker_processes(
+  dataset, run, tmp_path
+):
+  """From the middle of the second stage, to the same numbers."""
+  whole = run[0]
+  shutil.copytree(whole, tmp_path / "resumed")
+  for step in range(6, 13):
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / str(step))
+  result = training_runs.run(
+    tmp_path / "resumed",
+    devices=2,
+    **options(dataset)
+    | {"mesh.fsdp": 2, "clips_per_device": 1, "data.num_workers": 1},
+  )
+  assert result.returncode == 0, result.stderr
+  got, want = metrics_of(tmp_path / "resumed"), metrics_of(whole)
+  assert got.keys() == want.keys()
+  for step, row in want.items():
+    assert got[step] == pytest.approx(row, rel=1e-3, abs=1e-6), step
+
+
 def test_another_curriculum_is_refused_when_a_run_resumes(dataset, run):
   result = train(run[0], **options(dataset) | {"curriculum": ""})
   assert "curriculum: was '3: data.num_frames=2" in training_runs.refused(
