@@ -469,13 +469,17 @@ def _batches(course: Course, stages: Sequence[Stage], workdir: Workdir):
     )
 
   # Reading starts now, and that of a later stage when the one before has ended.
-  first = (read(stage, workdir.start_step) for stage in stages[:1])
-  later = (
-    read(stage, before.last_step)
-    for before, stage in itertools.pairwise(stages)
-  )
-  chained = itertools.chain(*first, itertools.chain.from_iterable(later))
-  return loader.to_devices(chained, split)
+  begun = [read(stage, workdir.start_step) for stage in stages[:1]]
+
+  # Nothing else may hold a reader: its memory and its worker processes are
+  # given back before those of the next stage are made.
+  def readers():
+    while begun:
+      yield begun.pop()
+    for before, stage in itertools.pairwise(stages):
+      yield read(stage, before.last_step)
+
+  return loader.to_devices(itertools.chain.from_iterable(readers()), split)
 
 
 def _write(

@@ -328,21 +328,26 @@ class Progress:
     self._total, self._step, self._work = total, start, work
     self._prints = jax.process_index() == 0
     self._bar = tqdm(
+      desc=self._place,
       total=work(total),
       initial=work(start),
       dynamic_ncols=True,
       # Shows every step: on small machines they are slow.
       mininterval=0.5,
       disable=not (self._prints and sys.stderr.isatty()),
-      bar_format="{percentage:3.0f}%|{bar}| {desc}"
+      bar_format="{percentage:3.0f}%|{bar}| {desc} "
       "[{elapsed}<{remaining}{postfix}]",
     )
 
   def step(self) -> None:
     """Advances by a step."""
     self._step += 1
-    self._bar.set_description_str(f"{self._step}/{self._total} ", refresh=False)
+    self._bar.set_description_str(self._place, refresh=False)
     self._bar.update(self._cost(self._step))
+
+  @property
+  def _place(self) -> str:
+    return f"{self._step}/{self._total}"
 
   def _cost(self, step: int) -> float:
     return self._work(step) - self._work(step - 1)

@@ -1,6 +1,7 @@
 """A curriculum: stages of a run on smaller clips, before those of full size."""
 
 import shutil
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from marlin_jax.data import loader
 from marlin_jax.models import vit
 from marlin_jax.pretraining import build, configuration, optimizer
 from marlin_jax.training.configuration import ConfigError
+from marlin_jax.weights import formats, run_checkpoint
+from marlin_jax.weights.architecture import Architecture
 from tests.support import made_dataset, training_runs
 from tests.support.files import arrays_of, rows_of
 from tests.support.objectives import OBJECTIVES, overrides
@@ -237,18 +240,27 @@ def test_without_a_curriculum_the_step_is_the_plain_one():
 def run(dataset, tmp_path_factory):
   """Workdir of a run, its batches as (shape of the video, records), output."""
   workdir = tmp_path_factory.mktemp("curriculum") / "run"
-  batches = []
+  batches, readers = [], []
   train_batches = loader.train_batches
 
   def noted(*args, **settings):
-    for batch in train_batches(*args, **settings):
-      batches.append((batch["video"].shape, batch["_id"].tolist()))
-      yield batch
+    # Memory and worker processes of the stages before have been given back.
+    assert not any(reader() for reader in readers)
+
+    def read():
+      for batch in train_batches(*args, **settings):
+        batches.append((batch["video"].shape, batch["_id"].tolist()))
+        yield batch
+
+    reader = read()
+    readers.append(weakref.ref(reader))
+    return reader
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loader, "train_batches", noted)
     result = train(workdir, **options(dataset))
   assert result.returncode == 0, result
+  assert len(readers) == 3
   return workdir, batches, result.stdout
 
 
@@ -352,6 +364,13 @@ def test_a_run_goes_on_sharded_and_with_worker_processes(
   assert got.keys() == want.keys()
   for step, row in want.items():
     assert got[step] == pytest.approx(row, rel=1e-3, abs=1e-6), step
+
+
+def test_a_checkpoint_of_any_stage_is_one_of_the_whole_network(run):
+  path = run[0] / "checkpoints" / "2"
+  weights = formats.read(path)
+  assert weights.architecture == Architecture.from_config(small_config())
+  assert run_checkpoint.masking_of(str(path)) == ("fasking", 0.9)
 
 
 def test_another_curriculum_is_refused_when_a_run_resumes(dataset, run):
