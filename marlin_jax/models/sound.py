@@ -29,7 +29,6 @@ class SoundAutoencoder(nnx.Module):
     values: int,
     encoder: vit.Size,
     decoder: vit.Size,
-    num_video_tokens: int,
     video_width: int,
     execution: vit.Execution,
     rngs: nnx.Rngs,
@@ -41,7 +40,6 @@ class SoundAutoencoder(nnx.Module):
       values: P.
       encoder: size of the sound's encoder.
       decoder: size of the decoder.
-      num_video_tokens: tokens of a clip's video, visible and masked.
       video_width: E.
       execution: dtype, attention, scan and remat.
       rngs: draws the parameters.
@@ -63,7 +61,6 @@ class SoundAutoencoder(nnx.Module):
       )
     )
     self.dec_positions = vit.position_table(num_tokens, decoder.width)
-    self.video_positions = vit.position_table(num_video_tokens, decoder.width)
     self.decoder = vit.Transformer(decoder, execution, vit.NORM_EPS, rngs)
     self.dec_norm = vit.layer_norm(decoder.width, rngs)
     self.head = vit.dense(decoder.width, values, rngs, dtype)
@@ -74,7 +71,6 @@ class SoundAutoencoder(nnx.Module):
     visible: jax.Array,
     masked: jax.Array,
     video: jax.Array,
-    video_visible: jax.Array,
   ) -> jax.Array:
     """Predicts the masked sound tokens.
 
@@ -82,8 +78,8 @@ class SoundAutoencoder(nnx.Module):
       sound: (B, V, D), from `encoder`.
       visible: int (B, V), token numbers of the visible sound.
       masked: int (B, M), token numbers of the sound to predict.
-      video: (B, W, E), encoded visible tokens of the video.
-      video_visible: int (B, W), their token numbers.
+      video: (B, W, E), encoded visible tokens of the video, whose places the
+        encoder has added.
 
     Returns:
       float32 (B, M, P).
@@ -91,7 +87,7 @@ class SoundAutoencoder(nnx.Module):
     positions = self.dec_positions[...]
     context = jnp.concatenate(
       [
-        self.video.enc_to_dec(video) + self.video_positions[...][video_visible],
+        self.video.enc_to_dec(video),
         self.sound.enc_to_dec(sound) + positions[visible],
       ],
       axis=1,

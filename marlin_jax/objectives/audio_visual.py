@@ -100,15 +100,16 @@ class AudioVisual(Objective):
     return max(math.floor(num + 1e-6), 1)
 
   def networks(self, rngs: nnx.Rngs) -> SoundAutoencoder:
-    """Draws encoder, decoder and projections."""
-    architecture = self.run.architecture
+    """Draws encoder, decoder and projections.
+
+    A shorter clip, of a stage of a curriculum, has the first positions.
+    """
     return SoundAutoencoder(
       num_tokens=self.patches.num_tokens,
       values=self.patches.values,
       encoder=self._encoder,
       decoder=self._decoder,
-      num_video_tokens=architecture.tubelets.num_tokens,
-      video_width=architecture.width,
+      video_width=self.run.architecture.width,
       execution=self.run.execution,
       rngs=rngs,
     )
@@ -123,9 +124,7 @@ class AudioVisual(Objective):
     tokens = self.patches.patchify(batch["mel"])
     visible, masked = self._split(batch["keys"])
     sound = own.encoder(gather_tokens(tokens, visible), visible)
-    predicted = own.decode(
-      sound, visible, masked, forward.encoded, batch["visible"]
-    )
+    predicted = own.decode(sound, visible, masked, forward.encoded)
     target = gather_tokens(tokens, masked)
     if self.run.architecture.norm_pix:
       target = normalised(target)

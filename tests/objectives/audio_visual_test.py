@@ -197,7 +197,7 @@ def network_of(sound):
     encoded = network.encoder(tokens[clip, visible], visible)
     return (
       *(visible, masked, encoded),
-      network.decode(encoded, visible, masked, video, batch["visible"]),
+      network.decode(encoded, visible, masked, video),
     )
 
   return run
