@@ -98,6 +98,9 @@ def get_config():
   config.augment.max_crop_aspect = 1.0
   # Greatest change of data.stride, up or down.
   config.augment.stride_jitter = 0
+  # Greatest change of the factors of red, green and blue, each drawn around 1;
+  # up to 100 times as much, of 255, is added to each.
+  config.augment.colour_jitter = 0.0
 
   # Initial weights: a workdir, or any checkpoint that marlin_jax.convert reads,
   # such as VideoMAE's .pth. '': random.
@@ -356,6 +359,9 @@ def get_config():
   # Features of a window: grid, the tokens' means over 4 x 4 cells of the
   # picture, which keep where things are; or mean, over all tokens.
   config.probe.pool = "grid"
+  # Blocks of the encoder to run, from the first one; 0: all. Linear probes may
+  # find more in the middle.
+  config.probe.num_blocks = 0
   # L2 penalty of the linear probe. It is not tuned on eval_split.
   config.probe.penalty = 1e-2
   # Number of nearest neighbours.

@@ -92,6 +92,11 @@ def _run(args: argparse.Namespace, task: cli.Task) -> None:
       "--keep_seq with --modality=both: tokens of video and of sound do not "
       "form rows of one width; extract video and sound into a folder each"
     )
+  if args.modality != "video" and args.num_blocks:
+    raise ExtractionError(
+      f"--num_blocks with --modality={args.modality}: expected video, whose "
+      "encoder has the blocks that are counted"
+    )
 
   # --- Inputs -----------------------------------------------------------------
   videos = task.part(video_folder.list_videos(args.videos))
@@ -203,6 +208,11 @@ def _encoder(
 
   from marlin_jax.inference import clip_features
 
+  if args.num_blocks:
+    try:
+      clip_features.check_num_blocks(args.num_blocks, weights.architecture)
+    except ValueError as e:
+      raise ExtractionError(f"--{e}") from e
   options = mesh, args.dtype, "auto"
   of_video = of_sound = None
   if args.modality != "sound":
@@ -210,7 +220,9 @@ def _encoder(
   if sound:
     of_sound = clip_features.FrozenSoundEncoder(sound, *options)
   if not of_sound:
-    return functools.partial(of_video, keep_seq=args.keep_seq)
+    return functools.partial(
+      of_video, keep_seq=args.keep_seq, num_blocks=args.num_blocks or 0
+    )
   if not of_video:
     return lambda clips: of_sound(clips["mel"], keep_seq=args.keep_seq)
   return lambda clips: jnp.concatenate(
@@ -242,6 +254,7 @@ def _settings(
     **(
       {"modality": args.modality, "sound_sha256": sound.sha256} if sound else {}
     ),
+    **({"num_blocks": args.num_blocks} if args.num_blocks else {}),
   }
 
 
@@ -343,6 +356,12 @@ def _parser() -> argparse.ArgumentParser:
     help="what the features are of; sound and both need the workdir of a run "
     "with an encoder of sound, such as of configs/hicmae_s.py, and videos with "
     "a sound track; both: those of video, then those of sound, in one row",
+  )
+  add(
+    "--num_blocks",
+    type=cli.at_least(1),
+    help="run only the first blocks of the encoder; by default all. Linear "
+    "probes may find more in the middle",
   )
   add(
     "--crop_face",

@@ -16,6 +16,11 @@ import numpy as np
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.records import schema
 
+# Factors of red, green and blue in 256ths, then what is added to them.
+_SAME_COLOURS = (256, 256, 256, 0, 0, 0)
+# Largest shift at colour_jitter=1, of 255.
+_MAX_SHIFT = 100
+
 
 class View(NamedTuple):
   """Picture that a clip makes of its frames.
@@ -23,21 +28,24 @@ class View(NamedTuple):
   Attributes:
     box: part of the frames, scaled to the whole picture.
     is_mirrored: left and right are exchanged.
+    colours: factors of red, green and blue in 256ths, then what is added.
   """
 
   box: schema.Box = schema.WHOLE
   is_mirrored: bool = False
+  colours: tuple[int, ...] = _SAME_COLOURS
 
   @classmethod
   def from_row(cls, row: np.ndarray) -> View:
     """Returns the view of a row of a batch; the inverse of `row`."""
-    *box, is_mirrored = row.tolist()
-    return cls(schema.Box(*box), bool(is_mirrored))
+    x, y, width, height, is_mirrored, *colours = row.tolist()
+    box = schema.Box(x, y, width, height)
+    return cls(box, bool(is_mirrored), tuple(colours))
 
   @property
   def row(self) -> tuple[int, ...]:
-    """The view as five integers."""
-    return (*self.box, self.is_mirrored)
+    """The view as eleven integers."""
+    return (*self.box, self.is_mirrored, *self.colours)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +63,16 @@ class Augmentation:
     max_crop_aspect: greatest ratio of the sides of what it shows, drawn from a
       log-uniform distribution; the picture is stretched to a square.
     stride_jitter: greatest change of the stride, which is drawn uniformly.
+    colour_jitter: greatest change of the factors of red, green and blue, each
+      drawn uniformly around 1; up to 100 times as much, of 255, is added to
+      each.
   """
 
   flip_ratio: float = 0.0
   min_crop_ratio: float = 1.0
   max_crop_aspect: float = 1.0
   stride_jitter: int = 0
+  colour_jitter: float = 0.0
 
   @property
   def changes_view(self) -> bool:
@@ -91,7 +103,12 @@ class Augmentation:
       int(np_rng.integers(schema.FRAME_SIZE - side, endpoint=True))
       for side in (width, height)
     )
-    return View(schema.Box(x, y, width, height), is_mirrored)
+    colours = _SAME_COLOURS
+    if self.colour_jitter:
+      change = self.colour_jitter * np_rng.uniform(-1, 1, (2, 3))
+      factors, shifts = np.rint(256 * (1 + change[0])), _MAX_SHIFT * change[1]
+      colours = tuple(np.rint([*factors, *shifts]).astype(int).tolist())
+    return View(schema.Box(x, y, width, height), is_mirrored, colours)
 
 
 def decode(
@@ -118,6 +135,18 @@ def decode(
     schema.decode_frames(record, clip_frames, clip, view.box)
     if view.is_mirrored:
       clip[:] = clip[:, :, ::-1].copy()
+    if view.colours != _SAME_COLOURS:
+      _recolour(clip, view.colours)
+
+
+def _recolour(clip: np.ndarray, colours: Sequence[int]) -> None:
+  """Changes the colours of a clip in place; see View."""
+  for colour, (factor, shift) in enumerate(
+    zip(colours[:3], colours[3:], strict=True)
+  ):
+    values = np.rint(np.arange(256) * factor / 256 + shift)
+    table = values.clip(0, 255).astype(np.uint8)
+    clip[..., colour] = table[clip[..., colour]]
 
 
 def region_bits(

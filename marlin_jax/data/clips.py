@@ -110,7 +110,7 @@ class TakeClip:
 
   A batch also holds `video` uint8 (B, T, S, S, 3), `regions` uint16
   (B, T / tubelet_size, h, w), the region bits of each tubelet's first frame,
-  `_view` int32 (B, 5), the view of each clip as a row, and `_subject` int32
+  `_view` int32 (B, 11), the view of each clip as a row, and `_subject` int32
   (B,), a number for each person (for each video, if its person is unknown), or
   -1 if records are drawn without an index. With `sound` it holds `mel` float32
   (B, R, 80), the sound of each clip in [-4, 4], and `has_sound` bool (B,),

@@ -69,9 +69,7 @@ class Probe:
     )
     self._split = sharding.batch_sharding(course.mesh)
     self._features = jax.jit(
-      functools.partial(
-        _features, course.trainer, architecture, config.probe.pool
-      ),
+      functools.partial(_features, course.trainer, architecture, config.probe),
       out_shardings=sharding.replicated(course.mesh),
     )
 
@@ -91,9 +89,12 @@ class Probe:
     )
 
 
-def _features(trainer, architecture, pool, params, fixed, video):
+def _features(trainer, architecture, settings, params, fixed, video):
   with trainer.tracing():
     encoder = trainer.bind(params, fixed).encoder
-    if pool == "mean":
-      return clip_features.features(encoder, architecture, video)
-    return clip_features.grid_features(encoder, architecture, video)
+    pool = (
+      clip_features.features
+      if settings.pool == "mean"
+      else clip_features.grid_features
+    )
+    return pool(encoder, architecture, video, num_blocks=settings.num_blocks)

@@ -48,6 +48,7 @@ def features(
   x: jax.Array,
   *,
   keep_seq: bool = False,
+  num_blocks: int = 0,
 ) -> jax.Array:
   """Returns the features of clips; see `Marlin.extract_features`.
 
@@ -56,21 +57,42 @@ def features(
     architecture: architecture of the encoder.
     x: clips, see `Marlin.extract_features`; not checked.
     keep_seq: return a feature per token instead of one per clip.
+    num_blocks: number of blocks to run, from the first one; 0: all.
 
   Returns:
     float32 (B, D), or (B, N, D) with `keep_seq`.
   """
-  return _pooled(encoder, to_tokens(x, architecture), keep_seq)
+  return _pooled(encoder, to_tokens(x, architecture), keep_seq, num_blocks)
 
 
-def _pooled(encoder: Encoder, patches: jax.Array, keep_seq: bool) -> jax.Array:
+def _pooled(
+  encoder: Encoder, patches: jax.Array, keep_seq: bool, num_blocks: int
+) -> jax.Array:
   """Returns the features of all tokens of clips, see `features`."""
-  tokens = encoder.tokens(patches).astype(jnp.float32)
+  if num_blocks:
+    embedded = encoder.embed(patches)
+    tokens = encoder.transformer.part(embedded, 0, num_blocks)
+  else:
+    tokens = encoder.tokens(patches)
+  tokens = tokens.astype(jnp.float32)
   return encoder.norm(tokens if keep_seq else tokens.mean(axis=1))
 
 
+def check_num_blocks(num_blocks: int, architecture: Architecture) -> None:
+  """Raises a ValueError unless the encoder has so many blocks."""
+  if not 1 <= num_blocks <= architecture.depth:
+    raise ValueError(
+      f"num_blocks={num_blocks}: expected 1 to {architecture.depth}, the "
+      "blocks of the encoder"
+    )
+
+
 def grid_features(
-  encoder: Encoder, architecture: Architecture, x: jax.Array
+  encoder: Encoder,
+  architecture: Architecture,
+  x: jax.Array,
+  *,
+  num_blocks: int = 0,
 ) -> jax.Array:
   """Returns features of clips that keep where things are.
 
@@ -78,12 +100,14 @@ def grid_features(
   cells, or as many as there are patches along a side.
 
   Args:
-    encoder, architecture, x: see `features`.
+    encoder, architecture, x, num_blocks: see `features`.
 
   Returns:
     float32 (B, 16 D), ordered by row, column and feature.
   """
-  tokens = features(encoder, architecture, x, keep_seq=True)
+  tokens = features(
+    encoder, architecture, x, keep_seq=True, num_blocks=num_blocks
+  )
   _, height, width = architecture.tubelets.grid
   rows, columns = (_cells(side) for side in (height, width))
   tokens = tokens.reshape(len(x), -1, height, width, tokens.shape[-1])
@@ -122,8 +146,8 @@ def jitted_features(
     out_shardings: sharding of the features.
 
   Returns:
-    A jitted function (params, x, keep_seq=False) -> features. Matmuls of a
-    float32 encoder are exact on every device.
+    A jitted function (params, x, keep_seq=False, num_blocks=0) -> features.
+    Matmuls of a float32 encoder are exact on every device.
   """
 
   return _jitted(
@@ -138,12 +162,14 @@ def _jitted(graphdef, to_patches, placement=None, out_shardings=None):
   """Returns `jitted_features` of inputs that `to_patches` cuts into tokens."""
 
   @functools.partial(
-    jax.jit, static_argnames="keep_seq", out_shardings=out_shardings
+    jax.jit,
+    static_argnames=("keep_seq", "num_blocks"),
+    out_shardings=out_shardings,
   )
-  def apply(params, x, keep_seq=False):
+  def apply(params, x, keep_seq=False, num_blocks=0):
     encoder = nnx.merge(graphdef, params)
     with partition.use(placement), vit.exact_matmuls(encoder.dtype):
-      return _pooled(encoder, to_patches(x), keep_seq)
+      return _pooled(encoder, to_patches(x), keep_seq, num_blocks)
 
   return apply
 
@@ -172,13 +198,15 @@ class _Replicated:
     placement = sharding.MeshPlacement(mesh, dtype) if mesh.size > 1 else None
     self._features = _jitted(graphdef, to_patches, placement, everywhere)
 
-  def __call__(self, inputs: np.ndarray, keep_seq: bool = False) -> jax.Array:
+  def __call__(
+    self, inputs: np.ndarray, keep_seq: bool = False, num_blocks: int = 0
+  ) -> jax.Array:
     """Returns the features of a batch, which must divide over the devices.
 
     Args:
       inputs: (B, ...), see the class; of several processes each gives its own
         rows, see `loader.own_rows`.
-      keep_seq: return a feature per token instead of one per clip.
+      keep_seq, num_blocks: see `features`.
 
     Returns:
       float32 (B, D), or (B, N, D) with `keep_seq`, on every process; see
@@ -186,7 +214,9 @@ class _Replicated:
     """
     split = sharding.batch_sharding(self.mesh)
     x = jax.make_array_from_process_local_data(split, inputs)
-    return self._features(self._params, x, keep_seq=keep_seq)
+    return self._features(
+      self._params, x, keep_seq=keep_seq, num_blocks=num_blocks
+    )
 
 
 class FrozenEncoder(_Replicated):

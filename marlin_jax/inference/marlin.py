@@ -190,7 +190,11 @@ class Marlin:
     return self.model
 
   def extract_features(
-    self, x: np.ndarray | jax.Array, *, keep_seq: bool = False
+    self,
+    x: np.ndarray | jax.Array,
+    *,
+    keep_seq: bool = False,
+    num_blocks: int | None = None,
   ) -> jax.Array:
     """Returns features of clips, differentiable in the pixels.
 
@@ -198,6 +202,8 @@ class Marlin:
       x: (B, T, H, W, C) RGB, uint8 or floating point in [0, 1], with the
         architecture's number of frames and image size.
       keep_seq: return a feature per token instead of one per clip.
+      num_blocks: run the first blocks only, and the final LayerNorm; None: all.
+        Linear probes may find more in the middle, see docs/RESULTS.md.
 
     Returns:
       float32 (B, D), LayerNorm of the mean over tokens; with `keep_seq`
@@ -205,10 +211,15 @@ class Marlin:
       and LayerNorm differs as in the authors' code).
 
     Raises:
-      ValueError: wrong shape or dtype, or floating point outside [0, 1].
+      ValueError: wrong shape or dtype, floating point outside [0, 1], or the
+        encoder has fewer blocks.
     """
     x = checked_clips(x, self.architecture.tubelets)
-    return self._features(self._params, x, keep_seq=keep_seq)
+    if num_blocks is not None:
+      clip_features.check_num_blocks(num_blocks, self.architecture)
+    return self._features(
+      self._params, x, keep_seq=keep_seq, num_blocks=num_blocks or 0
+    )
 
   def extract_video(
     self,

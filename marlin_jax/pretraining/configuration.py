@@ -72,6 +72,7 @@ KEYS = TRAINING_KEYS | {
   "augment.min_crop_ratio": fixed(ABOVE_0_TO_1, before=1.0),
   "augment.max_crop_aspect": fixed(at_least(1), before=1.0),
   "augment.stride_jitter": fixed(at_least(0), before=0),
+  "augment.colour_jitter": fixed(FROM_0_TO_1, before=0.0),
   "init_from": fixed(),
   "model.tubelet_size": fixed(at_least(1)),
   "model.patch_size": fixed(at_least(1), before=PATCH_SIZE),
@@ -135,6 +136,7 @@ KEYS = TRAINING_KEYS | {
   "probe.penalty": free(at_least(0)),
   "probe.k": free(at_least(1)),
   "probe.pool": free(one_of("grid", "mean")),
+  "probe.num_blocks": free(at_least(0)),
   "profile.start_step": free(at_least(0)),
   "profile.num_steps": free(at_least(1)),
   **table.KEYS,
@@ -343,7 +345,7 @@ def _problems(config: ConfigDict) -> Iterator[str]:
       f"data.path={config.data.path!r}: {e}; expected a folder, or several as "
       "FOLDER:WEIGHT,FOLDER:WEIGHT"
     )
-  yield from _probe_problems(config.probe)
+  yield from _probe_problems(config.probe, config.model.depth)
   yield from _mask_problems(config)
   yield from _curriculum_problems(config)
   yield from table.problems(config)
@@ -364,7 +366,7 @@ def _schedule_problems(settings: ConfigDict) -> Iterator[str]:
     )
 
 
-def _probe_problems(settings: ConfigDict) -> Iterator[str]:
+def _probe_problems(settings: ConfigDict, depth: int) -> Iterator[str]:
   if not settings.steps:
     return
   if not settings.label:
@@ -376,6 +378,11 @@ def _probe_problems(settings: ConfigDict) -> Iterator[str]:
     yield (
       f"probe.split={settings.split!r} and probe.eval_split="
       f"{settings.eval_split!r}: expected two splits"
+    )
+  if settings.num_blocks > depth:
+    yield (
+      f"probe.num_blocks={settings.num_blocks}: expected at most "
+      f"model.depth={depth}"
     )
 
 

@@ -256,6 +256,10 @@ def test_other_settings_are_refused(
   assert "no weights at" in capsys.readouterr().err
   assert run(*same, "--checkpoint", checkpoint, "--stride", 20) == 1
   assert "--stride" in capsys.readouterr().err
+  assert run(*same, "--checkpoint", checkpoint, "--num_blocks", 1) == 1
+  assert "num_blocks" in capsys.readouterr().err
+  assert run(*same, "--checkpoint", checkpoint, "--num_blocks", 99) == 1
+  assert "--num_blocks=99: expected 1 to" in capsys.readouterr().err
   assert content(extracted) == before
   # The same weights at another path are the same checkpoint.
   shutil.copytree(checkpoint, tmp_path / "copy")

@@ -16,7 +16,11 @@ from marlin_jax.records import schema
 from tests.support import made_dataset
 
 ALL = Augmentation(
-  flip_ratio=0.5, min_crop_ratio=0.4, max_crop_aspect=1.5, stride_jitter=1
+  flip_ratio=0.5,
+  min_crop_ratio=0.4,
+  max_crop_aspect=1.5,
+  stride_jitter=1,
+  colour_jitter=0.4,
 )
 NUM_FRAMES = 12
 _GREYS = np.linspace(20, 240, len(schema.REGIONS)).round().astype(np.uint8)
@@ -76,7 +80,9 @@ def labels_of(pixels: np.ndarray) -> np.ndarray:
 )
 def test_bits_are_those_of_the_pixels_shown(dataset, size, patch):
   """The middle of each patch shows a label that its bits name."""
-  take = take_clip(frame_size=size, patch_size=patch, augmentation=ALL)
+  # Greys tell labels.
+  views = dataclasses.replace(ALL, colour_jitter=0.0)
+  take = take_clip(frame_size=size, patch_size=patch, augmentation=views)
   side, num_known = size // patch, 0
   for batch in batches(dataset, take, 2):
     assert batch["video"].shape == (4, 4, size, size, 3)
@@ -134,7 +140,8 @@ def test_a_mirrored_clip_is_the_mirror_image_with_sides_exchanged(dataset):
 def test_views_are_drawn_as_asked():
   np_rng = np.random.default_rng(0)
   views = [ALL.draw_view(np_rng) for _ in range(2000)]
-  x, y, width, height, mirrored = np.array([view.row for view in views]).T
+  rows = np.array([view.row for view in views])
+  x, y, width, height, mirrored, *colours = rows.T
   assert abs(mirrored.mean() - 0.5) < 0.05
   assert (x >= 0).all()
   assert (x + width <= 224).all()
@@ -148,6 +155,28 @@ def test_views_are_drawn_as_asked():
   assert 0.65 < aspect.min() < 0.7
   assert 1.43 < aspect.max() < 1.54
   assert abs(np.log(aspect).mean()) < 0.03
+  for factor, shift in zip(colours[:3], colours[3:], strict=True):
+    assert [factor.min(), factor.max()] == pytest.approx([154, 358], abs=2)
+    assert [shift.min(), shift.max()] == pytest.approx([-40, 40], abs=1)
+    assert abs(np.corrcoef(factor, shift)[0, 1]) < 0.1
+  assert View.from_row(rows[0]) == views[0]
+
+
+def test_colours_change_alike_in_all_frames_and_views_stay(dataset):
+  one = Augmentation(flip_ratio=0.5, min_crop_ratio=0.4)
+  both = dataclasses.replace(one, colour_jitter=0.3)
+  plain, changed = (
+    batches(dataset, take_clip(augmentation=a), 1)[0] for a in (one, both)
+  )
+  np.testing.assert_array_equal(plain["regions"], changed["regions"])
+  for before, after, row in zip(
+    plain["video"], changed["video"], changed["_view"], strict=True
+  ):
+    colours = np.array(View.from_row(row).colours)
+    want = np.rint(before * (colours[:3] / 256) + colours[3:])
+    np.testing.assert_array_equal(after, want.clip(0, 255))
+  assert (plain["_view"][:, :5] == changed["_view"][:, :5]).all()
+  assert (plain["_view"][:, 5:] != changed["_view"][:, 5:]).any()
 
 
 def test_strides_are_drawn_as_asked(dataset):

@@ -33,6 +33,32 @@ def test_grid_features_are_means_over_the_cells(patch, cells):
   np.testing.assert_allclose(found, np.concatenate(want, axis=1), atol=1e-5)
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_features_of_the_middle_are_those_of_the_first_blocks(scan):
+  architecture = Architecture(
+    width=8, depth=3, num_heads=2, mlp_dim=16, num_frames=2, patch_size=56
+  )
+  encoder = architecture.make_autoencoder(rngs=nnx.Rngs(0), scan=scan)
+  x = jax.random.uniform(jax.random.key(0), (2, 2, 224, 224, 3))
+  encoded = encoder.embed(clip_features.to_tokens(x, architecture))
+  plain = architecture.make_autoencoder(rngs=nnx.Rngs(0))
+  for num_blocks, block in enumerate(plain.transformer.blocks, 1):
+    encoded = block(encoded)
+    found = clip_features.features(
+      encoder, architecture, x, keep_seq=True, num_blocks=num_blocks
+    )
+    np.testing.assert_allclose(found, encoder.norm(encoded), atol=1e-5)
+  whole = clip_features.features(encoder, architecture, x, keep_seq=True)
+  np.testing.assert_allclose(found, whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_blocks", [0, 4])
+def test_blocks_that_the_encoder_lacks_are_refused(num_blocks):
+  architecture = Architecture(width=8, depth=3, num_heads=2, mlp_dim=16)
+  with pytest.raises(ValueError, match="expected 1 to 3"):
+    clip_features.check_num_blocks(num_blocks, architecture)
+
+
 def test_what_is_left_and_what_is_right_differ_only_on_the_grid():
   """Without positions the mean cannot tell a clip from its mirror."""
   architecture = Architecture(

@@ -118,6 +118,10 @@ def test_all_problems_are_reported_together():
       {"probe.steps": 5, "probe.label": "x", "probe.eval_split": "train"},
       "probe.eval_split='train': expected two splits",
     ),
+    (
+      {"probe.steps": 5, "probe.label": "x", "probe.num_blocks": 13},
+      "probe.num_blocks=13: expected at most model.depth=12",
+    ),
   ],
 )
 def test_values_that_make_no_sense_are_refused(changes, words):
@@ -177,6 +181,7 @@ def test_a_checkpoint_from_before_a_key_existed_fits_its_old_value():
     "augment.min_crop_ratio": 0.5,
     "augment.max_crop_aspect": 1.5,
     "augment.stride_jitter": 1,
+    "augment.colour_jitter": 0.3,
   }
   assert not saved.keys() & later.keys()
   config.update_from_flattened_dict(later)
