@@ -198,6 +198,17 @@ def get_config():
   # Divides the cosines of the contrast.
   config.sound.temperature = 0.07
 
+  # Contrast: clips of one person are alike and unlike those of others. It needs
+  # such clips in a row: data.draws_per_unit, data.sample_by.
+  config.contrast = ConfigDict()
+  # Weight of the loss; 0: no contrast. CAN uses 0.03, with loss.pixel_weight
+  # 0.67.
+  config.contrast.weight = 0.0
+  # Divides the cosines; SimCLR and CAN use 0.1.
+  config.contrast.temperature = 0.1
+  # Width of the projection that is compared.
+  config.contrast.dim = 128
+
   config.input = ConfigDict()
   # Normalise the input with ImageNet's mean and deviation, as VideoMAE does;
   # MARLIN does not.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -71,6 +72,8 @@ class Objective(abc.ABC):
     run: the run that it is part of.
     weight: factor of its loss, `config.NAME.weight`.
     fields: extra keys of a batch, with shape and dtype of one clip.
+    num_together: clips that follow each other in a batch and are never split
+      over two microbatches.
     num_heads: attention heads of each transformer in `networks` and in
       `frozen`, by the name of its attribute.
     frozen: arrays that it reads and does not train, nested dicts by path. They
@@ -85,6 +88,7 @@ class Objective(abc.ABC):
 
   name: ClassVar[str]
   fields: Mapping[str, jax.ShapeDtypeStruct] = {}
+  num_together: int = 1
   num_heads: Mapping[str, int] = {}
   frozen: Pytree = {}
   reads_average: bool = False
@@ -192,6 +196,11 @@ def all_heads(objectives: Sequence[Objective]) -> dict[str, int]:
     for objective in objectives
     for part, number in objective.num_heads.items()
   }
+
+
+def num_together(objectives: Sequence[Objective]) -> int:
+  """Returns how many clips in a row a microbatch holds together."""
+  return math.lcm(*(x.num_together for x in objectives))
 
 
 def value_and_grads(

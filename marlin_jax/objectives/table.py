@@ -37,6 +37,10 @@ _KEYS: Mapping[str, Mapping[str, Key]] = {
     "contrast_weight": fixed(at_least(0), before=0.0025),
     "temperature": fixed(above(0), before=0.07),
   },
+  "contrast": {
+    "temperature": fixed(above(0), before=0.1),
+    "dim": fixed(at_least(1), before=128),
+  },
 }
 # Names that objectives add to the identity of a run.
 IDENTITIES = ("teacher.sha256",)
@@ -78,6 +82,8 @@ def problems(config: ConfigDict) -> Iterator[str]:
         f"sound.{prefix}width={width}: expected a multiple of twice "
         f"sound.{prefix}num_heads={heads}"
       )
+  if config.contrast.weight:
+    yield from _contrast_problems(config)
 
 
 def _teacher_problems(config: ConfigDict) -> Iterator[str]:
@@ -100,6 +106,23 @@ def _teacher_problems(config: ConfigDict) -> Iterator[str]:
     )
 
 
+def _contrast_problems(config: ConfigDict) -> Iterator[str]:
+  data = config.data
+  together = data.clips_per_record * data.draws_per_unit
+  if together < 2:
+    yield (
+      f"data.draws_per_unit={data.draws_per_unit}: expected at least 2 with "
+      f"contrast.weight={config.contrast.weight}, which compares clips of one "
+      "person; or data.clips_per_record of at least 2"
+    )
+  if data.sample_by == "record":
+    yield (
+      "data.sample_by='record': expected 'subject' or 'video' with "
+      f"contrast.weight={config.contrast.weight}, which must know whose clips "
+      "are whose"
+    )
+
+
 def layer_numbers(layers: str) -> list[int]:
   """Returns the numbers in `teacher.layers`; [] for ''.
 
@@ -117,10 +140,12 @@ def make(run: Run) -> tuple[Objective, ...]:
   """
   # Imported here, since they import jax.
   from marlin_jax.objectives.audio_visual import AudioVisual
+  from marlin_jax.objectives.contrast import Contrast
   from marlin_jax.objectives.teacher import Teacher
 
   classes: dict[str, type[Objective]] = {
     "teacher": Teacher,
     "sound": AudioVisual,
+    "contrast": Contrast,
   }
   return tuple(classes[name](run) for name in names(run.config))

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from marlin_jax.devices import chips, sharding
 from marlin_jax.planning import hlo, roofline
 from marlin_jax.planning.topology import Topology
-from marlin_jax.pretraining import build, configuration, flops, memory
+from marlin_jax.pretraining import build, configuration, flops
 
 # The TPU compiler's messages for a program that is too large, before and after
 # it tries to make it fit.
@@ -224,9 +224,7 @@ def compile_step(
     topology=topology,
     mesh=dict(mesh.shape),
     num_microbatches=num_microbatches,
-    default_microbatches=memory.num_microbatches(
-      config.batch_size // num_shards, experiment.clips_that_fit
-    ),
+    default_microbatches=experiment.microbatches_of(experiment.clips_that_fit),
     clips_at_once=config.batch_size // num_shards // num_microbatches,
     num_params=build.count((shapes.params, shapes.disc_params)),
     clip_bytes=tubelets.num_tokens * tubelets.pixels,

@@ -260,10 +260,17 @@ class Experiment:
   @property
   def num_microbatches(self) -> int:
     """Microbatches of a batch, see `train_step.Trainer`."""
-    return memory.num_microbatches(
-      self.batch_size // sharding.num_shards(self.mesh),
-      self.config.clips_per_device or self.clips_that_fit,
+    return self.microbatches_of(
+      self.config.clips_per_device or self.clips_that_fit
     )
+
+  def microbatches_of(self, clips_at_once: int) -> int:
+    """Returns the number of microbatches with clips that a device can hold."""
+    clips = self.batch_size // sharding.num_shards(self.mesh)
+    together = objective.num_together(self.objectives)
+    if clips % together:
+      return 1  # some are on two devices, each of which splits its own
+    return memory.num_microbatches(clips // together, clips_at_once // together)
 
   # --- Training step ----------------------------------------------------------
 

@@ -500,7 +500,11 @@ def _step_microbatches(trainer: Trainer, state: TrainState, batch, frozen):
   batch. Memory does not hold the forward passes of all microbatches until then,
   so each update runs its own forward passes, as in the authors' code.
   """
-  microbatches = split_batch(batch, trainer.num_microbatches)
+  microbatches = split_batch(
+    batch,
+    trainer.num_microbatches,
+    objective.num_together(trainer.objectives),
+  )
   metrics = {}
 
   def disc_grads(microbatch, i):
@@ -532,13 +536,24 @@ def _step_microbatches(trainer: Trainer, state: TrainState, batch, frozen):
   return state, metrics
 
 
-def split_batch(batch: Pytree, num_microbatches: int) -> Pytree:
-  """Splits arrays (B, ...) into microbatches: (M, B / M, ...)."""
-  return jax.tree.map(
+def split_batch(
+  batch: Pytree, num_microbatches: int, num_together: int = 1
+) -> Pytree:
+  """Splits arrays (B, ...) into microbatches: (M, B / M, ...).
+
+  Args:
+    batch: the arrays.
+    num_microbatches: M.
+    num_together: rows that follow each other and stay together.
+  """
+  unit = (num_together,) if num_together > 1 else ()
+
+  def split(x):
     # Microbatch is the minor axis, so that each device splits its own clips.
-    lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1),
-    batch,
-  )
+    units = x.reshape(-1, num_microbatches, *unit, *x.shape[1:])
+    return units.swapaxes(0, 1).reshape(num_microbatches, -1, *x.shape[1:])
+
+  return jax.tree.map(split, batch)
 
 
 def mean_over(microbatches, function: Callable[[Pytree], Pytree]) -> Pytree:

@@ -28,6 +28,7 @@ from tests.support.training_runs import (
   refused,
   run,
   train,
+  without_step_4,
 )
 from tests.support.videos import shared_video
 
@@ -254,14 +255,6 @@ def test_another_configuration_cannot_resume(finished, sample_dataset):
   assert "seed: was 0, is 1" in message
   assert "another --workdir" in message
   assert "--config.allow_change=model.width,seed" in message
-
-
-def without_step_4(workdir):
-  """Removes the last checkpoint; returns the metrics of the whole run."""
-  metrics = metrics_of(workdir)
-  assert list(metrics) == [1, 2, 3, 4]
-  shutil.rmtree(workdir / "checkpoints" / "4")
-  return metrics
 
 
 @pytest.mark.slow

@@ -27,6 +27,11 @@ OBJECTIVES = {
     "teacher.path": _TEACHER,
     "teacher.weight": 0.5,
   },
+  "contrast": {
+    "contrast.dim": 8,
+    "contrast.weight": 0.5,
+    "data.draws_per_unit": 2,
+  },
   "average": {
     "ema_decay": 0.9,
     "teacher.path": "ema",

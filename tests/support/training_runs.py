@@ -1,6 +1,7 @@
 """Small training runs, in this process and in processes of their own."""
 
 import gc
+import shutil
 import socket
 import subprocess
 import sys
@@ -116,6 +117,14 @@ def metrics_of(workdir: Path) -> dict[int, dict[str, float]]:
     for row in rows_of(workdir)
     if "train/loss_rec" in row
   }
+
+
+def without_step_4(workdir: Path) -> dict[int, dict[str, float]]:
+  """Removes the last checkpoint; returns the metrics of the whole run."""
+  metrics = metrics_of(workdir)
+  assert list(metrics) == [1, 2, 3, 4]
+  shutil.rmtree(workdir / "checkpoints" / "4")
+  return metrics
 
 
 # --- Several processes --------------------------------------------------------
