@@ -7,7 +7,9 @@ The paper's: CRFR-P masks of 75% of the tokens, a second reconstruction loss of
 weight 0.007 on the region that is hidden whole, normalised targets.
 Ours: clips of 16 frames, in which the region is hidden throughout; the decoder
 and the schedule of pretrain_b.py, without its discriminator. The paper's
-contrast between two views is left out.
+contrast between two views, without negatives and with an average of the weights
+as the target, is left out; `config.contrast` is one of another kind, with
+negatives (configs/can_b.py).
 """
 
 from configs import pretrain_b
