@@ -19,6 +19,7 @@ help:  ## Show what there is
 
 quickstart: $(VENV)/.installed  ## Prepare the sample video and pretrain on it
 	$(BIN)/python -m marlin_jax.train --config=configs/quickstart.py
+	@echo "The environment is $(VENV); for further commands: . $(BIN)/activate"
 
 demo: $(VENV)/.installed-demo runs/quickstart/checkpoints  ## Show the quickstart's network on your videos
 	$(BIN)/python -m marlin_jax.demo

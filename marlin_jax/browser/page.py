@@ -24,7 +24,8 @@ _THEME = gr.themes.Default(
   font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
 )
 _CSS = """
-.gradio-container {max-width: 1280px !important; margin: 0 auto}
+.gradio-container {max-width: min(1280px, 100vw) !important; margin: 0 auto}
+code {overflow-wrap: anywhere !important; display: inline !important}
 #video video {max-height: 320px}
 #legend span {display: inline-block; margin: 0 1em .2em 0; white-space: nowrap}
 #legend i {display: inline-block; width: .8em; height: .8em; margin-right: .4em;
@@ -147,7 +148,7 @@ class Page:
 
     with gr.Row():
       self._crop = looped("Crop and regions", "crop")
-      self._seen = looped("Seen by the encoder", "seen")
+      self._seen = looped("Visible patches", "seen")
     with gr.Row():
       self._made = looped("Reconstruction", "made")
       self._heat = looped("Attention", "heat")
@@ -156,8 +157,8 @@ class Page:
       None,
       x="region",
       y="ratio",
-      title="Attention by region (1: as much as its area)",
-      x_title=" ",
+      title="Attention by region",
+      x_title="1: in proportion to area",
       y_title=" ",
       x_label_angle=-45,
       sort="-y",
@@ -169,7 +170,8 @@ class Page:
       x="seconds",
       y="value",
       color="component",
-      title="Features over time: principal components",
+      title="Features over time",
+      color_title="component (variance)",
       y_title=" ",
       height=240,
       elem_id="timeline",
@@ -307,7 +309,7 @@ class Page:
           timeline.secs,
           timeline.values,
           [
-            f"{number} ({share:.0%} of the variance)"
+            f"{number} ({share:.0%})"
             for number, share in enumerate(timeline.variances, 1)
           ],
           ("value", "component"),

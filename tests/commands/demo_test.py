@@ -190,7 +190,7 @@ def test_an_uploaded_face_is_seen_through_the_encoder(
   # --- On a phone -------------------------------------------------------------
   chromium.resize(chrome, 390)
   widths = "return [document.documentElement.scrollWidth, window.innerWidth]"
-  wait_for(lambda: len({*chrome.execute_script(widths)}) == 1)
+  wait_for(lambda: chrome.execute_script(widths) == [390, 390])
   chromium.resize(chrome, 1280)
 
 
