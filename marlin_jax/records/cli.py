@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import gc
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -34,6 +35,13 @@ class UserError(Exception):
 
 class ArgumentError(UserError):
   """Arguments that contradict each other."""
+
+
+def as_started(text: str | None, module: str) -> str | None:
+  """Returns a help text with `script` in place of `python -m MODULE`."""
+  if text is None or script is None:
+    return text
+  return re.sub(rf"python -m {re.escape(module)}(?![.\w])", script, text)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -65,8 +73,8 @@ class ArgumentParser(argparse.ArgumentParser):
   def __init__(self, module: str, description: str, epilog: str | None = None):
     super().__init__(
       prog=script or f"python -m {module}",
-      description=description,
-      epilog=epilog,
+      description=as_started(description, module),
+      epilog=as_started(epilog, module),
       formatter_class=_HelpFormatter,
       allow_abbrev=False,  # a misspelled flag is an error
     )

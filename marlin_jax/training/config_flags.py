@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from marlin_jax.records import extras
+from marlin_jax.records import cli, extras
 from marlin_jax.training.configuration import ConfigError
 
 # In a wheel configs/ lies in the package, in a clone beside it.
@@ -50,6 +50,9 @@ def run(main: Callable[[Sequence[str]], int | None], *required: str) -> None:
 
   for name in required:
     flags.mark_flag_as_required(name)
+  module = sys.modules["__main__"]  # whose docstring --help prints
+  if module.__spec__ is not None:
+    module.__doc__ = cli.as_started(module.__doc__, module.__spec__.name)
   app.run(checked, flags_parser=parse)
 
 

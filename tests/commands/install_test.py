@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 import setup
 from marlin_jax import __main__, __version__
 from marlin_jax.inference.marlin import Marlin
-from marlin_jax.records import extras
+from marlin_jax.records import cli, extras
 from marlin_jax.training import config_flags
 from marlin_jax.weights import formats, safetensors_folder
 from tests.layout_test import COMMANDS, MODULES
@@ -62,6 +62,7 @@ def test_every_command_has_a_console_script():
 
 
 def test_a_script_runs_the_command_of_its_name(capsys, monkeypatch):
+  monkeypatch.setattr(cli, "script", None)
   # As in a new process; runpy warns of modules that are loaded already.
   monkeypatch.delitem(sys.modules, "marlin_jax.features", raising=False)
   monkeypatch.setattr(sys, "argv", ["/bin/marlin-features", "--help"])
@@ -77,7 +78,19 @@ def test_a_script_runs_the_command_of_its_name(capsys, monkeypatch):
   assert by_script.startswith("usage: marlin-features ")
 
 
+@pytest.mark.parametrize("name", ["train", "demo"])  # of absl, of argparse
+def test_examples_in_the_help_of_a_script_name_the_script(name):
+  program = (
+    f"import sys; sys.argv = ['/bin/marlin-{name}', '--help']\n"
+    "from marlin_jax import __main__; __main__.main()"
+  )
+  result = run_without(program=program, cwd=ROOT)
+  assert f"\n  marlin-{name}" in result.stdout
+  assert "python -m" not in result.stdout
+
+
 def test_marlin_lists_commands_versions_and_devices(capsys, monkeypatch):
+  monkeypatch.setattr(cli, "script", None)
   monkeypatch.setattr(sys, "argv", ["marlin"])
   assert __main__.main() == 0
   text = capsys.readouterr().out
