@@ -99,15 +99,18 @@ def proxy():
 
 
 @pytest.fixture(scope="module")
-def page(face_models, weights, proxy, tmp_path_factory):
+def page(face_models, weights, proxy, carphone_frames, tmp_path_factory):
   """The demo, opened in a browser."""
   if importlib.util.find_spec("gradio") is None:
     pytest.skip("needs the package gradio")
   folder = tmp_path_factory.mktemp("page")
   (folder / "tmp").mkdir()
+  camera = write_video(
+    folder / "camera.mjpeg", carphone_frames, "mjpeg", "yuvj420p"
+  )
   address = f"http://127.0.0.1:{proxy.server_address[1]}"
   with (
-    chromium.browser(folder / "profile") as chrome,
+    chromium.browser(folder / "profile", camera=camera) as chrome,
     served(
       folder / "log",
       *("--checkpoint", weights / "mae", "--model", weights / "model"),
@@ -192,6 +195,32 @@ def test_an_uploaded_face_is_seen_through_the_encoder(
   widths = "return [document.documentElement.scrollWidth, window.innerWidth]"
   wait_for(lambda: chrome.execute_script(widths) == [390, 390])
   chromium.resize(chrome, 1280)
+
+
+def press(chrome, label) -> None:
+  """Presses the button of the video with this text or description."""
+  from selenium.webdriver.common.by import By
+
+  def found():
+    for button in chrome.find_elements(By.CSS_SELECTOR, "#video button"):
+      if label in (button.text, button.get_attribute("aria-label")):
+        return button
+    return None
+
+  wait_for(found).click()
+
+
+@pytest.mark.slow
+def test_a_recording_of_the_webcam_is_seen_through_the_encoder(page):
+  chrome, _, _ = page
+  chrome.refresh()
+  press(chrome, "Capture from camera")
+  press(chrome, "Click to Access Webcam")
+  press(chrome, "Record")
+  time.sleep(4)
+  press(chrome, "Stop")
+  wait_for(lambda: "Predicted: " in text_of(chrome, "status"))
+  assert wait_for(lambda: videos(chrome, "crop"))
 
 
 @pytest.mark.slow

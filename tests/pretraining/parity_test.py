@@ -61,7 +61,6 @@ def cases(*names):
   )
 
 
-@functools.cache
 def random_weights(architecture):
   """As Architecture draws them; its own way takes half a minute for L."""
   np_rng = np.random.default_rng(2)

@@ -22,12 +22,15 @@ _FLAGS = (
 
 
 @contextlib.contextmanager
-def browser(folder: Path, width: int = 1280) -> Iterator:
+def browser(
+  folder: Path, width: int = 1280, camera: Path | None = None
+) -> Iterator:
   """Starts a browser; skips the test where there is none.
 
   Args:
     folder: new folder of its profile.
     width: width of the window in pixels.
+    camera: a .mjpeg file that the browser has for a webcam; without it none.
 
   Yields:
     A selenium.webdriver.Chrome.
@@ -42,6 +45,10 @@ def browser(folder: Path, width: int = 1280) -> Iterator:
   options.binary_location = chromium
   for flag in (*_FLAGS, f"--user-data-dir={folder}"):
     options.add_argument(flag)
+  if camera is not None:
+    options.add_argument("--use-fake-ui-for-media-stream")
+    options.add_argument("--use-fake-device-for-media-stream")
+    options.add_argument(f"--use-file-for-fake-video-capture={camera}")
   options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
   chrome = webdriver.Chrome(options, webdriver.ChromeService(driver))
   try:
