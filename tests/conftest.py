@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import fcntl
-import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -45,7 +44,6 @@ def memory_is_given_back() -> Iterator[None]:
   for the largest networks 8 GB, until it ends.
   """
   yield
-  gc.collect()
   with contextlib.suppress(AttributeError):  # another C library
     ctypes.CDLL(None).malloc_trim(0)
 
