@@ -412,7 +412,7 @@ class PretrainingCourse(Experiment):
         "tokens are visible",
       ),
       *(
-        cli.Row("objective", f"{x.name}, weight {x.weight:g}: {x.describe()}")
+        cli.Row("loss", f"{x.name}, weight {x.weight:g}: {x.describe()}")
         for x in self.objectives
       ),
       devices,
