@@ -19,6 +19,7 @@ from marlin_jax.pretraining.train_step import TrainState, reconstruct
 from marlin_jax.training.loop import Picture, Result
 
 _LOSSES = ("loss_rec", "loss_pixels", "loss_own_colour")
+_FEATURES = ("clip_means", "mean_square")
 _FPS = 30  # of most videos
 
 
@@ -48,7 +49,7 @@ class Reconstruction:
       out_shardings={
         "video": self._split,
         "visible": self._split,
-        **dict.fromkeys((*_LOSSES, "colour_sums"), everywhere),
+        **dict.fromkeys((*_LOSSES, "colour_sums", *_FEATURES), everywhere),
       },
     )
     self._num_parts = trainer.num_microbatches
@@ -78,12 +79,16 @@ class Reconstruction:
       yield part, self._reconstruct(state, part, keys)
 
   def losses(self, state: TrainState) -> Result:
-    """Returns the losses of `train_step.reconstruct`, averaged over clips."""
+    """Returns the losses of `train_step.reconstruct`, averaged over clips.
+
+    And `clip_share`, see losses.clip_share.
+    """
     num_batches, size = self._config.eval_batches, self._config.batch_size
-    rows, sums = [], []
+    rows, sums, features = [], [], []
     for _, result in self._results(state, num_batches):
       rows.append([float(result[name]) for name in _LOSSES])
       sums.append(np.asarray(result["colour_sums"], np.float64))
+      features.append([np.asarray(result[name]) for name in _FEATURES])
     loss = dict(zip(_LOSSES, np.mean(rows, axis=0).tolist(), strict=True))
     # Colours are those of a batch, not of a part.
     sums = np.reshape(sums, (num_batches, self._num_parts, *sums[0].shape))
@@ -95,12 +100,18 @@ class Reconstruction:
         ]
       )
     )
+    clip_means, mean_squares = zip(*features, strict=True)
+    share = losses.clip_share(
+      np.concatenate(clip_means), float(np.mean(mean_squares))
+    )
     name = self._split_name
+    scalars = loss | {"clip_share": share}
     return Result(
-      {f"eval/{name}/{key}": value for key, value in loss.items()},
+      {f"eval/{name}/{key}": value for key, value in scalars.items()},
       f"pixel loss {loss['loss_pixels']:.4f} on {name}; flat patches of the "
       f"batch's mean colour {loss['loss_batch_colour']:.4f}, of their own "
-      f"{loss['loss_own_colour']:.4f}",
+      f"{loss['loss_own_colour']:.4f}; {share:.0%} of the variance of the "
+      "features tells clips apart",
     )
 
   def picture(self, state: TrainState) -> Result:

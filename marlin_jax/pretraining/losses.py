@@ -83,6 +83,22 @@ def batch_colour_loss(
   return own_colour + float(between / num_masked.sum())
 
 
+def clip_share(clip_means: np.ndarray, mean_square: float) -> float:
+  """Returns the share of the variance of features that tells clips apart.
+
+  The rest is between tokens of a clip. Near 1 the features name the clip, all
+  tokens alike, and say nothing about its parts: what memorising a few videos
+  leads to.
+
+  Args:
+    clip_means: (B, D), mean features of the tokens of each clip.
+    mean_square: mean of the squares of all features.
+  """
+  means = np.asarray(clip_means, np.float64)
+  total = mean_square - np.square(means.mean(axis=0)).mean()
+  return float(means.var(axis=0).mean() / total) if total > 0 else 0.0
+
+
 def generator_adversarial_loss(d_fake: jax.Array) -> jax.Array:
   """Returns -mean D(pred), the adversarial term (paper eq. 7)."""
   return -jnp.mean(d_fake.astype(jnp.float32))

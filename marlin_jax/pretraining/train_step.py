@@ -583,16 +583,23 @@ def reconstruct(
     keys: B jax keys of the masks.
 
   Returns:
-    See pretext_task.reconstruct_batch.
+    See pretext_task.reconstruct_batch; and of the features of visible tokens
+    `clip_means`, float32 (B, D), and `mean_square`, see losses.clip_share.
   """
+  features = {}
 
-  def predict(*inputs):
-    prediction = trainer.predict(state.best_params, state.fixed, *inputs)
+  def predict(patches, visible, masked):
+    network = trainer.bind(state.best_params, state.fixed)
+    encoded = network.encoder(patches, visible)
+    features["clip_means"] = encoded.mean(axis=1)
+    features["mean_square"] = jnp.square(encoded).mean()
+    prediction = network.decode(encoded, visible, masked)
     return prediction.pixels.astype(jnp.float32)
 
   with trainer.tracing():
-    return pretext_task.reconstruct_batch(
+    result = pretext_task.reconstruct_batch(
       trainer.task,
       predict,
       {"video": batch["video"], "regions": batch["regions"], "keys": keys},
     )
+  return result | features

@@ -57,3 +57,25 @@ def test_the_batch_colour_is_of_all_clips_and_scored_where_masked():
     sums = sum(np.asarray(part["colour_sums"]) for part in parts)
     found = losses.batch_colour_loss(own, sums, 4)
     assert found == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("of_clip", "of_token", "share"), [(1.0, 0.0, 1.0), (0.0, 1.0, 0.0)]
+)
+def test_features_that_name_the_clip_have_a_clip_share_of_one(
+  of_clip, of_token, share
+):
+  np_rng = np.random.default_rng(0)
+  encoded = (
+    5
+    + of_clip * np_rng.normal(size=(64, 1, 8))
+    + of_token * np_rng.normal(size=(64, 200, 8))
+  )
+  means, square = encoded.mean(axis=1), np.square(encoded).mean()
+  assert losses.clip_share(means, square) == pytest.approx(share, abs=0.02)
+  between = encoded.mean(1).var(0).sum() / encoded.var((0, 1)).sum()
+  assert losses.clip_share(means, square) == pytest.approx(between)
+
+
+def test_equal_features_have_no_clip_share():
+  assert losses.clip_share(np.full((2, 4), 0.5), 0.25) == 0
