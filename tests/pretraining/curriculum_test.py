@@ -17,7 +17,7 @@ from marlin_jax.weights import formats, run_checkpoint
 from marlin_jax.weights.architecture import Architecture
 from tests.support import made_dataset, training_runs
 from tests.support.files import arrays_of, rows_of
-from tests.support.objectives import OBJECTIVES, overrides
+from tests.support.objectives import OBJECTIVES, overrides, random_batch
 from tests.support.training_runs import metrics_of, train
 
 # Stages of 3, 4 and 5 steps, with 4, 16 and 32 tokens.
@@ -162,31 +162,42 @@ def state(experiment):
 
 
 def one_step(experiment, state):
-  """Takes a step on clips of noise; returns the new state and the scalars."""
-  np_rng = np.random.default_rng(0)
-  tubelets = experiment.task.tubelets
-  batch = {
-    "video": np_rng.integers(0, 256, (2, *tubelets.video_shape), np.uint8),
-    "regions": np_rng.integers(0, 2048, (2, *tubelets.grid), np.uint16),
-  }
+  """Takes a step on a random batch; returns the new state and the scalars."""
   step = experiment.lower_step().compile()
   # A copy, as the step takes its state's memory.
-  return step(jax.tree.map(jnp.copy, state), batch, jax.random.key(0))
+  return step(
+    jax.tree.map(jnp.copy, state),
+    random_batch(experiment.batch_shapes),
+    jax.random.key(0),
+    **experiment.constants,
+  )
 
 
-def test_a_step_of_a_stage_is_one_of_a_run_of_its_size(experiment, state):
+@pytest.mark.parametrize(
+  "name", ["marlin", pytest.param("sound", marks=pytest.mark.slow)]
+)
+def test_a_step_of_a_stage_is_one_of_a_run_of_its_size(name, tmp_path):
   """With the positions of its tokens in the run's own clips."""
-  stage = experiment.by_stage[0]
+  config = small_config(**overrides(name, tmp_path))
+  whole = build.Experiment(config, 12)
+  state = jax.jit(whole.initialise)()
+  stage = whole.by_stage[0]
   assert stage.task.masking.num_tokens == 4
   assert stage.task.masking.num_visible == 2
   got, got_scalars = one_step(stage, state)
 
-  alone = build.Experiment(
-    configuration.stages(experiment.config)[0].config, 12
-  )
-  grids = experiment.task.tubelets.grid, alone.task.tubelets.grid
+  alone = build.Experiment(configuration.stages(config)[0].config, 12)
+  grids = whole.task.tubelets.grid, alone.task.tubelets.grid
+
+  def at_places(ours, theirs):
+    if len(ours) == whole.task.masking.num_tokens:
+      return vit.positions_at(ours, *grids)
+    # The sound begins with the clip.
+    np.testing.assert_array_equal(ours[: len(theirs)], theirs)
+    return theirs
+
   tables = jax.tree.map(
-    lambda table: vit.positions_at(table, *grids), state.fixed
+    at_places, state.fixed, jax.jit(alone.initialise)().fixed
   )
   want, want_scalars = one_step(alone, state.replace(fixed=tables))
   assert got_scalars == want_scalars
@@ -209,6 +220,7 @@ def test_a_stage_is_not_compared_with_the_steps_before_it(experiment, state):
   assert nums == [1, 71]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_has_stages(name, tmp_path):
   """The state keeps its form; constants are not held again for each stage."""
