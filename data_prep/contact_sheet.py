@@ -77,7 +77,7 @@ def cell(frame: DecodedFrame) -> np.ndarray:
 
 
 def _spread(dataset_dir: Path, num_frames: int) -> Iterator[DecodedFrame]:
-  """Yields frames at equal distances over all records of a data set."""
+  """Yields frames at equal distances over all records, each frame once."""
   shards = sorted(dataset_dir.rglob("*.array_record*"))
   if not shards:
     raise InspectionError(
@@ -92,13 +92,17 @@ def _spread(dataset_dir: Path, num_frames: int) -> Iterator[DecodedFrame]:
       "quarantine.jsonl there lists the reasons"
     )
   ends = np.cumsum(counts)
+  last = None
   for position in (np.arange(num_frames) + 0.5) * total / num_frames:
     number = int(position)
     shard = int(np.searchsorted(ends, number, side="right"))
     first = int(ends[shard]) - counts[shard]
-    yield dataset_statistics.read_frame(
+    frame = dataset_statistics.read_frame(
       Place(shards[shard], number - first), position - number
     )
+    if (number, frame.index) != last:
+      yield frame
+    last = number, frame.index
 
 
 # --- Command line -------------------------------------------------------------

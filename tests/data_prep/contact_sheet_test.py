@@ -89,6 +89,13 @@ def test_more_frames_than_records_are_drawn_from_the_same_records(dataset_dir):
   assert sheet.shape[1] == 3 * contact_sheet.CELL_WIDTH
 
 
+def test_pictures_are_drawn_once(tmp_path):
+  pictures = [a_record(i, grey=40 * (i + 1), code=i + 1, t=1) for i in range(3)]
+  write_shard(tmp_path / "faces-train.array_record-00000-of-00001", pictures)
+  sheet = contact_sheet.contact_sheet(tmp_path, 12)
+  assert sheet.shape == contact_sheet.contact_sheet(tmp_path, 3).shape
+
+
 def test_binary_writes_the_picture(dataset_dir, tmp_path, capsys):
   output = tmp_path / "new" / "sheet.png"
   argv = [str(dataset_dir), "--output", str(output), "--num_frames", "2"]
