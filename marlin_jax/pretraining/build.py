@@ -402,12 +402,12 @@ class Experiment:
       return [self]
     starts = itertools.accumulate((s.num_steps for s in stages), initial=0)
     return [
-      Stage(self, stage.config, start)
+      StageExperiment(self, stage.config, start)
       for stage, start in zip(stages, starts, strict=False)
     ]
 
 
-class Stage(Experiment):
+class StageExperiment(Experiment):
   """A stage of an experiment: other sizes of clips, other masking ratio.
 
   Networks, optimisers and state are those of the experiment. A token keeps its

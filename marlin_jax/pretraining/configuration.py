@@ -198,7 +198,7 @@ def data_sets(config: ConfigDict) -> list[DataSet]:
   return found
 
 
-class Stage(NamedTuple):
+class StageConfig(NamedTuple):
   """A stage of `curriculum`: steps on clips of one size.
 
   Attributes:
@@ -220,7 +220,7 @@ STAGE_KEYS = {
 _NETWORK_SIZES = ("data.num_frames", "data.frame_size")
 
 
-def stages(config: ConfigDict) -> list[Stage]:
+def stages(config: ConfigDict) -> list[StageConfig]:
   """Returns the stages: STEPS: KEY=VALUE, KEY=VALUE; STEPS: ...
 
   The last one has the sizes of the configuration itself, and is the only one
@@ -232,9 +232,10 @@ def stages(config: ConfigDict) -> list[Stage]:
   found = []
   for text in filter(None, map(str.strip, config.curriculum.split(";"))):
     steps, colon, sizes = text.partition(":")
-    num_steps = _parsed(int, steps, "a number of steps")
-    if not colon or num_steps < 1:
-      raise ValueError(f"{text!r} does not begin with a number of steps")
+    if not colon or not steps.strip().isdecimal() or not int(steps):
+      raise ValueError(
+        f"{text!r} does not begin with a number of steps and ':'"
+      )
     values: dict[str, Any] = {"curriculum": ""}
     for assignment in sizes.split(","):
       key, _, value = map(str.strip, assignment.partition("="))
@@ -242,18 +243,14 @@ def stages(config: ConfigDict) -> list[Stage]:
         raise ValueError(f"{key!r} is not a key of a stage")
       if key in values:
         raise ValueError(f"{text!r} has {key} twice")
-      values[key] = _parsed(STAGE_KEYS[key], value, f"a value of {key}")
+      try:
+        values[key] = STAGE_KEYS[key](value)
+      except ValueError:
+        raise ValueError(f"{value!r} is not a value of {key}") from None
     changed = config.copy_and_resolve_references()
     changed.update_from_flattened_dict(values)
-    found.append(Stage(num_steps, changed))
-  return [*found, Stage(0, config)]
-
-
-def _parsed(kind: type, text: str, expected: str) -> Any:
-  try:
-    return kind(text)
-  except ValueError:
-    raise ValueError(f"{text.strip()!r} is not {expected}") from None
+    found.append(StageConfig(int(steps), changed))
+  return [*found, StageConfig(0, config)]
 
 
 def check_curriculum(config: ConfigDict, num_steps: int) -> None:
@@ -270,7 +267,9 @@ def check_curriculum(config: ConfigDict, num_steps: int) -> None:
     refuse(_length_problems(stages(config), num_steps))
 
 
-def _length_problems(stages: list[Stage], num_steps: int) -> Iterator[str]:
+def _length_problems(
+  stages: list[StageConfig], num_steps: int
+) -> Iterator[str]:
   taken = sum(stage.num_steps for stage in stages)
   if taken >= num_steps:
     yield (

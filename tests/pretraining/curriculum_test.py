@@ -84,8 +84,8 @@ def test_a_stage_has_the_values_that_it_names_and_those_of_the_run():
 @pytest.mark.parametrize(
   ("curriculum", "message"),
   [
-    ("data.num_frames=2", "'data.num_frames=2' is not a number of steps"),
-    ("2e3: data.num_frames=2", "'2e3' is not a number of steps"),
+    ("data.num_frames=2", "'data.num_frames=2' does not begin with a number"),
+    ("2e3: data.num_frames=2", "does not begin with a number of steps and ':'"),
     ("0: data.num_frames=2", "does not begin with a number of steps"),
     ("3", "'3' does not begin with a number of steps"),
     ("3:", "'' is not a key of a stage"),
