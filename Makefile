@@ -40,7 +40,7 @@ format: $(VENV)/.installed-test  ## Mend style and format
 
 docs: $(VENV)/.installed-docs  ## Build the documentation site into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	@echo "site/index.html"
+	@echo "site/index.html; with its search: $(BIN)/python -m http.server -d site"
 
 bench: $(VENV)/.installed-test  ## Training step and features against PyTorch
 	$(BIN)/python -m tests.benchmarks.step

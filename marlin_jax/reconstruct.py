@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from marlin_jax.records import cli, extras
-from marlin_jax.records.cli import UserError
+from marlin_jax.records.cli import UserError, counted
 
 if TYPE_CHECKING:
   import numpy as np
@@ -83,7 +83,7 @@ def _reconstruct(args: argparse.Namespace) -> None:
   numbers = clips.frame_numbers
   print(
     f"{args.video}: frames {numbers[0, 0]} to {numbers[-1, -1]} in "
-    f"{len(numbers)} clip(s) of {numbers.shape[1]}",
+    f"{counted(len(numbers), 'clip')} of {counted(numbers.shape[1], 'frame')}",
     flush=True,
   )
   if needs_regions and not clips.regions.any():

@@ -8,6 +8,7 @@ from typing import Any
 
 from marlin_jax.devices.chips import gpu_memory_fraction
 from marlin_jax.planning.compiled_step import Step
+from marlin_jax.records.cli import counted
 from marlin_jax.training.configuration import flat
 
 # Share of the chip's peak arithmetic that trainers of ViTs reach: 26-39 %.
@@ -34,8 +35,8 @@ def step_text(step: Step) -> str:
   lines = [
     f"network  {step.num_params / 1e6:.1f}M parameters, {config.dtype}, remat "
     f"{config.remat}, scan {config.scan}, attention {config.attention}",
-    f"devices  {len(topology.devices)} x {kind} of {topology.num_hosts} host(s)"
-    f"{slices}; mesh {sizes}",
+    f"devices  {len(topology.devices)} x {kind} of "
+    f"{counted(topology.num_hosts, 'host')}{slices}; mesh {sizes}",
     f"batch    {config.batch_size} clips, "
     f"{config.batch_size / step.num_shards:g} per device: "
     f"{_microbatches_text(step)}",
@@ -75,7 +76,8 @@ def stages_text(steps: Sequence[Step]) -> str:
 
 def _microbatches_text(step: Step) -> str:
   text = (
-    f"{step.clips_at_once} at once in {step.num_microbatches} microbatch(es)"
+    f"{step.clips_at_once} at once in "
+    f"{counted(step.num_microbatches, 'microbatch')}"
   )
   default = step.default_microbatches
   if step.config.clips_per_device and default != step.num_microbatches:

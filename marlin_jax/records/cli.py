@@ -269,8 +269,10 @@ def process_ending(code: int | None) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-  """Returns a number with its noun: '1 video', '2 videos'."""
-  return f"{number} {noun}{'s' * (number != 1)}"
+  """Returns a number with its noun: '1 video', '2 videos', '2 batches'."""
+  if number == 1:
+    return f"1 {noun}"
+  return f"{number} {noun}{'es' if noun.endswith('ch') else 's'}"
 
 
 def reasons(reason_of: dict[str, str]) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from marlin_jax.models.options import ATTENTION, DTYPES, REMAT
-from marlin_jax.records.cli import UserError
+from marlin_jax.records.cli import UserError, counted
 from marlin_jax.records.schema import FRAME_SIZE
 
 
@@ -191,7 +191,7 @@ def refuse(problems: Iterable[str]) -> None:
   if problems:
     lines = "\n".join(f"  {problem}" for problem in problems)
     raise ConfigError(
-      f"the configuration has {len(problems)} problem(s):\n" + lines
+      f"the configuration has {counted(len(problems), 'problem')}:\n" + lines
     )
 
 

@@ -27,7 +27,7 @@ from marlin_jax.data.clip_geometry import (
 from marlin_jax.models import stacking, vit
 from marlin_jax.models.discriminator import Discriminator
 from marlin_jax.models.mae import MAE, Encoder
-from marlin_jax.records.cli import UserError
+from marlin_jax.records.cli import UserError, counted
 from marlin_jax.weights.architecture import (
   DISCRIMINATOR,
   Architecture,
@@ -78,7 +78,7 @@ class Weights:
     ]
     if problems:
       raise WeightsError(
-        f"{self.source}: {len(problems)} array(s) do not fit\n"
+        f"{self.source} does not fit in {counted(len(problems), 'array')}\n"
         + "\n".join(f"  {problem}" for problem in problems)
       )
 

@@ -169,8 +169,8 @@ def test_cpu_devices_are_planned_for_in_words_and_numbers(tmp_path):
   )
   assert result.returncode == 0, result.stderr
   text = result.stdout
-  assert "2 x cpu of 1 host(s); mesh data 1, fsdp 2, tensor 1" in text
-  assert "2 at once in 2 microbatch(es), set by clips_per_device" in text
+  assert "2 x cpu of 1 host; mesh data 1, fsdp 2, tensor 1" in text
+  assert "2 at once in 2 microbatches, set by clips_per_device" in text
   assert "no estimate of the rate: the peak of cpu is not known" in text
   assert "compiling for cpu:2" in result.stderr
   found = json.loads(path.read_text())

@@ -253,7 +253,7 @@ def test_a_gif_shows_every_second_frame_once(folder, noise, tmp_path, capsys):
     assert animation.size == SIZE[::-1]
     assert animation.info["duration"] == 60  # 1/15 s in a GIF's hundredths
   printed = capsys.readouterr().out
-  assert "frames 0 to 11 in 2 clip(s) of 4" in printed
+  assert "frames 0 to 11 in 2 clips of 4 frames" in printed
   assert "pixel loss" in printed
   assert printed.endswith(f"{path}\n")
 

@@ -35,7 +35,7 @@ def test_all_problems_are_reported_together():
       "num_steps": 5,
     }
   )
-  assert "5 problem(s)" in message
+  assert "5 problems" in message
   assert "batch_size=0: expected at least 1" in message
   assert "mask.strategy='faces': expected one of fasking, " in message
   assert "model.width=100: expected a multiple of twice" in message

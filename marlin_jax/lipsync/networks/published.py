@@ -306,7 +306,8 @@ def _fill(
   ]
   if mismatched:
     raise WeightsError(
-      f"{path}: {len(mismatched)} array(s) do not fit\n" + "\n".join(mismatched)
+      f"{path}: arrays that do not fit: {len(mismatched)}\n"
+      + "\n".join(mismatched)
     )
   graphdef, state = nnx.split(network)
   flat_state = [
