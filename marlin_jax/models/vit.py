@@ -122,20 +122,24 @@ def positions_at(
 ) -> jax.Array:
   """Returns a position table for clips of another token grid.
 
-  A token keeps its place in time and in the picture. Along t these are the
-  first rows. Along h and w the table is interpolated linearly between the
-  centres of patches, as is usual for tables of vision transformers (Dosovitskiy
-  et al. 2021, section 3.2).
+  A token keeps its place in time and in the picture. Shorter clips have the
+  first rows; for longer ones `sincos_positions` continues the table. Along h
+  and w it is interpolated linearly between the centres of patches, as is usual
+  for tables of vision transformers (Dosovitskiy et al. 2021, section 3.2).
 
   Args:
     table: (N, D).
     grid: tokens of the table along t, h and w.
-    new: tokens of the clips along t, h and w; not more along t.
+    new: tokens of the clips along t, h and w.
 
   Returns:
     (N', D).
   """
-  table = table.reshape(*grid, -1)[: new[0]]
+  per_frame = grid[1] * grid[2]
+  if new[0] > grid[0]:
+    longer = sincos_positions(new[0] * per_frame, table.shape[-1])
+    table = jnp.concatenate([table, longer[len(table) :]])
+  table = table[: new[0] * per_frame].reshape(new[0], *grid[1:], -1)
   if new[1:] != grid[1:]:
     shape = *new, table.shape[-1]
     table = jax.image.resize(table, shape, "linear", antialias=False)

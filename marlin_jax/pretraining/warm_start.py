@@ -30,7 +30,8 @@ def apply(
   """Replaces the arrays of a new state that the weights hold.
 
   Position tables are replaced too, since the weights were trained with theirs;
-  for frames of another size they are interpolated. If the weights expect
+  for clips or frames of another size they are adapted, see `vit.positions_at`.
+  If the weights expect
   another input convention than the run, it is folded into the patch embedding.
 
   Args:
@@ -49,7 +50,7 @@ def apply(
   weights, input_notices = _with_input_of(weights, ours)
   notices += input_notices
   _check_sizes(weights, ours)
-  weights, size_notices = _at_frame_size(weights, ours)
+  weights, size_notices = _at_clip_size(weights, ours)
   notices += size_notices
   theirs = weights.architecture
 
@@ -103,28 +104,36 @@ def _with_input_of(
   ]
 
 
-def _at_frame_size(
+def _at_clip_size(
   weights: Weights, ours: Architecture
 ) -> tuple[Weights, list[str]]:
-  """Interpolates the position tables if frames have another size."""
+  """Adapts the position tables if clips or frames have another size."""
   theirs = weights.architecture
-  if theirs.image_size == ours.image_size:
-    return weights, []
-  adapted = dataclasses.replace(theirs, image_size=ours.image_size)
-  tables = {
-    name: np.asarray(
-      vit.positions_at(
-        weights.arrays[name], theirs.tubelets.grid, adapted.tubelets.grid
-      )
+  adapted = dataclasses.replace(
+    theirs, num_frames=ours.num_frames, image_size=ours.image_size
+  )
+  notices = []
+  if theirs.num_frames != ours.num_frames:
+    kept = "continued" if ours.num_frames > theirs.num_frames else "cut off"
+    notices.append(
+      f"the weights were trained on clips of {theirs.num_frames} frames: their "
+      f"positions in time are {kept} for {ours.num_frames}"
     )
+  if theirs.image_size != ours.image_size:
+    notices.append(
+      f"the weights were trained on frames of {theirs.image_size} pixels: "
+      f"their positions are interpolated from {_patches(theirs)} to "
+      f"{_patches(ours)} patches"
+    )
+  if not notices:
+    return weights, []
+  grids = theirs.tubelets.grid, adapted.tubelets.grid
+  tables = {
+    name: np.asarray(vit.positions_at(weights.arrays[name], *grids))
     for name in POSITIONS
     if name in weights.arrays
   }
-  return Weights(adapted, weights.arrays | tables, weights.source), [
-    f"the weights were trained on frames of {theirs.image_size} pixels: their "
-    f"positions are interpolated from {_patches(theirs)} to "
-    f"{_patches(ours)} patches"
-  ]
+  return Weights(adapted, weights.arrays | tables, weights.source), notices
 
 
 def _patches(architecture: Architecture) -> str:
@@ -138,7 +147,7 @@ def _check_sizes(weights: Weights, ours: Architecture) -> None:
     f"  config.{key}={getattr(ours, name)}, in the weights "
     f"{getattr(theirs, name)}"
     for name, key in CONFIG_KEYS.items()
-    if (key.startswith("model.") or name == "num_frames")
+    if key.startswith("model.")
     and (theirs.has_decoder or not name.startswith("dec_"))
     and getattr(theirs, name) != getattr(ours, name)
   ]

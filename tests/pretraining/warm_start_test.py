@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from configs import pretrain_b
+from marlin_jax.models import vit
 from marlin_jax.pretraining import build, warm_start
 from marlin_jax.weights import videomae
 from marlin_jax.weights.architecture import Architecture
@@ -159,6 +160,27 @@ def test_frames_of_another_size_get_interpolated_positions(config, state):
   back, notices = start_from(weights, state, config)
   assert "7 x 7 to 14 x 14" in notices[0]
   assert back.fixed["dec_positions"].shape == (392, 16)
+
+
+@pytest.mark.parametrize("num_frames", [2, 8])
+def test_clips_of_another_length_keep_the_positions_of_their_frames(
+  state, config, num_frames
+):
+  """Shorter than those of the weights, and longer."""
+  weights = random_weights(num_frames=num_frames)
+  got, notices = start_from(weights, state, config)
+  assert len(notices) == 1
+  word = "continued" if num_frames == 2 else "cut off"
+  assert f"clips of {num_frames} frames" in notices[0]
+  assert f"{word} for 4" in notices[0]
+  exact = vit.sincos_positions(392, 16)
+  for name, array in (
+    ("encoder.positions", got.fixed["encoder"]["positions"]),
+    ("dec_positions", got.fixed["dec_positions"]),
+  ):
+    theirs = weights.arrays[name][:392]
+    np.testing.assert_array_equal(array[: len(theirs)], theirs)
+    np.testing.assert_array_equal(array[len(theirs) :], exact[len(theirs) :])
 
 
 def test_patches_of_another_size_are_refused(config, state):
