@@ -114,7 +114,7 @@ def convert(args: argparse.Namespace) -> None:
       the check failed.
   """
   from marlin_jax.inference import classifier
-  from marlin_jax.weights import formats
+  from marlin_jax.weights import formats, run_checkpoint
 
   if classifier.is_classifier(args.src):
     _convert_classifier(args)
@@ -150,6 +150,11 @@ def convert(args: argparse.Namespace) -> None:
     write_options,
     converted,
   )
+  if run_checkpoint.has_sound(source):
+    notices.append(
+      "the run's encoder of sound is not written: features of sound need the "
+      "workdir"
+    )
   for notice in notices:
     print(f"note: {notice}")
 

@@ -90,6 +90,12 @@ def read(path: Path) -> Weights:
   return Weights(architecture, arrays, str(where))
 
 
+def has_sound(path: str | Path) -> bool:
+  """Returns True for a run that trains an encoder of sound."""
+  path = Path(path)
+  return is_run(path) and bool(read_meta(path)[1].get("sound.weight"))
+
+
 def read_sound(path: Path) -> SoundWeights:
   """Reads the encoder of sound from a run's last checkpoint.
 
@@ -115,7 +121,7 @@ def read_sound(path: Path) -> SoundWeights:
   (params, fixed) = read_state(where, _sound_encoder).values()
   arrays = {}
   for tree in (params, fixed):
-    arrays |= flatten(tree["objectives"]["sound"]["encoder"])
+    arrays |= flatten(tree[OBJECTIVES]["sound"]["encoder"])
   return SoundWeights(
     SoundPatches.of(Clip(meta["data.num_frames"], meta["data.stride"])),
     vit.Size(width, meta["sound.depth"], meta["sound.num_heads"], 4 * width),
@@ -129,8 +135,8 @@ def _sound_encoder(tree: dict) -> dict:
   params = "ema" if tree.get("ema") else "params"
   return {
     part: {
-      "objectives": {
-        "sound": {"encoder": tree[part]["objectives"]["sound"]["encoder"]}
+      OBJECTIVES: {
+        "sound": {"encoder": tree[part][OBJECTIVES]["sound"]["encoder"]}
       }
     }
     for part in (params, "fixed")

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from marlin_jax import features
+from marlin_jax import convert, features
 from marlin_jax.data.clip_geometry import Clip, SoundPatches
 from marlin_jax.downstream import feature_table
 from marlin_jax.inference.face_windows import WindowSettings, read_windows
-from marlin_jax.weights import formats, run_checkpoint, safetensors_folder
+from marlin_jax.weights import formats, run_checkpoint
 from tests.support import talking_mouths
 from tests.support.files import read_lines
 from tests.support.training_runs import metrics_of, train
@@ -113,7 +113,9 @@ def test_what_has_no_encoder_of_sound_is_refused(run, videos, tmp_path, capsys):
   run_checkpoint.write(formats.read(run), without)
   assert extract(videos, without, folder, "sound") == 1
   assert "config.sound.weight" in capsys.readouterr().err
-  safetensors_folder.write(formats.read(run), exported)
+  argv = ["--to=safetensors", str(run), str(exported)]
+  convert.main([*argv, f"--clip={videos / '0.mp4'}"])
+  assert "encoder of sound is not written" in capsys.readouterr().out
   assert extract(videos, exported, folder, "both") == 1
   assert "no workdir of a run" in capsys.readouterr().err
   assert extract(videos, run, folder, "both", "--keep_seq") == 1
