@@ -153,4 +153,4 @@ def busy(message: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-  config_flags.run(main, "config")
+  config_flags.run(main)

@@ -123,4 +123,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  config_flags.run(main, "config")
+  config_flags.run(main)

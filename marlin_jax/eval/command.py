@@ -59,4 +59,4 @@ def main(argv: Sequence[str]) -> int:
 
 def run() -> None:
   """Parses the flags and runs `main`."""
-  config_flags.run(main, "config", "data")
+  config_flags.run(main, "data")

@@ -285,4 +285,4 @@ def _score(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-  config_flags.run(main, "config", "mode")
+  config_flags.run(main, "mode")

@@ -38,7 +38,7 @@ def run(main: Callable[[Sequence[str]], int | None], *required: str) -> None:
 
   Args:
     main: the command; takes the program's name and positional arguments.
-    *required: flags that must be given.
+    *required: flags that must be given, beside --config.
   """
 
   def checked(argv: Sequence[str]) -> int | None:
@@ -48,12 +48,10 @@ def run(main: Callable[[Sequence[str]], int | None], *required: str) -> None:
       sys.exit(f"error: {e}")
     return main(argv)
 
-  for name in required:
-    flags.mark_flag_as_required(name)
   module = sys.modules["__main__"]  # whose docstring --help prints
   if module.__spec__ is not None:
     module.__doc__ = cli.as_started(module.__doc__, module.__spec__.name)
-  app.run(checked, flags_parser=parse)
+  app.run(checked, flags_parser=lambda argv: parse(argv, *required))
 
 
 def config(validate: Callable[[ConfigDict], None]) -> ConfigDict:
@@ -74,11 +72,12 @@ def workdir() -> str:
   return _WORKDIR.value or f"runs/{_config_path().stem}"
 
 
-def parse(argv: Sequence[str]) -> list[str]:
-  """Parses the flags; a bad --config flag ends the process with a short error.
+def parse(argv: Sequence[str], *required: str) -> list[str]:
+  """Parses the flags; a bad one ends the process with a short error.
 
   Args:
     argv: command line, including the program's name.
+    *required: flags that must be given, beside --config.
 
   Returns:
     The program's name and the positional arguments.
@@ -90,14 +89,31 @@ def parse(argv: Sequence[str]) -> list[str]:
     # and may wrap one in another.
     while e.args and isinstance(e.args[0], Exception):
       e = e.args[0]
-    sys.exit(f"error: in a --config flag: {e.args[0]}")
+    kind = "no key " if isinstance(e, KeyError) else ""
+    reason = str(e.args[0]).replace("\n", ". ")
+    sys.exit(f"error: in a --config flag: {kind}{reason}")
+  packaged = f"These come with the package: {', '.join(names_of_configs())}"
+  if missing := [
+    f"--{name}"
+    for name in dict.fromkeys(["config", *required])
+    if flags.FLAGS[name].value is None
+  ]:
+    choice = f". {packaged}" if "--config" in missing else ""
+    sys.exit(
+      f"error: {' and '.join(missing)} must be given; --help explains{choice}"
+    )
   path = _config_path()
   if not path.is_file():
-    names = ", ".join(sorted(p.name for p in path.parent.glob("*.py")))
+    names = ", ".join(
+      sorted(
+        p.name
+        for p in path.parent.glob("*.py")
+        if "def get_config(" in p.read_text(errors="replace")
+      )
+    )
     sys.exit(
       f"error: no configuration file at {path}; {path.parent} holds: "
-      f"{names or 'none'}. These come with the package: "
-      f"{', '.join(names_of_configs())}"
+      f"{names or 'none'}. {packaged}"
     )
   return args
 

@@ -392,6 +392,7 @@ def test_a_change_that_is_meant_goes_on_from_the_same_state(
   ("argument", "words"),
   [
     ("--config.data.pth=x", "path"),
+    ("--config.nope=1", "no key 'nope'"),
     ("--config.batch_size=8.5", "batch_size"),
     ("--config.seed=99999999999999999999", "value < 2**31"),
     ("--config.mask.strategy=faces", "expected one of fasking"),
@@ -415,16 +416,26 @@ def test_bad_flags_are_refused_before_anything_is_loaded(
   assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_missing_configuration_file_is_named(tmp_path):
+@pytest.mark.parametrize(
+  ("module", "arguments", "named"),
+  [
+    ("train", ["--config=configs/none.py"], "configs/none.py"),
+    ("train", [], "--config"),
+    ("eval.far", ["--config=eval_far"], "--data"),
+  ],
+)
+def test_what_a_command_lacks_is_named(module, arguments, named):
   result = subprocess.run(
-    [sys.executable, "-m", "marlin_jax.train", "--config=configs/none.py"],
+    [sys.executable, "-m", f"marlin_jax.{module}", *arguments],
     capture_output=True,
     text=True,
     cwd=ROOT,
     check=False,
     timeout=60,
   )
-  assert "configs/none.py" in refused(result)
+  message = refused(result)
+  assert named in message
+  assert "FATAL" not in message
 
 
 def test_attention_of_another_platform_is_refused(sample_dataset, tmp_path):

@@ -92,7 +92,7 @@ def check_flags(*flags):
     "import sys; from absl import flags;"
     "from marlin_jax import train;"
     "from marlin_jax.training import config_flags;"
-    "flags.mark_flag_as_required('config'); config_flags.parse(sys.argv);"
+    "config_flags.parse(sys.argv);"
     "config_flags.config(train.configuration.validate);"
     "print(flags.FLAGS.workdir)"
   )
