@@ -281,7 +281,9 @@ def _send_info(
   info = {
     "width": shown_size[0],
     "height": shown_size[1],
-    "orientation": pixels.orientation(frame),
+    "orientation": pixels.orientation(
+      frame, packets.picture_file(stream.container)
+    ),
     "rate": _rate(stream),
     "announced_frames": _announced_frames(stream, span),
   }

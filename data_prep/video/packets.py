@@ -11,6 +11,7 @@ import errno
 import heapq
 import itertools
 import math
+import os
 import re
 from collections.abc import Iterator
 
@@ -69,6 +70,14 @@ def open_input(formats: str = f"{FORMATS},{SOUND_FORMATS}"):
       names = formats.replace("_pipe", "").replace(",", " ")
       reason += f": damaged, or in none of the formats {names}"
     raise Refused(f"cannot open: {reason}") from e
+
+
+def picture_file(container) -> bytes:
+  """Returns the bytes of standard input if it is a picture, else b''."""
+  if container.format.name not in PICTURE_FORMATS.split(","):
+    return b""
+  # The position of the file is that of libav.
+  return os.pread(0, os.fstat(0).st_size, 0)
 
 
 def video_stream(container):

@@ -111,7 +111,8 @@ def decode(frame_rate: float, limits: Limits, pipe: int) -> None:
         if num_pictures > protocol.most_frames(*size, limits):
           raise Refused(protocol.too_many_frames(*size, limits))
         info = {"width": frame.width, "height": frame.height}
-        info |= {"orientation": pixels.orientation(frame), "rate": frame_rate}
+        orientation = pixels.orientation(frame, data)
+        info |= {"orientation": orientation, "rate": frame_rate}
         info |= {"announced_frames": num_pictures}
         send(pipe, b"I", json.dumps(info).encode())
       elif (frame.width, frame.height) != size:

@@ -22,6 +22,7 @@ read.
 
 from __future__ import annotations
 
+import re
 import struct
 from fractions import Fraction
 
@@ -108,10 +109,26 @@ class RgbConverter:
 _TURNS = ([1, 0, 0, 1], [0, -1, 1, 0], [-1, 0, 0, -1], [0, 1, -1, 0])
 
 
-def orientation(frame) -> list[int]:
+# Orientations by EXIF's code: the tag _ORIENTATION of TIFF 6.0.
+_EXIF = (
+  *([1, 0, 0, 1], [-1, 0, 0, 1], [-1, 0, 0, -1], [1, 0, 0, -1]),
+  *([0, 1, 1, 0], [0, 1, -1, 0], [0, -1, -1, 0], [0, -1, 1, 0]),
+)
+_ORIENTATION = 0x0112
+# The EXIF of a JPEG, PNG or WebP file, up to its TIFF header.
+_EXIF_START = re.compile(
+  rb"(?:Exif\0\0|eXIf|EXIF.{4})(?=II\*\0|MM\0\*)", re.DOTALL
+)
+
+
+def orientation(frame, file: bytes = b"") -> list[int]:
   """Returns the rotation and mirroring with which a decoded picture is shown.
 
   The frame's display matrix is rounded to the nearest quarter turn.
+
+  Args:
+    frame: the picture.
+    file: the file that it is, if it is not one of a video.
 
   Returns:
     [a, b, c, d], each -1, 0 or 1: the pixel at (x, y) is shown at
@@ -120,9 +137,9 @@ def orientation(frame) -> list[int]:
   try:
     data = frame.side_data.get("DISPLAYMATRIX")
   except ValueError:
-    # PyAV cannot list side data of which one has an unknown type, such as the
-    # EXIF of a motion JPEG. It still has the angle, but not the mirroring.
-    return _TURNS[round(frame.rotation / 90) % 4]
+    # PyAV cannot list side data of which one has an unknown type, such as EXIF.
+    # It still has the angle, but not the mirroring.
+    return _exif(file) or _TURNS[round(frame.rotation / 90) % 4]
   if data is None:
     return [1, 0, 0, 1]
   a, b, _, c, d = struct.unpack_from("=5i", bytes(data))
@@ -131,6 +148,27 @@ def orientation(frame) -> list[int]:
   if abs(b) + abs(c) > abs(a) + abs(d):
     return [0, _sign(b), _sign(c), 0]
   return [_sign(a), 0, 0, _sign(d)]
+
+
+def _exif(file: bytes) -> list[int] | None:
+  """Returns the orientation in the EXIF of a picture, None if there is none."""
+  found = _EXIF_START.search(file)
+  if not found:
+    return None
+  tiff = memoryview(file)[found.end() :]
+  order = "<" if tiff[:2] == b"II" else ">"
+  try:
+    (first,) = struct.unpack_from(f"{order}I", tiff, 4)
+    (num_tags,) = struct.unpack_from(f"{order}H", tiff, first)
+    for i in range(num_tags):
+      tag, _, _, code = struct.unpack_from(
+        f"{order}HHIH", tiff, first + 2 + 12 * i
+      )
+      if tag == _ORIENTATION and 1 <= code <= len(_EXIF):
+        return _EXIF[code - 1]
+  except struct.error:
+    pass  # cut off
+  return None
 
 
 def _sign(value: int) -> int:
