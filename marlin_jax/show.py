@@ -62,6 +62,8 @@ _CHARTS = {
     ("Total loss", ("train/loss",), True),
     ("Discriminator: scores", ("train/d_*",), False),
     ("Adversarial losses", ("train/loss_adv", "train/loss_disc"), False),
+    ("Losses of other objectives", ("train/loss_*",), True),
+    ("Spread of features", ("train/*/features_*",), False),
     ("Adversarial gradient over reconstruction's", ("train/adv_pull",), False),
     ("Gradient penalty", ("train/gradient_penalty",), False),
     ("Gradient norms", ("train/grad_norm*",), True),

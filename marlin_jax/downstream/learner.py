@@ -22,12 +22,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from marlin_jax.devices import chips, distributed, sharding
+from marlin_jax.devices import chips, distributed, microbatches, sharding
 from marlin_jax.downstream import protocols
 from marlin_jax.downstream.tasks import Task, Units
 from marlin_jax.inference import clip_features
 from marlin_jax.models import heads, partition, softmax_attention, vit
-from marlin_jax.pretraining import memory, train_step
+from marlin_jax.pretraining import memory
 from marlin_jax.weights.architecture import (
   Architecture,
   flatten,
@@ -186,7 +186,7 @@ class Learner:
       weight = num * part["known"].sum() / total
       return jax.tree.map(lambda x: weight * x, gradient(trained, fixed, part))
 
-    return train_step.mean_over(train_step.split_batch(batch, num), of_part)
+    return microbatches.mean_over(microbatches.split(batch, num), of_part)
 
   def _loss(self, trained, fixed, batch):
     x, keep = batch["x"], batch.get("keep")

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from marlin_jax.devices import microbatches
 from marlin_jax.models import partition
 from marlin_jax.models.discriminator import Discriminator
 from marlin_jax.models.mae import MAE
@@ -500,7 +501,7 @@ def _step_microbatches(trainer: Trainer, state: TrainState, batch, frozen):
   batch. Memory does not hold the forward passes of all microbatches until then,
   so each update runs its own forward passes, as in the authors' code.
   """
-  microbatches = split_batch(
+  split = microbatches.split(
     batch,
     trainer.num_microbatches,
     objective.num_together(trainer.objectives),
@@ -524,51 +525,16 @@ def _step_microbatches(trainer: Trainer, state: TrainState, batch, frozen):
 
   if trainer.adversarial.weight:
     for i in range(trainer.adversarial.d_steps):
-      grads, disc_metrics = mean_over(
-        microbatches, functools.partial(disc_grads, i=i)
+      grads, disc_metrics = microbatches.mean_over(
+        split, functools.partial(disc_grads, i=i)
       )
       state = trainer.update_disc(state, grads)
       metrics |= disc_metrics | {"grad_norm_disc": optax.tree.norm(grads)}
   for _ in range(trainer.adversarial.g_steps):
-    grads, mae_metrics = mean_over(microbatches, mae_grads)
+    grads, mae_metrics = microbatches.mean_over(split, mae_grads)
     state = trainer.update_mae(state, grads)
     metrics |= mae_metrics | {"grad_norm": optax.tree.norm(grads)}
   return state, metrics
-
-
-def split_batch(
-  batch: Pytree, num_microbatches: int, num_together: int = 1
-) -> Pytree:
-  """Splits arrays (B, ...) into microbatches: (M, B / M, ...).
-
-  Args:
-    batch: the arrays.
-    num_microbatches: M.
-    num_together: rows that follow each other and stay together.
-  """
-  unit = (num_together,) if num_together > 1 else ()
-
-  def split(x):
-    # Microbatch is the minor axis, so that each device splits its own clips.
-    units = x.reshape(-1, num_microbatches, *unit, *x.shape[1:])
-    return units.swapaxes(0, 1).reshape(num_microbatches, -1, *x.shape[1:])
-
-  return jax.tree.map(split, batch)
-
-
-def mean_over(microbatches, function: Callable[[Pytree], Pytree]) -> Pytree:
-  """Returns the mean of `function` over microbatches stacked on axis 0."""
-  num_microbatches = jax.tree.leaves(microbatches)[0].shape[0]
-  first = jax.tree.map(lambda x: x[0], microbatches)
-  zeros = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first)
-  )
-
-  def add(total, microbatch):
-    return jax.tree.map(jnp.add, total, function(microbatch)), None
-
-  total, _ = jax.lax.scan(add, zeros, microbatches)
-  return jax.tree.map(lambda x: x / num_microbatches, total)
 
 
 def reconstruct(

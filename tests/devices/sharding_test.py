@@ -17,7 +17,7 @@ from marlin_jax.devices import sharding
 from marlin_jax.planning import topology
 from marlin_jax.pretraining import build
 from marlin_jax.weights.architecture import Architecture
-from tests.support import layouts
+from tests.support import layouts, objectives
 from tests.support.processes import on_eight_devices
 
 ROOT = Path(__file__).parents[2]
@@ -30,12 +30,18 @@ def results():
   return on_eight_devices("layouts.py")
 
 
-def assert_same_losses(got, want):
+@pytest.fixture(scope="module")
+def objective_results():
+  """Returns the output of layouts.py for every objective."""
+  return on_eight_devices("layouts.py", *layouts.OBJECTIVE_CASES)
+
+
+def assert_same_losses(got, want, rtol=1e-5):
   for step, (a, b) in enumerate(zip(got, want, strict=True)):
     assert a.keys() == b.keys()
     for name in a:
       np.testing.assert_allclose(
-        a[name], b[name], rtol=1e-5, err_msg=f"step {step}: {name}"
+        a[name], b[name], rtol=rtol, err_msg=f"step {step}: {name}"
       )
 
 
@@ -53,6 +59,20 @@ def test_penalty_parts_scan_and_remat_work_on_all_axes_at_once(results):
   assert got["num_microbatches"] == want["num_microbatches"] == 2
   assert "gradient_penalty" in want["losses"][0]
   assert_same_losses(got["losses"], want["losses"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", objectives.OBJECTIVES)
+def test_every_objective_has_the_same_losses_on_all_axes(
+  objective_results, objective
+):
+  want = objective_results[f"{objective}, one device"]
+  got = objective_results[f"{objective}, all axes"]
+  assert got["num_microbatches"] == want["num_microbatches"] == 2
+  # Some measure how features are spread, which takes differences of them.
+  assert_same_losses(got["losses"], want["losses"], rtol=1e-4)
+  assert got["held_bytes"] == got["planned_bytes"] < want["held_bytes"]
+  assert not got["exchanged"].keys() & {"all-to-all", "collective-permute"}
 
 
 @pytest.mark.slow

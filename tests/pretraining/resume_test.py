@@ -7,6 +7,7 @@ import pytest
 from marlin_jax.pretraining import spikes
 from marlin_jax.weights import formats
 from marlin_jax.weights.weights import WeightsError
+from tests.support import objectives
 from tests.support.files import arrays_of, rows_of
 from tests.support.training_runs import metrics_of, train
 
@@ -61,6 +62,31 @@ def test_the_options_were_in_effect(workdirs):
   assert 0 < rows[8]["train/num_skipped"] < 3
   rates = [row["train/lr"] for row in rows.values()]
   assert rates[0] < rates[1] == rates[3] > rates[7]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", objectives.OBJECTIVES)
+def test_every_objective_resumes_with_the_same_bits(
+  sample_dataset, tmp_path, objective
+):
+  whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+  settings = objectives.CLIP | objectives.OBJECTIVES[objective]
+  options = {"data.path": sample_dataset, "optim.schedule": "constant"}
+  options |= {"optim.warmup_ratio": 0.0}
+  options |= objectives.resolved(settings, tmp_path)
+  results = [
+    train(whole, **options, num_steps=4),
+    train(resumed, **options, num_steps=2),
+    train(resumed, **options, num_steps=4),
+  ]
+  assert [r.returncode for r in results] == [0, 0, 0], results
+  assert "resumed from step 2" in results[2].stdout
+  assert_same_bits(resumed, whole, 4)
+  # It opens as any run's, and another run starts from it.
+  other = tmp_path / "other"
+  warm = {"data.path": sample_dataset, "num_steps": 1, "init_from": resumed}
+  result = train(other, **objectives.CLIP, **warm)
+  assert f"starts from {resumed}" in result.stdout, result
 
 
 def test_however_checkpoints_are_saved_and_kept_all_bits_are_the_same(

@@ -7,17 +7,18 @@ is fixed when jax starts. Prints one JSON object with a result for each case.
 import json
 import math
 import sys
+import tempfile
 from concurrent import futures
+from pathlib import Path
 
 import jax
-import numpy as np
 
 from configs import pretrain_b
 from marlin_jax.devices import sharding
 from marlin_jax.models import stacking
 from marlin_jax.planning import hlo
 from marlin_jax.pretraining import build
-from tests.support import cudnn_on_cpu
+from tests.support import cudnn_on_cpu, objectives
 
 BATCH_SIZE = 8
 
@@ -63,6 +64,21 @@ CASES = {
     2,
   ),
 }
+# Every objective, in two microbatches on one device and on all axes.
+OBJECTIVE_CASES = {
+  f"{name}, {where}": (SMALL | objectives.CLIP | settings, *layout, 3)
+  for name, settings in objectives.OBJECTIVES.items()
+  for where, *layout in (
+    ("one device", 4, (1, 1, 1)),
+    ("all axes", 1, (2, 2, 2)),
+  )
+}
+
+
+def start_of(name: str) -> str:
+  """Returns the case from whose first state a case starts."""
+  start = f"{name.split(',')[0]}, one device"
+  return start if start in CASES | OBJECTIVE_CASES else "one device"
 
 
 class Case:
@@ -82,15 +98,12 @@ class Case:
     self.trainer, self.initialise = experiment.trainer, experiment.initialise
     self.shapes, self.layout = experiment.shapes, experiment.layout
     everywhere = sharding.replicated(self.mesh)
-    np_rng = np.random.default_rng(0)
-    grid = self.trainer.task.tubelets.grid
-    frames = (BATCH_SIZE, 2, 224, 224, 3)
     self.batch = jax.device_put(
-      {
-        "video": np_rng.integers(0, 256, frames, np.uint8),
-        "regions": np_rng.integers(0, 2048, (BATCH_SIZE, *grid), np.uint16),
-      },
+      objectives.random_batch(experiment.batch_shapes),
       sharding.batch_sharding(self.mesh),
+    )
+    self.constants = sharding.put(
+      experiment.constants, experiment.constants_shardings
     )
     self.rng = jax.device_put(jax.random.key(0), everywhere)
     self.lowered = experiment.lower_step()
@@ -102,7 +115,10 @@ class Case:
     )
     losses = []
     for _ in range(self.num_steps):
-      donated, (state, scalars) = state, step(state, self.batch, self.rng)
+      donated, (state, scalars) = (
+        state,
+        step(state, self.batch, self.rng, **self.constants),
+      )
       losses.append({k: float(v) for k, v in scalars.items()})
     masks = self.trainer.task.masking
     learned = {
@@ -134,13 +150,21 @@ class Case:
 
 def main(names):
   cudnn_on_cpu.install()
-  cases = [Case(*CASES[name]) for name in names]
+  with tempfile.TemporaryDirectory() as folder:
+    cases = {}
+    for name in names:
+      overrides, *rest = (CASES | OBJECTIVE_CASES)[name]
+      overrides = objectives.resolved(overrides, Path(folder))
+      cases[name] = Case(overrides, *rest)
   with futures.ThreadPoolExecutor(2) as pool:
-    steps = pool.map(lambda case: case.lowered.compile(), cases)
-    first = jax.device_get(jax.jit(cases[0].initialise)())
+    steps = pool.map(lambda case: case.lowered.compile(), cases.values())
+    first = {
+      name: jax.device_get(jax.jit(cases[name].initialise)())
+      for name in {start_of(name) for name in names}
+    }
     results = {
-      name: case.run(step, first)
-      for name, case, step in zip(names, cases, steps, strict=True)
+      name: case.run(step, first[start_of(name)])
+      for (name, case), step in zip(cases.items(), steps, strict=True)
     }
   print(json.dumps(results))
 

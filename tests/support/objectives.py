@@ -12,7 +12,7 @@ import numpy as np
 from marlin_jax.weights import safetensors_folder
 from tests.support.demo_models import make_weights
 
-# Stands for the folder of a teacher of these sizes, see `overrides`.
+# Stands for the folder of a teacher of these sizes, see `resolved`.
 _TEACHER = "a teacher"
 _TEACHER_SIZES = {"width": 48, "depth": 3, "num_frames": 4, "image_size": 64}
 
@@ -51,20 +51,19 @@ OBJECTIVES = {
 CLIP = {"data.num_frames": 4, "data.frame_size": 64}
 
 
-def overrides(name: str, folder: Path) -> dict[str, object]:
-  """Returns the overrides for an objective.
+def resolved(settings: dict[str, object], folder: Path) -> dict[str, object]:
+  """Returns settings with the path of a teacher, if they name one.
 
   Args:
-    name: a key of OBJECTIVES.
-    folder: a teacher is written into it, if one is needed.
+    settings: those of OBJECTIVES, and others.
+    folder: the teacher is written into it.
   """
-  settings = CLIP | OBJECTIVES[name]
-  if settings.get("teacher.path") == _TEACHER:
-    path = folder / "teacher"
-    if not path.exists():
-      safetensors_folder.write(make_weights(**_TEACHER_SIZES), path)
-    settings["teacher.path"] = str(path)
-  return settings
+  if settings.get("teacher.path") != _TEACHER:
+    return settings
+  path = folder / "teacher"
+  if not path.exists():
+    safetensors_folder.write(make_weights(**_TEACHER_SIZES), path)
+  return settings | {"teacher.path": str(path)}
 
 
 def random_batch(

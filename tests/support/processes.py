@@ -83,10 +83,10 @@ def seeing_devices(num_devices: int) -> dict[str, str]:
   return os.environ | {"XLA_FLAGS": flags}
 
 
-def on_eight_devices(script: str) -> Any:
+def on_eight_devices(script: str, *args: str) -> Any:
   """Runs a file of this folder; returns the JSON that it prints."""
   result = subprocess.run(
-    [sys.executable, ROOT / "tests" / "support" / script],
+    [sys.executable, ROOT / "tests" / "support" / script, *args],
     capture_output=True,
     text=True,
     cwd=ROOT,
