@@ -109,6 +109,14 @@ class Objective(abc.ABC):
     self.settings: ConfigDict = run.config[self.name]
     self.weight: float = self.settings.weight
 
+  def at_stage(self, run: Run) -> Objective:
+    """Returns the objective at a stage of a curriculum, which has other clips.
+
+    Args:
+      run: the run, with the sizes of the stage.
+    """
+    return type(self)(run)
+
   def networks(self, rngs: nnx.Rngs) -> nnx.Module:
     """Draws the networks that are trained for this objective alone.
 

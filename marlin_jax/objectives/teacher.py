@@ -44,10 +44,23 @@ class Teacher(Objective):
 
   name = "teacher"
 
-  def __init__(self, run: Run):
+  def __init__(self, run: Run, weights: Weights | None = None):
+    """Reads the teacher.
+
+    Args:
+      run: the run.
+      weights: the teacher, if it has been read before.
+
+    Raises:
+      WeightsError: there are no such weights.
+      ConfigError: the teacher does not fit the run.
+    """
     super().__init__(run)
-    self.reads_average = self.settings.path == "ema"
-    self._weights = None if self.reads_average else _read(self.settings.path)
+    path = self.settings.path
+    self.reads_average = path == "ema"
+    if not weights and not self.reads_average:
+      weights = formats.read(formats.resolve(path)).encoder_only()
+    self._weights = weights
     self._check_tokens()
     depth = self._architecture.depth
     self._layers = table.layer_numbers(self.settings.layers) or [depth]
@@ -56,6 +69,9 @@ class Teacher(Objective):
         f"teacher.layers={self.settings.layers!r}, but the teacher "
         f"({self._source}) has {depth} blocks: expected at most {depth}"
       )
+
+  def at_stage(self, run):
+    return type(self)(run, self._weights)
 
   def _check_tokens(self) -> None:
     """Raises ConfigError if the teacher cannot see the run's tokens.
@@ -202,14 +218,3 @@ class Teacher(Objective):
       f"{self._source}, width {sizes.width}, depth {sizes.depth}; predicted: "
       f"block {', '.join(map(str, self._layers))}"
     )
-
-
-# The stages of a curriculum share it.
-@functools.lru_cache(maxsize=1)
-def _read(path: str) -> Weights:
-  """Reads the teacher's encoder.
-
-  Raises:
-    WeightsError: there are no such weights.
-  """
-  return formats.read(formats.resolve(path)).encoder_only()

@@ -151,19 +151,22 @@ class Experiment:
     Raises:
       UserError: the run cannot have one of them.
     """
+    return table.make(self._run)
+
+  @property
+  def _run(self) -> objective.Run:
+    """The run as its objectives know it."""
     masking = self.task.masking
-    return table.make(
-      objective.Run(
-        self.config,
-        self.architecture,
-        self.execution,
-        num_visible=masking.num_visible,
-        num_masked=num_decoded(
-          masking.num_tokens - masking.num_visible,
-          self.config.mask.decoder_ratio,
-        ),
-        batch_size=self.batch_size,
-      )
+    return objective.Run(
+      self.config,
+      self.architecture,
+      self.execution,
+      num_visible=masking.num_visible,
+      num_masked=num_decoded(
+        masking.num_tokens - masking.num_visible,
+        self.config.mask.decoder_ratio,
+      ),
+      batch_size=self.batch_size,
     )
 
   def _draw_objectives(self) -> tuple[dict, dict]:
@@ -447,6 +450,10 @@ class StageExperiment(Experiment):
   @property
   def layout(self) -> sharding.Layout:
     return self._whole.layout
+
+  @functools.cached_property
+  def objectives(self) -> tuple[Objective, ...]:
+    return tuple(x.at_stage(self._run) for x in self._whole.objectives)
 
   @property
   def constants(self) -> dict[str, dict]:

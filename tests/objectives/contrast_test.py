@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from configs import pretrain_b
+from marlin_jax.devices import microbatches
 from marlin_jax.objectives import contrast
-from marlin_jax.pretraining import build, configuration, flops, train_step
+from marlin_jax.pretraining import build, configuration, flops
 from marlin_jax.training.configuration import ConfigError
 from tests.support import layouts, made_dataset
 from tests.support.training_runs import (
@@ -127,7 +128,7 @@ def configured(**overrides):
 @pytest.mark.parametrize("num_together", [1, 2])
 def test_microbatches_keep_clips_of_a_person_together(num_together):
   rows = {"row": np.arange(48).reshape(24, 2)}
-  parts = train_step.split_batch(rows, 3, num_together)["row"][..., 0] // 2
+  parts = microbatches.split(rows, 3, num_together)["row"][..., 0] // 2
   assert parts.shape == (3, 8)
   assert sorted(parts.ravel()) == list(range(24))
   for part in parts:

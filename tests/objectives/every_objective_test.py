@@ -16,10 +16,8 @@ from tests.support import layouts, objectives
 def step_of(name, folder, num_steps=2, **overrides):
   """Takes steps; returns the experiment, the last state, and the scalars."""
   config = pretrain_b.get_config()
-  settings = layouts.SMALL | objectives.CLIP | objectives.OBJECTIVES[name]
-  config.update_from_flattened_dict(
-    objectives.resolved(settings | overrides, folder)
-  )
+  settings = layouts.SMALL | objectives.overrides(name, folder)
+  config.update_from_flattened_dict(settings | overrides)
   made = build.Experiment(config, 10)
   step = made.lower_step().compile()
   state = jax.jit(made.initialise)()

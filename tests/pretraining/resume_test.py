@@ -70,10 +70,9 @@ def test_every_objective_resumes_with_the_same_bits(
   sample_dataset, tmp_path, objective
 ):
   whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-  settings = objectives.CLIP | objectives.OBJECTIVES[objective]
   options = {"data.path": sample_dataset, "optim.schedule": "constant"}
   options |= {"optim.warmup_ratio": 0.0}
-  options |= objectives.resolved(settings, tmp_path)
+  options |= objectives.overrides(objective, tmp_path)
   results = [
     train(whole, **options, num_steps=4),
     train(resumed, **options, num_steps=2),

@@ -64,13 +64,18 @@ CASES = {
     2,
   ),
 }
-# Every objective, in two microbatches on one device and on all axes.
+# Every objective, in two microbatches on one device and on all axes; a device
+# has at least two clips of a microbatch, which `contrast` pairs.
 OBJECTIVE_CASES = {
-  f"{name}, {where}": (SMALL | objectives.CLIP | settings, *layout, 3)
+  f"{name}, {where}": (
+    SMALL | objectives.CLIP | {"batch_size": 16} | settings,
+    *layout,
+    3,
+  )
   for name, settings in objectives.OBJECTIVES.items()
   for where, *layout in (
-    ("one device", 4, (1, 1, 1)),
-    ("all axes", 1, (2, 2, 2)),
+    ("one device", 8, (1, 1, 1)),
+    ("all axes", 2, (2, 2, 2)),
   )
 }
 

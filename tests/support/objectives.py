@@ -51,6 +51,11 @@ OBJECTIVES = {
 CLIP = {"data.num_frames": 4, "data.frame_size": 64}
 
 
+def overrides(name: str, folder: Path) -> dict[str, object]:
+  """Returns the settings of an objective on small clips; see `resolved`."""
+  return resolved(CLIP | OBJECTIVES[name], folder)
+
+
 def resolved(settings: dict[str, object], folder: Path) -> dict[str, object]:
   """Returns settings with the path of a teacher, if they name one.
 
