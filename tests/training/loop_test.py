@@ -1,5 +1,7 @@
 """The training loop: what is done after a step, in which order, and signals."""
 
+import dataclasses
+import functools
 import json
 import os
 import signal
@@ -44,10 +46,26 @@ class AddingCourse:
   batch_size = 1
   identity = {"seed": 0}
 
-  def __init__(self, config, dataset, num_steps):
+  def __init__(self, config, dataset, num_steps, first_stage=0):
+    """Adds ten times as much after the `first_stage` steps of a first stage."""
     self.config, self.dataset, self.num_steps = config, dataset, num_steps
     draws = RecordDraws(dataset, config.seed)
     self.stages = [loop.Stage(num_steps, draws, self.take_clip, self.make_step)]
+    if first_stage:
+      self.stages = [
+        loop.Stage(
+          last_step,
+          draws,
+          dataclasses.replace(self.take_clip, frame_size=size),
+          functools.partial(self.make_step, factor),
+          name=f"stage {factor}",
+          summary=f"{size} pixels",
+        )
+        for last_step, size, factor in (
+          (first_stage, 32, 1),
+          (num_steps, 64, 10),
+        )
+      ]
     self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
     self.shapes = Sum(*(jnp.int32(x) for x in (0, 0, 1, 0)))
     everywhere = sharding.replicated(self.mesh)
@@ -59,11 +77,11 @@ class AddingCourse:
   def first_state(self):
     return jax.device_put(self.shapes, self.shardings)
 
-  def make_step(self):
+  def make_step(self, factor=1):
     def step(state, batch):
       assert batch.keys() == {"_id"}
       state = state.replace(
-        step=state.step + 1, total=state.total + state.weight
+        step=state.step + 1, total=state.total + factor * state.weight
       )
       scalars = {"loss_rec": state.total, "num_skipped": state.num_skipped}
       return state, scalars
@@ -108,6 +126,7 @@ def train(
   *,
   kill_at=None,
   evaluations=None,
+  first_stage=0,
   **settings,
 ):
   """Trains; one evaluator doubles the weight, another changes nothing."""
@@ -132,7 +151,7 @@ def train(
     return loop.Result()
 
   return loop.train(
-    AddingCourse(config, dataset, num_steps),
+    AddingCourse(config, dataset, num_steps, first_stage),
     lambda workdir, alive: evaluations
     or [
       loop.Evaluation(2, double, before_save=True),
@@ -189,6 +208,32 @@ def test_a_signal_saves_without_evaluation_and_the_run_resumes_to_the_same_bits(
   resumed, signum = train(dataset, halved, 9, events)
   assert signum is None
   assert jax.tree.leaves(resumed) == jax.tree.leaves(whole)
+
+
+@pytest.mark.parametrize("kill_at", [1, 2, 3])
+def test_each_stage_takes_its_steps_also_after_a_signal(
+  dataset, tmp_path, events, capfd, kill_at
+):
+  """Before the end of the first stage, with its last step, and after it."""
+  options = {"first_stage": 3, "log_steps": 100}
+  _, signum = train(dataset, tmp_path, 6, events, kill_at=kill_at, **options)
+  assert signum == signal.SIGTERM
+  state, _ = train(dataset, tmp_path, 6, events, **options)
+  assert state.step == 6
+  # The weight doubles after steps 2, 4 and 6.
+  assert state.total == 1 + 1 + 2 + 10 * (2 + 4 + 4)
+  rows = [
+    json.loads(line)
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+  ]
+  ends = [row for row in rows if row.get("event") == "stage"]
+  assert [(row["step"], row["stage"], row["clips"]) for row in ends] == [
+    (3, "stage 1", "32 pixels"),
+    (6, "stage 10", "64 pixels"),
+  ]
+  stages = {r["step"]: r["train/stage"] for r in rows if "train/stage" in r}
+  assert stages.items() >= {1: 1, 3: 1, 6: 2}.items()
+  assert "stage 1 ends with step 3: " in capfd.readouterr().out
 
 
 def test_the_first_signal_is_noted_and_a_second_ctrl_c_interrupts():
