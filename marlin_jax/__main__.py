@@ -60,13 +60,11 @@ def main() -> int:
   program = Path(sys.argv[0]).stem
   arguments = sys.argv[1:]
   if program.startswith(_SCRIPT):
-    cli.script = program
+    cli.prefix = _SCRIPT
     arguments.insert(0, program.removeprefix(_SCRIPT))
   elif arguments:
     is_module = program == "__main__"
-    cli.script = " ".join(
-      ["python -m marlin_jax" if is_module else program, arguments[0]]
-    )
+    cli.prefix = "python -m marlin_jax " if is_module else f"{program} "
   name = arguments[0] if arguments else "--help"
   if name in ("--help", "-h", "help"):
     print(_help())

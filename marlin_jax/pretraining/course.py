@@ -80,7 +80,7 @@ class TrainingData:
     """
     settings = self._settings
     if self.path == "sample":
-      self._note(sample.NOTICE)
+      self._note(cli.as_started(sample.NOTICE))
       alive("preparing the sample", is_limited=False)
       with distributed.process_0_first():
         self.path = sample.prepare_sample()

@@ -16,12 +16,29 @@ from typing import NamedTuple
 
 from marlin_jax.records import cgroups, signals
 
-# How `marlin_jax.__main__` was told to run the command, such as marlin-train.
-# None: `python -m MODULE` runs it.
-script: str | None = None
+# What stands before the name of a command that `marlin_jax.__main__` runs, such
+# as 'marlin-' before 'train'. None: `python -m MODULE` runs it.
+prefix: str | None = None
+_COMMAND = re.compile(
+  r"python -m (?:marlin_jax|data_prep|marlin_jax\.data_prep)\."
+  r"(?P<name>(?:eval\.)?[a-z_]+)(?![.\w])"
+)
 # Exit code after Ctrl-C or SIGTERM.
 INTERRUPTED = 130
 _RESUMABLE = "Finished work is kept; run the same command to resume."
+
+
+def as_started(text: str | None) -> str | None:
+  """Returns a text with each command named as the user has named this one.
+
+  Args:
+    text: names commands as `python -m MODULE`; None is returned as it is.
+  """
+  if text is None or prefix is None:
+    return text
+  return _COMMAND.sub(
+    lambda found: prefix + re.sub("[._]", "-", found["name"]), text
+  )
 
 
 class UserError(Exception):
@@ -32,16 +49,12 @@ class UserError(Exception):
 
   exit_code = 1
 
+  def __str__(self) -> str:
+    return as_started(super().__str__())
+
 
 class ArgumentError(UserError):
   """Arguments that contradict each other."""
-
-
-def as_started(text: str | None, module: str) -> str | None:
-  """Returns a help text with `script` in place of `python -m MODULE`."""
-  if text is None or script is None:
-    return text
-  return re.sub(rf"python -m {re.escape(module)}(?![.\w])", script, text)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -65,16 +78,16 @@ class ArgumentParser(argparse.ArgumentParser):
   """Parser of a command's arguments; its help shows their defaults.
 
   Args:
-    module: the command, which `script` or `python -m MODULE` runs.
+    module: the command, which `python -m MODULE` runs.
     description: text before the arguments.
     epilog: text after them.
   """
 
   def __init__(self, module: str, description: str, epilog: str | None = None):
     super().__init__(
-      prog=script or f"python -m {module}",
-      description=as_started(description, module),
-      epilog=as_started(epilog, module),
+      prog=as_started(f"python -m {module}"),
+      description=as_started(description),
+      epilog=as_started(epilog),
       formatter_class=_HelpFormatter,
       allow_abbrev=False,  # a misspelled flag is an error
     )

@@ -49,8 +49,7 @@ def run(main: Callable[[Sequence[str]], int | None], *required: str) -> None:
     return main(argv)
 
   module = sys.modules["__main__"]  # whose docstring --help prints
-  if module.__spec__ is not None:
-    module.__doc__ = cli.as_started(module.__doc__, module.__spec__.name)
+  module.__doc__ = cli.as_started(module.__doc__)
   app.run(checked, flags_parser=lambda argv: parse(argv, *required))
 
 

@@ -514,7 +514,7 @@ def _summary(workdir: Any, step: int, num_steps: int) -> str:
   lines = [
     f"step {step} of {num_steps} is saved in {workdir / 'checkpoints'}",
     f"  metrics: {workdir / 'metrics.jsonl'}",
-    f"  charts: python -m marlin_jax.show {workdir}",
+    cli.as_started(f"  charts: python -m marlin_jax.show {workdir}"),
   ]
   for path in sorted((workdir / "pictures").glob("step_*.*"))[-2:]:
     kind = "animation" if path.suffix == ".gif" else "picture"

@@ -62,7 +62,7 @@ def test_every_command_has_a_console_script():
 
 
 def test_a_script_runs_the_command_of_its_name(capsys, monkeypatch):
-  monkeypatch.setattr(cli, "script", None)
+  monkeypatch.setattr(cli, "prefix", None)
   # As in a new process; runpy warns of modules that are loaded already.
   monkeypatch.delitem(sys.modules, "marlin_jax.features", raising=False)
   monkeypatch.setattr(sys, "argv", ["/bin/marlin-features", "--help"])
@@ -89,8 +89,24 @@ def test_examples_in_the_help_of_a_script_name_the_script(name):
   assert "python -m" not in result.stdout
 
 
+def test_messages_name_commands_as_the_user_has_named_one(monkeypatch):
+  text = (
+    "python -m data_prep.contact_sheet D; python -m marlin_jax.eval.far; "
+    "python -m marlin_jax.data_prep.verify D; python -m marlin_jax --version; "
+    "python -m data_prep.video.decoder_process"
+  )
+  assert str(cli.UserError(text)) == text
+  monkeypatch.setattr(cli, "prefix", "marlin-")
+  assert str(cli.UserError(text)) == (
+    "marlin-contact-sheet D; marlin-eval-far; marlin-verify D; "
+    "python -m marlin_jax --version; python -m data_prep.video.decoder_process"
+  )
+  monkeypatch.setattr(cli, "prefix", "marlin ")
+  assert cli.ArgumentParser("marlin_jax.show", "").prog == "marlin show"
+
+
 def test_marlin_lists_commands_versions_and_devices(capsys, monkeypatch):
-  monkeypatch.setattr(cli, "script", None)
+  monkeypatch.setattr(cli, "prefix", None)
   monkeypatch.setattr(sys, "argv", ["marlin"])
   assert __main__.main() == 0
   text = capsys.readouterr().out
