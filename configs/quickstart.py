@@ -2,8 +2,11 @@
 
   make quickstart
 
-The model memorises one video. Sizes are chosen for speed: clips are shorter,
-and half of each is masked instead of nine tenths as in pretrain_b.py.
+The model memorises one video: its features name the clip and little else. With
+augment.colour_jitter=0.4 they tell more of its parts than untrained ones, see
+docs/RESULTS.md, and pictures take longer to become sharp. Sizes are chosen for
+speed: clips are shorter, and half of each is masked instead of nine tenths as
+in pretrain_b.py.
 """
 
 from configs import pretrain_b

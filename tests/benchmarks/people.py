@@ -3,9 +3,10 @@
 Prepares a folder of videos of many people, splits it by person, and pretrains
 encoders with fasking, tube and random masking, with several seeds and the same
 number of steps. Probes are fitted on the training people and scored on others,
-beside probes of untrained encoders, of small pictures and, as a ceiling, of
-face landmarks. The questions are six regressions, whether two videos show the
-same person, and the order of two windows in time.
+beside probes of untrained encoders, of small pictures of the same frames and,
+as a ceiling, of face landmarks. The questions are six regressions, also of the
+differences from each person's mean, whether two videos show the same person,
+and the order of two windows in time.
 
   make bench-people FOOTAGE=DIR HOURS=6
 
@@ -38,6 +39,7 @@ from marlin_jax.devices import xla_flags
 from marlin_jax.downstream import clip_batches, splits
 from marlin_jax.inference.marlin import Marlin
 from marlin_jax.pretraining import configuration
+from marlin_jax.records import schema
 from marlin_jax.weights import formats
 from marlin_jax.weights.architecture import Architecture
 from marlin_jax.weights.weights import Weights, of_modules
@@ -58,6 +60,7 @@ ROUNDS = (
   *(1000 * n for k in range(1, 14) for n in (2**k, 3 * 2 ** (k - 1))),
 )
 _ENCODED_AT_ONCE = 32
+_PIXELS = 16  # side of the pictures of the pixel features
 # On people never seen: of the network, of flat patches in their mean colour
 # over the batch, and in their own.
 _LOSSES = tuple(
@@ -127,7 +130,8 @@ class Study:
       with self.timed("windows"):
         save(path, vars(people_windows.measure(self.dataset)))
     with np.load(path) as file:
-      return Windows(**file)
+      fields = [field.name for field in dataclasses.fields(Windows)]
+      return Windows(**{name: file[name] for name in fields})
 
   # --- encoders ---
 
@@ -206,28 +210,30 @@ class Study:
 
   def probe(self, encoder: Encoder, weights: Weights, windows: Windows) -> None:
     """Encodes all windows, fits the probes and saves their answers."""
-    tokens = self.encode(weights, windows)
-    grid = weights.architecture.tubelets.grid
-    features = {
-      "mean": tokens.mean(axis=1, dtype=np.float32),
-      "grid": np.stack(
-        [people_windows.moments(x.reshape(*grid, -1)) for x in tokens]
-      ),
-    }
-    heads = weights.architecture.num_heads
+    architecture = weights.architecture
+    tokens, middle = self.encode(weights, windows)
+    features = {"mean": tokens.mean(axis=1, dtype=np.float32)}
+    for name, x in (("grid", tokens), ("middle", middle)):
+      by_place = x.reshape(len(x), *architecture.tubelets.grid, -1)
+      features[name] = np.stack(list(map(people_windows.moments, by_place)))
     save(
       self.answers_path(encoder),
-      people_probes.answers(windows, features, tokens, heads),
+      people_probes.answers(windows, features, tokens, architecture.num_heads),
     )
 
   def probe_baselines(self, windows: Windows, num_seeds: int) -> None:
     """Probes what needs no training."""
-    for name, x in ((PIXELS, windows.pixels), (LANDMARKS, windows.landmarks)):
+    architecture = Architecture.from_config(self.config({})).without_decoder()
+    for name in (PIXELS, LANDMARKS):
       path = self.answers_path(Encoder(name, 0, 0))
       if not path.exists():
         with self.timed(f"probe {name}"):
+          x = (
+            self.pixels(architecture, windows)
+            if name == PIXELS
+            else windows.landmarks
+          )
           save(path, people_probes.answers(windows, {"grid": x}))
-    architecture = Architecture.from_config(self.config({})).without_decoder()
     for seed in range(num_seeds):
       encoder = Encoder(RANDOM, seed, 0)
       if not self.answers_path(encoder).exists():
@@ -236,37 +242,56 @@ class Study:
         with self.timed(f"probe {RANDOM}"):
           self.probe(encoder, weights, windows)
 
-  def encode(self, weights: Weights, windows: Windows) -> np.ndarray:
-    """Returns the features of all tokens of each window, float16 (W, N, D)."""
+  def encode(
+    self, weights: Weights, windows: Windows
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns features of all tokens of each window, float16 (W, N, D).
+
+    Those of the whole encoder, and of the first half of its blocks.
+    """
     marlin = Marlin(weights)
-    clip = marlin.architecture.clip
+    architecture = marlin.architecture
+    num_tokens = architecture.tubelets.num_tokens
+    shape = len(windows.split), num_tokens, architecture.width
+    last, middle = np.empty(shape, np.float16), np.empty(shape, np.float16)
+    half = (architecture.depth + 1) // 2
+    for rows, video in self.clips(architecture, windows):
+      last[rows] = marlin.extract_features(video, keep_seq=True)
+      middle[rows] = marlin.extract_features(
+        video, keep_seq=True, num_blocks=half
+      )
+    return last, middle
+
+  def pixels(self, architecture: Architecture, windows: Windows) -> np.ndarray:
+    """Returns moments of small pictures of the frames that encoders see."""
+    features: list[np.ndarray] = [np.empty(0)] * len(windows.split)
+    for rows, video in self.clips(architecture, windows):
+      for row, clip in zip(rows, video, strict=True):
+        small = [
+          schema.resized(frame, _PIXELS) / np.float32(255) for frame in clip
+        ]
+        features[row] = people_windows.moments(np.stack(small))
+    return np.stack(features)
+
+  def clips(
+    self, architecture: Architecture, windows: Windows
+  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the numbers of some windows, (B,), and their clips."""
+    clip = architecture.clip
     if clip.extent != people_windows.LABELLED.extent:
       sys.exit(
         f"a clip covers {clip.extent} frames, and the labels are of "
         f"{people_windows.LABELLED.extent}: change data.num_frames or "
         "data.stride"
       )
-    shape = (
-      len(windows.split),
-      marlin.architecture.tubelets.num_tokens,
-      marlin.architecture.width,
-    )
-    tokens = np.empty(shape, np.float16)
     for name in (*FIT, UNSEEN):
       split = splits.open_split(str(self.dataset), name, self.folder / "index")
-      reader = clip_batches.ClipReader(
-        split, clip, marlin.architecture.image_size
-      )
+      reader = clip_batches.ClipReader(split, clip, architecture.image_size)
       rows = windows.rows(name)
       for i in range(0, len(rows), _ENCODED_AT_ONCE):
         part = rows[i : i + _ENCODED_AT_ONCE]
-        video = reader.read(
-          list(
-            map(splits.TrackWindow, windows.track[part], windows.start[part])
-          )
-        )
-        tokens[part] = marlin.extract_features(video, keep_seq=True)
-    return tokens
+        places = zip(windows.track[part], windows.start[part], strict=True)
+        yield part, reader.read([splits.TrackWindow(*at) for at in places])
 
 
 def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -370,6 +395,7 @@ def main(argv: list[str] | None = None) -> None:
   results = json.loads((args.output / "people.json").read_text())
   print(
     people_report.table(results),
+    people_report.table(results, score="change"),
     people_report.table_of_probes(results),
     sep="\n\n",
   )

@@ -255,6 +255,16 @@ def order_pairs(windows, rows: np.ndarray) -> np.ndarray:
   return np.stack([order[:-1][same], order[1:][same]], axis=1)
 
 
+def changes(values: np.ndarray, people: np.ndarray) -> np.ndarray:
+  """Returns values less the mean of their person's, (W, D)."""
+  _, numbers, counts = np.unique(
+    people, return_inverse=True, return_counts=True
+  )
+  sums = np.zeros((len(counts), values.shape[1]))
+  np.add.at(sums, numbers, values)
+  return (values - (sums / counts[:, None])[numbers]).astype(values.dtype)
+
+
 # --- Answers ------------------------------------------------------------------
 
 
@@ -274,8 +284,9 @@ def answers(
 
   Returns:
     For each name, `NAME/labels` (V, K), `NAME/r2` (K,), see `Fitted`,
-    `NAME/same` (P,), see `similarities`, and `NAME/order` (Q,), above 0 where
-    the later window is recognised; of `attentive`, the first two.
+    `NAME/changes` (V, K), the answers of a probe on the `changes` of features
+    and labels, `NAME/same` (P,), see `similarities`, and `NAME/order` (Q,),
+    above 0 where the later window is recognised; of `attentive`, the first two.
   """
   fit, test = windows.rows(*FIT), windows.rows(UNSEEN)
   y, people = windows.labels[fit], windows.person[fit]
@@ -288,6 +299,7 @@ def answers(
   pairs = video_pairs(windows.video[test], windows.person[test])[0]
   first, second = order_pairs(windows, fit).T
   test_first, test_second = order_pairs(windows, test).T
+  y_changes = changes(y, people)
   for name, x in features.items():
     fitted = ridge(x[fit], y, people, x[test])
     order = ridge(
@@ -297,9 +309,16 @@ def answers(
       x[test_second] - x[test_first],
       is_odd=True,
     )
+    change = ridge(
+      changes(x[fit], people),
+      y_changes,
+      people,
+      changes(x[test], windows.person[test]),
+    )
     found |= {
       f"{name}/labels": fitted.predictions,
       f"{name}/r2": fitted.r2,
+      f"{name}/changes": change.predictions,
       f"{name}/same": similarities(x[fit], x[test], windows.video[test], pairs),
       f"{name}/order": order.predictions[:, 0],
     }

@@ -18,8 +18,10 @@ from tests.benchmarks import people_probes
 from tests.benchmarks.people_windows import LABELS, UNSEEN, Windows
 
 BASELINES = RANDOM, PIXELS, LANDMARKS = "random init", "pixels", "landmarks"
+# Their one probe, `grid`, is compared with every probe of tokens.
+_WITHOUT_TOKENS = PIXELS, LANDMARKS
 STRATEGIES = "fasking", "tube", "random"
-PROBES = "mean", "grid", "attentive"
+PROBES = "mean", "grid", "middle", "attentive"
 QUESTIONS = (*LABELS, "same person", "order in time")
 DIFFERENCES = (
   *itertools.product(STRATEGIES, (RANDOM, PIXELS)),
@@ -50,8 +52,9 @@ def scores(windows: Windows, answers: Answers) -> dict[str, Any]:
 
   Returns:
     `encoders`: name -> steps -> probe -> question -> {score: [value, low,
-    high]}, means over the seeds; a score is `auc`, or `r2`, `rank` (Spearman's)
-    and `left_out`, R2 on training people that the fit left out. `differences`:
+    high]}, means over the seeds; a score is `auc`, or `r2`, `rank`
+    (Spearman's), `change`, R2 of the differences from each person's mean, and
+    `left_out`, R2 on training people that the fit left out. `differences`:
     the same of pairs of encoders after the same number of steps. All intervals
     are of one bootstrap over people.
   """
@@ -107,6 +110,11 @@ def _scores(windows, test, found, weights) -> dict[tuple, np.ndarray]:
       values[probe, question, "rank"] = rank[:, k]
       left_out = found[f"{probe}/r2"][k]
       values[probe, question, "left_out"] = np.full_like(r2[:, k], left_out)
+    if f"{probe}/changes" in found:
+      own = people_probes.changes(labels, person)
+      r2 = people_probes.r_squared(own, found[f"{probe}/changes"], shares)
+      for k, question in enumerate(LABELS):
+        values[probe, question, "change"] = r2[:, k]
   video = windows.video[test]
   pairs, same = people_probes.video_pairs(video, person)
   # A video's weight is that of any of its windows: that of its person.
@@ -127,11 +135,13 @@ def _scores(windows, test, found, weights) -> dict[tuple, np.ndarray]:
 def _differences(values) -> dict[tuple, np.ndarray]:
   """Returns differences of pairs of encoders; baselines are of step 0."""
   found = {}
-  for (name, steps, *key), value in values.items():
+  for (name, steps, probe, *key), value in values.items():
     for one, other in DIFFERENCES:
       at = 0 if other in BASELINES else steps
-      if name == one and (other, at, *key) in values:
-        found[f"{one} - {other}", steps, *key] = value - values[other, at, *key]
+      theirs = "grid" if other in _WITHOUT_TOKENS else probe
+      subtracted = values.get((other, at, theirs, *key))
+      if name == one and subtracted is not None:
+        found[f"{one} - {other}", steps, probe, *key] = value - subtracted
   return found
 
 
@@ -153,30 +163,50 @@ def last_steps(results: Mapping[str, Any], *names: str) -> int:
   return max(set.intersection(*rounds), default=0)
 
 
-def table(results: Mapping[str, Any], probe: str = "grid") -> str:
-  """Returns R2 or AUC after the last round in Markdown, with intervals.
+def table(
+  results: Mapping[str, Any], probe: str = "grid", score: str = "r2"
+) -> str:
+  """Returns scores after the last round in Markdown, with intervals.
 
   A row per encoder, then a row per difference of two, with a star where the
   interval does not contain 0.
+
+  Args:
+    results: see `scores`.
+    probe: one of PROBES.
+    score: `r2`, or AUC where that is the score; or `change`.
   """
+  questions = LABELS if score == "change" else QUESTIONS
+  title = "changes, " if score == "change" else ""
   lines = [
-    f"| {probe} probe | {' | '.join(QUESTIONS)} |",
-    f"|---{'|---' * len(QUESTIONS)}|",
+    f"| {title}{probe} probe | {' | '.join(questions)} |",
+    f"|---{'|---' * len(questions)}|",
   ]
+
+  def row(title, by_question, cell):
+    found = {
+      question: cell(_number(by_question[question], score))
+      for question in questions
+      if score in (by_score := by_question.get(question, {}))
+      or (score == "r2" and by_score)
+    }
+    if found:
+      lines.append(_row(title, found, questions))
+
   for name in (LANDMARKS, PIXELS, RANDOM, *STRATEGIES):
     steps = last_steps(results, name)
     found = results["encoders"].get(name, {}).get(str(steps), {})
-    if probe in found:
+    own = "grid" if name in _WITHOUT_TOKENS else probe
+    if own in found:
       title = f"{name}, {steps:,} steps" if steps else name
-      lines.append(_row(title, found[probe], _cell))
+      row(title, found[own], _cell)
   for one, other in DIFFERENCES:
     names = [name for name in (one, other) if name not in BASELINES]
     steps = last_steps(results, *names)
     by_steps = results["differences"].get(f"{one} - {other}", {})
     found = by_steps.get(str(steps), {})
     if probe in found:
-      title = f"{one} - {other}, {steps:,} steps"
-      lines.append(_row(title, found[probe], _difference))
+      row(f"{one} - {other}, {steps:,} steps", found[probe], _difference)
   return "\n".join(lines)
 
 
@@ -190,7 +220,8 @@ def table_of_probes(results: Mapping[str, Any]) -> str:
     found = results["encoders"].get(name, {})
     found = found.get(str(last_steps(results, name)), {})
     for probe in (probe for probe in PROBES if probe in found):
-      lines.append(_row(f"{name}, {probe}", found[probe], _both))
+      cells = {key: _both(value) for key, value in found[probe].items()}
+      lines.append(_row(f"{name}, {probe}", cells))
   return "\n".join(lines)
 
 
@@ -210,27 +241,24 @@ def table_of_losses(results: Mapping[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def _row(name: str, by_question: Mapping[str, Any], cell) -> str:
-  cells = [
-    cell(by_question[question]) if question in by_question else ""
-    for question in QUESTIONS
-  ]
+def _row(name: str, by_question: Mapping[str, str], questions=QUESTIONS) -> str:
+  cells = [by_question.get(question, "") for question in questions]
   return f"| {name} | {' | '.join(cells)} |"
 
 
-def _number(by_score) -> list[float]:
-  """Returns R2 or AUC and its interval, NaN where undefined."""
-  numbers = by_score.get("r2") or by_score["auc"]
+def _number(by_score, score: str = "r2") -> list[float]:
+  """Returns a score, or AUC, and its interval, NaN where undefined."""
+  numbers = by_score.get(score) or by_score["auc"]
   return [np.nan if x is None else x for x in numbers]
 
 
-def _cell(by_score) -> str:
-  value, low, high = _number(by_score)
+def _cell(numbers) -> str:
+  value, low, high = numbers
   return f"{value:.2f} ({low:.2f} to {high:.2f})"
 
 
-def _difference(by_score) -> str:
-  value, low, high = _number(by_score)
+def _difference(numbers) -> str:
+  value, low, high = numbers
   star = " *" if low > 0 or high < 0 else ""
   return f"{value:+.2f} ({low:+.2f} to {high:+.2f}){star}"
 

@@ -1,5 +1,7 @@
 """The benchmark on people never seen: labels, probes, scores, resumption."""
 
+import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -104,7 +106,6 @@ def drawn(num_people: int = 30, num_windows: int = 8, noise: float = 0.3):
     track=np.zeros(num, int),
     start=np.tile(np.arange(num_windows) * 16, num_people),
     labels=labels,
-    pixels=x,
     landmarks=x,
   )
   return windows, x
@@ -135,6 +136,27 @@ def test_what_is_in_the_features_is_found_and_what_is_not_is_not():
     assert known["rank"][0] > 0.9
     assert -0.2 < unknown["r2"][0] < 0.1
     assert known["left_out"][0] == pytest.approx(value, abs=0.1)
+
+
+def test_changes_are_found_where_people_differ_more():
+  """Features of few people are mostly who they are; changes are not."""
+  windows, x = drawn(num_people=12)
+  who = np.unique(windows.person, return_inverse=True)[1]
+  windows = dataclasses.replace(
+    windows, split=np.where(windows.person < "p08", "train", "test")
+  )
+  codes = np.random.default_rng(5).normal(size=(12, 20))
+  found = scored_by(
+    windows,
+    {
+      Encoder("pixels", 0, 0): people_probes.answers(
+        windows, {"grid": x + 10 * codes[who]}
+      )
+    },
+  )
+  for label in LABELS:
+    scores = found["pixels"][label]
+    assert scores["change"][0] > 0.5 > scores["r2"][0] + 0.2
 
 
 def test_a_person_and_the_order_in_time_are_found():
@@ -254,6 +276,7 @@ def results():
   "make",
   [
     people_report.table,
+    functools.partial(people_report.table, score="change"),
     people_report.table_of_probes,
     people_report.table_of_losses,
   ],

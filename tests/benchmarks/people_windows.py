@@ -21,8 +21,6 @@ FIT, UNSEEN = ("train", "val"), "test"
 LABELLED = Clip(num_frames=8, stride=2)
 # Windows of a person at most, evenly spread, so that none dominates.
 MAX_WINDOWS = 32
-_PIXELS = 16  # side of the picture of the pixel features
-
 LABELS = (
   "mouth open",
   "mouth moves",
@@ -54,8 +52,7 @@ class Windows:
     video, person: names, (W,).
     track, start: int (W,), see `splits.TrackWindow`.
     labels: float64 (W, K), in the order of LABELS.
-    pixels: float32 (W, D), mean and deviation over time of small pictures.
-    landmarks: float32 (W, D), the same of face landmarks.
+    landmarks: float32 (W, D), mean and deviation over time of face landmarks.
   """
 
   split: np.ndarray
@@ -64,7 +61,6 @@ class Windows:
   track: np.ndarray
   start: np.ndarray
   labels: np.ndarray
-  pixels: np.ndarray
   landmarks: np.ndarray
 
   def rows(self, *names: str) -> np.ndarray:
@@ -207,10 +203,6 @@ def measure(dataset: Path) -> Windows:
           landmarks = meshes(finder, crops)
           if not np.isfinite(landmarks).all():
             continue
-          small = [
-            schema.resized(crop, _PIXELS).astype(np.float32) / 255
-            for crop in crops
-          ]
           rows.append(
             Windows(
               split.name,
@@ -218,7 +210,6 @@ def measure(dataset: Path) -> Windows:
               split.people[track.video],
               *window,
               labels_of(landmarks, record.regions[frames]),
-              moments(np.stack(small)),
               moments(landmarks / crops.shape[1]),
             )
           )
