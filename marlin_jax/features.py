@@ -87,11 +87,10 @@ def _run(args: argparse.Namespace, task: cli.Task) -> None:
   )
   from marlin_jax.weights import formats, run_checkpoint
 
-  if args.modality == "both" and args.keep_seq:
-    raise ExtractionError(
-      "--keep_seq with --modality=both: tokens of video and of sound do not "
-      "form rows of one width; extract video and sound into a folder each"
-    )
+  try:
+    stream.check_modality(args.modality, args.keep_seq)
+  except ValueError as e:
+    raise ExtractionError(f"--modality, --keep_seq: {e}") from e
   if args.modality != "video" and args.num_blocks:
     raise ExtractionError(
       f"--num_blocks with --modality={args.modality}: expected video, whose "
@@ -204,8 +203,6 @@ def _encoder(
   mesh: Mesh,
 ) -> Callable[[Any], jax.Array]:
   """Returns the function from a batch of `Window.clip` to features."""
-  import jax.numpy as jnp
-
   from marlin_jax.inference import clip_features
 
   if args.num_blocks:
@@ -214,19 +211,16 @@ def _encoder(
     except ValueError as e:
       raise ExtractionError(f"--{e}") from e
   options = mesh, args.dtype, "auto"
-  of_video = of_sound = None
+  of_video = None
   if args.modality != "sound":
     of_video = clip_features.FrozenEncoder(weights, *options)
   if sound:
     of_sound = clip_features.FrozenSoundEncoder(sound, *options)
-  if not of_sound:
-    return functools.partial(
-      of_video, keep_seq=args.keep_seq, num_blocks=args.num_blocks or 0
+    return clip_features.with_sound(
+      args.modality, of_video, of_sound, keep_seq=args.keep_seq
     )
-  if not of_video:
-    return lambda clips: of_sound(clips["mel"], keep_seq=args.keep_seq)
-  return lambda clips: jnp.concatenate(
-    [of_video(clips["video"]), of_sound(clips["mel"])], axis=-1
+  return functools.partial(
+    of_video, keep_seq=args.keep_seq, num_blocks=args.num_blocks or 0
   )
 
 
@@ -351,7 +345,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   add(
     "--modality",
-    choices=("video", "sound", "both"),
+    choices=stream.MODALITIES,
     default="video",
     help="what the features are of; sound and both need the workdir of a run "
     "with an encoder of sound, such as of configs/hicmae_s.py, and videos with "

@@ -267,3 +267,29 @@ class FrozenSoundEncoder(_Replicated):
       weights.patches.patchify,
       *(mesh, dtype, attention),
     )
+
+
+def with_sound(
+  modality: str,
+  of_video: Callable[..., jax.Array] | None,
+  of_sound: Callable[..., jax.Array],
+  *,
+  keep_seq: bool = False,
+) -> Callable[[dict[str, np.ndarray]], jax.Array]:
+  """Returns the function from batches of windows with sound to features.
+
+  Args:
+    modality: 'sound' or 'both', see stream.check_modality.
+    of_video: clips -> float32 (B, D), as FrozenEncoder; None for 'sound'.
+    of_sound: sound -> float32 (B, F), as FrozenSoundEncoder.
+    keep_seq: return a feature per token instead of one per clip.
+
+  Returns:
+    {"video": ..., "mel": ...}, see face_windows.Window.clip -> float32 (B, F);
+    for 'both' (B, D + F), those of video first.
+  """
+  if modality == "sound":
+    return lambda clips: of_sound(clips["mel"], keep_seq=keep_seq)
+  return lambda clips: jnp.concatenate(
+    [of_video(clips["video"]), of_sound(clips["mel"])], axis=-1
+  )

@@ -7,6 +7,7 @@ D width, L layers, W windows of a video. H also counts heads in (B, L, H, N).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import warnings
@@ -18,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from marlin_jax.data.clip_geometry import Tubelets
+from marlin_jax.devices import sharding
 from marlin_jax.inference import (
   attention_maps,
   clip_features,
@@ -30,9 +32,15 @@ from marlin_jax.inference.clips import as_clips, read_clips, window_settings
 from marlin_jax.models import softmax_attention
 from marlin_jax.models.mae import MAE, Encoder
 from marlin_jax.pretraining.pretext_task import PretextTask
-from marlin_jax.weights import formats, hub, safetensors_folder
+from marlin_jax.weights import (
+  formats,
+  hub,
+  run_checkpoint,
+  safetensors_folder,
+)
 from marlin_jax.weights.architecture import Architecture
 from marlin_jax.weights.weights import (
+  SoundWeights,
   Weights,
   WeightsError,
   encoder_sha256,
@@ -50,10 +58,16 @@ class Marlin:
     architecture: sizes, clip geometry and input conventions.
     weights: all arrays by name.
     model: nnx module, a models.mae.MAE, or an Encoder without a decoder.
+    sound: weights of an encoder of sound, or None.
   """
 
   def __init__(
-    self, weights: Weights, *, dtype="float32", attention: str = "auto"
+    self,
+    weights: Weights,
+    *,
+    dtype="float32",
+    attention: str = "auto",
+    sound: SoundWeights | None = None,
   ):
     """Builds the network.
 
@@ -64,8 +78,10 @@ class Marlin:
         times faster on TPU and GPU and accurate to about two digits. Results
         are float32.
       attention: one of models.options.ATTENTION.
+      sound: weights of an encoder of sound, see `run_checkpoint.read_sound`.
     """
-    self.weights = weights
+    self.weights, self.sound = weights, sound
+    self._execution = dtype, attention
     attention = softmax_attention.choose(
       attention, jax.default_backend(), dtype
     )
@@ -86,15 +102,17 @@ class Marlin:
         marlin_vit_large_ytf, downloaded once into MARLIN_HOME.
       full_model: download a published model with its decoder, which
         `reconstruct` needs.
-      **options: see `__init__`.
+      **options: `dtype` and `attention`, see `__init__`.
 
     Raises:
       WeightsError: the weights are missing, cannot be downloaded or read, or do
         not fit; the message says what to do.
     """
-    return cls(
-      formats.read(formats.resolve(source, full=full_model)), **options
-    )
+    path = formats.resolve(source, full=full_model)
+    weights, sound = formats.read(path), None
+    if run_checkpoint.has_sound(path):
+      sound = run_checkpoint.read_sound(path)
+    return cls(weights, sound=sound, **options)
 
   @staticmethod
   def load_classifier(path: str | os.PathLike, **options) -> VideoClassifier:
@@ -232,6 +250,7 @@ class Marlin:
     keep_seq: bool = False,
     window_rule: str = "cover",
     batch_size: int | None = None,
+    modality: str = "video",
   ) -> np.ndarray:
     """Returns features of the windows of a video of any size, rate and length.
 
@@ -255,20 +274,26 @@ class Marlin:
       window_rule: 'cover', or for comparison 'authors', the windows of
         marlin-pytorch, which leave out the end of most videos.
       batch_size: windows per batch; by default 1 on CPU, else 16.
+      modality: 'video'; or, of a run that was trained with sound, 'sound' for
+        the features of the windows' sound, or 'both' for those of video and
+        then of sound.
 
     Returns:
       float32 (W, D), or (W, N, D) with `keep_seq`. A reduction removes the axis
       W; 'mean_std' doubles D.
 
     Raises:
-      FaceVideoError: the video is damaged or over a limit.
+      FaceVideoError: the video is damaged or over a limit, or has no sound that
+        is asked for.
       NoFaceError: the video shows no face, with `crop_face`; a subclass of
         FaceVideoError.
-      ValueError: the reduction or the rule is unknown, or the stride leaves out
-        frames between windows.
+      ValueError: the reduction, the rule or the modality is unknown, or the
+        stride leaves out frames between windows.
+      WeightsError: there is no encoder of sound.
       UserError: this machine lacks a face model or a library.
     """
     stream.check_reduction(reduction)
+    stream.check_modality(modality, keep_seq)
     if batch_size is not None and batch_size < 1:
       raise ValueError(f"batch_size={batch_size}: expected at least 1")
     settings = window_settings(
@@ -278,13 +303,30 @@ class Marlin:
       stride=stride,
       window_rule=window_rule,
     )
+    function = functools.partial(self.extract_features, keep_seq=keep_seq)
+    if modality != "video":
+      encoder = self._sound_encoder
+      settings = dataclasses.replace(settings, sound=self.sound.patches)
+      function = clip_features.with_sound(
+        modality, self.extract_features, encoder, keep_seq=keep_seq
+      )
     with contextlib.closing(face_windows.read_ahead(path, settings)) as windows:
       features = stream.encode(
-        functools.partial(self.extract_features, keep_seq=keep_seq),
-        _frames(windows, path, crop_face=crop_face),
+        function,
+        _checked(windows, path, crop_face=crop_face),
         batch_size or stream.default_batch_size(),
       )
       return stream.reduced(np.stack(list(features)), reduction)
+
+  @functools.cached_property
+  def _sound_encoder(self) -> clip_features.FrozenSoundEncoder:
+    if self.sound is None:
+      raise WeightsError(
+        f"{self.weights.source} has no encoder of sound, which a run trains "
+        "with config.sound.weight above 0 and keeps in its workdir"
+      )
+    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+    return clip_features.FrozenSoundEncoder(self.sound, mesh, *self._execution)
 
   def reconstruct(
     self,
@@ -366,13 +408,13 @@ class Marlin:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *maps)
 
 
-def _frames(
+def _checked(
   windows: Iterator[face_windows.Window],
   path: str | os.PathLike,
   *,
   crop_face: bool,
-) -> Iterator[np.ndarray]:
-  """Yields the frames of windows; warns of whole frames with black bars."""
+) -> Iterator[np.ndarray | dict[str, np.ndarray]]:
+  """Yields the clips of windows; warns of whole frames with black bars."""
   for number, window in enumerate(windows):
     if not crop_face and not number and face_windows.letterboxed(window):
       warnings.warn(
@@ -381,7 +423,7 @@ def _frames(
         "crop_face=True",
         stacklevel=3,
       )
-    yield window.frames
+    yield window.clip
 
 
 def checked_clips(

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
   import jax
 
 REDUCTIONS = ("none", "mean", "max", "std", "mean_std")
+# Features of the frames of windows, of their sound, or of one after the other.
+MODALITIES = ("video", "sound", "both")
 
 
 def default_batch_size() -> int:
@@ -137,4 +139,22 @@ def check_reduction(reduction: str) -> None:
   if reduction not in REDUCTIONS:
     raise ValueError(
       f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}"
+    )
+
+
+def check_modality(modality: str, keep_seq: bool) -> None:
+  """Raises ValueError if there are no such features.
+
+  Args:
+    modality: one of MODALITIES.
+    keep_seq: a feature per token, not one per window.
+  """
+  if modality not in MODALITIES:
+    raise ValueError(
+      f"modality is {modality!r}, expected one of {', '.join(MODALITIES)}"
+    )
+  if modality == "both" and keep_seq:
+    raise ValueError(
+      "keep_seq with modality both: tokens of video and of sound differ in "
+      "number and width; extract video and sound apart"
     )

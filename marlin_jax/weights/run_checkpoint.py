@@ -90,10 +90,12 @@ def read(path: Path) -> Weights:
   return Weights(architecture, arrays, str(where))
 
 
-def has_sound(path: str | Path) -> bool:
+def has_sound(path: Path) -> bool:
   """Returns True for a run that trains an encoder of sound."""
-  path = Path(path)
-  return is_run(path) and bool(read_meta(path)[1].get("sound.weight"))
+  if not is_run(path):
+    return False
+  _, meta = read_meta(path, is_checked=False)
+  return bool(meta.get("sound.weight"))
 
 
 def read_sound(path: Path) -> SoundWeights:
@@ -156,11 +158,12 @@ def _averaged(tree: dict) -> dict:
   }
 
 
-def read_meta(path: Path) -> tuple[Path, dict]:
+def read_meta(path: Path, *, is_checked: bool = True) -> tuple[Path, dict]:
   """Reads the metadata of a run's last checkpoint.
 
   Args:
     path: see `read`.
+    is_checked: read the whole checkpoint, to compare its checksums.
 
   Returns:
     WORKDIR/checkpoints/STEP, and its `meta` item.
@@ -189,7 +192,7 @@ def read_meta(path: Path) -> tuple[Path, dict]:
     if step is None:
       raise WeightsError(f"{directory} holds no complete checkpoint")
     where = directory / str(step)
-    if checksums.exist(where):
+    if is_checked and checksums.exist(where):
       problem = checksums.problem(where)
       if problem:
         raise WeightsError(

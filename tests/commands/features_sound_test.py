@@ -9,7 +9,9 @@ from marlin_jax import convert, features
 from marlin_jax.data.clip_geometry import Clip, SoundPatches
 from marlin_jax.downstream import feature_table
 from marlin_jax.inference.face_windows import WindowSettings, read_windows
+from marlin_jax.inference.marlin import Marlin
 from marlin_jax.weights import formats, run_checkpoint
+from marlin_jax.weights.weights import WeightsError
 from tests.support import talking_mouths
 from tests.support.files import read_lines
 from tests.support.training_runs import metrics_of, train
@@ -89,13 +91,21 @@ def test_features_of_sound_are_the_norm_of_the_mean_token(
   assert weights.patches == SoundPatches.of(clip)
   encoder = weights.encoder()
   settings = WindowSettings(clip=clip, image_size=32, sound=weights.patches)
-  windows = list(read_windows(videos / "0.mp4", settings))
+  path = videos / "0.mp4"
+  windows = list(read_windows(path, settings))
   tokens = weights.patches.patchify(np.stack([w.mel for w in windows]))
   want = encoder.norm(encoder.tokens(tokens).mean(1))
   folder = tmp_path / "sound"
-  extract(videos / "0.mp4", run, folder, "sound", "--num_workers=1")
+  extract(path, run, folder, "sound", "--num_workers=1")
   with np.load(folder / "0.mp4.npz") as file:
     np.testing.assert_allclose(file["features"], want, atol=1e-5)
+  marlin = Marlin.from_pretrained(str(run))
+  for modality, expected in (
+    ("sound", want),
+    ("both", np.concatenate([marlin.extract_video(path), want], axis=1)),
+  ):
+    found = marlin.extract_video(path, modality=modality)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
   # A run keeps an average of its weights, which this is.
   state = run_checkpoint.read_state(
     run_checkpoint.read_meta(run)[0],
@@ -111,6 +121,14 @@ def test_what_has_no_encoder_of_sound_is_refused(run, videos, tmp_path, capsys):
   folder = tmp_path / "features"
   without, exported = tmp_path / "without", tmp_path / "exported"
   run_checkpoint.write(formats.read(run), without)
+  marlin = Marlin.from_pretrained(str(without))
+  for options, error in (
+    ({"modality": "sound"}, WeightsError),
+    ({"modality": "smell"}, ValueError),
+    ({"modality": "both", "keep_seq": True}, ValueError),
+  ):
+    with pytest.raises(error, match="sound"):
+      marlin.extract_video(videos / "0.mp4", **options)
   assert extract(videos, without, folder, "sound") == 1
   assert "config.sound.weight" in capsys.readouterr().err
   argv = ["--to=safetensors", str(run), str(exported)]
