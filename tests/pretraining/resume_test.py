@@ -7,7 +7,7 @@ import pytest
 from marlin_jax.pretraining import spikes
 from marlin_jax.weights import formats
 from marlin_jax.weights.weights import WeightsError
-from tests.support import objectives
+from tests.support import objectives, talking_mouths
 from tests.support.files import arrays_of, rows_of
 from tests.support.training_runs import metrics_of, train
 
@@ -64,13 +64,18 @@ def test_the_options_were_in_effect(workdirs):
   assert rates[0] < rates[1] == rates[3] > rates[7]
 
 
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory):
+  """Returns a data set with sound."""
+  path = tmp_path_factory.mktemp("talks") / "data"
+  return talking_mouths.write_dataset(path, 4, 1, num_frames=16)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", objectives.OBJECTIVES)
-def test_every_objective_resumes_with_the_same_bits(
-  sample_dataset, tmp_path, objective
-):
+def test_every_objective_resumes_with_the_same_bits(talks, tmp_path, objective):
   whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-  options = {"data.path": sample_dataset, "optim.schedule": "constant"}
+  options = {"data.path": talks, "optim.schedule": "constant"}
   options |= {"optim.warmup_ratio": 0.0}
   options |= objectives.overrides(objective, tmp_path)
   results = [
@@ -83,7 +88,7 @@ def test_every_objective_resumes_with_the_same_bits(
   assert_same_bits(resumed, whole, 4)
   # It opens as any run's, and another run starts from it.
   other = tmp_path / "other"
-  warm = {"data.path": sample_dataset, "num_steps": 1, "init_from": resumed}
+  warm = {"data.path": talks, "num_steps": 1, "init_from": resumed}
   result = train(other, **objectives.CLIP, **warm)
   assert f"starts from {resumed}" in result.stdout, result
 
