@@ -424,12 +424,15 @@ class PretrainingCourse(Experiment):
     row = cli.Row("steps", f"{self.num_steps}")
     if len(self.stages) > 1:
       full = self.stages[-1].arithmetic
-      for stage in self.stages:
-        row.notes.append(
+      for stage, experiment in zip(self.stages, self.by_stage, strict=True):
+        note = (
           f"{stage.name}, to step {stage.last_step}: {stage.summary}, "
           f"{stage.arithmetic / 1e9:.1f} GFLOP per clip "
           f"({stage.arithmetic / full:.0%} of the last)"
         )
+        if (num := experiment.num_microbatches) > 1:
+          note += f", {num} microbatches"
+        row.notes.append(note)
       share = loop.work(self.stages, self.num_steps) / (full * self.num_steps)
       row.notes.append(
         f"all stages: {share:.0%} of the arithmetic of {self.num_steps} steps "
