@@ -110,6 +110,14 @@ class Dataset:
         f"(config.data.frame_size={self.frame_size} in pretraining)"
       )
 
+  def check_record(self, record: schema.Record) -> None:
+    """Raises ValueError if a record's frames have not the announced size."""
+    if (size := schema.stored_size(record)) != self.frame_size:
+      raise ValueError(
+        f"its frames have {size}x{size} pixels, those of the data set "
+        f"{self.frame_size}x{self.frame_size}"
+      )
+
 
 class DatasetError(UserError):
   """Data set that is missing, damaged or not as requested."""

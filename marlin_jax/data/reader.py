@@ -16,7 +16,7 @@ from concurrent import futures
 import numpy as np
 from etils import epath
 
-from marlin_jax.data.clips import ClipTaker
+from marlin_jax.data.clips import ClipTaker, damage_named
 from marlin_jax.data.prefetch import Batch
 from marlin_jax.data.prepared_dataset import Dataset, DatasetError
 from marlin_jax.data.sampling import Draw, Draws, first_ids
@@ -174,6 +174,8 @@ class Reader:
         records += map(source.parse, draw.records, data)
         del data
         record = schema.joined(records)
+        with damage_named(number):
+          dataset.check_record(record)
         yield
         frames = self._choose(clips, number, record, draw)
         first_id = self._first_ids[draw.dataset]
@@ -188,7 +190,7 @@ class Reader:
       except DatasetError as e:
         if self.max_bad is None:
           raise
-        bad.append(_row(dataset, _blamed(draw.records, records), e))
+        bad.append(_row(dataset, _blamed(dataset, draw.records, records), e))
         if len({_key(row) for row in bad}) > self.max_bad:
           return
     raise DatasetError(f"{source} has no record that can be read")
@@ -219,10 +221,13 @@ def _row(dataset: Dataset, index: int, error: DatasetError) -> Row:
   }
 
 
-def _blamed(numbers: Sequence[int], records: Sequence[schema.Record]) -> int:
+def _blamed(
+  dataset: Dataset, numbers: Sequence[int], records: Sequence[schema.Record]
+) -> int:
   """Returns the number of the record that is damaged.
 
   Args:
+    dataset: data set of the records.
     numbers: records of a draw that cannot be used.
     records: those among them, from the first, that could be parsed.
   """
@@ -230,6 +235,7 @@ def _blamed(numbers: Sequence[int], records: Sequence[schema.Record]) -> int:
     return numbers[len(records)]
   for number, record in zip(numbers[1:], records[1:], strict=True):
     try:
+      dataset.check_record(record)
       schema.decode_frames(record, range(len(record)))
     except ValueError:
       return number

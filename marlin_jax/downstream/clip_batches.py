@@ -72,6 +72,7 @@ class ClipReader:
         rows = np.flatnonzero(in_record)
         part = out[rows[0] : rows[-1] + 1]
         try:
+          self._split.dataset.check_record(record)
           indices = (frames[in_record] - first).tolist()
           schema.decode_frames(record, indices, part)
         except ValueError as e:
