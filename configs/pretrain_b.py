@@ -209,6 +209,15 @@ def get_config():
   # Width of the projection that is compared.
   config.contrast.dim = 128
 
+  # A guard against collapse: every feature is to vary from clip to clip, and no
+  # two together (VICReg's terms, which C-JEPA adds to latent targets).
+  config.variance = ConfigDict()
+  # Weight of the loss; 0: none. VICReg has 25 times the weight of its third
+  # term, which is the teacher's here.
+  config.variance.weight = 0.0
+  # Weight of the covariances in it; 1/25 in VICReg.
+  config.variance.covariance_weight = 0.04
+
   config.input = ConfigDict()
   # Normalise the input with ImageNet's mean and deviation, as VideoMAE does;
   # MARLIN does not.

@@ -41,6 +41,7 @@ _KEYS: Mapping[str, Mapping[str, Key]] = {
     "temperature": fixed(above(0), before=0.1),
     "dim": fixed(at_least(1), before=128),
   },
+  "variance": {"covariance_weight": fixed(at_least(0), before=0.04)},
 }
 # Names that objectives add to the identity of a run.
 IDENTITIES = ("teacher.sha256",)
@@ -142,10 +143,12 @@ def make(run: Run) -> tuple[Objective, ...]:
   from marlin_jax.objectives.audio_visual import AudioVisual
   from marlin_jax.objectives.contrast import Contrast
   from marlin_jax.objectives.teacher import Teacher
+  from marlin_jax.objectives.variance import Variance
 
   classes: dict[str, type[Objective]] = {
     "teacher": Teacher,
     "sound": AudioVisual,
     "contrast": Contrast,
+    "variance": Variance,
   }
   return tuple(classes[name](run) for name in names(run.config))

@@ -35,6 +35,7 @@ ROWS = {
     {"contrast.weight": 0.03, "data.draws_per_unit": 2},
     None,
   ),
+  "variance and covariance": (pretrain_b, {"variance.weight": 1.0}, None),
   "distillation into a small encoder": (distil_ti, {}, pretrain_b),
   "sound beside video": (pretrain_b, {"sound.weight": 1.0}, None),
 }

@@ -88,8 +88,7 @@ def test_every_objective_resumes_with_the_same_bits(talks, tmp_path, objective):
   assert_same_bits(resumed, whole, 4)
   # It opens as any run's, and another run starts from it.
   other = tmp_path / "other"
-  warm = {"data.path": talks, "num_steps": 1, "init_from": resumed}
-  result = train(other, **objectives.CLIP, **warm)
+  result = train(other, **options, num_steps=1, init_from=resumed)
   assert f"starts from {resumed}" in result.stdout, result
 
 

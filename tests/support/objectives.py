@@ -46,6 +46,7 @@ OBJECTIVES = {
     "sound.dec_depth": 1,
     "sound.dec_num_heads": 2,
   },
+  "variance": {"variance.weight": 0.5},
 }
 # Sizes of a clip that all of them can take, in seconds on a CPU.
 CLIP = {"data.num_frames": 4, "data.frame_size": 64}
