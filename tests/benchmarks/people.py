@@ -1,20 +1,21 @@
-"""Tests on people never seen whether pretraining learns, and which masking.
+"""Tests on people never seen whether pretraining learns, and which method.
 
 Prepares a folder of videos of many people, splits it by person, and pretrains
-encoders with fasking, tube and random masking, with several seeds and the same
-number of steps. Probes are fitted on the training people and scored on others,
-beside probes of untrained encoders, of small pictures of the same frames and,
-as a ceiling, of face landmarks. The questions are six regressions, also of the
-differences from each person's mean, whether two videos show the same person,
-and the order of two windows in time.
+encoders with fasking, tube and random masking, or with other objectives
+(--methods), with several seeds and the same FLOPs. Probes are fitted on the
+training people and scored on others, beside probes of untrained encoders, of
+small pictures of the same frames and, as a ceiling, of face landmarks. The
+questions are six regressions, also of the differences from each person's mean,
+whether two videos show the same person, and the order of two windows in time.
 
   make bench-people FOOTAGE=DIR HOURS=6
 
 DIR holds manifest.csv with the columns path and subject_id. Training goes on in
-rounds, to 200, 500, 1000, 2000, 3000, 4000, 6000, ... steps, until the next
-would take more than HOURS in all. After a round each encoder is probed: scores
-over compute. The same command resumes where it stopped, also with more hours or
-seeds. It prints tables, and writes people.json and people.png into --output.
+rounds, to 200, 500, 1000, 2000, 3000, 4000, 6000, ... steps (fewer for methods
+whose steps cost more), until the next would take more than HOURS in all. After
+a round each encoder is probed: scores over compute. The same command resumes
+where it stopped, also with more hours or seeds. It prints tables, and
+writes people.json and people.png into --output.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from marlin_jax import train
 from marlin_jax.devices import xla_flags
 from marlin_jax.downstream import clip_batches, splits
 from marlin_jax.inference.marlin import Marlin
-from marlin_jax.pretraining import configuration
+from marlin_jax.pretraining import build, configuration, flops
 from marlin_jax.records import schema
 from marlin_jax.weights import formats
 from marlin_jax.weights.architecture import Architecture
@@ -49,7 +50,13 @@ from tests.benchmarks import (
   people_windows,
   timing,
 )
-from tests.benchmarks.people_report import LANDMARKS, PIXELS, RANDOM, Encoder
+from tests.benchmarks.people_report import (
+  LANDMARKS,
+  METHODS,
+  PIXELS,
+  RANDOM,
+  Encoder,
+)
 from tests.benchmarks.people_windows import FIT, UNSEEN, Windows
 
 ROOT = Path(__file__).parents[2]
@@ -141,24 +148,35 @@ class Study:
     config.update_from_flattened_dict({**self.overrides, **settings})
     return config
 
-  def workdir(self, strategy: str, seed: int) -> Path:
-    return self.folder / "runs" / f"{strategy}-{seed}"
+  def workdir(self, method: str, seed: int) -> Path:
+    return self.folder / "runs" / f"{method}-{seed}"
 
-  def train(self, strategy: str, seed: int, num_steps: int) -> None:
-    """Trains an encoder up to a step, unless that is done.
+  def num_steps(self, method: str, steps: int) -> int:
+    """Returns the steps that take the FLOPs of `steps` steps with fasking."""
+    return max(1, round(steps * self._cost("fasking") / self._cost(method)))
+
+  def _cost(self, method: str) -> float:
+    experiment = build.Experiment(self.config(METHODS[method]), num_steps=1)
+    return flops.training_step(
+      experiment.architecture, experiment.trainer, experiment.batch_size
+    )
+
+  def train(self, method: str, seed: int, steps: int) -> None:
+    """Trains an encoder for the FLOPs of `steps` steps, unless that is done.
 
     Raises:
       SystemExit: a signal ended the run, which has saved.
     """
-    workdir = self.workdir(strategy, seed)
+    workdir = self.workdir(method, seed)
+    num_steps = self.num_steps(method, steps)
     if (workdir / "checkpoints" / str(num_steps)).exists():
       return
     config = self.config(
       {
+        **METHODS[method],
         "data.path": str(self.dataset),
         "data.split": "train",
         "data.eval_split": UNSEEN,
-        "mask.strategy": strategy,
         "seed": seed,
         "num_steps": num_steps,
         "eval_steps": EVAL_STEPS,
@@ -173,14 +191,14 @@ class Study:
     if signal:
       sys.exit(128 + signal)
 
-  def losses(self, strategy: str, seed: int) -> dict[str, Any]:
+  def losses(self, method: str, seed: int) -> dict[str, Any]:
     """Returns the loss curves of a run.
 
     Returns:
       `unseen`: rows of a step and _LOSSES; `seen`: rows of a step and the mean
       of the logged training losses up to it since the row before.
     """
-    lines = (self.workdir(strategy, seed) / "metrics.jsonl").read_text()
+    lines = (self.workdir(method, seed) / "metrics.jsonl").read_text()
     rows = [json.loads(line) for line in lines.splitlines()]
     unseen = [
       [row["step"], *(round(row[key], 5) for key in _LOSSES)]
@@ -321,8 +339,8 @@ def report(study: Study, windows: Windows, output: Path) -> None:
       "overrides": study.overrides,
     },
     "runs": [
-      {"strategy": strategy, "seed": seed} | study.losses(strategy, seed)
-      for strategy, seed in runs
+      {"strategy": method, "seed": seed} | study.losses(method, seed)
+      for method, seed in runs
     ],
   } | people_report.scores(windows, answers)
   output.mkdir(parents=True, exist_ok=True)
@@ -333,7 +351,7 @@ def report(study: Study, windows: Windows, output: Path) -> None:
 def train_rounds(
   study: Study,
   windows: Windows,
-  strategies: list[str],
+  methods: list[str],
   num_seeds: int,
   hours: float,
   output: Path,
@@ -344,9 +362,9 @@ def train_rounds(
     todo = [
       encoder
       for seed in range(num_seeds)
-      for strategy in strategies
+      for method in methods
       if not study.answers_path(
-        encoder := Encoder(strategy, seed, steps)
+        encoder := Encoder(method, seed, steps)
       ).exists()
     ]
     done = sum(e.steps for e in _last_of_each(study))
@@ -389,7 +407,7 @@ def main(argv: list[str] | None = None) -> None:
   windows = study.windows()
   study.probe_baselines(windows, args.seeds)
   train_rounds(
-    study, windows, args.strategies, args.seeds, args.hours, args.output
+    study, windows, args.methods, args.seeds, args.hours, args.output
   )
   report(study, windows, args.output)
   results = json.loads((args.output / "people.json").read_text())
@@ -437,14 +455,14 @@ def _parser() -> argparse.ArgumentParser:
     "--hours", type=float, default=6.0, help="hours in all (default: 6)"
   )
   parser.add_argument(
-    "--seeds", type=int, default=3, help="runs of each masking (default: 3)"
+    "--seeds", type=int, default=3, help="runs of each method (default: 3)"
   )
   parser.add_argument(
-    "--strategies",
+    "--methods",
     nargs="+",
     default=list(people_report.STRATEGIES),
-    choices=people_report.STRATEGIES,
-    help="maskings (default: all)",
+    choices=METHODS,
+    help="maskings and objectives (default: the maskings)",
   )
   parser.add_argument(
     "--set",

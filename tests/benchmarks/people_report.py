@@ -20,12 +20,31 @@ from tests.benchmarks.people_windows import LABELS, UNSEEN, Windows
 BASELINES = RANDOM, PIXELS, LANDMARKS = "random init", "pixels", "landmarks"
 # Their one probe, `grid`, is compared with every probe of tokens.
 _WITHOUT_TOKENS = PIXELS, LANDMARKS
+# Changes of configs/pretrain_ti.py by method: MARLIN's objective with three
+# maskings, and objectives of docs/OBJECTIVES.md.
 STRATEGIES = "fasking", "tube", "random"
+METHODS: Mapping[str, Mapping[str, Any]] = {
+  **{name: {"mask.strategy": name} for name in STRATEGIES},
+  "motion": {"mask.strategy": "fasking", "target.motion_weight": 0.5},
+  "region": {"mask.strategy": "crfr_p", "loss.region_weight": 0.007},
+  "latent": {
+    "mask.strategy": "fasking",
+    "teacher.path": "ema",
+    "teacher.weight": 1.0,
+  },
+  "contrast": {
+    "mask.strategy": "fasking",
+    "contrast.weight": 0.03,
+    "data.sample_by": "subject",
+    "data.draws_per_unit": 2,
+  },
+}
 PROBES = "mean", "grid", "middle", "attentive"
 QUESTIONS = (*LABELS, "same person", "order in time")
 DIFFERENCES = (
-  *itertools.product(STRATEGIES, (RANDOM, PIXELS)),
+  *itertools.product(METHODS, (RANDOM, PIXELS)),
   *itertools.combinations(STRATEGIES, 2),
+  *((name, "fasking") for name in METHODS if name not in STRATEGIES),
 )
 _NUM_RESAMPLES = 1000
 
@@ -34,9 +53,9 @@ class Encoder(NamedTuple):
   """What answers are of.
 
   Attributes:
-    name: strategy of the masking, or one of BASELINES.
+    name: one of METHODS or BASELINES.
     seed: of the run.
-    steps: of the training; 0: none.
+    steps: of the training with fasking that takes as many FLOPs; 0: none.
   """
 
   name: str
@@ -193,7 +212,7 @@ def table(
     if found:
       lines.append(_row(title, found, questions))
 
-  for name in (LANDMARKS, PIXELS, RANDOM, *STRATEGIES):
+  for name in (LANDMARKS, PIXELS, RANDOM, *METHODS):
     steps = last_steps(results, name)
     found = results["encoders"].get(name, {}).get(str(steps), {})
     own = "grid" if name in _WITHOUT_TOKENS else probe
@@ -216,7 +235,7 @@ def table_of_probes(results: Mapping[str, Any]) -> str:
     f"| encoder, probe | {' | '.join(QUESTIONS)} |",
     f"|---{'|---' * len(QUESTIONS)}|",
   ]
-  for name in (LANDMARKS, PIXELS, RANDOM, *STRATEGIES):
+  for name in (LANDMARKS, PIXELS, RANDOM, *METHODS):
     found = results["encoders"].get(name, {})
     found = found.get(str(last_steps(results, name)), {})
     for probe in (probe for probe in PROBES if probe in found):
@@ -281,7 +300,7 @@ def draw(results: Mapping[str, Any], path, probe: str = "grid") -> None:
   figure, axes = pyplot.subplots(
     2, 4, figsize=(13, 6), layout="constrained", sharex=True
   )
-  colours = dict(zip(STRATEGIES, ("C0", "C1", "C2"), strict=True))
+  colours = {name: f"C{i}" for i, name in enumerate(METHODS)}
   for axis, question in zip(axes.flat, QUESTIONS[:7], strict=False):
     for name, style in ((RANDOM, ":"), (PIXELS, "--")):
       numbers = results["encoders"].get(name, {}).get("0", {})
@@ -292,7 +311,7 @@ def draw(results: Mapping[str, Any], path, probe: str = "grid") -> None:
           linestyle=style,
           label=name,
         )
-    for name in STRATEGIES:
+    for name in METHODS:
       by_steps = results["encoders"].get(name, {})
       steps = sorted(map(int, by_steps))
       if not steps:

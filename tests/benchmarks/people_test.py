@@ -240,6 +240,16 @@ def footage(carphone_frames, tmp_path_factory):
   return folder
 
 
+def test_methods_have_the_same_flops(tmp_path):
+  study = people.Study(tmp_path, tmp_path, {})
+  steps = {name: study.num_steps(name, 1000) for name in people_report.METHODS}
+  assert steps["tube"] == steps["random"] == steps["motion"] == 1000
+  assert steps["region"] == 1000
+  # A teacher's pass over all tokens, without a backward one.
+  assert 400 < steps["latent"] < 800
+  assert 990 < steps["contrast"] < 1000
+
+
 @pytest.mark.slow
 def test_more_hours_go_on_where_fewer_ended(
   footage, tmp_path, monkeypatch, capsys
@@ -247,7 +257,7 @@ def test_more_hours_go_on_where_fewer_ended(
   monkeypatch.setattr(people, "EVAL_STEPS", 2)
   arguments = [f"--footage={footage}", f"--folder={tmp_path / 'run'}"]
   arguments += [f"--output={tmp_path / 'out'}", "--seeds=1"]
-  arguments += ["--strategies", "random", "--set", *TINY]
+  arguments += ["--methods", "random", "latent", "--set", *TINY]
   steps = []
   for rounds, hours in (((2,), "1e-9"), ((2,), "1"), ((2, 4), "1")):
     monkeypatch.setattr(people, "ROUNDS", rounds)
@@ -258,8 +268,10 @@ def test_more_hours_go_on_where_fewer_ended(
   assert steps == [[], ["2"], ["2", "4"]]
   assert said.count("minutes are left") == 1
   assert {"random init", "pixels", "landmarks"} < set(results["encoders"])
-  (run,) = results["runs"]
-  assert [row[0] for row in run["unseen"]] == [2, 4]
+  assert list(results["encoders"]["latent"]) == ["2", "4"]
+  latent, random = results["runs"]
+  assert [row[0] for row in random["unseen"]] == [2, 4]
+  assert latent["unseen"][-1][0] < 4
   assert (tmp_path / "out" / "people.png").stat().st_size > 1000
   assert "| random, 4 steps |" in said
 
