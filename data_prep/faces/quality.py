@@ -19,6 +19,7 @@ good track count little.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -91,6 +92,7 @@ def _edge_energy(grey: np.ndarray, sigma: float) -> np.ndarray:
   return cv2.GaussianBlur(edges * edges, (0, 0), 3.0)
 
 
+@functools.cache
 def _face_ellipse() -> np.ndarray:
   """Returns bool (224, 224), True in the face, away from the background."""
   offset = np.arange(FRAME_SIZE) + 0.5 - FRAME_SIZE / 2

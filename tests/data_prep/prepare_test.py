@@ -115,7 +115,8 @@ def test_bad_videos_are_quarantined_with_reason_and_hash(prepared):
 
 def test_summary_counts_and_names_the_quarantine(prepared):
   path, stdout = prepared
-  assert "6 records, 128 face crops, 6 face tracks, 6 videos" in stdout
+  assert "6 records, 128 face crops, 6 face tracks" in stdout
+  assert "5 videos, 1 picture\n" in stdout  # of one frame
   assert "6 quarantined, 1 without a face" in stdout
   assert str(path / "quarantine.jsonl") in stdout
 
@@ -169,6 +170,7 @@ def test_metadata_counts_what_the_shards_hold(prepared):
       }
     },
     "labels": {},
+    "frame_size": 224,
   }
   shards = sorted(path.glob("*.array_record-*"))
   assert [shard.name for shard in shards] == [
