@@ -16,6 +16,8 @@ from tests.support import talking_mouths
 from tests.support.files import read_lines
 from tests.support.training_runs import metrics_of, train
 
+pytestmark = pytest.mark.slow
+
 SOUND = {
   "adv.weight": 0.0,
   "sound.weight": 1.0,

@@ -187,6 +187,7 @@ def test_cpu_devices_are_planned_for_in_words_and_numbers(tmp_path):
 CURRICULUM = "3: data.frame_size=112"
 
 
+@pytest.mark.slow
 def test_every_stage_of_a_curriculum_is_compiled():
   steps = compiled_step.compile_steps(
     small(curriculum=CURRICULUM), here(GIB), quiet

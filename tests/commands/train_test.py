@@ -157,6 +157,7 @@ def test_the_time_of_both_processes_adds_up(finished, halved):
   assert re.search(r"^time 0:0.*lost \d.*down", halved[1], re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_other_sizes_and_augmented_clips_resume_to_the_same_bits(
   sample_dataset, tmp_path
 ):

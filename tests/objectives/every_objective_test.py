@@ -29,13 +29,8 @@ def step_of(name, folder, num_steps=2, **overrides):
   return made, state, found
 
 
-@pytest.mark.parametrize(
-  "name",
-  [
-    pytest.param(name, marks=() if name == "teacher" else pytest.mark.slow)
-    for name in objectives.OBJECTIVES
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
 def test_bfloat16_gives_nearly_the_same(name, tmp_path):
   _, _, want = step_of(name, tmp_path)
   made, state, got = step_of(name, tmp_path, dtype="bfloat16")

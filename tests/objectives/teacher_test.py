@@ -124,6 +124,7 @@ def test_the_loss_is_that_of_v_jepa(teacher, layers, imagenet, scan):
   assert metrics["teacher/features_rank"] > 1
 
 
+@pytest.mark.slow
 def test_a_teacher_sees_smaller_clips_with_their_places_positions(
   teacher, tmp_path
 ):
