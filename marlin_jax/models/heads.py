@@ -54,11 +54,7 @@ class AttentiveHead(nnx.Module):
   def __init__(
     self, width: int, num_outputs: int, rngs: nnx.Rngs, *, num_heads: int
   ):
-    self.query = nnx.Param(
-      nnx.initializers.truncated_normal(0.02)(
-        rngs.params(), (width,), jnp.float32
-      )
-    )
+    self.query = vit.learned_token(width, rngs)
     self.key = vit.dense(width, width, rngs, jnp.float32, use_bias=False)
     self.value = vit.dense(width, width, rngs, jnp.float32)
     self.out = vit.dense(width, width, rngs, jnp.float32)

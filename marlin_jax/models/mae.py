@@ -123,11 +123,7 @@ class MAE(nnx.Module):
     self.enc_to_dec = vit.dense(
       encoder.width, decoder.width, rngs, dtype, use_bias=False
     )
-    self.mask_token = nnx.Param(
-      nnx.initializers.truncated_normal(0.02)(
-        rngs.params(), (decoder.width,), jnp.float32
-      )
-    )
+    self.mask_token = vit.learned_token(decoder.width, rngs)
     self.dec_positions = vit.position_table(num_tokens, decoder.width)
     self.decoder = vit.Transformer(decoder, execution, norm_eps, rngs)
     self.dec_norm = vit.layer_norm(decoder.width, rngs, norm_eps)

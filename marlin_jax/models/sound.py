@@ -55,11 +55,7 @@ class SoundAutoencoder(nnx.Module):
     shared = encoder.width
     self.sound = _Projections(encoder.width, decoder.width, shared, rngs, dtype)
     self.video = _Projections(video_width, decoder.width, shared, rngs, dtype)
-    self.mask_token = nnx.Param(
-      nnx.initializers.truncated_normal(0.02)(
-        rngs.params(), (decoder.width,), jnp.float32
-      )
-    )
+    self.mask_token = vit.learned_token(decoder.width, rngs)
     self.dec_positions = vit.position_table(num_tokens, decoder.width)
     self.decoder = vit.Transformer(decoder, execution, vit.NORM_EPS, rngs)
     self.dec_norm = vit.layer_norm(decoder.width, rngs)

@@ -117,6 +117,12 @@ def position_table(num_tokens: int, width: int) -> Fixed:
   return Fixed(jnp.asarray(sincos_positions(num_tokens, width)))
 
 
+def learned_token(width: int, rngs: nnx.Rngs) -> nnx.Param:
+  """Draws a token (width,) that is trained, such as a mask token."""
+  draw = nnx.initializers.truncated_normal(0.02)
+  return nnx.Param(draw(rngs.params(), (width,), jnp.float32))
+
+
 def positions_at(
   table: jax.Array, grid: tuple[int, int, int], new: tuple[int, int, int]
 ) -> jax.Array:

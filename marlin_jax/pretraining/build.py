@@ -27,6 +27,7 @@ from marlin_jax.objectives import objective, table
 from marlin_jax.objectives.objective import Objective
 from marlin_jax.pretraining import (
   configuration,
+  flops,
   memory,
   optimizer,
   train_step,
@@ -385,6 +386,11 @@ class Experiment:
   def _step(self) -> Callable[..., tuple[train_step.TrainState, dict]]:
     """The step: (state, batch, rng, **constants) -> (new state, scalars)."""
     return functools.partial(train_step.train_step, self.trainer)
+
+  @property
+  def flops_per_clip(self) -> float:
+    """FLOPs of a training step per clip, see `flops.training_step`."""
+    return flops.training_step(self.architecture, self.trainer, self.batch_size)
 
   # --- Curriculum -------------------------------------------------------------
 

@@ -276,7 +276,7 @@ class PretrainingCourse(Experiment):
   def _stage(
     self, experiment: Experiment, last_step: int, name: str
   ) -> loop.Stage:
-    arithmetic = _flops_of(experiment)
+    arithmetic = experiment.flops_per_clip
     return loop.Stage(
       last_step=last_step,
       draws=(
@@ -439,10 +439,3 @@ class PretrainingCourse(Experiment):
         "of the last; its clips and masks are evaluated throughout"
       )
     return row
-
-
-def _flops_of(experiment: Experiment) -> float:
-  """Returns the FLOPs per clip of a step."""
-  return flops.training_step(
-    experiment.architecture, experiment.trainer, experiment.batch_size
-  )

@@ -31,8 +31,8 @@ def apply(
 
   Position tables are replaced too, since the weights were trained with theirs;
   for clips or frames of another size they are adapted, see `vit.positions_at`.
-  If the weights expect
-  another input convention than the run, it is folded into the patch embedding.
+  If the weights expect another input convention than the run, it is folded into
+  the patch embedding.
 
   Args:
     weights: initial weights, see weights.formats.

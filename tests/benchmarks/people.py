@@ -39,7 +39,7 @@ from marlin_jax import train
 from marlin_jax.devices import xla_flags
 from marlin_jax.downstream import clip_batches, splits
 from marlin_jax.inference.marlin import Marlin
-from marlin_jax.pretraining import build, configuration, flops
+from marlin_jax.pretraining import build, configuration
 from marlin_jax.records import schema
 from marlin_jax.weights import formats
 from marlin_jax.weights.architecture import Architecture
@@ -156,10 +156,8 @@ class Study:
     return max(1, round(steps * self._cost("fasking") / self._cost(method)))
 
   def _cost(self, method: str) -> float:
-    experiment = build.Experiment(self.config(METHODS[method]), num_steps=1)
-    return flops.training_step(
-      experiment.architecture, experiment.trainer, experiment.batch_size
-    )
+    config = self.config(METHODS[method])
+    return build.Experiment(config, num_steps=1).flops_per_clip
 
   def train(self, method: str, seed: int, steps: int) -> None:
     """Trains an encoder for the FLOPs of `steps` steps, unless that is done.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import distil_ti, pretrain_b, pretrain_s
-from marlin_jax.pretraining import build, flops
+from marlin_jax.pretraining import build
 from marlin_jax.weights import safetensors_folder
 from marlin_jax.weights.architecture import Architecture
 from marlin_jax.weights.weights import Weights
@@ -54,7 +54,7 @@ def cost(module, overrides, teacher, folder):
     safetensors_folder.write(Weights(architecture, arrays), folder)
     config.teacher.path = str(folder)
   made = build.Experiment(config, 10)
-  return flops.training_step(made.architecture, made.trainer, made.batch_size)
+  return made.flops_per_clip
 
 
 @pytest.mark.slow
