@@ -16,6 +16,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from data_prep.faces import boxes
+
 NUM_LANDMARKS = 478
 
 # Two coordinates of 16 bits for each landmark, the bounds and the frame.
@@ -43,10 +45,11 @@ class PackedMesh:
   @classmethod
   def of(cls, points: np.ndarray) -> PackedMesh:
     """Packs landmarks (478, 2) in source pixels."""
-    low, high = points.min(axis=0), points.max(axis=0)
+    bounds = boxes.bounds(points)
+    low, high = np.split(bounds, 2)
     size = np.maximum(high - low, 1e-6)
     codes = np.round((points - low) / size * 65535).astype(np.uint16)
-    return cls(codes, np.float32([*low, *high]))
+    return cls(codes, bounds.astype(np.float32))
 
   def points(self) -> np.ndarray:
     """Returns float32 (478, 2), the landmarks in source pixels."""

@@ -107,12 +107,15 @@ def frontality(mesh: np.ndarray) -> float:
   Args:
     mesh: (478, 3), x, y and depth in one unit; depth is smaller when nearer.
   """
-  mesh = np.asarray(mesh, np.float64)
-  across = mesh[_LEFT_SIDE] - mesh[_RIGHT_SIDE]
-  down = mesh[_CHIN] - mesh[_TOP]
-  normal = np.cross(across, down)
-  length = float(np.linalg.norm(normal))
-  return max(float(normal[2]) / length, 0.0) if length else 0.0
+  left, right, chin, top = np.asarray(
+    mesh[[_LEFT_SIDE, _RIGHT_SIDE, _CHIN, _TOP]], np.float64
+  )
+  ax, ay, az = (left - right).tolist()
+  bx, by, bz = (chin - top).tolist()
+  # The normal of the face; np.cross takes longer than all of this.
+  x, y, z = ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx
+  length = math.hypot(x, y, z)
+  return max(z / length, 0.0) if length else 0.0
 
 
 def uprightness(mesh: np.ndarray) -> float:

@@ -59,12 +59,14 @@ class CutTest:
     return is_cut
 
   def _difference(self, before: np.ndarray, after: np.ndarray) -> float:
-    is_exposed = (np.maximum(before, after) < self.WHITE).all(axis=-1)
-    if is_exposed.mean() < self.MIN_EXPOSED:
-      return 0.0
+    if max(before.max(), after.max()) >= self.WHITE:
+      is_exposed = (np.maximum(before, after) < self.WHITE).all(axis=-1)
+      if is_exposed.mean() < self.MIN_EXPOSED:
+        return 0.0
+      before, after = before[is_exposed], after[is_exposed]
     before, after = (
       CONTRAST * (values - values.mean()) / (values.std() + 1)
-      for values in (before[is_exposed], after[is_exposed])
+      for values in (before, after)
     )
     return float(np.abs(before - after).mean())
 
@@ -136,7 +138,7 @@ class Look:
 
   def normalised(self) -> np.ndarray:
     """Returns the look, normalised for strength of light, int8 (468,)."""
-    values = np.round(CONTRAST * _normalised(self._detail))
+    values = np.round(CONTRAST * self._detail.normalised)
     return np.clip(values, -127, 127).astype(np.int8)
 
   def is_other_face(self, frame: np.ndarray, later: Look) -> bool:
@@ -151,44 +153,53 @@ class Look:
       frame: frame of `later`.
       later: look of the mesh, a few frames after this one.
     """
-    if _difference(self._detail, later._detail) <= OTHER_FACE:
+    if self._detail.difference(later._detail) <= OTHER_FACE:
       return False
     at_old_place = _thumbnail(frame, self._box)
-    return _difference(self._thumbnail, at_old_place) > OTHER_PLACE
+    return self._thumbnail.difference(at_old_place) > OTHER_PLACE
 
 
-def _difference(a: np.ndarray, b: np.ndarray) -> float:
-  """Returns the largest difference of the 1 - COVERED most similar values."""
-  rank = int((1 - COVERED) * len(a))
-  # Either the light has changed, or what covers the face changes its contrast.
-  contrast = max(_contrast(a), _contrast(b))
-  return CONTRAST * min(
-    float(np.partition(np.abs(difference), rank)[rank])
-    for difference in (_normalised(a) - _normalised(b), (a - b) / contrast)
-  )
+class _Brightness:
+  """Grey levels, float32 (N,), to be compared whatever the light.
+
+  Attributes:
+    values: the grey levels.
+    normalised: float32 (N,), less their mean, over their contrast.
+  """
+
+  def __init__(self, values: np.ndarray) -> None:
+    self.values = values
+    self._contrast = float(values.std()) + MIN_CONTRAST
+    self.normalised = (values - values.mean()) / self._contrast
+
+  def difference(self, other: _Brightness) -> float:
+    """Returns the largest difference of the 1 - COVERED most similar values."""
+    rank = int((1 - COVERED) * len(self.values))
+    # Either the light has changed, or what covers the face, and the contrast.
+    contrast = max(self._contrast, other._contrast)
+    return CONTRAST * min(
+      float(np.partition(np.abs(difference), rank)[rank])
+      for difference in (
+        self.normalised - other.normalised,
+        (self.values - other.values) / contrast,
+      )
+    )
 
 
-def _normalised(values: np.ndarray) -> np.ndarray:
-  return (values - values.mean()) / _contrast(values)
-
-
-def _contrast(values: np.ndarray) -> float:
-  return float(values.std()) + MIN_CONTRAST
-
-
-def _thumbnail(frame: np.ndarray, box: np.ndarray) -> np.ndarray:
-  """Returns the picture in a box (4,), 16 x 16 grey levels, float32 (256,)."""
+def _thumbnail(frame: np.ndarray, box: np.ndarray) -> _Brightness:
+  """Returns the picture in a box (4,), 16 x 16 grey levels."""
   import cv2
 
   x0, y0, x1, y1 = (float(v) for v in box)
   sx, sy = (x1 - x0) / 64, (y1 - y0) / 64
   face = boxes.sampled(frame, (sx, x0), (sy, y0), 64, cv2.INTER_LINEAR)
   face = cv2.cvtColor(face, cv2.COLOR_RGB2GRAY).astype(np.float32)
-  return cv2.resize(face, (16, 16), interpolation=cv2.INTER_AREA).ravel()
+  face = cv2.resize(face, (16, 16), interpolation=cv2.INTER_AREA)
+  return _Brightness(face.ravel())
 
 
-def _detail(frame: np.ndarray, points: np.ndarray) -> np.ndarray:
-  """Returns float32 (468,), detail in grey levels; see `Look`."""
+def _detail(frame: np.ndarray, points: np.ndarray) -> _Brightness:
+  """Returns the detail at each of 468 points; see `Look`."""
   import cv2
 
   points = np.asarray(points[:NUM_POINTS], np.float32)
@@ -211,7 +222,8 @@ def _detail(frame: np.ndarray, points: np.ndarray) -> np.ndarray:
   shade = cv2.resize(face, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
   shade = cv2.GaussianBlur(shade, (0, 0), COARSE_SIGMA / 4)
   places = (points - np.float32([x0, y0])) / np.float32(2 * scale) - 0.5
-  return _sample(detail, places) - _sample(shade, (places + 0.5) / 4 - 0.5)
+  shade = _sample(shade, (places + 0.5) / 4 - 0.5)
+  return _Brightness(_sample(detail, places) - shade)
 
 
 def _sample(picture: np.ndarray, places: np.ndarray) -> np.ndarray:

@@ -40,11 +40,11 @@ _INNER_LIP_BOTTOM = (78, 95, 88, 178, 87, 14, 317, 402, 318, 324, 308)
 _UPPER_LIP = _OUTER_LIP_TOP + _INNER_LIP_TOP[::-1]
 _LOWER_LIP = _OUTER_LIP_BOTTOM + _INNER_LIP_BOTTOM[::-1]
 _INNER_MOUTH = _INNER_LIP_TOP + _INNER_LIP_BOTTOM[::-1]
-OVAL = (
+OVAL = np.array([
   10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378,
   400, 377, 152, 148, 176, 149, 150, 136, 172, 58, 132, 93, 234, 127, 162, 21,
   54, 103, 67, 109,
-)  # fmt: skip
+])  # fmt: skip
 _FOREHEAD_TOP, _CHIN = 10, 152
 # The chin of the mesh is above that of the picture: by this share of the height
 # of the face in the hand-drawn masks, more under a beard or a wide open mouth.
@@ -54,15 +54,18 @@ NOSE_TIP = 4
 MOUTH_CORNERS = (61, 291)
 
 # In drawing order: a later one covers an earlier one.
-POLYGONS = (
-  ("nose", _NOSE),
-  ("upper_lip", _UPPER_LIP),
-  ("lower_lip", _LOWER_LIP),
-  ("inner_mouth", _INNER_MOUTH),
-  ("right_eye", RIGHT_EYE),
-  ("left_eye", LEFT_EYE),
-  ("right_brow", RIGHT_BROW),
-  ("left_brow", LEFT_BROW),
+POLYGONS = tuple(
+  (name, np.array(ring))
+  for name, ring in (
+    ("nose", _NOSE),
+    ("upper_lip", _UPPER_LIP),
+    ("lower_lip", _LOWER_LIP),
+    ("inner_mouth", _INNER_MOUTH),
+    ("right_eye", RIGHT_EYE),
+    ("left_eye", LEFT_EYE),
+    ("right_brow", RIGHT_BROW),
+    ("left_brow", LEFT_BROW),
+  )
 )
 
 
@@ -95,12 +98,18 @@ def warped(
 
 def fill(image: np.ndarray, ring: np.ndarray, value: int) -> None:
   """Fills the polygon with points (N, 2) in an image (H, W), in place."""
+  _fill(image, _fixed_point(ring), value)
+
+
+def _fixed_point(points: np.ndarray) -> np.ndarray:
+  """Returns points in 1/16 pixel; the centre of pixel 0 is at 0.5."""
+  return np.round((points - 0.5) * 16).astype(np.int32)
+
+
+def _fill(image: np.ndarray, fixed_ring: np.ndarray, value: int) -> None:
   import cv2
 
-  # Fixed-point numbers in 1/16 pixel; the centre of pixel 0 is at 0.5.
-  cv2.fillPoly(
-    image, [np.round((ring - 0.5) * 16).astype(np.int32)], value, shift=4
-  )
+  cv2.fillPoly(image, [fixed_ring], value, shift=4)
 
 
 def picture_area(frame: np.ndarray) -> np.ndarray:
@@ -196,7 +205,7 @@ def outline(points: np.ndarray) -> np.ndarray:
   Args:
     points: (478, 2), the mesh.
   """
-  ring = points[list(OVAL)].astype(np.float64)
+  ring = points[OVAL].astype(np.float64)
   axis = (points[_FOREHEAD_TOP] - points[_CHIN]).astype(np.float64)
   up = (ring - points[_CHIN]) @ axis / max(float(axis @ axis), 1.0)
   # Largest at the chin, 0 above the mouth.
@@ -211,8 +220,9 @@ def draw_features(labels: np.ndarray, points: np.ndarray) -> None:
     labels: uint8 (S, S).
     points: (478, 2), the mesh in crop pixels.
   """
+  fixed = _fixed_point(points)
   for name, ring in POLYGONS:
-    fill(labels, points[list(ring)], CODE[name])
+    _fill(labels, fixed[ring], CODE[name])
 
 
 def face_coordinates(
@@ -233,7 +243,7 @@ def face_coordinates(
   length = max(float(np.hypot(*axis)), 1.0)
   axis = axis / length
   normal = np.array([-axis[1], axis[0]])
-  ring = (points[list(OVAL)] - chin) @ normal
+  ring = (points[OVAL] - chin) @ normal
   grid = np.arange(size, dtype=np.float32) + 0.5
   x, y = grid[None] - chin[0], grid[:, None] - chin[1]
   up = (x * axis[0] + y * axis[1]) / length

@@ -67,14 +67,15 @@ class MediaPipeParser:
     """See `TwoStepParser.label`."""
     import cv2
 
-    hair, forehead, fringe, inside = (part > 127 for part in cv2.split(maps))
+    _, masks = cv2.threshold(maps, 127, 255, cv2.THRESH_BINARY)
+    hair, forehead, fringe, inside = cv2.split(masks)
     labels = np.zeros((FRAME_SIZE, FRAME_SIZE), np.uint8)
-    labels[forehead] = lapa.CODE["skin"]
-    labels[hair] = lapa.CODE["hair"]
+    _paint(labels, forehead, "skin")
+    _paint(labels, hair, "hair")
     lapa.fill(labels, lapa.outline(points), lapa.CODE["skin"])
-    labels[fringe] = lapa.CODE["hair"]
+    _paint(labels, fringe, "hair")
     lapa.draw_features(labels, points)
-    labels[~inside] = lapa.CODE["background"]
+    _paint(labels, cv2.bitwise_not(inside), "background")
     return labels
 
   def analyse(
@@ -106,14 +107,28 @@ class MediaPipeParser:
       person[low:high, low:high],
       inside[low:high, low:high],
     )
-    stack = 255 * np.stack(masks, axis=-1).astype(np.uint8)
+    # Not with numpy, which is slow over a short last axis.
+    stack = cv2.merge([255 * mask.astype(np.uint8) for mask in masks])
     stack = cv2.GaussianBlur(stack, (0, 0), 1)
     crop_box = np.concatenate([box[:2], box[2:]]) - np.tile(context_box[:2], 2)
     stack = lapa.warped(
       stack, crop_box * scale - low, FRAME_SIZE, cv2.BORDER_REPLICATE
     )
     inside = lapa.inside(area, box, FRAME_SIZE)
-    return np.dstack([stack, 255 * inside.astype(np.uint8)])
+    return cv2.merge([*cv2.split(stack), 255 * inside.astype(np.uint8)])
+
+
+def _paint(labels: np.ndarray, mask: np.ndarray, region: str) -> None:
+  """Labels the pixels of a mask, in place.
+
+  Args:
+    labels: uint8 (S, S).
+    mask: uint8 (S, S), not 0 in the region.
+    region: its name.
+  """
+  import cv2
+
+  cv2.copyTo(np.full_like(labels, lapa.CODE[region]), mask, labels)
 
 
 def head_and_shoulders(
@@ -173,7 +188,7 @@ def _hair_forehead_fringe(
   size = len(head)
   up, across = lapa.face_coordinates(points, size)
   oval = np.zeros((size, size), np.uint8)
-  lapa.fill(oval, points[list(lapa.OVAL)], 1)
+  lapa.fill(oval, points[lapa.OVAL], 1)
   inner = cv2.erode(oval, np.ones((5, 5), np.uint8)).astype(bool)
   oval = oval.astype(bool)
   body = (person > 0.5) & inside
@@ -224,13 +239,14 @@ def _hair_colour(
   features = np.zeros(oval.shape, np.uint8)
   for name, ring in lapa.POLYGONS:
     if name != "nose":
-      lapa.fill(features, points[list(ring)], 1)
+      lapa.fill(features, points[ring], 1)
   features = cv2.dilate(features, np.ones((5, 5), np.uint8)).astype(bool)
   # Neither lower, where a beard may be, nor higher, where a fringe may be.
   cheeks = body & oval & ~features & (up > 0.38) & (up < 0.75) & (across < 0.8)
-  if cheeks.sum() < 50 or lab[cheeks, 0].mean() < DARK:
+  skin = lab[cheeks]
+  if len(skin) < 50 or skin[:, 0].mean() < DARK:
     return np.zeros_like(up)
-  from_skin = _distance(lab, lab[cheeks])
+  from_skin = _distance(lab, skin)
   top = body & ~oval & (up > 0.65) & (across < 1.3)
   seeds = top & (from_skin > NOT_SKIN)
   if seeds.sum() < 30:
@@ -249,9 +265,10 @@ def _distance(lab: np.ndarray, sample: np.ndarray) -> np.ndarray:
   """
   import cv2
 
-  mean = np.median(sample, axis=0)
+  by_channel = np.ascontiguousarray(sample.T)
+  mean = np.median(by_channel, axis=1)
   # The diagonal is noise of the camera and of the codec.
-  covariance = np.cov(sample, rowvar=False) + 16.0 * np.eye(3)
+  covariance = np.cov(by_channel) + 16.0 * np.eye(3)
   root = np.linalg.cholesky(np.linalg.inv(covariance)).T
   away = cv2.transform(lab, np.column_stack([root, -root @ mean]))
   # Sum over colours; numpy takes ten times as long over a short last axis.
@@ -273,6 +290,6 @@ def _joined(mask: np.ndarray, to: np.ndarray) -> np.ndarray:
 
   _, parts = cv2.connectedComponents((mask | to).astype(np.uint8))
   touched = np.zeros(parts.max() + 1, bool)
-  touched[np.unique(parts[to])] = True
+  touched[parts[to]] = True
   touched[0] = False
   return mask & touched[parts]

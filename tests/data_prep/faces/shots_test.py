@@ -102,7 +102,8 @@ def test_look_follows_a_face_that_moves_and_grows():
   before = shots.Look(scene, mesh())
   after = shots.Look(larger, 2 * mesh() + 0.5)
   assert not before.is_other_face(larger, after)
-  assert np.median(np.abs(before._detail - after._detail)) < 4
+  difference = before._detail.values - after._detail.values
+  assert np.median(np.abs(difference)) < 4
 
 
 def test_face_that_is_mostly_covered_is_the_same_at_its_old_place():

@@ -53,12 +53,12 @@ def painted(mesh, class_of: dict[str, int], num_classes: int, shape=None):
     uint8 (SIZE, SIZE, 3).
   """
   labels = np.zeros(shape or (SIZE, SIZE), np.uint8)
-  oval = mesh[list(lapa.OVAL)]
+  oval = mesh[lapa.OVAL]
   centre = oval.mean(axis=0)
   lapa.fill(labels, centre + 1.3 * (oval - centre), class_of["hair"])
   lapa.fill(labels, oval, class_of["skin"])
   for name, ring in lapa.POLYGONS:
-    lapa.fill(labels, mesh[list(ring)], class_of[name])
+    lapa.fill(labels, mesh[ring], class_of[name])
   return colours(num_classes)[labels], labels
 
 
@@ -279,7 +279,7 @@ def confidences(mesh, context_box, **parts: int) -> np.ndarray:
   """Returns float32 (6, 256, 256): hair around a face of face skin."""
   points = (mesh - context_box[:2]) * (256 / (context_box[2] - context_box[0]))
   labels = np.zeros((256, 256), np.uint8)
-  oval = points[list(lapa.OVAL)]
+  oval = points[lapa.OVAL]
   centre = oval.mean(axis=0)
   lapa.fill(labels, centre + 1.3 * (oval - centre), parts.get("hair", 1))
   lapa.fill(labels, oval, parts.get("skin", 3))
