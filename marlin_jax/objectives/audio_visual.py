@@ -29,6 +29,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from marlin_jax.data.clip_geometry import SoundPatches
+from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.models import vit
 from marlin_jax.models.flops import StackFlops
 from marlin_jax.models.mae import gather_tokens
@@ -76,6 +77,15 @@ class AudioVisual(Objective):
       "_subject": jax.ShapeDtypeStruct((), jnp.int32),
       "_id": jax.ShapeDtypeStruct((), jnp.int32),
     }
+
+  def check_data(self, datasets, clips_per_epoch):
+    del clips_per_epoch
+    if not any(dataset.has_sound for dataset in datasets):
+      raise DatasetError(
+        f"config.sound.weight={self.weight} needs sound, and "
+        f"{', '.join(dataset.path for dataset in datasets)} was prepared "
+        "without: prepare the videos again, with data_prep.prepare --sound"
+      )
 
   @property
   def num_heads(self) -> Mapping[str, int]:

@@ -44,6 +44,14 @@ class Contrast(Objective):
     data = self.run.config.data
     return data.clips_per_record * data.draws_per_unit
 
+  def check_data(self, datasets, clips_per_epoch):
+    if clips_per_epoch < 2:
+      data = self.run.config.data
+      raise ConfigError(
+        f"contrast.weight={self.weight}: expected videos of at least two "
+        f"people in {data.path}, which has one {data.sample_by}"
+      )
+
   def networks(self, rngs):
     """Draws the projection: two layers, dropped after the training."""
     width, dtype = self.run.architecture.width, self.run.execution.dtype

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
+from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.models import partition, vit
 from marlin_jax.models.prediction import Prediction
 from marlin_jax.weights.architecture import OBJECTIVES, Architecture
@@ -108,6 +109,21 @@ class Objective(abc.ABC):
     self.run = run
     self.settings: ConfigDict = run.config[self.name]
     self.weight: float = self.settings.weight
+
+  def check_data(
+    self, datasets: Sequence[Dataset], clips_per_epoch: int
+  ) -> None:
+    """Checks that the objective can be trained on the data.
+
+    Args:
+      datasets: the data sets.
+      clips_per_epoch: number of their videos, or of their people with
+        `data.sample_by="subject"`.
+
+    Raises:
+      UserError: it cannot.
+    """
+    del datasets, clips_per_epoch
 
   def at_stage(self, run: Run) -> Objective:
     """Returns the objective at a stage of a curriculum, which has other clips.

@@ -34,7 +34,7 @@ from marlin_jax.pretraining.train_step import Trainer, TrainState
 from marlin_jax.records import cli
 from marlin_jax.records.segment_index import SegmentIndex
 from marlin_jax.training import loop
-from marlin_jax.training.configuration import ConfigError, check_attention
+from marlin_jax.training.configuration import check_attention
 from marlin_jax.weights import formats
 
 
@@ -139,8 +139,9 @@ class PretrainingCourse(Experiment):
 
     Raises:
       MeshError: the configuration does not fit the number of devices.
-      ConfigError: the attention does not run there, the stages of the
-        curriculum are longer than the run, or there is nobody to contrast.
+      ConfigError: the attention does not run there, or the stages of the
+        curriculum are longer than the run.
+      UserError: an objective cannot be trained on the data.
     """
     # The smallest of all processes, so that they split a batch alike.
     device_bytes = distributed.smallest(
@@ -150,33 +151,14 @@ class PretrainingCourse(Experiment):
     sharding.check_batch(self.mesh, self.batch_size)
     check_attention(config.attention, self.mesh.devices.flat[0].platform)
     self.parts = parts
-    self._check_sound()
-    self._check_people()
+    clips_per_epoch = self.draws.clips_per_epoch
+    datasets = [part.dataset for part in parts]
+    for x in self.objectives:
+      x.check_data(datasets, clips_per_epoch)
     self.num_steps = config.num_steps or math.ceil(
-      config.num_epochs * self.draws.clips_per_epoch / config.batch_size
+      config.num_epochs * clips_per_epoch / config.batch_size
     )
     configuration.check_curriculum(config, self.num_steps)
-
-  def _check_sound(self) -> None:
-    """Raises DatasetError if sound is read and no data set has any."""
-    if not self.take_clip.sound:
-      return
-    if not any(part.dataset.has_sound for part in self.parts):
-      raise prepared_dataset.DatasetError(
-        f"config.sound.weight={self.config.sound.weight} needs sound, and "
-        f"{', '.join(part.path for part in self.parts)} was prepared without: "
-        "prepare the videos again, with data_prep.prepare --sound"
-      )
-
-  def _check_people(self) -> None:
-    """Raises ConfigError if people are contrasted and there is one alone."""
-    config = self.config
-    if config.contrast.weight and self.draws.clips_per_epoch < 2:
-      raise ConfigError(
-        f"contrast.weight={config.contrast.weight}: expected videos of at "
-        f"least two people in {config.data.path}, which has one "
-        f"{config.data.sample_by}"
-      )
 
   @functools.cached_property
   def mesh(self) -> Mesh:
