@@ -40,6 +40,8 @@ _FACE = FRAME_SIZE * np.array([0.14, 0.1, 0.86, 0.9])
 class MouthScore(NamedTuple):
   """Means over the frames of a video; names as in the module's docstring.
 
+  `landmark_distance` is NaN where no frame has a mesh of both faces.
+
   Attributes:
     num_frames: frames of both videos in which the original shows a face.
   """
@@ -95,9 +97,15 @@ def compare(
     raise FaceVideoError(
       path, f"it shares no frame with a face with {original}"
     )
+  psnrs, ssims, distances = map(np.array, zip(*rows, strict=True))
   # Frames in which a mesh is not found have no distance.
-  means = np.nanmean(np.array(rows, float), axis=0)
-  return MouthScore(*means.tolist(), num_frames=len(rows))
+  distances = distances[~np.isnan(distances)]
+  return MouthScore(
+    float(psnrs.mean()),
+    float(ssims.mean()),
+    float(distances.mean()) if len(distances) else float("nan"),
+    num_frames=len(rows),
+  )
 
 
 def _check_size(path, size: tuple[int, int], original: tuple[int, int]) -> None:

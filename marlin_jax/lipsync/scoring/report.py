@@ -25,12 +25,12 @@ FILES = ("scores.json", "scores.csv", "scores.txt", "offsets.png")
 # Rows of the table on screen; scores.csv has all of them.
 _MAX_ROWS = 40
 _MAX_CURVES = 12
-# Metric -> its name in papers.
 _CROPS = {
   face_crops.RECORD: "face crops as in records",
   face_crops.SYNCNET: "face crops as of SyncNet's pipeline",
   face_crops.FRAME: "whole frames",
 }
+# Metric -> its name in papers.
 _TITLES = {"lse_d": "LSE-D", "lse_c": "LSE-C", "fid": "FID"}
 
 
@@ -105,19 +105,20 @@ def add_mouths(
 
   Args:
     results: from `results`; each video gets the metrics of `mouths.METRICS`,
-      None without a score, and `mean` their means over the videos with one.
+      None without a score or where it is NaN, and `mean` their means over the
+      videos that have one.
     found: scores by name of the video.
     left_out: name of a video -> reason why it has none.
   """
-  for video in results["videos"]:
-    score = found.get(video["video"])
-    for metric in mouths.METRICS:
-      video[metric] = getattr(score, metric) if score else None
   results["metrics"] += mouths.METRICS
   results["mouths_left_out"] = dict(left_out)
   for metric in mouths.METRICS:
-    values = [getattr(score, metric) for score in found.values()]
-    results["mean"][metric] = statistics.fmean(values) if values else None
+    values = {name: getattr(score, metric) for name, score in found.items()}
+    values = {k: value for k, value in values.items() if not np.isnan(value)}
+    for video in results["videos"]:
+      video[metric] = values.get(video["video"])
+    mean = statistics.fmean(values.values()) if values else None
+    results["mean"][metric] = mean
 
 
 def check_folder(folder: Path) -> None:

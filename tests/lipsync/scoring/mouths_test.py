@@ -9,7 +9,7 @@ import pytest
 from data_prep.video import video_to_records
 from marlin_jax.inference.face_windows import FaceVideoError
 from marlin_jax.lipsync.generation import blending
-from marlin_jax.lipsync.scoring import mouths, score, talking_video
+from marlin_jax.lipsync.scoring import mouths, report, score, talking_video
 from tests.lipsync.scoring.score_test import MouthJudge
 from tests.support import talking_mouths
 
@@ -72,6 +72,23 @@ def test_scores_of_mouths_are_beside_those_of_sync(folders, tmp_path):
     assert video[metric] == written["mean"][metric] == results["mean"][metric]
   header = (tmp_path / "out/scores.txt").read_text().splitlines()[0]
   assert header.split()[2:7] == ["mouth_d", "mouth_c", *mouths.METRICS]
+
+
+def test_a_mouth_without_a_mesh_has_no_distance(
+  folders, carphone_frames, models, tmp_path
+):
+  black = talking_mouths.write_mp4(
+    tmp_path / "a.mp4", np.zeros_like(carphone_frames[:3]), None
+  )
+  lost = mouths.compare(black, folders / "originals/a.mp4", models)
+  assert lost.num_frames == 3
+  assert np.isnan(lost.landmark_distance)
+  found = lost._replace(landmark_distance=2.0)
+  results = {"videos": [{"video": n} for n in "ab"], "metrics": [], "mean": {}}
+  report.add_mouths(results, {"a": lost, "b": found}, {})
+  assert [v["landmark_distance"] for v in results["videos"]] == [None, 2.0]
+  assert results["mean"]["landmark_distance"] == 2.0
+  assert results["mean"]["mouth_psnr"] == lost.mouth_psnr
 
 
 def test_videos_that_are_no_pair_are_told(folders, models, tmp_path):
