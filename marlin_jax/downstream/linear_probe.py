@@ -72,8 +72,8 @@ def fit(
   penalty * number of known videos.
 
   While the best penalty of a label is the first or the last one tried, the grid
-  continues with its last ratio, down to 1e-12 and up to 1e3. A single penalty
-  is taken as it is.
+  continues with its last ratio, down to 1e-12 and up to 1e3. A single penalty,
+  and a grid with the penalty 0, are taken as they are.
 
   Args:
     task: defines the targets. Classes share one softmax and one penalty.
@@ -89,13 +89,13 @@ def fit(
     problem = _Ridge(task, features, targets)
   else:
     problem = _Logistic(task, features, targets, max_iterations)
-  grid = sorted(map(float, penalties), reverse=True)
+  grid = sorted(set(map(float, penalties)), reverse=True)
   probes, scores = [], []
   # From the largest penalty on: each optimum is near the previous one.
   for penalty in grid:
     probes.append(problem.solve(penalty, probes[-1] if probes else None))
     scores.append(score(probes[-1]))
-  while len(grid) > 1:
+  while len(grid) > 1 and grid[-1] > 0:
     best = _best(scores)[np.isfinite(scores[0])]
     ratio = grid[-1] / grid[-2]
     if len(grid) - 1 in best and grid[-1] * ratio >= _LEAST_PENALTY:

@@ -326,7 +326,7 @@ def split_warnings(splits: Iterable[Split]) -> list[str]:
   splits = list(splits)
   lines = []
   for first, second in itertools.combinations(splits, 2):
-    if first.name == second.name:
+    if first.dataset.fingerprint == second.dataset.fingerprint:
       lines.append(
         f"split '{first.name}' is used twice: choices made on it make its own "
         "scores too high"

@@ -28,6 +28,14 @@ from marlin_jax.scores import binary, classes, ranking, values
 
 BINARY, CLASS, VALUE = KINDS = ("binary", "class", "value")
 _RULES = ("label", "cuts", "apart", "negative", "only", "scale")
+# Of each pair a rule has one.
+_EXCLUSIVE = (
+  ("cuts", "scale"),
+  ("cuts", "negative"),
+  ("apart", "scale"),
+  ("apart", "negative"),
+  ("scale", "negative"),
+)
 # Classes of numbers by which subsets are stratified.
 _NUM_STRATA = 4
 
@@ -222,10 +230,13 @@ class Task:
       return np.nan_to_num(targets + 1).astype(int)
     if self.is_value:
       first = targets[:, 0]
+      known = ~np.isnan(first)
+      if not known.any():
+        return np.zeros(len(first), int)
       levels = np.arange(1, _NUM_STRATA) / _NUM_STRATA
-      cuts = np.quantile(first[~np.isnan(first)], levels)
+      cuts = np.quantile(first[known], levels)
       places = 1 + np.searchsorted(cuts, first, side="right")
-      return np.where(np.isnan(first), 0, places)
+      return np.where(known, places, 0)
     present = targets == 1
     by_rarity = np.argsort(present.sum(axis=0), kind="stable")
     rarest = by_rarity[present[:, by_rarity].argmax(axis=1)]
@@ -404,11 +415,7 @@ def make_task(
       f"task '{name}' needs the label '{label}', and {where} has "
       f"{describe_labels(labels)}. Name one of them in config.tasks"
     )
-  if unknown := sorted({*rule} - {*_RULES}):
-    raise TaskError(
-      f"task '{name}': config.derive.{name} has '{unknown[0]}', expected some "
-      f"of {', '.join(_RULES)}"
-    )
+  _check_rule(name, rule)
   kind, columns = labels[label]["kind"], tuple(labels[label]["names"])
   cuts = tuple(float(cut) for cut in rule.get("cuts", ()))
   negative, only = rule.get("negative", ""), rule.get("only", "")
@@ -419,11 +426,6 @@ def make_task(
     raise TaskError(
       f"task '{name}': label '{label}' of {where} is of kind {kind}, and "
       f"{', '.join(sorted({*rule} - {'label'}))} is for kind {expected}"
-    )
-  if cuts and scale:
-    raise TaskError(
-      f"task '{name}': cuts make classes of a value, scale keeps its numbers: "
-      "give one of them"
     )
   if cuts or apart is not None:
     return _between_cuts(name, label, columns, cuts, apart)
@@ -448,6 +450,27 @@ def make_task(
       f"task '{name}': scale {scale}, expected its least and largest number"
     )
   return Task(name, label, kind, columns or (label,), scale=scale)
+
+
+def _check_rule(name: str, rule: Mapping[str, Any]) -> None:
+  """Raises TaskError if parts of a rule are unknown or exclude each other."""
+  if unknown := sorted({*rule} - {*_RULES}):
+    raise TaskError(
+      f"task '{name}': config.derive.{name} has '{unknown[0]}', expected some "
+      f"of {', '.join(_RULES)}"
+    )
+  given = [key for key in _RULES if rule.get(key) not in (None, "", (), [])]
+  if "only" in given and "negative" not in given:
+    raise TaskError(
+      f"task '{name}': only={rule['only']!r} needs the class that becomes 0, "
+      "negative"
+    )
+  for first, second in _EXCLUSIVE:
+    if {first, second} <= {*given}:
+      raise TaskError(
+        f"task '{name}': {first} and {second} make different targets: give one "
+        "of them"
+      )
 
 
 def _between_cuts(

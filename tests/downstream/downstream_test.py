@@ -85,6 +85,9 @@ def test_labels_become_targets():
     ("w", {"label": "worth", "cut": (0.0,)}, "has 'cut', expected some of"),
     ("w", {"label": "worth", "cuts": (0.0,), "apart": 0.0}, "is one of the"),
     ("w", {"label": "worth", "cuts": (1.0,), "scale": (0, 2)}, "one of them"),
+    ("w", {"label": "worth", "apart": 0.0, "scale": (0, 2)}, "one of them"),
+    ("w", {"label": "worth", "cuts": (1.0,), "negative": "sad"}, "one of them"),
+    ("m", {"label": "mood", "only": "gay"}, "needs the class that becomes 0"),
     ("w", {"label": "worth", "scale": (2, 2)}, "its least and largest"),
     ("face", {"scale": (0, 2)}, "scale is for kind value"),
     ("mood", {"label": "mood", "cuts": (0.0,)}, "cuts is for kind value"),
@@ -211,6 +214,21 @@ def test_the_stratum_is_the_rarest_label():
   )
   assert BINARY.strata(targets).tolist() == [1, 2, 2, 0, 3]
   assert CLASSES.strata(np.array([2.0, nan, 0.0])).tolist() == [3, 0, 1]
+
+
+def test_the_stratum_of_a_number_is_its_quarter():
+  nan = np.nan
+  affect, unknown = task_of("affect"), np.full(5, nan)
+  known = np.array([0.0, 1.0, 2.0, 3.0, nan])
+  assert affect.strata(np.stack([known, unknown], 1)).tolist() == [
+    1,
+    2,
+    3,
+    4,
+    0,
+  ]
+  # Valence is known of no video, and arousal of some.
+  assert affect.strata(np.stack([unknown, known], 1)).tolist() == [0] * 5
 
 
 # --- The linear probe ---------------------------------------------------------
@@ -366,6 +384,18 @@ def test_a_penalty_at_the_end_of_the_search_is_told():
   probe = linear_probe.fit(BINARY, x, y, (1e-2, 1e-6), score, 1000)
   assert probe.at_edge.all()
   assert (probe.penalty <= 1e-6).all()
+
+
+@pytest.mark.parametrize("penalties", [(1.0, 1.0), (0.0, 0.1, 1.0)])
+def test_equal_penalties_and_the_penalty_0_do_not_grow_the_grid(penalties):
+  x, y = drawn(60, 0, noise=0.0)
+
+  def score(probe):
+    return -BINARY.losses(y, BINARY.predicted(probe.logits(x)))
+
+  probe = linear_probe.fit(BINARY, x, y, penalties, score, 1000)
+  assert (probe.penalty == min(penalties)).all()
+  assert np.isfinite(probe.kernel).all()
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e3])

@@ -73,6 +73,21 @@ def test_labels_are_those_of_the_ledger(made, tmp_path, monkeypatch):
   assert splits.open_split(str(path), "val", None).labels["emotion"].all()
 
 
+def test_splits_of_one_name_in_two_data_sets_are_compared(made, tmp_path):
+  """A person in both is told; that the names are equal is no fault."""
+  other = made_dataset.make(
+    tmp_path / "other",
+    {"new.mp4": [a_record("new.mp4", 0, 0, 5, subject_id="p1")]},
+  )
+  ours, theirs = (
+    splits.open_split(str(path), "train", None) for path in (made, other)
+  )
+  (line,) = splits.split_warnings([ours, theirs])
+  assert "share 1 people (e.g. 'p1')" in line
+  (line,) = splits.split_warnings([ours, ours])
+  assert "used twice" in line
+
+
 @pytest.mark.parametrize("change", ["sides", "names", "other records"])
 def test_records_are_read_where_not_all_is_noted(made, tmp_path, change):
   expected = described(made, "train")
