@@ -80,8 +80,8 @@ class BadRecords:
     if _key(row) not in self._rows.keys() | self._others:
       self._rows[_key(row)] = row
       lines = (f"{json.dumps(row)}\n" for row in self._rows.values())
-      # Rewrites the file, because buckets do not support appending.
-      self._path.write_text("".join(lines))
+      # The whole file, because buckets do not support appending.
+      folders.write_bytes(self._path, "".join(lines).encode())
     num_rows = len(self._rows.keys() | self._others)
     if num_rows > self.limit:
       raise DatasetError(

@@ -187,6 +187,16 @@ def run_training(run: Callable[[], tuple[Any, int | None]]) -> None:
       _, signum = run()
     except UserError as e:
       coordination.end_all(f"error: {e}", e.exit_code)
+    except jax.errors.JaxRuntimeError as e:
+      if "RESOURCE_EXHAUSTED" not in str(e):
+        raise
+      # The same command would need as much again: not for a restart.
+      coordination.end_all(
+        f"error: a device is out of memory: {e}\nLower "
+        "config.clips_per_device (or batch_size), or set config.remat='full'; "
+        "end other programs that use the device",
+        1,
+      )
   if signum is not None:
     sys.exit(128 + signum)
 
@@ -320,11 +330,18 @@ def train(
     requests = distributed.Requests(course.mesh)
     save_timer = SaveTimer(config.checkpoint_minutes)
     best = BestMetric(
-      config.best_metric, checkpoints, max(e.every for e in evaluations)
+      config.best_metric,
+      checkpoints,
+      start_step + max(e.every for e in evaluations),
     )
-    with contextlib.closing(writer), contextlib.closing(progress):
+    # Signals are noted until all is saved.
+    with (
+      StopSignal() as stop,
+      contextlib.closing(writer),
+      contextlib.closing(progress),
+    ):
       timer.enter("step")
-      with StopSignal() as stop, profiles:
+      with profiles:
         for step in range(start_step + 1, course.num_steps + 1):
           watchdog.alive(f"step {step}")
           if stage is None or step > stage.last_step:
@@ -405,7 +422,8 @@ def train(
           if config.best_metric:
             while due:
               found |= evaluate(step, due.pop(0)).scalars
-            if warning := best.missing(step, found, is_last=is_last):
+            ends = is_last and signum is None
+            if warning := best.missing(step, found, is_last=ends):
               progress.say(warning)
             saves |= best.improves(found)
           if saves:

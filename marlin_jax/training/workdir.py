@@ -39,10 +39,10 @@ def as_begun(
     The configuration, and a line for each value that changed. Keys in
     `allow_change` do not change.
   """
-  saved = epath.Path(path) / "config.json"
-  if not saved.exists():
+  saved = _read_config(epath.Path(path) / "config.json")
+  if not saved:
     return config, []
-  begun = flat(ConfigDict(json.loads(saved.read_text())))
+  begun = flat(ConfigDict(saved))
   kept = {
     key: rule.before
     for key, rule in keys.items()
@@ -66,17 +66,24 @@ def check_config(file: epath.Path, config: ConfigDict) -> None:
     file: the file; it may be missing, or half-written by a run.
     config: the configuration that is to replace it.
   """
-  if not file.exists():
+  if (found := _read_config(file)) is None:
     return
-  try:
-    found = json.loads(file.read_text())
-  except ValueError:
-    return
-  keys = found.keys() if isinstance(found, dict) else ()
-  if 2 * len({*keys} & {*config.keys()}) < len({*config.keys()}):
+  if 2 * len({*found} & {*config.keys()}) < len({*config.keys()}):
     raise folders.OutputFolderError(
       f"{file} was not written by a run; choose another --workdir"
     )
+
+
+def _read_config(file: epath.Path) -> dict[str, Any] | None:
+  """Returns the object in a config.json; None: it is missing or half-written.
+
+  Another JSON value becomes {}.
+  """
+  try:
+    found = json.loads(file.read_text())
+  except (FileNotFoundError, ValueError):
+    return None
+  return found if isinstance(found, dict) else {}
 
 
 class Workdir:
@@ -184,7 +191,7 @@ class Workdir:
       if self.start_step:
         print(f"resumed from step {self.start_step} in {self.path}", flush=True)
       text = self._config.to_json(indent=2) + "\n"
-      (self.path / "config.json").write_text(text)
+      folders.write_bytes(self.path / "config.json", text.encode())
     self.files = remote_files.RunFiles(
       self.path,
       is_temporary=self._is_process_0 and folders.is_remote(self.path),
@@ -249,17 +256,17 @@ class BestMetric:
     self,
     name: str,
     checkpoints: checkpoint.Checkpoints,
-    eval_steps: int,
+    last_first: int,
   ):
     """Stores the arguments.
 
     Args:
       name: config.best_metric.
       checkpoints: checkpoints of the run.
-      eval_steps: steps after which all evaluations have run.
+      last_first: step by which each evaluation has run in this process.
     """
     self._name, self._checkpoints = name, checkpoints
-    self._eval_steps = eval_steps
+    self._last_first = last_first
     self._seen: set[str] = set()
     self._is_silent = False
 
@@ -279,7 +286,7 @@ class BestMetric:
   ) -> str | None:
     """Returns a warning, once, if no evaluation has the metric."""
     self._seen |= found.keys()
-    if self._is_silent or not (is_last or step >= self._eval_steps):
+    if self._is_silent or not (is_last or step >= self._last_first):
       return None
     self._is_silent = True
     if self._name in self._seen:

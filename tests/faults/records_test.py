@@ -128,6 +128,18 @@ def spoiled(good, tmp_path):
   return write(tmp_path, contents), tmp_path / "quarantine.jsonl"
 
 
+def test_the_list_of_bad_records_is_never_half_written(tmp_path):
+  """A run that is killed while it writes finds the list as it was."""
+  quarantine = tmp_path / "quarantine.jsonl"
+  bad = BadRecords(quarantine, 2)
+  bad.add([{"data": "a", "record": 1}])
+  before = quarantine.read_text()
+  with quarantine.open() as opened:
+    bad.add([{"data": "a", "record": 2}])
+    assert opened.read() == before
+  assert len(quarantine.read_text().splitlines()) == 2
+
+
 def test_a_resumed_run_reads_the_same_clips_around_bad_records(spoiled):
   dataset, quarantine = spoiled
   whole = list(itertools.islice(batches(dataset, quarantine, 2), 8))

@@ -18,6 +18,7 @@ from marlin_jax.data.clips import TakeClip
 from marlin_jax.data.prepared_dataset import open_dataset
 from marlin_jax.data.sampling import RecordDraws
 from marlin_jax.devices import sharding
+from marlin_jax.pretraining import configuration
 from marlin_jax.records import cli
 from marlin_jax.records.folders import OutputFolderError
 from marlin_jax.training import checkpoint, loop, remote_files, workdir
@@ -247,6 +248,48 @@ def test_the_first_signal_is_noted_and_a_second_ctrl_c_interrupts():
   assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_signal_while_the_last_checkpoint_is_saved_does_not_end_the_run(
+  dataset, tmp_path, events, monkeypatch
+):
+  close, came_through = Checkpoints.close, []
+
+  def close_under_fire(self):
+    os.kill(os.getpid(), signal.SIGTERM)
+    close(self)
+
+  monkeypatch.setattr(Checkpoints, "close", close_under_fire)
+  before = signal.signal(signal.SIGTERM, lambda *_: came_through.append(1))
+  try:
+    state, signum = train(dataset, tmp_path, 4, events)
+  finally:
+    signal.signal(signal.SIGTERM, before)
+  assert state.step == 4
+  assert signum is None
+  assert not came_through
+
+
+def test_too_little_memory_is_told_and_not_tried_again(capfd):
+  def run():
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9.00G of 8.00G")
+
+  with pytest.raises(SystemExit) as ended:
+    loop.run_training(run)
+  assert ended.value.code == 1
+  told = capfd.readouterr().err
+  assert "out of memory: RESOURCE_EXHAUSTED: 9.00G of 8.00G\n" in told
+  assert "config.clips_per_device" in told
+  assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("left", ['{"data": {"sample', "", "[]"])
+def test_a_config_that_a_kill_cut_off_does_not_prevent_resuming(tmp_path, left):
+  (tmp_path / "config.json").write_text(left)
+  config = pretrain_b.get_config()
+  begun, notes = workdir.as_begun(config, configuration.KEYS, tmp_path)
+  assert begun.to_dict() == config.to_dict()
+  assert notes == []
+
+
 # --- When it saves ------------------------------------------------------------
 
 
@@ -318,6 +361,19 @@ def test_a_metric_that_no_evaluation_has_is_told_once(
   output = capfd.readouterr().out
   assert output.count("best_metric='eval/wait' is in no evaluation") == 1
   assert "there are: eval/weight\n" in output
+
+
+def test_a_metric_that_is_not_due_yet_is_not_missed(
+  dataset, tmp_path, events, capfd
+):
+  """In a run that a signal ends early, and in one that resumes."""
+  settings = {"best_metric": "eval/weight"}
+  train(dataset, tmp_path, 9, events, kill_at=1, **settings)
+  evaluations = [
+    loop.Evaluation(2, lambda state: loop.Result({"eval/weight": 1.0}))
+  ]
+  train(dataset, tmp_path, 9, events, evaluations=evaluations, **settings)
+  assert "is in no evaluation" not in capfd.readouterr().out
 
 
 def test_time_alone_may_decide_when_to_save(dataset, tmp_path, events):
