@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -54,7 +55,8 @@ class Cell(NamedTuple):
   Attributes:
     number: entry of `metrics` of a summary; see `report.summary`.
     difference: difference to the first evaluation, with its interval: mean, low
-      and high; None for the first, and where draws were not kept.
+      and high; None for the first, and where draws were not kept or define no
+      interval, as those of a single person.
   """
 
   number: dict[str, float | None]
@@ -241,13 +243,12 @@ def _cell(
   draws = [_mean_draws(e, key, metric) for e in (evaluation, first)]
   if any(values is None for values in draws):
     return Cell(number, None)
-  return Cell(
-    number,
-    (
-      number["mean"] - theirs["mean"],
-      *bootstrap.interval(draws[0] - draws[1]),
-    ),
-  )
+  # The first draws are the same people whatever config.num_resamples.
+  num = min(map(len, draws))
+  low, high = bootstrap.interval(draws[0][:num] - draws[1][:num])
+  if math.isnan(low):
+    return Cell(number, None)
+  return Cell(number, (number["mean"] - theirs["mean"], low, high))
 
 
 def _mean_draws(

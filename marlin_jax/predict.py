@@ -238,7 +238,14 @@ def _predict_dataset(
   from marlin_jax.inference import stream
 
   clip = classifier.weights.architecture.clip
-  split = splits.open_split(args.data, args.split, None)
+  # The tracks that the evaluation took.
+  settings = classifier.description.origin.get("settings", {})
+  split = splits.open_split(
+    args.data,
+    args.split,
+    None,
+    all_tracks=settings.get("data.all_tracks", False),
+  )
   fingerprint = split.dataset.fingerprint
   own = set(log.task.part(range(len(split))))
   windows = [

@@ -32,7 +32,8 @@ def draws(
     measure: maps weights (V, R) to scores (R,) by name.
     groups: V names: the group of each example, such as a person.
     num_resamples: number of draws with replacement.
-    seed: seed of the draws: with the same groups the draws are the same.
+    seed: seed of the draws: with the same groups the draws are the same, and
+      the first of more draws too.
     report: called with the number of draws done since the last call.
 
   Returns:

@@ -240,8 +240,8 @@ def read_results(
   Args:
     workdirs: workdirs of evaluations.
     encoder_sha256: hash of the encoder that was evaluated.
-    cell: name of the one cell to read, that of a trained model; '': all modes
-      with the whole training data.
+    cell: name of the one cell to read, that of a trained model or of a fold's;
+      '': all modes with the whole training data.
 
   Raises:
     WeightsError: there are no results, or they are of another encoder.
@@ -275,14 +275,18 @@ def _rows(
       f"{workdir} holds results of the encoder {found[:12]}, and this is "
       f"{sha256[:12]}"
     )
-  own = f"{Path(data['path']).name}:{data['splits']['test']['name']}"
+  # Folds may take all videos, and have a model each.
+  tested = data["splits"].get("test") or data["splits"]["all"]
+  own = f"{Path(data['path']).name}:{tested['name']}"
   for row in summary if not cell else ():
     if row["ratio"] == 1:
       yield row, _by_name(own, row["metrics"], row["tests"])
-  for row in cells if cell else ():
+  fits = (fit for row in cells for fit in (row, *row.get("folds", ())))
+  for row in fits if cell else ():
     if row["name"] == cell:
       tests = {name: test["metrics"] for name, test in row["tests"].items()}
-      yield row, _by_name(own, row["test"]["metrics"], tests)
+      where = f"{own} ({row['fold']})" if row.get("fold") else own
+      yield row, _by_name(where, row["test"]["metrics"], tests)
 
 
 def _by_name(own: str, metrics: dict, tests: dict[str, dict]) -> dict:

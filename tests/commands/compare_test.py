@@ -65,6 +65,41 @@ def test_differences_have_paired_intervals(workdirs, capsys):
   assert f"[{low:+.3f}, {high:+.3f}]" in line
 
 
+@pytest.mark.parametrize("kept", ["fewer draws", "of one person"])
+def test_draws_of_another_number_are_paired_and_undefined_ones_are_not(
+  workdirs, tmp_path, capsys, kept
+):
+  twin, other = workdirs / "first", workdirs / "<b>small"
+  copy = shutil.copytree(twin, tmp_path / "copy")
+  for file in (copy / "cells").glob("*.npz"):
+    with np.load(file) as arrays:
+      content = {
+        k: v[:50] if kept == "fewer draws" else v * np.nan
+        for k, v in arrays.items()
+        if k.startswith("draws:")
+      }
+    np.savez(file, **content)
+  arguments = [str(copy), str(other), "--metric", "accuracy"]
+  assert compare.main(arguments) == 0
+  lines = capsys.readouterr().out.splitlines()
+  line = next(x for x in lines if x.startswith("mood ") and " knn " in x)
+  if kept == "of one person":
+    assert "(" not in line
+    return
+  first, second = (
+    np.mean(
+      [
+        results_folder.read_draws(path, f"mood-knn-0.25-{seed}")["accuracy"]
+        for seed in (0, 1)
+      ],
+      axis=0,
+    )
+    for path in (twin, other)
+  )
+  low, high = bootstrap.interval((second - first)[:50])
+  assert f"[{low:+.3f}, {high:+.3f}]" in line
+
+
 def test_seeds_have_an_interval_of_their_mean(workdirs):
   results = json.loads((workdirs / "first" / "results.json").read_text())
   (row,) = (row for row in results["summary"] if row["mode"] == "knn")

@@ -57,7 +57,7 @@ def workdir(face_data, tmp_path_factory):
     tasks="mood",
     modes="linear",
     pool="mean_std",
-    **common,
+    **common | {"data.all_tracks": True},
   )
   return folder
 
@@ -126,7 +126,9 @@ def test_a_kept_model_gives_the_evaluations_predictions(
       assert row["predicted"] == ";".join(chosen)
 
 
-def test_pooled_deviations_are_kept_too(workdir, face_data, tmp_path):
+def test_pooled_deviations_over_all_tracks_are_kept_too(
+  workdir, face_data, tmp_path
+):
   model = workdir / "std" / "models" / "mood-linear-1-0"
   output = tmp_path / "predictions.csv"
   assert (

@@ -11,6 +11,7 @@ from configs import eval_dfd, eval_far
 from marlin_jax import compare, predict
 from marlin_jax.eval import modes
 from marlin_jax.training.configuration import ConfigError
+from marlin_jax.weights import hub
 from tests.support import labelled_data
 from tests.support.labelled_data import LABELS, draw_face, run
 
@@ -144,6 +145,16 @@ def test_each_fold_keeps_its_model_and_totals_compare(
   np.testing.assert_allclose(
     np.array(found, float), np.array(expected, float), atol=2e-6
   )
+  results = json.loads((workdir / "results.json").read_text())
+  sha256 = results["checkpoint"]["sha256"]
+  card = hub.read_results([workdir], sha256, "mood-linear-1-0-fold2")
+  total = cell_of(workdir, "mood-linear-1-0")
+  assert {r.metric: r.value for r in card} == {
+    name: number["value"]
+    for name, number in total["folds"][1]["test"]["metrics"].items()
+  }
+  assert {r.data for r in card} == {"data:fold1+fold2+fold3+fold4 (fold2)"}
+  assert hub.read_results([workdir], sha256)
   assert compare.main([str(workdir), str(workdir)]) == 0
   assert "(+0.0000 [+0.000, +0.000])" in capsys.readouterr().out
 
