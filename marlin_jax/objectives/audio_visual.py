@@ -37,6 +37,7 @@ from marlin_jax.models.sound import SoundAutoencoder
 from marlin_jax.objectives import collapse
 from marlin_jax.objectives.objective import Forward, Objective
 from marlin_jax.records.schema import NUM_MELS
+from marlin_jax.training.configuration import ConfigError
 
 # Logit of a pair that is not compared.
 _LEFT_OUT = -1e9
@@ -133,6 +134,12 @@ class AudioVisual(Objective):
     have sound; of the sound's features those of `collapse.spread`.
     """
     del frozen
+    if self.settings.contrast_weight and len(batch["mel"]) < 2:
+      raise ConfigError(
+        f"sound.contrast_weight={self.settings.contrast_weight}: a microbatch "
+        "of one clip has no other sound to compare; raise config.batch_size, "
+        "or config.clips_per_device if it fits, or set 0"
+      )
     tokens = self.patches.patchify(batch["mel"])
     visible, masked = self._split(batch["keys"])
     sound = own.encoder(gather_tokens(tokens, visible), visible)

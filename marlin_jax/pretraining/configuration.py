@@ -21,6 +21,7 @@ from marlin_jax.training.configuration import (
   FRAME_SIZES,
   FROM_0_TO_1,
   TRAINING_KEYS,
+  Rule,
   above,
   at_least,
   fixed,
@@ -50,7 +51,9 @@ KEYS = TRAINING_KEYS | {
   "batch_size": fixed(at_least(1)),
   "clips_per_device": free(at_least(0)),
   # A checkpoint records the number of steps that follows from the two.
-  "num_epochs": free(at_least(0)),
+  "num_epochs": free(
+    Rule("at least 0, and finite", lambda value: 0 <= value < math.inf)
+  ),
   "num_steps": fixed(at_least(0)),
   "curriculum": fixed(before=""),
   # A checkpoint records the data set's fingerprint instead of its path.
@@ -109,7 +112,7 @@ KEYS = TRAINING_KEYS | {
   "optim.layer_decay": fixed(ABOVE_0_TO_1, before=1.0),
   "optim.b1": fixed(BELOW_1),
   "optim.b2": fixed(BELOW_1),
-  "optim.eps": fixed(),
+  "optim.eps": fixed(above(0)),
   "optim.weight_decay": fixed(at_least(0)),
   "optim.decay_params": fixed(one_of("all", "kernels"), before="all"),
   "optim.mu_dtype": fixed(one_of(*DTYPES)),
@@ -351,6 +354,11 @@ def _problems(config: ConfigDict) -> Iterator[str]:
 
 
 def _schedule_problems(settings: ConfigDict) -> Iterator[str]:
+  if settings.min_lr > settings.base_lr:
+    yield (
+      f"optim.min_lr={settings.min_lr}: expected at most "
+      f"optim.base_lr={settings.base_lr}, from which the rate falls"
+    )
   if settings.schedule == "cosine" and settings.cooldown_steps:
     yield (
       f"optim.cooldown_steps={settings.cooldown_steps}: expected 0 with "

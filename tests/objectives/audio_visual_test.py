@@ -281,6 +281,11 @@ def test_what_cannot_be_run_is_refused(overrides, words):
     experiment(**overrides)
 
 
+def test_a_contrast_in_microbatches_of_one_clip_is_refused():
+  with pytest.raises(ConfigError, match="microbatch of one clip"):
+    experiment(clips_per_device=1).lower_step()
+
+
 def test_data_without_sound_are_refused(sample_dataset, tmp_path):
   overrides = SOUND | {"data.path": sample_dataset}
   message = refused(train(tmp_path / "run", **overrides))

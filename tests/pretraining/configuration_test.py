@@ -94,6 +94,9 @@ def test_all_problems_are_reported_together():
     ({"data.min_quality": -0.1}, "data.min_quality=-0.1: expected 0 <= value"),
     ({"mesh.data": 0}, "mesh.data=0"),
     ({"optim.base_lr": 0.0}, "optim.base_lr=0.0"),
+    ({"optim.min_lr": 1.0}, "optim.min_lr=1.0: expected at most optim.base_lr"),
+    ({"optim.eps": -1.0}, "optim.eps=-1.0: expected a value above 0"),
+    ({"num_epochs": float("inf")}, "num_epochs=inf: expected at least 0, and"),
     ({"dtype": "float16"}, "dtype='float16'"),
     ({"optim.layer_decay": 1.5}, "layer_decay=1.5: expected 0 < value <= 1"),
     (
