@@ -15,7 +15,12 @@ from jax.sharding import Mesh
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.devices import sharding
-from marlin_jax.downstream.splits import Split, TrackRecords, TrackWindow
+from marlin_jax.downstream.splits import (
+  Split,
+  TaskSplit,
+  TrackRecords,
+  TrackWindow,
+)
 from marlin_jax.records import schema
 
 
@@ -182,6 +187,23 @@ class PairedOrder:
       for place, example in enumerate(positives)
     ]
     return np.stack([positives, negatives], axis=1).reshape(-1)
+
+
+def windows_of(
+  videos: TaskSplit, clip: Clip, most: int = 0
+) -> tuple[list[TrackWindow], np.ndarray]:
+  """Returns windows of videos, and the video of each, int (W,), ascending.
+
+  Args:
+    videos: the videos, which the numbers count.
+    clip: frames of a window.
+    most: most windows of a video, see `spread_windows`; 0: all.
+  """
+  windows = videos.split.windows(clip)
+  owners = videos.positions[videos.split.video_of(windows)]
+  known = np.flatnonzero(owners >= 0)
+  chosen = known[spread_windows(owners[known], most)]
+  return [windows[i] for i in chosen], owners[chosen]
 
 
 def spread_windows(owners: np.ndarray, most: int) -> np.ndarray:

@@ -326,7 +326,8 @@ def split_warnings(splits: Iterable[Split]) -> list[str]:
   splits = list(splits)
   lines = []
   for first, second in itertools.combinations(splits, 2):
-    if first.dataset.fingerprint == second.dataset.fingerprint:
+    datasets = first.dataset, second.dataset
+    if len({(dataset.path, dataset.split) for dataset in datasets}) == 1:
       lines.append(
         f"split '{first.name}' is used twice: choices made on it make its own "
         "scores too high"

@@ -32,7 +32,7 @@ from marlin_jax.downstream import (
   protocols,
 )
 from marlin_jax.downstream.feature_table import FeatureTable
-from marlin_jax.downstream.splits import Split, TaskSplit, TrackWindow
+from marlin_jax.downstream.splits import Split, TaskSplit
 from marlin_jax.downstream.tasks import Task, TaskError, Units
 from marlin_jax.eval import configuration
 from marlin_jax.inference import clip_features, nearest_neighbours, stream
@@ -312,6 +312,9 @@ class ModeRunner:
     )
     units = Units.of(task, job.train.targets)
     plan = protocols.plan_training(training, len(job.train))
+    val_windows, _ = clip_batches.windows_of(
+      job.val, self._clip, config.data.val_windows
+    )
 
     def score(trained, pause) -> float:
       trained = learner.in_units(trained, units)
@@ -333,9 +336,7 @@ class ModeRunner:
         # The forward pass of a clip takes a third of its training.
         forecast=functools.partial(
           bar.forecast,
-          score_steps=len(self._windows(job.val, config.data.val_windows)[0])
-          / training.batch_size
-          / 3,
+          score_steps=len(val_windows) / training.batch_size / 3,
           note=_microbatch_note(model),
         ),
       )
@@ -397,21 +398,6 @@ class ModeRunner:
       job.train.rows, is_positive, job.train.people, job.seed
     )
 
-  def _windows(
-    self, videos: TaskSplit, most: int = 0
-  ) -> tuple[list[TrackWindow], np.ndarray]:
-    """Returns windows of the videos, and the video of each.
-
-    Args:
-      videos: the videos.
-      most: most windows of a video; 0: all.
-    """
-    windows = videos.split.windows(self._clip)
-    owners = videos.positions[videos.split.video_of(windows)]
-    known = np.flatnonzero(owners >= 0)
-    chosen = known[clip_batches.spread_windows(owners[known], most)]
-    return [windows[i] for i in chosen], owners[chosen]
-
   def _predict(
     self,
     model: learner.Learner,
@@ -421,7 +407,7 @@ class ModeRunner:
     pause: Callable[[], None] = lambda: None,
   ) -> Predicted:
     """Predicts videos, by the means over their windows, and the windows."""
-    windows, owners = self._windows(videos, most)
+    windows, owners = clip_batches.windows_of(videos, self._clip, most)
     batches = clip_batches.window_batches(
       clip_batches.ClipReader(videos.split, self._clip, self._image_size),
       windows,

@@ -149,17 +149,9 @@ def _examples(task, split, clip, num_videos, num_windows) -> Examples:
     task.strata(videos.targets), videos.people, seed=0
   )
   chosen = np.sort(np.concatenate(order)[:num_videos])
-  track_of = {track.video: i for i, track in enumerate(split.tracks)}
-  windows, owners = [], []
-  for i, video in enumerate(videos.rows[chosen]):
-    track = track_of[int(video)]
-    starts = clip.window_starts(split.tracks[track].num_frames)
-    num = min(num_windows, len(starts))
-    # The middles of `num` equal parts.
-    places = (2 * np.arange(num) + 1) * len(starts) // (2 * num)
-    windows += [TrackWindow(track, int(starts[place])) for place in places]
-    owners += [i] * num
-  return Examples(split, videos.targets[chosen], windows, np.array(owners))
+  videos = videos.subset(chosen)
+  windows, owners = clip_batches.windows_of(videos, clip, num_windows)
+  return Examples(split, videos.targets, windows, owners)
 
 
 class QuickProbe:

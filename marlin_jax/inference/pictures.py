@@ -5,6 +5,7 @@ Axes: V views, B clips, T frames, H W pixels, N tokens (ordered t h w).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +18,7 @@ from marlin_jax.records import folders
 
 SUFFIXES = (".png", ".gif", ".mp4")
 _MASKED = 128  # grey
+_MAX_GIF_FPS = 50
 _MARGIN = 4
 _CAPTION = 22
 # From low to high: black, violet, red, orange, pale yellow.
@@ -205,7 +207,8 @@ def save_animation(views: Views, path: Path, *, fps: float) -> None:
   Args:
     views: views of the clips.
     path: the suffix selects the format.
-    fps: frames per second; in a GIF, durations are rounded to 1/100 second.
+    fps: frames per second. A GIF counts hundredths of a second: their times are
+      rounded, and above 50 frames per second it shows every second or third.
 
   Raises:
     OSError: the file cannot be written.
@@ -241,13 +244,16 @@ def save_frames(
 
 
 def _save_gif(frames: Sequence[np.ndarray], path: Path, fps: float) -> None:
-  first, *others = map(Image.fromarray, frames)
+  # Viewers slow down frames that last less than two hundredths of a second.
+  step = math.ceil(fps / _MAX_GIF_FPS)
+  first, *others = map(Image.fromarray, frames[::step])
+  times = np.round(100 * step / fps * np.arange(len(others) + 2))
   first.save(
     path,
     "gif",
     save_all=True,
     append_images=others,
-    duration=round(1000 / fps),
+    duration=(10 * np.diff(times)).astype(int).tolist(),
     loop=0,
   )
 

@@ -251,7 +251,7 @@ def test_a_gif_shows_every_second_frame_once(folder, noise, tmp_path, capsys):
     # 0 2 4 6 and 7 9 11: the second window begins at 5.
     assert animation.n_frames == 7
     assert animation.size == SIZE[::-1]
-    assert animation.info["duration"] == 60  # 1/15 s in a GIF's hundredths
+    assert animation.info["duration"] == 70  # 1/15 s in a GIF's hundredths
   printed = capsys.readouterr().out
   assert "frames 0 to 11 in 2 clips of 4 frames" in printed
   assert "pixel loss" in printed

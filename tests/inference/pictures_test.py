@@ -71,6 +71,20 @@ def test_the_animation_has_an_image_per_frame(tmp_path):
     assert animation.info["loop"] == 0
 
 
+@pytest.mark.parametrize("fps", [1.0, 12.5, 15.0, 30.0, 50.0, 60.0, 119.88])
+def test_a_gif_lasts_as_long_as_the_video(tmp_path, fps):
+  frames = [np.full((8, 8, 3), 2 * i, np.uint8) for i in range(120)]
+  path = tmp_path / "clip.gif"
+  pictures.save_frames(frames, path, fps=fps)
+  with Image.open(path) as animation:
+    durations = []
+    for i in range(animation.n_frames):
+      animation.seek(i)
+      durations.append(animation.info["duration"])
+  assert sum(durations) == pytest.approx(120_000 / fps, abs=5)
+  assert min(durations) >= 20
+
+
 @pytest.mark.parametrize("size", [(48, 64), (47, 63)], ids=["even", "odd"])
 def test_an_mp4_plays_everywhere_and_shows_the_frames(tmp_path, size):
   views = smooth_views(5, *size)
