@@ -355,14 +355,12 @@ def ending_together() -> Iterator[None]:
 
 @contextlib.contextmanager
 def leaving_on_errors() -> Iterator[None]:
-  """Ends all processes with TRY_AGAIN if its block raises an unforeseen error.
+  """As `ending_together`; an unforeseen error ends a single process likewise.
 
   The loss of another process raises one, for example.
   """
   try:
-    yield
+    with ending_together():
+      yield
   except Exception:
-    prefix = ""
-    if jax.distributed.is_initialized():
-      prefix = f"process {jax.process_index()} of {jax.process_count()}:\n"
-    coordination.end_all(prefix + traceback.format_exc(), TRY_AGAIN)
+    coordination.end_all(traceback.format_exc(), TRY_AGAIN)

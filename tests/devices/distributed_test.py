@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -371,3 +372,15 @@ def test_an_unforeseen_error_ends_with_the_code_to_try_again(capfd):
     raise KeyError("lost")
   assert end.value.code == distributed.TRY_AGAIN == 75
   assert "KeyError: 'lost'" in capfd.readouterr().err
+
+
+def test_ctrl_c_in_one_process_ends_all(monkeypatch):
+  """Else it would wait in jax's shutdown for the others, which wait for it."""
+  ended = []
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  monkeypatch.setattr(
+    distributed.coordination, "end_all", lambda *end: ended.append(end)
+  )
+  with distributed.leaving_on_errors():
+    raise KeyboardInterrupt
+  assert ended == [("process 0 of 1: interrupted", 130)]
