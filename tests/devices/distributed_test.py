@@ -376,11 +376,13 @@ def test_an_unforeseen_error_ends_with_the_code_to_try_again(capfd):
 
 def test_ctrl_c_in_one_process_ends_all(monkeypatch):
   """Else it would wait in jax's shutdown for the others, which wait for it."""
-  ended = []
+
+  def end_all(message, code):
+    assert message == "process 0 of 1: interrupted"
+    sys.exit(code)
+
   monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-  monkeypatch.setattr(
-    distributed.coordination, "end_all", lambda *end: ended.append(end)
-  )
-  with distributed.leaving_on_errors():
+  monkeypatch.setattr(distributed.coordination, "end_all", end_all)
+  with pytest.raises(SystemExit) as end, distributed.leaving_on_errors():
     raise KeyboardInterrupt
-  assert ended == [("process 0 of 1: interrupted", 130)]
+  assert end.value.code == 130
