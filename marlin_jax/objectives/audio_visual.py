@@ -60,8 +60,6 @@ class AudioVisual(Objective):
   """Reconstruction of masked sound, and contrast of sound and video."""
 
   name = "sound"
-  # Those of the sound begin at the clip's start, however long it is.
-  video_tables = ("video_positions",)
 
   @functools.cached_property
   def patches(self) -> SoundPatches:

@@ -77,9 +77,6 @@ class Objective(abc.ABC):
       over two microbatches.
     num_heads: attention heads of each transformer in `networks` and in
       `frozen`, by the name of its attribute.
-    video_tables: names of the position tables in `networks` that are over the
-      tokens of the video. In a stage of a curriculum with other clips they have
-      the positions of the same places; other tables are as they are.
     frozen: arrays that it reads and does not train, nested dicts by path. They
       are not part of the state, and so of no checkpoint; and the same in all
       stages of a curriculum, whatever the sizes of clips.
@@ -94,7 +91,6 @@ class Objective(abc.ABC):
   fields: Mapping[str, jax.ShapeDtypeStruct] = {}
   num_together: int = 1
   num_heads: Mapping[str, int] = {}
-  video_tables: Sequence[str] = ()
   frozen: Pytree = {}
   reads_average: bool = False
   identity: Mapping[str, str] = {}

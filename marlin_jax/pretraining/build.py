@@ -35,7 +35,6 @@ from marlin_jax.pretraining import (
 from marlin_jax.pretraining.masking import num_decoded
 from marlin_jax.pretraining.pretext_task import PretextTask
 from marlin_jax.weights.architecture import (
-  OBJECTIVES,
   POSITIONS,
   Architecture,
 )
@@ -468,18 +467,10 @@ class StageExperiment(Experiment):
   @property
   def _step(self) -> Callable[..., tuple[train_step.TrainState, dict]]:
     grids = (self._whole.task.tubelets.grid, self.task.tubelets.grid)
-    names = {
-      *POSITIONS,
-      *(
-        f"{OBJECTIVES}.{x.name}.{table}"
-        for x in self.objectives
-        for table in x.video_tables
-      ),
-    }
 
     def at_grid(path, table):
       name = jax.tree_util.keystr(path, simple=True, separator=".")
-      return vit.positions_at(table, *grids) if name in names else table
+      return vit.positions_at(table, *grids) if name in POSITIONS else table
 
     def step(state, batch, rng, **constants):
       # Steps of another stage say nothing about a spike.
