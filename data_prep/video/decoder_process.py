@@ -71,7 +71,7 @@ def _decode(limits: Limits, span: Span, output: str, pipe: int) -> None:
     writer = _FrameWriter(pipe, stream, span, limits, output == CHANGING_VIDEO)
     try:
       frames = packets.Frames(container, stream, clock, span)
-      _open_codec(stream, frames.begins_open)
+      _open_codec(stream, frames.may_be_open)
       # Cameras append previews and videos to pictures.
       for frame, secs in itertools.islice(frames, 1 if is_picture else None):
         writer.write(frame, secs)
@@ -134,8 +134,9 @@ class _FrameWriter:
     self._limits = limits
     self._may_change_size = may_change_size
     self._converter = pixels.RgbConverter(stream.sample_aspect_ratio)
+    self._pixel_aspect = None
     self._tally = protocol.Tally(limits)
-    self._size = 0, 0
+    self._size = self._shown_size = 0, 0
     self._notes: set[str] = set()
     self.num_frames = 0
     self.last_secs = -math.inf
@@ -146,9 +147,11 @@ class _FrameWriter:
     Raises:
       Refused: it is over a limit, or of another size.
     """
+    if frame.key_frame:
+      self._follow_pixel_aspect()
     size = frame.width, frame.height
     shown_size = self._converter.width(frame), frame.height
-    if size != self._size:
+    if (size, shown_size) != (self._size, self._shown_size):
       self._begin_size(frame, size, shown_size)
     if reason := self._tally.add(*shown_size):
       raise Refused(reason)
@@ -158,15 +161,29 @@ class _FrameWriter:
       self.note(text)
     self.num_frames += 1
 
+  def _follow_pixel_aspect(self) -> None:
+    """Takes over the shape of pixels where it changes, at a key frame.
+
+    A container that names a shape names it for all frames.
+    """
+    if packets.is_indexed(self._stream.container):
+      return
+    aspect = self._stream.codec_context.sample_aspect_ratio
+    if self._pixel_aspect not in (None, aspect):
+      self._converter = pixels.RgbConverter(aspect)
+    self._pixel_aspect = aspect
+
   def _begin_size(
     self, frame, size: tuple[int, int], shown_size: tuple[int, int]
   ) -> None:
     if self.num_frames:
-      change = f"{self._size[0]}x{self._size[1]} to {size[0]}x{size[1]}"
+      change = " to ".join(
+        f"{width}x{height}" for width, height in (self._shown_size, shown_size)
+      )
       if not self._may_change_size:
         raise Refused(f"frame size changes from {change}")
       self.note(f"frame size changes: from {change}, where tracks end")
-    self._size = size
+    self._size, self._shown_size = size, shown_size
     _check_pixels(*shown_size, self._limits)
     _send_info(self._pipe, frame, self._stream, self._span, shown_size)
 
@@ -190,9 +207,10 @@ def _shortfall(stream, span: Span, num_frames: int, last_secs: float) -> str:
     return f"frames are missing: they end at {last_secs:.1f} s, {wanted}"
   if span != WHOLE:
     return ""
-  missing = stream.frames - num_frames
-  if missing > max(_MAX_MISSING_FRAMES, _MAX_MISSING_SHARE * stream.frames):
-    return f"frames are missing: {num_frames} of {stream.frames} announced"
+  announced = _shown_frames(stream)
+  missing = announced - num_frames
+  if missing > max(_MAX_MISSING_FRAMES, _MAX_MISSING_SHARE * announced):
+    return f"frames are missing: {num_frames} of {announced} announced"
   # Matroska announces a length only, that of frames and sound together.
   secs = (stream.container.duration or 0) / 1e6
   missing_secs = secs - last_secs
@@ -247,12 +265,24 @@ def _announced_frames(stream, span: Span) -> int:
   if span.end < math.inf:
     return round((span.end - span.start) * rate)
   if stream.frames or not rate:
-    return stream.frames
+    return _shown_frames(stream)
   # Matroska has only the duration of the file, in microseconds.
   duration = (stream.container.duration or 0) / 1_000_000
   if stream.duration:
     duration = stream.duration * stream.time_base
   return max(int(duration * rate), 0)
+
+
+def _shown_frames(stream) -> int:
+  """Returns the number of frames that the container counts, 0 if it does not.
+
+  It also counts those that an edit list leaves out, but not their time.
+  """
+  if not (stream.duration and stream.average_rate):
+    return stream.frames
+  ticks = stream.duration - max(stream.start_time or 0, 0)
+  shown = ticks * stream.time_base * stream.average_rate
+  return min(stream.frames, math.ceil(shown))
 
 
 # Recordings of browsers name the unit of their times, 1000 a second.

@@ -145,10 +145,12 @@ class Beginning:
 
   Such a cut leaves frames that refer to missing ones: those before the first
   key frame, and those after it that are shown before it. They are left out, as
-  players do.
+  players do; also where recordings were joined, if the later one begins with a
+  key frame.
 
   Args:
     packets: the packets of the stream.
+    clock: clock of the file.
 
   Attributes:
     num_left_out: frames that are left out so far.
@@ -156,9 +158,10 @@ class Beginning:
       before it. The decoder may then report errors with good frames.
   """
 
-  def __init__(self, packets: Iterator) -> None:
+  def __init__(self, packets: Iterator, clock: Clock) -> None:
     self.num_left_out = 0
     self._packets = packets
+    self._clock = clock
     self._first = None
     for packet in packets:
       self._first = packet
@@ -167,20 +170,41 @@ class Beginning:
       self.num_left_out += 1
     self._key_time = self._first and self._first.pts
     self.is_open = self._first is not None and _is_open(self._first)
-    self._num_groups = 0
+    # Of the latest part of the file.
+    self._num_groups, self._is_open_part = 0, self.is_open
+    self._is_later = False
 
   def packets(self) -> Iterator:
     """Yields the packets from the first key frame on."""
     first = [] if self._first is None else [self._first]
+    part = first and self._clock.part_of(first[0])
+    begins_at = None
     for packet in itertools.chain(first, self._packets):
+      if self._clock.part_of(packet) != part:
+        part, begins_at = self._clock.part_of(packet), None
+        if packet.is_keyframe:
+          begins_at, self._is_later = packet.pts, True
+          self._num_groups, self._is_open_part = 0, _is_open(packet)
       self._num_groups += packet.is_keyframe
+      if _is_before(packet.pts, begins_at):
+        self.num_left_out += 1
+        continue  # its time is that of a frame of the recording before it
       if self._is_leading(packet.pts) and not packet.is_discard:
         self.num_left_out += 1
       yield packet
 
   def allows_errors(self) -> bool:
     """Returns True if errors in the latest packet may come from a cut."""
-    return self.is_open and self._num_groups < 2
+    return self._is_open_part and self._num_groups < 2
+
+  def is_joined_open(self, packet) -> bool:
+    """Returns True for the first packet of a later recording, if it is open.
+
+    The decoder has to begin anew there: an error would cost the frames of the
+    earlier recording that it still holds.
+    """
+    is_first = packet.is_keyframe and self._num_groups == 1
+    return is_first and self._is_open_part and self._is_later
 
   def add(self, frame) -> bool:
     """Returns True if a frame is good; call it for each frame in order."""
@@ -192,7 +216,11 @@ class Beginning:
     return True
 
   def _is_leading(self, time: int | None) -> bool:
-    return None not in (time, self._key_time) and time < self._key_time
+    return _is_before(time, self._key_time)
+
+
+def _is_before(time: int | None, other: int | None) -> bool:
+  return None not in (time, other) and time < other
 
 
 _H264_SLICE, _H264_IDR_SLICE = 1, 5
@@ -238,6 +266,8 @@ def frames(packets: Iterator, stream, beginning: Beginning | None = None):
   has_presentation_times = name != "avi"
   decoding_times: list[int] = []
   for packet in packets:
+    if not packet.size and packet.dts is not None:
+      continue  # a frame was dropped; to libav, it would be the file's end
     is_cut = packet.is_corrupt
     # The container ends, or has a gap, within this packet. In a transport
     # stream that is no proof of damage, since counters start again where
@@ -248,7 +278,11 @@ def frames(packets: Iterator, stream, beginning: Beginning | None = None):
     if not has_presentation_times and is_timed:
       heapq.heappush(decoding_times, packet.dts)
     try:
-      decoded = packet.decode()
+      decoded = []
+      if beginning is not None and beginning.is_joined_open(packet):
+        decoded = stream.decode(None)
+        stream.codec_context.flush_buffers()
+      decoded += packet.decode()
     except (av.FFmpegError, ValueError):
       if is_cut and is_streamed:
         return
@@ -288,17 +322,16 @@ class Frames:
   def __init__(self, container, stream, clock: Clock, span: Span) -> None:
     self._container, self._stream, self._clock = container, stream, clock
     self._span = span
-    self._is_sought = (
-      span.start > 0 and container.format.name.split(",")[0] in _INDEXED
-    )
+    self._is_sought = span.start > 0 and is_indexed(container)
     if self._is_sought:
       _seek(container, stream, span.start - _MAX_DELAY_SECS)
-    self._beginning = Beginning(of_stream(container, stream, clock))
+    self._beginning = Beginning(of_stream(container, stream, clock), clock)
 
   @property
-  def begins_open(self) -> bool:
-    """See `Beginning.is_open`."""
-    return self._beginning.is_open
+  def may_be_open(self) -> bool:
+    """True if a group of pictures may be open, see `Beginning.is_open`."""
+    name = self._stream.codec_context.name
+    return self._beginning.is_open or (name == "h264" and self._clock.may_leap)
 
   @property
   def num_left_out(self) -> int:
@@ -341,7 +374,7 @@ class Frames:
     _seek(self._container, self._stream, -_MAX_DELAY_SECS)
     self._clock.begin()
     queue = of_stream(self._container, self._stream, self._clock)
-    self._beginning = Beginning(queue)
+    self._beginning = Beginning(queue, self._clock)
     return self._timed()
 
   def _timed(self) -> Iterator[tuple]:
@@ -355,6 +388,11 @@ class Frames:
         # If the file's times go back, one millisecond after the last.
         secs = last_secs = max(frame.time - start_secs, last_secs + 1e-3)
       yield frame, secs
+
+
+def is_indexed(container) -> bool:
+  """Returns True for MP4 and Matroska, which describe all frames at once."""
+  return container.format.name.split(",")[0] in _INDEXED
 
 
 def _first_in(timed: Iterator[tuple], span: Span) -> list[tuple] | None:
@@ -403,21 +441,22 @@ class Clock:
 
   Attributes:
     streams: as above.
+    may_leap: True for formats of recordings that are joined byte by byte.
     num_restarts: how often times have started again.
   """
 
   def __init__(self, container, *streams) -> None:
     self.streams = [stream for stream in streams if stream is not None]
-    self._may_leap = bool(container.format.flags & _TIMES_MAY_START_AGAIN)
+    self.may_leap = bool(container.format.flags & _TIMES_MAY_START_AGAIN)
     self.begin()
 
   def begin(self) -> None:
     """Starts anew, for a file that is read again from its beginning."""
     # Seconds to add, for each part.
     self._shifts = [0.0]
-    self._part = {stream.index: 0 for stream in self.streams}
-    # When the next packet of a stream is to be decoded, and when the last was.
-    self._due: dict[int, float] = {}
+    # Part of the latest packet of each stream.
+    self._part: dict[int, int] = {}
+    # When the latest packet of each stream is decoded.
     self._last: dict[int, float] = {}
     # When all packets have been shown.
     self._end = 0.0
@@ -426,29 +465,29 @@ class Clock:
   def num_restarts(self) -> int:
     return len(self._shifts) - 1
 
+  def part_of(self, packet) -> int:
+    """Returns the part of the latest packet of a stream, given that packet."""
+    return self._part.get(packet.stream.index, 0)
+
   def adjust(self, packet) -> None:
     """Shifts the times of a packet; call it for each packet in order."""
     index = packet.stream.index
     # Packets are in the order of decoding, whose times ascend. Where the file
     # has none for a packet, its presentation is not before its decoding.
     time = packet.dts if packet.dts is not None else packet.pts
-    if time is not None:
+    # Packets that an edit list leaves out have times of before or after it.
+    if time is not None and not packet.is_discard:
       secs = float(time * packet.time_base)
       shown_at = time if packet.pts is None else packet.pts
       shown_secs = float(shown_at * packet.time_base)
-      if index in self._due and self._starts_again(index, secs):
-        self._part[index] += 1
-        if self._part[index] == len(self._shifts):
-          # A part begins with a key frame, which is shown first.
-          self._shifts.append(self._end - shown_secs)
-        del self._due[index]
+      if self._begins_part(index, secs):
+        self._part[index] = self._next_part(index, shown_secs)
       shift = self._shifts[self._part[index]]
       duration = float((packet.duration or 0) * packet.time_base)
       self._end = max(self._end, shown_secs + shift + duration)
       if packet.dts is not None:
         self._last[index] = secs + shift
-        self._due[index] = secs + shift + duration
-    shift = self._shifts[self._part[index]]
+    shift = self._shifts[self.part_of(packet)]
     if shift:
       ticks = round(shift / packet.time_base)
       if packet.pts is not None:
@@ -456,8 +495,22 @@ class Clock:
       if packet.dts is not None:
         packet.dts += ticks
 
-  def _starts_again(self, index: int, secs: float) -> bool:
-    secs += self._shifts[self._part[index]]
-    if secs < self._last[index] - MAX_STEP_BACK_SECS:
+  def _begins_part(self, index: int, secs: float) -> bool:
+    if index not in self._part:
       return True
-    return self._may_leap and secs > self._due[index] + MAX_LEAP_SECS
+    secs += self._shifts[self._part[index]]
+    if secs < self._last.get(index, -math.inf) - MAX_STEP_BACK_SECS:
+      return True
+    # In all streams: one alone may have a gap.
+    return self.may_leap and secs > self._end + MAX_LEAP_SECS
+
+  def _next_part(self, index: int, shown_secs: float) -> int:
+    """Returns the part of a packet that is not of its stream's present part."""
+    later = range(self._part.get(index, -1) + 1, len(self._shifts))
+    if not later:
+      # A part begins with a key frame, which is shown first.
+      self._shifts.append(self._end - shown_secs)
+      return len(self._shifts) - 1
+    # The one that other streams are in: this one may lack some parts.
+    gap = self._end - shown_secs
+    return min(later, key=lambda part: abs(self._shifts[part] - gap))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -74,8 +75,6 @@ def decode(pipe: int, is_original: bool, end_secs: float = math.inf) -> None:
 
 def _samples(container, stream, is_original: bool) -> Iterator:
   """Yields audio frames of 16-bit samples from time 0 on."""
-  import av
-
   stream.codec_context.options = {"err_detect": "explode"}
   stream.codec_context.thread_count = 1
   sandbox.forbid_threads()
@@ -85,40 +84,55 @@ def _samples(container, stream, is_original: bool) -> Iterator:
     video = None
   clock = packets.Clock(container, video, stream)
   start = Fraction(container.start_time or 0, 1_000_000)
-  resampler = None
   queue = packets.of_stream(container, stream, clock)
-  for frame in packets.frames(queue, stream):
-    rate = frame.sample_rate
-    if resampler is None:
-      layout = "mono"
-      if is_original and frame.layout.nb_channels > 1:
-        layout = "stereo"
-      # async and first_pts insert silence where the track begins late or has a
-      # gap, and cut off samples before the first frame.
-      resampler = av.AudioResampler(
-        "s16",
-        layout,
-        rate if is_original else SAMPLE_RATE,
-        # Any size: without one, audio frames of this format pass unchanged,
-        # whatever their times.
-        frame_size=4096,
-        options={
-          "async": "1",
-          "first_pts": "0",
-          # `_Times` decides what a gap is.
-          "min_comp": "0.0005",
-          "min_hard_comp": "0.0005",
-        },
-      )
-      times = _Times(rate, stream.time_base)
-    secs = None
-    if frame.pts is not None:
-      secs = frame.pts * frame.time_base - start
-    frame.time_base = Fraction(1, rate)
-    frame.pts = times.next(secs, frame.samples)
-    yield from resampler.resample(frame)
-  if resampler is not None:
-    yield from resampler.resample(None)
+  rate, layout, num_samples = SAMPLE_RATE, "mono", 0
+  # Rate and channels may change where recordings were joined.
+  for _, frames in itertools.groupby(packets.frames(queue, stream), _form):
+    first = next(frames)
+    if is_original and not num_samples:
+      rate = first.sample_rate
+      layout = "stereo" if first.layout.nb_channels > 1 else "mono"
+    # In samples of the input.
+    first_pts = round(num_samples * first.sample_rate / rate)
+    resampler = _resampler(layout, rate, first_pts)
+    times = _Times(first.sample_rate, stream.time_base)
+    for frame in itertools.chain([first], frames, [None]):
+      if frame is not None:
+        secs = None
+        if frame.pts is not None:
+          secs = frame.pts * frame.time_base - start
+        frame.time_base = Fraction(1, frame.sample_rate)
+        frame.pts = times.next(secs, frame.samples)
+      for samples in resampler.resample(frame):
+        num_samples += samples.samples
+        yield samples
+
+
+def _form(frame) -> tuple[int, str, str]:
+  return frame.sample_rate, frame.layout.name, frame.format.name
+
+
+def _resampler(layout: str, rate: int, first_pts: int):
+  """Returns a resampler whose output begins at a time, in its samples."""
+  import av
+
+  # async and first_pts insert silence where the track begins late or has a
+  # gap, and cut off samples before the first frame.
+  return av.AudioResampler(
+    "s16",
+    layout,
+    rate,
+    # Any size: without one, audio frames of this format pass unchanged,
+    # whatever their times.
+    frame_size=4096,
+    options={
+      "async": "1",
+      "first_pts": str(first_pts),
+      # `_Times` decides what a gap is.
+      "min_comp": "0.0005",
+      "min_hard_comp": "0.0005",
+    },
+  )
 
 
 class _Times:
