@@ -48,7 +48,7 @@ def masking_of(checkpoint: str) -> tuple[str, float]:
   """Returns strategy and ratio of the masks that weights were trained with.
 
   Args:
-    checkpoint: what `formats.open_weights` takes; only a run says how it was
+    checkpoint: what `formats.resolve` takes; only a run says how it was
       trained. Others are taken to follow the paper.
   """
   settings = {}

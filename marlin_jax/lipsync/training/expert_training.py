@@ -184,7 +184,7 @@ class ExpertEvaluator:
       cosines, inside = self._measure(state.expert, batch)
       curves.append(np.where(inside, cosines, np.nan))
     self._curves = np.concatenate(curves)
-    scores = offset_scores(self._curves)
+    scores, mean = offset_scores(self._curves), mean_curve(self._curves)
     return Result(
       {f"eval/{self._split_name}/{k}": v for k, v in scores.items()},
       f"{self._split_name}: loss {scores['loss_sync']:.4f}, accuracy "
@@ -196,7 +196,7 @@ class ExpertEvaluator:
       events={
         "offsets": {
           "offsets": self._offsets.tolist(),
-          "cosines": np.nanmean(self._curves, axis=0).tolist(),
+          "cosines": [x if np.isfinite(x) else None for x in mean.tolist()],
         }
       },
     )
@@ -205,13 +205,25 @@ class ExpertEvaluator:
     """Draws the mean curve of the last evaluation, and some clips' curves."""
     if self._curves is None:
       self.scores(state)
-    curves = {"mean": np.nanmean(self._curves, axis=0)}
+    curves = {"mean": mean_curve(self._curves)}
     curves |= {
       str(i): c for i, c in enumerate(self._curves[: self._num_curves])
     }
     title = f"Cosine of lips and sound, {len(self._curves)} clips"
     chart = offset_chart.draw(self._offsets, curves, title)
     return Result(picture=Picture("lipsync", chart))
+
+
+def mean_curve(cosines: np.ndarray) -> np.ndarray:
+  """Returns the mean over clips at each offset, (2K + 1,); NaN without any.
+
+  Args:
+    cosines: see `offset_scores`.
+  """
+  inside = np.isfinite(cosines)
+  num = inside.sum(axis=0)
+  total = np.where(inside, cosines, 0).sum(axis=0)
+  return np.where(num > 0, total / np.maximum(num, 1), np.nan)
 
 
 def offset_scores(cosines: np.ndarray) -> dict[str, float]:
@@ -224,7 +236,8 @@ def offset_scores(cosines: np.ndarray) -> dict[str, float]:
   Returns:
     Scalars by name:
     cosine_in_sync: mean cosine in sync.
-    cosine_shifted: mean cosine at the largest offset in both directions.
+    cosine_shifted: mean cosine at the largest offset in both directions; where
+      all clips are of records too short for K, at the largest that one has.
     margin: cosine_in_sync - cosine_shifted.
     loss_sync: published loss, with equal weights of sound in sync and sound at
       the largest offsets; 0.693 for a constant cosine of 0.5.
@@ -235,16 +248,16 @@ def offset_scores(cosines: np.ndarray) -> dict[str, float]:
     best_offset: offset with the highest mean cosine.
     offset_accuracy: share of clips whose highest cosine is at offset 0.
   """
-  middle = cosines.shape[1] // 2
+  middle, mean = cosines.shape[1] // 2, mean_curve(cosines)
+  largest = np.abs(np.flatnonzero(np.isfinite(mean)) - middle).max()
   in_sync = cosines[:, middle]
-  shifted = cosines[:, [0, -1]]
+  shifted = cosines[:, [middle - largest, middle + largest]]
   pairs = (in_sync[:, None] > shifted)[np.isfinite(shifted)]
   shifted = shifted[np.isfinite(shifted)]
   per_side = [
     float(published_sync_loss(values, np.full(values.shape, truth)))
     for values, truth in ((in_sync, True), (shifted, False))
   ]
-  mean = np.nanmean(cosines, axis=0)
   return {
     "loss_sync": float(np.mean(per_side)),
     "accuracy": float(((in_sync > 0.5).mean() + (shifted <= 0.5).mean()) / 2),
