@@ -8,9 +8,10 @@ the caller's nor that of an unfinished copy to a device.
 
 Worker processes map the same memory. Each of their threads has a pipe to a
 thread of this process, which waits for it. Signals to the process group do not
-reach the workers, so that a training that saves after SIGTERM still gets
-batches; workers end when their pipes close, however this process ends. The
-memory has no name in the file system that could be left behind.
+reach the workers, so that a training that saves after SIGTERM or takes a
+profile on SIGUSR1 still gets batches; workers end when their pipes close,
+however this process ends. The memory has no name in the file system that could
+be left behind.
 """
 
 from __future__ import annotations
@@ -299,7 +300,7 @@ class _Workers:
     # Threads, and processes that they start, inherit the blocked signals. In
     # parallel, since a start waits until its process has read its arguments.
     with (
-      signals.blocked(signal.SIGINT, signal.SIGTERM),
+      signals.blocked(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1),
       futures.ThreadPoolExecutor(num_workers) as pool,
     ):
       list(pool.map(start, range(num_workers)))
