@@ -78,7 +78,9 @@ def table(manifest: Path, root: Path) -> Listing:
       rows.append(
         Row(
           number,
-          **{name: row[name] for name in COLUMNS if name in row},
+          # Blanks count in paths alone: 'Ann' and 'Ann ' are one person.
+          row["path"],
+          **{name: row[name].strip() for name in COLUMNS[1:] if name in row},
           labels={name: numbers[name][i] for name in labels},
           part=_part(row),
         )
@@ -179,8 +181,11 @@ def _cell(text: str) -> str:
 
 
 def _is_number(text: str) -> bool:
-  """Returns True for an empty cell or a finite number."""
+  """Returns True for an empty cell or a finite number.
+
+  Not for '1_2', which Python alone takes for 12.
+  """
   try:
-    return not text or math.isfinite(float(text))
+    return not text or ("_" not in text and math.isfinite(float(text)))
   except ValueError:
     return False

@@ -199,9 +199,9 @@ def _dfew_lists(root: Path) -> Official:
   def lines(path: Path) -> Iterable[tuple[str, str]]:
     for row in csv.DictReader(read_text(path).splitlines()):
       try:
-        emotion = DFEW_EMOTIONS[int(row["label"]) - 1]
+        emotion = dict(enumerate(DFEW_EMOTIONS, 1))[int(row["label"])]
         yield str(int(row["video_name"])), emotion
-      except (KeyError, TypeError, ValueError, IndexError) as e:
+      except (KeyError, TypeError, ValueError) as e:
         raise ManifestError(
           f"{path}: {row}, expected video_name and label, 1 to 7"
         ) from e

@@ -183,7 +183,10 @@ def read_dfdc(root: Path, follow_links: bool = False) -> Listing:
     path = root / folder / "metadata.json"
     if not path.is_file():
       continue
-    for name, entry in files.read_json(path).items():
+    content = files.read_json(path)
+    if not isinstance(content, dict):
+      raise ManifestError(f"{path} is not an object of videos and labels")
+    for name, entry in content.items():
       num_listed += 1
       try:
         fake = float(["REAL", "FAKE"].index(entry["label"]))

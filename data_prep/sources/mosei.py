@@ -183,7 +183,9 @@ def _starts(path: Path) -> list[tuple[str, float]]:
   """Returns number and start in seconds of each segment of a video."""
   if not path.is_file():
     return []
-  fields = (line.split("___") for line in read_text(path).split("\n"))
+  # What is said may be in any encoding; only the fields before it count.
+  text = path.read_text("utf-8", errors="replace")
+  fields = (line.split("___") for line in text.split("\n"))
   return [(f[1], float(f[2])) for f in fields if len(f) >= 4]
 
 
@@ -221,6 +223,10 @@ def _table_segments(path: Path) -> Iterator[_Segment]:
     if split == "valid":
       split = "val"
     # Spreadsheets may pad 3 to 0003; file names have no leading zeros.
+    if not (row["video_id"] and row["clip_id"]):
+      raise ManifestError(
+        f"{path}, line {reader.line_num} has no video_id or clip_id"
+      )
     number = row["clip_id"].lstrip("0") or "0"
     yield _Segment(row["video_id"], number, split, scores[0], tuple(scores[1:]))
 

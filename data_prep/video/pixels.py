@@ -5,8 +5,9 @@
 
 Pictures with non-square pixels are scaled in width. A picture without a colour
 matrix is read as BT.709 from 720 rows on, else as BT.601, as in broadcasts.
-High dynamic range (PQ of ST 2084, HLG of BT.2100) is mapped to standard range
-in linear light:
+High dynamic range (PQ of ST 2084, HLG) is that of BT.2100, thus of the primaries
+and matrix of BT.2020 where it does not say. It is mapped to standard range in
+linear light:
 
 1. code values to light in nits, by the PQ curve; for HLG by the inverse OETF,
    then the system gamma 1.2 of a display of 1000 nits, per channel;
@@ -36,7 +37,7 @@ MAX_PIXEL_ASPECT = 4
 MIN_STRETCH = 0.01
 
 # Codes of ITU-T H.273, which FFmpeg uses too.
-_UNKNOWN_MATRIX = 2
+_UNKNOWN = 2
 _BT2020_PRIMARIES = 9
 HDR_CURVES = {16: "PQ", 18: "HLG"}
 
@@ -72,14 +73,14 @@ class RgbConverter:
 
   def __call__(self, frame):
     """Returns the picture as 8-bit RGB of the same height, pixels square."""
+    is_hdr = frame.color_trc in HDR_CURVES and not frame.format.is_rgb
     matrix = None
-    if (
-      frame.colorspace == _UNKNOWN_MATRIX
-      and frame.height >= HD_HEIGHT
-      and not frame.format.is_rgb
-    ):
-      matrix = "ITU709"
-    if frame.color_trc in HDR_CURVES and not frame.format.is_rgb:
+    if frame.colorspace == _UNKNOWN and not frame.format.is_rgb:
+      if is_hdr:
+        matrix = "BT2020"
+      elif frame.height >= HD_HEIGHT:
+        matrix = "ITU709"
+    if is_hdr:
       wide = self._reformatter.reformat(
         frame, format="gbrp16le", src_colorspace=matrix, threads=1
       )
@@ -222,7 +223,7 @@ class _ToneMapper:
       ),
       self._graph.add("lutrgb", f"r='{light}':g='{light}':b='{light}'"),
     ]
-    if frame.color_primaries == _BT2020_PRIMARIES:
+    if frame.color_primaries in (_BT2020_PRIMARIES, _UNKNOWN):
       weights = zip(names, _TO_BT709, strict=True)
       text = ":".join(f"{name}={weight}" for name, weight in weights)
       nodes.append(self._graph.add("colorchannelmixer", text))

@@ -126,6 +126,9 @@ def test_csv_labels_that_are_easily_mistaken(tmp_path):
   assert "label age mixes words such as 'n/a' with numbers" in note
   table.write_text("path,label_path\na.mp4,1\nb.mp4,0\n")
   assert read_input(table).labels["path"].kind == "binary"
+  # To Python, 1_1 is the number 11.
+  table.write_text("path,label_scene\na.mp4,1_1\nb.mp4,2_1\n")
+  assert read_input(table).labels["scene"].names == ("1_1", "2_1")
 
 
 @pytest.mark.parametrize("header", ["label_a,label_a.", "label_a,label_a.a"])
@@ -408,6 +411,13 @@ def test_mosei_labels_find_their_segments_by_time(mosei):
   assert found.split_ratios == (0.1, 0.2)
 
 
+def test_mosei_transcripts_may_be_in_any_encoding(mosei):
+  before = read(mosei, "mosei").sources
+  path = mosei / "Raw/Transcript/Segmented/Combined/-3g5yACwYnA.txt"
+  path.write_bytes("-3g5yACwYnA___4___0.0___2.0___caf\xe9".encode("latin-1"))
+  assert read(mosei, "mosei").sources == before
+
+
 def test_mosei_labels_that_lead_to_other_files_are_refused(mosei):
   with h5py.File(mosei / "CMU_MOSEI_Labels.csd", "a") as file:
     (group,) = file.values()
@@ -461,6 +471,8 @@ def test_mosei_labels_may_be_a_table(mosei):
   assert (one.split, one.labels["sentiment"]) == ("val", (-0.5,))
   assert math.isnan(one.labels["emotion"][0])
   assert two.labels["emotion"][0] == 1.0
+  (mosei / "label.csv").write_text("label,video_id,clip_id\n1,abc_d\n")
+  assert "line 2 has no video_id or clip_id" in error(mosei, "mosei")
 
 
 def test_mosei_without_transcripts_is_told_what_is_missing(mosei):

@@ -346,6 +346,14 @@ def test_people_are_in_one_split_only(people):
   assert 15 <= num_val <= 45
 
 
+def test_blanks_around_a_name_make_no_other_person(folder):
+  text = "path,subject_id,split\nb.mp4,Ann ,test\na.MKV, Ann, test\n"
+  sources = read_input(write(folder / "m.csv", text)).sources
+  assert {(s.subject_id, s.split) for s in sources} == {("Ann", "test")}
+  text = text.replace(" test", "train")
+  assert "subject 'Ann' is in split" in error(write(folder / "m.csv", text))
+
+
 def test_split_of_a_video_does_not_depend_on_the_others(people, tmp_path):
   every = {
     s.video_id: s.split for s in read_input(people, val_ratio=0.5).sources

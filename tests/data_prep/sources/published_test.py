@@ -207,8 +207,9 @@ def test_dfew_with_bad_lists_is_refused(dfew):
   path = dfew / "EmoLabel_DataSplit/test(single-labeled)/set_2.csv"
   path.write_text("video_name,label\n1,1\n")
   assert "1 is in fold2 and in fold1" in error(dfew, "dfew")
-  path.write_text("video_name,label\n2,9\n")
-  assert "expected video_name and label, 1 to 7" in error(dfew, "dfew")
+  for label in (9, 0, -1):
+    path.write_text(f"video_name,label\n2,{label}\n")
+    assert "expected video_name and label, 1 to 7" in error(dfew, "dfew")
   path.unlink()
   assert "set_2.csv is missing" in error(dfew, "dfew")
 
@@ -313,6 +314,8 @@ def test_dfdc_keeps_a_fake_with_its_original(tmp_path):
   assert found.notes == ["2 of 6 listed videos are missing."]
   write(tmp_path, "dfdc_train_part_0/metadata.json", '{"real0.mp4": "REAL"}')
   assert "expected a label, REAL or FAKE" in error(tmp_path, "dfdc")
+  write(tmp_path, "dfdc_train_part_0/metadata.json", "[]")
+  assert "is not an object of videos" in error(tmp_path, "dfdc")
 
 
 # --- All ----------------------------------------------------------------------

@@ -255,8 +255,21 @@ def test_high_dynamic_range_is_brought_to_standard(tmp_path, curve, code, name):
   assert found[-1] >= 254
 
 
-def test_wide_primaries_become_those_of_bt709(tmp_path):
-  """A red of BT.709 in BT.2020, at 50 nits: its own light comes out."""
+@pytest.mark.parametrize(
+  "tags",
+  [
+    {"color_primaries": 9, "colorspace": 9},
+    {"colorspace": 9},
+    {"color_primaries": 9},
+    {},
+  ],
+  ids=lambda tags: "+".join(tags) or "neither",
+)
+def test_wide_primaries_become_those_of_bt709(tmp_path, tags):
+  """A red of BT.709 in BT.2020, at 50 nits: its own light comes out.
+
+  High dynamic range without tags is that of BT.2100, which has only these.
+  """
   to_2020 = np.linalg.inv(
     [
       [1.6605, -0.5876, -0.0728],
@@ -273,9 +286,8 @@ def test_wide_primaries_become_those_of_bt709(tmp_path):
     [np.full((48, 64), round(value)) for value in values],
     "yuv444p10le",
     color_trc=16,
-    color_primaries=9,
-    colorspace=9,
     color_range=1,
+    **tags,
   )
   frames, _, _ = read(path)
   expected = 255 * (np.array((50, 5, 5)) / 100) ** (1 / 2.4)
