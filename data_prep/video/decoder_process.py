@@ -287,13 +287,18 @@ def _shown_frames(stream) -> int:
 
 # Recordings of browsers name the unit of their times, 1000 a second.
 _MAX_RATE = 500
+_NO_TIMES = 0x0080  # AVFMT_NOTIMESTAMPS: bare streams
 
 
 def _rate(stream) -> float:
   """Returns frames per second by the container, 0.0 where it is unknown."""
   if stream.container.format.name in packets.PICTURE_FORMATS.split(","):
     return 0.0
-  rate = float(stream.average_rate or stream.guessed_rate or 0)
+  rates = stream.average_rate, stream.guessed_rate
+  if stream.container.format.flags & _NO_TIMES:
+    # The former is then a default of libav's, the latter the codec's.
+    rates = rates[::-1]
+  rate = float(rates[0] or rates[1] or 0)
   return rate if 0 < rate <= _MAX_RATE else 0.0
 
 

@@ -5,9 +5,9 @@
 
 Pictures with non-square pixels are scaled in width. A picture without a colour
 matrix is read as BT.709 from 720 rows on, else as BT.601, as in broadcasts.
-High dynamic range (PQ of ST 2084, HLG) is that of BT.2100, thus of the primaries
-and matrix of BT.2020 where it does not say. It is mapped to standard range in
-linear light:
+High dynamic range (PQ of ST 2084, HLG) is that of BT.2100, thus of the
+primaries and matrix of BT.2020 where it does not say. It is mapped to standard
+range in linear light:
 
 1. code values to light in nits, by the PQ curve; for HLG by the inverse OETF,
    then the system gamma 1.2 of a display of 1000 nits, per channel;

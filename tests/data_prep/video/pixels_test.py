@@ -450,6 +450,18 @@ def test_continuity_counters_that_start_again_are_no_damage(tmp_path):
   np.testing.assert_allclose(np.diff(secs), 1 / 30, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+  ("name", "codec"), [("v.h264", "libx264"), ("v.hevc", "libx265")]
+)
+def test_a_bare_stream_has_the_rate_of_its_codec(tmp_path, name, codec):
+  path = tmp_path / name
+  write_video(path, moving_noise(21), codec, "yuv420p", rate=50)
+  with open_video(path) as video:
+    secs = [secs for _, secs in video]
+    assert video.fps == 50
+  np.testing.assert_allclose(secs, np.arange(21) / 50, atol=1e-6)
+
+
 def test_a_rate_that_is_the_unit_of_the_times_is_no_rate(tmp_path):
   secs = [2.5 * i for i in range(45)]
   path = tmp_path / "v.webm"
