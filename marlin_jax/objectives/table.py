@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from marlin_jax.training.configuration import (
   BETWEEN_0_AND_1,
+  LOCAL,
   Key,
   above,
   at_least,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 # Name of an objective -> rules of its keys beside `weight`.
 _KEYS: Mapping[str, Mapping[str, Key]] = {
   # A checkpoint records the hash of the teacher's encoder instead of its path.
-  "teacher": {"path": free(), "layers": fixed(before="")},
+  "teacher": {"path": free(LOCAL), "layers": fixed(before="")},
   "sound": {
     "mask_ratio": fixed(BETWEEN_0_AND_1, before=0.8),
     "width": fixed(at_least(1), before=384),

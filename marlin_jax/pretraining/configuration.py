@@ -20,6 +20,8 @@ from marlin_jax.training.configuration import (
   BETWEEN_0_AND_1,
   FRAME_SIZES,
   FROM_0_TO_1,
+  LOCAL,
+  SPLIT,
   TRAINING_KEYS,
   Rule,
   above,
@@ -58,7 +60,7 @@ KEYS = TRAINING_KEYS | {
   "curriculum": fixed(before=""),
   # A checkpoint records the data set's fingerprint instead of its path.
   "data.path": free(),
-  "data.split": fixed(),
+  "data.split": fixed(SPLIT),
   "data.eval_split": free(),
   "data.min_quality": fixed(FROM_0_TO_1),
   "data.sample_by": fixed(
@@ -76,7 +78,7 @@ KEYS = TRAINING_KEYS | {
   "augment.max_crop_aspect": fixed(at_least(1), before=1.0),
   "augment.stride_jitter": fixed(at_least(0), before=0),
   "augment.colour_jitter": fixed(FROM_0_TO_1, before=0.0),
-  "init_from": fixed(),
+  "init_from": fixed(LOCAL),
   "model.tubelet_size": fixed(at_least(1)),
   "model.patch_size": fixed(at_least(1), before=PATCH_SIZE),
   "model.width": fixed(at_least(1)),

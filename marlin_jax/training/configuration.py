@@ -50,6 +50,10 @@ BETWEEN_0_AND_1 = Rule("0 < value < 1", lambda value: 0 < value < 1)
 FRAME_SIZES = Rule(
   f"1 <= value <= {FRAME_SIZE}", lambda value: 1 <= value <= FRAME_SIZE
 )
+LOCAL = Rule(
+  "a local path; copy weights from a bucket with gcloud storage cp -r",
+  lambda value: "://" not in value,
+)
 SPLIT = Rule("the name of a split", bool)
 # Seeds of jax and NumPy alike.
 SEED = Rule("0 <= value < 2**31", lambda value: 0 <= value < 2**31)

@@ -94,6 +94,8 @@ def test_all_problems_are_reported_together():
     ({"data.min_quality": -0.1}, "data.min_quality=-0.1: expected 0 <= value"),
     ({"mesh.data": 0}, "mesh.data=0"),
     ({"optim.base_lr": 0.0}, "optim.base_lr=0.0"),
+    ({"init_from": "gs://b/run"}, "init_from='gs://b/run': expected a local"),
+    ({"teacher.path": "gs://b/run"}, "expected a local path; copy weights fr"),
     ({"optim.min_lr": 1.0}, "optim.min_lr=1.0: expected at most optim.base_lr"),
     ({"optim.eps": -1.0}, "optim.eps=-1.0: expected a value above 0"),
     ({"num_epochs": float("inf")}, "num_epochs=inf: expected at least 0, and"),
