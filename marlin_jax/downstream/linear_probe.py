@@ -36,7 +36,8 @@ class LinearProbe:
     kernel, bias: float64 (D, K), (K,).
     penalty: float64 (K,), L2 penalty of each label; of classes, K times the
       same.
-    at_edge: bool (K,), the penalty is the last one that was tried.
+    at_edge: bool (K,), the penalty is the last one that was tried, and was
+      chosen by scores.
     converged: the solver reached the optimum of each penalty that was chosen.
   """
 
@@ -115,7 +116,9 @@ def fit(
     np.stack([probe.kernel[:, k] for k, probe in enumerate(chosen)], axis=1),
     np.array([probe.bias[k] for k, probe in enumerate(chosen)]),
     np.array([grid[i] for i in best]),
-    (len(grid) > 1) & np.isin(best, (0, len(grid) - 1)),
+    (len(grid) > 1)
+    & np.isin(best, (0, len(grid) - 1))
+    & np.isfinite(scores[0]),
     all(probe.converged for probe in chosen),
   )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -239,7 +240,7 @@ class ModeRunner:
         },
       ),
       {"penalty": dict(zip(task.names, probe.penalty.tolist(), strict=True))},
-      tuple(_probe_warnings(task, probe)),
+      tuple(_probe_warnings(task, probe, job.val.targets)),
     )
 
   def _linear_by_steps(self, job: Job) -> ModeResult:
@@ -431,8 +432,15 @@ def _float64(layer: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _probe_warnings(
-  task: Task, probe: linear_probe.LinearProbe
+  task: Task, probe: linear_probe.LinearProbe, val_targets: np.ndarray
 ) -> Iterator[str]:
+  is_known = task.encode(val_targets)[1].any(axis=0)
+  if not is_known.all():
+    names = itertools.compress(task.names, ~is_known)
+    yield (
+      f"{', '.join(names)} is unknown in all validation videos: the penalty is "
+      "the largest one, and nothing chooses a threshold"
+    )
   for edge in np.unique(probe.penalty[probe.at_edge]):
     names = [
       name

@@ -113,18 +113,10 @@ def read(
     ),
   )
   if any(key.startswith("decoder.") for key in theirs):
-    dec_width = name_tables.shape_of(theirs, "enc_dec_proj.weight", source)[0]
-    architecture = dataclasses.replace(
-      architecture,
-      dec_width=dec_width,
-      dec_depth=name_tables.infer_depth(theirs, "decoder.blocks."),
-      dec_num_heads=name_tables.infer_heads(
-        dec_width, dec_num_heads, "--dec_num_heads", source
-      ),
-      dec_mlp_dim=name_tables.shape_of(
-        theirs, "decoder.blocks.0.mlp.layers.0.linear.weight", source
-      )[0],
+    sizes = name_tables.decoder_sizes(
+      theirs, "enc_dec_proj", "mlp.layers.0.linear", dec_num_heads, source
     )
+    architecture = dataclasses.replace(architecture, **sizes)
   if any(key.startswith("discriminator.") for key in theirs):
     architecture = dataclasses.replace(
       architecture,

@@ -266,6 +266,35 @@ def infer_heads(width: int, given: int, flag: str, source: str) -> int:
   return heads
 
 
+def decoder_sizes(
+  theirs: Mapping[str, np.ndarray],
+  projection: str,
+  hidden: str,
+  num_heads: int,
+  source: str,
+) -> dict[str, int]:
+  """Returns the sizes of the decoder `decoder.blocks`, fields of Architecture.
+
+  Args:
+    theirs: state dict.
+    projection: their name of the layer from the encoder's width to its own.
+    hidden: their name of a block's first MLP layer.
+    num_heads: see `infer_heads`.
+    source: origin of the state dict, for messages.
+
+  Raises:
+    WeightsError: a layer is missing, or the number of heads is not known.
+  """
+  width = shape_of(theirs, f"{projection}.weight", source)[0]
+  first_layer = f"decoder.blocks.0.{hidden}.weight"
+  return {
+    "dec_width": width,
+    "dec_depth": infer_depth(theirs, "decoder.blocks."),
+    "dec_num_heads": infer_heads(width, num_heads, "--dec_num_heads", source),
+    "dec_mlp_dim": shape_of(theirs, first_layer, source)[0],
+  }
+
+
 def shape_of(theirs: Mapping[str, np.ndarray], key: str, source: str):
   """Returns the shape of an array of a state dict.
 

@@ -107,21 +107,10 @@ def read(
     norm_eps=_NORM_EPS,
   )
   if any(key.startswith("decoder.") for key in theirs):
-    dec_width = name_tables.shape_of(
-      theirs, "encoder_to_decoder.weight", source
-    )[0]
-    architecture = dataclasses.replace(
-      architecture,
-      dec_width=dec_width,
-      dec_depth=name_tables.infer_depth(theirs, "decoder.blocks."),
-      dec_num_heads=name_tables.infer_heads(
-        dec_width, dec_num_heads, "--dec_num_heads", source
-      ),
-      dec_mlp_dim=name_tables.shape_of(
-        theirs, "decoder.blocks.0.mlp.fc1.weight", source
-      )[0],
-      norm_pix=True,
+    sizes = name_tables.decoder_sizes(
+      theirs, "encoder_to_decoder", "mlp.fc1", dec_num_heads, source
     )
+    architecture = dataclasses.replace(architecture, norm_pix=True, **sizes)
   norm = "fc_norm" if f"{prefix}fc_norm.weight" in theirs else "norm"
   table = rules(architecture, prefix=prefix, norm=norm)
   try:

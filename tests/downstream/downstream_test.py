@@ -24,7 +24,7 @@ from marlin_jax.downstream import (
   tasks,
 )
 from marlin_jax.downstream.tasks import Task, TaskError
-from marlin_jax.eval import configuration
+from marlin_jax.eval import configuration, modes
 from marlin_jax.inference import nearest_neighbours
 from marlin_jax.models import heads, vit
 from marlin_jax.scores import values
@@ -384,6 +384,21 @@ def test_a_penalty_at_the_end_of_the_search_is_told():
   probe = linear_probe.fit(BINARY, x, y, (1e-2, 1e-6), score, 1000)
   assert probe.at_edge.all()
   assert (probe.penalty <= 1e-6).all()
+
+
+def test_a_label_that_is_never_known_where_choices_are_made_is_told():
+  x, y = drawn(60, 0, noise=0.0)
+  val = np.where([True, False], y, np.nan)
+
+  def score(probe):
+    return -BINARY.losses(val, BINARY.predicted(probe.logits(x)))
+
+  probe = linear_probe.fit(BINARY, x, y, (1e-2, 1e-6), score, 1000)
+  assert probe.penalty[1] == 1e-2
+  assert probe.at_edge.tolist() == [True, False]
+  (unknown, edge) = modes._probe_warnings(BINARY, probe, val)
+  assert unknown.startswith("beard is unknown in all validation videos")
+  assert "for hat: the features separate" in edge
 
 
 @pytest.mark.parametrize("penalties", [(1.0, 1.0), (0.0, 0.1, 1.0)])
