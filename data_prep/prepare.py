@@ -87,6 +87,7 @@ def _run(args: argparse.Namespace) -> None:
     _names_of(args.forget),
   ) as folder:
     storage.remove_scratch()
+    _tell_unknown(folder, args.forget)
     settings = dataclasses.replace(settings, record_labels=folder.record_labels)
     plan = folder.plan(settings, args.retry_quarantined)
     if not _is_work_left(folder, plan, args):
@@ -214,8 +215,11 @@ def _forget(args: argparse.Namespace) -> None:
   with dataset_folder.DatasetFolder(
     output, {}, None, None, forget=names
   ) as folder:
+    _tell_unknown(folder, args.forget)
     plan = folder.plan_removal()
-    if plan.shards or folder.forgotten.was_complete:
+    # An unfinished run has noted left-out videos, too.
+    has_notes = (output / folders.QUARANTINE).exists()
+    if plan.shards or has_notes or folder.forgotten.was_complete:
       folder.begin(plan)
       for shard in tqdm(plan.shards, desc="writing", unit="shard"):
         folder.write_shard(shard)
@@ -225,6 +229,16 @@ def _forget(args: argparse.Namespace) -> None:
     print(
       f"{counted(plan.num_dropped, 'video')} left {args.output}, which holds "
       f"{counted(plan.num_videos, 'video')}."
+    )
+
+
+def _tell_unknown(folder: DatasetFolder, file: str | None) -> None:
+  """Prints the names to forget that are no video or person."""
+  if names := folder.unknown_names:
+    shown = ", ".join(map(ascii, names[:5])) + ", ..." * (len(names) > 5)
+    print(
+      f"note: {counted(len(names), 'line')} of {file} found in no video or "
+      f"person of {folder.path}: {shown}"
     )
 
 

@@ -134,6 +134,8 @@ class DatasetFolder:
       self._version = recipe.get(folder_settings.ALGORITHM_VERSION)
       self._versions = recipe.get(folder_settings.VERSIONS, {})
       self._forgotten = Forgotten.of(path)
+      # Names to forget that are no video or person.
+      self.unknown_names: list[str] = []
       self._sources: dict[str, Source] = {}
       by_split = folder_settings.shards_by_split(self._settings)
       self._shards: dict[str, dict[str, Source]] = {
@@ -212,9 +214,11 @@ class DatasetFolder:
     if videos is None:
       videos = [ledger.source_of(entry) for entry in entries]
     if forget:
+      known = [*entries, *self._part_entries(), *videos]
+      self.unknown_names = self._forgotten.unknown(forget, known)
       self._forgotten = self._forgotten.adding(
         forget,
-        (video.video_id for video in (*entries, *videos)),
+        (video.video_id for video in known),
         (self.path / folders.DATASET_INFO).exists(),
       )
       self._forgotten.write(self.path)
@@ -227,12 +231,25 @@ class DatasetFolder:
   def _remove_forgotten_parts(self) -> None:
     if not self._forgotten.hashes:
       return
-    for name in self._names:
-      path = self._parts / name
-      if shards.Part.is_line(name) and (line := ledger.read_json(path)):
-        entry = Entry(**line)
-        if entry in self._forgotten:
-          shards.Part(self.path, entry.video_id).remove()
+    for entry in self._part_entries():
+      if entry in self._forgotten:
+        shards.Part(self.path, entry.video_id).remove()
+    if not self._is_task:
+      # Records whose line a killed run did not write, and jobs, may be of
+      # forgotten videos; a run makes them anew.
+      storage.remove(
+        [
+          self._parts / name
+          for name in self._names
+          if own_files.is_job(name) or shards.Part.is_orphan(name, self._names)
+        ]
+      )
+
+  def _part_entries(self) -> list[Entry]:
+    """Returns the ledger lines of the parts."""
+    names = sorted(filter(shards.Part.is_line, self._names))
+    lines = (ledger.read_json(self._parts / name) for name in names)
+    return [Entry(**line) for line in lines if line]
 
   def _check_missing(self, may_drop: bool) -> None:
     missing = [

@@ -77,6 +77,31 @@ class Forgotten:
       was_complete=self.was_complete or was_complete,
     )
 
+  def unknown(
+    self, names: Sequence[str], videos: Sequence[Source | ledger.Entry]
+  ) -> list[str]:
+    """Returns the names of no video or person, now or forgotten before.
+
+    Args:
+      names: as for `adding`.
+      videos: all videos of the data set.
+    """
+    people = {video.subject_id for video in videos}
+    ids = {
+      name
+      for video in videos
+      for name in (video.video_id, _file_of(video.video_id))
+    }
+    return [
+      name
+      for name in names
+      if not (
+        name in people
+        or (video_id := _id_of(name, ids)) in ids
+        or self.hashes & {_hash("subject", name), _hash("video", video_id)}
+      )
+    ]
+
 
 def _id_of(name: str, known: set[str]) -> str:
   """Returns the id of the video that a path ends with, or else the path."""

@@ -43,6 +43,11 @@ _ANY_PART = re.compile(rf"(?:{_PART})(?:{_PARTIAL})?")
 _SETTINGS = {"name", "schema_version", "num_shards"}
 
 
+def is_job(name: str) -> bool:
+  """Returns True if a file name is that of jobs of Beam."""
+  return re.fullmatch(r"jobs-\d+\.jsonl", name) is not None
+
+
 def leftovers(path: Path) -> list[Path]:
   """Returns the half-written files in the folder of a data set."""
   return [

@@ -209,6 +209,12 @@ class Part:
     """Returns True if a file name is that of a part's ledger line."""
     return re.fullmatch(r"[0-9a-f]{32}\.json", name) is not None
 
+  @staticmethod
+  def is_orphan(name: str, names: Collection[str]) -> bool:
+    """Returns True for a file of records without a ledger line in `names`."""
+    found = re.fullmatch(r"([0-9a-f]{32})\.array_record", name)
+    return found is not None and f"{found[1]}.json" not in names
+
   def entry(self) -> ledger.Entry | None:
     """Returns the ledger line, None if the part is missing or incomplete."""
     line = ledger.read_json(self.line)

@@ -145,6 +145,8 @@ def test_forgotten_videos_are_nowhere_and_the_rest_stays(
   result = run_prepare("--output", path, "--forget", names)
   assert result.returncode == 0, result.stderr
   assert f"{len(gone)} video" in result.stdout
+  told = f"1 line of {names} found in no video or person"
+  assert (told in result.stdout) == (not gone)
   kept = {k: v for k, v in before.items() if k not in gone}
   assert records(path) == kept
   touched = {n for n, t in times(path).items() if t != shards_before[n]}
@@ -226,6 +228,37 @@ def test_parts_of_forgotten_videos_go(table, tmp_path):
   assert parts[1].entry() is not None
   # It was unfinished before.
   assert not (path / "dataset_info.json").exists()
+
+
+def test_an_unfinished_data_set_forgets_all_traces(table, tmp_path):
+  """Also a video that only parts and notes know, given by its path."""
+  path = tmp_path / "dataset"
+  prepare(table, path)
+  (path / "dataset_info.json").unlink()
+  source = dataclasses.replace(
+    read_input(table).sources[0], video_id="new/7.mp4"
+  )
+  outcome = video_to_records.Outcome(video_to_records.NO_FACE, "no face")
+  entry = ledger.Entry.of(source, SETTINGS, outcome)
+  part, orphan = shards.Part(path, "new/7.mp4"), shards.Part(path, "new/8.mp4")
+  part.line.parent.mkdir(exist_ok=True)
+  with shards.PartWriter(part) as writer:
+    writer.commit(entry)
+  orphan.records.write_bytes(b"new/8.mp4")
+  (path / "parts/jobs-1.jsonl").write_text("new/7.mp4\n")
+  with open(path / "quarantine.jsonl", "a") as file:
+    file.write(json.dumps({"video_id": "new/7.mp4"}) + "\n")
+  names = tmp_path / "names.txt"
+  names.write_text("/mnt/new/7.mp4\n/mnt/new/8.mp4\n")
+  result = run_prepare("--output", path, "--forget", names)
+  assert result.returncode == 0, result.stderr
+  assert "'/mnt/new/8.mp4'" in result.stdout
+  assert "'/mnt/new/7.mp4'" not in result.stdout
+  for file, data in content(path).items():
+    assert b"new/" not in data, file
+  # Once more: what was forgotten before is no unknown name.
+  result = run_prepare("--output", path, "--forget", names)
+  assert "note: " not in result.stdout
 
 
 def test_forgetting_needs_a_data_set_and_whole_shards(table, tmp_path):
