@@ -461,8 +461,9 @@ class VideoClassifier:
       },
       results=hub.read_results(results, trained_on, origin.get("cell", "")),
     )
-    # The folder of the data is of this machine.
+    # The folders of data sets are of this machine.
     origin["data"] = Path(origin.get("data", "")).name
+    origin["settings"] = _without_folders(origin.get("settings", {}))
     public = dataclasses.replace(described, encoder=_ENCODER, origin=origin)
     head = Head(described.head, self._arrays, described.options, self.weights)
     return hub.push(
@@ -509,6 +510,23 @@ class VideoClassifier:
         f"({description.encoder})"
       )
     return cls(description, weights, arrays, **options)
+
+
+def _without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the settings of an evaluation without folders of data sets.
+
+  Args:
+    settings: the other data sets are PATH:SPLIT, comma-separated, in
+      `data.tests`; each has a hash in `data.tests.PATH:SPLIT`.
+  """
+  tests, named = "data.tests", {}
+  for key, value in settings.items():
+    if key == tests:
+      value = ",".join(Path(test).name for test in value.split(","))
+    elif key.startswith(f"{tests}."):
+      key = f"{tests}.{Path(key.removeprefix(f'{tests}.')).name}"
+    named[key] = value
+  return named
 
 
 def activated(logits: np.ndarray, kind: str) -> np.ndarray:

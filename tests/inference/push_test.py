@@ -75,7 +75,9 @@ def push(far, root, address, token):
   )
 
 
-def test_a_published_model_has_a_card_and_opens_by_its_name(far, tmp_path):
+def test_a_published_model_has_a_card_and_opens_by_its_name(
+  far, face_data, tmp_path
+):
   root = tmp_path / "hub"
   with hub_server.serving(root) as address:
     result = push(far, tmp_path, address, hub_server.TOKEN)
@@ -115,7 +117,8 @@ def test_a_published_model_has_a_card_and_opens_by_its_name(far, tmp_path):
   )
   for file in (root / "me").rglob("*"):
     if file.suffix in (".json", ".md"):
-      assert str(far.parent) not in file.read_text()
+      for folder in (far.parent, face_data.parent):
+        assert str(folder) not in file.read_text()
 
 
 def test_results_of_another_encoder_and_a_refusal_are_told(far, tmp_path):
