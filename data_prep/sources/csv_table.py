@@ -22,6 +22,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,6 +42,7 @@ COLUMNS = ("path", "subject_id", "split")
 BOX = ("x0", "y0", "x1", "y1")
 PART = ("start_secs", "end_secs", *BOX)
 LABEL = "label_"
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 
 
 def table(manifest: Path, root: Path) -> Listing:
@@ -159,6 +161,11 @@ def _labels(
       )
     if words:
       classes = sorted({t for cells in texts for t in cells if t})
+      if decimal := next(filter(_DECIMAL_COMMA.fullmatch, words), None):
+        notes.append(
+          f"label {name} has values such as {decimal!r}, which become classes: "
+          "a number has a point"
+        )
       if len(words) < len(classes):
         notes.append(
           f"label {name} mixes words such as {words[0]!r} with numbers; each "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import posixpath
 import re
@@ -271,6 +272,13 @@ def _checked(
     raise ManifestError(
       f"{source}: none of its {num_listed} files is below {listing.root}"
     )
+  if again := _listed_again(rows, listing.root, statuses_of.links):
+    kept = [row.path not in again for row in rows]
+    rows, statuses = (
+      [*itertools.compress(of, kept)] for of in (rows, statuses)
+    )
+    links = counted(len(again), "link")
+    notes.append(f"{links} to other files of the input left out.")
   listing = dataclasses.replace(listing, rows=rows, notes=notes)
   problems += _group_problems(rows)
   problems += _label_problems(listing)
@@ -281,13 +289,42 @@ def _checked(
   return listing, statuses
 
 
+def _listed_again(
+  rows: list[Row], root: Path, links: Mapping[str, str]
+) -> set[str]:
+  """Returns the paths of links to files that are listed themselves.
+
+  A table may name a file twice; a folder, whose rows have no number, does so by
+  accident, and would have one video in two splits.
+
+  Args:
+    rows: the rows.
+    root: folder of their paths.
+    links: file that each link leads to.
+  """
+  again: set[str] = set()
+  if not links or any(row.number for row in rows):
+    return again
+  paths = {os.path.join(root, row.path): row.path for row in rows}
+  known = {os.path.realpath(path) for path in paths.keys() - links.keys()}
+  for path in sorted(links.keys() & paths.keys()):
+    if links[path] in known:
+      again.add(paths[path])
+    known.add(links[path])
+  return again
+
+
 class _Statuses:
   """Status of files, with one request per file: network disks are slow.
 
   Whether a folder leads out of the root is asked once per folder.
+
+  Attributes:
+    links: file that each link leads to.
   """
 
   def __init__(self, root: Path, follow_links: bool) -> None:
+    self.links: dict[str, str] = {}
     self._follow_links = follow_links
     self._real_root = os.path.realpath(root)
     # By folder.
@@ -299,14 +336,16 @@ class _Statuses:
     Raises:
       OSError: there is no such file.
     """
-    if self._follow_links:
-      return os.stat(path)
-    if not self._is_below(os.path.dirname(path)):
+    may_lead_out = self._follow_links
+    if not (may_lead_out or self._is_below(os.path.dirname(path))):
       return None
     status = os.lstat(path)
     if not stat.S_ISLNK(status.st_mode):
       return status
-    return os.stat(path) if is_below(path, self._real_root) else None
+    if not (may_lead_out or is_below(path, self._real_root)):
+      return None
+    self.links[path] = os.path.realpath(path)
+    return os.stat(path)
 
   def _is_below(self, folder: str) -> bool:
     """Returns `is_below` of a folder, with one request to the disk."""

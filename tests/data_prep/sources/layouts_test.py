@@ -126,6 +126,8 @@ def test_csv_labels_that_are_easily_mistaken(tmp_path):
   assert "label age mixes words such as 'n/a' with numbers" in note
   table.write_text("path,label_path\na.mp4,1\nb.mp4,0\n")
   assert read_input(table).labels["path"].kind == "binary"
+  table.write_text('path,label_age\na.mp4,"31,5"\nb.mp4,40\n')
+  assert "label age has values such as '31,5'" in read_input(table).notes[0]
   # To Python, 1_1 is the number 11.
   table.write_text("path,label_scene\na.mp4,1_1\nb.mp4,2_1\n")
   assert read_input(table).labels["scene"].names == ("1_1", "2_1")

@@ -104,6 +104,24 @@ def test_links_are_followed_where_they_are_trusted(folder, tmp_path):
   assert "'gone.mp4': No such file" in error(folder)
 
 
+def test_links_to_other_files_of_a_folder_are_left_out(folder, tmp_path):
+  """Else one video could be in two splits."""
+  before = ids(folder)
+  (folder / "c.mp4").symlink_to(folder / ".cache/c.mp4")
+  (folder / "latest.mp4").symlink_to(folder / "b.mp4")
+  outer = write(tmp_path / "outer", "outer")
+  found = read_input(folder)
+  assert [s.video_id for s in found.sources] == sorted([*before, "c.mp4"])
+  assert "1 link to other files of the input left out." in found.notes
+  for name in ("x.mp4", "y.mp4"):
+    (folder / name).symlink_to(outer)
+  found = ids(folder, follow_links=True)
+  assert found == sorted([*before, "c.mp4", "x.mp4"])
+  # A table says what it wants.
+  table = write(folder / "m.csv", "path\nb.mp4\nlatest.mp4\n")
+  assert ids(table) == ["b.mp4", "latest.mp4"]
+
+
 def test_missing_files_are_left_out_where_that_is_asked_for(folder):
   manifest = write(folder / "m.csv", "path,split\nb.mp4,a\ngone.mp4,a\n")
   assert "row 3: 'gone.mp4': No such file" in error(manifest)
