@@ -115,7 +115,8 @@ def test_links_to_other_files_of_a_folder_are_left_out(folder, tmp_path):
   assert "1 link to other files of the input left out." in found.notes
   for name in ("x.mp4", "y.mp4"):
     (folder / name).symlink_to(outer)
-  found = ids(folder, follow_links=True)
+  followed = read_input(folder, follow_links=True).sources
+  found = [source.video_id for source in followed]
   assert found == sorted([*before, "c.mp4", "x.mp4"])
   # A table says what it wants.
   table = write(folder / "m.csv", "path\nb.mp4\nlatest.mp4\n")
