@@ -86,7 +86,7 @@ def _page(args: argparse.Namespace) -> Page:
     )
   extras.require("demo", "the demo")
   from data_prep import assets
-  from marlin_jax.browser.analysis import Analyser
+  from marlin_jax.browser.analysis import Analyser, Masking
   from marlin_jax.inference.classifier import VideoClassifier
   from marlin_jax.inference.marlin import Marlin
   from marlin_jax.weights import run_checkpoint
@@ -99,7 +99,7 @@ def _page(args: argparse.Namespace) -> Page:
   sample = assets.cache_folder() / "sample_videos" / "carphone_pristine.mp4"
   return Page(
     Analyser(marlin, classifier, max_secs=args.max_secs),
-    ratio=run_checkpoint.masking_of(checkpoint)[1],
+    masking=Masking(*run_checkpoint.masking_of(checkpoint)),
     title=marlin.weights.source,
     examples=[sample] if sample.exists() else [],
   )

@@ -35,6 +35,7 @@ from marlin_jax.inference.face_windows import (
   WindowSettings,
 )
 from marlin_jax.inference.marlin import Marlin
+from marlin_jax.pretraining.configuration import MASKING_STRATEGIES
 from marlin_jax.pretraining.pretext_task import PretextTask
 from marlin_jax.records.schema import FRAME_SIZE
 
@@ -143,6 +144,20 @@ class Analyser:
     """True if faces are parsed, which pictures above 224 pixels are not."""
     return self.marlin.architecture.image_size <= FRAME_SIZE
 
+  @property
+  def strategies(self) -> list[str]:
+    """Masking strategies; without regions those that need none."""
+    return [
+      name
+      for name in MASKING_STRATEGIES
+      if self.has_regions or not self._task(name).masking.needs_regions
+    ]
+
+  def _task(self, strategy: str, ratio: float = 0.5) -> PretextTask:
+    return PretextTask.from_architecture(
+      self.marlin.architecture, strategy, ratio
+    )
+
   def read(
     self,
     path: str | os.PathLike,
@@ -191,9 +206,7 @@ class Analyser:
       ValueError: no token would be visible, or regions are missing.
     """
     strategy, ratio, seed = masking
-    task = PretextTask.from_architecture(
-      self.marlin.architecture, strategy, ratio
-    )
+    task = self._task(strategy, ratio)
     return reconstruction.reconstruct(
       self.marlin.mae, reading.clips, task, seed
     )

@@ -15,7 +15,6 @@ from data_prep.inspection import region_pictures
 from marlin_jax.browser.analysis import Analyser, Masking, Reading
 from marlin_jax.inference import pictures
 from marlin_jax.inference.face_windows import FaceVideoError, NoFaceError
-from marlin_jax.pretraining.configuration import MASKING_STRATEGIES
 from marlin_jax.records.cli import UserError, counted
 from marlin_jax.records.schema import REGIONS
 
@@ -65,7 +64,7 @@ class Page:
     self,
     analyser: Analyser,
     *,
-    ratio: float,
+    masking: Masking,
     title: str,
     examples: list[Path],
   ) -> None:
@@ -73,7 +72,7 @@ class Page:
 
     Args:
       analyser: see `Analyser`.
-      ratio: share of masked tokens to begin with.
+      masking: masks to begin with.
       title: name of the weights.
       examples: videos offered for a first try.
     """
@@ -86,7 +85,7 @@ class Page:
       gr.Markdown(f"# MARLIN on your video\nWeights: `{title}`")
       with gr.Row():
         with gr.Column(scale=1, min_width=280):
-          inputs = self._inputs(ratio, examples)
+          inputs = self._inputs(masking, examples)
         with gr.Column(scale=3, min_width=320):
           self._outputs()
       run = inputs.pop()
@@ -104,7 +103,9 @@ class Page:
 
   # --- Layout -----------------------------------------------------------------
 
-  def _inputs(self, ratio: float, examples: list[Path]) -> list[gr.Component]:
+  def _inputs(
+    self, masking: Masking, examples: list[Path]
+  ) -> list[gr.Component]:
     """Returns the arguments of `_show`, and the button."""
     video = gr.Video(
       label="Video",
@@ -116,15 +117,19 @@ class Page:
     crop_face = gr.Checkbox(
       True, label="Crop the face", info="clear it for a video of a face crop"
     )
-    strategies = [
-      name
-      for name in MASKING_STRATEGIES
-      if self._analyser.has_regions or not name.startswith("fasking")
-    ]
+    strategies = self._analyser.strategies
+    first = masking.strategy
     with gr.Accordion("Masking", open=False):
-      strategy = gr.Dropdown(strategies, label="Strategy", filterable=False)
-      masked = gr.Slider(0.1, 0.95, ratio, step=0.05, label="Masked share")
-      seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+      strategy = gr.Dropdown(
+        strategies,
+        value=first if first in strategies else strategies[0],
+        label="Strategy",
+        filterable=False,
+      )
+      masked = gr.Slider(
+        0.1, 0.95, masking.ratio, step=0.05, label="Masked share"
+      )
+      seed = gr.Number(masking.seed, label="Seed", precision=0, minimum=0)
     run = gr.Button("Run", variant="primary", elem_id="run")
     return [video, crop_face, strategy, masked, seed, run]
 

@@ -62,6 +62,12 @@ def test_clips_are_those_that_the_library_reads(analyser, reading, clip):
     np.testing.assert_array_equal(region_bits(labels), regions)
 
 
+def test_large_pictures_have_the_strategies_that_need_no_regions(analyser):
+  large = Analyser(Marlin(make_weights(image_size=256)), max_secs=20.0)
+  assert large.strategies == ["random", "tube", "frame"]
+  assert {"fasking", "crfr_p"} < set(analyser.strategies)
+
+
 def test_features_are_those_of_the_overlapping_windows(
   analyser, reading, clip, marlin
 ):

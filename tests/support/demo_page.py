@@ -6,7 +6,7 @@ A process of its own, as Gradio leaves event loops open.
 import json
 import sys
 
-from marlin_jax.browser.analysis import Analyser
+from marlin_jax.browser.analysis import Analyser, Masking
 from marlin_jax.browser.page import Page
 from marlin_jax.inference.marlin import Marlin
 from tests.support.demo_models import make_weights
@@ -19,7 +19,7 @@ def main(model: str, video: str) -> None:
       Marlin.load_classifier(model),
       max_secs=20.0,
     ),
-    ratio=0.5,
+    masking=Masking("tube", 0.5),
     title="random",
     examples=[],
   )
