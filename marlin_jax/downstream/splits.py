@@ -30,6 +30,8 @@ from marlin_jax.records.folders import VIDEOS, write_bytes
 # Incremented when the meaning of an index file changes.
 _INDEX_VERSION = 2
 _NUM_THREADS = 8
+# Names in a warning.
+_MAX_NAMES = 5
 # What is used of a line of the ledger.
 _OF_LEDGER = ("split", "subject_id", "labels", "num_records", "segments")
 
@@ -416,3 +418,23 @@ def task_split(task: Task, split: Split) -> TaskSplit:
       f"{len(split)} videos of split '{split.name}'"
     )
   return TaskSplit(split, rows, task.targets(values[rows]))
+
+
+def label_warnings(task: Task, videos: TaskSplit) -> list[str]:
+  """Returns a line if videos of a split do not show what a task is about.
+
+  Such are classes that none of them has, and labels that all or none have.
+  """
+  if task.is_value:
+    return []
+  labels = task.as_labels(videos.targets)
+  values = (1,) if task.is_class else (0, 1)
+  shown = np.all([(labels == value).any(axis=0) for value in values], axis=0)
+  names = list(itertools.compress(task.names, ~shown))
+  if not names:
+    return []
+  some = ", ".join(names[:_MAX_NAMES])
+  if len(names) > _MAX_NAMES:
+    some += f" and {len(names) - _MAX_NAMES} more"
+  how = "in no video" if task.is_class else "alike in all videos"
+  return [f"task '{task.name}': {how} of '{videos.split.name}': {some}"]

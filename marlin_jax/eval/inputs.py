@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,8 @@ class Videos:
       evaluation without is named ''.
     others: videos of each task in the other data sets, by task name and name of
       the test.
-    warnings: lines about splits that are not independent.
+    warnings: lines about splits that are not independent, or do not show what
+      a task is about.
   """
 
   splits: dict[str, Split]
@@ -208,9 +210,10 @@ def open_videos(inputs: Inputs, config: ConfigDict, cache: Path) -> Videos:
     )
     for test in inputs.tests
   }
+  of_tasks = {task.name: _folds(task, by_role, config) for task in inputs.tasks}
   return Videos(
     by_role,
-    {task.name: _folds(task, by_role, config) for task in inputs.tasks},
+    of_tasks,
     {
       task.name: {
         test.name: splits.task_split(test.tasks[task.name], others[test.name])
@@ -224,8 +227,26 @@ def open_videos(inputs: Inputs, config: ConfigDict, cache: Path) -> Videos:
       f"{name}: {line}"
       for name, split in others.items()
       for line in splits.split_warnings([by_role["train"], split])
-    ],
+    ]
+    + list(_coverage_warnings(inputs.tasks, of_tasks)),
   )
+
+
+def _coverage_warnings(
+  chosen: list[Task], of_tasks: dict[str, dict[str, Fold]]
+) -> Iterator[str]:
+  """Yields a line for each way in which splits are too small for a task.
+
+  Folds are none: they are pooled.
+  """
+  for task in chosen:
+    for role, videos in of_tasks[task.name].get("", {}).items():
+      yield from splits.label_warnings(task, videos)
+      if role == "test" and len(set(videos.people)) == 1:
+        yield (
+          f"task '{task.name}': '{videos.split.name}' shows one person: scores "
+          "have no intervals"
+        )
 
 
 def _fold_warnings(by_role: dict[str, Split], config: ConfigDict) -> list[str]:

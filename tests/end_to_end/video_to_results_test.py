@@ -160,7 +160,11 @@ def celebvhq(film, tmp_path_factory) -> Path:
 def test_celebvhq_goes_to_attributes(celebvhq):
   results = results_of(eval_far, celebvhq)
   assert num_videos(results) == {"train": 4, "val": 2, "test": 2}
-  assert results["data"]["warnings"] == []
+  # Each split is of one or two sources, whose clips are alike in most labels.
+  assert all(
+    "alike in all videos" in line or "one person" in line
+    for line in results["data"]["warnings"]
+  )
   sizes = {name: len(t["names"]) for name, t in results["tasks"].items()}
   assert sizes == {"appearance": 40, "action": 35}
   cells = {c["task"]: c for c in results["cells"] if c["mode"] == "linear"}

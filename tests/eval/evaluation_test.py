@@ -377,9 +377,36 @@ def test_people_in_two_splits_give_a_warning(tmp_path, capsys):
     LABELS,
   )
   results = run(eval_far, tmp_path / "w", path, tasks="mood", modes="knn")
-  (warning,) = results["data"]["warnings"]
+  warning, *others = results["data"]["warnings"]
+  assert not any("share" in line for line in others)
   assert "'train' and 'val' share 1 people (e.g. 'person 2')" in warning
   assert f"WARNING: {warning}" in capsys.readouterr().out
+
+
+def test_what_a_split_does_not_show_is_told(tmp_path):
+  videos = labelled_data.make(24, draw_face)
+  dark = [video for video in videos if video.labels["mood"] == (0,)]
+  path = labelled_data.write(
+    tmp_path / "data",
+    {
+      "train": dark,
+      "val": renamed(videos, "v"),
+      "test": renamed(videos[4:6], "t"),
+    },
+    LABELS,
+  )
+  results = run(
+    eval_far, tmp_path / "w", path, tasks="mood,appearance", modes="knn"
+  )
+  lines = results["data"]["warnings"]
+  assert "task 'mood': in no video of 'train': grey, bright" in lines
+  assert any(
+    line.startswith("task 'appearance': alike in all videos of 'train': bright")
+    for line in lines
+  )
+  assert not any("task 'mood'" in line and "'val'" in line for line in lines)
+  one_person = "'test' shows one person: scores have no intervals"
+  assert f"task 'mood': {one_person}" in lines
 
 
 def test_folds_are_joined_into_splits(tmp_path):
