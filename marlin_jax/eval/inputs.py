@@ -68,12 +68,14 @@ class OtherTest:
     name: PATH:SPLIT, as in the configuration.
     path: directory of the data set.
     split: name of the split.
+    fingerprint: see `prepared_dataset.Dataset`.
     tasks: the tasks by name, as the labels of this data set define them.
   """
 
   name: str
   path: str
   split: str
+  fingerprint: str
   tasks: dict[str, Task]
 
 
@@ -126,12 +128,7 @@ def open_inputs(config: ConfigDict, checkpoint: str, data: str) -> Inputs:
     **{
       f"data.{role}": dataset.fingerprint for role, dataset in datasets.items()
     },
-    **{
-      f"data.tests.{test.name}": prepared_dataset.open_joined(
-        test.path, test.split
-      ).fingerprint
-      for test in tests
-    },
+    **{f"data.tests.{test.name}": test.fingerprint for test in tests},
   }
   return Inputs(
     data, split_names, chosen, tests, weights, features, mesh, settings
@@ -156,10 +153,12 @@ def _open_tests(config: ConfigDict, chosen: list[Task]) -> list[OtherTest]:
   """Opens the other data sets.
 
   Raises:
+    DatasetError: there is no such data set or split.
     TaskError: a task has other classes or labels there.
   """
   tests = []
   for path, split in configuration.other_tests(config.data.tests):
+    dataset = prepared_dataset.open_joined(path, split)
     labels = tasks.read_labels(path)
     theirs = tasks.make_tasks(
       [task.name for task in chosen], labels, config.derive, path
@@ -171,7 +170,9 @@ def _open_tests(config: ConfigDict, chosen: list[Task]) -> list[OtherTest]:
           f"{', '.join(their.names)}: scores would not compare"
         )
     by_name = {task.name: task for task in theirs}
-    tests.append(OtherTest(f"{path}:{split}", path, split, by_name))
+    tests.append(
+      OtherTest(f"{path}:{split}", path, split, dataset.fingerprint, by_name)
+    )
   return tests
 
 

@@ -546,6 +546,12 @@ def test_other_data_sets_are_scored_with_the_thresholds_of_this_one(
   assert (
     f"deepfake, tested on {harder}:val" in (workdir / "results.txt").read_text()
   )
+  for wrong, words in (
+    (f"{tmp_path / 'none'}:test", "is not a prepared data set"),
+    (f"{harder}:test", "no split 'test'"),
+  ):
+    with pytest.raises(DatasetError, match=words):
+      run(eval_dfd, tmp_path / "no", face_data, **{"data.tests": wrong})
   with pytest.raises(TaskError, match="would not compare"):
     run(
       eval_far,
