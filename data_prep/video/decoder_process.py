@@ -133,10 +133,14 @@ class _FrameWriter:
     self._span = span
     self._limits = limits
     self._may_change_size = may_change_size
-    self._converter = pixels.RgbConverter(stream.sample_aspect_ratio)
+    # Viewers of pictures show their pixels as squares.
+    aspect = None if _is_picture(stream) else stream.sample_aspect_ratio
+    self._converter = pixels.RgbConverter(aspect)
     self._pixel_aspect = None
+    self._orientation: list[int] = []
     self._tally = protocol.Tally(limits)
-    self._size = self._shown_size = 0, 0
+    # Size, shown size and orientation of the frames.
+    self._form = ((0, 0), (0, 0), self._orientation)
     self._notes: set[str] = set()
     self.num_frames = 0
     self.last_secs = -math.inf
@@ -147,12 +151,15 @@ class _FrameWriter:
     Raises:
       Refused: it is over a limit, or of another size.
     """
-    if frame.key_frame:
+    if frame.key_frame or not self._orientation:
       self._follow_pixel_aspect()
+      file = packets.picture_file(self._stream.container)
+      self._orientation = pixels.orientation(frame, file)
     size = frame.width, frame.height
     shown_size = self._converter.width(frame), frame.height
-    if (size, shown_size) != (self._size, self._shown_size):
-      self._begin_size(frame, size, shown_size)
+    form = size, shown_size, self._orientation
+    if form != self._form:
+      self._begin_form(form)
     if reason := self._tally.add(*shown_size):
       raise Refused(reason)
     self.last_secs = secs
@@ -164,28 +171,31 @@ class _FrameWriter:
   def _follow_pixel_aspect(self) -> None:
     """Takes over the shape of pixels where it changes, at a key frame.
 
-    A container that names a shape names it for all frames.
+    Only in recordings that may be joined: other containers describe all frames.
     """
-    if packets.is_indexed(self._stream.container):
+    if not packets.may_be_joined(self._stream.container):
       return
     aspect = self._stream.codec_context.sample_aspect_ratio
     if self._pixel_aspect not in (None, aspect):
       self._converter = pixels.RgbConverter(aspect)
     self._pixel_aspect = aspect
 
-  def _begin_size(
-    self, frame, size: tuple[int, int], shown_size: tuple[int, int]
+  def _begin_form(
+    self, form: tuple[tuple[int, int], tuple[int, int], list[int]]
   ) -> None:
     if self.num_frames:
-      change = " to ".join(
-        f"{width}x{height}" for width, height in (self._shown_size, shown_size)
-      )
+      sizes = self._form[1], form[1]
+      change = " to ".join(f"{width}x{height}" for width, height in sizes)
+      what, change = "size", f"from {change}"
+      if sizes[0] == sizes[1]:
+        what, change = "orientation", "by turning or mirroring"
       if not self._may_change_size:
-        raise Refused(f"frame size changes from {change}")
-      self.note(f"frame size changes: from {change}, where tracks end")
-    self._size, self._shown_size = size, shown_size
+        raise Refused(f"frame {what} changes {change}")
+      self.note(f"frame {what} changes: {change}, where tracks end")
+    self._form = form
+    _, shown_size, orientation = form
     _check_pixels(*shown_size, self._limits)
-    _send_info(self._pipe, frame, self._stream, self._span, shown_size)
+    _send_info(self._pipe, self._stream, self._span, shown_size, orientation)
 
   def note(self, text: str) -> None:
     """Writes a note, once."""
@@ -290,9 +300,13 @@ _MAX_RATE = 500
 _NO_TIMES = 0x0080  # AVFMT_NOTIMESTAMPS: bare streams
 
 
+def _is_picture(stream) -> bool:
+  return stream.container.format.name in packets.PICTURE_FORMATS.split(",")
+
+
 def _rate(stream) -> float:
   """Returns frames per second by the container, 0.0 where it is unknown."""
-  if stream.container.format.name in packets.PICTURE_FORMATS.split(","):
+  if _is_picture(stream):
     return 0.0
   rates = stream.average_rate, stream.guessed_rate
   if stream.container.format.flags & _NO_TIMES:
@@ -311,14 +325,16 @@ def _check_pixels(width: int, height: int, limits: Limits) -> None:
 
 
 def _send_info(
-  pipe: int, frame, stream, span: Span, shown_size: tuple[int, int]
+  pipe: int,
+  stream,
+  span: Span,
+  shown_size: tuple[int, int],
+  orientation: list[int],
 ) -> None:
   info = {
     "width": shown_size[0],
     "height": shown_size[1],
-    "orientation": pixels.orientation(
-      frame, packets.picture_file(stream.container)
-    ),
+    "orientation": orientation,
     "rate": _rate(stream),
     "announced_frames": _announced_frames(stream, span),
   }

@@ -322,7 +322,9 @@ class Frames:
   def __init__(self, container, stream, clock: Clock, span: Span) -> None:
     self._container, self._stream, self._clock = container, stream, clock
     self._span = span
-    self._is_sought = span.start > 0 and is_indexed(container)
+    self._is_sought = (
+      span.start > 0 and container.format.name.split(",")[0] in _INDEXED
+    )
     if self._is_sought:
       _seek(container, stream, span.start - _MAX_DELAY_SECS)
     self._beginning = Beginning(of_stream(container, stream, clock), clock)
@@ -390,11 +392,6 @@ class Frames:
       yield frame, secs
 
 
-def is_indexed(container) -> bool:
-  """Returns True for MP4 and Matroska, which describe all frames at once."""
-  return container.format.name.split(",")[0] in _INDEXED
-
-
 def _first_in(timed: Iterator[tuple], span: Span) -> list[tuple] | None:
   """Returns a list of the first frame of a span; [] if the span has no frame.
 
@@ -428,6 +425,11 @@ def _is_mp3(data: bytes) -> bool:
   )
 
 
+def may_be_joined(container) -> bool:
+  """Returns True for formats of recordings that are joined byte by byte."""
+  return bool(container.format.flags & _TIMES_MAY_START_AGAIN)
+
+
 class Clock:
   """Makes the times of a file continuous if they start again.
 
@@ -441,13 +443,13 @@ class Clock:
 
   Attributes:
     streams: as above.
-    may_leap: True for formats of recordings that are joined byte by byte.
+    may_leap: see `may_be_joined`.
     num_restarts: how often times have started again.
   """
 
   def __init__(self, container, *streams) -> None:
     self.streams = [stream for stream in streams if stream is not None]
-    self.may_leap = bool(container.format.flags & _TIMES_MAY_START_AGAIN)
+    self.may_leap = may_be_joined(container)
     self.begin()
 
   def begin(self) -> None:

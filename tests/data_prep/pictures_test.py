@@ -81,6 +81,13 @@ def test_a_damaged_exif_does_no_harm(tmp_path, quarters, at):
   assert set(read(tmp_path / "a.jpg").shape) == {736, 752, 3}
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_a_density_for_print_does_not_stretch(tmp_path, quarters, form):
+  path = tmp_path / f"p.{form.lower()}"
+  path.write_bytes(encoded(quarters, form, dpi=(72, 144)))
+  assert read(path).shape == quarters.shape
+
+
 @pytest.mark.parametrize("more", ["picture", "video"])
 def test_what_cameras_append_to_a_picture_is_left_out(tmp_path, quarters, more):
   path = tmp_path / "a.jpg"

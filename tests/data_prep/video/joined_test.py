@@ -1,5 +1,6 @@
 """Recordings that were joined byte by byte, and streams with gaps."""
 
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -7,7 +8,12 @@ import av
 import numpy as np
 import pytest
 
-from data_prep.video.decode import open_sound, open_video, read_sound
+from data_prep.video.decode import (
+  DecodeError,
+  open_sound,
+  open_video,
+  read_sound,
+)
 from tests.support.videos import moving_noise, write_video
 
 RATE = 30
@@ -177,3 +183,40 @@ def test_pixels_may_change_their_shape(tmp_path):
   frames, _, notes = read(join(tmp_path / "v.ts", *parts))
   assert [f.shape[1] for f in frames] == [64] * 20 + [128] * 20
   assert "frame size changes: from 64x48 to 128x48, where tracks end" in notes
+
+
+def turned(stream: bytes, turns: int) -> bytes:
+  """Writes the display orientation of an H.264 stream into its key frames.
+
+  Args:
+    stream: units that begin with start codes.
+    turns: quarter turns counter-clockwise.
+  """
+  bits = f"000{turns << 14:016b}01001"  # ITU-T H.264, D.1.27
+  payload = int(bits, 2).to_bytes(3, "big")
+  unit = b"\0\0\0\1\x06" + bytes([47, len(payload)]) + payload + b"\x80"
+  # After the parameters of a sequence and its pictures, before the picture.
+  parameters = re.compile(rb"\0\0\x01\x68(?:(?!\0\0\x01).)*", re.DOTALL)
+  return parameters.sub(lambda found: found[0] + unit, stream)
+
+
+def test_frames_may_be_turned_midway(tmp_path):
+  """As by a phone that is turned between two recordings."""
+  path = write_video(
+    tmp_path / "v.h264", moving_noise(20), pix_fmt="yuv420p", g="5", bf="0"
+  )
+  upright = read(path)[0]
+  data = path.read_bytes()
+  path.write_bytes(data + turned(data, 1) + turned(data, 3) + turned(data, 2))
+  frames, _, notes = read(path)
+  expected = upright + [
+    np.rot90(frame, turns) for turns in (1, 3, 2) for frame in upright
+  ]
+  assert len(frames) == len(expected)
+  assert all(map(np.array_equal, frames, expected))
+  assert "frame orientation changes: by turning or mirroring, where" in notes[0]
+  with (
+    pytest.raises(DecodeError, match="frame orientation changes by turning"),
+    open_video(path) as video,
+  ):
+    list(video)
