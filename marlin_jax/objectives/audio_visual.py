@@ -125,11 +125,18 @@ class AudioVisual(Objective):
       rngs=rngs,
     )
 
+  def of_whole_batch(self, batch):
+    """Returns weights of the clips, 0 without sound; their mean is 1."""
+    has_sound = batch["has_sound"].astype(jnp.float32)
+    share = jnp.maximum(has_sound.mean(), 1 / len(has_sound))
+    return {"sound_weight": has_sound / share}
+
   def loss(self, own: SoundAutoencoder, frozen, forward: Forward, batch):
     """Returns loss_rec + contrast_weight * loss_contrast, and metrics.
 
     Metrics: both losses; `accuracy`, see `contrast`; `share` of the clips that
-    have sound; of the sound's features those of `collapse.spread`.
+    have sound; of the sound's features those of `collapse.spread`. Losses and
+    accuracy are means over the clips with sound, of all microbatches together.
     """
     del frozen
     if self.settings.contrast_weight and len(batch["mel"]) < 2:
@@ -154,6 +161,11 @@ class AudioVisual(Objective):
       batch["has_sound"],
       jnp.where(batch["_subject"] < 0, batch["_id"], batch["_subject"]),
       self.settings.temperature,
+    )
+    # Of a microbatch: 1 if it has as many clips with sound as the others.
+    weight = batch["sound_weight"].mean()
+    loss_rec, loss_contrast, accuracy = (
+      weight * x for x in (loss_rec, loss_contrast, accuracy)
     )
     return loss_rec + self.settings.contrast_weight * loss_contrast, {
       "loss_rec": loss_rec,

@@ -140,6 +140,17 @@ class Objective(abc.ABC):
     del rngs
     return nnx.Dict()
 
+  def of_whole_batch(self, batch: dict) -> dict[str, jax.Array]:
+    """Returns more keys of a batch, (B, ...), of which a microbatch has a part.
+
+    For losses that depend on all clips of a batch.
+
+    Args:
+      batch: a whole batch, see `loss`, without `visible` and `masked`.
+    """
+    del batch
+    return {}
+
   @abc.abstractmethod
   def loss(
     self, own: nnx.Module, frozen: Pytree, forward: Forward, batch: dict
@@ -152,8 +163,8 @@ class Objective(abc.ABC):
         "fixed": ...} of the averaged autoencoder.
       forward: the autoencoder's pass.
       batch: `video` uint8 (B, T, H, W, 3); `regions` uint16 (B, T / pt, h, w);
-        `fields`; `visible` int (B, V) and `masked` int (B, M), token numbers;
-        `keys`, B jax keys for this objective alone.
+        `fields` and `of_whole_batch`; `visible` int (B, V) and `masked` int
+        (B, M), token numbers; `keys`, B jax keys for this objective alone.
 
     Returns:
       float32 scalar, not weighted; and float32 scalars by name, which the

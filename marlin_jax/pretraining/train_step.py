@@ -434,6 +434,8 @@ def train_step(
   # A key per clip, so that masks do not depend on devices or microbatches.
   keys = jax.random.split(step_rng, batch["video"].shape[0])
   batch = {name: batch[name] for name in trainer.fields} | {"keys": keys}
+  for x in trainer.objectives:
+    batch |= x.of_whole_batch(batch)
   with trainer.tracing():
     if trainer.num_microbatches == 1:
       new, metrics = _step_whole_batch(trainer, state, batch, frozen or {})

@@ -1,5 +1,7 @@
 """Sound beside video: the losses against NumPy, and clips without sound."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from flax import nnx
 from configs import pretrain_b
 from marlin_jax.objectives import audio_visual, objective
 from marlin_jax.objectives.objective import OBJECTIVES
-from marlin_jax.pretraining import build, configuration, flops
+from marlin_jax.pretraining import build, configuration, flops, train_step
 from marlin_jax.training.configuration import ConfigError
 from tests.support import layouts
 from tests.support.training_runs import refused, train
@@ -62,6 +64,8 @@ def batch_of(made, has_sound=(True,) * 5 + (False,)):
 
 def pass_over(made, state, batch):
   """Returns the autoencoder's pass and the arguments of the objective."""
+  (sound,) = made.objectives
+  batch = batch | sound.of_whole_batch(batch)
   inputs, *_ = made.trainer.prepare(batch)
   forward = made.trainer.forward(state.params, state.fixed, *inputs)
   return forward, batch | {"visible": inputs[1], "masked": inputs[2]}
@@ -224,6 +228,25 @@ def test_clips_without_sound_have_no_part_in_the_loss(small):
   metrics, _, grads = losses_of(made, state, batch)
   assert metrics["loss_sound"] == metrics["sound/share"] == 0
   assert not any(np.any(x) for x in jax.tree.leaves(grads))
+
+
+@pytest.mark.slow
+def test_clips_with_sound_weigh_the_same_in_any_microbatch():
+  found = []
+  for at_once in (NUM_CLIPS, NUM_CLIPS // 2):
+    made = experiment(
+      **{"clips_per_device": at_once, "adv.weight": 0.0},
+      **{"sound.contrast_weight": 0.0},
+    )
+    if not found:
+      state = jax.jit(made.initialise)()
+    # Five clips with sound: three in one microbatch, two in the other.
+    batch = batch_of(made)
+    del batch["keys"]
+    step = jax.jit(functools.partial(train_step.train_step, made.trainer))
+    _, scalars = step(state, batch, jax.random.key(0))
+    found.append([scalars[k] for k in ("loss_sound", "grad_norm")])
+  np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
 
 
 def test_sound_is_predicted_from_video_too(small):
