@@ -57,7 +57,9 @@ class VideoFrames:
       else tracks end at a pause of more than `frame_rate.MAX_PAUSE_SECS`. Has
       no effect unless `fps` is set.
     require_sandbox: refuse to decode if a layer of the sandbox is missing.
-    may_change_size, keep_damaged: see `decode.open_video`.
+    may_change_size: read frames of another size than the first, too; no effect
+      if the part has a box.
+    keep_damaged: see `decode.open_video`.
     stop_secs: time at which the last frame that is read ends.
   """
 
@@ -94,7 +96,8 @@ class VideoFrames:
       self.frame_rate,
       self.require_sandbox,
       Span(self.part.start_secs, self.part.end_secs),
-      self.may_change_size,
+      # The pixels of a box, and its offset, are those of one size.
+      self.may_change_size and not self.part.box,
       self.keep_damaged,
     ) as video:
       frames = iter(video)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from data_prep.faces import shots
+from data_prep.sources.listing import Part
 from data_prep.video import decode, protocol
 from data_prep.video.decode import DecodeError, open_video
 from data_prep.video.tracked import TrackedVideo, VideoFrames
@@ -225,6 +226,17 @@ def test_frames_of_another_size_are_refused_unless_asked_for(two_sizes):
   shapes = [(48, 64, 3)] * 5 + [(64, 96, 3)] * 7
   assert [frame.shape for frame in frames] == shapes
   assert notes == ["frame size changes: from 64x48 to 96x64, where tracks end"]
+
+
+def test_a_box_is_of_frames_of_one_size(two_sizes):
+  """Its pixels, and the place of its faces in the file, depend on the size."""
+  part = Part(box=(0.0, 0.0, 0.5, 1.0))
+  source = VideoFrames(two_sizes, part=part, may_change_size=True)
+  with (
+    pytest.raises(DecodeError, match="changes from 64x48 to 96x64"),
+    source.open() as (_, frames),
+  ):
+    list(frames)
 
 
 def test_pixels_of_all_sizes_are_counted(two_sizes):
