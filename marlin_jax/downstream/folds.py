@@ -24,6 +24,7 @@ import numpy as np
 from marlin_jax.downstream import low_data, splits
 from marlin_jax.downstream.splits import Split, TaskSplit
 from marlin_jax.downstream.tasks import Task, TaskError
+from marlin_jax.records.cli import counted
 
 # The videos of a fold by role: 'train', 'val', to choose on, and 'test'.
 Fold = dict[str, TaskSplit]
@@ -101,7 +102,7 @@ def of_people(
   if num > len(names):
     raise TaskError(
       f"config.data.folds=people:{num}: the videos of task '{task.name}' show "
-      f"{len(names)} people"
+      f"{counted(len(names), 'person')}"
     )
   digits = len(str(num))
   groups = {
@@ -127,8 +128,8 @@ def _each(
     if num_people < 2:
       raise TaskError(
         f"config.data.folds: without fold '{name}' there are videos of "
-        f"{num_people} people for task '{task.name}'; expected two or more, to "
-        "train and to choose on"
+        f"{counted(num_people, 'person')} for task '{task.name}'; expected two "
+        "or more, to train and to choose on"
       )
     chosen = low_data.take(val_ratio, task.strata(rest.targets), rest.people, 0)
     trained = np.setdiff1d(np.arange(len(rest)), chosen)
@@ -153,6 +154,6 @@ def warnings(split: Split) -> Iterator[str]:
   for first, second in itertools.combinations(people, 2):
     if common := people[first] & people[second] - {""}:
       yield (
-        f"'{first}' and '{second}' share {len(common)} people "
+        f"'{first}' and '{second}' share {counted(len(common), 'person')} "
         f"(e.g. {min(common)!r}): scores are too high"
       )

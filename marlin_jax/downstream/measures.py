@@ -158,7 +158,7 @@ def measure(
     task: task that was predicted.
     predictions: predictions on the test split.
     thresholds: result of `thresholds`, (K,); or (V, K) where the predictions
-      are of several models.
+      are of several models, without `parts`.
     parts: subsets of the videos by name, bool (V,), to score separately.
     num_resamples: number of resamples of the bootstrap over people.
 

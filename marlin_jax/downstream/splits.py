@@ -25,6 +25,7 @@ from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.data.prepared_dataset import Dataset, DatasetError
 from marlin_jax.downstream.tasks import Task, TaskError
 from marlin_jax.records import schema
+from marlin_jax.records.cli import counted
 from marlin_jax.records.folders import VIDEOS, write_bytes
 
 # Incremented when the meaning of an index file changes.
@@ -335,12 +336,13 @@ def split_warnings(splits: Iterable[Split]) -> list[str]:
         "scores too high"
       )
       continue
-    for field, noun in (("subject_ids", "people"), ("video_ids", "videos")):
+    for field, noun in (("subject_ids", "person"), ("video_ids", "video")):
       common = {*getattr(first, field)} & {*getattr(second, field)} - {""}
       if common:
         lines.append(
-          f"'{first.name}' and '{second.name}' share {len(common)} {noun} "
-          f"(e.g. {min(common)!r}): scores on '{second.name}' are too high"
+          f"'{first.name}' and '{second.name}' share "
+          f"{counted(len(common), noun)} (e.g. {min(common)!r}): scores on "
+          f"'{second.name}' are too high"
         )
   num_unknown = sum(not who for split in splits for who in split.subject_ids)
   if num_unknown:

@@ -282,10 +282,11 @@ def process_ending(code: int | None) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-  """Returns a number with its noun: '1 video', '2 videos', '2 batches'."""
-  if number == 1:
-    return f"1 {noun}"
-  return f"{number} {noun}{'es' if noun.endswith('ch') else 's'}"
+  """Returns a number with its noun: '1 video', '2 batches', '2 people'."""
+  if number != 1:
+    plural = f"{noun}{'es' if noun.endswith('ch') else 's'}"
+    noun = "people" if noun == "person" else plural
+  return f"{number} {noun}"
 
 
 def reasons(reason_of: dict[str, str]) -> list[str]:

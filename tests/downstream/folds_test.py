@@ -121,7 +121,7 @@ def test_too_few_people_are_told(tmp_path):
     {"mood": Label(CLASS, ("dark", "grey", "bright"))} | LABELS,
   )
   split = splits.open_split(str(path), "a+b", None)
-  with pytest.raises(TaskError, match="videos of 1 people"):
+  with pytest.raises(TaskError, match="videos of 1 person"):
     folds.of_people(task_of(path, "mood"), split, 0, 0.1)
   (warning,) = folds.warnings(split)
   assert "'a' and 'b' share 2 people" in warning

@@ -83,7 +83,7 @@ def test_splits_of_one_name_in_two_data_sets_are_compared(made, tmp_path):
     splits.open_split(str(path), "train", None) for path in (made, other)
   )
   (line,) = splits.split_warnings([ours, theirs])
-  assert "share 1 people (e.g. 'p1')" in line
+  assert "share 1 person (e.g. 'p1')" in line
   (line,) = splits.split_warnings([ours, ours])
   assert "used twice" in line
 

@@ -379,7 +379,7 @@ def test_people_in_two_splits_give_a_warning(tmp_path, capsys):
   results = run(eval_far, tmp_path / "w", path, tasks="mood", modes="knn")
   warning, *others = results["data"]["warnings"]
   assert not any("share" in line for line in others)
-  assert "'train' and 'val' share 1 people (e.g. 'person 2')" in warning
+  assert "'train' and 'val' share 1 person (e.g. 'person 2')" in warning
   assert f"WARNING: {warning}" in capsys.readouterr().out
 
 
