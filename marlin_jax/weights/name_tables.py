@@ -233,12 +233,11 @@ def write(
 
 def infer_depth(keys, prefix: str) -> int:
   """Returns the number of blocks below a prefix such as 'encoder.blocks.'."""
-  numbers = [
-    int(key[len(prefix) :].split(".")[0])
-    for key in keys
-    if key.startswith(prefix)
-  ]
-  return max(numbers, default=-1) + 1
+  names = {
+    key[len(prefix) :].split(".")[0] for key in keys if key.startswith(prefix)
+  }
+  # Others are not known, which `read` tells.
+  return max((int(n) for n in names if n.isdecimal()), default=-1) + 1
 
 
 # Width -> number of heads of the published networks. State dicts do not say it.

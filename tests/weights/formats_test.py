@@ -268,6 +268,10 @@ def test_transformers_loss_is_the_authors(weights, clips, tmp_path):
     (lambda s: s.pop("encoder.norm.bias"), "encoder.norm.bias: missing"),
     (lambda s: s.update(extra=torch.zeros(2)), "extra: not known"),
     (
+      lambda s: s.update({"encoder.blocks.gain": torch.zeros(2)}),
+      "encoder.blocks.gain: not known",
+    ),
+    (
       lambda s: s.update({"encoder.norm.gain": s.pop("encoder.norm.weight")}),
       "encoder.norm.gain: not known",
     ),
@@ -280,7 +284,7 @@ def test_transformers_loss_is_the_authors(weights, clips, tmp_path):
       "floating-point tensors only; these are not: encoder.norm.bias",
     ),
   ],
-  ids=["dropped", "added", "renamed", "shape", "dtype"],
+  ids=["dropped", "added", "among blocks", "renamed", "shape", "dtype"],
 )
 def test_a_wrong_key_is_named(weights, tmp_path, change, named):
   path = tmp_path / "a.full.pt"
