@@ -284,15 +284,16 @@ def _announced_frames(stream, span: Span) -> int:
 
 
 def _shown_frames(stream) -> int:
-  """Returns the number of frames that the container counts, 0 if it does not.
+  """Returns the number of frames by the container, 0 where it is unknown.
 
-  It also counts those that an edit list leaves out, but not their time.
+  The count includes those that an edit list leaves out, the duration does not.
+  It includes a pause before the first frame, unless that is longer.
   """
   if not (stream.duration and stream.average_rate):
     return stream.frames
   ticks = stream.duration - max(stream.start_time or 0, 0)
   shown = ticks * stream.time_base * stream.average_rate
-  return min(stream.frames, math.ceil(shown))
+  return min(stream.frames, max(math.ceil(shown), 0))
 
 
 # Recordings of browsers name the unit of their times, 1000 a second.

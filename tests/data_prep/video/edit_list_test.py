@@ -69,11 +69,12 @@ def read(path: Path, span: Span = WHOLE):
   [
     ([(1, 1)], [range(30, 60)]),
     ([(0.5, EMPTY), (1, 1)], [range(30, 60)]),
+    ([(10, EMPTY), (1, 1)], [range(30, 60)]),
     ([(0.5, 0.5), (0.5, 2)], [range(15, 30), range(60, 75)]),
     ([(0.5, 2), (0.5, 0.5)], [range(60, 75), range(15, 30)]),
     ([(0.5, 0.5), (0.5, 0.5)], [range(15, 30), range(15, 30)]),
   ],
-  ids=["middle", "late", "two", "back", "repeated"],
+  ids=["middle", "late", "later", "two", "back", "repeated"],
 )
 def test_frames_have_the_times_that_edits_give_them(path, edits, shown):
   numbers, secs, notes, fps = read(with_edits(path, *edits))
