@@ -115,7 +115,8 @@ def open_inputs(config: ConfigDict, checkpoint: str, data: str) -> Inputs:
       weights = formats.open_encoder(checkpoint, config.random)
     sha256 = encoder_sha256(weights)
   mesh = sharding.make_mesh(**config.mesh)
-  check_attention(config.attention, mesh.devices.flat[0].platform)
+  platform = mesh.devices.flat[0].platform
+  check_attention(config.attention, platform, config.dtype)
   for mode in configuration.TUNED.keys() & set(
     configuration.split_names(config.modes)
   ):

@@ -21,6 +21,7 @@ from marlin_jax.devices import chips, sharding
 from marlin_jax.planning import hlo, roofline
 from marlin_jax.planning.topology import Topology
 from marlin_jax.pretraining import build, configuration, flops
+from marlin_jax.training.configuration import check_attention
 
 # The TPU compiler's messages for a program that is too large, before and after
 # it tries to make it fit.
@@ -171,16 +172,17 @@ def compile_step(
     stage: number of the stage of its curriculum, from 0.
 
   Raises:
+    ConfigError: the attention does not run on the devices.
     MeshError: the mesh or the batch does not fit the devices.
     JaxRuntimeError: the compiler fails, for another reason than memory.
   """
   started_at = time.perf_counter()
   mesh = sharding.make_mesh(**config.mesh, devices=topology.devices)
   sharding.check_batch(mesh, config.batch_size)
+  platform = topology.devices[0].platform
+  check_attention(config.attention, platform, config.dtype)
   num_shards = sharding.num_shards(mesh)
-  device_bytes = chips.usable_bytes(
-    topology.memory_bytes, topology.devices[0].platform
-  )
+  device_bytes = chips.usable_bytes(topology.memory_bytes, platform)
   stages = build.Experiment(
     config,
     config.num_steps or 1000,  # only the schedule depends on it

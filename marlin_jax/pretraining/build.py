@@ -113,11 +113,7 @@ class Experiment:
 
   @functools.cached_property
   def execution(self) -> vit.Execution:
-    """How the networks are computed; attention 'auto' depends on the platform.
-
-    Raises:
-      ValueError: the attention does not run there in this dtype.
-    """
+    """How networks are computed; attention 'auto' depends on the platform."""
     config = self.config
     attention = softmax_attention.choose(
       config.attention, self.mesh.devices.flat[0].platform, config.dtype

@@ -149,7 +149,8 @@ class PretrainingCourse(Experiment):
     )
     super().__init__(config, config.num_steps, device_bytes=device_bytes)
     sharding.check_batch(self.mesh, self.batch_size)
-    check_attention(config.attention, self.mesh.devices.flat[0].platform)
+    platform = self.mesh.devices.flat[0].platform
+    check_attention(config.attention, platform, config.dtype)
     self.parts = parts
     clips_per_epoch = self.draws.clips_per_epoch
     datasets = [part.dataset for part in parts]

@@ -127,21 +127,27 @@ def free(rule: Rule = ANY) -> Key:
 _PLATFORM_OF = {"cudnn": "gpu", "flash": "tpu"}
 
 
-def check_attention(attention: str, platform: str) -> None:
+def check_attention(attention: str, platform: str, dtype: str) -> None:
   """Refuses an implementation of attention that the devices lack.
 
   Args:
     attention: one of models.options.ATTENTION.
     platform: 'cpu', 'gpu' or 'tpu'.
+    dtype: one of models.options.DTYPES.
 
   Raises:
-    ConfigError: it runs on another platform.
+    ConfigError: it runs on another platform, or in another dtype.
   """
   if _PLATFORM_OF.get(attention, platform) != platform:
     others = [name for name in ATTENTION if name not in _PLATFORM_OF]
     raise ConfigError(
       f"attention={attention!r} needs a {_PLATFORM_OF[attention].upper()}, and "
       f"the devices are {platform}: expected one of {', '.join(others)}"
+    )
+  if attention == "cudnn" and dtype != "bfloat16":
+    raise ConfigError(
+      f"attention='cudnn' needs dtype='bfloat16', and it is {dtype!r}: "
+      "expected attention='auto', or that dtype"
     )
 
 

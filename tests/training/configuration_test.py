@@ -11,7 +11,11 @@ from marlin_jax.eval import configuration as eval_configuration
 from marlin_jax.lipsync import configuration as lipsync_configuration
 from marlin_jax.models import options, softmax_attention, vit
 from marlin_jax.pretraining import configuration as pretraining_configuration
-from marlin_jax.training.configuration import flat
+from marlin_jax.training.configuration import (
+  ConfigError,
+  check_attention,
+  flat,
+)
 
 
 @pytest.mark.parametrize(
@@ -46,3 +50,15 @@ def test_every_rematerialisation_is_one_of_the_networks():
 def test_auto_stands_for_an_attention_of_the_table(platform, dtype):
   chosen = softmax_attention.choose("auto", platform, dtype)
   assert chosen in set(options.ATTENTION) - {"auto"}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("dtype", options.DTYPES)
+def test_what_auto_chooses_runs_there(platform, dtype):
+  chosen = softmax_attention.choose("auto", platform, dtype)
+  check_attention(chosen, platform, dtype)
+
+
+def test_cudnns_attention_without_bfloat16_is_refused():
+  with pytest.raises(ConfigError, match="'cudnn' needs dtype='bfloat16'"):
+    check_attention("cudnn", "gpu", "float32")

@@ -169,7 +169,8 @@ def train(
     if config.data.sample_by == "subject":
       people = people_of(data, config.data.train, str(workdir))
     mesh = sharding.make_mesh(config.mesh.data)
-    check_attention(config.attention, mesh.devices.flat[0].platform)
+    platform = mesh.devices.flat[0].platform
+    check_attention(config.attention, platform, config.dtype)
     course = make_course(config, mesh, dataset, eval_dataset, people)
     key = f"{course.section}.batch_size"
     sharding.check_batch(mesh, course.batch_size, key)
