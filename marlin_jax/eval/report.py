@@ -352,7 +352,9 @@ def plot_ratios(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
   for task, group in itertools.groupby(rows, lambda row: row["task"]):
     group = list(group)
     metric = main_metric(group[0]["metrics"])
-    task_rows = [row for row in group if row["metrics"][metric]["mean"]]
+    task_rows = [
+      row for row in group if row["metrics"][metric]["mean"] is not None
+    ]
     if len({row["ratio"] for row in task_rows}) < 2:
       continue
     figure, axes = _axes(5, 4)

@@ -9,6 +9,7 @@ from scipy import stats
 
 from configs import eval_far, eval_fer
 from marlin_jax import compare
+from marlin_jax.eval import report
 from tests.support.labelled_data import metric, run
 
 
@@ -83,6 +84,20 @@ def test_numbers_have_pictures(workdir):
   names = {path.name for path in (workdir / "plots").iterdir()}
   assert "affect-linear-1-0-scatter.png" in names
   assert not any("roc" in name for name in names)
+
+
+def test_a_score_of_0_is_a_point_of_the_plot_over_ratios(tmp_path):
+  rows = [
+    {
+      "task": "affect",
+      "mode": "knn",
+      "ratio": ratio,
+      "metrics": {"ccc": {"mean": mean, "std": None}},
+    }
+    for ratio, mean in ((0.1, 0.0), (1.0, 0.5))
+  ]
+  report.plot_ratios(tmp_path, rows)
+  assert (tmp_path / "affect-ratios.png").exists()
 
 
 def test_evaluations_of_numbers_compare(workdir, capsys):
