@@ -357,7 +357,7 @@ class Progress:
     losses = [
       f"{name.removeprefix('train/')} {value:.4f}"
       for name, value in scalars.items()
-      if name.startswith("train/loss_")
+      if name.startswith("train/loss_") and not name.endswith("_limit")
     ]
     text = ", ".join([*losses, rates_text(scalars)])
     if not self._bar.disable:

@@ -200,6 +200,7 @@ def test_the_progress_line_tells_the_utilisation_where_it_is_known(
   progress = metrics.Progress(10, start=0)
   scalars = {
     "train/loss_rec": 0.5,
+    "train/loss_rec_limit": float("inf"),
     "time/step_secs": 60.0,
     "time/clips_per_sec": 12.34,
     "time/data_wait_ratio": 0.012,
