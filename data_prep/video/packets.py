@@ -266,8 +266,8 @@ def frames(packets: Iterator, stream, beginning: Beginning | None = None):
   has_presentation_times = name != "avi"
   decoding_times: list[int] = []
   for packet in packets:
-    if not packet.size and packet.dts is not None:
-      continue  # a frame was dropped; to libav, it would be the file's end
+    if _is_dropped(packet):
+      continue
     is_cut = packet.is_corrupt
     # The container ends, or has a gap, within this packet. In a transport
     # stream that is no proof of damage, since counters start again where
@@ -303,6 +303,19 @@ def frames(packets: Iterator, stream, beginning: Beginning | None = None):
         # Without reordering, a frame has the time of its packet.
         frame.pts = earliest if has_b_frames else frame.dts
       yield frame
+
+
+def _is_dropped(packet) -> bool:
+  """Returns True for the empty packet of a frame that was not recorded.
+
+  Decoders refuse it. The last packet of a stream is empty too, but has no time;
+  others may carry parameters.
+  """
+  return (
+    not packet.size
+    and packet.dts is not None
+    and next(packet.iter_sidedata(), None) is None
+  )
 
 
 class Frames:
