@@ -170,6 +170,11 @@ def write(weights: Weights, path: Path) -> list[str]:
       "into its patch embedding, because VideoMAE's code feeds normalised ones"
     )
     weights = weights.with_imagenet_input()
+  if weights.architecture.has_decoder and not weights.architecture.norm_pix:
+    notices.append(
+      "the decoder predicts plain pixels, which the file cannot say: its "
+      "readers expect pixels normalised by token"
+    )
   architecture, arrays, dropped = drop_unsupported(weights)
   table = rules(architecture, prefix="encoder.", norm="norm")
   theirs = torch_files.to_torch(name_tables.write(table, arrays))

@@ -259,6 +259,25 @@ def test_transformers_loss_is_the_authors(weights, clips, tmp_path):
   np.testing.assert_allclose(float(got.loss), want, rtol=1e-5)
 
 
+def test_what_the_decoder_of_a_videomae_file_predicts_is_told(
+  weights, tmp_path
+):
+  """MARLIN's predicts pixels, VideoMAE's normalised ones."""
+  lacking = [
+    "the decoder predicts"
+    in " ".join(videomae.write(written, tmp_path / "a.pth"))
+    for written in (
+      weights,
+      weights.encoder_only(),
+      dataclasses.replace(
+        weights, architecture=dataclasses.replace(TINY, norm_pix=True)
+      ),
+    )
+  ]
+  assert lacking == [True, False, False]
+  assert formats.read(tmp_path / "a.pth", **HEADS).architecture.norm_pix
+
+
 # --- Refused files ------------------------------------------------------------
 
 
