@@ -155,7 +155,8 @@ def _open(path: Path) -> Evaluation:
     ) from e
   except (ValueError, KeyError, TypeError) as e:
     raise CompareError(f"{path} is no results.json of an evaluation") from e
-  return Evaluation(path.parent.name, path.parent, results)
+  # Of the folder '.' the name is known once it is resolved.
+  return Evaluation(path.resolve().parent.name, path.parent, results)
 
 
 def _named_apart(evaluations: list[Evaluation]) -> list[Evaluation]:

@@ -135,6 +135,13 @@ def test_other_data_sets_have_rows_of_their_own(workdirs, face_data, capsys):
   assert titles == sorted(titles, key=titles.index)
 
 
+def test_a_workdir_has_its_name_from_within(workdirs, monkeypatch, capsys):
+  monkeypatch.chdir(workdirs / "first")
+  assert compare.main([".", "../same/results.json", "--metric=accuracy"]) == 0
+  header = capsys.readouterr().out.splitlines()[1]
+  assert header.split()[-2:] == ["first", "same"]
+
+
 def test_the_page_escapes_names(workdirs, tmp_path):
   page = tmp_path / "page.html"
   paths = [workdirs / name for name in ("first", "<b>small")]
