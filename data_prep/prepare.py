@@ -150,7 +150,7 @@ def _is_work_left(
   done = f", {plan.num_done} of them already done" if plan.num_done else ""
   print(f"{num_videos}{done}; writing to {args.output}", flush=True)
   if plan.num_dropped:
-    print(f"note: {counted(plan.num_dropped, 'video')} leave the data set")
+    print(f"note: {counted(plan.num_dropped, 'video')} will leave the data set")
   return True
 
 

@@ -333,7 +333,8 @@ class DatasetFolder:
         since = ledger.modified(note)
       is_current = self._check_shard(shard)
       written = self._written[shard]
-      num_dropped += len(written.keys() - videos.keys())
+      # Others have only changed their split.
+      num_dropped += len(written.keys() - self._sources.keys())
       for video_id, source in videos.items():
         entry = written.get(video_id)
         if is_valid(entry, source, since):

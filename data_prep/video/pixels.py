@@ -23,11 +23,12 @@ read.
 
 from __future__ import annotations
 
+import errno
 import re
 import struct
 from fractions import Fraction
 
-from data_prep.video.protocol import FRAME, send
+from data_prep.video.protocol import FRAME, Refused, send
 
 # Rows from which on a picture is high definition.
 HD_HEIGHT = 720
@@ -72,7 +73,24 @@ class RgbConverter:
     return max(round(frame.width * self.pixel_aspect), 1)
 
   def __call__(self, frame):
-    """Returns the picture as 8-bit RGB of the same height, pixels square."""
+    """Returns the picture as 8-bit RGB of the same height, pixels square.
+
+    Raises:
+      Refused: its colours are of a kind that is not read.
+    """
+    import av
+
+    try:
+      return self._converted(frame)
+    except av.FFmpegError as e:
+      if e.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+        raise
+      raise Refused(
+        f"colours of {frame.format.name} with matrix {int(frame.colorspace)} "
+        "of ITU-T H.273 are not supported"
+      ) from e
+
+  def _converted(self, frame):
     is_hdr = frame.color_trc in HDR_CURVES and not frame.format.is_rgb
     matrix = None
     if frame.colorspace == _UNKNOWN and not frame.format.is_rgb:

@@ -123,6 +123,21 @@ def test_missing_videos_leave_only_when_told_to(table, tmp_path):
   assert problems(path) == []
 
 
+def test_a_video_that_changes_its_split_does_not_leave(table, tmp_path):
+  path = tmp_path / "dataset"
+  text = table.read_text().replace("\n", ",train\n") + ",train"
+  text = text.replace("label_mood,train", "label_mood,split")
+  table.write_text(text)
+  prepare(table, path)
+  before = records(path)
+  table.write_text(text.replace("4.mp4,,calm,train", "4.mp4,,calm,test"))
+  plan = prepare(table, path)
+  assert ([s.video_id for s in plan.todo], plan.num_dropped) == (["4.mp4"], 0)
+  assert records(path) == before
+  assert prepare(table, path).is_empty
+  assert problems(path) == []
+
+
 @pytest.mark.parametrize(
   ("name", "gone"),
   [

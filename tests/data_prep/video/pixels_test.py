@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.video.decode import open_video, read_sound
+from data_prep.video.decode import DecodeError, open_video, read_sound
 from tests.support.videos import moving_noise, write_video
 
 
@@ -201,6 +201,13 @@ def test_matrix_of_untagged_video_follows_its_height(tmp_path, size, weights):
   frames, _, _ = read(path)
   found = frames[0].mean(axis=(0, 1))
   np.testing.assert_allclose(found, (RED, GREEN, BLUE), atol=3)
+
+
+def test_a_matrix_that_is_not_supported_is_no_damage(tmp_path):
+  grey = [np.full((48, 64), 128)] * 3
+  path = write_planes(tmp_path / "v.mkv", grey, colorspace=8)  # YCgCo
+  with pytest.raises(DecodeError, match="yuv444p with matrix 8 .* not supp"):
+    read(path)
 
 
 def pq(nits: float) -> float:
