@@ -37,7 +37,6 @@ from marlin_jax.models.sound import SoundAutoencoder
 from marlin_jax.objectives import collapse
 from marlin_jax.objectives.objective import Forward, Objective
 from marlin_jax.records.schema import NUM_MELS
-from marlin_jax.training.configuration import ConfigError
 
 # Logit of a pair that is not compared.
 _LEFT_OUT = -1e9
@@ -85,6 +84,10 @@ class AudioVisual(Objective):
         f"{', '.join(dataset.path for dataset in datasets)} was prepared "
         "without: prepare the videos again, with data_prep.prepare --sound"
       )
+
+  @property
+  def least_clips(self) -> int:
+    return 2 if self.settings.contrast_weight else 1
 
   @property
   def num_heads(self) -> Mapping[str, int]:
@@ -139,12 +142,6 @@ class AudioVisual(Objective):
     accuracy are means over the clips with sound, of all microbatches together.
     """
     del frozen
-    if self.settings.contrast_weight and len(batch["mel"]) < 2:
-      raise ConfigError(
-        f"sound.contrast_weight={self.settings.contrast_weight}: a microbatch "
-        "of one clip has no other sound to compare; raise config.batch_size, "
-        "or config.clips_per_device if it fits, or set 0"
-      )
     tokens = self.patches.patchify(batch["mel"])
     visible, masked = self._split(batch["keys"])
     sound = own.encoder(gather_tokens(tokens, visible), visible)

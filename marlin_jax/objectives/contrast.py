@@ -44,6 +44,11 @@ class Contrast(Objective):
     data = self.run.config.data
     return data.clips_per_record * data.draws_per_unit
 
+  @property
+  def least_clips(self) -> int:
+    """Those of two people."""
+    return 2 * self.num_together
+
   def check_data(self, datasets, clips_per_epoch):
     if clips_per_epoch < 2:
       data = self.run.config.data
@@ -63,12 +68,6 @@ class Contrast(Objective):
   def loss(self, own, frozen, forward, batch):
     del frozen
     pooled = forward.encoded.mean(1)
-    if len(pooled) < 2 * self.num_together:
-      raise ConfigError(
-        f"contrast.weight={self.weight}: a microbatch holds {len(pooled)} "
-        "clips, all of one person, and needs those of others to compare; raise "
-        "config.batch_size, or config.clips_per_device if it fits"
-      )
     projected = own["head"](jax.nn.relu(own["hidden"](pooled)))
     loss, accuracy = info_nce(
       projected.astype(jnp.float32),

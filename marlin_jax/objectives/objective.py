@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.models import partition, vit
 from marlin_jax.models.prediction import Prediction
+from marlin_jax.training.configuration import ConfigError
 from marlin_jax.weights.architecture import OBJECTIVES, Architecture
 
 Pytree = Any
@@ -75,6 +76,7 @@ class Objective(abc.ABC):
     fields: extra keys of a batch, with shape and dtype of one clip.
     num_together: clips that follow each other in a batch and are never split
       over two microbatches.
+    least_clips: clips that a microbatch must have, to be compared.
     num_heads: attention heads of each transformer in `networks` and in
       `frozen`, by the name of its attribute.
     frozen: arrays that it reads and does not train, nested dicts by path. They
@@ -90,6 +92,7 @@ class Objective(abc.ABC):
   name: ClassVar[str]
   fields: Mapping[str, jax.ShapeDtypeStruct] = {}
   num_together: int = 1
+  least_clips: int = 1
   num_heads: Mapping[str, int] = {}
   frozen: Pytree = {}
   reads_average: bool = False
@@ -257,7 +260,18 @@ def value_and_grads(
   Returns:
     The sum; metrics; and its gradients for `forward` and for the objectives'
     own part of `state.params`, {OBJECTIVES: ...} or {}.
+
+  Raises:
+    ConfigError: there are too few clips for an objective.
   """
+  num_clips = len(batch["video"])
+  for x in objectives:
+    if num_clips < x.least_clips:
+      raise ConfigError(
+        f"{x.name}.weight={x.weight}: clips per microbatch: {num_clips}, "
+        f"expected at least {x.least_clips}, which are compared; raise "
+        "config.batch_size, or config.clips_per_device if they fit"
+      )
   average = {
     "params": without_own(state.ema),
     "fixed": without_own(state.fixed),

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from marlin_jax.objectives import collapse
 from marlin_jax.objectives.objective import Objective
-from marlin_jax.training.configuration import ConfigError
 
 # Added to variances before their root, as in VICReg.
 _EPS = 1e-4
@@ -25,16 +24,11 @@ class Variance(Objective):
   """Variance and covariance of pooled features; see the module."""
 
   name = "variance"
+  least_clips = 2
 
   def loss(self, own, frozen, forward, batch):
     del own, frozen, batch
     pooled = forward.encoded.mean(1)
-    if len(pooled) < 2:
-      raise ConfigError(
-        f"variance.weight={self.weight}: a microbatch of one clip has no "
-        "variance; raise config.batch_size, or config.clips_per_device if it "
-        "fits"
-      )
     variance, covariance = variance_and_covariance(pooled)
     loss = variance + self.settings.covariance_weight * covariance
     metrics = {"hinge": variance, "covariance": covariance}

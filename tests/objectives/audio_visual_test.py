@@ -305,7 +305,7 @@ def test_what_cannot_be_run_is_refused(overrides, words):
 
 
 def test_a_contrast_in_microbatches_of_one_clip_is_refused():
-  with pytest.raises(ConfigError, match="microbatch of one clip"):
+  with pytest.raises(ConfigError, match="microbatch: 1, expected at least 2"):
     experiment(clips_per_device=1).lower_step()
 
 

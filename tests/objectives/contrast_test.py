@@ -181,7 +181,7 @@ def test_configurations_without_pairs_are_refused(overrides, words):
 def test_a_microbatch_of_one_person_is_refused():
   made = build.Experiment(configured(clips_per_device=2), 10)
   assert made.num_microbatches == 4
-  with pytest.raises(ConfigError, match="2 clips, all of one person"):
+  with pytest.raises(ConfigError, match="microbatch: 2, expected at least 4"):
     made.lower_step()
   made = build.Experiment(configured(clips_per_device=5), 10)
   assert made.num_microbatches == 2

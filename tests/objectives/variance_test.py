@@ -67,5 +67,5 @@ def test_flops_are_those_that_xla_counts():
 
 def test_one_clip_is_refused():
   made = experiment(**{"variance.weight": 1.0, "clips_per_device": 1})
-  with pytest.raises(ConfigError, match="microbatch of one clip"):
+  with pytest.raises(ConfigError, match="microbatch: 1, expected at least 2"):
     made.lower_step()
