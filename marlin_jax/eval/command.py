@@ -24,7 +24,8 @@ _CHECKPOINT = flags.DEFINE_string(
 _DATA = flags.DEFINE_string(
   "data",
   None,
-  "A data set written by data_prep.prepare, with labels.",
+  "A data set written by data_prep.prepare, with labels; for lip "
+  "synchronisation with sound.",
 )
 
 

@@ -79,10 +79,11 @@ _MODE_FLAGS = (
   "face_crops",
   "workdir",
 )
-# Flags whose values are existing paths.
+# Flags whose values are existing paths; --checkpoint and --features may also
+# name a published model.
 _INPUT_PATHS = (
   *("expert", "generator", "video", "sound", "pairs", "root"),
-  *("syncnet", "features", "originals"),
+  *("syncnet", "originals"),
 )
 
 _MODE = flags.DEFINE_enum("mode", None, list(_MODES), "What to do; see above.")
@@ -154,8 +155,8 @@ flags.DEFINE_string(
   None,
   "Features to compare faces by: Inception as an ONNX file, for FID (the "
   "docstring of marlin_jax/lipsync/scoring/frame_features.py says how to "
-  "export it), or MARLIN weights. Default: mean colours. Only Inception's "
-  "distance is called FID.",
+  "export it), or MARLIN weights, as of --checkpoint. Default: mean colours. "
+  "Only Inception's distance is called FID.",
 )
 flags.DEFINE_bool(
   "face_crops",

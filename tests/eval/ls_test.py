@@ -134,7 +134,8 @@ def test_killed_interrupted_and_resumed_gives_the_same_bits(
     ),
     (
       "score",
-      ["--videos=a.mp4"],
+      # A published model is no path.
+      ["--videos=a.mp4", "--features=marlin_vit_base_ytf"],
       ["--output is missing", "expected one of --syncnet and --expert"],
     ),
   ],
