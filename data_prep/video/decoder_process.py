@@ -221,8 +221,12 @@ def _shortfall(stream, span: Span, num_frames: int, last_secs: float) -> str:
   missing = announced - num_frames
   if missing > max(_MAX_MISSING_FRAMES, _MAX_MISSING_SHARE * announced):
     return f"frames are missing: {num_frames} of {announced} announced"
-  # Matroska announces a length only, that of frames and sound together.
-  secs = (stream.container.duration or 0) / 1e6
+  # Matroska announces a length only, that of frames and sound together, from
+  # time 0 on; other times are counted from the first frame or sound.
+  container = stream.container
+  secs = (container.duration or 0) / 1e6
+  if container.format.name.startswith("matroska"):
+    secs -= max(container.start_time or 0, 0) / 1e6
   missing_secs = secs - last_secs
   is_known = secs and math.isfinite(last_secs) and not stream.frames
   if is_known and missing_secs > max(

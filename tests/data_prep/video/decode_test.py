@@ -188,6 +188,17 @@ def test_half_a_matroska_gives_only_what_was_decoded(tmp_path):
     assert note.startswith("frames are missing: they end at ")
 
 
+def test_a_matroska_that_begins_late_is_whole(tmp_path):
+  secs = 7 + np.arange(60) / 30
+  path = write_video(
+    tmp_path / "v.webm", moving_noise(60), "libvpx", "yuv420p", secs=secs
+  )
+  with open_video(path) as video:
+    found = [at for _, at in video]
+    assert video.notes == []
+  np.testing.assert_allclose(found, secs - 7, atol=2e-3)
+
+
 @pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
 def test_overwritten_middle_is_damage(tmp_path, codec):
   path = write_video(
