@@ -79,7 +79,8 @@ def score(
     The content of scores.json, see `report.results`.
 
   Raises:
-    ScoreError: no video can be scored.
+    ScoreError: no video can be scored; or, once all else is written, there are
+      too few faces for the Frechet distance.
     InputError: an input names no videos.
     FeatureError: the feature network does not work.
     OutputFolderError: `output` holds files of these names by others.
@@ -124,11 +125,12 @@ def score(
     report.add_mouths(
       results, *_compared(listed, Path(originals), results["videos"])
     )
-  if listed_reals:
+  report.write(Path(output), results)
+  if listed_reals:  # may fail, where too few real videos can be read
     results["frechet"] = _frechet(
       generated_features, real_features, features.metric_name
     )
-  report.write(Path(output), results)
+    report.write(Path(output), results)
   return results
 
 
@@ -262,7 +264,8 @@ def _frechet(
     raise ScoreError(
       f"{metric_name} compares two sets of features, expected at least 2 of "
       f"each, found {num_generated} of the videos and {num_real} of the real "
-      "ones; give more or longer videos, or leave out the real ones"
+      "ones; give more or longer videos, or leave out the real ones. All other "
+      "scores are written"
     )
   a, b = np.concatenate(generated), np.concatenate(real)
   return {

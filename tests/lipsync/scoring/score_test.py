@@ -441,3 +441,7 @@ def test_a_single_real_face_is_an_error(two_sets, tmp_path):
   assert len(talking_video.read(path, crop="frame")) == 1
   with pytest.raises(score.ScoreError, match="20 of the videos and 1 of"):
     score_videos(made, tmp_path / "out", reals=[path])
+  # What the videos took to read and judge is kept.
+  written = json.loads((tmp_path / "out" / "scores.json").read_text())
+  assert written["videos"]
+  assert "frechet" not in written
