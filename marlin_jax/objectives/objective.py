@@ -79,9 +79,9 @@ class Objective(abc.ABC):
     least_clips: clips that a microbatch must have, to be compared.
     num_heads: attention heads of each transformer in `networks` and in
       `frozen`, by the name of its attribute.
-    frozen: arrays that it reads and does not train, nested dicts by path. They
-      are not part of the state, and so of no checkpoint; and the same in all
-      stages of a curriculum, whatever the sizes of clips.
+    frozen: NumPy arrays that it reads and does not train, nested dicts by path.
+      They are not part of the state, and so of no checkpoint; and the same in
+      all stages of a curriculum, whatever the sizes of clips.
     reads_average: it reads the average of the autoencoder's weights in place of
       `frozen`.
     identity: values beside the configuration that a resumed run must share.

@@ -142,7 +142,10 @@ class Teacher(Objective):
       weights = self._weights.with_plain_input()
     encoder = weights.autoencoder(**vars(self.run.execution))
     _, params, fixed = vit.split_model(encoder)
-    return {"params": {"encoder": params}, "fixed": {"encoder": fixed}}
+    # Moved to the host: a device keeps its shards alone.
+    return jax.device_get(
+      {"params": {"encoder": params}, "fixed": {"encoder": fixed}}
+    )
 
   @property
   def num_heads(self):

@@ -153,6 +153,14 @@ def test_a_teacher_sees_smaller_clips_with_their_places_positions(
   assert losses[0] == losses[1] > 0
 
 
+def test_a_teacher_is_on_the_host_until_devices_take_their_shards(teacher):
+  """Else the first device would hold all of it beside its shard."""
+  made = experiment(**{"teacher.path": str(teacher[1]), "teacher.weight": 1.0})
+  arrays = jax.tree.leaves(made.constants)
+  assert arrays
+  assert all(isinstance(x, np.ndarray) for x in arrays)
+
+
 def test_the_average_teaches_with_the_weights_it_has():
   """V-JEPA's target encoder: the average, not the present weights."""
   made = experiment(**{"teacher.path": "ema", "ema_decay": 0.9})
