@@ -42,12 +42,11 @@ DFEW's videos of loaders of others.
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from data_prep.sources.files import read_text
+from data_prep.sources.files import read_csv, read_text
 from data_prep.sources.listing import CLASS, Label, ManifestError
 from data_prep.sources.patterns import (
   Classes,
@@ -197,7 +196,7 @@ def _dfew_lists(root: Path) -> Official:
   folder = needed(root, "EmoLabel_DataSplit", "DFEW")
 
   def lines(path: Path) -> Iterable[tuple[str, str]]:
-    for row in csv.DictReader(read_text(path).splitlines()):
+    for _, row in read_csv(path)[1]:
       try:
         emotion = dict(enumerate(DFEW_EMOTIONS, 1))[int(row["label"])]
         yield str(int(row["video_name"])), emotion

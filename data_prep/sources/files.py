@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import csv
+import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -142,6 +144,24 @@ def read_text(path: Path) -> str:
     raise ManifestError(f"{path} is not UTF-8 text: {e}") from e
   except FileNotFoundError as e:
     raise ManifestError(f"{path} is missing") from e
+
+
+def read_csv(
+  path: Path,
+) -> tuple[list[str], list[tuple[int, dict[str, str | None]]]]:
+  """Returns the columns of a table; number and cells of each line.
+
+  A cell that a line lacks is None.
+
+  Raises:
+    ManifestError: the file is no table.
+  """
+  reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+  try:
+    rows = [(reader.line_num, row) for row in reader]
+  except csv.Error as e:
+    raise ManifestError(f"{path}, line {reader.line_num}: {e}") from e
+  return [*(reader.fieldnames or [])], rows
 
 
 def read_json(path: Path) -> Any:

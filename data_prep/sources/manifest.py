@@ -22,6 +22,7 @@ from data_prep.sources import csv_table, files
 from data_prep.sources.files import is_below
 from data_prep.sources.layouts import LAYOUTS
 from data_prep.sources.listing import (
+  BINARY,
   WHOLE,
   Label,
   Listing,
@@ -488,6 +489,9 @@ def _label_problems(listing: Listing) -> list[tuple[int, str]]:
             f"numbers of at most {_MAX_LABEL}",
           )
         )
+      elif label.kind == BINARY and not {v for v in values if v == v} <= {0, 1}:
+        what = f"label {name} has {list(values)}, expected 0, 1 or nan"
+        problems.append((row.number, what))
   return problems
 
 

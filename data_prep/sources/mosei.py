@@ -19,14 +19,12 @@ Without it 10% of the videos go to val and 20% to test.
 from __future__ import annotations
 
 import ast
-import csv
-import io
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.sources.files import read_text, video_paths
+from data_prep.sources.files import read_csv, read_text, video_paths
 from data_prep.sources.listing import (
   BINARY,
   VALUE,
@@ -203,8 +201,7 @@ def _nearest(starts: Mapping[str, float], start: float) -> str | None:
 
 def _table_segments(path: Path) -> Iterator[_Segment]:
   """Reads segments from a table; see the module's docstring for its columns."""
-  reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
-  columns = reader.fieldnames or []
+  columns, rows = read_csv(path)
   sentiment = "sentiment" if "sentiment" in columns else "label"
   missing = [c for c in ("video_id", "clip_id", sentiment) if c not in columns]
   if missing:
@@ -212,21 +209,19 @@ def _table_segments(path: Path) -> Iterator[_Segment]:
       f"{path} has the columns {columns}, expected video_id, clip_id, label "
       "(or sentiment), and optionally mode and " + ", ".join(EMOTIONS)
     )
-  for row in reader:
+  for line, row in rows:
     try:
       scores = [
         float(row.get(name) or math.nan) for name in (sentiment, *EMOTIONS)
       ]
     except ValueError as e:
-      raise ManifestError(f"{path}, line {reader.line_num}: {e}") from e
+      raise ManifestError(f"{path}, line {line}: {e}") from e
     split = row.get("mode") or ""
     if split == "valid":
       split = "val"
     # Spreadsheets may pad 3 to 0003; file names have no leading zeros.
     if not (row["video_id"] and row["clip_id"]):
-      raise ManifestError(
-        f"{path}, line {reader.line_num} has no video_id or clip_id"
-      )
+      raise ManifestError(f"{path}, line {line} has no video_id or clip_id")
     number = row["clip_id"].lstrip("0") or "0"
     yield _Segment(row["video_id"], number, split, scores[0], tuple(scores[1:]))
 

@@ -17,10 +17,10 @@ Frames have the numbers that they have in the video; at a gap tracks end.
 
 from __future__ import annotations
 
-import csv
+import re
 from pathlib import Path, PurePosixPath
 
-from data_prep.sources.files import read_text
+from data_prep.sources.files import read_csv, read_text
 from data_prep.sources.listing import Listing, ManifestError, Part, Row
 
 FRAMES = "frame_images_DB"
@@ -131,7 +131,7 @@ def _marlins_split(root: Path) -> dict[str, str]:
     )
   splits: dict[str, str] = {}
   for split, path in paths.items():
-    for row in csv.DictReader(read_text(path).splitlines()):
+    for _, row in read_csv(path)[1]:
       if not row.get("path"):
         raise ManifestError(f"{path} has no column 'path' with NAME/K")
       splits[row["path"]] = split
@@ -150,7 +150,7 @@ def _folds(path: Path) -> dict[str, int]:
   folds: dict[str, int] = {}
   for number, line in enumerate(read_text(path).splitlines(), 1):
     fields = [field.strip() for field in line.split(",")]
-    if not fields[0].isdigit():
+    if not re.fullmatch("[0-9]{1,4}", fields[0]):
       continue  # the header
     for video in fields[1:3]:
       name = video.partition("/")[0]

@@ -308,6 +308,15 @@ def test_celebvhq_that_nests_too_deeply_is_refused(celebvhq):
   assert "is not JSON" in error(celebvhq, "celebvhq")
 
 
+def test_celebvhq_attributes_are_0_or_1(celebvhq):
+  path = celebvhq / "celebvhq_info.json"
+  info = json.loads(path.read_text())
+  (*_, name) = info["clips"]
+  info["clips"][name]["attributes"]["appearance"][0] = 5
+  path.write_text(json.dumps(info))
+  assert "expected 0, 1 or nan" in error(celebvhq, "celebvhq")
+
+
 def test_celebvhq_with_another_kind_of_json_is_refused(celebvhq):
   (celebvhq / "celebvhq_info.json").write_text('{"clips": {}}')
   assert "is malformed" in error(celebvhq, "celebvhq")
@@ -502,3 +511,20 @@ def test_lrs2_has_sound_and_the_official_splits(tmp_path):
   }
   assert found.has_sound
   assert found.notes == ["1 of 4 listed videos are missing."]
+
+
+# --- All ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("layout", "name"),
+  [
+    ("mosei", "label.csv"),
+    ("dfew", "EmoLabel_DataSplit/test(single-labeled)/set_1.csv"),
+    ("ytf", "train_set.csv"),
+  ],
+)
+def test_a_list_that_is_no_table_is_refused(tmp_path, layout, name):
+  touch(tmp_path, name, "val_set.csv", "frame_images_DB/NAME/0/0.1.jpg")
+  (tmp_path / name).write_text("path,label\n" + 200_000 * "x")
+  assert "field larger than field limit" in error(tmp_path, layout)
