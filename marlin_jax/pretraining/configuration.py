@@ -193,7 +193,7 @@ def data_sets(config: ConfigDict) -> list[DataSet]:
     if not 0 < weight < math.inf or not path:
       raise ValueError(f"{item!r} is not FOLDER:WEIGHT with a weight above 0")
     name = path.rstrip("/").rpartition("/")[2]
-    if name in {other.name for other in found}:
+    while name in {other.name for other in found}:
       name = f"{name}_{len(found)}"
     found.append(DataSet(path, weight, name))
   total = sum(data.weight for data in found)

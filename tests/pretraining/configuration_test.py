@@ -210,3 +210,6 @@ def test_data_sets_have_paths_weights_and_names():
     ("gs://bucket/vox2/", 2.5, "vox2"),
     ("gs://other/ytf", 1.0, "ytf_2"),
   ]
+  config.data.path = "a/x_2,b/x,c/x"
+  names = [data.name for data in configuration.data_sets(config)]
+  assert names == ["x_2", "x", "x_2_2"]
