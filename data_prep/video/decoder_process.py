@@ -175,8 +175,8 @@ class _FrameWriter:
     """
     if not packets.may_be_joined(self._stream.container):
       return
-    aspect = self._stream.codec_context.sample_aspect_ratio
-    if self._pixel_aspect not in (None, aspect):
+    aspect = self._stream.codec_context.sample_aspect_ratio or 1
+    if self.num_frames and aspect != self._pixel_aspect:
       self._converter = pixels.RgbConverter(aspect)
     self._pixel_aspect = aspect
 

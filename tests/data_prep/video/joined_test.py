@@ -169,15 +169,16 @@ def test_a_recording_that_begins_in_an_open_group_is_joined(tmp_path):
   assert notes[1:] == ["times start again: 1 times"]
 
 
-def test_pixels_may_change_their_shape(tmp_path):
+@pytest.mark.parametrize("first", ["sar=1/1", "keyint=20"])
+def test_pixels_may_change_their_shape(tmp_path, first):
   parts = []
-  for name, aspect in (("1.ts", "1"), ("2.ts", "2")):
+  for name, option in (("1.ts", first), ("2.ts", "sar=2/1")):
     parts.append(
       write_video(
         tmp_path / name,
         moving_noise(20),
         pix_fmt="yuv420p",
-        **{"x264-params": f"sar={aspect}/1"},
+        **{"x264-params": option},
       )
     )
   frames, _, notes = read(join(tmp_path / "v.ts", *parts))
