@@ -420,8 +420,11 @@ def train(
             if signum is None and (is_last or step % e.every == 0)
           ]
           if config.best_metric:
-            while due:
+            while due and signum is None:
               found |= evaluate(step, due.pop(0)).scalars
+              signum, asked = requests(stop.received)
+              saves |= asked or signum is not None
+            due.clear()
             ends = is_last and signum is None
             if warning := best.missing(step, found, is_last=ends):
               progress.say(warning)

@@ -248,6 +248,32 @@ def test_the_first_signal_is_noted_and_a_second_ctrl_c_interrupts():
   assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_signal_during_evaluations_before_a_save_ends_them(
+  dataset, tmp_path, events
+):
+  """With best_metric a step is evaluated before it is saved."""
+
+  def killed(state):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return loop.Result({"eval/first": 1.0})
+
+  def late(state):
+    events.append("late")
+    return loop.Result({"eval/second": 1.0})
+
+  state, signum = train(
+    dataset,
+    tmp_path,
+    9,
+    events,
+    evaluations=[loop.Evaluation(2, killed), loop.Evaluation(2, late)],
+    best_metric="eval/second",
+  )
+  assert signum == signal.SIGTERM
+  assert state.step == 2
+  assert events == ["save 2: 2", "publish", "publish"]
+
+
 def test_a_signal_while_the_last_checkpoint_is_saved_does_not_end_the_run(
   dataset, tmp_path, events, monkeypatch
 ):
