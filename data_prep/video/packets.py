@@ -197,14 +197,13 @@ class Beginning:
     """Returns True if errors in the latest packet may come from a cut."""
     return self._is_open_part and self._num_groups < 2
 
-  def is_joined_open(self, packet) -> bool:
-    """Returns True for the first packet of a later recording, if it is open.
+  def is_joined(self, packet) -> bool:
+    """Returns True for the first packet of a later recording.
 
-    The decoder has to begin anew there: an error would cost the frames of the
-    earlier recording that it still holds.
+    The decoder has to begin anew there: it may hold frames of the earlier one,
+    which it would lose in an error, or order by the numbers of both.
     """
-    is_first = packet.is_keyframe and self._num_groups == 1
-    return is_first and self._is_open_part and self._is_later
+    return self._is_later and packet.is_keyframe and self._num_groups == 1
 
   def add(self, frame) -> bool:
     """Returns True if a frame is good; call it for each frame in order."""
@@ -279,8 +278,10 @@ def frames(packets: Iterator, stream, beginning: Beginning | None = None):
       heapq.heappush(decoding_times, packet.dts)
     try:
       decoded = []
-      if beginning is not None and beginning.is_joined_open(packet):
+      if beginning is not None and beginning.is_joined(packet):
         decoded = stream.decode(None)
+        for frame in decoded:
+          frame.time_base = packet.time_base
         stream.codec_context.flush_buffers()
       decoded += packet.decode()
     except (av.FFmpegError, ValueError):
