@@ -18,8 +18,8 @@ import numpy as np
 from marlin_jax.devices import distributed, sharding
 from marlin_jax.downstream.learner import Learner
 from marlin_jax.downstream.protocols import Plateau, TrainingPlan
+from marlin_jax.records.signals import StopSignal
 from marlin_jax.training.checkpoint import Checkpoints
-from marlin_jax.training.loop import StopSignal
 from marlin_jax.training.skipped_steps import NotFiniteError
 from marlin_jax.training.workdir import SaveTimer
 

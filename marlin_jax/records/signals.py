@@ -11,7 +11,9 @@ import traceback
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, Self
+
+from tqdm import tqdm
 
 # Seconds after which a signal is sent again that had no effect.
 _AGAIN_SECS = 0.05
@@ -81,3 +83,34 @@ def blocked(*numbers: signal.Signals) -> Iterator[None]:
     yield
   finally:
     signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+class StopSignal:
+  """Records SIGINT and SIGTERM, so that a program can save before it ends.
+
+  A second SIGINT (Ctrl-C) raises KeyboardInterrupt.
+
+  Attributes:
+    received: the signal's number, or None.
+  """
+
+  def __init__(self) -> None:
+    self.received: int | None = None
+
+  def __enter__(self) -> Self:
+    self._previous = {
+      signum: signal.signal(signum, self._note)
+      for signum in (signal.SIGINT, signal.SIGTERM)
+    }
+    return self
+
+  def _note(self, signum: int, frame: FrameType | None) -> None:
+    if self.received is not None and signum == signal.SIGINT:
+      raise KeyboardInterrupt
+    self.received = signum
+    name = signal.Signals(signum).name
+    tqdm.write(f"{name}: finishing this step, then saving", file=sys.stderr)
+
+  def __exit__(self, *_: object) -> None:
+    for signum, handler in self._previous.items():
+      signal.signal(signum, handler)

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,6 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
-from tqdm import tqdm
 
 from marlin_jax.data import loader
 from marlin_jax.data.clips import ClipTaker
@@ -36,6 +34,7 @@ from marlin_jax.devices import (
 )
 from marlin_jax.records import cli
 from marlin_jax.records.cli import UserError
+from marlin_jax.records.signals import StopSignal
 from marlin_jax.training import goodput, metrics, profiler, skipped_steps
 from marlin_jax.training.configuration import flat
 from marlin_jax.training.watchdog import Watchdog
@@ -253,214 +252,275 @@ def train(
   Raises:
     UserError: the run cannot start, resume, save or continue.
   """
-  config = course.config
-  is_process_0 = jax.process_index() == 0
-  if is_process_0:
-    rows = [*course.describe(), cli.Row("reading", str(_reading(config)))]
-    print(cli.format_rows(rows), flush=True)
+  if jax.process_index() == 0:
+    reading = cli.Row("reading", str(_reading(course.config)))
+    print(cli.format_rows([*course.describe(), reading]), flush=True)
   num_values = sum(math.prod(x.shape) for x in jax.tree.leaves(course.shapes))
   watchdog.alive("opening the workdir and checking its checkpoints")
   datasets = course.stages[0].draws.datasets
-  with Workdir(path, config, datasets, num_values) as workdir:
-    # --- State ----------------------------------------------------------------
-    start_step, checkpoints = workdir.start_step, workdir.checkpoints
+  with Workdir(path, course.config, datasets, num_values) as workdir:
+    loop = _Loop(course, make_evaluations, workdir, watchdog)
+    signum = loop.run()
+  return loop.state, signum if loop.last_step < course.num_steps else None
+
+
+class _Loop:
+  """The loop of `train`, and what it works with.
+
+  Attributes:
+    state: state after the last step that was taken.
+  """
+
+  def __init__(
+    self,
+    course: Course,
+    make_evaluations: Callable[
+      [Workdir, Callable[..., None]], Sequence[Evaluation]
+    ],
+    workdir: Workdir,
+    watchdog: Watchdog,
+  ) -> None:
+    """Restores the state, starts to read and compiles the steps."""
+    config, start_step = course.config, workdir.start_step
+    self._course, self._workdir, self._watchdog = course, workdir, watchdog
     watchdog.alive("restoring the state" if start_step else "the first state")
     if start_step:
-      state = workdir.restore(course.shapes, course.shardings, course.identity)
+      self.state = workdir.restore(
+        course.shapes, course.shardings, course.identity
+      )
     else:
-      state = course.first_state()
+      self.state = course.first_state()
     workdir.begin()
 
-    # --- Evaluators, batches, compiled step -----------------------------------
     watchdog.alive("opening the evaluations")
-    evaluations = make_evaluations(workdir, watchdog.alive)
-    before_save = [e for e in evaluations if e.before_save]
-    after_save = [e for e in evaluations if not e.before_save]
-    timer = goodput.Timer(
+    self._evaluations = make_evaluations(workdir, watchdog.alive)
+    self._timer = goodput.Timer(
       clips_per_step=course.batch_size, carried=workdir.earlier_secs()
     )
     stages = [s for s in course.stages if s.last_step > start_step]
-    batches = _batches(course, stages, workdir)
+    self._batches = _batches(course, stages, workdir)
     # All of them now: one that does not fit in memory is found at once.
     take_steps = []
     for stage in stages:
       watchdog.alive(f"compiling the step{stage.name and f' of {stage.name}'}")
-      with timer.on("compile"):
+      with self._timer.on("compile"):
         take_steps.append(stage.make_step())
+    self._to_come = iter(zip(stages, take_steps, strict=True))
+    self._stage: Stage | None = None
 
-    # --- Output ---------------------------------------------------------------
-    writer = metrics.MetricWriter(
+    self._writer = metrics.MetricWriter(
       metrics.Run(
         workdir.files.path, workdir.path.name, flat(config), start_step
       ),
       config.trackers,
     )
-    progress = metrics.Progress(
+    self._progress = metrics.Progress(
       course.num_steps,
       start=start_step,
       work=functools.partial(work, course.stages),
     )
-    skipped = skipped_steps.SkippedSteps(
-      datasets,
+    self._skipped = skipped_steps.SkippedSteps(
+      course.stages[0].draws.datasets,
       max_in_row=config.max_skipped_steps,
-      num_before=int(state.num_skipped),
+      num_before=int(self.state.num_skipped),
     )
-    profiles = profiler.Profiler(
+    self._profiles = profiler.Profiler(
       workdir.files.path / "profile",
       str(workdir.path / "profile"),
-      timer,
-      progress.say,
+      self._timer,
+      self._progress.say,
       **config.get("profile", {}),
     )
-
-    def report_skipped():
-      if skip := skipped.check():
-        writer.event("skipped", **skip._asdict())
-        progress.say(str(skip))
-
-    def evaluate(step, evaluator):
-      with timer.on("eval"):
-        result = evaluator(state)
-        _write(result, step, workdir, writer, progress)
-      return result
-
-    # --- Loop -----------------------------------------------------------------
-    signum = None
-    stage, to_come = None, iter(zip(stages, take_steps, strict=True))
-    requests = distributed.Requests(course.mesh)
-    save_timer = SaveTimer(config.checkpoint_minutes)
-    best = BestMetric(
+    self._requests = distributed.Requests(course.mesh)
+    self._save_timer = SaveTimer(config.checkpoint_minutes)
+    self._best = BestMetric(
       config.best_metric,
-      checkpoints,
-      start_step + max(e.every for e in evaluations),
+      workdir.checkpoints,
+      start_step + max(e.every for e in self._evaluations),
     )
+
+  @property
+  def last_step(self) -> int:
+    """Number of the last step that was taken."""
+    return int(self.state.step)
+
+  def run(self) -> int | None:
+    """Takes the steps; returns the signal that ended the run early, or None."""
     # Signals are noted until all is saved.
     with (
       StopSignal() as stop,
-      contextlib.closing(writer),
-      contextlib.closing(progress),
+      contextlib.closing(self._writer),
+      contextlib.closing(self._progress),
     ):
-      timer.enter("step")
-      with profiles:
-        for step in range(start_step + 1, course.num_steps + 1):
-          watchdog.alive(f"step {step}")
-          if stage is None or step > stage.last_step:
-            stage, take_step = next(to_come)
-            timer.begin_stage(stage.peak_clips_per_sec)
-            if stage.name:
-              progress.say(f"{stage.name}: {stage.summary}")
-          with timer.on("data"):
-            batch = next(batches)
-          with profiles.step(step):
-            inputs = {field: batch[field] for field in course.fields}
-            state, scalars = take_step(state, inputs)
-            timer.step_started(scalars)  # waits for the previous step
+      self._timer.enter("step")
+      with self._profiles:
+        signum = self._take_steps(stop)
+      self._end()
+    return signum
 
-          # Guard: a step's metrics are checked while the next step runs.
-          progress.step()
-          report_skipped()
-          skipped.follow(step, scalars, batch["_id"])
-          if saved := checkpoints.poll():
-            progress.say(f"step {saved} is saved")
-          # Read once per step: a signal that arrives later stops the next step.
-          signum, saves = requests(stop.received, save_timer.is_due())
-          is_last = step == course.num_steps or signum is not None
-          saves |= is_last or any(
-            every and step % every == 0
-            for every in (config.checkpoint_steps, config.keep_every_steps)
-          )
+  def _take_steps(self, stop: StopSignal) -> int | None:
+    config, num_steps = self._course.config, self._course.num_steps
+    for step in range(self._workdir.start_step + 1, num_steps + 1):
+      self._watchdog.alive(f"step {step}")
+      scalars = self._take_step(step)
+      # Read once per step: a signal that arrives later stops the next step.
+      signum, saves = self._requests(stop.received, self._save_timer.is_due())
+      is_last = step == num_steps or signum is not None
+      saves |= is_last or any(
+        every and step % every == 0
+        for every in (config.checkpoint_steps, config.keep_every_steps)
+      )
+      self._log(step, scalars, is_last)
+      signum = self._evaluate_and_save(step, stop, signum, saves)
+      if signum is not None:
+        return signum
+    return None
 
-          # On a small machine the second log may be an hour away: log the first
-          # step too.
-          is_first = step == start_step + 1
-          # Rates of two stages are not mixed.
-          ends_stage = step == stage.last_step
-          is_logged = is_first or is_last or ends_stage
-          if is_logged or step % config.log_steps == 0:
-            report_skipped()
-            row = {
-              f"train/{k}": float(v)
-              for k, v in scalars.items()
-              # The step may have no clip of a data set.
-              if not (k.startswith("loss_rec/") and math.isnan(v))
-            }
-            for name, rate in course.learning_rates(state).items():
-              row[f"train/{name}"] = rate
-            if stage.name:
-              row["train/stage"] = course.stages.index(stage) + 1
-            row |= timer.read()
-            writer.write(step, row)
-            progress.report(step, row)
-          if ends_stage and stage.name:
-            rates = timer.stage_rates()
-            details = {"stage": stage.name, "clips": stage.summary} | {
-              name.removeprefix("time/"): float(f"{rate:.4g}")
-              for name, rate in rates.items()
-            }
-            writer.event("stage", step, **details)
-            progress.say(
-              f"{stage.name} ends with step {step}: {metrics.rates_text(rates)}"
-            )
+  def _take_step(self, step: int) -> Scalars:
+    """Takes a step; returns its scalars, which are still being computed."""
+    timer, progress = self._timer, self._progress
+    if self._stage is None or step > self._stage.last_step:
+      self._stage, self._update = next(self._to_come)
+      timer.begin_stage(self._stage.peak_clips_per_sec)
+      if self._stage.name:
+        progress.say(f"{self._stage.name}: {self._stage.summary}")
+    with timer.on("data"):
+      batch = next(self._batches)
+    with self._profiles.step(step):
+      inputs = {field: batch[field] for field in self._course.fields}
+      self.state, scalars = self._update(self.state, inputs)
+      timer.step_started(scalars)  # waits for the previous step
 
-          found = {}
-          for every, evaluator, _ in before_save:
-            is_multiple = step % every == 0
-            if is_multiple or (is_last and signum is None):
-              result = evaluate(step, evaluator)
-              found |= result.scalars
-              # Only at multiples: a longer run does not evaluate at this run's
-              # last step, and must have the same bits.
-              if is_multiple and result.state is not None:
-                state = result.state
+    # Guard: a step's metrics are checked while the next step runs.
+    progress.step()
+    self._report_skipped()
+    self._skipped.follow(step, scalars, batch["_id"])
+    if saved := self._workdir.checkpoints.poll():
+      progress.say(f"step {saved} is saved")
+    return scalars
 
-          # After a signal time may be short: save, and do not evaluate.
-          due = [
-            e.evaluator
-            for e in after_save
-            if signum is None and (is_last or step % e.every == 0)
-          ]
-          if config.best_metric:
-            while due and signum is None:
-              found |= evaluate(step, due.pop(0)).scalars
-              signum, asked = requests(stop.received)
-              saves |= asked or signum is not None
-            due.clear()
-            ends = is_last and signum is None
-            if warning := best.missing(step, found, is_last=ends):
-              progress.say(warning)
-            saves |= best.improves(found)
-          if saves:
-            with timer.on("checkpoint"):
-              metric = best.value(found)
-              checkpoints.save(step, state, course.identity, metric)
-              save_timer.restart()
-          for evaluator in due:
-            evaluate(step, evaluator)
+  def _report_skipped(self) -> None:
+    if skip := self._skipped.check():
+      self._writer.event("skipped", **skip._asdict())
+      self._progress.say(str(skip))
 
-          if saves:
-            # A run that resumes from this checkpoint continues these sums.
-            writer.write(step, timer.totals())
-            with timer.on("checkpoint"):
-              workdir.files.publish()
-          if signum is not None:
-            break
+  def _log(self, step: int, scalars: Scalars, is_last: bool) -> None:
+    """Logs a step that is due, and the end of a stage."""
+    stage = self._stage
+    # On a small machine the second log may be an hour away: log the first step
+    # too.
+    is_first = step == self._workdir.start_step + 1
+    # Rates of two stages are not mixed.
+    ends_stage = step == stage.last_step
+    is_due = step % self._course.config.log_steps == 0
+    if is_first or is_last or ends_stage or is_due:
+      self._report_skipped()
+      row = {
+        f"train/{k}": float(v)
+        for k, v in scalars.items()
+        # The step may have no clip of a data set.
+        if not (k.startswith("loss_rec/") and math.isnan(v))
+      }
+      for name, rate in self._course.learning_rates(self.state).items():
+        row[f"train/{name}"] = rate
+      if stage.name:
+        row["train/stage"] = self._course.stages.index(stage) + 1
+      row |= self._timer.read()
+      self._writer.write(step, row)
+      self._progress.report(step, row)
+    if ends_stage and stage.name:
+      rates = self._timer.stage_rates()
+      details = {"stage": stage.name, "clips": stage.summary} | {
+        name.removeprefix("time/"): float(f"{rate:.4g}")
+        for name, rate in rates.items()
+      }
+      self._writer.event("stage", step, **details)
+      self._progress.say(
+        f"{stage.name} ends with step {step}: {metrics.rates_text(rates)}"
+      )
 
-      # --- End ----------------------------------------------------------------
-      timer.enter("checkpoint")
-      progress.close()
-      checkpoints.close()
-      last_step = int(state.step)
-      writer.write(last_step, timer.totals())
-      writer.close()
-      workdir.files.close()
-      # A process that leaves waits for the others in jax's shutdown, which
-      # aborts all of them when it takes too long.
-      watchdog.alive("saving in another process")
-      coordination.wait_for_all()
-      if is_process_0:
-        print(_summary(workdir.path, last_step, course.num_steps))
-        print(timer.summary(), flush=True)
-    return state, signum if last_step < course.num_steps else None
+  def _evaluate_and_save(
+    self, step: int, stop: StopSignal, signum: int | None, saves: bool
+  ) -> int | None:
+    """Runs the evaluations that are due, and saves.
+
+    Args:
+      step: number of the step that was taken.
+      stop: signals.
+      signum: signal that ends the run with this step, or None.
+      saves: a checkpoint is due.
+
+    Returns:
+      The signal that ends the run with this step, or None.
+    """
+    is_end = step == self._course.num_steps
+    found = {}
+    for every, evaluator, is_before_save in self._evaluations:
+      is_multiple = step % every == 0
+      if is_before_save and (is_multiple or (is_end and signum is None)):
+        result = self._evaluate(step, evaluator)
+        found |= result.scalars
+        # Only at multiples: a longer run does not evaluate at this run's last
+        # step, and must have the same bits.
+        if is_multiple and result.state is not None:
+          self.state = result.state
+
+    # After a signal time may be short: save, and do not evaluate.
+    due = [
+      evaluator
+      for every, evaluator, is_before_save in self._evaluations
+      if not is_before_save and signum is None and (is_end or step % every == 0)
+    ]
+    if self._course.config.best_metric:
+      while due and signum is None:
+        found |= self._evaluate(step, due.pop(0)).scalars
+        signum, asked = self._requests(stop.received)
+        saves |= asked or signum is not None
+      due.clear()
+      is_last = is_end and signum is None
+      if warning := self._best.missing(step, found, is_last=is_last):
+        self._progress.say(warning)
+      saves |= self._best.improves(found)
+    if saves:
+      with self._timer.on("checkpoint"):
+        self._workdir.checkpoints.save(
+          step, self.state, self._course.identity, self._best.value(found)
+        )
+        self._save_timer.restart()
+    for evaluator in due:
+      self._evaluate(step, evaluator)
+    if saves:
+      # A run that resumes from this checkpoint continues these sums.
+      self._writer.write(step, self._timer.totals())
+      with self._timer.on("checkpoint"):
+        self._workdir.files.publish()
+    return signum
+
+  def _evaluate(
+    self, step: int, evaluator: Callable[[State], Result]
+  ) -> Result:
+    """Runs an evaluator; writes and prints its result."""
+    with self._timer.on("eval"):
+      result = evaluator(self.state)
+      _write(result, step, self._workdir, self._writer, self._progress)
+    return result
+
+  def _end(self) -> None:
+    """Waits until all processes have saved; prints the summary."""
+    self._timer.enter("checkpoint")
+    self._progress.close()
+    self._workdir.checkpoints.close()
+    self._writer.write(self.last_step, self._timer.totals())
+    self._writer.close()
+    self._workdir.files.close()
+    # A process that leaves waits for the others in jax's shutdown, which aborts
+    # all of them when it takes too long.
+    self._watchdog.alive("saving in another process")
+    coordination.wait_for_all()
+    if jax.process_index() == 0:
+      num_steps = self._course.num_steps
+      print(_summary(self._workdir.path, self.last_step, num_steps))
+      print(self._timer.summary(), flush=True)
 
 
 def _reading(config: ConfigDict) -> loader.Reading:
@@ -543,34 +603,3 @@ def _summary(workdir: Any, step: int, num_steps: int) -> str:
   if step < num_steps:
     lines.append("to resume, run the same command again")
   return "\n".join(lines)
-
-
-class StopSignal:
-  """Records SIGINT and SIGTERM, so that the loop can save before it ends.
-
-  A second SIGINT (Ctrl-C) raises KeyboardInterrupt.
-
-  Attributes:
-    received: the signal's number, or None.
-  """
-
-  def __init__(self):
-    self.received: int | None = None
-
-  def __enter__(self) -> StopSignal:
-    self._previous = {
-      signum: signal.signal(signum, self._note)
-      for signum in (signal.SIGINT, signal.SIGTERM)
-    }
-    return self
-
-  def _note(self, signum, frame):
-    if self.received is not None and signum == signal.SIGINT:
-      raise KeyboardInterrupt
-    self.received = signum
-    name = signal.Signals(signum).name
-    tqdm.write(f"{name}: finishing this step, then saving", file=sys.stderr)
-
-  def __exit__(self, *_):
-    for signum, handler in self._previous.items():
-      signal.signal(signum, handler)

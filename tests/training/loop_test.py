@@ -19,7 +19,7 @@ from marlin_jax.data.prepared_dataset import open_dataset
 from marlin_jax.data.sampling import RecordDraws
 from marlin_jax.devices import sharding
 from marlin_jax.pretraining import configuration
-from marlin_jax.records import cli
+from marlin_jax.records import cli, signals
 from marlin_jax.records.folders import OutputFolderError
 from marlin_jax.training import checkpoint, loop, remote_files, workdir
 from marlin_jax.training.checkpoint import Checkpoints
@@ -239,7 +239,7 @@ def test_each_stage_takes_its_steps_also_after_a_signal(
 
 def test_the_first_signal_is_noted_and_a_second_ctrl_c_interrupts():
   before = signal.getsignal(signal.SIGINT)
-  with loop.StopSignal() as stop:
+  with signals.StopSignal() as stop:
     assert stop.received is None
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.received == signal.SIGTERM
