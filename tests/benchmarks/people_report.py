@@ -6,7 +6,7 @@ Axes: V test windows, R draws.
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +31,12 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "mask.strategy": "fasking",
     "teacher.path": "ema",
     "teacher.weight": 1.0,
+  },
+  "guarded": {
+    "mask.strategy": "fasking",
+    "teacher.path": "ema",
+    "teacher.weight": 1.0,
+    "variance.weight": 1.0,
   },
   "contrast": {
     "mask.strategy": "fasking",
@@ -183,7 +189,10 @@ def last_steps(results: Mapping[str, Any], *names: str) -> int:
 
 
 def table(
-  results: Mapping[str, Any], probe: str = "grid", score: str = "r2"
+  results: Mapping[str, Any],
+  probe: str = "grid",
+  score: str = "r2",
+  against: Collection[str] = (*BASELINES, *METHODS),
 ) -> str:
   """Returns scores after the last round in Markdown, with intervals.
 
@@ -194,6 +203,7 @@ def table(
     results: see `scores`.
     probe: one of PROBES.
     score: `r2`, or AUC where that is the score; or `change`.
+    against: names of the encoders of which differences are told.
   """
   questions = LABELS if score == "change" else QUESTIONS
   title = "changes, " if score == "change" else ""
@@ -220,6 +230,8 @@ def table(
       title = f"{name}, {steps:,} steps" if steps else name
       row(title, found[own], _cell)
   for one, other in DIFFERENCES:
+    if other not in against:
+      continue
     names = [name for name in (one, other) if name not in BASELINES]
     steps = last_steps(results, *names)
     by_steps = results["differences"].get(f"{one} - {other}", {})

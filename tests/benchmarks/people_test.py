@@ -247,6 +247,7 @@ def test_methods_have_the_same_flops(tmp_path):
   assert steps["region"] == 1000
   # A teacher's pass over all tokens, without a backward one.
   assert 400 < steps["latent"] < 800
+  assert abs(steps["guarded"] - steps["latent"]) < 5
   assert 990 < steps["contrast"] < 1000
 
 
@@ -304,6 +305,14 @@ def test_documents_tell_the_loss_on_people_never_seen(results, name):
   assert "people.png)" in text
 
 
-def test_the_file_of_numbers_is_written_as_the_command_writes_it(results):
-  text = (ROOT / "docs" / "people.json").read_text()
-  assert people_report.to_json(results) == text
+@pytest.mark.parametrize("score", ["r2", "change"])
+def test_the_tables_of_the_objectives_are_those_of_the_numbers(score):
+  results = json.loads((ROOT / "docs" / "objectives.json").read_text())
+  table = people_report.table(results, score=score, against=("fasking",))
+  assert table in (ROOT / "docs" / "OBJECTIVES.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["people", "objectives"])
+def test_the_files_of_numbers_are_written_as_the_command_writes_them(name):
+  text = (ROOT / "docs" / f"{name}.json").read_text()
+  assert people_report.to_json(json.loads(text)) == text
