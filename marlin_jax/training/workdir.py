@@ -79,9 +79,11 @@ def _read_config(file: epath.Path) -> dict[str, Any] | None:
 
   Another JSON value becomes {}.
   """
+  if not file.exists():
+    return None
   try:
     found = json.loads(file.read_text())
-  except (FileNotFoundError, ValueError):
+  except ValueError:
     return None
   return found if isinstance(found, dict) else {}
 

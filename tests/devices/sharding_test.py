@@ -361,6 +361,11 @@ def test_a_mesh_of_one_device_is_the_default():
 
 
 @pytest.mark.slow
+# Without a device jax writes what it has compiled to the cache, and cannot read
+# it in the next run.
+@pytest.mark.filterwarnings(
+  "ignore:Error reading persistent compilation cache:UserWarning"
+)
 def test_on_tpu_gradients_are_summed_in_float32_where_that_is_asked_for():
   config = quickstart.get_config()
   config.update_from_flattened_dict(
