@@ -134,19 +134,33 @@ def upload(chrome, path) -> None:
   )[0].send_keys(str(path))
 
 
-def wait_for(condition):
-  """Returns the first true value of a condition."""
+def wait_for(condition, shown=lambda: ""):
+  """Returns the first true value of a condition.
+
+  Args:
+    condition: is called until it returns something true.
+    shown: returns what the page shows, for the message when time is up.
+  """
   deadline = time.monotonic() + WAIT_SECS
   while not (value := condition()):
-    assert time.monotonic() < deadline
+    assert time.monotonic() < deadline, shown()
     time.sleep(0.2)
   return value
 
 
-def text_of(chrome, name) -> str:
-  from selenium.webdriver.common.by import By
+def wait_for_text(chrome, name, text) -> None:
+  """Waits until an element of the page has a text."""
+  body = "return document.body.innerText"
+  wait_for(
+    lambda: text in text_of(chrome, name), lambda: chrome.execute_script(body)
+  )
 
-  return "\n".join(e.text for e in chrome.find_elements(By.ID, name))
+
+# The page replaces its elements at any time: what selenium has found may be
+# gone when it is read or pressed, so that scripts do both at once.
+def text_of(chrome, name) -> str:
+  script = "return document.getElementById(arguments[0])?.innerText ?? ''"
+  return chrome.execute_script(script, name)
 
 
 def videos(chrome, name) -> list:
@@ -162,7 +176,7 @@ def test_an_uploaded_face_is_seen_through_the_encoder(
   chrome, _, _ = page
   clip = carphone(tmp_path / "face.mp4", 60)
   upload(chrome, clip)
-  wait_for(lambda: "Predicted: " in text_of(chrome, "status"))
+  wait_for_text(chrome, "status", "Predicted: ")
 
   # --- Pictures, as the browser draws them ------------------------------------
   for name in PICTURES:
@@ -199,15 +213,24 @@ def test_an_uploaded_face_is_seen_through_the_encoder(
 
 def press(chrome, label) -> None:
   """Presses the button of the video with this text or description."""
-  from selenium.webdriver.common.by import By
+  script = """
+    for (const button of document.querySelectorAll("#video button"))
+      if ([button.innerText.trim(), button.ariaLabel].includes(arguments[0])) {
+        button.click();
+        return true;
+      }
+    return false;
+  """
+  wait_for(lambda: chrome.execute_script(script, label))
 
-  def found():
-    for button in chrome.find_elements(By.CSS_SELECTOR, "#video button"):
-      if label in (button.text, button.get_attribute("aria-label")):
-        return button
-    return None
 
-  wait_for(found).click()
+def seconds_seen(chrome) -> float:
+  """Returns the time of the picture that the webcam shows; 0: none yet."""
+  script = """
+    const video = document.querySelector("#video video");
+    return video?.videoWidth ? video.currentTime : 0;
+  """
+  return chrome.execute_script(script)
 
 
 @pytest.mark.slow
@@ -216,10 +239,11 @@ def test_a_recording_of_the_webcam_is_seen_through_the_encoder(page):
   chrome.refresh()
   press(chrome, "Capture from camera")
   press(chrome, "Click to Access Webcam")
+  start = wait_for(lambda: seconds_seen(chrome))
   press(chrome, "Record")
-  time.sleep(4)
+  wait_for(lambda: seconds_seen(chrome) > start + 4)
   press(chrome, "Stop")
-  wait_for(lambda: "Predicted: " in text_of(chrome, "status"))
+  wait_for_text(chrome, "status", "Predicted: ")
   assert wait_for(lambda: videos(chrome, "crop"))
 
 
@@ -230,7 +254,7 @@ def test_a_video_without_a_face_is_explained(page, tmp_path):
     tmp_path / "noise.mp4", moving_noise(40), pix_fmt="yuv420p"
   )
   upload(chrome, noise)
-  wait_for(lambda: "No face was found" in text_of(chrome, "status"))
+  wait_for_text(chrome, "status", "No face was found")
   assert not any(videos(chrome, name) for name in PICTURES)
 
 
@@ -242,7 +266,7 @@ def test_text_files_are_explained(page, tmp_path):
   for name in ("text.mp4", "text.txt"):
     (tmp_path / name).write_text("no video")
   upload(chrome, tmp_path / "text.mp4")
-  wait_for(lambda: "text.mp4: cannot open" in text_of(chrome, "status"))
+  wait_for_text(chrome, "status", "text.mp4: cannot open")
   upload(chrome, tmp_path / "text.txt")
   wait_for(lambda: "text.txt" in chrome.find_element(By.TAG_NAME, "body").text)
 

@@ -137,12 +137,14 @@ def leveldb_records(log):
 
 @pytest.mark.filterwarnings("default")
 def test_wandb_offline(tmp_path, monkeypatch):
-  pytest.importorskip("wandb", reason="pip install 'marlin-jax[wandb]'")
+  wandb = pytest.importorskip("wandb", reason="pip install 'marlin-jax[wandb]'")
   from wandb.proto import wandb_internal_pb2
 
   monkeypatch.setenv("WANDB_MODE", "offline")
   write_steps(tmp_path, "wandb", 1, 2)
   write_steps(tmp_path, "wandb", 2, 3)
+  # Its process may write the end of a file after `finish` has returned.
+  wandb.teardown()
   identifier = rows(tmp_path)[0]["id"]
   files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
   assert [path.stem for path in files] == [f"run-{identifier}"] * 2
