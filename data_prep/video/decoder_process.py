@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import sys
 
@@ -96,7 +97,7 @@ def _decode(limits: Limits, span: Span, output: str, pipe: int) -> None:
       )
     if clock.num_restarts:
       writer.note(f"times start again: {clock.num_restarts} times")
-    elif note := _shortfall(stream, span, writer.num_frames, writer.last_secs):
+    elif note := _shortfall(stream, span, writer):
       writer.note(note)
   send(pipe, b"E")
 
@@ -118,6 +119,7 @@ class _FrameWriter:
   Attributes:
     num_frames: frames so far.
     last_secs: time of the last frame.
+    longest_secs: longest time between two frames.
   """
 
   def __init__(
@@ -143,7 +145,8 @@ class _FrameWriter:
     self._form = ((0, 0), (0, 0), self._orientation)
     self._notes: set[str] = set()
     self.num_frames = 0
-    self.last_secs = -math.inf
+    self.last_secs = math.nan
+    self.longest_secs = 0.0
 
   def write(self, frame, secs: float) -> None:
     """Writes a frame and its time.
@@ -162,6 +165,8 @@ class _FrameWriter:
       self._begin_form(form)
     if reason := self._tally.add(*shown_size):
       raise Refused(reason)
+    if secs - self.last_secs > self.longest_secs:
+      self.longest_secs = secs - self.last_secs
     self.last_secs = secs
     pixels.send_frame(self._pipe, self._converter(frame), secs)
     for text in _notes(frame, size, shown_size):
@@ -210,30 +215,48 @@ _MAX_MISSING_FRAMES = 2
 _MAX_MISSING_SECS = 1.0
 
 
-def _shortfall(stream, span: Span, num_frames: int, last_secs: float) -> str:
+def _shortfall(stream, span: Span, writer: _FrameWriter) -> str:
   """Returns a note if frames are missing that were announced or asked for."""
-  if span.end < math.inf and span.end - last_secs > _MAX_MISSING_SECS:
+  end_secs = writer.last_secs
+  if span.end < math.inf and span.end - end_secs > _MAX_MISSING_SECS:
     wanted = f"before {span.end:g} s"
-    return f"frames are missing: they end at {last_secs:.1f} s, {wanted}"
+    return f"frames are missing: they end at {end_secs:.1f} s, {wanted}"
   if span != WHOLE:
     return ""
   announced = _shown_frames(stream)
-  missing = announced - num_frames
+  missing = announced - writer.num_frames
   if missing > max(_MAX_MISSING_FRAMES, _MAX_MISSING_SHARE * announced):
-    return f"frames are missing: {num_frames} of {announced} announced"
-  # Matroska announces a length only, that of frames and sound together, from
-  # time 0 on; other times are counted from the first frame or sound.
+    return f"frames are missing: {writer.num_frames} of {announced} announced"
+  if stream.frames:
+    return ""
+  secs, is_own = _announced_secs(stream)
+  most = _MAX_MISSING_SECS
+  if is_own and writer.longest_secs:
+    most = min(most, _MAX_MISSING_FRAMES * writer.longest_secs)
+  # The last frame is shown for as long as others.
+  missing_secs = secs - end_secs - writer.longest_secs
+  if missing_secs > max(most, _MAX_MISSING_SHARE * secs):
+    return f"frames are missing: they end at {end_secs:.1f} s of {secs:.1f} s"
+  return ""
+
+
+def _announced_secs(stream) -> tuple[float, bool]:
+  """Returns when the file ends by its header, and if that is of frames alone.
+
+  Matroska announces a length only, that of frames and sound together, from time
+  0 on; other times are counted from the first frame or sound. Most programs
+  name the length of each track, too.
+  """
   container = stream.container
   secs = (container.duration or 0) / 1e6
-  if container.format.name.startswith("matroska"):
-    secs -= max(container.start_time or 0, 0) / 1e6
-  missing_secs = secs - last_secs
-  is_known = secs and math.isfinite(last_secs) and not stream.frames
-  if is_known and missing_secs > max(
-    _MAX_MISSING_SECS, _MAX_MISSING_SHARE * secs
-  ):
-    return f"frames are missing: they end at {last_secs:.1f} s of {secs:.1f} s"
-  return ""
+  if not container.format.name.startswith("matroska"):
+    return secs, False
+  is_own = len(container.streams) == 1
+  text = stream.metadata.get("DURATION", "")
+  if re.fullmatch(r"\d+:\d\d:\d\d(\.\d+)?", text):
+    hours, minutes, seconds = map(float, text.split(":"))
+    secs, is_own = 3600 * hours + 60 * minutes + seconds, True
+  return secs - max(container.start_time or 0, 0) / 1e6, is_own
 
 
 def _sound_of(container):
@@ -268,9 +291,10 @@ def _check_size(stream, limits: Limits, span: Span) -> None:
   if span != WHOLE:
     return
   # Only what the header counts: length times rate is a guess.
-  if stream.frames > protocol.most_frames(stream.width, stream.height, limits):
+  announced = _counted_frames(stream)
+  if announced > protocol.most_frames(stream.width, stream.height, limits):
     reason = protocol.too_many_frames(stream.width, stream.height, limits)
-    raise Refused(f"{reason}: the container announces {stream.frames}")
+    raise Refused(f"{reason}: the container announces {announced}")
 
 
 def _announced_frames(stream, span: Span) -> int:
@@ -287,17 +311,34 @@ def _announced_frames(stream, span: Span) -> int:
   return max(int(duration * rate), 0)
 
 
+# Bytes before each frame of an AVI file.
+_AVI_HEADER = 8
+
+
+def _counted_frames(stream) -> int:
+  """Returns the number of frames in the header, 0 where it is unknown.
+
+  It is a placeholder in AVI files that were written to a pipe.
+  """
+  container = stream.container
+  is_avi = container.format.name == "avi"
+  if is_avi and stream.frames * _AVI_HEADER > container.size:
+    return 0
+  return stream.frames
+
+
 def _shown_frames(stream) -> int:
   """Returns the number of frames by the container, 0 where it is unknown.
 
   The count includes those that an edit list leaves out, the duration does not.
   It includes a pause before the first frame, unless that is longer.
   """
-  if not (stream.duration and stream.average_rate):
-    return stream.frames
+  counted = _counted_frames(stream)
+  if not (counted and stream.duration and stream.average_rate):
+    return counted
   ticks = stream.duration - max(stream.start_time or 0, 0)
   shown = ticks * stream.time_base * stream.average_rate
-  return min(stream.frames, max(math.ceil(shown), 0))
+  return min(counted, max(math.ceil(shown), 0))
 
 
 # Recordings of browsers name the unit of their times, 1000 a second.

@@ -260,9 +260,8 @@ def frames(packets: Iterator, stream, beginning: Beginning | None = None):
   name = stream.container.format.name
   counters_may_leap = name == "mpegts"
   is_streamed = name in _STREAMED_SOUND
-  # AVI has decoding times only; presentation times that libav guesses are wrong
-  # with B-frames. These decoding times are not yet assigned to a frame.
-  has_presentation_times = name != "avi"
+  has_presentation_times = _has_presentation_times(stream)
+  # Those that are not yet assigned to a frame.
   decoding_times: list[int] = []
   for packet in packets:
     if _is_dropped(packet):
@@ -306,6 +305,21 @@ def frames(packets: Iterator, stream, beginning: Beginning | None = None):
       yield frame
 
 
+def _has_presentation_times(stream) -> bool:
+  """Returns False for streams with decoding times only.
+
+  Presentation times that libav guesses for them are wrong with B-frames.
+  """
+  name = stream.container.format.name
+  if not (stream.type == "video" and name.startswith("matroska")):
+    return name not in ("avi", "asf")
+  try:
+    # A stream of AVI within Matroska has a tag of four letters.
+    return stream.codec_context.codec_tag == "\0\0\0\0"
+  except ValueError:  # letters that are not of ASCII
+    return False
+
+
 def _is_dropped(packet) -> bool:
   """Returns True for the empty packet of a frame that was not recorded.
 
@@ -337,7 +351,9 @@ class Frames:
     self._container, self._stream, self._clock = container, stream, clock
     self._span = span
     self._is_sought = (
-      span.start > 0 and container.format.name.split(",")[0] in _INDEXED
+      span.start > 0
+      and container.format.name.split(",")[0] in _INDEXED
+      and _has_presentation_times(stream)
     )
     if self._is_sought:
       _seek(container, stream, span.start - _MAX_DELAY_SECS)

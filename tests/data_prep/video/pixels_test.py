@@ -368,14 +368,45 @@ def test_the_stream_that_a_player_shows_is_read(tmp_path, name, streams, width):
     ("mjpeg", {}),
   ],
 )
-def test_avi_frames_have_the_times_of_their_presentation(
-  tmp_path, codec, options
+@pytest.mark.parametrize("suffix", [".avi", ".wmv"])
+def test_frames_without_presentation_times_are_in_their_order(
+  tmp_path, codec, options, suffix
 ):
   pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
   source = [np.full((48, 64, 3), 8 * i, np.uint8) for i in range(30)]
-  path = write_video(tmp_path / "v.avi", source, codec, pix_fmt, **options)
+  path = write_video(tmp_path / f"v{suffix}", source, codec, pix_fmt, **options)
   frames, secs, _ = read(path)
-  np.testing.assert_allclose(secs, np.arange(30) / 30, atol=1e-6)
+  atol = 1e-6 if suffix == ".avi" else 1e-3
+  np.testing.assert_allclose(secs, np.arange(30) / 30, atol=atol)
+  levels = [frame.mean() for frame in frames]
+  np.testing.assert_allclose(levels, 8 * np.arange(30), atol=7)
+
+
+def test_avi_in_matroska_has_the_times_of_presentation(tmp_path):
+  """As programs write it that put AVI files into Matroska: V_MS/VFW/FOURCC."""
+  source = [np.full((48, 64, 3), 8 * i, np.uint8) for i in range(30)]
+  avi = write_video(tmp_path / "v.avi", source, "mpeg4", "yuv420p", bf="2")
+  path = tmp_path / "v.mkv"
+  with av.open(str(avi)) as read_from, av.open(str(path), "w") as container:
+    stream = read_from.streams.video[0]
+    copy = container.add_stream_from_template(stream)
+    for packet in read_from.demux(stream):
+      if packet.size:
+        # Decoding times, in the unit of the new file.
+        packet.pts = packet.dts = round(packet.dts * 1000 / 30)
+        packet.time_base, packet.stream = Fraction(1, 1000), copy
+        container.mux(packet)
+  data = bytearray(path.read_bytes())
+  name = data.find(b"V_MPEG4/ISO/ASP")
+  data[name : name + 15] = b"V_MS/VFW/FOURCC"
+  private = data.find(b"\x63\xa2", name - 200) + 3
+  header = struct.pack(
+    "<IiiHH4sIiiII", 40, 64, 48, 1, 24, b"XVID", 0, 0, 0, 0, 0
+  )
+  data[private : private + 40] = header
+  path.write_bytes(data)
+  frames, secs, _ = read(path)
+  np.testing.assert_allclose(secs, np.arange(30) / 30, atol=1e-3)
   levels = [frame.mean() for frame in frames]
   np.testing.assert_allclose(levels, 8 * np.arange(30), atol=7)
 
