@@ -54,6 +54,8 @@ def open_input(formats: str = f"{FORMATS},{SOUND_FORMATS}"):
   """
   import av
 
+  if formats == PICTURE_FORMATS and _is_animated():
+    raise Refused("cannot open: an animated picture; convert it to a video")
   av.logging.set_level(None)
   options = {
     "fd": "0",
@@ -70,6 +72,15 @@ def open_input(formats: str = f"{FORMATS},{SOUND_FORMATS}"):
       names = formats.replace("_pipe", "").replace(",", " ")
       reason += f": damaged, or in none of the formats {names}"
     raise Refused(f"cannot open: {reason}") from e
+
+
+def _is_animated() -> bool:
+  """Returns True if standard input is a WebP or PNG file of several frames."""
+  start = os.pread(0, 65536, 0)
+  is_png = start.startswith(b"\x89PNG") and b"acTL" in start.split(b"IDAT")[0]
+  # In the header of the extended format, after the sizes of file and chunk.
+  has_flag = start[12:16] == b"VP8X" and start[20:21] and start[20] & 2
+  return bool(is_png or has_flag)
 
 
 def picture_file(container) -> bytes:

@@ -123,6 +123,16 @@ def test_what_is_no_picture_is_refused(tmp_path, quarters, carphone, content):
     read(path)
 
 
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_an_animation_is_refused_as_such(tmp_path, quarters, form):
+  path = tmp_path / f"a.{form.lower()}"
+  first = quarters[::16, ::16]
+  more = [Image.fromarray(np.flip(first, axis)) for axis in (0, 1)]
+  path.write_bytes(encoded(first, form, save_all=True, append_images=more))
+  with pytest.raises(decode.DecodeError, match="an animated picture; convert"):
+    read(path)
+
+
 # --- Inputs -------------------------------------------------------------------
 
 
