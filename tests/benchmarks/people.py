@@ -7,6 +7,7 @@ training people and scored on others, beside probes of untrained encoders, of
 small pictures of the same frames and, as a ceiling, of face landmarks. The
 questions are six regressions, also of the differences from each person's mean,
 whether two videos show the same person, and the order of two windows in time.
+The method `supervised` learns the labels themselves: a check of the chain.
 
   make bench-people FOOTAGE=DIR HOURS=6
 
@@ -25,7 +26,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from marlin_jax.weights.weights import Weights, of_modules
 from tests.benchmarks import (
   people_probes,
   people_report,
+  people_supervised,
   people_windows,
   timing,
 )
@@ -55,6 +57,7 @@ from tests.benchmarks.people_report import (
   METHODS,
   PIXELS,
   RANDOM,
+  SUPERVISED,
   Encoder,
 )
 from tests.benchmarks.people_windows import FIT, UNSEEN, Windows
@@ -157,6 +160,9 @@ class Study:
 
   def _cost(self, method: str) -> float:
     config = self.config(METHODS[method])
+    if method == SUPERVISED:
+      architecture = Architecture.from_config(config).without_decoder()
+      return people_supervised.flops_per_clip(architecture)
     return build.Experiment(config, num_steps=1).flops_per_clip
 
   def train(self, method: str, seed: int, steps: int) -> None:
@@ -224,8 +230,19 @@ class Study:
         found[Encoder(name, int(seed), int(steps))] = dict(file)
     return found
 
-  def probe(self, encoder: Encoder, weights: Weights, windows: Windows) -> None:
-    """Encodes all windows, fits the probes and saves their answers."""
+  def probe(
+    self,
+    encoder: Encoder,
+    weights: Weights,
+    windows: Windows,
+    own: Mapping[str, np.ndarray] | None = None,
+  ) -> None:
+    """Encodes all windows, fits the probes and saves their answers.
+
+    Args:
+      encoder, weights, windows: what to probe on what.
+      own: answers of a head of the encoder's own, saved beside.
+    """
     architecture = weights.architecture
     tokens, middle = self.encode(weights, windows)
     features = {"mean": tokens.mean(axis=1, dtype=np.float32)}
@@ -234,8 +251,15 @@ class Study:
       features[name] = np.stack(list(map(people_windows.moments, by_place)))
     save(
       self.answers_path(encoder),
-      people_probes.answers(windows, features, tokens, architecture.num_heads),
+      people_probes.answers(windows, features, tokens, architecture.num_heads)
+      | dict(own or {}),
     )
+
+  def untrained(self, seed: int) -> Weights:
+    """Returns an encoder as a seed draws it."""
+    architecture = Architecture.from_config(self.config({})).without_decoder()
+    module = architecture.make_autoencoder(rngs=nnx.Rngs(seed))
+    return of_modules(architecture, nnx.to_pure_dict(nnx.state(module)))
 
   def probe_baselines(self, windows: Windows, num_seeds: int) -> None:
     """Probes what needs no training."""
@@ -253,10 +277,8 @@ class Study:
     for seed in range(num_seeds):
       encoder = Encoder(RANDOM, seed, 0)
       if not self.answers_path(encoder).exists():
-        module = architecture.make_autoencoder(rngs=nnx.Rngs(seed))
-        weights = of_modules(architecture, nnx.to_pure_dict(nnx.state(module)))
         with self.timed(f"probe {RANDOM}"):
-          self.probe(encoder, weights, windows)
+          self.probe(encoder, self.untrained(seed), windows)
 
   def encode(
     self, weights: Weights, windows: Windows
@@ -290,9 +312,12 @@ class Study:
     return np.stack(features)
 
   def clips(
-    self, architecture: Architecture, windows: Windows
+    self,
+    architecture: Architecture,
+    windows: Windows,
+    names: Iterable[str] = (*FIT, UNSEEN),
   ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields the numbers of some windows, (B,), and their clips."""
+    """Yields the numbers of some windows of splits, (B,), and their clips."""
     clip = architecture.clip
     if clip.extent != people_windows.LABELLED.extent:
       sys.exit(
@@ -300,7 +325,7 @@ class Study:
         f"{people_windows.LABELLED.extent}: change data.num_frames or "
         "data.stride"
       )
-    for name in (*FIT, UNSEEN):
+    for name in names:
       split = splits.open_split(str(self.dataset), name, self.folder / "index")
       reader = clip_batches.ClipReader(split, clip, architecture.image_size)
       rows = windows.rows(name)
@@ -322,7 +347,7 @@ def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
 def report(study: Study, windows: Windows, output: Path) -> None:
   """Writes people.json, and people.png from it."""
   answers = study.all_answers()
-  runs = sorted({e[:2] for e in answers if e.steps})
+  runs = sorted({e[:2] for e in answers if e.steps and e.name != SUPERVISED})
   results = {
     "about": timing.environment()
     | {
@@ -378,11 +403,15 @@ def train_rounds(
           f"{needed / 60:.0f}"
         )
         return
+      own = None
       with study.timed(f"train {encoder}"):
-        study.train(*encoder)
-      weights = formats.read(str(study.workdir(*encoder[:2])))
+        if encoder.name == SUPERVISED:
+          weights, own = people_supervised.train(study, encoder, windows)
+        else:
+          study.train(*encoder)
+          weights = formats.read(str(study.workdir(*encoder[:2])))
       with study.timed(f"probe {encoder}"):
-        study.probe(encoder, weights, windows)
+        study.probe(encoder, weights, windows, own)
       report(study, windows, output)
     previous = steps
 

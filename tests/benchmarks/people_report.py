@@ -20,6 +20,8 @@ from tests.benchmarks.people_windows import LABELS, UNSEEN, Windows
 BASELINES = RANDOM, PIXELS, LANDMARKS = "random init", "pixels", "landmarks"
 # Their one probe, `grid`, is compared with every probe of tokens.
 _WITHOUT_TOKENS = PIXELS, LANDMARKS
+# Trained with the labels, see `people_supervised`.
+SUPERVISED = "supervised"
 # Changes of configs/pretrain_ti.py by method: MARLIN's objective with three
 # maskings, and objectives of docs/OBJECTIVES.md.
 STRATEGIES = "fasking", "tube", "random"
@@ -44,8 +46,17 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "data.sample_by": "subject",
     "data.draws_per_unit": 2,
   },
+  # Without what changes labels: a mirror the turn of the head, other sides the
+  # openings, another stride what moves.
+  SUPERVISED: {
+    "augment.flip_ratio": 0.0,
+    "augment.max_crop_aspect": 1.0,
+    "augment.stride_jitter": 0,
+    "optim.warmup_ratio": 0.1,
+  },
 }
-PROBES = "mean", "grid", "middle", "attentive"
+HEAD = "head"  # of the encoder's own, where it has one
+PROBES = "mean", "grid", "middle", "attentive", HEAD
 QUESTIONS = (*LABELS, "same person", "order in time")
 DIFFERENCES = (
   *itertools.product(METHODS, (RANDOM, PIXELS)),

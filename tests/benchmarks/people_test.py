@@ -8,15 +8,19 @@ import numpy as np
 import pytest
 
 from data_prep.faces import boxes, tracking
+from marlin_jax.data.augmentation import View
+from marlin_jax.records import schema
 from tests.benchmarks import (
   people,
   people_probes,
   people_report,
+  people_supervised,
   people_windows,
 )
 from tests.benchmarks.people_report import Encoder
 from tests.benchmarks.people_windows import LABELS, Windows
 from tests.layout_test import ROOT
+from tests.support import made_dataset
 
 # --- Labels -------------------------------------------------------------------
 
@@ -249,6 +253,75 @@ def test_methods_have_the_same_flops(tmp_path):
   assert 400 < steps["latent"] < 800
   assert abs(steps["guarded"] - steps["latent"]) < 5
   assert 990 < steps["contrast"] < 1000
+  # All tokens, forward and backward, where fasking sees a quarter.
+  assert 300 < steps["supervised"] < 400
+
+
+@pytest.fixture
+def grey_videos(tmp_path) -> Windows:
+  """Each is of one grey level, and all labels are that."""
+  levels = np.random.default_rng(0).integers(40, 216, 40)
+  names = [f"v{i:02d}" for i in range(len(levels))]
+  split = np.array(["train"] * 24 + ["val"] * 8 + ["test"] * 8)
+  made_dataset.make(
+    tmp_path / "dataset",
+    {
+      name: [
+        made_dataset.showing(
+          made_dataset.a_record(name, num_frames=16), [level] * 16
+        )
+      ]
+      for name, level in zip(names, levels, strict=True)
+    },
+    dict(zip(names, split, strict=True)),
+  )
+  return Windows(
+    split=split,
+    video=np.array(names),
+    person=np.array(names),
+    track=np.r_[:24, :8, :8],
+    start=np.zeros(len(levels), int),
+    labels=np.tile(levels[:, None] / 255, len(LABELS)),
+    landmarks=np.zeros((len(levels), 1), np.float32),
+  )
+
+
+def test_an_encoder_learns_the_labels_of_others(grey_videos, tmp_path):
+  overrides = dict(map(people._override, TINY))
+  overrides |= {"augment.colour_jitter": 0.0, "data.frame_size": 32}
+  overrides |= {"batch_size": 8, "optim.base_lr": 0.3}
+  study = people.Study(tmp_path, tmp_path, overrides)
+  encoder = Encoder("supervised", 0, 60)
+  weights, answers = people_supervised.train(study, encoder, grey_videos)
+  truth = grey_videos.labels[grey_videos.rows("test")]
+  r2 = people_probes.r_squared(
+    truth, answers["head/labels"], np.ones((len(truth), 1))
+  )[0]
+  # No hair is drawn, and training looks again where it crops.
+  others = np.array(LABELS) != "hair"
+  assert r2[others].min() > 0.8
+  assert answers["head/r2"][others].min() > 0.8
+  untrained = study.untrained(0)
+  assert weights.architecture == untrained.architecture
+  name = "encoder.patch_embedding.kernel"
+  assert np.abs(weights.arrays[name] - untrained.arrays[name]).max() > 1e-3
+  # A training that has ended is not repeated.
+  again, same = people_supervised.train(study, encoder, grey_videos)
+  np.testing.assert_array_equal(again.arrays[name], weights.arrays[name])
+  np.testing.assert_array_equal(same["head/labels"], answers["head/labels"])
+
+
+def test_a_crop_shows_the_hair_of_its_part():
+  regions = np.zeros((2, 14, 14), np.uint16)
+  regions[:, :, :7] = 1 << 10
+  for box, share in (
+    (schema.WHOLE, 0.5),
+    (schema.Box(0, 0, 112, 112), 1.0),
+    (schema.Box(112, 0, 112, 224), 0.0),
+    (schema.Box(56, 100, 75, 100), 4 / 5),
+  ):
+    seen = people_supervised.visible(regions, View(box))
+    assert people_windows.hair(seen) == pytest.approx(share)
 
 
 @pytest.mark.slow
@@ -258,7 +331,8 @@ def test_more_hours_go_on_where_fewer_ended(
   monkeypatch.setattr(people, "EVAL_STEPS", 2)
   arguments = [f"--footage={footage}", f"--folder={tmp_path / 'run'}"]
   arguments += [f"--output={tmp_path / 'out'}", "--seeds=1"]
-  arguments += ["--methods", "random", "latent", "--set", *TINY]
+  arguments += ["--methods", "random", "latent", "supervised"]
+  arguments += ["--set", *TINY]
   steps = []
   for rounds, hours in (((2,), "1e-9"), ((2,), "1"), ((2, 4), "1")):
     monkeypatch.setattr(people, "ROUNDS", rounds)
@@ -270,6 +344,7 @@ def test_more_hours_go_on_where_fewer_ended(
   assert said.count("minutes are left") == 1
   assert {"random init", "pixels", "landmarks"} < set(results["encoders"])
   assert list(results["encoders"]["latent"]) == ["2", "4"]
+  assert "head" in results["encoders"]["supervised"]["4"]
   latent, random = results["runs"]
   assert [row[0] for row in random["unseen"]] == [2, 4]
   assert latent["unseen"][-1][0] < 4

@@ -128,9 +128,14 @@ def labels_of(landmarks: np.ndarray, regions: np.ndarray) -> np.ndarray:
       eye_opening(landmarks).mean(),
       turn.mean(),
       np.log(np.sqrt(nose.var(axis=0).sum()) + 0.005),
-      ((regions >> _HAIR) & 1).mean(),
+      hair(regions),
     ]
   )
+
+
+def hair(regions: np.ndarray) -> float:
+  """Returns the share of region bits, uint16 of any shape, that have hair."""
+  return ((regions >> _HAIR) & 1).mean()
 
 
 # --- Windows ------------------------------------------------------------------
