@@ -77,6 +77,8 @@ _CHARTS = {
     ("Share of time without a batch", ("time/data_wait_ratio",), False),
   ),
 }
+# Events that tell people nothing; rows of metrics are none.
+_NO_NEWS = (None, "tracked", "evaluated")
 # What has a place of its own on the page.
 _ELSEWHERE = ("step", "event", "goodput/*", "time/unix_secs", "time/step_secs")
 _MOST_CURVES = 6
@@ -290,7 +292,7 @@ def _duration(secs: float) -> str:
 
 def _events(rows: Sequence[Mapping]) -> Iterator[Html]:
   """Yields a list of the last events, if there are any."""
-  events = [row for row in rows if row.get("event", "tracked") != "tracked"]
+  events = [row for row in rows if row.get("event") not in _NO_NEWS]
   if not events:
     return
   items = []

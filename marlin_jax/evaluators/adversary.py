@@ -6,6 +6,8 @@ import json
 import math
 import statistics
 
+import jax
+
 from marlin_jax.pretraining.train_step import TrainState
 from marlin_jax.training.loop import Result
 from marlin_jax.training.workdir import Workdir
@@ -32,8 +34,11 @@ class AdversarialPull:
   def __call__(self, state: TrainState) -> Result:
     """Warns if the median since the last call is above 1.
 
-    Process 0 alone has metrics to read, and prints.
+    Process 0 alone reads and prints: others may find half a line in the file
+    that it is writing.
     """
+    if jax.process_index():
+      return Result()
     path = self._workdir.files.path / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     pulls = [

@@ -261,7 +261,7 @@ def train(
   with Workdir(path, course.config, datasets, num_values) as workdir:
     loop = _Loop(course, make_evaluations, workdir, watchdog)
     signum = loop.run()
-  return loop.state, signum if loop.last_step < course.num_steps else None
+  return loop.state, signum
 
 
 class _Loop:
@@ -354,7 +354,9 @@ class _Loop:
     ):
       self._timer.enter("step")
       with self._profiles:
-        signum = self._take_steps(stop)
+        signum = self._evaluate_resumed(stop)
+        if signum is None:
+          signum = self._take_steps(stop)
       self._end()
     return signum
 
@@ -453,48 +455,103 @@ class _Loop:
     Returns:
       The signal that ends the run with this step, or None.
     """
+    found = self._change_state(step, signum)
+    due, decides = self._due(step), bool(self._course.config.best_metric)
+    is_saved = saves and not decides
+    if is_saved:
+      self._save(step, found)
+    if signum is None:
+      more, signum, asked = self._evaluate_all(step, due, stop)
+      found |= more
+      saves |= asked or signum is not None
     is_end = step == self._course.num_steps
+    if decides:
+      is_last = is_end and signum is None
+      if warning := self._best.missing(step, found, is_last=is_last):
+        self._progress.say(warning)
+      saves |= self._best.improves(found)
+    if saves and not is_saved:
+      self._save(step, found)
+    if saves:
+      self._publish(step, is_evaluated=not due)
+    return signum if due or not is_end else None
+
+  def _change_state(self, step: int, signum: int | None) -> Scalars:
+    """Runs the evaluations that come before a save; returns their metrics."""
     found = {}
+    is_end = step == self._course.num_steps and signum is None
     for every, evaluator, is_before_save in self._evaluations:
       is_multiple = step % every == 0
-      if is_before_save and (is_multiple or (is_end and signum is None)):
+      if is_before_save and (is_multiple or is_end):
         result = self._evaluate(step, evaluator)
         found |= result.scalars
         # Only at multiples: a longer run does not evaluate at this run's last
         # step, and must have the same bits.
         if is_multiple and result.state is not None:
           self.state = result.state
+    return found
 
-    # After a signal time may be short: save, and do not evaluate.
-    due = [
+  def _due(self, step: int) -> list[Callable[[State], Result]]:
+    """Returns the evaluators of a step that do not change the state."""
+    is_end = step == self._course.num_steps
+    return [
       evaluator
       for every, evaluator, is_before_save in self._evaluations
-      if not is_before_save and signum is None and (is_end or step % every == 0)
+      if not is_before_save and (is_end or step % every == 0)
     ]
-    if self._course.config.best_metric:
-      while due and signum is None:
-        found |= self._evaluate(step, due.pop(0)).scalars
-        signum, asked = self._requests(stop.received)
-        saves |= asked or signum is not None
-      due.clear()
-      is_last = is_end and signum is None
-      if warning := self._best.missing(step, found, is_last=is_last):
-        self._progress.say(warning)
-      saves |= self._best.improves(found)
-    if saves:
-      with self._timer.on("checkpoint"):
-        self._workdir.checkpoints.save(
-          step, self.state, self._course.identity, self._best.value(found)
-        )
-        self._save_timer.restart()
-    for evaluator in due:
-      self._evaluate(step, evaluator)
-    if saves:
-      # A run that resumes from this checkpoint continues these sums.
-      self._writer.write(step, self._timer.totals())
-      with self._timer.on("checkpoint"):
-        self._workdir.files.publish()
+
+  def _evaluate_all(
+    self, step: int, due: list[Callable[[State], Result]], stop: StopSignal
+  ) -> tuple[Scalars, int | None, bool]:
+    """Runs evaluators until a signal, after which time may be short.
+
+    Args:
+      step: number of the step that was taken.
+      due: the evaluators; those that ran are removed.
+      stop: signals.
+
+    Returns:
+      Their metrics; the signal or None; True if a save was requested meanwhile.
+    """
+    found, signum, saves = {}, None, False
+    while due and signum is None:
+      found |= self._evaluate(step, due.pop(0)).scalars
+      signum, asked = self._requests(stop.received)
+      saves |= asked
+    return found, signum, saves
+
+  def _evaluate_resumed(self, stop: StopSignal) -> int | None:
+    """Runs the evaluations of the step that is resumed from, if any are left.
+
+    The process that saved the step may have ended in the middle of them.
+
+    Returns:
+      The signal that ended them, or None.
+    """
+    step, signum = self._workdir.start_step, None
+    due = self._due(step) if step else []
+    if due and not self._writer.was_evaluated():
+      self._watchdog.alive(f"the evaluations of step {step}")
+      self._progress.say(f"step {step}: its evaluations had not ended")
+      _, signum, _ = self._evaluate_all(step, due, stop)
+      self._publish(step, is_evaluated=not due)
     return signum
+
+  def _save(self, step: int, found: Mapping[str, float]) -> None:
+    with self._timer.on("checkpoint"):
+      self._workdir.checkpoints.save(
+        step, self.state, self._course.identity, self._best.value(found)
+      )
+      self._save_timer.restart()
+
+  def _publish(self, step: int, *, is_evaluated: bool) -> None:
+    """Writes what a run that resumes from this checkpoint reads."""
+    if is_evaluated:
+      self._writer.event(metrics.EVALUATED, step)
+    # It continues these sums.
+    self._writer.write(step, self._timer.totals())
+    with self._timer.on("checkpoint"):
+      self._workdir.files.publish()
 
   def _evaluate(
     self, step: int, evaluator: Callable[[State], Result]

@@ -21,11 +21,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from marlin_jax.devices import distributed
 from marlin_jax.records import extras, folders
 from marlin_jax.records.cli import UserError
 
 # Event of metrics.jsonl that holds the identifier of the run in trackers.
 _TRACKED = "tracked"
+# Event of a saved step whose evaluations, if any were due, have ended.
+EVALUATED = "evaluated"
 _PROJECT = "marlin_jax"
 
 
@@ -83,9 +86,12 @@ class JsonLines:
     lines = [line for line in lines if _step_of(line) <= run.start_step]
     folders.write_bytes(path, "".join(f"{x}\n" for x in lines).encode())
     self._file = path.open("a", buffering=1)
+    events = [x for x in map(json.loads, lines) if "event" in x]
     self.identifier = next(
-      (x["id"] for x in map(json.loads, lines) if x.get("event") == _TRACKED),
-      "",
+      (x["id"] for x in events if x["event"] == _TRACKED), ""
+    )
+    self.was_evaluated = any(
+      (x["event"], x["step"]) == (EVALUATED, run.start_step) for x in events
     )
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -230,6 +236,11 @@ class MetricWriter:
           "leave it out of --config.trackers"
         ) from e
       self._trackers.append(tracker)
+
+  def was_evaluated(self) -> bool:
+    """Returns True, on all processes, if `run.start_step` was EVALUATED."""
+    was_evaluated = not self._writes or self._record.was_evaluated
+    return bool(distributed.smallest(int(was_evaluated)))
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Adds scalars of a step.

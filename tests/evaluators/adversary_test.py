@@ -3,6 +3,7 @@
 import json
 import types
 
+import jax
 import pytest
 
 from marlin_jax.evaluators.adversary import AdversarialPull
@@ -51,3 +52,15 @@ def test_the_median_since_the_last_evaluation_decides(
   tmp_path, pulls, settings, warns
 ):
   assert [bool(x) for x in sentences(tmp_path, pulls, **settings)] == warns
+
+
+def test_other_processes_do_not_read_what_the_first_one_is_writing(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  (tmp_path / "metrics.jsonl").write_text('{"step": 2, "train/adv_p')
+  workdir = types.SimpleNamespace(
+    files=types.SimpleNamespace(path=tmp_path), start_step=0
+  )
+  result = AdversarialPull(workdir, 0.0)(types.SimpleNamespace(step=2))
+  assert not result.sentence

@@ -157,7 +157,8 @@ def train(
     or [
       loop.Evaluation(2, double, before_save=True),
       loop.Evaluation(3, look),
-      loop.Evaluation(1, kill),
+      # Where nothing else is due, the next step is the last.
+      loop.Evaluation(1, kill, before_save=True),
     ],
     str(workdir),
     Watchdog(dump_secs=0, exit_secs=0),
@@ -196,22 +197,25 @@ def test_a_signal_saves_without_evaluation_and_the_run_resumes_to_the_same_bits(
   whole, _ = train(dataset, tmp_path / "whole", 9, events)
   events.clear()
   halved = tmp_path / "halved"
-  state, signum = train(dataset, halved, 9, events, kill_at=3)
+  state, signum = train(dataset, halved, 9, events, kill_at=5)
   assert signum == signal.SIGTERM
-  assert state.step == 4
+  assert state.step == 6
   # The state changes as in a run without a signal; nobody looks on.
   assert events == [
     "double 2",
     *("save 3: 4", "look 3", "publish"),
-    *("double 4", "save 4: 6", "publish"),
+    "double 4",
+    *("double 6", "save 6: 14", "publish"),
     "publish",
   ]
+  events.clear()
   resumed, signum = train(dataset, halved, 9, events)
+  assert events[:3] == ["look 6", "publish", "double 8"]
   assert signum is None
   assert jax.tree.leaves(resumed) == jax.tree.leaves(whole)
 
 
-@pytest.mark.parametrize("kill_at", [1, 2, 3])
+@pytest.mark.parametrize("kill_at", [1, 2, 4])
 def test_each_stage_takes_its_steps_also_after_a_signal(
   dataset, tmp_path, events, capfd, kill_at
 ):
@@ -272,6 +276,56 @@ def test_a_signal_during_evaluations_before_a_save_ends_them(
   assert signum == signal.SIGTERM
   assert state.step == 2
   assert events == ["save 2: 2", "publish", "publish"]
+
+
+@pytest.mark.parametrize(
+  ("num_steps", "saved_first"), [(9, True), (9, False), (2, True)]
+)
+def test_evaluations_that_a_signal_ended_are_done_when_the_run_resumes(
+  dataset, tmp_path, events, num_steps, saved_first
+):
+  """After a save, before one, and at the end of the run."""
+  settings = {"checkpoint_steps": 2 if saved_first else 5}
+
+  def evaluations(killed):
+    def first(state):
+      events.append(f"first {state.step}")
+      if killed:
+        os.kill(os.getpid(), signal.SIGTERM)
+      return loop.Result({"eval/first": 1.0})
+
+    def second(state):
+      events.append(f"second {state.step}")
+      return loop.Result({"eval/second": 1.0})
+
+    return [loop.Evaluation(2, first), loop.Evaluation(2, second)]
+
+  state, signum = train(
+    dataset,
+    tmp_path,
+    num_steps,
+    events,
+    evaluations=evaluations(killed=True),
+    **settings,
+  )
+  assert (state.step, signum) == (2, signal.SIGTERM)
+  save = ["save 2: 2"]
+  before, after = (save, []) if saved_first else ([], save)
+  assert events == [*before, "first 2", *after, "publish", "publish"]
+
+  for seen in (["first 2", "second 2", "publish"], []):
+    events.clear()
+    _, signum = train(
+      dataset,
+      tmp_path,
+      num_steps,
+      events,
+      evaluations=evaluations(killed=False),
+      **settings,
+    )
+    assert signum is None
+    assert [x for x in events if x.endswith(" 2")] == seen[:2]
+    assert events[: len(seen)] == seen
 
 
 def test_a_signal_while_the_last_checkpoint_is_saved_does_not_end_the_run(
