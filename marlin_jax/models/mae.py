@@ -13,13 +13,21 @@ from flax import nnx
 from marlin_jax.models import vit
 from marlin_jax.models.prediction import Prediction
 
-# About the mean value of a face crop's pixels, which are in [0, 1].
-_GREY = 0.45
-
 
 def gather_tokens(tokens: jax.Array, indices: jax.Array) -> jax.Array:
   """Selects tokens: (B, N, D) and int (B, V) -> (B, V, D)."""
   return jnp.take_along_axis(tokens, indices[..., None], axis=1)
+
+
+def value_stats(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns mean and standard deviation over the last axis, which is kept.
+
+  They normalise targets. The standard deviation is the unbiased one plus 1e-6
+  (VideoMAE's run_mae_pretraining), so that dividing by it is finite for equal
+  values.
+  """
+  mean = values.mean(-1, keepdims=True)
+  return mean, jnp.sqrt(values.var(-1, ddof=1, keepdims=True)) + 1e-6
 
 
 class Encoder(nnx.Module):
@@ -93,9 +101,9 @@ class MAE(nnx.Module):
     decoder: size of the decoder.
     execution: dtype, attention, scan and remat of both.
     rngs: draws the parameters.
-    start_grey: initialise the head to predict grey, so that a short run does
-      not spend its first steps on learning the mean colour. The authors' code
-      starts with a random head.
+    first_prediction: float32 (P,), what an untrained head predicts for every
+      token, so that a short run does not spend its first steps on learning the
+      mean. None: the head is random, as in the authors' code.
     norm_eps: epsilon of every LayerNorm.
   """
 
@@ -108,7 +116,7 @@ class MAE(nnx.Module):
     decoder: vit.Size,
     execution: vit.Execution,
     rngs: nnx.Rngs,
-    start_grey: bool = False,
+    first_prediction: jax.Array | None = None,
     norm_eps: float = vit.NORM_EPS,
   ):
     dtype = execution.dtype
@@ -128,9 +136,9 @@ class MAE(nnx.Module):
     self.decoder = vit.Transformer(decoder, execution, norm_eps, rngs)
     self.dec_norm = vit.layer_norm(decoder.width, rngs, norm_eps)
     self.head = vit.dense(decoder.width, pixels, rngs, dtype)
-    if start_grey:
+    if first_prediction is not None:
       self.head.kernel[...] = jnp.zeros_like(self.head.kernel[...])
-      self.head.bias[...] = jnp.full_like(self.head.bias[...], _GREY)
+      self.head.bias[...] = first_prediction
     self.dtype = dtype
 
   def __call__(

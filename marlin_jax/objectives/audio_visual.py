@@ -32,7 +32,7 @@ from marlin_jax.data.clip_geometry import SoundPatches
 from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.models import vit
 from marlin_jax.models.flops import StackFlops
-from marlin_jax.models.mae import gather_tokens
+from marlin_jax.models.mae import gather_tokens, value_stats
 from marlin_jax.models.sound import SoundAutoencoder
 from marlin_jax.objectives import collapse
 from marlin_jax.objectives.objective import Forward, Objective
@@ -148,7 +148,8 @@ class AudioVisual(Objective):
     predicted = own.decode(sound, visible, masked, forward.encoded)
     target = gather_tokens(tokens, masked)
     if self.run.architecture.norm_pix:
-      target = normalised(target)
+      mean, std = value_stats(target)
+      target = (target - mean) / std
     errors = jnp.square(predicted - target).mean((1, 2))
     loss_rec = mean_over(errors, batch["has_sound"])
     of_sound = own.sound.pooled(sound)
@@ -225,20 +226,6 @@ class AudioVisual(Objective):
       f"{self.patches.num_rows} mel rows are visible; encoder {size.width}/"
       f"{size.depth}/{size.num_heads}"
     )
-
-
-def normalised(tokens: jax.Array) -> jax.Array:
-  """Normalises each token by its own mean and unbiased standard deviation.
-
-  Args:
-    tokens: float32 (B, M, P).
-
-  Returns:
-    float32 (B, M, P); 0 for a token of one value, such as silence.
-  """
-  mean = tokens.mean(-1, keepdims=True)
-  std = jnp.sqrt(tokens.var(-1, ddof=1, keepdims=True))
-  return (tokens - mean) / (std + 1e-6)
 
 
 def mean_over(values: jax.Array, counts: jax.Array) -> jax.Array:

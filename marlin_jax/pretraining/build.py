@@ -34,6 +34,7 @@ from marlin_jax.pretraining import (
 )
 from marlin_jax.pretraining.masking import num_decoded
 from marlin_jax.pretraining.pretext_task import PretextTask
+from marlin_jax.training.configuration import ConfigError
 from marlin_jax.weights.architecture import (
   POSITIONS,
   Architecture,
@@ -125,7 +126,9 @@ class Experiment:
     key = jax.random.key(self.config.seed)
     mae = self.architecture.make_autoencoder(
       rngs=nnx.Rngs(jax.random.fold_in(key, 0)),
-      start_grey=self.config.model.start_grey,
+      first_prediction=(
+        self.task.target_of_grey if self.config.model.start_grey else None
+      ),
       **dataclasses.asdict(self.execution),
     )
     discriminator = self.architecture.make_discriminator(
@@ -262,10 +265,23 @@ class Experiment:
 
   @property
   def num_microbatches(self) -> int:
-    """Microbatches of a batch, see `train_step.Trainer`."""
-    return self.microbatches_of(
-      self.config.clips_per_device or self.clips_that_fit
-    )
+    """Microbatches of a batch, see `train_step.Trainer`.
+
+    Raises:
+      ConfigError: clips that stay together are more than clips_per_device, or
+        on several devices.
+    """
+    asked = self.config.clips_per_device
+    clips = self.batch_size // sharding.num_shards(self.mesh)
+    together = objective.num_together(self.objectives)
+    if asked and asked < clips and (clips % together or asked < together):
+      raise ConfigError(
+        f"clips_per_device={asked}: {together} clips in a row stay in one "
+        f"microbatch, and a device has {clips} clips of the batch: expected at "
+        f"least {together}, and a batch_size that gives each device a multiple "
+        f"of {together}; or 0, as many as fit"
+      )
+    return self.microbatches_of(asked or self.clips_that_fit)
 
   def microbatches_of(self, clips_at_once: int) -> int:
     """Returns the number of microbatches with clips that a device can hold."""

@@ -17,10 +17,13 @@ from marlin_jax.data.clip_geometry import (
   by_colour,
   imagenet_normalised,
 )
-from marlin_jax.models.mae import gather_tokens
+from marlin_jax.models.mae import gather_tokens, value_stats
 from marlin_jax.pretraining import losses, masking
 from marlin_jax.pretraining.masking import Masking
 from marlin_jax.weights.architecture import Architecture
+
+# About the mean value of a face crop's pixels, which are in [0, 1].
+_GREY = 0.45
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +137,21 @@ class PretextTask:
       weights = by_pixel if weights is None else weights * by_pixel
     return weights
 
+  @property
+  def target_of_grey(self):
+    """Target of a token that is grey in all frames, float32 (P,)."""
+    # Not by `_to_target`: normalised, a constant is what rounding leaves of 0.
+    frames = jnp.full((self.tubelets.pixels,), 0 if self.norm_pix else _GREY)
+    frames = self._by_frame(frames.astype(jnp.float32))
+    if self.motion_weight:
+      frames = frames.at[:, 1:].set(0)
+    return frames.reshape(-1)
+
   def _to_target(self, pixels):
     """Maps pixels in [0, 1], float32 (..., P), to what the decoder predicts."""
     target = pixels
     if self.norm_pix:
-      mean, std = self.pixel_stats(pixels)
+      mean, std = value_stats(by_colour(pixels))
       target = ((by_colour(pixels) - mean) / std).reshape(pixels.shape)
     if self.motion_weight:
       frames = self._by_frame(target)
@@ -163,7 +176,7 @@ class PretextTask:
       predicted = jnp.concatenate([first, rest + first], -2)
       predicted = predicted.reshape(pixels.shape)
     if self.norm_pix:
-      mean, std = self.pixel_stats(pixels)
+      mean, std = value_stats(by_colour(pixels))
       predicted = (by_colour(predicted) * std + mean).reshape(pixels.shape)
     return predicted
 
@@ -171,21 +184,6 @@ class PretextTask:
     """Splits a token's pixels: (..., P) -> (..., 3, tubelet_size, pixels)."""
     shape = *tokens.shape[:-1], 3, self.tubelets.tubelet_size, -1
     return tokens.reshape(shape)
-
-  def pixel_stats(self, tokens):
-    """Returns mean and standard deviation of each token, per colour.
-
-    Args:
-      tokens: float (..., P) in [0, 1].
-
-    Returns:
-      Two arrays (..., 3, 1). The standard deviation is the unbiased one plus
-      1e-6 (VideoMAE's run_mae_pretraining), so that dividing by it is finite
-      for a token of one colour.
-    """
-    colours = by_colour(tokens)
-    mean = colours.mean(-1, keepdims=True)
-    return mean, jnp.sqrt(colours.var(-1, ddof=1, keepdims=True)) + 1e-6
 
 
 def fold_in(keys: jax.Array, i: int) -> jax.Array:

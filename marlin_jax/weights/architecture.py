@@ -176,14 +176,14 @@ class Architecture:
     self,
     *,
     rngs: nnx.Rngs | None = None,
-    start_grey: bool = False,
+    first_prediction: jax.Array | None = None,
     **execution,
   ) -> MAE | Encoder:
     """Draws an MAE, or an Encoder if there is no decoder.
 
     Args:
       rngs: draws the parameters; None: seed 0.
-      start_grey: see models.mae.MAE.
+      first_prediction: see models.mae.MAE.
       **execution: `dtype`, `attention`, `scan`, `remat`; see vit.Execution.
     """
     shared = {
@@ -198,7 +198,7 @@ class Architecture:
     return MAE(
       encoder=self.encoder,
       decoder=self.decoder,
-      start_grey=start_grey,
+      first_prediction=first_prediction,
       **shared,
     )
 

@@ -19,10 +19,10 @@ SIZES = {
 }
 
 
-def make(*, start_grey=False, **execution):
+def make(*, first_prediction=None, **execution):
   return mae.MAE(
     **SIZES,
-    start_grey=start_grey,
+    first_prediction=first_prediction,
     execution=vit.Execution(**execution),
     rngs=nnx.Rngs(0),
   )
@@ -100,8 +100,22 @@ def test_the_key_has_no_bias_and_projections_start_as_one_matrix():
   assert 0.9 * limit < largest <= limit
 
 
-def test_a_grey_start_predicts_grey(inputs):
-  np.testing.assert_allclose(make(start_grey=True)(*inputs), 0.45, atol=1e-6)
+def test_the_first_prediction_may_be_given(inputs):
+  first = jnp.arange(24) / 24
+  predicted = make(first_prediction=first)(*inputs)
+  np.testing.assert_array_equal(
+    predicted, np.broadcast_to(first, predicted.shape)
+  )
+
+
+def test_targets_are_normalised_by_unbiased_statistics():
+  values = np.random.default_rng(0).normal(2, 3, (2, 3, 16)).astype(np.float32)
+  values[1, 2] = -1  # of one value
+  mean, std = mae.value_stats(jnp.asarray(values))
+  np.testing.assert_allclose(mean[..., 0], values.mean(-1), atol=1e-5)
+  want = values.std(-1, ddof=1) + 1e-6
+  np.testing.assert_allclose(std[..., 0], want, rtol=1e-5)
+  assert (((values - mean) / std)[1, 2] == 0).all()
 
 
 def test_positions_alternate_sine_and_cosine():

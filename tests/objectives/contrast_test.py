@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import pretrain_b
-from marlin_jax.devices import microbatches
+from marlin_jax.devices import microbatches, sharding
 from marlin_jax.objectives import contrast
 from marlin_jax.pretraining import build, configuration, flops
 from marlin_jax.training.configuration import ConfigError
@@ -168,7 +168,7 @@ def test_flops_are_those_that_xla_counts():
     ),
     (
       {"contrast.temperature": 0.0},
-      "contrast.temperature=0.0: expected a value above",
+      "contrast.temperature=0.0: expected a finite value above",
     ),
     ({"contrast.dim": 0}, "contrast.dim=0: expected at least 1"),
   ],
@@ -185,6 +185,25 @@ def test_a_microbatch_of_one_person_is_refused():
     made.lower_step()
   made = build.Experiment(configured(clips_per_device=5), 10)
   assert made.num_microbatches == 2
+
+
+@pytest.mark.parametrize(
+  ("overrides", "num_devices"),
+  [
+    ({"clips_per_device": 1}, 1),
+    # Three clips, one and a half pairs, on each of two devices.
+    ({"batch_size": 6, "clips_per_device": 2}, 2),
+  ],
+)
+def test_fewer_clips_at_once_than_stay_together_are_refused(
+  monkeypatch, overrides, num_devices
+):
+  monkeypatch.setattr(sharding, "num_shards", lambda mesh: num_devices)
+  made = build.Experiment(configured(**overrides), 10)
+  with pytest.raises(ConfigError, match="2 clips in a row stay in one"):
+    _ = made.num_microbatches
+  made.config.clips_per_device = 8
+  assert made.num_microbatches == 1
 
 
 # --- a run --------------------------------------------------------------------

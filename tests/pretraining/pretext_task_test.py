@@ -4,10 +4,12 @@ import jax
 import numpy as np
 import pytest
 
+from configs import pretrain_b
 from marlin_jax.data.clip_geometry import Tubelets
-from marlin_jax.pretraining import losses
+from marlin_jax.pretraining import build, losses
 from marlin_jax.pretraining.masking import Masking
 from marlin_jax.pretraining.pretext_task import PretextTask
+from tests.support import layouts
 
 TUBELETS = Tubelets(num_frames=4, image_size=64)
 NUM_CLIPS = 3
@@ -46,6 +48,30 @@ def test_motion_is_the_difference_from_a_tokens_first_frame(batch, norm_pix):
   tokens = TUBELETS.patchify(batch[0]).astype(np.float32) / 255
   true = np.take_along_axis(tokens, np.asarray(masked)[..., None], axis=1)
   np.testing.assert_allclose(task.to_pixels(target, true), true, atol=1e-5)
+
+
+@pytest.mark.parametrize("motion_weight", [0.0, 0.5])
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_a_grey_start_predicts_the_target_of_grey(norm_pix, motion_weight):
+  """With normalised targets that is 0, and so are all differences."""
+  config = pretrain_b.get_config()
+  config.update_from_flattened_dict(
+    layouts.SMALL
+    | {
+      "model.start_grey": True,
+      "target.norm_pix": norm_pix,
+      "target.motion_weight": motion_weight,
+    }
+  )
+  experiment = build.Experiment(config, 1)
+  task = experiment.task
+  keys = jax.random.split(jax.random.key(0), 1)
+  grey = np.full((1, *task.tubelets.video_shape), 115, np.uint8)
+  regions = np.zeros((1, *task.tubelets.grid), np.uint16)
+  _, target = task.inputs_and_target(grey, regions, keys)
+  network, _ = experiment.draw_networks()
+  np.testing.assert_allclose(network.head.bias[...], target[0, 0], atol=0.1)
+  assert not network.head.kernel[...].any()
 
 
 @pytest.mark.parametrize("weight", [0.25, 0.5])
