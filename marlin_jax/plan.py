@@ -97,7 +97,13 @@ def plan(config: ConfigDict) -> tuple[dict[str, Any], bool]:
   # --- Devices ----------------------------------------------------------------
   devices = topology.find_devices(_TOPOLOGY.value, _NUM_SLICES.value)
   # Imported after jax has been told which devices to use.
+  import jax
+
   from marlin_jax.planning import compiled_step, report, search
+
+  if devices.devices[0] not in jax.devices():
+    # A program for absent devices cannot be read from the cache again.
+    jax.config.update("jax_enable_compilation_cache", False)
 
   # --- The step ---------------------------------------------------------------
   steps = compiled_step.compile_steps(config, devices, busy)

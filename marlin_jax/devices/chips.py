@@ -17,6 +17,8 @@ _GPU_FRACTION = 0.75
 # Share of a device's memory that training may plan with. The rest is for other
 # programs and, on CPU, for the input pipeline.
 _USABLE = {"cpu": 0.5, "gpu": 0.8, "tpu": 0.9}
+# Passes of bfloat16 on TPU, by matmul_precision.
+_PASSES = {"default": 1, "high": 3, "highest": 6}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Chip:
     network_bandwidth: bytes/s per chip to other slices or machines; None if not
       published.
     per_host: chips per host.
+    plain_float32: peak FLOP/s of float32 outside the matrix units, which GPUs
+      take for matmul_precision=highest; None: a TPU, which takes more passes.
   """
 
   name: str
@@ -47,10 +51,20 @@ class Chip:
   link_bandwidth: float
   network_bandwidth: float | None
   per_host: int
+  plain_float32: float | None = None
 
-  def peak_flops(self, dtype: str) -> float:
-    """Returns the peak FLOP/s of matrix products in `config.dtype`."""
-    return {"bfloat16": self.bfloat16, "float32": self.float32}[dtype]
+  def peak_flops(self, dtype: str, precision: str = "default") -> float:
+    """Returns the peak FLOP/s of matrix products.
+
+    Args:
+      dtype: `config.dtype`.
+      precision: `config.matmul_precision`, which counts for float32.
+    """
+    if dtype == "bfloat16":
+      return self.bfloat16
+    if self.plain_float32 is None:
+      return self.float32 / _PASSES[precision]
+    return self.plain_float32 if precision == "highest" else self.float32
 
 
 # TPU: https://docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, read in
@@ -128,6 +142,7 @@ CHIPS = (
     link_bandwidth=300e9,
     network_bandwidth=25e9,
     per_host=8,
+    plain_float32=19.5e12,
   ),
   Chip(
     name="A100 80GB",
@@ -139,6 +154,7 @@ CHIPS = (
     link_bandwidth=300e9,
     network_bandwidth=25e9,
     per_host=8,
+    plain_float32=19.5e12,
   ),
   Chip(
     name="A100 80GB PCIe",
@@ -150,6 +166,7 @@ CHIPS = (
     link_bandwidth=32e9,
     network_bandwidth=None,
     per_host=8,
+    plain_float32=19.5e12,
   ),
   Chip(
     name="H100",
@@ -161,6 +178,7 @@ CHIPS = (
     link_bandwidth=450e9,
     network_bandwidth=50e9,
     per_host=8,
+    plain_float32=67e12,
   ),
   Chip(
     name="H100 PCIe",
@@ -172,6 +190,7 @@ CHIPS = (
     link_bandwidth=64e9,
     network_bandwidth=None,
     per_host=8,
+    plain_float32=51e12,
   ),
   Chip(
     name="H100 NVL",
@@ -183,6 +202,7 @@ CHIPS = (
     link_bandwidth=64e9,
     network_bandwidth=None,
     per_host=8,
+    plain_float32=60e12,
   ),
   Chip(
     name="GH200",
@@ -194,6 +214,7 @@ CHIPS = (
     link_bandwidth=450e9,
     network_bandwidth=None,
     per_host=1,
+    plain_float32=67e12,
   ),
   Chip(
     name="H200",
@@ -205,6 +226,7 @@ CHIPS = (
     link_bandwidth=450e9,
     network_bandwidth=50e9,
     per_host=8,
+    plain_float32=67e12,
   ),
   Chip(
     name="B200",
@@ -216,6 +238,7 @@ CHIPS = (
     link_bandwidth=900e9,
     network_bandwidth=50e9,
     per_host=8,
+    plain_float32=75e12,
   ),
   Chip(
     name="L4",
@@ -227,6 +250,7 @@ CHIPS = (
     link_bandwidth=32e9,
     network_bandwidth=None,
     per_host=8,
+    plain_float32=30.3e12,
   ),
   Chip(
     name="A10",
@@ -238,6 +262,7 @@ CHIPS = (
     link_bandwidth=32e9,
     network_bandwidth=None,
     per_host=8,
+    plain_float32=31.2e12,
   ),
   Chip(
     name="L40S",
@@ -249,6 +274,7 @@ CHIPS = (
     link_bandwidth=32e9,
     network_bandwidth=None,
     per_host=8,
+    plain_float32=91.6e12,
   ),
 )
 

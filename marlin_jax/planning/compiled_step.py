@@ -141,7 +141,7 @@ class Step:
     )
     return roofline.estimate(
       chip,
-      self.config.dtype,
+      chip.peak_flops(self.config.dtype, self.config.matmul_precision),
       flops=self.flops_per_device,
       hbm_bytes=self.hbm_bytes,
       collectives=self.collectives,

@@ -46,7 +46,7 @@ class Roofline:
 
 def estimate(
   chip: Chip,
-  dtype: str,
+  peak_flops: float,
   *,
   flops: float,
   hbm_bytes: float,
@@ -57,7 +57,7 @@ def estimate(
 
   Args:
     chip: the chip.
-    dtype: dtype of the matmuls.
+    peak_flops: its peak FLOP/s in the precision of the matrix products.
     flops: FLOPs of one chip in one step.
     hbm_bytes: bytes to and from the memory of one chip in one step.
     collectives: collectives of the step, see hlo.collectives.
@@ -71,7 +71,7 @@ def estimate(
     speed = chip.network_bandwidth
     network = network_bytes / speed if speed else None
   return Roofline(
-    compute=flops / chip.peak_flops(dtype),
+    compute=flops / peak_flops,
     hbm=hbm_bytes / chip.hbm_bandwidth,
     links=sent / chip.link_bandwidth,
     network=network,

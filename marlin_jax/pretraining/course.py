@@ -273,7 +273,10 @@ class PretrainingCourse(Experiment):
       summary=experiment.clips_summary,
       arithmetic=arithmetic,
       peak_clips_per_sec=flops.peak_clips_per_sec(
-        arithmetic, self.mesh, self.config.dtype
+        arithmetic,
+        self.mesh,
+        self.config.dtype,
+        self.config.matmul_precision,
       ),
     )
 

@@ -95,14 +95,14 @@ def features(architecture: Architecture) -> float:
 
 
 def peak_clips_per_sec(
-  flops_per_clip: float, mesh: Mesh, dtype: str
+  flops_per_clip: float, mesh: Mesh, dtype: str, precision: str = "default"
 ) -> float | None:
   """Returns clips per second at a model FLOPs utilisation of 1.
 
   Args:
     flops_per_clip: from `training_step`.
     mesh: the devices.
-    dtype: dtype of the matrix products.
+    dtype, precision: of the matrix products; see `Chip.peak_flops`.
 
   Returns:
     None if the peak of the chip is unknown; see devices.chips.
@@ -110,7 +110,7 @@ def peak_clips_per_sec(
   chip = chips.find(mesh.devices.flat[0].device_kind)
   if chip is None:
     return None
-  return chip.peak_flops(dtype) * mesh.size / flops_per_clip
+  return chip.peak_flops(dtype, precision) * mesh.size / flops_per_clip
 
 
 @dataclasses.dataclass(frozen=True)

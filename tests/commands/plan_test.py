@@ -355,7 +355,7 @@ def test_the_slowest_resource_binds():
   chip = chips.find("TPU v5 lite")
   sums = [hlo.Collective("all-reduce", 10**9, 4, 2)]
   roof = roofline.estimate(
-    chip, "bfloat16", flops=197e9, hbm_bytes=819e6, collectives=sums
+    chip, chip.bfloat16, flops=197e9, hbm_bytes=819e6, collectives=sums
   )
   assert roof.compute == pytest.approx(1e-3)
   assert roof.hbm == pytest.approx(1e-3)
@@ -374,7 +374,7 @@ def test_what_spans_machines_takes_their_network():
   )
   gathered = [hlo.Collective("all-gather", 8 * 10**9, 8, 1, num_nodes=2)]
   roof = roofline.estimate(
-    chip, "bfloat16", flops=1, hbm_bytes=1, collectives=gathered
+    chip, chip.bfloat16, flops=1, hbm_bytes=1, collectives=gathered
   )
   assert roof.links == pytest.approx(secs_links)
   assert roof.network == pytest.approx(secs_network)
@@ -385,7 +385,7 @@ def test_a_network_of_unknown_speed_is_no_bound():
   chip = chips.find("TPU v4")
   roof = roofline.estimate(
     chip,
-    "float32",
+    chip.float32,
     flops=1e12,
     hbm_bytes=0,
     collectives=[],

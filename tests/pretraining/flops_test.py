@@ -168,6 +168,22 @@ def test_the_peak_is_that_of_all_chips_in_the_dtype_in_use():
   assert peak(1, "float32") < 0.6 * peak(1, "bfloat16")
 
 
+@pytest.mark.parametrize(
+  ("kind", "high", "highest"),
+  [("TPU v5 lite", 1 / 3, 1 / 6), ("NVIDIA H200", 1, 67 / 494)],
+)
+def test_exact_products_have_a_lower_peak(kind, high, highest):
+  def share(precision):
+    peaks = (
+      flops.peak_clips_per_sec(1e9, mesh_of(kind, 1), "float32", x)
+      for x in (precision, "default")
+    )
+    return next(peaks) / next(peaks)
+
+  assert share("high") == pytest.approx(high)
+  assert share("highest") == pytest.approx(highest)
+
+
 def test_a_device_whose_peak_is_unknown_has_no_utilisation():
   mesh = mesh_of("cpu", 1)
   assert flops.peak_clips_per_sec(219.5e9, mesh, "float32") is None
