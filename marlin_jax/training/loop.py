@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import itertools
 import math
@@ -186,6 +187,15 @@ def run_training(run: Callable[[], tuple[Any, int | None]]) -> None:
       _, signum = run()
     except UserError as e:
       coordination.end_all(f"error: {e}", e.exit_code)
+    except OSError as e:
+      if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+        raise
+      where = e.filename or "probably that of --workdir"
+      coordination.end_all(
+        f"error: a disk is full ({where}): {e.strerror}. Make room, then run "
+        "the same command again: it resumes from the last checkpoint",
+        distributed.TRY_AGAIN,
+      )
     except jax.errors.JaxRuntimeError as e:
       if "RESOURCE_EXHAUSTED" not in str(e):
         raise

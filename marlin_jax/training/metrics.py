@@ -30,6 +30,8 @@ _TRACKED = "tracked"
 # Event of a saved step whose evaluations, if any were due, have ended.
 EVALUATED = "evaluated"
 _PROJECT = "marlin_jax"
+# Events in tensorboardX's queue; a line of metrics is about 40.
+_MOST_EVENTS = 10_000
 
 
 class TrackerError(UserError):
@@ -109,17 +111,34 @@ class TensorBoard:
 
   def __init__(self, run: Run):
     self._board = _summary_writer()(
-      str(run.folder / "tensorboard"), purge_step=run.start_step + 1
+      str(run.folder / "tensorboard"),
+      purge_step=run.start_step + 1,
+      # Where it is full, tensorboardX waits.
+      max_queue=_MOST_EVENTS,
     )
 
+  def _check_thread(self) -> None:
+    """Raises OSError if the thread that writes the files has ended.
+
+    It ends at the first error, and nobody would empty its queue.
+    """
+    events = self._board.file_writer.event_writer
+    if not events._worker.is_alive():
+      # Or this process would wait for its reader when it exits.
+      events._event_queue.cancel_join_thread()
+      raise OSError("its files could not be written, as on a full disk")
+
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    self._check_thread()
     for name, value in scalars.items():
       self._board.add_scalar(name, value, step)
 
   def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
+    self._check_thread()
     self._board.add_image(name, picture, step, dataformats="HWC")
 
   def close(self) -> None:
+    self._check_thread()
     self._board.close()
 
 

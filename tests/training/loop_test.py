@@ -1,6 +1,7 @@
 """The training loop: what is done after a step, in which order, and signals."""
 
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -346,6 +347,23 @@ def test_a_signal_while_the_last_checkpoint_is_saved_does_not_end_the_run(
   assert state.step == 4
   assert signum is None
   assert not came_through
+
+
+def test_a_full_disk_is_told_in_words(dataset, tmp_path, events, capfd):
+  """Metrics and pictures are written between checkpoints."""
+
+  def draw(state):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "pictures/1.png")
+
+  evaluations = [loop.Evaluation(2, draw)]
+  with pytest.raises(SystemExit) as ended:
+    loop.run_training(
+      lambda: train(dataset, tmp_path, 3, events, evaluations=evaluations)
+    )
+  assert ended.value.code == os.EX_TEMPFAIL
+  told = capfd.readouterr().err
+  assert "error: a disk is full (pictures/1.png): No space left" in told
+  assert "Traceback" not in told
 
 
 def test_too_little_memory_is_told_and_not_tried_again(capfd):

@@ -1,9 +1,11 @@
 """metrics.jsonl, trackers and the progress line."""
 
+import errno
 import json
 import os
 import struct
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -94,6 +96,39 @@ def test_a_sink_needs_three_methods_and_may_fail(tmp_path, monkeypatch, capsys):
   (other := tmp_path / "other").mkdir()
   write_steps(other, "wandb", 1)
   assert made[-1].run.title != first.run.title
+
+
+@pytest.mark.filterwarnings(
+  "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)
+def test_tensorboard_files_that_cannot_be_written_do_not_hold_up_the_run(
+  tmp_path, monkeypatch, capsys
+):
+  """The thread that writes them ends, and its queue is soon full."""
+  from tensorboardX.event_file_writer import EventsWriter
+
+  def full(self, event):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  writer = metrics.MetricWriter(run_of(tmp_path))
+  monkeypatch.setattr(EventsWriter, "write_event", full)
+
+  def write():
+    writer.write(0, {"train/loss_rec": 1.0})
+    for other in threading.enumerate():
+      if type(other).__name__ == "_EventLoggerThread":
+        other.join()
+    for step in range(1, 40):
+      writer.write(step, {"train/loss_rec": 1.0})
+    writer.close()
+
+  thread = threading.Thread(target=write, daemon=True)
+  thread.start()
+  thread.join(60)
+  assert not thread.is_alive()
+  assert len(rows(tmp_path)) == 40
+  told = capsys.readouterr().err
+  assert told.count("TensorBoard fails and gets no more metrics") == 1
 
 
 def test_a_tracker_that_does_not_start_is_refused(tmp_path, monkeypatch):
