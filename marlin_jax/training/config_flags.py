@@ -24,6 +24,12 @@ CONFIG = config_flags.DEFINE_config_file(
   help_string="Configuration: a file, such as configs/pretrain_b.py, or the "
   "name of one that comes with the package, such as pretrain_b.",
 )
+# absl's flags that print help and end the command.
+_HELP = {
+  f"{dashes}{name}"
+  for dashes in ("-", "--")
+  for name in ("?", "help", "helpfull", "helpshort", "helpxml")
+}
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
@@ -83,6 +89,9 @@ def parse(argv: Sequence[str], *required: str) -> list[str]:
   """
   try:
     args = app.parse_flags_with_usage(with_path(argv))
+  except SystemExit as e:
+    # absl ends with 1 after its help too.
+    sys.exit(0 if _HELP & {*argv} else e.code)
   except (AttributeError, KeyError, TypeError, ValueError) as e:
     # ml_collections raises these for an unknown key or a value of another type,
     # and may wrap one in another.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -68,8 +69,10 @@ def at_least(least: float) -> Rule:
 
 
 def above(bound: float) -> Rule:
-  """Accepts numbers above `bound`."""
-  return Rule(f"a value above {bound}", lambda value: value > bound)
+  """Accepts finite numbers above `bound`."""
+  return Rule(
+    f"a finite value above {bound}", lambda value: bound < value < math.inf
+  )
 
 
 def one_of(*choices: Any) -> Rule:

@@ -1,6 +1,7 @@
 """Configurations that cannot be run are refused at once, with every reason."""
 
 import importlib
+import math
 import pkgutil
 
 import jax
@@ -97,7 +98,9 @@ def test_all_problems_are_reported_together():
     ({"init_from": "gs://b/run"}, "init_from='gs://b/run': expected a local"),
     ({"teacher.path": "gs://b/run"}, "expected a local path; copy weights fr"),
     ({"optim.min_lr": 1.0}, "optim.min_lr=1.0: expected at most optim.base_lr"),
-    ({"optim.eps": -1.0}, "optim.eps=-1.0: expected a value above 0"),
+    ({"optim.eps": -1.0}, "optim.eps=-1.0: expected a finite value above 0"),
+    # It would make all weights infinite in one step.
+    ({"optim.base_lr": math.inf}, "optim.base_lr=inf: expected a finite value"),
     ({"num_epochs": float("inf")}, "num_epochs=inf: expected at least 0, and"),
     ({"dtype": "float16"}, "dtype='float16'"),
     ({"optim.layer_decay": 1.5}, "layer_decay=1.5: expected 0 < value <= 1"),
