@@ -16,6 +16,7 @@ import numpy as np
 
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.inference.face_windows import (
+  DEFAULT_FPS,
   Progress,
   Window,
   WindowSettings,
@@ -24,9 +25,6 @@ from marlin_jax.inference.face_windows import (
 
 if TYPE_CHECKING:
   from marlin_jax.weights.architecture import Architecture
-
-# For videos without usable timestamps.
-_DEFAULT_FPS = 30.0
 
 
 def window_settings(
@@ -132,7 +130,7 @@ def of_windows(windows: Sequence[Window], clip: Clip) -> Clips:
   first, last = windows[0], windows[-1]
   num_steps = last.first_frame + last.num_frames - 1 - first.first_frame
   secs = last.end_secs - first.start_secs
-  fps = num_steps / secs if num_steps and secs > 0 else _DEFAULT_FPS
+  fps = num_steps / secs if num_steps and secs > 0 else DEFAULT_FPS
   return Clips(
     video=np.stack([window.frames for window in windows]),
     frame_numbers=np.stack(
@@ -159,6 +157,6 @@ def as_clips(
   return Clips(
     video=video,
     frame_numbers=numbers.reshape(video.shape[:2]),
-    fps=_DEFAULT_FPS / stride,
+    fps=DEFAULT_FPS / stride,
     regions=regions,
   )

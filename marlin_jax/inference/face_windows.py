@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 WINDOW_RULES = ("cover", "authors")
 
 # Frame rate of a single frame, and of frames without times, as in data_prep.
-_DEFAULT_FPS = 25.0
+DEFAULT_FPS = 25.0
 
 # Called with the share of the video that has been read, once per frame.
 Progress = Callable[[float], None]
@@ -358,7 +358,7 @@ class _WindowReader:
     mel = None
     if self._mel is not None:
       per_frame = (end_secs - start_secs) / max(num_frames - 1, 1)
-      secs = settings.extent(total) * (per_frame or 1 / _DEFAULT_FPS)
+      secs = settings.extent(total) * (per_frame or 1 / DEFAULT_FPS)
       mel = settings.sound.window(
         self._mel,
         mel_spectrogram.MEL_RATE * start_secs,
