@@ -47,6 +47,43 @@ def test_frames_before_damage_are_kept_and_the_loss_is_told(tmp_path, name):
   assert notes[-1].startswith(f"cut before damage: {len(frames)} of 60 frames")
 
 
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_damage_between_the_frames_of_a_matroska_is_found(tmp_path, is_lost):
+  """Decoders such as that of JPEG do not miss the frames that are lost."""
+  path = write_video(tmp_path / "v.mkv", moving_noise(40), "mjpeg", "yuvj420p")
+  whole, _ = read(path)
+  data = path.read_bytes()
+  middle, stop = len(data) // 2, 5 * len(data) // 8
+  lost = b"" if is_lost else bytes(stop - middle)
+  path.write_bytes(data[:middle] + lost + data[stop:])
+  with pytest.raises(DecodeError, match="the file is damaged behind byte"):
+    read(path)
+  frames, _ = read(path, keep_damaged=True)
+  assert 10 < len(frames) < 30
+  np.testing.assert_array_equal(frames, whole[: len(frames)])
+
+
+@pytest.mark.parametrize("kind", ["live", "padded", "joined", "crc"])
+def test_a_matroska_without_damage_is_whole(tmp_path, kind):
+  path = tmp_path / "v.mkv"
+  options = {
+    "live": {"live": "1", "cluster_time_limit": "300"},
+    "crc": {"write_crc32": "1", "reserve_index_space": "5000"},
+  }
+  frames = moving_noise(30)
+  with av.open(str(path), "w", options=options.get(kind, {})) as container:
+    stream = container.add_stream("mjpeg", rate=30)
+    stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+    for frame in frames:
+      container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+    container.mux(stream.encode())
+  data = path.read_bytes()
+  more = {"padded": bytes(3000), "joined": data}.get(kind, b"")
+  path.write_bytes(data + more)
+  decoded, _ = read(path)
+  assert len(decoded) == (60 if kind == "joined" else 30)
+
+
 def test_a_transport_stream_cut_at_its_end_loses_its_last_frames(tmp_path):
   path = write_video(tmp_path / "v.ts", moving_noise(60, 320, 240), g="5")
   data = path.read_bytes()
