@@ -106,7 +106,8 @@ class Part:
 
 
 WHOLE = Part()
-_FRAGMENT = re.compile("#(t|box)=[^#]*$")
+_NUMBERS = r"=[\d.,e+-]+"
+_FRAGMENT = re.compile(rf"#(t{_NUMBERS}(&box{_NUMBERS})?|box{_NUMBERS})$")
 
 
 def fragment_of(video_id: str) -> str:

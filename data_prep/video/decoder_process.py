@@ -27,7 +27,6 @@ from data_prep.video import (
   sandbox,
   sound,
 )
-from data_prep.video.clock import Clock, may_be_joined
 from data_prep.video.protocol import (
   CHANGING_VIDEO,
   ORIGINAL_SOUND,
@@ -68,7 +67,7 @@ def _decode(limits: Limits, span: Span, output: str, pipe: int) -> None:
   formats = [packets.PICTURE_FORMATS] if is_picture else []
   with packets.open_input(*formats) as container:
     stream = packets.video_stream(container)
-    clock = Clock(container, stream, _sound_of(container))
+    clock = packets.Clock(container, stream, _sound_of(container))
     _check_size(stream, limits, span)
     writer = _FrameWriter(pipe, stream, span, limits, output == CHANGING_VIDEO)
     try:
@@ -179,7 +178,7 @@ class _FrameWriter:
 
     Only in recordings that may be joined: other containers describe all frames.
     """
-    if not may_be_joined(self._stream.container):
+    if not packets.may_be_joined(self._stream.container):
       return
     aspect = self._stream.codec_context.sample_aspect_ratio or 1
     if self.num_frames and aspect != self._pixel_aspect:

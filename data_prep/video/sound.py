@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from data_prep.video import packets, sandbox
-from data_prep.video.clock import Clock
 from data_prep.video.protocol import (
   MAX_SOUND_SECS,
   SAMPLE_RATE,
@@ -83,7 +82,7 @@ def _samples(container, stream, is_original: bool) -> Iterator:
     video = packets.video_stream(container)
   except Refused:
     video = None
-  clock = Clock(container, video, stream)
+  clock = packets.Clock(container, video, stream)
   start = Fraction(container.start_time or 0, 1_000_000)
   queue = packets.of_stream(container, stream, clock)
   queue = packets.before_damage(queue, container)

@@ -15,14 +15,14 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from data_prep.faces import boxes, main_face, tracking
 from data_prep.faces.face_finder import FaceFinder
 from data_prep.sources.listing import WHOLE, Part
-from data_prep.video import decode
+from data_prep.video import decode, frame_rate
 from data_prep.video.protocol import Span
 
 # A shorter track is noise, unless the whole video is no longer: 15 frames at 30
@@ -34,15 +34,6 @@ BOX_MARGIN = 0.25
 # Share of the time that finding a face takes; the second decoding and the
 # cropping take the rest.
 FINDING_SHARE = 0.9
-# Containers round times, some of them to milliseconds: a frame counts as shown
-# this share of a new frame's duration before its time.
-TOLERANCE = 0.25
-# Longest time for which a frame is repeated. A longer pause is a still, or a
-# fault of the times, and not a video of a face.
-MAX_PAUSE_SECS = 2.0
-# Where every pause is filled, a longer one is an error in the times: filling it
-# would repeat thousands of frames.
-MAX_FILLED_SECS = 60.0
 
 # Called after each frame with the share of the video that is done, in [0, 1],
 # and with the number of frames decoded so far in this pass.
@@ -62,8 +53,8 @@ class VideoFrames:
     part: part of the file that is the video. If it has a box, frames show the
       `region_of` the box.
     max_secs: longest video in seconds; only checked if `fps` is set.
-    fill_pauses: repeat a frame through each pause, see `resampled`;
-      else tracks end at a pause of more than `MAX_PAUSE_SECS`. Has
+    fill_pauses: repeat a frame through each pause, see `frame_rate.resampled`;
+      else tracks end at a pause of more than `frame_rate.MAX_PAUSE_SECS`. Has
       no effect unless `fps` is set.
     require_sandbox: refuse to decode if a layer of the sandbox is missing.
     may_change_size: read frames of another size than the first, too; no effect
@@ -144,7 +135,7 @@ class VideoFrames:
   def _resampled(
     self, decoded: Iterator[tuple[np.ndarray, float]]
   ) -> Iterator[tuple[np.ndarray, float]]:
-    frames = resampled(decoded, self.fps, self.fill_pauses)
+    frames = frame_rate.resampled(decoded, self.fps, self.fill_pauses)
     tally = decode.Tally(self.limits)
     for num_frames, frame in enumerate(frames):
       height, width, _ = frame[0].shape
@@ -156,57 +147,6 @@ class VideoFrames:
           "into memory; cut it into parts"
         )
       yield frame
-
-
-def resampled(
-  frames: Iterable[tuple[np.ndarray, float]],
-  rate: float,
-  fill_pauses: bool = False,
-) -> Iterator[tuple[np.ndarray, float]]:
-  """Yields the frame that is shown at every 1/rate seconds, and that time.
-
-  Frames are repeated or left out, never mixed. Frames of that rate are not
-  changed. The clock starts with the first frame. A pause is filled for
-  MAX_PAUSE_SECS; then the times skip, by a multiple of 1/rate, to its end.
-
-  Args:
-    frames: frames and their times in seconds, in order.
-    rate: frames per second of the result.
-    fill_pauses: fill each pause to its end.
-
-  Raises:
-    decode.DecodeError: a pause that is to be filled is longer than
-      MAX_FILLED_SECS.
-  """
-  most = MAX_FILLED_SECS if fill_pauses else MAX_PAUSE_SECS
-  shown: np.ndarray | None = None
-  start = last = duration = 0.0
-  # Number of the next frame on the clock of the result.
-  number = 0
-  for frame, secs in frames:
-    if shown is None:
-      start = secs
-    else:
-      duration = min(secs - last, most)
-      is_skip = secs - last > most
-      if is_skip and fill_pauses:
-        raise decode.DecodeError(
-          f"a pause of {secs - last:.0f} s between two frames, at "
-          f"{last:.1f} s; the most is {most:.0f} s"
-        )
-      stop = last + most if is_skip else secs
-      while start + (number + TOLERANCE) / rate < stop:
-        yield shown, start + number / rate
-        number += 1
-      if is_skip:
-        number = max(number, math.ceil((secs - start) * rate - TOLERANCE))
-    shown, last = frame, secs
-  # The last frame is shown for as long as the one before, and at least once.
-  while shown is not None and (
-    start + (number + TOLERANCE) / rate < last + duration or number == 0
-  ):
-    yield shown, start + number / rate
-    number += 1
 
 
 class TrackedVideo:

@@ -332,6 +332,7 @@ def test_rows_of_one_file_are_videos_with_ids_of_their_own(folder):
       source.part
     )
     assert fragment_of(source.video_id) == source.part.fragment
+  assert fragment_of("a#t=1,2.mp4") == fragment_of("b#box=1/a.mp4") == ""
   # The parts of a file do not come apart.
   assert len({s.split for s in found.values() if s.path.name == "b.mp4"}) == 1
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data_prep.video.decode import DecodeError
-from data_prep.video.tracked import resampled
+from data_prep.video.frame_rate import resampled
 
 
 def shown(

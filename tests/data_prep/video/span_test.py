@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from data_prep.video import packets
-from data_prep.video.clock import Clock
 from data_prep.video.decode import DecodeError, Limits, open_video
 from data_prep.video.protocol import WHOLE, Span
 from tests.support.videos import moving_noise, write_video
@@ -70,7 +69,7 @@ def test_a_span_is_sought_where_there_is_an_index(tmp_path, monkeypatch):
     # In this process, without the decoder's sandbox.
     with av.open(str(path)) as container:
       stream = packets.video_stream(container)
-      clock = Clock(container, stream)
+      clock = packets.Clock(container, stream)
       found = packets.Frames(container, stream, clock, Span(8.0, 8.4))
       assert len(list(found)) == 10
   # A second before the span, and the rest of a group of pictures.
