@@ -64,7 +64,11 @@ def _train(config, workdir, watchdog):
   from etils import epath
 
   from marlin_jax.evaluators import quick_probe
-  from marlin_jax.pretraining.course import PretrainingCourse, TrainingData
+  from marlin_jax.pretraining.course import (
+    PretrainingCourse,
+    TrainingData,
+    held_out,
+  )
   from marlin_jax.training import loop
 
   index_cache = epath.Path(workdir) / "index"
@@ -74,6 +78,7 @@ def _train(config, workdir, watchdog):
   ]
   for part in parts:
     part.open(watchdog.alive)
+  evaluated = held_out(parts, config.data)
   probe_path = config.probe.path or parts[0].path
   if config.probe.steps:
     # Opened here to fail before a workdir is created.
@@ -82,19 +87,19 @@ def _train(config, workdir, watchdog):
   course = PretrainingCourse(config, parts)
 
   def make_evaluations(workdir, alive):
-    return _evaluations(course, probe_path, workdir, alive)
+    return _evaluations(course, evaluated, probe_path, workdir, alive)
 
   return loop.train(course, make_evaluations, workdir, watchdog)
 
 
-def _evaluations(course, probe_path, workdir, alive):
+def _evaluations(course, evaluated, probe_path, workdir, alive):
   """Returns the evaluations: losses, adversary, probe, pictures."""
   from marlin_jax.evaluators import adversary, probe, reconstruction
   from marlin_jax.training.loop import Evaluation
 
   config = course.config
   reconstructed = reconstruction.Reconstruction(
-    course, [part.evaluated for part in course.parts], workdir.bad_records
+    course, evaluated, workdir.bad_records
   )
   evaluations = [Evaluation(config.eval_steps, reconstructed.losses)]
   if config.adv.weight:

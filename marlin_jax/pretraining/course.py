@@ -39,7 +39,7 @@ from marlin_jax.weights import formats
 
 
 class TrainingData:
-  """A data set of a run: what it is trained and evaluated on.
+  """A data set that a run is trained on.
 
   Attributes:
     path: its folder.
@@ -47,13 +47,10 @@ class TrainingData:
     weight: weight of its share of the clips.
     dataset: training split.
     index: segments of the training split; None with data.sample_by=record.
-    evaluated: split that the run is evaluated on, without the quality
-      threshold, so that runs with different thresholds evaluate the same clips.
   """
 
   dataset: Dataset
   index: SegmentIndex | None
-  evaluated: Dataset
 
   def __init__(
     self, data: configuration.DataSet, settings: ConfigDict, cache: epath.Path
@@ -70,7 +67,7 @@ class TrainingData:
     self._settings, self._cache = settings, cache
 
   def open(self, alive: Callable[..., None]) -> Self:
-    """Opens both splits; called by all processes together.
+    """Opens the training split; called by all processes together.
 
     Args:
       alive: `Watchdog.alive`.
@@ -80,7 +77,7 @@ class TrainingData:
     """
     settings = self._settings
     if self.path == "sample":
-      self._note(cli.as_started(sample.NOTICE))
+      _note(cli.as_started(sample.NOTICE))
       alive("preparing the sample", is_limited=False)
       with distributed.process_0_first():
         self.path = sample.prepare_sample()
@@ -94,27 +91,49 @@ class TrainingData:
       alive("indexing the segments", is_limited=False)
       with distributed.process_0_first():
         self.index = segment_indexing.open_index(self.dataset, self._cache)
-    self.evaluated = prepared_dataset.open_dataset(
-      self.path, self._evaluated_split()
-    )
     return self
 
-  def _evaluated_split(self) -> str:
-    settings = self._settings
-    if settings.eval_split:
-      return settings.eval_split
-    if prepared_dataset.has_split(self.path, "val"):
-      return "val"
-    self._note(
-      f"note: {self.path} has no split 'val': evaluated on '{settings.split}', "
-      "which is trained on; prepare with --val_ratio, or set "
-      "config.data.eval_split"
-    )
-    return settings.split
 
-  def _note(self, text: str) -> None:
-    if jax.process_index() == 0:
-      print(text, flush=True)
+def held_out(
+  parts: Sequence[TrainingData], settings: ConfigDict
+) -> list[Dataset]:
+  """Opens the splits that a run is evaluated on.
+
+  They are of the data sets that have such a split, and without the quality
+  threshold, so that runs with different thresholds evaluate the same clips.
+
+  Args:
+    parts: training data, open.
+    settings: the section `data` of the configuration.
+
+  Returns:
+    The split `data.eval_split`, or `val`, of each data set that has it; where
+    none has `val`, what is trained on.
+
+  Raises:
+    DatasetError: no data set has `data.eval_split`.
+  """
+  name = settings.eval_split or "val"
+  chosen = [x for x in parts if prepared_dataset.has_split(x.path, name)]
+  if chosen:
+    for part in parts:
+      if part not in chosen:
+        _note(f"note: {part.path} has no split '{name}': not evaluated on")
+  elif not settings.eval_split:
+    _note(
+      f"note: {' and '.join(part.path for part in parts)}: no split '{name}': "
+      f"evaluated on '{settings.split}', which is trained on; prepare with "
+      "--val_ratio, or set config.data.eval_split"
+    )
+    name = settings.split
+  return [
+    prepared_dataset.open_dataset(part.path, name) for part in chosen or parts
+  ]
+
+
+def _note(text: str) -> None:
+  if jax.process_index() == 0:
+    print(text, flush=True)
 
 
 class PretrainingCourse(Experiment):

@@ -5,9 +5,14 @@ import pytest
 from etils import epath
 
 from configs import pretrain_b
+from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.evaluators.reconstruction import Reconstruction
 from marlin_jax.pretraining import configuration
-from marlin_jax.pretraining.course import PretrainingCourse, TrainingData
+from marlin_jax.pretraining.course import (
+  PretrainingCourse,
+  TrainingData,
+  held_out,
+)
 from tests.support.training_runs import TINY
 
 
@@ -25,7 +30,7 @@ def losses(path, clips_per_device):
   data = opened(path, config.data)
   course = PretrainingCourse(config, [data])
   state = jax.jit(course.initialise)()
-  result = Reconstruction(course, [data.evaluated]).losses(state)
+  result = Reconstruction(course, held_out([data], config.data)).losses(state)
   return course.trainer.num_microbatches, result.scalars
 
 
@@ -42,10 +47,24 @@ def test_a_data_set_with_held_out_videos_is_evaluated_on_them(
 ):
   settings = pretrain_b.get_config().data
   settings.sample_by = "record"
-  assert opened(face_data, settings).evaluated.split == "val"
+  faces, sample = opened(face_data, settings), opened(sample_dataset, settings)
+
+  def evaluated(*parts):
+    return [(x.path, x.split) for x in held_out(parts, settings)]
+
+  assert evaluated(faces) == [(faces.path, "val")]
   assert not capfd.readouterr().out
-  assert opened(sample_dataset, settings).evaluated.split == "train"
+  assert evaluated(sample) == [(sample.path, "train")]
   assert "evaluated on 'train', which is trained on" in capfd.readouterr().out
+  # One that has none is left out beside another.
+  assert evaluated(sample, faces) == [(faces.path, "val")]
+  assert f"{sample.path} has no split 'val': not" in capfd.readouterr().out
   settings.eval_split = "train"
-  assert opened(face_data, settings).evaluated.split == "train"
+  assert evaluated(faces, sample) == [
+    (faces.path, "train"),
+    (sample.path, "train"),
+  ]
   assert not capfd.readouterr().out
+  settings.eval_split = "test"
+  with pytest.raises(DatasetError, match="no split 'test'"):
+    evaluated(sample)
