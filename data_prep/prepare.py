@@ -411,7 +411,8 @@ def _parser() -> argparse.ArgumentParser:
   add(
     "--drop_missing",
     action="store_true",
-    help="let videos leave the data set that are no longer in the input",
+    help="let videos, labels and the names of people leave the data set that "
+    "are no longer in the input",
   )
   add(
     "--forget",

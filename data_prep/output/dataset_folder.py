@@ -99,7 +99,8 @@ class DatasetFolder:
         settings in place of `recipe`.
       task: number of this task and number of tasks; a task plans and changes
         only its own shards.
-      drop_missing: remove videos from the data set that are not in `videos`.
+      drop_missing: remove videos from the data set that are not in `videos`,
+        and labels and people that these lack.
       forget: videos and people to remove from the data set for good, see
         `Forgotten.adding`; recorded at once.
 
@@ -252,17 +253,35 @@ class DatasetFolder:
     return [Entry(**line) for line in lines if line]
 
   def _check_missing(self, may_drop: bool) -> None:
-    missing = [
-      video_id
-      for lines in self._written.values()
-      for video_id, entry in lines.items()
-      if video_id not in self._sources and entry not in self._forgotten
-    ]
-    if missing and not may_drop:
+    """Refuses an input that lacks what the data set holds.
+
+    Such as the folder of a table's videos, which has no labels and no people.
+    """
+    lines = itertools.chain(*(e.values() for e in self._written.values()))
+    kept = [entry for entry in lines if entry not in self._forgotten]
+    if may_drop or not kept:
+      return
+    advice = "Use the whole input, or another --output; with --drop_missing"
+    missing = [e.video_id for e in kept if e.video_id not in self._sources]
+    if missing:
       raise OutputFolderError(
         f"{len(missing)} videos of {self.path} are missing in the input, first "
-        f"{min(missing)!r}. Use the whole input, or another --output; with "
-        "--drop_missing these videos leave the data set"
+        f"{min(missing)!r}. {advice} these videos leave the data set"
+      )
+    stored = (self._stored or {}).get("labels", {})
+    if labels := sorted(stored.keys() - self._settings.get("labels", {})):
+      raise OutputFolderError(
+        f"labels of {self.path} are missing in the input: {', '.join(labels)}. "
+        f"{advice} these labels leave the data set"
+      )
+    of_entries, of_input = (
+      any(each.subject_id for each in videos)
+      for videos in (kept, self._sources.values())
+    )
+    if of_entries and not of_input:
+      raise OutputFolderError(
+        f"the input names no people, and {self.path} does. {advice} all of its "
+        "videos are prepared again, without their people"
       )
 
   def _leftovers(self) -> Iterator[Path]:

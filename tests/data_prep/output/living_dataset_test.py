@@ -326,6 +326,27 @@ def test_a_corrected_or_new_label_touches_no_pixels(table, tmp_path):
   assert content(path) == content(tmp_path / "other")
 
 
+@pytest.mark.parametrize("lost", ["labels", "people"])
+def test_labels_and_people_leave_only_when_told_to(table, tmp_path, lost):
+  """The folder of a table's videos has none of both."""
+  path = tmp_path / "dataset"
+  if lost == "labels":
+    table.write_text("path,label_mood\n4.mp4,sad\na/1.mp4,calm\n")
+  else:
+    table.write_text("path,subject_id\n4.mp4,Ann\na/1.mp4,Bob\n")
+  prepare(table, path)
+  before = content(path)
+  table.write_text("path\n4.mp4\na/1.mp4\n")
+  named = {"labels": "labels of .*: mood", "people": "names no people"}[lost]
+  with pytest.raises(OutputFolderError, match=f"{named}.*drop_missing"):
+    prepare(table, path)
+  assert content(path) == before
+  plan = prepare(table, path, drop_missing=True)
+  assert len(plan.todo) == (0 if lost == "labels" else 2)
+  prepare(table, tmp_path / "other")
+  assert content(path) == content(tmp_path / "other")
+
+
 def test_records_of_earlier_versions_keep_their_labels(table, tmp_path):
   """They are readable without the ledger, and with it the ledger holds."""
   labels = made_dataset.some_labels(1, 0, -0.7)
