@@ -36,6 +36,9 @@ from marlin_jax.weights.weights import (
 
 _PARTS = ("params", "fixed", "disc_params")
 _CONVERTED_STEP = 0
+# Sizes of the encoder of sound that a checkpoint leaves out: `before` in the
+# table of their keys, objectives/table.py.
+_SOUND_SIZES = {"width": 384, "depth": 10, "num_heads": 6}
 # Name in a workdir that stands for its best checkpoint.
 _BEST = "best"
 
@@ -119,14 +122,16 @@ def read_sound(path: Path) -> SoundWeights:
       f"{where} has no encoder of sound. A run trains one with "
       "config.sound.weight above 0, as configs/hicmae_s.py"
     )
-  width = meta["sound.width"]
+  width, depth, num_heads = (
+    meta.get(f"sound.{key}", usual) for key, usual in _SOUND_SIZES.items()
+  )
   (params, fixed) = read_state(where, _sound_encoder).values()
   arrays = {}
   for tree in (params, fixed):
     arrays |= flatten(tree[OBJECTIVES]["sound"]["encoder"])
   return SoundWeights(
     SoundPatches.of(Clip(meta["data.num_frames"], meta["data.stride"])),
-    vit.Size(width, meta["sound.depth"], meta["sound.num_heads"], 4 * width),
+    vit.Size(width, depth, num_heads, 4 * width),
     arrays,
     str(where),
   )

@@ -1,6 +1,7 @@
 """Sound beside video: the losses against NumPy, and clips without sound."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from marlin_jax.objectives import audio_visual, objective
 from marlin_jax.objectives.objective import OBJECTIVES
 from marlin_jax.pretraining import build, configuration, flops, train_step
 from marlin_jax.training.configuration import ConfigError
+from marlin_jax.weights import run_checkpoint
 from tests.support import layouts
 from tests.support.training_runs import refused, train
 
@@ -304,3 +306,23 @@ def test_data_without_sound_are_refused(sample_dataset, tmp_path):
   message = refused(train(tmp_path / "run", **overrides))
   assert "prepared without: prepare the videos again" in message
   assert "data_prep.prepare --sound" in message
+
+
+@pytest.mark.parametrize("name", ["hicmae_s", "pretrain_b"])
+def test_a_run_with_the_usual_sizes_opens(monkeypatch, tmp_path, name):
+  """Its checkpoint leaves out the values that are `before` of their keys."""
+  config = importlib.import_module(f"configs.{name}").get_config()
+  config.sound.weight = 1.0
+  meta = configuration.identity(config, "", 1)
+  assert "sound.width" not in meta
+  tree = {OBJECTIVES: {"sound": {"encoder": {"norm": np.ones(1)}}}}
+  for function, result in (
+    ("is_run", True),
+    ("read_meta", (tmp_path, meta)),
+    ("read_state", {"params": tree, "fixed": tree}),
+  ):
+    monkeypatch.setattr(
+      run_checkpoint, function, lambda *_, result=result: result
+    )
+  weights = run_checkpoint.read_sound(tmp_path)
+  assert weights.size == audio_visual.encoder_size(config.sound)
