@@ -104,9 +104,23 @@ def _samples(container, stream, is_original: bool) -> Iterator:
           secs = frame.pts * frame.time_base - start
         frame.time_base = Fraction(1, frame.sample_rate)
         frame.pts = times.next(secs, frame.samples)
-      for samples in resampler.resample(frame):
+      for samples in _resampled(resampler, frame, first):
         num_samples += samples.samples
         yield samples
+
+
+def _resampled(resampler, frame, first) -> list:
+  """Returns the frames of a resampler, whose first input was `first`."""
+  import av
+
+  try:
+    return resampler.resample(frame)
+  except av.ArgumentError as e:
+    num_channels = first.layout.nb_channels
+    raise Refused(
+      f"sound of {num_channels} channels cannot be mixed: nothing tells where "
+      "they are"
+    ) from e
 
 
 def _form(frame) -> tuple[int, str, str]:

@@ -1,5 +1,6 @@
 """Sound of any format is decoded to the clock of the frames."""
 
+import wave as wave_files
 from fractions import Fraction
 from pathlib import Path
 
@@ -30,6 +31,19 @@ def test_sound_of_any_rate_and_channels_is_on_time(
   assert sound.dtype == np.int16
   assert abs(len(sound) - 32_000) <= 16
   assert starts(sound) == pytest.approx(CLICK_SECS, abs=5e-4)
+
+
+@pytest.mark.parametrize("num_channels", [3, 8, 9])
+def test_many_channels_are_mixed_or_refused(tmp_path, num_channels):
+  path = tmp_path / "v.wav"
+  with wave_files.open(str(path), "wb") as file:
+    file.setparams((num_channels, 2, 16_000, 0, "NONE", ""))
+    file.writeframes(np.repeat(clicks(16_000), num_channels).tobytes())
+  if num_channels > 8:
+    with pytest.raises(DecodeError, match="9 channels cannot be mixed"):
+      read_sound(path)
+    return
+  assert starts(read_sound(path)) == pytest.approx(CLICK_SECS, abs=5e-4)
 
 
 def test_sound_that_needs_no_conversion_is_bit_exact(tmp_path):
