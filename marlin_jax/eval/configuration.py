@@ -5,6 +5,7 @@ The module imports no jax: a configuration is checked before devices are used.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from marlin_jax.training.configuration import (
   fixed_values,
   free,
   one_of,
+  random_violations,
   refuse,
   violations,
 )
@@ -167,73 +169,76 @@ KEYS = {
   "data.num_threads": free(at_least(1)),
   "value_loss": fixed(one_of("mse", "ccc"), before="mse"),
   "linear.penalties": fixed(
-    Rule("numbers from 0 on", lambda values: values and min(values) >= 0)
+    Rule(
+      "finite numbers from 0 on",
+      lambda values: values and min(values) >= 0 and max(values) < math.inf,
+    )
   ),
   "linear.max_iterations": fixed(at_least(1)),
   "knn.k": fixed(at_least(1)),
   "knn.temperature": fixed(above(0)),
   "attentive.batch_size": fixed(at_least(1)),
   "attentive.epochs": fixed(above(0)),
-  "attentive.min_steps": fixed(),
+  "attentive.min_steps": fixed(at_least(0)),
   "attentive.num_rounds": fixed(at_least(1)),
   "attentive.base_lr": fixed(above(0)),
-  "attentive.min_lr": fixed(),
+  "attentive.min_lr": fixed(at_least(0)),
   "attentive.warmup_ratio": fixed(BELOW_1),
-  "attentive.weight_decay": fixed(),
-  "attentive.b1": fixed(),
-  "attentive.b2": fixed(),
-  "attentive.eps": fixed(),
+  "attentive.weight_decay": fixed(at_least(0)),
+  "attentive.b1": fixed(BELOW_1),
+  "attentive.b2": fixed(BELOW_1),
+  "attentive.eps": fixed(above(0)),
   "attentive.flip": fixed(),
   "finetune.batch_size": fixed(at_least(1)),
   "finetune.epochs": fixed(above(0)),
-  "finetune.min_steps": fixed(),
+  "finetune.min_steps": fixed(at_least(0)),
   "finetune.num_rounds": fixed(at_least(1)),
   "finetune.base_lr": fixed(above(0)),
-  "finetune.min_lr": fixed(),
+  "finetune.min_lr": fixed(at_least(0)),
   "finetune.warmup_ratio": fixed(BELOW_1),
-  "finetune.weight_decay": fixed(),
-  "finetune.b1": fixed(),
-  "finetune.b2": fixed(),
-  "finetune.eps": fixed(),
+  "finetune.weight_decay": fixed(at_least(0)),
+  "finetune.b1": fixed(BELOW_1),
+  "finetune.b2": fixed(BELOW_1),
+  "finetune.eps": fixed(above(0)),
   "finetune.layer_decay": fixed(above(0)),
   "finetune.drop_path": fixed(BELOW_1),
-  "finetune.mixup": fixed(),
+  "finetune.mixup": fixed(at_least(0)),
   "finetune.flip": fixed(),
   "light.batch_size": fixed(at_least(1), before=32),
   "light.epochs": fixed(above(0), before=30.0),
-  "light.min_steps": fixed(before=500),
+  "light.min_steps": fixed(at_least(0), before=500),
   "light.num_rounds": fixed(at_least(1), before=10),
   "light.base_lr": fixed(above(0), before=5e-3),
-  "light.min_lr": fixed(before=1e-6),
+  "light.min_lr": fixed(at_least(0), before=1e-6),
   "light.warmup_ratio": fixed(BELOW_1, before=0.1),
-  "light.weight_decay": fixed(before=0.01),
-  "light.b1": fixed(before=0.9),
-  "light.b2": fixed(before=0.999),
-  "light.eps": fixed(before=1e-8),
+  "light.weight_decay": fixed(at_least(0), before=0.01),
+  "light.b1": fixed(BELOW_1, before=0.9),
+  "light.b2": fixed(BELOW_1, before=0.999),
+  "light.eps": fixed(above(0), before=1e-8),
   "light.drop_path": fixed(BELOW_1, before=0.0),
-  "light.mixup": fixed(before=0.0),
+  "light.mixup": fixed(at_least(0), before=0.0),
   "light.flip": fixed(before=True),
   "lora.rank": fixed(at_least(1), before=8),
   "lora.alpha": fixed(above(0), before=16.0),
   "paper.batch_size": fixed(at_least(1)),
   "paper.max_epochs": fixed(at_least(1)),
   "paper.lr": fixed(above(0)),
-  "paper.b1": fixed(),
-  "paper.b2": fixed(),
-  "paper.eps": fixed(),
-  "paper.patience": fixed(),
+  "paper.b1": fixed(BELOW_1),
+  "paper.b2": fixed(BELOW_1),
+  "paper.eps": fixed(above(0)),
+  "paper.patience": fixed(at_least(0)),
   "paper.factor": fixed(BELOW_1),
-  "paper.stop_lr": fixed(),
+  "paper.stop_lr": fixed(at_least(0)),
   "num_resamples": fixed(at_least(1)),
   "plots": free(),
   "keep_models": free(),
-  "random.width": fixed(),
-  "random.depth": fixed(),
-  "random.num_heads": fixed(),
-  "random.mlp_dim": fixed(),
-  "random.num_frames": fixed(),
-  "random.stride": fixed(),
-  "random.tubelet_size": fixed(),
+  "random.width": fixed(at_least(1)),
+  "random.depth": fixed(at_least(1)),
+  "random.num_heads": fixed(at_least(1)),
+  "random.mlp_dim": fixed(at_least(1)),
+  "random.num_frames": fixed(at_least(1)),
+  "random.stride": fixed(at_least(1)),
+  "random.tubelet_size": fixed(at_least(1)),
   "random.patch_size": fixed(at_least(1)),
   "random.image_size": fixed(FRAME_SIZES, before=FRAME_SIZE),
   # Their hash is fixed, as the encoder's.
@@ -301,9 +306,11 @@ def _problems(config: ConfigDict) -> Iterator[str]:
       f"modes={config.modes!r}: {', '.join(sorted(others))} needs an encoder; "
       f"on features there are {', '.join(FEATURE_MODES)}"
     )
-  size, patch = config.random.image_size, config.random.patch_size
-  if patch >= 1 and size % patch:
-    yield (
-      f"random.image_size={size}: expected a multiple of "
-      f"random.patch_size={patch}"
-    )
+  yield from random_violations(config.random)
+  for section in ("attentive", "finetune", "light"):
+    least, most = config[section].min_lr, config[section].base_lr
+    if least > most:
+      yield (
+        f"{section}.min_lr={least}: expected at most {section}.base_lr={most}, "
+        "from which the rate falls"
+      )

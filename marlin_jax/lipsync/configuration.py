@@ -24,6 +24,7 @@ from marlin_jax.training.configuration import (
   fixed_values,
   free,
   one_of,
+  random_violations,
   refuse,
   training_violations,
 )
@@ -65,14 +66,14 @@ KEYS = TRAINING_KEYS | {
   "generator.sync_threshold": fixed(at_least(0)),
   "generator.adv_weight": fixed(at_least(0)),
   # A checkpoint records the encoder's architecture and hash instead.
-  "random.width": free(),
-  "random.depth": free(),
-  "random.num_heads": free(),
-  "random.mlp_dim": free(),
-  "random.num_frames": free(),
-  "random.image_size": free(),
-  "random.tubelet_size": free(),
-  "random.patch_size": free(),
+  "random.width": free(at_least(1)),
+  "random.depth": free(at_least(1)),
+  "random.num_heads": free(at_least(1)),
+  "random.mlp_dim": free(at_least(1)),
+  "random.num_frames": free(at_least(1)),
+  "random.image_size": free(FRAME_SIZES),
+  "random.tubelet_size": free(at_least(1)),
+  "random.patch_size": free(at_least(1)),
 }
 
 # Recorded in checkpoints, but not a key of the configuration.
@@ -132,6 +133,7 @@ def _problems(config: ConfigDict) -> Iterator[str]:
       "generator.train_encoder=True: expected False with "
       "generator.kind='wav2lip', which has no pretrained encoder"
     )
+  yield from random_violations(config.random)
   weights = generator.sync_weight + generator.adv_weight
   if weights >= 1:
     yield (

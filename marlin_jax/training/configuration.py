@@ -69,10 +69,8 @@ def at_least(least: float) -> Rule:
 
 
 def above(bound: float) -> Rule:
-  """Accepts finite numbers above `bound`."""
-  return Rule(
-    f"a finite value above {bound}", lambda value: bound < value < math.inf
-  )
+  """Accepts numbers above `bound`."""
+  return Rule(f"a value above {bound}", lambda value: value > bound)
 
 
 def one_of(*choices: Any) -> Rule:
@@ -209,11 +207,16 @@ def refuse(problems: Iterable[str]) -> None:
 
 
 def violations(config: ConfigDict, keys: Mapping[str, Key]) -> Iterator[str]:
-  """Yields a line for each value that its rule does not accept."""
+  """Yields a line for each value that its rule does not accept.
+
+  No rule accepts NaN or infinity.
+  """
   for key, entry in keys.items():
-    value = get(config, key)
-    if not entry.rule.accepts(value):
-      yield f"{key}={value!r}: expected {entry.rule.expected}"
+    value, expected = get(config, key), entry.rule.expected
+    if isinstance(value, float) and not math.isfinite(value):
+      yield f"{key}={value!r}: expected {expected}, and finite"
+    elif not entry.rule.accepts(value):
+      yield f"{key}={value!r}: expected {expected}"
 
 
 def training_violations(
@@ -256,6 +259,22 @@ def distributed_violations(settings: ConfigDict) -> Iterator[str]:
       f"distributed.process_id={settings.process_id}: expected less than "
       f"distributed.num_processes={num_processes}"
     )
+
+
+def random_violations(settings: ConfigDict) -> Iterator[str]:
+  """Yields a line for each problem of config.random, sizes of an encoder."""
+  for key, unit, factor in (
+    ("width", "num_heads", 2),
+    ("num_frames", "tubelet_size", 1),
+    ("image_size", "patch_size", 1),
+  ):
+    value, divisor = settings[key], factor * settings[unit]
+    if divisor >= 1 and value % divisor:
+      twice = "twice " if factor == 2 else ""
+      yield (
+        f"random.{key}={value}: expected a multiple of {twice}random.{unit}="
+        f"{settings[unit]}"
+      )
 
 
 # --- Values -------------------------------------------------------------------
