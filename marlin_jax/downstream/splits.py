@@ -11,7 +11,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -327,23 +327,11 @@ def _row(record: schema.Record) -> dict:
 def split_warnings(splits: Iterable[Split]) -> list[str]:
   """Returns a line for each way in which splits are not independent."""
   splits = list(splits)
-  lines = []
-  for first, second in itertools.combinations(splits, 2):
-    datasets = first.dataset, second.dataset
-    if len({(dataset.path, dataset.split) for dataset in datasets}) == 1:
-      lines.append(
-        f"split '{first.name}' is used twice: choices made on it make its own "
-        "scores too high"
-      )
-      continue
-    for field, noun in (("subject_ids", "person"), ("video_ids", "video")):
-      common = {*getattr(first, field)} & {*getattr(second, field)} - {""}
-      if common:
-        lines.append(
-          f"'{first.name}' and '{second.name}' share "
-          f"{counted(len(common), noun)} (e.g. {min(common)!r}): scores on "
-          f"'{second.name}' are too high"
-        )
+  lines = [
+    line
+    for first, second in itertools.combinations(splits, 2)
+    for line in shared_warnings(first, second)
+  ]
   num_unknown = sum(not who for split in splits for who in split.subject_ids)
   if num_unknown:
     lines.append(
@@ -352,6 +340,25 @@ def split_warnings(splits: Iterable[Split]) -> list[str]:
       "for new people"
     )
   return lines
+
+
+def shared_warnings(first: Split, second: Split) -> Iterator[str]:
+  """Yields a line for each kind of thing that two splits share."""
+  datasets = first.dataset, second.dataset
+  if len({(dataset.path, dataset.split) for dataset in datasets}) == 1:
+    yield (
+      f"split '{first.name}' is used twice: choices made on it make its own "
+      "scores too high"
+    )
+    return
+  for field, noun in (("subject_ids", "person"), ("video_ids", "video")):
+    common = {*getattr(first, field)} & {*getattr(second, field)} - {""}
+    if common:
+      yield (
+        f"'{first.name}' and '{second.name}' share "
+        f"{counted(len(common), noun)} (e.g. {min(common)!r}): scores on "
+        f"'{second.name}' are too high"
+      )
 
 
 def labels_sha256(splits: Iterable[Split], label: str) -> str:

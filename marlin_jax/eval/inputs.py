@@ -228,7 +228,10 @@ def open_videos(inputs: Inputs, config: ConfigDict, cache: Path) -> Videos:
     + [
       f"{name}: {line}"
       for name, split in others.items()
-      for line in splits.split_warnings([by_role["train"], split])
+      for line in [
+        *splits.split_warnings([by_role["train"], split]),
+        *splits.shared_warnings(by_role["val"], split),
+      ]
     ]
     + list(_coverage_warnings(inputs.tasks, of_tasks)),
   )

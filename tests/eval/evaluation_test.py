@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -268,6 +269,23 @@ def test_two_processes_of_four_devices_give_the_numbers_of_one(
       "random.image_size=100: expected a multiple of random.patch_size=",
     ),
     (
+      {"random.num_heads": 0},
+      ConfigError,
+      "random.num_heads=0: expected at least 1",
+    ),
+    (
+      {"random.width": 30},
+      ConfigError,
+      "random.width=30: expected a multiple of twice random.num_heads=2",
+    ),
+    ({"finetune.b1": 1.5}, ConfigError, "finetune.b1=1.5: expected 0 <= value"),
+    ({"light.min_lr": 1.0}, ConfigError, "light.min_lr=1.0: expected at most"),
+    (
+      {"linear.penalties": (1.0, math.inf)},
+      ConfigError,
+      "linear.penalties=.*: expected finite numbers",
+    ),
+    (
       {"protocol": "paper", "pool": "std"},
       ConfigError,
       "pool='std': expected 'mean'",
@@ -528,8 +546,11 @@ def test_other_data_sets_are_scored_with_the_thresholds_of_this_one(
     modes="linear,attentive",
     num_seeds=1,
     plots=False,
-    **{"data.tests": f"{twin}:test,{harder}:val"},
+    **{"data.tests": f"{twin}:test,{harder}:val,{face_data}:val"},
   )
+  # Thresholds are chosen on it.
+  (told,) = (x for x in results["data"]["warnings"] if "twice" in x)
+  assert told.startswith(f"{face_data}:val: split 'val' is used twice")
   for row in results["summary"]:
     if row["mode"] == "constant":
       continue
