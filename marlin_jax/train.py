@@ -44,13 +44,18 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   # Imported here because the imports take seconds: --help and bad flags answer
   # at once.
   import jax
+  from etils import epath
 
-  from marlin_jax.training import loop, remote_files
-  from marlin_jax.training.workdir import as_begun
+  from marlin_jax.training import checkpoint, loop, remote_files
+  from marlin_jax.training.workdir import as_begun, begun_with
 
   remote_files.check_reachable(
     *(str(workdir), config.probe.path),
     *(data.path for data in configuration.data_sets(config)),
+  )
+  saved = checkpoint.steps(epath.Path(workdir) / "checkpoints")
+  configuration.check_cooldown(
+    config, begun_with(workdir), max(saved, default=0)
   )
   config, notes = as_begun(config, configuration.KEYS, workdir)
   with loop.started(config, str(workdir)) as watchdog:

@@ -6,7 +6,7 @@ The module imports no jax: a configuration is checked before devices are used.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -23,7 +23,6 @@ from marlin_jax.training.configuration import (
   LOCAL,
   SPLIT,
   TRAINING_KEYS,
-  Rule,
   above,
   at_least,
   fixed,
@@ -53,9 +52,7 @@ KEYS = TRAINING_KEYS | {
   "batch_size": fixed(at_least(1)),
   "clips_per_device": free(at_least(0)),
   # A checkpoint records the number of steps that follows from the two.
-  "num_epochs": free(
-    Rule("at least 0, and finite", lambda value: 0 <= value < math.inf)
-  ),
+  "num_epochs": free(at_least(0)),
   "num_steps": fixed(at_least(0)),
   "curriculum": fixed(before=""),
   # A checkpoint records the data set's fingerprint instead of its path.
@@ -272,6 +269,34 @@ def check_curriculum(config: ConfigDict, num_steps: int) -> None:
     refuse(_length_problems(stages(config), num_steps))
 
 
+def check_cooldown(
+  config: ConfigDict, begun: Mapping[str, Any], last_step: int
+) -> None:
+  """Refuses a new cool-down that a run resumes in the middle of, or after.
+
+  Args:
+    config: a valid configuration.
+    begun: flat configuration that the run had before; {}: it is new.
+    last_step: step that it resumes from.
+
+  Raises:
+    ConfigError: the rate would fall at once, or not at all.
+  """
+  num_steps, length = config.num_steps, config.optim.cooldown_steps
+  before = [begun.get(key) for key in ("num_steps", "optim.cooldown_steps")]
+  if not (begun and length and num_steps) or before == [num_steps, length]:
+    return
+  if last_step > num_steps - length:
+    refuse(
+      [
+        f"optim.cooldown_steps={length} with num_steps={num_steps}: the rate "
+        f"would fall from step {num_steps - length} on, and the run resumes "
+        f"from step {last_step}: expected num_steps of at least "
+        f"{last_step + length}, or fewer steps to cool down in"
+      ]
+    )
+
+
 def _length_problems(
   stages: list[StageConfig], num_steps: int
 ) -> Iterator[str]:
@@ -422,7 +447,8 @@ def _mask_problems(config: ConfigDict) -> Iterator[str]:
     )
   ratio = config.mask.ratio
   num_tokens = (size // patch) ** 2 * frames // tubelet
-  if 0 < ratio < 1 and int((1 - ratio) * num_tokens + 1e-6) < 1:
+  has_tokens = num_tokens > 0 and 0 < ratio < 1
+  if has_tokens and int((1 - ratio) * num_tokens + 1e-6) < 1:
     highest = math.floor((1 - 1 / num_tokens) * 1e4) / 1e4
     yield (
       f"mask.ratio={ratio}: leaves nothing visible of {num_tokens} tokens; "

@@ -24,6 +24,12 @@ from marlin_jax.training.checkpoint import ResumeError
 from marlin_jax.training.configuration import Key, flat, get
 
 
+def begun_with(path: epath.PathLike) -> dict[str, Any]:
+  """Returns the flat configuration of the run in a workdir; {} without one."""
+  saved = _read_config(epath.Path(path) / "config.json")
+  return flat(ConfigDict(saved)) if saved else {}
+
+
 def as_begun(
   config: ConfigDict, keys: Mapping[str, Key], path: epath.PathLike
 ) -> tuple[ConfigDict, list[str]]:
@@ -39,10 +45,8 @@ def as_begun(
     The configuration, and a line for each value that changed. Keys in
     `allow_change` do not change.
   """
-  saved = _read_config(epath.Path(path) / "config.json")
-  if not saved:
+  if not (begun := begun_with(path)):
     return config, []
-  begun = flat(ConfigDict(saved))
   kept = {
     key: rule.before
     for key, rule in keys.items()

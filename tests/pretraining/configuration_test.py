@@ -1,5 +1,6 @@
 """Configurations that cannot be run are refused at once, with every reason."""
 
+import contextlib
 import importlib
 import math
 import pkgutil
@@ -98,9 +99,16 @@ def test_all_problems_are_reported_together():
     ({"init_from": "gs://b/run"}, "init_from='gs://b/run': expected a local"),
     ({"teacher.path": "gs://b/run"}, "expected a local path; copy weights fr"),
     ({"optim.min_lr": 1.0}, "optim.min_lr=1.0: expected at most optim.base_lr"),
-    ({"optim.eps": -1.0}, "optim.eps=-1.0: expected a finite value above 0"),
+    ({"optim.eps": -1.0}, "optim.eps=-1.0: expected a value above 0"),
     # It would make all weights infinite in one step.
-    ({"optim.base_lr": math.inf}, "optim.base_lr=inf: expected a finite value"),
+    (
+      {"optim.base_lr": math.inf},
+      "optim.base_lr=inf: expected a value above 0, and finite",
+    ),
+    ({"adv.weight": math.inf}, "adv.weight=inf: expected at least 0, and fin"),
+    ({"watchdog.exit_secs": math.nan}, "watchdog.exit_secs=nan: expected at"),
+    ({"data.frame_size": 0}, "data.frame_size=0: expected 1 <= value <= 224"),
+    ({"data.num_frames": 0}, "data.num_frames=0: expected at least 1"),
     ({"num_epochs": float("inf")}, "num_epochs=inf: expected at least 0, and"),
     ({"dtype": "float16"}, "dtype='float16'"),
     ({"optim.layer_decay": 1.5}, "layer_decay=1.5: expected 0 < value <= 1"),
@@ -216,3 +224,30 @@ def test_data_sets_have_paths_weights_and_names():
   config.data.path = "a/x_2,b/x,c/x"
   names = [data.name for data in configuration.data_sets(config)]
   assert names == ["x_2", "x", "x_2_2"]
+
+
+@pytest.mark.parametrize(
+  ("begun", "last_step", "is_refused"),
+  [
+    ({}, 0, False),
+    ({"num_steps": 100, "optim.cooldown_steps": 0}, 70, False),
+    ({"num_steps": 100, "optim.cooldown_steps": 0}, 71, True),
+    # The run has ended: nothing would cool down.
+    ({"num_steps": 100, "optim.cooldown_steps": 0}, 100, True),
+    # It resumes in its cool-down.
+    ({"num_steps": 100, "optim.cooldown_steps": 30}, 90, False),
+    ({"num_steps": 90, "optim.cooldown_steps": 30}, 90, True),
+  ],
+)
+def test_a_cool_down_that_would_begin_before_the_run_resumes_is_refused(
+  begun, last_step, is_refused
+):
+  config = pretrain_b.get_config()
+  config.num_epochs, config.num_steps = 0.0, 100
+  config.optim.schedule, config.optim.cooldown_steps = "constant", 30
+  expected = contextlib.nullcontext()
+  if is_refused:
+    words = f"step {last_step}: expected num_steps of at least {last_step + 30}"
+    expected = pytest.raises(ConfigError, match=words)
+  with expected:
+    configuration.check_cooldown(config, begun, last_step)

@@ -9,7 +9,7 @@ from marlin_jax.weights import formats
 from marlin_jax.weights.weights import WeightsError
 from tests.support import objectives, talking_mouths
 from tests.support.files import arrays_of, rows_of
-from tests.support.training_runs import metrics_of, train
+from tests.support.training_runs import metrics_of, refused, train
 
 OPTIMISER = {
   "ema_warmup": True,
@@ -55,6 +55,13 @@ def workdirs(sample_dataset, tmp_path_factory):
 def test_with_every_option_of_the_optimiser_all_bits_are_the_same(workdirs):
   whole, resumed = workdirs
   assert_same_bits(resumed, whole, 8)
+
+
+def test_a_cool_down_after_the_run_is_refused(workdirs, sample_dataset):
+  options = {"data.path": sample_dataset, **OPTIMISER}
+  late = {"num_steps": 9, "optim.cooldown_steps": 2}
+  told = refused(train(workdirs[1], **options, **late))
+  assert "the run resumes from step 8: expected num_steps of at least" in told
 
 
 def test_the_options_were_in_effect(workdirs):
