@@ -540,6 +540,13 @@ class _Loop:
     """
     step, signum = self._workdir.start_step, None
     due = self._due(step) if step else []
+    if step == self._course.num_steps:
+      # At multiples also a signal lets them run.
+      due += [
+        evaluator
+        for every, evaluator, is_before_save in self._evaluations
+        if is_before_save and step % every
+      ]
     if due and not self._writer.was_evaluated():
       self._watchdog.alive(f"the evaluations of step {step}")
       self._progress.say(f"step {step}: its evaluations had not ended")

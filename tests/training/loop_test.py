@@ -329,6 +329,19 @@ def test_evaluations_that_a_signal_ended_are_done_when_the_run_resumes(
     assert events[: len(seen)] == seen
 
 
+def test_an_evaluation_before_the_last_save_is_made_up_for_too(
+  dataset, tmp_path, events
+):
+  state, signum = train(dataset, tmp_path, 3, events, kill_at=2)
+  assert (state.step, signum) == (3, signal.SIGTERM)
+  assert events == ["double 2", "save 3: 4", "publish", "publish"]
+  events.clear()
+  state, signum = train(dataset, tmp_path, 3, events)
+  assert signum is None
+  assert state.weight == 2
+  assert events == ["look 3", "double 3", "publish", "publish"]
+
+
 def test_a_signal_while_the_last_checkpoint_is_saved_does_not_end_the_run(
   dataset, tmp_path, events, monkeypatch
 ):
