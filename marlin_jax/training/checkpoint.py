@@ -8,10 +8,11 @@ is not used and not deleted.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -354,63 +355,27 @@ class Checkpoints:
     Raises:
       ResumeError: names what differs, old and new value.
     """
-    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
     path = self._manager.directory / str(step)
+    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
     saved = self._manager.restore(step, args=args)["meta"]
-    keys = [
-      key
-      for key in sorted(saved.keys() | meta.keys())
-      if saved.get(key) != meta.get(key) and key not in allow
-    ]
-    if keys:
-      raise ResumeError(
-        f"cannot resume from {path}, this run differs from the one saved "
-        "there:\n"
-        + "\n".join(
-          f"  {key}: was {saved.get(key)!r}, is {meta.get(key)!r}"
-          for key in keys
-        )
-        + "\nSet them back, or start afresh in another --workdir, with "
-        f"--config.init_from={self._manager.directory.parent} for its weights. "
-        "If the change is intended: --config.allow_change="
-        + ",".join(keys).replace(" ", r"\ ")
-      )
+    _check_meta(path, saved, meta, allow)
     abstract = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       like,
       shardings,
     )
-    handler = ocp.PyTreeCheckpointHandler()
-    tree = handler.metadata(path / "state").tree
-    # The checkpoint may have been saved with the other value of config.scan.
-    convert = None
-    if stacking.are_stacked(tree) and not stacking.are_stacked(like):
-      convert, abstract = stacking.unstack, stacking.stack(abstract, _joined)
-    elif stacking.are_stacked(like) and not stacking.are_stacked(tree):
-      convert, abstract = stacking.stack, stacking.unstack(abstract, _block)
-    item = abstract
-    recent = getattr(abstract, _RECENT, None)
-    if recent is not None and not (recent and tree.get(_RECENT)):
-      item = {k: v for k, v in vars(abstract).items() if k != _RECENT}
-      tree.pop(_RECENT, None)
-    _check_leaves(path, tree, item)
-    state = handler.restore(
-      path / "state",
-      args=ocp.args.PyTreeRestore(
-        item=item,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-        partial_restore=True,
-      ),
-    )
-    handler.close()
-    if item is not abstract:
-      zeros = jax.tree.map(
-        lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), recent
-      )
-      state = abstract.replace(**state, **{_RECENT: zeros})
-    if convert is not None:
-      state = jax.jit(convert, out_shardings=shardings)(state)
-    return state
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+      tree = handler.metadata(path / "state").tree
+      # The checkpoint may have been saved with the other value of config.scan.
+      convert = None
+      if stacking.are_stacked(tree) and not stacking.are_stacked(like):
+        convert, abstract = stacking.unstack, stacking.stack(abstract, _joined)
+      elif stacking.are_stacked(like) and not stacking.are_stacked(tree):
+        convert, abstract = stacking.stack, stacking.unstack(abstract, _block)
+      state = _read_state(handler, path, tree, abstract)
+    if convert is None:
+      return state
+    return jax.jit(convert, out_shardings=shardings)(state)
 
   def close(self) -> None:
     """Waits for the last save.
@@ -421,6 +386,67 @@ class Checkpoints:
     self.wait()
     self._pool.shutdown()
     self._manager.close()
+
+
+def _check_meta(
+  path: epath.Path, saved: dict, meta: dict, allow: Collection[str]
+) -> None:
+  """Raises ResumeError if values of a checkpoint and of a run differ."""
+  keys = [
+    key
+    for key in sorted(saved.keys() | meta.keys())
+    if saved.get(key) != meta.get(key) and key not in allow
+  ]
+  if keys:
+    raise ResumeError(
+      f"cannot resume from {path}, this run differs from the one saved "
+      "there:\n"
+      + "\n".join(
+        f"  {key}: was {saved.get(key)!r}, is {meta.get(key)!r}" for key in keys
+      )
+      + "\nSet them back, or start afresh in another --workdir, with "
+      f"--config.init_from={path.parent.parent} for its weights. "
+      "If the change is intended: --config.allow_change="
+      + ",".join(keys).replace(" ", r"\ ")
+    )
+
+
+def _read_state(
+  handler: ocp.PyTreeCheckpointHandler,
+  path: epath.Path,
+  tree: dict,
+  abstract: Pytree,
+) -> Pytree:
+  """Reads a state; statistics of recent steps are zeros if none are saved.
+
+  Args:
+    handler: reads.
+    path: the checkpoint.
+    tree: metadata of its state, by field.
+    abstract: the state to return, as shapes with shardings.
+
+  Raises:
+    ResumeError: other arrays are saved.
+  """
+  item, recent = abstract, getattr(abstract, _RECENT, None)
+  if recent is not None and not (recent and tree.get(_RECENT)):
+    item = {k: v for k, v in vars(abstract).items() if k != _RECENT}
+    tree.pop(_RECENT, None)
+  _check_leaves(path, tree, item)
+  state = handler.restore(
+    path / "state",
+    args=ocp.args.PyTreeRestore(
+      item=item,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+      partial_restore=True,
+    ),
+  )
+  if item is abstract:
+    return state
+  zeros = jax.tree.map(
+    lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), recent
+  )
+  return abstract.replace(**state, **{_RECENT: zeros})
 
 
 def _check_leaves(path: epath.Path, tree: Pytree, like: Pytree) -> None:
