@@ -261,7 +261,7 @@ def record_problems(record: Record, expected: Expected) -> Iterator[str]:
   """Yields the problems of a single record; decodes all of it."""
   try:
     schema.decode_frames(record, range(len(record)))
-    if (size := schema.stored_size(record)) != expected.frame_size:
+    if (size := record.stored_size) != expected.frame_size:
       yield f"frames have {size} pixels, expected {expected.frame_size}"
   except ValueError as e:
     yield str(e)

@@ -94,9 +94,10 @@ class Clip:
       int (num_clips,), as described at `random_starts`.
     """
     step = self.stride if num_starts // self.stride >= num_clips else 1
-    starts = np.arange(first % step, num_starts, step)
-    offsets = np.arange(num_clips) * len(starts) // num_clips
-    return starts[(first // step + offsets) % len(starts)]
+    place, least = divmod(first, step)
+    num_places = (num_starts - 1 - least) // step + 1
+    places = place + np.arange(num_clips) * num_places // num_clips
+    return least + step * (places % num_places)
 
   def window_starts(self, total: int, hop: int | None = None) -> np.ndarray:
     """Returns the starts of the windows that cover a whole video.

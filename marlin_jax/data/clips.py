@@ -197,8 +197,9 @@ class TakeClip:
   def _take(self, clips, index, record, clip, starts, np_rng) -> list[int]:
     frames = clip.indices(starts[:, None], len(record))  # (B, T)
     views = [self.augmentation.draw_view(np_rng) for _ in frames]
-    clips["regions"][:] = 0
-    if self.needs_regions:
+    if not self.needs_regions:
+      clips["regions"][:] = 0
+    else:
       with damage_named(index):
         clips["regions"][:] = augmentation.region_bits(
           record, frames[:, :: self.tubelet_size], views, self.grid_size

@@ -112,7 +112,7 @@ class Dataset:
 
   def check_record(self, record: schema.Record) -> None:
     """Raises ValueError if a record's frames have not the announced size."""
-    if (size := schema.stored_size(record)) != self.frame_size:
+    if (size := record.stored_size) != self.frame_size:
       raise ValueError(
         f"its frames have {size}x{size} pixels, those of the data set "
         f"{self.frame_size}x{self.frame_size}"

@@ -28,7 +28,7 @@ Row = dict[str, str | int]
 
 # Draws that are read before the first is decoded: code that runs right after a
 # decode finds cold CPU caches and takes up to 8 times as long.
-_DRAWS_PER_PART = 8
+_DRAWS_PER_PART = 16
 # Phases of a draw: read, parse, choose, decode.
 _NUM_PHASES = 4
 # Records of buckets that a process reads at the same time, at most.

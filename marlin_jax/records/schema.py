@@ -158,6 +158,27 @@ class Record:
     """Unique name in the data set, for logs and errors."""
     return f"{self.video_id}#{self.track_id}.{self.segment}"
 
+  @functools.cached_property
+  def stored_size(self) -> int:
+    """Size of the frames in pixels, that of the first.
+
+    Raises:
+      ValueError: it is none of STORED_SIZES.
+    """
+    import simplejpeg
+
+    try:
+      height, width, *_ = simplejpeg.decode_jpeg_header(self.frames[0])
+      if height != width or height not in STORED_SIZES:
+        raise ValueError(f"it has {width}x{height} pixels")
+    except ValueError as e:
+      raise ValueError(
+        f"record {self.name}: frame 0 is not a {FRAME_SIZE}x{FRAME_SIZE} JPEG, "
+        f"or one smaller by a multiple of {STORED_SIZES.step} ({e}); prepare "
+        "the data set again"
+      ) from e
+    return height
+
 
 def median_side(record: Record) -> float:
   """Returns the median side of a record's crop in pixels of the video.
@@ -308,7 +329,7 @@ def decode_frames(
   indices = list(indices)
   if out is None:
     out = np.empty((len(indices), FRAME_SIZE, FRAME_SIZE, 3), np.uint8)
-  stored = stored_size(record)
+  stored = record.stored_size
   decode_frame = _frame_decoder(stored, out.shape[1], box)
   first_at: dict[int, int] = {}
   for i, index in enumerate(indices):
@@ -324,27 +345,6 @@ def decode_frames(
         f"{stored}x{stored} JPEG ({e}); prepare the data set again"
       ) from e
   return out
-
-
-def stored_size(record: Record) -> int:
-  """Returns the size of a record's frames in pixels, that of the first.
-
-  Raises:
-    ValueError: it is none of STORED_SIZES.
-  """
-  import simplejpeg
-
-  try:
-    height, width, *_ = simplejpeg.decode_jpeg_header(record.frames[0])
-    if height != width or height not in STORED_SIZES:
-      raise ValueError(f"it has {width}x{height} pixels")
-  except ValueError as e:
-    raise ValueError(
-      f"record {record.name}: frame 0 is not a {FRAME_SIZE}x{FRAME_SIZE} JPEG, "
-      f"or one smaller by a multiple of {STORED_SIZES.step} ({e}); prepare the "
-      "data set again"
-    ) from e
-  return height
 
 
 @functools.lru_cache(maxsize=1024)

@@ -102,7 +102,7 @@ def test_bits_are_those_of_the_pixels_shown(dataset, size, patch):
   assert num_known > 100
 
 
-@pytest.mark.parametrize("size", [7, 14])
+@pytest.mark.parametrize("size", [1, 2, 7, 14])
 def test_stored_bits_give_those_of_the_label_maps(dataset, size):
   record, frames = dataset.source[0][1], np.array([[0, 2, 4]])
   got = augmentation.region_bits(record, frames, [View()], size)

@@ -51,6 +51,15 @@ def test_starts_of_one_record_differ_and_each_is_as_likely(total, num_clips):
     assert (abs(counts - expected) < 5 * np.sqrt(expected) + 1).all()
 
 
+def test_starts_go_on_from_the_first_and_around():
+  clip = Clip(num_frames=16, stride=2)
+  assert clip.spread_starts(5, 10, 3).tolist() == [5, 7, 1]
+  assert clip.spread_starts(4, 10, 5).tolist() == [4, 6, 8, 0, 2]
+  # Too few starts that are two frames apart, then too few starts.
+  assert clip.spread_starts(5, 7, 4).tolist() == [5, 6, 1, 3]
+  assert clip.spread_starts(2, 3, 4).tolist() == [2, 2, 0, 1]
+
+
 @pytest.mark.parametrize("hop", [1, 7, 16, 31, 32, None])
 def test_windows_cover_every_frame_and_pad_only_what_is_too_short(hop):
   clip = Clip(num_frames=16, stride=2)

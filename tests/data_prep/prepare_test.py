@@ -567,7 +567,7 @@ def test_smaller_frames_serve_clips_of_their_size(videos, tmp_path):
   result = run_prepare(*args, "--frame_size", 112)
   assert result.returncode == 0, result.stderr
   (record,) = read_records(path)
-  assert schema.stored_size(record) == 112
+  assert record.stored_size == 112
   assert schema.decode_parsing(record).shape == (33, 224, 224)
   assert record.regions.any()
   assert verify.verify(path, num_workers=1)["is_whole"]
