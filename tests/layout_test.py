@@ -179,6 +179,6 @@ def test_every_configuration_is_valid(name):
 def test_every_file_with_a_main_is_a_command():
   for module, path in MODULES.items():
     # The decoder's child process is started by its parent alone.
-    if module != "data_prep.video.decoder_process":
+    if module != "data_prep.decoder.process":
       has_main = '__name__ == "__main__"' in path.read_text()
       assert has_main == (module in COMMANDS), path

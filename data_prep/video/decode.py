@@ -1,6 +1,6 @@
 """Decodes videos in a child process that can be killed at any moment.
 
-The child, `decoder_process.py`, is the only module that opens a container. It
+The child, `decoder.process`, is the only module that opens a container. It
 gets the open file and no rights, see `sandbox`. The parent reads only raw
 pixels and samples from a pipe:
 
@@ -23,13 +23,12 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from data_prep.sources.files import is_picture
-from data_prep.video.decoder_child import KILLED as KILLED
-from data_prep.video.decoder_child import DamageError, DecodeError, Decoder
-from data_prep.video.decoder_child import DecoderSetupError as DecoderSetupError
-from data_prep.video.decoder_child import HostError as HostError
-from data_prep.video.decoder_child import sandbox_summary as sandbox_summary
-from data_prep.video.protocol import (
+from data_prep.decoder.child import KILLED as KILLED
+from data_prep.decoder.child import DamageError, DecodeError, Decoder
+from data_prep.decoder.child import DecoderSetupError as DecoderSetupError
+from data_prep.decoder.child import HostError as HostError
+from data_prep.decoder.child import sandbox_summary as sandbox_summary
+from data_prep.decoder.protocol import (
   CHANGING_VIDEO,
   DEFAULT_LIMITS,
   FRAME,
@@ -47,6 +46,7 @@ from data_prep.video.protocol import (
   Tally,
   too_large,
 )
+from data_prep.sources.files import is_picture
 
 if TYPE_CHECKING:
   import numpy as np

@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from data_prep.decoder.protocol import Span
 from data_prep.faces import boxes, main_face, tracking
 from data_prep.faces.face_finder import FaceFinder
 from data_prep.sources.listing import WHOLE, Part
 from data_prep.video import decode, frame_rate
-from data_prep.video.protocol import Span
 
 # A shorter track is noise, unless the whole video is no longer: 15 frames at 30
 # per second.

@@ -93,13 +93,13 @@ def test_messages_name_commands_as_the_user_has_named_one(monkeypatch):
   text = (
     "python -m data_prep.contact_sheet D; python -m marlin_jax.eval.far; "
     "python -m marlin_jax.data_prep.verify D; python -m marlin_jax --version; "
-    "python -m data_prep.video.decoder_process"
+    "python -m data_prep.decoder.process"
   )
   assert str(cli.UserError(text)) == text
   monkeypatch.setattr(cli, "prefix", "marlin-")
   assert str(cli.UserError(text)) == (
     "marlin-contact-sheet D; marlin-eval-far; marlin-verify D; "
-    "python -m marlin_jax --version; python -m data_prep.video.decoder_process"
+    "python -m marlin_jax --version; python -m data_prep.decoder.process"
   )
   monkeypatch.setattr(cli, "prefix", "marlin ")
   assert cli.ArgumentParser("marlin_jax.show", "").prog == "marlin show"

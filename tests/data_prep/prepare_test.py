@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from data_prep import verify
+from data_prep.decoder import child
 from data_prep.inspection import folder_checks
 from data_prep.output import dataset_folder, folder_settings, ledger
 from data_prep.sources import manifest
-from data_prep.video import decode, decoder_child, video_to_records
+from data_prep.video import decode, video_to_records
 from marlin_jax.data import loader, prepared_dataset, sampling
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.data.clips import TakeClip
@@ -130,7 +131,7 @@ def test_a_missing_layer_is_refused_where_the_sandbox_is_required(
   tmp_path, face_models, monkeypatch
 ):
   program = ("-P", attacker.__file__, "--without=seccomp")
-  monkeypatch.setattr(decoder_child, "PROGRAM", program)
+  monkeypatch.setattr(child, "PROGRAM", program)
   path = write_video(tmp_path / "v.mp4", moving_noise(3))
   output = tmp_path / "dataset"
   result = run_prepare("--input", path, "--output", output, "--require_sandbox")

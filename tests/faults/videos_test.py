@@ -307,7 +307,10 @@ def decoders() -> list[int]:
   for task in Path("/proc/self/task").iterdir():
     for pid in (task / "children").read_text().split():
       with contextlib.suppress(FileNotFoundError):
-        if b"decoder_process" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        if (
+          b"data_prep.decoder.process"
+          in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ):
           pids.append(int(pid))
   return pids
 

@@ -18,7 +18,7 @@ import socket
 import struct
 import sys
 
-from data_prep.video import decoder_process, protocol, sandbox
+from data_prep.decoder import process, protocol, sandbox
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -26,8 +26,8 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 def main() -> None:
   if sys.argv[1].startswith("--without="):
     leave_out(sys.argv.pop(1).partition("=")[2].split(","))
-  decoder_process._decode = follow_order
-  decoder_process.main()
+  process._decode = follow_order
+  process.main()
 
 
 def leave_out(layers: list[str]) -> None:

@@ -14,7 +14,8 @@ import av
 import numpy as np
 import pytest
 
-from data_prep.video import decode, decoder_child
+from data_prep.decoder import child
+from data_prep.video import decode
 from data_prep.video.decode import DecodeError, Limits, open_video
 from tests.support.videos import moving_noise, shared_video, write_video
 
@@ -331,13 +332,13 @@ def test_decoder_that_hangs_is_killed_at_the_deadline(long_mp4):
 def test_decoder_that_computes_until_the_deadline_is_no_fault_of_the_host(
   mp4, monkeypatch
 ):
-  monkeypatch.setattr(decoder_child, "PROGRAM", ("-c", "while True: pass"))
+  monkeypatch.setattr(child, "PROGRAM", ("-c", "while True: pass"))
   limits = Limits(secs=1.5)
   with pytest.raises(decode.HostError, match="passed its deadline"):
     open_video(mp4, Limits(secs=0.0))
   # On a busy machine it may get little of its time.
-  monkeypatch.setattr(decoder_child, "_START_SECS", 0.0)
-  monkeypatch.setattr(decoder_child, "_BUSY_SHARE", 0.001)
+  monkeypatch.setattr(child, "_START_SECS", 0.0)
+  monkeypatch.setattr(child, "_BUSY_SHARE", 0.001)
   with pytest.raises(DecodeError, match=r"takes more than 1\.5 s") as refusal:
     open_video(mp4, limits)
   assert not isinstance(refusal.value, decode.HostError)

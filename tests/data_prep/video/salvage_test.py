@@ -6,9 +6,10 @@ import av
 import numpy as np
 import pytest
 
+from data_prep.decoder import protocol
 from data_prep.faces import shots
 from data_prep.sources.listing import Part
-from data_prep.video import decode, protocol
+from data_prep.video import decode
 from data_prep.video.decode import DecodeError, open_video
 from data_prep.video.tracked import TrackedVideo, VideoFrames
 from tests.support.sounds import write_sound

@@ -4,9 +4,10 @@ import av
 import numpy as np
 import pytest
 
-from data_prep.video import packets
+from data_prep.decoder import packets
+from data_prep.decoder.clock import Clock
+from data_prep.decoder.protocol import WHOLE, Span
 from data_prep.video.decode import DecodeError, Limits, open_video
-from data_prep.video.protocol import WHOLE, Span
 from tests.support.videos import moving_noise, write_video
 
 # Name, encoder and its options; a key frame in 25 frames, or fewer.
@@ -69,7 +70,7 @@ def test_a_span_is_sought_where_there_is_an_index(tmp_path, monkeypatch):
     # In this process, without the decoder's sandbox.
     with av.open(str(path)) as container:
       stream = packets.video_stream(container)
-      clock = packets.Clock(container, stream)
+      clock = Clock(container, stream)
       found = packets.Frames(container, stream, clock, Span(8.0, 8.4))
       assert len(list(found)) == 10
   # A second before the span, and the rest of a group of pictures.

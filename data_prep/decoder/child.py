@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
-from data_prep.video import protocol
-from data_prep.video.protocol import MESSAGE, WHOLE, Limits, Span
+from data_prep.decoder import protocol
+from data_prep.decoder.protocol import MESSAGE, WHOLE, Limits, Span
 from marlin_jax import records
 from marlin_jax.records.cli import UserError
 
@@ -45,7 +45,7 @@ KILLED = "decoder was killed by SIGKILL (out of memory?)"
 
 # The child's program. -P keeps the current folder off its import path; -S runs
 # nothing that other packages have put beside themselves, and starts sooner.
-PROGRAM = ("-P", "-S", "-m", "data_prep.video.decoder_process")
+PROGRAM = ("-P", "-S", "-m", "data_prep.decoder.process")
 # Variables that Python needs to find itself and PyAV. All others, such as keys
 # of a cloud, are kept from the child.
 _VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME")

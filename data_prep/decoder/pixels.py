@@ -28,7 +28,7 @@ import re
 import struct
 from fractions import Fraction
 
-from data_prep.video.protocol import FRAME, Refused, send
+from data_prep.decoder.protocol import FRAME, Refused, send
 
 # Rows from which on a picture is high definition.
 HD_HEIGHT = 720

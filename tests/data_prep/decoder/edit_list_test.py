@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep.decoder.protocol import WHOLE, Span
 from data_prep.video.decode import open_video
-from data_prep.video.protocol import WHOLE, Span
 from tests.support.videos import write_video
 
 RATE = 30

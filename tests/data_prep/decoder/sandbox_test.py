@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.video import decode, decoder_child, sandbox
+from data_prep.decoder import child, sandbox
+from data_prep.video import decode
 from data_prep.video.decode import (
   DecodeError,
   DecoderSetupError,
@@ -51,7 +52,7 @@ def taken_over(tmp_path, monkeypatch):
   def open_order(order: dict, without: str = "", **limits) -> decode.Video:
     options = [f"--without={without}"] if without else []
     program = ("-P", attacker.__file__, *options)
-    monkeypatch.setattr(decoder_child, "PROGRAM", program)
+    monkeypatch.setattr(child, "PROGRAM", program)
     path = tmp_path / "order"
     path.write_text(json.dumps(order))
     return open_video(path, Limits(**limits))
@@ -75,7 +76,7 @@ def attacked(tmp_path, monkeypatch, taken_over):
       order |= {"parent": os.getpid(), "forks": forks}
       order |= {"has_bare_calls": HAS_BARE_CALLS and not without}
       order |= {"header": json.dumps(HEADER)}
-      monkeypatch.setattr(decoder_child, "MAX_NOTES", 100)
+      monkeypatch.setattr(child, "MAX_NOTES", 100)
       with taken_over(order, without) as video:
         assert list(video) == []
     pairs = [note.split("=") for note in video.notes]
@@ -168,9 +169,10 @@ def test_decoder_that_ignores_signals_ends_with_its_reader(tmp_path, without):
   secs = 250.0 + len(without) / 8 + time.time() % 1 / 16
   code = (
     "import sys, time\n"
-    "from data_prep.video import decode, decoder_child\n"
+    "from data_prep.decoder import child\n"
+    "from data_prep.video import decode\n"
     "from tests.support import attacker\n"
-    "decoder_child.PROGRAM = ('-P', attacker.__file__, *sys.argv[3:])\n"
+    "child.PROGRAM = ('-P', attacker.__file__, *sys.argv[3:])\n"
     "decode.Video.close = lambda self: None\n"
     "try:\n"
     "  decode.open_video(sys.argv[1], decode.Limits(secs=float(sys.argv[2])))\n"
@@ -236,11 +238,11 @@ def test_decoder_starts_in_a_forked_process(tmp_path):
   path = write_video(tmp_path / "v.mp4", moving_noise(3))
   with open_video(path) as video:
     assert len(list(video)) == 3
-  child = os.fork()
-  if not child:
+  pid = os.fork()
+  if not pid:
     with open_video(path) as video:
       os._exit(len(list(video)))
-  assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+  assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
 
 
 # --- What the parent believes -------------------------------------------------
@@ -295,7 +297,7 @@ def test_notes_are_few(taken_over):
   messages = [["I", json.dumps(HEADER)]] + [["W", "\x1b"]] * 50 + [["E", ""]]
   with taken_over({"messages": messages}) as video:
     assert list(video) == []
-    assert video.notes == ["\\x1b"] * decoder_child.MAX_NOTES
+    assert video.notes == ["\\x1b"] * child.MAX_NOTES
 
 
 # --- Insisting ----------------------------------------------------------------
@@ -306,7 +308,7 @@ def test_missing_layer_is_told_and_refused_where_it_is_required(
 ):
   path = write_video(tmp_path / "v.mp4", moving_noise(3))
   program = ("-P", attacker.__file__, "--without=seccomp")
-  monkeypatch.setattr(decoder_child, "PROGRAM", program)
+  monkeypatch.setattr(child, "PROGRAM", program)
   assert layers_here()["seccomp"] == "left out"
   assert "missing: seccomp (left out)" in decode.sandbox_summary(layers_here())
   with pytest.raises(DecoderSetupError, match=r"seccomp \(left out\)"):

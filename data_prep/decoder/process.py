@@ -19,7 +19,7 @@ import re
 import resource
 import sys
 
-from data_prep.video import (
+from data_prep.decoder import (
   packets,
   picture_folder,
   pixels,
@@ -27,7 +27,8 @@ from data_prep.video import (
   sandbox,
   sound,
 )
-from data_prep.video.protocol import (
+from data_prep.decoder.clock import Clock, may_be_joined
+from data_prep.decoder.protocol import (
   CHANGING_VIDEO,
   ORIGINAL_SOUND,
   PICTURE,
@@ -67,7 +68,7 @@ def _decode(limits: Limits, span: Span, output: str, pipe: int) -> None:
   formats = [packets.PICTURE_FORMATS] if is_picture else []
   with packets.open_input(*formats) as container:
     stream = packets.video_stream(container)
-    clock = packets.Clock(container, stream, _sound_of(container))
+    clock = Clock(container, stream, _sound_of(container))
     _check_size(stream, limits, span)
     writer = _FrameWriter(pipe, stream, span, limits, output == CHANGING_VIDEO)
     try:
@@ -178,7 +179,7 @@ class _FrameWriter:
 
     Only in recordings that may be joined: other containers describe all frames.
     """
-    if not packets.may_be_joined(self._stream.container):
+    if not may_be_joined(self._stream.container):
       return
     aspect = self._stream.codec_context.sample_aspect_ratio or 1
     if self.num_frames and aspect != self._pixel_aspect:
@@ -422,7 +423,7 @@ def _load_libraries() -> None:
 def main() -> None:
   """Decodes one video for `data_prep.video.decode`."""
   parser = argparse.ArgumentParser(
-    prog="python -m data_prep.video.decoder_process",
+    prog="python -m data_prep.decoder.process",
     description="Decodes one video into a pipe. Started by "
     "data_prep.video.decode; not a program for the command line.",
   )

@@ -8,8 +8,9 @@ import math
 from collections.abc import Iterator
 from fractions import Fraction
 
-from data_prep.video import packets, sandbox
-from data_prep.video.protocol import (
+from data_prep.decoder import matroska, packets, sandbox
+from data_prep.decoder.clock import Clock
+from data_prep.decoder.protocol import (
   MAX_SOUND_SECS,
   SAMPLE_RATE,
   Damaged,
@@ -82,10 +83,10 @@ def _samples(container, stream, is_original: bool) -> Iterator:
     video = packets.video_stream(container)
   except Refused:
     video = None
-  clock = packets.Clock(container, video, stream)
+  clock = Clock(container, video, stream)
   start = Fraction(container.start_time or 0, 1_000_000)
   queue = packets.of_stream(container, stream, clock)
-  queue = packets.before_damage(queue, container)
+  queue = matroska.before_damage(queue, container)
   rate, layout, num_samples = SAMPLE_RATE, "mono", 0
   # Rate and channels may change where recordings were joined.
   for _, frames in itertools.groupby(packets.frames(queue, stream), _form):

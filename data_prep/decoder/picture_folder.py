@@ -18,8 +18,8 @@ import struct
 from collections.abc import Iterator
 from pathlib import PurePath
 
-from data_prep.video import pixels, protocol, sandbox
-from data_prep.video.protocol import Damaged, Limits, Refused, send
+from data_prep.decoder import pixels, protocol, sandbox
+from data_prep.decoder.protocol import Damaged, Limits, Refused, send
 
 # Suffixes of pictures, and their codecs.
 PICTURES = {".jpg": "mjpeg", ".jpeg": "mjpeg", ".png": "png"}
