@@ -299,8 +299,8 @@ def test_an_encoder_learns_the_labels_of_others(grey_videos, tmp_path):
   )[0]
   # No hair is drawn, and training looks again where it crops.
   others = np.array(LABELS) != "hair"
-  assert r2[others].min() > 0.8
-  assert answers["head/r2"][others].min() > 0.8
+  assert r2[others].min() > 0.5
+  assert answers["head/r2"][others].min() > 0.5
   untrained = study.untrained(0)
   assert weights.architecture == untrained.architecture
   name = "encoder.patch_embedding.kernel"
