@@ -29,7 +29,7 @@ def get_config():
   config.augment.min_crop_ratio = 0.7
   config.augment.max_crop_aspect = 1.15
   config.augment.stride_jitter = 2
-  # Against features that only name the clip; after the runs of docs/RESULTS.md.
+  # Against features that only name the clip, see docs/RESULTS.md.
   config.augment.colour_jitter = 0.4
 
   # The width of ViT-Ti with half its blocks, which take 1.3 times the steps in

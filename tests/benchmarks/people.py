@@ -22,17 +22,22 @@ writes people.json and people.png into --output.
 import argparse
 import ast
 import contextlib
+import csv
 import dataclasses
+import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from configs import pretrain_ti
 from data_prep import prepare
@@ -58,12 +63,15 @@ from tests.benchmarks.people_report import (
   PIXELS,
   RANDOM,
   SUPERVISED,
+  TEACHERS,
+  WITH_STILLS,
   Encoder,
 )
 from tests.benchmarks.people_windows import FIT, UNSEEN, Windows
 
 ROOT = Path(__file__).parents[2]
 EVAL_STEPS = 500
+TEACHER_STEPS = 500
 # Steps after each round: 200, 500, then 1, 2, 3, 4, 6, 8, 12, ... thousand.
 ROUNDS = (
   *(200, 500, 1000),
@@ -71,11 +79,15 @@ ROUNDS = (
 )
 _ENCODED_AT_ONCE = 32
 _PIXELS = 16  # side of the pictures of the pixel features
-# On people never seen: of the network, of flat patches in their mean colour
-# over the batch, and in their own.
-_LOSSES = tuple(
-  f"eval/{UNSEEN}/loss_{name}"
-  for name in ("pixels", "batch_colour", "own_colour")
+# On people never seen: the loss of the network, of flat patches in their mean
+# colour over the batch, and in their own; the share of the features' variance
+# that tells clips apart.
+_MEASURES = tuple(
+  f"eval/{UNSEEN}/{name}"
+  for name in (
+    *("loss_pixels", "loss_batch_colour", "loss_own_colour"),
+    "clip_share",
+  )
 )
 _STEPS_PER_MEAN = 100
 
@@ -132,7 +144,7 @@ class Study:
     path = self.folder / "windows.npz"
     if not path.exists():
       command = [f"--input={self.footage / 'manifest.csv'}"]
-      command += [f"--output={self.dataset}", "--num_shards=4"]
+      command += [f"--output={self.dataset}", "--num_shards=4", "--sound"]
       command += ["--val_ratio=0.15", "--test_ratio=0.25"]
       with self.timed("prepare"):
         if code := prepare.main(command):
@@ -143,6 +155,31 @@ class Study:
       fields = [field.name for field in dataclasses.fields(Windows)]
       return Windows(**{name: file[name] for name in fields})
 
+  def stills(self) -> Path:
+    """Returns a data set of a picture per second of the training videos."""
+    dataset, pictures = self.folder / "stills", self.folder / "pictures"
+    if dataset.exists():
+      return dataset
+    with self.timed("stills"):
+      pictures.mkdir(exist_ok=True)
+      windows = self.windows()
+      people = set(windows.person[windows.rows("train")])
+      with (self.footage / "manifest.csv").open(newline="") as file:
+        videos = {
+          row["path"]
+          for row in csv.DictReader(file)
+          if f"subject {row['subject_id']}" in people
+        }
+      for video in tqdm(sorted(videos), desc="pictures", unit="video"):
+        write_stills(self.footage / video, pictures)
+      listed = self.folder / "pictures.txt"
+      listed.write_text("".join(f"{p.name}\n" for p in pictures.iterdir()))
+      command = [f"--input={listed}", f"--root={pictures}", "--num_shards=4"]
+      command += [f"--output={dataset}", "--val_ratio=0", "--test_ratio=0"]
+      if code := prepare.main(command):
+        sys.exit(code)
+    return dataset
+
   # --- encoders ---
 
   def config(self, settings: Mapping[str, Any]) -> ConfigDict:
@@ -151,19 +188,43 @@ class Study:
     config.update_from_flattened_dict({**self.overrides, **settings})
     return config
 
+  def settings(self, method: str) -> dict[str, Any]:
+    """Returns the changes of a method; makes its teacher, its data if missing.
+
+    A teacher is trained with seed 0, for all seeds of the method.
+    """
+    settings = dict(METHODS[method])
+    if method in TEACHERS:
+      teacher = TEACHERS[method]
+      workdir = self.folder / "runs" / f"teacher-{teacher}"
+      self._train_to(TEACHER_STEPS, workdir, METHODS[teacher])
+      settings["teacher.path"] = str(workdir)
+    if method in WITH_STILLS:
+      settings["data.path"] = f"{self.dataset}:1,{self.stills()}:1"
+    return settings
+
   def workdir(self, method: str, seed: int) -> Path:
     return self.folder / "runs" / f"{method}-{seed}"
 
   def num_steps(self, method: str, steps: int) -> int:
     """Returns the steps that take the FLOPs of `steps` steps with fasking."""
-    return max(1, round(steps * self._cost("fasking") / self._cost(method)))
+    ((_, cost),) = self._costs("fasking")
+    left, num_steps = steps * cost, 0.0
+    for stage_steps, cost in self._costs(method):
+      here = min(stage_steps, left / cost)
+      num_steps, left = num_steps + here, left - here * cost
+    return max(1, round(num_steps))
 
-  def _cost(self, method: str) -> float:
-    config = self.config(METHODS[method])
+  def _costs(self, method: str) -> list[tuple[float, float]]:
+    """Returns steps and FLOPs per clip of each stage; the last is endless."""
+    config = self.config(self.settings(method))
     if method == SUPERVISED:
       architecture = Architecture.from_config(config).without_decoder()
-      return people_supervised.flops_per_clip(architecture)
-    return build.Experiment(config, num_steps=1).flops_per_clip
+      return [(math.inf, people_supervised.flops_per_clip(architecture))]
+    stages = build.Experiment(config, num_steps=1).by_stage
+    steps = (stage.num_steps for stage in configuration.stages(config)[:-1])
+    costs = (stage.flops_per_clip for stage in stages)
+    return list(zip((*steps, math.inf), costs, strict=True))
 
   def train(self, method: str, seed: int, steps: int) -> None:
     """Trains an encoder for the FLOPs of `steps` steps, unless that is done.
@@ -171,23 +232,31 @@ class Study:
     Raises:
       SystemExit: a signal ended the run, which has saved.
     """
-    workdir = self.workdir(method, seed)
-    num_steps = self.num_steps(method, steps)
+    self._train_to(
+      self.num_steps(method, steps),
+      self.workdir(method, seed),
+      {**self.settings(method), "seed": seed},
+    )
+
+  def _train_to(
+    self, num_steps: int, workdir: Path, settings: Mapping[str, Any]
+  ) -> None:
+    """Trains to a step, unless that is done, with changes of the defaults."""
     if (workdir / "checkpoints" / str(num_steps)).exists():
       return
     config = self.config(
       {
-        **METHODS[method],
         "data.path": str(self.dataset),
         "data.split": "train",
         "data.eval_split": UNSEEN,
-        "seed": seed,
+        "seed": 0,
         "num_steps": num_steps,
         "eval_steps": EVAL_STEPS,
         "picture_steps": EVAL_STEPS,
         "checkpoint_steps": EVAL_STEPS,
         "keep_checkpoints": 1,
         "compilation_cache": str(self.folder / "compiled"),
+        **settings,
       }
     )
     configuration.validate(config)
@@ -199,15 +268,15 @@ class Study:
     """Returns the loss curves of a run.
 
     Returns:
-      `unseen`: rows of a step and _LOSSES; `seen`: rows of a step and the mean
-      of the logged training losses up to it since the row before.
+      `unseen`: rows of a step and _MEASURES; `seen`: rows of a step and the
+      mean of the logged training losses up to it since the row before.
     """
     lines = (self.workdir(method, seed) / "metrics.jsonl").read_text()
     rows = [json.loads(line) for line in lines.splitlines()]
     unseen = [
-      [row["step"], *(round(row[key], 5) for key in _LOSSES)]
+      [row["step"], *(round(row[key], 5) for key in _MEASURES)]
       for row in rows
-      if _LOSSES[0] in row
+      if _MEASURES[0] in row
     ]
     logged: dict[int, list[float]] = {}
     for row in rows:
@@ -333,6 +402,18 @@ class Study:
         part = rows[i : i + _ENCODED_AT_ONCE]
         places = zip(windows.track[part], windows.start[part], strict=True)
         yield part, reader.read([splits.TrackWindow(*at) for at in places])
+
+
+def write_stills(video: Path, folder: Path) -> None:
+  """Writes a picture of each second of a video."""
+  capture = cv2.VideoCapture(str(video))
+  step = max(1, round(capture.get(cv2.CAP_PROP_FPS)))
+  for number in itertools.count():
+    if not capture.grab():
+      return
+    if number % step == 0:
+      name = f"{video.stem}-{number:06}.jpg"
+      cv2.imwrite(str(folder / name), capture.retrieve()[1])
 
 
 def save(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -46,6 +46,36 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "data.sample_by": "subject",
     "data.draws_per_unit": 2,
   },
+  "sound": {
+    "mask.strategy": "fasking",
+    "sound.weight": 1.0,
+    "sound.width": 96,
+    "sound.depth": 4,
+    "sound.num_heads": 3,
+    "sound.dec_width": 96,
+    "sound.dec_depth": 2,
+  },
+  "growing": {
+    "mask.strategy": "fasking",
+    "curriculum": "300: data.num_frames=2",
+  },
+  "stills": {"mask.strategy": "fasking"},
+  "frozen": {
+    "mask.strategy": "fasking",
+    "teacher.weight": 1.0,
+    "loss.pixel_weight": 0.0,
+  },
+  "distilled": {
+    "mask.strategy": "fasking",
+    "teacher.weight": 1.0,
+    "loss.pixel_weight": 0.0,
+  },
+  "wide": {
+    "mask.strategy": "fasking",
+    "model.width": 384,
+    "model.num_heads": 6,
+    "model.mlp_dim": 1536,
+  },
   # Without what changes labels: a mirror the turn of the head, other sides the
   # openings, another stride what moves.
   SUPERVISED: {
@@ -55,6 +85,10 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "optim.warmup_ratio": 0.1,
   },
 }
+# The teacher of a method, itself a method.
+TEACHERS: Mapping[str, str] = {"frozen": "fasking", "distilled": "wide"}
+# Methods with a picture of each second beside every clip.
+WITH_STILLS = ("stills",)
 HEAD = "head"  # of the encoder's own, where it has one
 PROBES = "mean", "grid", "middle", "attentive", HEAD
 QUESTIONS = (*LABELS, "same person", "order in time")
@@ -267,19 +301,43 @@ def table_of_probes(results: Mapping[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def table_of_losses(results: Mapping[str, Any]) -> str:
-  """Returns the losses of all runs at each evaluation in Markdown."""
-  lines = [
-    "| masking, seed | steps | people seen | never seen | mean colours | own "
-    "colours | never seen / mean colours |",
-    f"|{'---|' * 7}",
-  ]
+def mean_losses(
+  results: Mapping[str, Any],
+) -> dict[str, dict[int, tuple[float, ...]]]:
+  """Returns the losses of each method by step, means over its seeds.
+
+  Returns:
+    method -> step -> loss on people seen; loss on people never seen, of flat
+    patches in their mean colour over the batch, in their own; clip share.
+  """
+  rows: dict[str, dict[int, list]] = {}
   for run in results["runs"]:
-    for step, pixels, batch, own in run["unseen"]:
+    for step, *measures in run["unseen"]:
       seen = next(loss for end, loss in run["seen"] if end >= step)
-      cells = [f"{x:.4f}" for x in (seen, pixels, batch, own)]
-      cells = [f"{run['strategy']}, {run['seed']}", f"{step:,}", *cells]
-      lines.append(f"| {' | '.join(cells)} | {pixels / batch:.2f} |")
+      by_step = rows.setdefault(run["strategy"], {})
+      by_step.setdefault(step, []).append((seen, *measures))
+  return {
+    method: {
+      step: tuple(np.mean(found, axis=0).tolist())
+      for step, found in sorted(by_step.items())
+      if len(found) == max(map(len, by_step.values()))
+    }
+    for method, by_step in rows.items()
+  }
+
+
+def table_of_losses(results: Mapping[str, Any]) -> str:
+  """Returns the losses at each evaluation in Markdown, means over seeds."""
+  lines = [
+    "| masking | steps | people seen | never seen | mean colours | own colours "
+    "| never seen / mean colours | share that names the clip |",
+    f"|{'---|' * 8}",
+  ]
+  for method, by_step in mean_losses(results).items():
+    for step, (*losses, share) in by_step.items():
+      cells = [method, f"{step:,}", *(f"{x:.4f}" for x in losses)]
+      ratio = losses[1] / losses[2]
+      lines.append(f"| {' | '.join(cells)} | {ratio:.2f} | {share:.2f} |")
   return "\n".join(lines)
 
 
@@ -366,7 +424,7 @@ def _draw_losses(axis, runs, colours) -> None:
   for run in runs:
     colour = colours[run["strategy"]]
     axis.plot(*zip(*run["seen"], strict=True), color=colour, linewidth=0.6)
-    steps, pixels, batch, own = zip(*run["unseen"], strict=True)
+    steps, pixels, batch, own, _ = zip(*run["unseen"], strict=True)
     axis.plot(steps, pixels, "o-", color=colour, markersize=3)
     axis.plot(steps, batch, ":", color=colour, linewidth=1)
     axis.plot(steps, own, "-.", color=colour, linewidth=1)
@@ -382,15 +440,16 @@ def _draw_losses(axis, runs, colours) -> None:
 
 def headline(results: Mapping[str, Any]) -> str:
   """Returns a sentence about the lowest loss on people never seen."""
-  step, pixels, colours, _, strategy = min(
-    ((*run["unseen"][-1], run["strategy"]) for run in results["runs"]),
-    key=lambda row: row[1] / row[2],
+  ratio, step, method = min(
+    (pixels / colours, step, method)
+    for method, by_step in mean_losses(results).items()
+    for step, (_, pixels, colours, *_) in by_step.items()
   )
   people = results["about"]["people"]
   return (
-    f"After {step:,} steps of {strategy} masking on videos of "
+    f"After {step:,} steps of {method} masking on videos of "
     f"{people['train']} people the loss on {people['test']} others is "
-    f"{pixels / colours:.2f} of that of mean colours"
+    f"{ratio:.2f} of that of mean colours"
   )
 
 
@@ -398,7 +457,7 @@ def summary(results: Mapping[str, Any]) -> list[str]:
   """Returns a line per run: its loss on people never seen, last."""
   lines = []
   for run in results["runs"]:
-    step, pixels, colours, own = run["unseen"][-1]
+    step, pixels, colours, own, _ = run["unseen"][-1]
     lines.append(
       f"{run['strategy']}, seed {run['seed']}: after {step} steps the pixel "
       f"loss on people never seen is {pixels:.4f}, {pixels / colours:.2f} of "

@@ -17,7 +17,7 @@ from tests.benchmarks import (
   people_supervised,
   people_windows,
 )
-from tests.benchmarks.people_report import Encoder
+from tests.benchmarks.people_report import TEACHERS, WITH_STILLS, Encoder
 from tests.benchmarks.people_windows import LABELS, Windows
 from tests.layout_test import ROOT
 from tests.support import made_dataset
@@ -246,13 +246,19 @@ def footage(carphone_frames, tmp_path_factory):
 
 def test_methods_have_the_same_flops(tmp_path):
   study = people.Study(tmp_path, tmp_path, {})
-  steps = {name: study.num_steps(name, 1000) for name in people_report.METHODS}
+  # Teachers and pictures take minutes to make.
+  names = people_report.METHODS.keys() - {*TEACHERS, *WITH_STILLS}
+  steps = {name: study.num_steps(name, 1000) for name in names}
   assert steps["tube"] == steps["random"] == steps["motion"] == 1000
   assert steps["region"] == 1000
   # A teacher's pass over all tokens, without a backward one.
   assert 400 < steps["latent"] < 800
   assert abs(steps["guarded"] - steps["latent"]) < 5
   assert 990 < steps["contrast"] < 1000
+  assert 700 < steps["sound"] < 1000
+  # 300 steps on half of the frames.
+  assert 1120 < steps["growing"] < 1200
+  assert 200 < steps["wide"] < 400
   # All tokens, forward and backward, where fasking sees a quarter.
   assert 300 < steps["supervised"] < 400
 
@@ -329,10 +335,11 @@ def test_more_hours_go_on_where_fewer_ended(
   footage, tmp_path, monkeypatch, capsys
 ):
   monkeypatch.setattr(people, "EVAL_STEPS", 2)
+  monkeypatch.setattr(people, "TEACHER_STEPS", 2)
   arguments = [f"--footage={footage}", f"--folder={tmp_path / 'run'}"]
   arguments += [f"--output={tmp_path / 'out'}", "--seeds=1"]
-  arguments += ["--methods", "random", "latent", "supervised"]
-  arguments += ["--set", *TINY]
+  arguments += ["--methods", "random", "latent", "frozen", "stills"]
+  arguments += ["supervised", "--set", *TINY]
   steps = []
   for rounds, hours in (((2,), "1e-9"), ((2,), "1"), ((2, 4), "1")):
     monkeypatch.setattr(people, "ROUNDS", rounds)
@@ -345,9 +352,13 @@ def test_more_hours_go_on_where_fewer_ended(
   assert {"random init", "pixels", "landmarks"} < set(results["encoders"])
   assert list(results["encoders"]["latent"]) == ["2", "4"]
   assert "head" in results["encoders"]["supervised"]["4"]
-  latent, random = results["runs"]
+  of = {run["strategy"]: run for run in results["runs"]}
+  latent, random = of["latent"], of["random"]
   assert [row[0] for row in random["unseen"]] == [2, 4]
   assert latent["unseen"][-1][0] < 4
+  assert of["frozen"]["unseen"][-1][0] < 4
+  assert of["stills"]["unseen"][-1][0] == 4
+  assert list((tmp_path / "run" / "pictures").glob("man-*.jpg"))
   assert (tmp_path / "out" / "people.png").stat().st_size > 1000
   assert "| random, 4 steps |" in said
 
