@@ -216,12 +216,11 @@ def _differences(values) -> dict[tuple, np.ndarray]:
 
 
 def to_json(results: Mapping[str, Any]) -> str:
-  """Returns JSON with a list of numbers per line."""
+  """Returns JSON with the scores of a question in a line."""
   text = json.dumps(results, indent=1)
-  return (
-    re.sub(r"\[[^\[\]{}]*\]", lambda match: " ".join(match[0].split()), text)
-    + "\n"
-  )
+  for part in (r"\[[^\[\]{}]*\]", r"\{[^\[\]{}]*(\[[^\[\]{}]*\][^\[\]{}]*)*\}"):
+    text = re.sub(part, lambda match: " ".join(match[0].split()), text)
+  return text + "\n"
 
 
 # --- Tables -------------------------------------------------------------------
