@@ -276,7 +276,40 @@ def compare(
       f"limit ({min(shares):.2f} to {max(shares):.2f})",
       flush=True,
     )
-  return {"what": f"records of {num_frames} frames", "rows": rows}
+  ratios = in_turns(
+    stage_makers["train_batches"](),
+    stage_makers["112 of 112 pixels"](),
+    num_clips,
+    repeats,
+  )
+  low, median, high = statistics.quantiles(ratios, n=4)
+  print(
+    f"{num_frames} frames  in turns, {median:.2f} clips of 112 pixels in the "
+    f"time of one of 224 (quartiles {low:.2f} and {high:.2f})",
+    flush=True,
+  )
+  return {
+    "what": f"records of {num_frames} frames",
+    "rows": rows,
+    "clips_of_112_per_clip_of_224": ratios,
+  }
+
+
+def in_turns(
+  work: Callable[[], object],
+  other: Callable[[], object],
+  num_clips: int,
+  repeats: int,
+) -> list[float]:
+  """Returns CPU times of one work over those of another, each in its turn."""
+  ratios = []
+  before = measure(work, num_clips)[0]
+  for _ in range(NUM_WARM + repeats):
+    between = measure(other, num_clips)[0]
+    after = measure(work, num_clips)[0]
+    ratios.append((before + after) / 2 / between)
+    before = after
+  return ratios[NUM_WARM:]
 
 
 class EndlessCores(TakeClip):

