@@ -72,7 +72,7 @@ def _train(config, workdir, watchdog):
   from marlin_jax.pretraining.course import (
     PretrainingCourse,
     TrainingData,
-    held_out,
+    evaluated_splits,
   )
   from marlin_jax.training import loop
 
@@ -83,7 +83,7 @@ def _train(config, workdir, watchdog):
   ]
   for part in parts:
     part.open(watchdog.alive)
-  evaluated = held_out(parts, config.data)
+  evaluated = evaluated_splits(parts, config.data)
   probe_path = config.probe.path or parts[0].path
   if config.probe.steps:
     # Opened here to fail before a workdir is created.

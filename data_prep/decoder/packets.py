@@ -72,10 +72,10 @@ def open_input(formats: str = f"{FORMATS},{SOUND_FORMATS}"):
 def _is_animated() -> bool:
   """Returns True if standard input is a WebP or PNG file of several frames."""
   start = os.pread(0, 65536, 0)
-  is_png = start.startswith(b"\x89PNG") and b"acTL" in start.split(b"IDAT")[0]
+  is_apng = start.startswith(b"\x89PNG") and b"acTL" in start.split(b"IDAT")[0]
   # In the header of the extended format, after the sizes of file and chunk.
-  has_flag = start[12:16] == b"VP8X" and start[20:21] and start[20] & 2
-  return bool(is_png or has_flag)
+  is_animated_webp = start[12:16] == b"VP8X" and start[20:21] and start[20] & 2
+  return bool(is_apng or is_animated_webp)
 
 
 def picture_file(container) -> bytes:

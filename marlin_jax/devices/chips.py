@@ -38,8 +38,9 @@ class Chip:
     network_bandwidth: bytes/s per chip to other slices or machines; None if not
       published.
     per_host: chips per host.
-    plain_float32: peak FLOP/s of float32 outside the matrix units, which GPUs
-      take for matmul_precision=highest; None: a TPU, which takes more passes.
+    plain_float32: peak FLOP/s of float32 without tensor cores, which GPUs use
+      for matmul_precision=highest; None on TPUs, which use several bfloat16
+      passes instead.
   """
 
   name: str

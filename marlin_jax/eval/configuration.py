@@ -171,7 +171,7 @@ KEYS = {
   "linear.penalties": fixed(
     Rule(
       "finite numbers from 0 on",
-      lambda values: values and min(values) >= 0 and max(values) < math.inf,
+      lambda values: values and all(0 <= x < math.inf for x in values),
     )
   ),
   "linear.max_iterations": fixed(at_least(1)),

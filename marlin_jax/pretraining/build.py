@@ -268,8 +268,8 @@ class Experiment:
     """Microbatches of a batch, see `train_step.Trainer`.
 
     Raises:
-      ConfigError: clips that stay together are more than clips_per_device, or
-        on several devices.
+      ConfigError: clips_per_device is smaller than a group of clips that stay
+        together, or such a group is on several devices.
     """
     asked = self.config.clips_per_device
     clips = self.batch_size // sharding.num_shards(self.mesh)

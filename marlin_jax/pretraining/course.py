@@ -94,7 +94,7 @@ class TrainingData:
     return self
 
 
-def held_out(
+def evaluated_splits(
   parts: Sequence[TrainingData], settings: ConfigDict
 ) -> list[Dataset]:
   """Opens the splits that a run is evaluated on.
@@ -118,7 +118,9 @@ def held_out(
   if chosen:
     for part in parts:
       if part not in chosen:
-        _note(f"note: {part.path} has no split '{name}': not evaluated on")
+        _note(
+          f"note: {part.path} has no split '{name}', so it is not evaluated"
+        )
   elif not settings.eval_split:
     _note(
       f"note: {' and '.join(part.path for part in parts)}: no split '{name}': "

@@ -140,9 +140,12 @@ class PretextTask:
   @property
   def target_of_grey(self):
     """Target of a token that is grey in all frames, float32 (P,)."""
-    # Not by `_to_target`: normalised, a constant is what rounding leaves of 0.
-    frames = jnp.full((self.tubelets.pixels,), 0 if self.norm_pix else _GREY)
-    frames = self._by_frame(frames.astype(jnp.float32))
+    # Not by `_to_target`, which divides by the deviation: that of a constant is
+    # what rounding leaves of 0.
+    grey = 0 if self.norm_pix else _GREY
+    frames = self._by_frame(
+      jnp.full((self.tubelets.pixels,), grey, jnp.float32)
+    )
     if self.motion_weight:
       frames = frames.at[:, 1:].set(0)
     return frames.reshape(-1)

@@ -160,7 +160,7 @@ class Record:
 
   @functools.cached_property
   def stored_size(self) -> int:
-    """Size of the frames in pixels, that of the first.
+    """Side of the square frames in pixels, read from the first.
 
     Raises:
       ValueError: it is none of STORED_SIZES.

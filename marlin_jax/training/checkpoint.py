@@ -420,7 +420,7 @@ def _read_state(
   """Reads a state; statistics of recent steps are zeros if none are saved.
 
   Args:
-    handler: reads.
+    handler: open handler of the checkpoint.
     path: the checkpoint.
     tree: metadata of its state, by field.
     abstract: the state to return, as shapes with shardings.

@@ -19,17 +19,17 @@ _CONFIGS = next(
   for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs")
   if path.is_dir()
 )
-CONFIG = config_flags.DEFINE_config_file(
-  "config",
-  help_string="Configuration: a file, such as configs/pretrain_b.py, or the "
-  "name of one that comes with the package, such as pretrain_b.",
-)
 # absl's flags that print help and end the command.
 _HELP = {
   f"{dashes}{name}"
   for dashes in ("-", "--")
   for name in ("?", "help", "helpfull", "helpshort", "helpxml")
 }
+CONFIG = config_flags.DEFINE_config_file(
+  "config",
+  help_string="Configuration: a file, such as configs/pretrain_b.py, or the "
+  "name of one that comes with the package, such as pretrain_b.",
+)
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,

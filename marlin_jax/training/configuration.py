@@ -209,7 +209,7 @@ def refuse(problems: Iterable[str]) -> None:
 def violations(config: ConfigDict, keys: Mapping[str, Key]) -> Iterator[str]:
   """Yields a line for each value that its rule does not accept.
 
-  No rule accepts NaN or infinity.
+  No number may be NaN or infinite; rules of lists check their own items.
   """
   for key, entry in keys.items():
     value, expected = get(config, key), entry.rule.expected

@@ -465,7 +465,7 @@ class _Loop:
     Returns:
       The signal that ends the run with this step, or None.
     """
-    found = self._change_state(step, signum)
+    found = self._evaluate_before_save(step, signum)
     due, decides = self._due(step), bool(self._course.config.best_metric)
     is_saved = saves and not decides
     if is_saved:
@@ -486,7 +486,7 @@ class _Loop:
       self._publish(step, is_evaluated=not due)
     return signum if due or not is_end else None
 
-  def _change_state(self, step: int, signum: int | None) -> Scalars:
+  def _evaluate_before_save(self, step: int, signum: int | None) -> Scalars:
     """Runs the evaluations that come before a save; returns their metrics."""
     found = {}
     is_end = step == self._course.num_steps and signum is None
@@ -541,7 +541,7 @@ class _Loop:
     step, signum = self._workdir.start_step, None
     due = self._due(step) if step else []
     if step == self._course.num_steps:
-      # At multiples also a signal lets them run.
+      # At multiples of `every` they ran before the save, signal or not.
       due += [
         evaluator
         for every, evaluator, is_before_save in self._evaluations
@@ -565,7 +565,7 @@ class _Loop:
     """Writes what a run that resumes from this checkpoint reads."""
     if is_evaluated:
       self._writer.event(metrics.EVALUATED, step)
-    # It continues these sums.
+    # A resumed run continues these totals.
     self._writer.write(step, self._timer.totals())
     with self._timer.on("checkpoint"):
       self._workdir.files.publish()

@@ -30,7 +30,7 @@ _TRACKED = "tracked"
 # Event of a saved step whose evaluations, if any were due, have ended.
 EVALUATED = "evaluated"
 _PROJECT = "marlin_jax"
-# Events in tensorboardX's queue; a line of metrics is about 40.
+# Events in tensorboardX's queue; the metrics of a step add about 40.
 _MOST_EVENTS = 10_000
 
 
@@ -113,7 +113,7 @@ class TensorBoard:
     self._board = _summary_writer()(
       str(run.folder / "tensorboard"),
       purge_step=run.start_step + 1,
-      # Where it is full, tensorboardX waits.
+      # tensorboardX blocks on a full queue.
       max_queue=_MOST_EVENTS,
     )
 

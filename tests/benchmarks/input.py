@@ -301,7 +301,7 @@ def in_turns(
   num_clips: int,
   repeats: int,
 ) -> list[float]:
-  """Returns CPU times of one work over those of another, each in its turn."""
+  """Returns ratios of the CPU time of `work` to that of `other`, in turns."""
   ratios = []
   before = measure(work, num_clips)[0]
   for _ in range(NUM_WARM + repeats):

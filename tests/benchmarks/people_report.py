@@ -305,6 +305,8 @@ def mean_losses(
 ) -> dict[str, dict[int, tuple[float, ...]]]:
   """Returns the losses of each method by step, means over its seeds.
 
+  Steps that some seed has not reached are left out.
+
   Returns:
     method -> step -> loss on people seen; loss on people never seen, of flat
     patches in their mean colour over the batch, in their own; clip share.

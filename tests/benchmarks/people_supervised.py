@@ -52,6 +52,7 @@ NUM_ROUNDS = 8
 def flops_per_clip(architecture: Architecture) -> float:
   """Returns the FLOPs of a training step for a clip, as `flops` counts them."""
   tubelets = architecture.tubelets
+  # Nothing needs the gradient of the pixels.
   embed = 2 * tubelets.num_tokens * tubelets.pixels * architecture.width
   return 3 * flops.features(architecture) - embed
 

@@ -11,7 +11,7 @@ from marlin_jax.pretraining import configuration
 from marlin_jax.pretraining.course import (
   PretrainingCourse,
   TrainingData,
-  held_out,
+  evaluated_splits,
 )
 from tests.support.training_runs import TINY
 
@@ -30,7 +30,9 @@ def losses(path, clips_per_device):
   data = opened(path, config.data)
   course = PretrainingCourse(config, [data])
   state = jax.jit(course.initialise)()
-  result = Reconstruction(course, held_out([data], config.data)).losses(state)
+  result = Reconstruction(course, evaluated_splits([data], config.data)).losses(
+    state
+  )
   return course.trainer.num_microbatches, result.scalars
 
 
@@ -42,7 +44,7 @@ def test_the_loss_does_not_depend_on_the_memory_of_the_device(sample_dataset):
     assert got[name] == pytest.approx(value, rel=1e-5), name
 
 
-def test_a_data_set_with_held_out_videos_is_evaluated_on_them(
+def test_a_data_set_with_evaluated_splits_videos_is_evaluated_on_them(
   face_data, sample_dataset, capfd
 ):
   settings = pretrain_b.get_config().data
@@ -50,7 +52,7 @@ def test_a_data_set_with_held_out_videos_is_evaluated_on_them(
   faces, sample = opened(face_data, settings), opened(sample_dataset, settings)
 
   def evaluated(*parts):
-    return [(x.path, x.split) for x in held_out(parts, settings)]
+    return [(x.path, x.split) for x in evaluated_splits(parts, settings)]
 
   assert evaluated(faces) == [(faces.path, "val")]
   assert not capfd.readouterr().out
@@ -58,7 +60,7 @@ def test_a_data_set_with_held_out_videos_is_evaluated_on_them(
   assert "evaluated on 'train', which is trained on" in capfd.readouterr().out
   # One that has none is left out beside another.
   assert evaluated(sample, faces) == [(faces.path, "val")]
-  assert f"{sample.path} has no split 'val': not" in capfd.readouterr().out
+  assert f"{sample.path} has no split 'val', so" in capfd.readouterr().out
   settings.eval_split = "train"
   assert evaluated(faces, sample) == [
     (faces.path, "train"),
