@@ -6,7 +6,7 @@ The module imports no jax: a configuration is checked before devices are used.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -19,6 +19,7 @@ from marlin_jax.training.configuration import (
   FRAME_SIZES,
   NUM_DEVICES,
   SPLIT,
+  Key,
   Rule,
   above,
   at_least,
@@ -137,6 +138,38 @@ def section_of(mode: str, protocol: str) -> str:
   return mode if mode in ("attentive", "finetune") else "light"
 
 
+# Rules of the keys that every section with an optimiser has.
+_OPTIMISER = {
+  "batch_size": at_least(1),
+  "epochs": above(0),
+  "min_steps": at_least(0),
+  "num_rounds": at_least(1),
+  "base_lr": above(0),
+  "min_lr": at_least(0),
+  "warmup_ratio": BELOW_1,
+  "weight_decay": at_least(0),
+  "b1": BELOW_1,
+  "b2": BELOW_1,
+  "eps": above(0),
+}
+
+
+def _optimiser(
+  section: str, before: Mapping[str, float] | None = None
+) -> dict[str, Key]:
+  """Returns the keys of a section with an optimiser.
+
+  Args:
+    section: name of the section.
+    before: values from before the section existed, see `Key`.
+  """
+  before = before or {}
+  return {
+    f"{section}.{name}": fixed(rule, before.get(name))
+    for name, rule in _OPTIMISER.items()
+  }
+
+
 # All results in a workdir share the fixed values.
 KEYS = {
   "tasks": free(Rule("labels of the data set, comma-separated", split_names)),
@@ -177,44 +210,29 @@ KEYS = {
   "linear.max_iterations": fixed(at_least(1)),
   "knn.k": fixed(at_least(1)),
   "knn.temperature": fixed(above(0)),
-  "attentive.batch_size": fixed(at_least(1)),
-  "attentive.epochs": fixed(above(0)),
-  "attentive.min_steps": fixed(at_least(0)),
-  "attentive.num_rounds": fixed(at_least(1)),
-  "attentive.base_lr": fixed(above(0)),
-  "attentive.min_lr": fixed(at_least(0)),
-  "attentive.warmup_ratio": fixed(BELOW_1),
-  "attentive.weight_decay": fixed(at_least(0)),
-  "attentive.b1": fixed(BELOW_1),
-  "attentive.b2": fixed(BELOW_1),
-  "attentive.eps": fixed(above(0)),
+  **_optimiser("attentive"),
   "attentive.flip": fixed(),
-  "finetune.batch_size": fixed(at_least(1)),
-  "finetune.epochs": fixed(above(0)),
-  "finetune.min_steps": fixed(at_least(0)),
-  "finetune.num_rounds": fixed(at_least(1)),
-  "finetune.base_lr": fixed(above(0)),
-  "finetune.min_lr": fixed(at_least(0)),
-  "finetune.warmup_ratio": fixed(BELOW_1),
-  "finetune.weight_decay": fixed(at_least(0)),
-  "finetune.b1": fixed(BELOW_1),
-  "finetune.b2": fixed(BELOW_1),
-  "finetune.eps": fixed(above(0)),
+  **_optimiser("finetune"),
   "finetune.layer_decay": fixed(above(0)),
   "finetune.drop_path": fixed(BELOW_1),
   "finetune.mixup": fixed(at_least(0)),
   "finetune.flip": fixed(),
-  "light.batch_size": fixed(at_least(1), before=32),
-  "light.epochs": fixed(above(0), before=30.0),
-  "light.min_steps": fixed(at_least(0), before=500),
-  "light.num_rounds": fixed(at_least(1), before=10),
-  "light.base_lr": fixed(above(0), before=5e-3),
-  "light.min_lr": fixed(at_least(0), before=1e-6),
-  "light.warmup_ratio": fixed(BELOW_1, before=0.1),
-  "light.weight_decay": fixed(at_least(0), before=0.01),
-  "light.b1": fixed(BELOW_1, before=0.9),
-  "light.b2": fixed(BELOW_1, before=0.999),
-  "light.eps": fixed(above(0), before=1e-8),
+  **_optimiser(
+    "light",
+    {
+      "batch_size": 32,
+      "epochs": 30.0,
+      "min_steps": 500,
+      "num_rounds": 10,
+      "base_lr": 5e-3,
+      "min_lr": 1e-6,
+      "warmup_ratio": 0.1,
+      "weight_decay": 0.01,
+      "b1": 0.9,
+      "b2": 0.999,
+      "eps": 1e-8,
+    },
+  ),
   "light.drop_path": fixed(BELOW_1, before=0.0),
   "light.mixup": fixed(at_least(0), before=0.0),
   "light.flip": fixed(before=True),
