@@ -46,14 +46,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   import jax
   from etils import epath
 
-  from marlin_jax.training import checkpoint, loop, remote_files
+  from marlin_jax.checkpoints import inventory
+  from marlin_jax.training import loop, remote_files
   from marlin_jax.training.workdir import as_begun, begun_with
 
   remote_files.check_reachable(
     *(str(workdir), config.probe.path),
     *(data.path for data in configuration.data_sets(config)),
   )
-  saved = checkpoint.steps(epath.Path(workdir) / "checkpoints")
+  saved = inventory.steps(epath.Path(workdir) / "checkpoints")
   configuration.check_cooldown(
     config, begun_with(workdir), max(saved, default=0)
   )
@@ -100,7 +101,7 @@ def _train(config, workdir, watchdog):
 def _evaluations(course, evaluated, probe_path, workdir, alive):
   """Returns the evaluations: losses, adversary, probe, pictures."""
   from marlin_jax.evaluators import adversary, probe, reconstruction
-  from marlin_jax.training.loop import Evaluation
+  from marlin_jax.training.evaluation import Evaluation
 
   config = course.config
   reconstructed = reconstruction.Reconstruction(

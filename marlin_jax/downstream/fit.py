@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from marlin_jax.checkpoints.manager import Checkpoints
 from marlin_jax.devices import distributed, sharding
 from marlin_jax.downstream.learner import Learner
 from marlin_jax.downstream.protocols import Plateau, TrainingPlan
 from marlin_jax.records.signals import StopSignal
-from marlin_jax.training.checkpoint import Checkpoints
 from marlin_jax.training.skipped_steps import NotFiniteError
 from marlin_jax.training.workdir import SaveTimer
 
@@ -87,7 +87,7 @@ def fit(
   Raises:
     NotFiniteError: the loss is not finite.
     KeyboardInterrupt: SIGINT or SIGTERM, after saving.
-    ResumeError, SaveError: see `training.checkpoint`.
+    ResumeError, SaveError: see `checkpoints.manager`.
   """
   with contextlib.ExitStack() as stack:
     training = _Training(

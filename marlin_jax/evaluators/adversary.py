@@ -9,7 +9,7 @@ import statistics
 import jax
 
 from marlin_jax.pretraining.train_step import TrainState
-from marlin_jax.training.loop import Result
+from marlin_jax.training.evaluation import Result
 from marlin_jax.training.workdir import Workdir
 
 _PULL = "train/adv_pull"

@@ -15,7 +15,7 @@ from marlin_jax.inference import clip_features
 from marlin_jax.pretraining.course import PretrainingCourse
 from marlin_jax.pretraining.train_step import TrainState
 from marlin_jax.records import cli
-from marlin_jax.training.loop import Result
+from marlin_jax.training.evaluation import Result
 from marlin_jax.training.workdir import Workdir
 
 

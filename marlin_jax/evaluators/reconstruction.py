@@ -16,7 +16,7 @@ from marlin_jax.inference import pictures
 from marlin_jax.pretraining import losses
 from marlin_jax.pretraining.course import PretrainingCourse
 from marlin_jax.pretraining.train_step import TrainState, reconstruct
-from marlin_jax.training.loop import Picture, Result
+from marlin_jax.training.evaluation import Picture, Result
 
 _LOSSES = ("loss_rec", "loss_pixels", "loss_own_colour")
 _FEATURES = ("clip_means", "mean_square")

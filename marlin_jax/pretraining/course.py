@@ -33,8 +33,8 @@ from marlin_jax.pretraining.build import Experiment, count
 from marlin_jax.pretraining.train_step import Trainer, TrainState
 from marlin_jax.records import cli
 from marlin_jax.records.segment_index import SegmentIndex
-from marlin_jax.training import loop
 from marlin_jax.training.configuration import check_attention
+from marlin_jax.training.course import Stage, work
 from marlin_jax.weights import formats
 
 
@@ -139,7 +139,7 @@ def _note(text: str) -> None:
 
 
 class PretrainingCourse(Experiment):
-  """An experiment on data sets; a `training.loop.Course`.
+  """An experiment on data sets; a `training.course.Course`.
 
   Attributes:
     parts: training data.
@@ -267,7 +267,7 @@ class PretrainingCourse(Experiment):
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
   @functools.cached_property
-  def stages(self) -> list[loop.Stage]:
+  def stages(self) -> list[Stage]:
     """Stages of the curriculum; without one, the run is a single stage."""
     ends = [*(later.num_earlier for later in self.by_stage[1:]), self.num_steps]
     return [
@@ -277,11 +277,9 @@ class PretrainingCourse(Experiment):
       )
     ]
 
-  def _stage(
-    self, experiment: Experiment, last_step: int, name: str
-  ) -> loop.Stage:
+  def _stage(self, experiment: Experiment, last_step: int, name: str) -> Stage:
     arithmetic = experiment.flops_per_clip
-    return loop.Stage(
+    return Stage(
       last_step=last_step,
       draws=(
         self.draws
@@ -440,7 +438,7 @@ class PretrainingCourse(Experiment):
         if (num := experiment.num_microbatches) > 1:
           note += f", {num} microbatches"
         row.notes.append(note)
-      share = loop.work(self.stages, self.num_steps) / (full * self.num_steps)
+      share = work(self.stages, self.num_steps) / (full * self.num_steps)
       row.notes.append(
         f"all stages: {share:.0%} of the arithmetic of {self.num_steps} steps "
         "of the last; its clips and masks are evaluated throughout"

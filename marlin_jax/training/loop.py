@@ -8,25 +8,18 @@ defines the measurements.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import functools
 import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from PIL import Image
 
 from marlin_jax.data import loader
-from marlin_jax.data.clips import ClipTaker
-from marlin_jax.data.sampling import Draws
 from marlin_jax.devices import (
   compilation_cache,
   coordination,
@@ -38,143 +31,17 @@ from marlin_jax.records.cli import UserError
 from marlin_jax.records.signals import StopSignal
 from marlin_jax.training import goodput, metrics, profiler, skipped_steps
 from marlin_jax.training.configuration import flat
+from marlin_jax.training.course import Course, Scalars, Stage, State, work
+from marlin_jax.training.evaluation import (
+  Evaluation,
+  Result,
+  write_result,
+)
 from marlin_jax.training.watchdog import Watchdog
 from marlin_jax.training.workdir import BestMetric, SaveTimer, Workdir
 
-# State of a training: a pytree with `step` and `num_skipped`, int32 scalars.
-State = Any
-Scalars = dict[str, jax.Array]
 
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-  """Consecutive steps of a run that take clips of one size.
-
-  Attributes:
-    last_step: number of its last step, from 1.
-    draws: clips of the training split by their place in the run. The data sets
-      are those of all stages.
-    take_clip: turns records into clips; see `loader.train_batches`.
-    make_step: compiles the training step, (state, batch) -> (new state,
-      scalars). The step may donate the old state's memory. The scalars include
-      `num_skipped`, the number of updates not applied so far.
-    name: such as 'stage 1 of 3'; '': the run is a single stage.
-    summary: describes its clips.
-    arithmetic: of one step, in a unit that all stages share.
-    peak_clips_per_sec: rate at a model FLOPs utilisation of 1; None: unknown.
-  """
-
-  last_step: int
-  draws: Draws
-  take_clip: ClipTaker
-  make_step: Callable[[], Callable[[State, dict], tuple[State, Scalars]]]
-  name: str = ""
-  summary: str = ""
-  arithmetic: float = 1.0
-  peak_clips_per_sec: float | None = None
-
-
-def work(stages: Sequence[Stage], step: int) -> float:
-  """Returns the arithmetic of the steps up to `step`, see `Stage`."""
-  total, done = 0.0, 0
-  for stage in stages:
-    num_steps = max(min(stage.last_step, step) - done, 0)
-    total, done = total + stage.arithmetic * num_steps, stage.last_step
-  return total
-
-
-class Course(Protocol):
-  """Network, data and training step of a run.
-
-  Attributes:
-    config: configuration of the run; see configs/pretrain_b.py.
-    stages: stages of the run; the last ends with its last step.
-    fields: keys of a batch that the training step gets.
-    batch_size: clips per step over all devices.
-    num_steps: steps of the whole run.
-    mesh: devices.
-    shapes: state, as arrays or shapes.
-    shardings: sharding of each array of the state.
-    identity: flat dict of JSON values, saved with each checkpoint; a run
-      resumes only if its values are the same.
-  """
-
-  config: ConfigDict
-  stages: Sequence[Stage]
-  fields: tuple[str, ...]
-  batch_size: int
-  num_steps: int
-  mesh: Mesh
-  shapes: State
-  shardings: Any
-  identity: dict[str, Any]
-
-  def describe(self) -> list[cli.Row]:
-    """Returns the rows that are printed when the run starts."""
-
-  def first_state(self) -> State:
-    """Returns the state before the first step, on the devices."""
-
-  def learning_rates(self, state: State) -> dict[str, float]:
-    """Returns the learning rates to log under 'train/', by name.
-
-    Args:
-      state: state after the step.
-    """
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-  """Picture made by an evaluator.
-
-  Attributes:
-    name: name in TensorBoard.
-    image: uint8 (rows, columns, 3), saved as PNG.
-    save_animation: writes the picture as a GIF to a path; None: no animation.
-  """
-
-  name: str
-  image: np.ndarray
-  save_animation: Callable[[Path], None] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-  """Result of an evaluator.
-
-  Attributes:
-    scalars: metrics by full name, such as 'eval/val/loss_rec'.
-    sentence: the main numbers in one sentence, printed; '': nothing is printed.
-    picture: picture to save; None: no picture.
-    events: objects for metrics.jsonl by name.
-    state: state after the evaluation; None: unchanged.
-  """
-
-  scalars: Mapping[str, float] = dataclasses.field(default_factory=dict)
-  sentence: str = ""
-  picture: Picture | None = None
-  events: Mapping[str, dict] = dataclasses.field(default_factory=dict)
-  state: State | None = None
-
-
-class Evaluation(NamedTuple):
-  """Evaluator with its schedule.
-
-  Attributes:
-    every: steps from one evaluation to the next. The last step is evaluated
-      too, unless a signal ends the run.
-    evaluator: maps a state to its result, in all processes together.
-    before_save: evaluate before the checkpoint of the step, at multiples of
-      `every` even when a signal ends the run. For evaluators that change the
-      state.
-  """
-
-  every: int
-  evaluator: Callable[[State], Result]
-  before_save: bool = False
-
-
-def run_training(run: Callable[[], tuple[Any, int | None]]) -> None:
+def run_training(run: Callable[[], tuple[State, int | None]]) -> None:
   """Runs a training and exits with the exit codes of marlin_jax.train.
 
   Args:
@@ -279,6 +146,9 @@ class _Loop:
 
   Attributes:
     state: state after the last step that was taken.
+
+  `_signum` is the signal that ends the run with this step, or None; `_saves` is
+  True if this step is to be saved.
   """
 
   def __init__(
@@ -342,6 +212,7 @@ class _Loop:
       **config.get("profile", {}),
     )
     self._requests = distributed.Requests(course.mesh)
+    self._saves, self._signum = False, None
     self._save_timer = SaveTimer(config.checkpoint_minutes)
     self._best = BestMetric(
       config.best_metric,
@@ -358,35 +229,38 @@ class _Loop:
     """Takes the steps; returns the signal that ended the run early, or None."""
     # Signals are noted until all is saved.
     with (
-      StopSignal() as stop,
+      StopSignal() as self._stop,
       contextlib.closing(self._writer),
       contextlib.closing(self._progress),
     ):
       self._timer.enter("step")
       with self._profiles:
-        signum = self._evaluate_resumed(stop)
-        if signum is None:
-          signum = self._take_steps(stop)
+        self._evaluate_resumed()
+        self._take_steps()
       self._end()
-    return signum
+    return self._signum
 
-  def _take_steps(self, stop: StopSignal) -> int | None:
+  def _take_steps(self) -> None:
+    """Takes the remaining steps, until a signal."""
     config, num_steps = self._course.config, self._course.num_steps
     for step in range(self._workdir.start_step + 1, num_steps + 1):
+      if self._signum is not None:
+        return
       self._watchdog.alive(f"step {step}")
       scalars = self._take_step(step)
-      # Read once per step: a signal that arrives later stops the next step.
-      signum, saves = self._requests(stop.received, self._save_timer.is_due())
-      is_last = step == num_steps or signum is not None
-      saves |= is_last or any(
+      self._saves = step == num_steps or any(
         every and step % every == 0
         for every in (config.checkpoint_steps, config.keep_every_steps)
       )
-      self._log(step, scalars, is_last)
-      signum = self._evaluate_and_save(step, stop, signum, saves)
-      if signum is not None:
-        return signum
-    return None
+      # Read once per step: a signal that arrives later stops the next step.
+      self._read_requests(self._save_timer.is_due())
+      self._log(step, scalars)
+      self._evaluate_and_save(step)
+
+  def _read_requests(self, save_is_due: bool = False) -> None:
+    """Follows the requests of all processes to end or to save."""
+    self._signum, saves = self._requests(self._stop.received, save_is_due)
+    self._saves |= saves or self._signum is not None
 
   def _take_step(self, step: int) -> Scalars:
     """Takes a step; returns its scalars, which are still being computed."""
@@ -416,12 +290,13 @@ class _Loop:
       self._writer.event("skipped", **skip._asdict())
       self._progress.say(str(skip))
 
-  def _log(self, step: int, scalars: Scalars, is_last: bool) -> None:
+  def _log(self, step: int, scalars: Scalars) -> None:
     """Logs a step that is due, and the end of a stage."""
     stage = self._stage
     # On a small machine the second log may be an hour away: log the first step
     # too.
     is_first = step == self._workdir.start_step + 1
+    is_last = step == self._course.num_steps or self._signum is not None
     # Rates of two stages are not mixed.
     ends_stage = step == stage.last_step
     is_due = step % self._course.config.log_steps == 0
@@ -451,49 +326,39 @@ class _Loop:
         f"{stage.name} ends with step {step}: {metrics.rates_text(rates)}"
       )
 
-  def _evaluate_and_save(
-    self, step: int, stop: StopSignal, signum: int | None, saves: bool
-  ) -> int | None:
-    """Runs the evaluations that are due, and saves.
-
-    Args:
-      step: number of the step that was taken.
-      stop: signals.
-      signum: signal that ends the run with this step, or None.
-      saves: a checkpoint is due.
-
-    Returns:
-      The signal that ends the run with this step, or None.
-    """
-    found = self._evaluate_before_save(step, signum)
-    due, decides = self._due(step), bool(self._course.config.best_metric)
-    is_saved = saves and not decides
+  def _evaluate_and_save(self, step: int) -> None:
+    """Runs the evaluations that are due, and saves if that is requested."""
+    found = self._evaluate_before_save(step)
+    # A metric that decides which checkpoint is the best is measured first.
+    decides = bool(self._course.config.best_metric)
+    is_saved = self._saves and not decides
     if is_saved:
       self._save(step, found)
-    if signum is None:
-      more, signum, asked = self._evaluate_all(step, due, stop)
-      found |= more
-      saves |= asked or signum is not None
-    is_end = step == self._course.num_steps
+    more, left = self._evaluate(step, self._due(step, before_save=False))
+    found |= more
     if decides:
-      is_last = is_end and signum is None
-      if warning := self._best.missing(step, found, is_last=is_last):
-        self._progress.say(warning)
-      saves |= self._best.improves(found)
-    if saves and not is_saved:
+      self._saves |= self._is_best(step, found)
+    if self._saves and not is_saved:
       self._save(step, found)
-    if saves:
-      self._publish(step, is_evaluated=not due)
-    return signum if due or not is_end else None
+    if self._saves:
+      self._publish(step, is_evaluated=not left)
 
-  def _evaluate_before_save(self, step: int, signum: int | None) -> Scalars:
+  def _due(self, step: int, *, before_save: bool) -> list[Evaluation]:
+    is_last = step == self._course.num_steps
+    return [
+      evaluation
+      for evaluation in self._evaluations
+      if evaluation.before_save == before_save
+      and evaluation.is_due(step, is_last=is_last)
+    ]
+
+  def _evaluate_before_save(self, step: int) -> Scalars:
     """Runs the evaluations that come before a save; returns their metrics."""
     found = {}
-    is_end = step == self._course.num_steps and signum is None
-    for every, evaluator, is_before_save in self._evaluations:
-      is_multiple = step % every == 0
-      if is_before_save and (is_multiple or is_end):
-        result = self._evaluate(step, evaluator)
+    for evaluation in self._due(step, before_save=True):
+      is_multiple = evaluation.is_due(step, is_last=False)
+      if is_multiple or self._signum is None:
+        result = self._run(step, evaluation)
         found |= result.scalars
         # Only at multiples: a longer run does not evaluate at this run's last
         # step, and must have the same bits.
@@ -501,58 +366,58 @@ class _Loop:
           self.state = result.state
     return found
 
-  def _due(self, step: int) -> list[Callable[[State], Result]]:
-    """Returns the evaluators of a step that do not change the state."""
-    is_end = step == self._course.num_steps
-    return [
-      evaluator
-      for every, evaluator, is_before_save in self._evaluations
-      if not is_before_save and (is_end or step % every == 0)
-    ]
-
-  def _evaluate_all(
-    self, step: int, due: list[Callable[[State], Result]], stop: StopSignal
-  ) -> tuple[Scalars, int | None, bool]:
-    """Runs evaluators until a signal, after which time may be short.
-
-    Args:
-      step: number of the step that was taken.
-      due: the evaluators; those that ran are removed.
-      stop: signals.
+  def _evaluate(
+    self, step: int, due: list[Evaluation]
+  ) -> tuple[Scalars, list[Evaluation]]:
+    """Runs evaluations until a signal, after which time may be short.
 
     Returns:
-      Their metrics; the signal or None; True if a save was requested meanwhile.
+      Their metrics, and the evaluations that are left.
     """
-    found, signum, saves = {}, None, False
-    while due and signum is None:
-      found |= self._evaluate(step, due.pop(0)).scalars
-      signum, asked = self._requests(stop.received)
-      saves |= asked
-    return found, signum, saves
+    found = {}
+    for i, evaluation in enumerate(due):
+      if self._signum is not None:
+        return found, due[i:]
+      found |= self._run(step, evaluation).scalars
+      self._read_requests()
+    if step == self._course.num_steps:
+      self._signum = None  # nothing is left for it to end
+    return found, []
 
-  def _evaluate_resumed(self, stop: StopSignal) -> int | None:
+  def _evaluate_resumed(self) -> None:
     """Runs the evaluations of the step that is resumed from, if any are left.
 
     The process that saved the step may have ended in the middle of them.
-
-    Returns:
-      The signal that ended them, or None.
     """
-    step, signum = self._workdir.start_step, None
-    due = self._due(step) if step else []
-    if step == self._course.num_steps:
-      # At multiples of `every` they ran before the save, signal or not.
-      due += [
-        evaluator
-        for every, evaluator, is_before_save in self._evaluations
-        if is_before_save and step % every
-      ]
+    step = self._workdir.start_step
+    if not step:
+      return
+    due = self._due(step, before_save=False)
+    # At multiples of `every` they ran before the save, signal or not.
+    due += [
+      evaluation
+      for evaluation in self._due(step, before_save=True)
+      if not evaluation.is_due(step, is_last=False)
+    ]
     if due and not self._writer.was_evaluated():
       self._watchdog.alive(f"the evaluations of step {step}")
       self._progress.say(f"step {step}: its evaluations had not ended")
-      _, signum, _ = self._evaluate_all(step, due, stop)
-      self._publish(step, is_evaluated=not due)
-    return signum
+      _, left = self._evaluate(step, due)
+      self._publish(step, is_evaluated=not left)
+
+  def _run(self, step: int, evaluation: Evaluation) -> Result:
+    """Runs an evaluation; writes and prints its result."""
+    with self._timer.on("eval"):
+      result = evaluation.evaluator(self.state)
+      write_result(result, step, self._workdir, self._writer, self._progress)
+    return result
+
+  def _is_best(self, step: int, found: Mapping[str, float]) -> bool:
+    """Returns True, on all processes, for the best value of `best_metric`."""
+    is_last = step == self._course.num_steps and self._signum is None
+    if warning := self._best.missing(step, found, is_last=is_last):
+      self._progress.say(warning)
+    return self._best.improves(found)
 
   def _save(self, step: int, found: Mapping[str, float]) -> None:
     with self._timer.on("checkpoint"):
@@ -569,15 +434,6 @@ class _Loop:
     self._writer.write(step, self._timer.totals())
     with self._timer.on("checkpoint"):
       self._workdir.files.publish()
-
-  def _evaluate(
-    self, step: int, evaluator: Callable[[State], Result]
-  ) -> Result:
-    """Runs an evaluator; writes and prints its result."""
-    with self._timer.on("eval"):
-      result = evaluator(self.state)
-      _write(result, step, self._workdir, self._writer, self._progress)
-    return result
 
   def _end(self) -> None:
     """Waits until all processes have saved; prints the summary."""
@@ -635,33 +491,6 @@ def _batches(course: Course, stages: Sequence[Stage], workdir: Workdir):
       yield read(stage, before.last_step)
 
   return loader.to_devices(itertools.chain.from_iterable(readers()), split)
-
-
-def _write(
-  result: Result,
-  step: int,
-  workdir: Workdir,
-  writer: metrics.MetricWriter,
-  progress: metrics.Progress,
-) -> None:
-  """Writes and prints the result of an evaluation."""
-  if result.scalars:
-    writer.write(step, result.scalars)
-  for name, details in result.events.items():
-    writer.event(name, step, **details)
-  if result.sentence:
-    progress.say(f"step {step}: {result.sentence}")
-  if result.picture and jax.process_index() == 0:
-    folder = workdir.files.path / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [f"step_{step:07d}.png"]
-    Image.fromarray(result.picture.image).save(folder / names[0])
-    if result.picture.save_animation:
-      names.append(f"step_{step:07d}.gif")
-      result.picture.save_animation(folder / names[1])
-    writer.write_picture(step, result.picture.name, result.picture.image)
-    paths = [str(workdir.path / "pictures" / name) for name in names]
-    progress.say(f"step {step}: {' and '.join(paths)}")
 
 
 def _summary(workdir: Any, step: int, num_steps: int) -> str:

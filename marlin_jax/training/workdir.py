@@ -15,12 +15,14 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from marlin_jax.checkpoints import inventory
+from marlin_jax.checkpoints.inventory import ResumeError
+from marlin_jax.checkpoints.manager import Checkpoints
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.data.reader import BadRecords
 from marlin_jax.devices import distributed
 from marlin_jax.records import folders
-from marlin_jax.training import checkpoint, goodput, remote_files
-from marlin_jax.training.checkpoint import ResumeError
+from marlin_jax.training import goodput, remote_files
 from marlin_jax.training.configuration import Key, flat, get
 
 
@@ -102,7 +104,7 @@ class Workdir:
     files: local folder of the small files; available after `begin`.
   """
 
-  checkpoints: checkpoint.Checkpoints
+  checkpoints: Checkpoints
   start_step: int
   files: remote_files.RunFiles
 
@@ -145,9 +147,9 @@ class Workdir:
             lock = folders.Lock(Path(self.path), "lock")
             stack.callback(lock.close)
             remote_files.check_room(Path(self.path), 4 * self._num_params)
-          for note in checkpoint.set_damaged_aside(self.path / "checkpoints"):
+          for note in inventory.set_damaged_aside(self.path / "checkpoints"):
             print(f"warning: {note}", flush=True)
-      self.checkpoints = checkpoint.Checkpoints(
+      self.checkpoints = Checkpoints(
         str(self.path / "checkpoints"),
         keep=self._config.keep_checkpoints,
         keep_every=self._config.keep_every_steps,
@@ -261,7 +263,7 @@ class BestMetric:
   def __init__(
     self,
     name: str,
-    checkpoints: checkpoint.Checkpoints,
+    checkpoints: Checkpoints,
     last_first: int,
   ):
     """Stores the arguments.

@@ -14,11 +14,11 @@ import jax
 import numpy as np
 from etils import epath
 
+from marlin_jax.checkpoints import checksums
 from marlin_jax.data.clip_geometry import Clip, SoundPatches
 from marlin_jax.models import vit
 from marlin_jax.models.vit import NORM_EPS
 from marlin_jax.records.schema import FRAME_SIZE
-from marlin_jax.training import checksums
 from marlin_jax.weights.architecture import (
   DISCRIMINATOR,
   OBJECTIVES,
@@ -182,14 +182,14 @@ def read_meta(path: Path, *, is_checked: bool = True) -> tuple[Path, dict]:
       f"{path}: expected a workdir with checkpoints/, or one step in it"
     )
   ocp = _import_orbax()
-  from marlin_jax.training import checkpoint
+  from marlin_jax.checkpoints import inventory
 
   with ocp.CheckpointManager(directory) as manager:
     if directory == path.parent:
       step = int(path.name)
     elif directory.parent == path.absolute():
       step = manager.latest_step()
-    elif (step := checkpoint.best_step(directory)) is None:
+    elif (step := inventory.best_step(directory)) is None:
       raise WeightsError(
         f"{path}: no checkpoint has a metric; train with config.best_metric, "
         f"or name a step: {directory}/STEP"

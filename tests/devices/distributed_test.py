@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from configs import pretrain_b
+from marlin_jax.checkpoints import checksums
 from marlin_jax.data import loader, prepared_dataset, sampling
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.data.clips import TakeClip
 from marlin_jax.devices import distributed
 from marlin_jax.records import folders
-from marlin_jax.training import checksums
 from tests.support.files import arrays_of, rows_of
 from tests.support.processes import ROOT, children
 from tests.support.training_runs import (

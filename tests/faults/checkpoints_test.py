@@ -15,9 +15,11 @@ import jax
 import numpy as np
 import pytest
 
+from marlin_jax.checkpoints import checksums, inventory
+from marlin_jax.checkpoints.manager import Checkpoints
 from marlin_jax.devices import distributed
 from marlin_jax.records import folders
-from marlin_jax.training import checkpoint, checksums, remote_files
+from marlin_jax.training import remote_files
 from marlin_jax.weights import formats
 from marlin_jax.weights.weights import WeightsError
 from tests.support import dying
@@ -29,7 +31,7 @@ from tests.support.training_runs import command, refused, train
 def two_steps(tmp_path_factory):
   """A workdir with checkpoints of steps 1 and 2."""
   workdir = tmp_path_factory.mktemp("two_steps")
-  checkpoints = checkpoint.Checkpoints(str(workdir / "checkpoints"), keep=3)
+  checkpoints = Checkpoints(str(workdir / "checkpoints"), keep=3)
   for step in (1, 2):
     checkpoints.save(step, dying.state_of(step), {"run": 1})
   checkpoints.close()
@@ -44,8 +46,8 @@ def workdir(two_steps, tmp_path):
 
 def restored(workdir):
   """The last good checkpoint's step and state, and the warnings."""
-  notes = checkpoint.set_damaged_aside(workdir / "checkpoints")
-  checkpoints = checkpoint.Checkpoints(str(workdir / "checkpoints"), keep=3)
+  notes = inventory.set_damaged_aside(workdir / "checkpoints")
+  checkpoints = Checkpoints(str(workdir / "checkpoints"), keep=3)
   step = checkpoints.last_saved
   shardings = jax.tree.map(
     lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]),
@@ -135,7 +137,7 @@ def test_a_full_disk_ends_the_run_at_that_save_and_keeps_the_last(
   assert "full disk" in message
   assert "is saved" not in result.stdout
   assert "step 6/" not in result.stdout
-  assert not checkpoint.steps(tmp_path / "checkpoints")
+  assert not inventory.steps(tmp_path / "checkpoints")
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_told_before_training(tmp_path):
@@ -261,13 +263,13 @@ def test_a_bad_copy_of_the_last_step_gives_way_to_the_one_before(
 def test_where_no_checkpoint_is_whole_each_is_named(workdir):
   cut_metadata(workdir / "checkpoints" / "1")
   lose_a_file(workdir / "checkpoints" / "2")
-  with pytest.raises(checkpoint.ResumeError) as error:
+  with pytest.raises(inventory.ResumeError) as error:
     restored(workdir)
   message = str(error.value)
   assert "1: state/_METADATA holds 100 bytes" in message
   assert "2: " in message
   assert "start afresh" in message
-  assert checkpoint.steps(workdir / "checkpoints") == [2, 1]
+  assert inventory.steps(workdir / "checkpoints") == [2, 1]
 
 
 @pytest.mark.parametrize("is_only", [False, True])
@@ -301,11 +303,11 @@ def test_two_of_the_same_step_can_be_set_aside(workdir):
 
 
 def test_another_tree_is_refused_leaf_by_leaf(workdir):
-  checkpoints = checkpoint.Checkpoints(str(workdir / "checkpoints"), keep=3)
+  checkpoints = Checkpoints(str(workdir / "checkpoints"), keep=3)
   like = {"a": np.zeros(1000, np.float32), "b": np.zeros((4, 30), int), "c": 1}
   like["c"] = np.zeros(3)
   shardings = jax.tree.map(lambda _: None, like)
-  with pytest.raises(checkpoint.ResumeError) as error:
+  with pytest.raises(inventory.ResumeError) as error:
     checkpoints.restore(2, like, shardings, {"run": 1})
   checkpoints.close()
   message = str(error.value)
@@ -315,13 +317,13 @@ def test_another_tree_is_refused_leaf_by_leaf(workdir):
 
 
 def test_what_a_run_is_about_may_change_only_where_that_is_meant(workdir):
-  checkpoints = checkpoint.Checkpoints(str(workdir / "checkpoints"), keep=3)
+  checkpoints = Checkpoints(str(workdir / "checkpoints"), keep=3)
   like = dying.state_of(1)
   shardings = jax.tree.map(
     lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), like
   )
   other = {"run": 1, "seed": 7, "data.fingerprint": "f"}
-  with pytest.raises(checkpoint.ResumeError) as error:
+  with pytest.raises(inventory.ResumeError) as error:
     checkpoints.restore(2, like, shardings, other)
   assert "seed: was None, is 7" in str(error.value)
   assert "--config.allow_change=data.fingerprint,seed" in str(error.value)

@@ -5,9 +5,9 @@ import numpy as np
 import optax
 import pytest
 
+from marlin_jax.checkpoints.manager import Checkpoints
 from marlin_jax.devices import sharding
 from marlin_jax.models import stacking
-from marlin_jax.training import checkpoint
 
 # More than ten, because '10' sorts before '2' as text.
 DEPTH = 11
@@ -66,7 +66,7 @@ def test_a_run_can_go_on_with_scan_the_other_way(tmp_path, saved_stacked):
   separate, stacked = state(), stacking.stack(state())
   saved, like = (stacked, separate) if saved_stacked else (separate, stacked)
   layout = sharding.lay_out(mesh, like, {"encoder": 1})
-  checkpoints = checkpoint.Checkpoints(str(tmp_path / "checkpoints"), keep=1)
+  checkpoints = Checkpoints(str(tmp_path / "checkpoints"), keep=1)
   checkpoints.save(1, saved, {})
   checkpoints.wait()
   got = checkpoints.restore(1, like, layout.shardings, {})

@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 
-from marlin_jax.training import checkpoint
+from marlin_jax.checkpoints.manager import Checkpoints
 
 
 def state_of(step):
@@ -25,7 +25,7 @@ def main(directory, event, name):
     if event_name == event and os.path.basename(str(args[0])).startswith(name):
       os.kill(os.getpid(), signal.SIGKILL)
 
-  checkpoints = checkpoint.Checkpoints(directory, keep=3)
+  checkpoints = Checkpoints(directory, keep=3)
   checkpoints.save(1, state_of(1), {"run": 1})
   checkpoints.wait()
   sys.addaudithook(kill_at)

@@ -11,8 +11,9 @@ import time
 from absl import app, flags
 
 from marlin_jax import train
+from marlin_jax.checkpoints import checksums
 from marlin_jax.devices import distributed
-from marlin_jax.training import checksums, config_flags
+from marlin_jax.training import config_flags
 
 SHUTDOWN_SECS = 3
 SLOW_SECS = 10

@@ -14,9 +14,9 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from marlin_jax.checkpoints.manager import Checkpoints
 from marlin_jax.devices import distributed, sharding
 from marlin_jax.pretraining import build
-from marlin_jax.training import checkpoint
 
 
 def main(workdir, step, target, fsdp, tensor, coordinator, num, number):
@@ -41,12 +41,12 @@ def main(workdir, step, target, fsdp, tensor, coordinator, num, number):
   mesh = sharding.make_mesh(-1, int(fsdp), int(tensor))
   experiment = build.Experiment(config, config.num_steps, mesh)
   shapes, layout = experiment.shapes, experiment.layout
-  source = checkpoint.Checkpoints(f"{workdir}/checkpoints", keep=9)
+  source = Checkpoints(f"{workdir}/checkpoints", keep=9)
   meta_file = Path(workdir) / "checkpoints" / str(step) / "meta" / "metadata"
   meta = json.loads(meta_file.read_text())
   state = source.restore(step, shapes, layout.shardings, meta)
   source.close()
-  copy = checkpoint.Checkpoints(f"{target}/checkpoints", keep=9)
+  copy = Checkpoints(f"{target}/checkpoints", keep=9)
   copy.save(step, state, meta)
   copy.close()
 

@@ -14,6 +14,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import pretrain_b
+from marlin_jax.checkpoints import inventory
+from marlin_jax.checkpoints.manager import Checkpoints
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.data.clips import TakeClip
 from marlin_jax.data.prepared_dataset import open_dataset
@@ -22,8 +24,9 @@ from marlin_jax.devices import sharding
 from marlin_jax.pretraining import configuration
 from marlin_jax.records import cli, signals
 from marlin_jax.records.folders import OutputFolderError
-from marlin_jax.training import checkpoint, loop, remote_files, workdir
-from marlin_jax.training.checkpoint import Checkpoints
+from marlin_jax.training import loop, remote_files, workdir
+from marlin_jax.training.course import Stage
+from marlin_jax.training.evaluation import Evaluation, Result
 from marlin_jax.training.watchdog import Watchdog
 from marlin_jax.training.workdir import SaveTimer
 from tests.support import made_dataset
@@ -52,10 +55,10 @@ class AddingCourse:
     """Adds ten times as much after the `first_stage` steps of a first stage."""
     self.config, self.dataset, self.num_steps = config, dataset, num_steps
     draws = RecordDraws(dataset, config.seed)
-    self.stages = [loop.Stage(num_steps, draws, self.take_clip, self.make_step)]
+    self.stages = [Stage(num_steps, draws, self.take_clip, self.make_step)]
     if first_stage:
       self.stages = [
-        loop.Stage(
+        Stage(
           last_step,
           draws,
           dataclasses.replace(self.take_clip, frame_size=size),
@@ -138,28 +141,28 @@ def train(
 
   def double(state):
     events.append(f"double {state.step}")
-    return loop.Result(
+    return Result(
       {"eval/weight": float(state.weight)},
       state=state.replace(weight=2 * state.weight),
     )
 
   def look(state):
     events.append(f"look {state.step}")
-    return loop.Result(sentence="it looks well")
+    return Result(sentence="it looks well")
 
   def kill(state):
     if state.step == kill_at:
       os.kill(os.getpid(), signal.SIGTERM)
-    return loop.Result()
+    return Result()
 
   return loop.train(
     AddingCourse(config, dataset, num_steps, first_stage),
     lambda workdir, alive: evaluations
     or [
-      loop.Evaluation(2, double, before_save=True),
-      loop.Evaluation(3, look),
+      Evaluation(2, double, before_save=True),
+      Evaluation(3, look),
       # Where nothing else is due, the next step is the last.
-      loop.Evaluation(1, kill, before_save=True),
+      Evaluation(1, kill, before_save=True),
     ],
     str(workdir),
     Watchdog(dump_secs=0, exit_secs=0),
@@ -260,18 +263,18 @@ def test_a_signal_during_evaluations_before_a_save_ends_them(
 
   def killed(state):
     os.kill(os.getpid(), signal.SIGTERM)
-    return loop.Result({"eval/first": 1.0})
+    return Result({"eval/first": 1.0})
 
   def late(state):
     events.append("late")
-    return loop.Result({"eval/second": 1.0})
+    return Result({"eval/second": 1.0})
 
   state, signum = train(
     dataset,
     tmp_path,
     9,
     events,
-    evaluations=[loop.Evaluation(2, killed), loop.Evaluation(2, late)],
+    evaluations=[Evaluation(2, killed), Evaluation(2, late)],
     best_metric="eval/second",
   )
   assert signum == signal.SIGTERM
@@ -293,13 +296,13 @@ def test_evaluations_that_a_signal_ended_are_done_when_the_run_resumes(
       events.append(f"first {state.step}")
       if killed:
         os.kill(os.getpid(), signal.SIGTERM)
-      return loop.Result({"eval/first": 1.0})
+      return Result({"eval/first": 1.0})
 
     def second(state):
       events.append(f"second {state.step}")
-      return loop.Result({"eval/second": 1.0})
+      return Result({"eval/second": 1.0})
 
-    return [loop.Evaluation(2, first), loop.Evaluation(2, second)]
+    return [Evaluation(2, first), Evaluation(2, second)]
 
   state, signum = train(
     dataset,
@@ -368,7 +371,7 @@ def test_a_full_disk_is_told_in_words(dataset, tmp_path, events, capfd):
   def draw(state):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "pictures/1.png")
 
-  evaluations = [loop.Evaluation(2, draw)]
+  evaluations = [Evaluation(2, draw)]
   with pytest.raises(SystemExit) as ended:
     loop.run_training(
       lambda: train(dataset, tmp_path, 3, events, evaluations=evaluations)
@@ -421,7 +424,7 @@ def test_the_last_the_best_and_every_nth_checkpoint_are_kept(
   }
 
   def measure(state):
-    return loop.Result({"eval/loss": losses[int(state.step)]})
+    return Result({"eval/loss": losses[int(state.step)]})
 
   def run(num_steps):
     train(
@@ -429,7 +432,7 @@ def test_the_last_the_best_and_every_nth_checkpoint_are_kept(
       tmp_path,
       num_steps,
       events,
-      evaluations=[loop.Evaluation(2, measure)],
+      evaluations=[Evaluation(2, measure)],
       **settings,
     )
     return [e.split(":")[0] for e in events if e.startswith("save")]
@@ -437,32 +440,32 @@ def test_the_last_the_best_and_every_nth_checkpoint_are_kept(
   # 2 and 4 are the best so far, 6 and 8 are not.
   assert run(8) == [f"save {step}" for step in (2, 3, 4, 5, 6, 8)]
   assert steps_of(tmp_path) == [4, 5, 8]
-  assert checkpoint.best_step(tmp_path / "checkpoints") == 4
+  assert inventory.best_step(tmp_path / "checkpoints") == 4
   events.clear()
   assert run(10) == ["save 9", "save 10"]
   assert steps_of(tmp_path) == [4, 5, 10]
   events.clear()
   assert run(12) == ["save 12"]
   assert steps_of(tmp_path) == [5, 10, 12]
-  assert checkpoint.best_step(tmp_path / "checkpoints") == 12
+  assert inventory.best_step(tmp_path / "checkpoints") == 12
 
 
 def test_the_highest_value_may_be_the_best(dataset, tmp_path, events):
   def measure(state):
-    return loop.Result({"eval/auc": {1: 0.5, 2: 0.9}.get(int(state.step), 0.7)})
+    return Result({"eval/auc": {1: 0.5, 2: 0.9}.get(int(state.step), 0.7)})
 
   train(
     dataset,
     tmp_path,
     4,
     events,
-    evaluations=[loop.Evaluation(1, measure)],
+    evaluations=[Evaluation(1, measure)],
     best_metric="eval/auc",
     best_mode="max",
     keep_checkpoints=1,
   )
   assert steps_of(tmp_path) == [2, 4]
-  assert checkpoint.best_step(tmp_path / "checkpoints") == 2
+  assert inventory.best_step(tmp_path / "checkpoints") == 2
 
 
 def test_a_metric_that_no_evaluation_has_is_told_once(
@@ -480,9 +483,7 @@ def test_a_metric_that_is_not_due_yet_is_not_missed(
   """In a run that a signal ends early, and in one that resumes."""
   settings = {"best_metric": "eval/weight"}
   train(dataset, tmp_path, 9, events, kill_at=1, **settings)
-  evaluations = [
-    loop.Evaluation(2, lambda state: loop.Result({"eval/weight": 1.0}))
-  ]
+  evaluations = [Evaluation(2, lambda state: Result({"eval/weight": 1.0}))]
   train(dataset, tmp_path, 9, events, evaluations=evaluations, **settings)
   assert "is in no evaluation" not in capfd.readouterr().out
 

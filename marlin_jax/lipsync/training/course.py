@@ -24,22 +24,23 @@ from marlin_jax.pretraining.build import count
 from marlin_jax.records import cli
 from marlin_jax.training import loop, remote_files
 from marlin_jax.training.configuration import check_attention
+from marlin_jax.training.course import Stage
 
 
 class LipsyncCourse:
   """Base class of the courses of expert and generator.
 
-  It implements `training.loop.Course`.
+  It implements `training.course.Course`.
 
   A subclass defines `section`, `fields`, `make_step` and `evaluations`; its
   constructor sets `take_clip` and `summary` and calls `set_state`.
 
   Attributes:
-    draws, take_clip: see `loop.Stage`; the run is a single one.
+    draws, take_clip: see `training.course.Stage`; the run is a single one.
     section: section of the configuration, 'expert' or 'generator'.
     settings: that section of the configuration.
     summary: the network in one line.
-    All others are those of `training.loop.Course`.
+    All others are those of `training.course.Course`.
   """
 
   section: str
@@ -105,10 +106,8 @@ class LipsyncCourse:
     self.identity = json.loads(json.dumps(identity))
 
   @property
-  def stages(self) -> list[loop.Stage]:
-    return [
-      loop.Stage(self.num_steps, self.draws, self.take_clip, self.make_step)
-    ]
+  def stages(self) -> list[Stage]:
+    return [Stage(self.num_steps, self.draws, self.take_clip, self.make_step)]
 
   def first_state(self) -> Any:
     """Returns the first state, on the devices."""

@@ -30,7 +30,7 @@ from marlin_jax.lipsync.training.expert_step import (
 )
 from marlin_jax.lipsync.training.losses import published_sync_loss
 from marlin_jax.training.configuration import ConfigError
-from marlin_jax.training.loop import Evaluation, Picture, Result
+from marlin_jax.training.evaluation import Evaluation, Picture, Result
 
 
 def train_expert(

@@ -33,7 +33,7 @@ from marlin_jax.lipsync.training.generator_step import (
   next_sync_weight,
 )
 from marlin_jax.training.configuration import ConfigError
-from marlin_jax.training.loop import Evaluation, Picture, Result
+from marlin_jax.training.evaluation import Evaluation, Picture, Result
 from marlin_jax.weights import formats
 from marlin_jax.weights.weights import encoder_sha256
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from configs import eval_ls
+from marlin_jax.checkpoints.inventory import ResumeError
 from marlin_jax.lipsync import configuration, mel_windows, offset_chart
 from marlin_jax.lipsync.networks import build
 from marlin_jax.lipsync.networks.functional import split_network
@@ -27,7 +28,6 @@ from marlin_jax.lipsync.training import (
   pictures,
 )
 from marlin_jax.records import mel_spectrogram
-from marlin_jax.training.checkpoint import ResumeError
 from marlin_jax.training.configuration import ConfigError
 from marlin_jax.weights.architecture import Architecture
 from tests.support import talking_mouths
