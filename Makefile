@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # glibc gives big buffers back to the kernel after every step and faults them
-# in again; keeping them makes a step on CPU up to 1.4x faster.
+# in again; a step on CPU takes less time where they are kept: docs/TRAINING.md.
 export MALLOC_MMAP_THRESHOLD_ ?= 17179869184
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 export MALLOC_ARENA_MAX ?= 1

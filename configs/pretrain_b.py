@@ -66,7 +66,8 @@ def get_config():
   # A clip shows every stride-th frame.
   config.data.stride = 2
   # Height and width of the network's picture in pixels, a multiple of
-  # model.patch_size. Records hold 224 pixels; fewer are scaled down.
+  # model.patch_size; at most those of the records, 224 or
+  # data_prep.prepare --frame_size. Larger frames are scaled down.
   config.data.frame_size = 224
   # Clips drawn from each record that is read (repeated sampling). Above 1 there
   # is less to read and to decode per clip; batch_size must be a multiple of it.
@@ -74,7 +75,7 @@ def get_config():
   # Draws in a row of each video or subject, so that neighbours in a batch show
   # the same person, as contrast needs: with sample_by=subject of different
   # videos as long as there are some, with video of one track. batch_size must
-  # be a multiple.
+  # be a multiple of it times clips_per_record.
   config.data.draws_per_unit = 1
   # Worker processes that read, for each process of the training; 0: none,
   # threads of the training's own process read; -1: by the cores and devices.
@@ -324,8 +325,8 @@ def get_config():
   # Several processes that train together, each with its own devices.
   config.distributed = ConfigDict()
   # host:port of process 0; 'auto': ask the cluster (TPU, Slurm, Kubernetes,
-  # Open MPI); 'none': a single process; '': as JAX_COORDINATOR_ADDRESS or Slurm
-  # say.
+  # Open MPI); 'none': a single process; '': as the environment says that srun,
+  # Open MPI or a TPU pod sets, or JAX_COORDINATOR_ADDRESS. docs/TRAINING.md.
   config.distributed.coordinator = ""
   # Number of processes; only with host:port.
   config.distributed.num_processes = 0

@@ -1,7 +1,10 @@
 """Masked-autoencoder pretraining on face videos (MARLIN) in JAX.
 
-from marlin_jax import Marlin
-features = Marlin.from_pretrained(PATH).extract_video("clip.mp4")
+The features of a video:
+
+  from marlin_jax import Marlin
+  marlin = Marlin.from_pretrained("runs/b")
+  features = marlin.extract_video("clip.mp4", crop_face=True)
 """
 
 __version__ = "0.1.0"

@@ -3,11 +3,11 @@
   python -m marlin_jax.compare runs/far_a runs/far_b --output compare.html
 
 Prints a table with a column for each workdir: the metric with its 95% interval,
-and the difference to the first column, on the test split and on other data sets
-that were scored. Differences have intervals of paired
-draws of the same people, so that a small difference between two encoders is
-seen although each number by itself varies more; '*' marks one whose interval
-does not hold 0. --output also writes the table as a self-contained HTML page.
+and the difference from the first column, on the test split and on other data
+sets that were scored. Intervals of differences come from paired draws of the
+same people, and are narrower than those of the metrics themselves; '*' marks a
+difference whose interval does not contain 0. --output also writes the table as
+a self-contained HTML page.
 """
 
 from __future__ import annotations

@@ -9,7 +9,9 @@ devices and processes. After Ctrl-C or SIGTERM the run saves before it ends.
 A workdir holds config.json, metrics.jsonl (one object per logged step),
 tensorboard/, checkpoints/, pictures/ and compiled/ (programs that a restart
 need not compile again); quarantine.jsonl if records could not be read, damaged/
-if checkpoints were damaged, and lock, which names the process that is writing.
+if checkpoints were damaged, profile/ if a profile was taken, and lock, which
+names the process that is writing. WORKDIR/best is no folder, but opens the
+checkpoint with the best config.best_metric, in marlin_jax.features and others.
 
 Exit codes: 0 done; 1 refused, and the message says what to do; 75 ended early
 (hung, could not save, lost another process) and can be restarted; 128 + signal:

@@ -198,7 +198,7 @@ class Videos:
 
 
 def open_videos(inputs: Inputs, config: ConfigDict, cache: Path) -> Videos:
-  """Reads the labels of all records and selects the videos of each task."""
+  """Opens the splits and selects the videos of each task."""
   by_name = {
     name: splits.open_split(
       inputs.data, name, cache, all_tracks=config.data.all_tracks

@@ -26,7 +26,8 @@ Any value of the configuration can be overridden: --config.generator.lr=2e-4.
     --generator=runs/ls --video=face.mp4 --sound=words.wav --output=said.mp4
 
   python -m marlin_jax.eval.ls --config=configs/eval_ls.py --mode=generate \\
-    --generator=wav2lip.pth --pairs=lrs2.txt --root=LRS2 --output=runs/lrs2
+    --generator=wav2lip.pth --pairs=lrs2.txt --root=LRS2/main \\
+    --output=runs/lrs2
 
   --mode=score  measures how well lips and sound of videos agree and, with
     --real, how similar the faces are to those of real videos. Needs --videos,

@@ -37,7 +37,7 @@ class Probe:
     Args:
       course: network and devices.
       path: folder of the labelled data set.
-      workdir: workdir of the run; caches the labels.
+      workdir: workdir of the run; keeps what `splits.open_split` caches.
       alive: resets the watchdog, see `Watchdog.alive`.
 
     Raises:
@@ -46,8 +46,9 @@ class Probe:
       StartError: processes see different data sets.
     """
     config, architecture = course.config, course.architecture
-    # Process 0 reads all records for their labels and writes them to the
-    # workdir, which may be in a bucket; the others and later runs read that.
+    # Of a data set of an earlier version process 0 reads all records and keeps
+    # their labels in the workdir, which may be in a bucket; the others and
+    # later runs read that.
     cache = workdir.path / "probe"
     alive("reading the labels of the probe", is_limited=False)
     with distributed.process_0_first():

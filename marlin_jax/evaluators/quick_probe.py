@@ -116,7 +116,7 @@ def open_data(
   path: str,
   cache: Path | None = None,
 ) -> Data:
-  """Chooses the videos; reads all records of both splits for their labels.
+  """Chooses the videos of both splits; see `splits.open_split`.
 
   Args:
     config, path: see `open_task`.

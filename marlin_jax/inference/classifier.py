@@ -384,8 +384,8 @@ class VideoClassifier:
     if head != "linear" or pool != "mean":
       raise WeightsError(
         f"the head '{head}' on features pooled by '{pool}' is not a linear "
-        "layer on the mean feature: only models of linear (with pool=mean) and "
-        "finetune can be exported"
+        "layer on the mean feature: only models of linear (with pool=mean), "
+        "layernorm, lora and finetune can be exported"
       )
     return self._arrays["kernel"], self._arrays["bias"]
 

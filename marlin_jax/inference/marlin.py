@@ -97,9 +97,10 @@ class Marlin:
     """Opens weights.
 
     Args:
-      source: a folder or file in any format of `weights.formats`, or the name
-        of a published model: marlin_vit_small_ytf, marlin_vit_base_ytf or
-        marlin_vit_large_ytf, downloaded once into MARLIN_HOME.
+      source: the workdir of a run; a folder or file in any other format of
+        `weights.formats`; OWNER/NAME on the HuggingFace hub, see `hub.fetch`;
+        or the name of a published model, marlin_vit_small_ytf,
+        marlin_vit_base_ytf or marlin_vit_large_ytf. Downloads are kept.
       full_model: download a published model with its decoder, which
         `reconstruct` needs.
       **options: `dtype` and `attention`, see `__init__`.

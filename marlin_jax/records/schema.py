@@ -110,7 +110,7 @@ class Record:
   """A segment of a face track.
 
   Attributes:
-    frames: T JPEG files, RGB, quality 95, all of the same of STORED_SIZES.
+    frames: T JPEG files, RGB, quality 95, all of one of STORED_SIZES.
     regions: uint16 (T, 14, 14); bit k is set if LaPa class k touches the patch;
       all zero in a frame without a parsed face.
     parsing: zstd-compressed uint8 (T, 224, 224) of LaPa label codes.
@@ -120,7 +120,8 @@ class Record:
     track_id: number of the face track in the video.
     segment: number of the segment in the track.
     subject_id: identity of the person if known, else ''.
-    fps: frames per second of the source.
+    fps: frames per second, those of the video unless it was resampled; 0 for a
+      picture.
     start_secs: time of the first frame in the source, in seconds.
     quality: score of the track in [0, 1]; higher is better.
     quality_terms: float32 (4,), the score's terms, ordered as QUALITY_TERMS.

@@ -1,6 +1,7 @@
 """Generates the videos of a pair list: the sound of one, the face of another.
 
-  python -m marlin_jax.eval.ls --mode=generate --pairs=lrs2.txt --root=LRS2
+  python -m marlin_jax.eval.ls --config=configs/eval_ls.py --mode=generate \\
+    --generator=runs/ls --pairs=lrs2.txt --root=LRS2/main --output=OUTPUT
 
 Wav2Lip's scores on LRS2, LRS3 and LRW are of such lists, evaluation/
 test_filelists in github.com/Rudrabha/Wav2Lip; what is drawn, and which pairs
