@@ -416,6 +416,10 @@ def make_task(
       f"{describe_labels(labels)}. Name one of them in config.tasks"
     )
   _check_rule(name, rule)
+  if "/" in name:
+    raise TaskError(
+      f"task '{name}': expected a name without '/', which names files"
+    )
   kind, columns = labels[label]["kind"], tuple(labels[label]["names"])
   cuts = tuple(float(cut) for cut in rule.get("cuts", ()))
   negative, only = rule.get("negative", ""), rule.get("only", "")

@@ -57,8 +57,11 @@ class Cell(NamedTuple):
 
   @property
   def name(self) -> str:
+    """Names its files too."""
     name = f"{self.task.name}-{self.mode}-{self.ratio:g}-{self.seed}"
-    return f"{name}-{self.fold}" if self.fold else name
+    # A fold may be of a class such as 'happy/joyful'.
+    fold = self.fold.replace("/", "%2F")
+    return f"{name}-{fold}" if fold else name
 
 
 def run_cells(

@@ -109,9 +109,10 @@ def _folds(cells: list[list[dict[str, Any]]]) -> dict[str, Any]:
   metrics = [fold["metrics"] for fold in folds.values()]
   mean = {}
   for name in metrics[0]:
-    values = [m[name]["mean"] for m in metrics if m[name]["mean"] is not None]
+    # None where a fold, such as a single video, does not define the metric.
     mean[name] = _summarised(
-      [{"value": value, "low": None, "high": None} for value in values], []
+      [{"value": m[name]["mean"], "low": None, "high": None} for m in metrics],
+      [],
     )
   return {"folds": folds, "mean_of_folds": mean}
 

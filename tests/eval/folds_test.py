@@ -8,7 +8,9 @@ import pytest
 from sklearn import metrics
 
 from configs import eval_dfd, eval_far
+from data_prep.sources.listing import CLASS, Label
 from marlin_jax import compare, predict
+from marlin_jax.downstream.tasks import TaskError
 from marlin_jax.eval import modes
 from marlin_jax.training.configuration import ConfigError
 from marlin_jax.weights import hub
@@ -256,6 +258,59 @@ def deepfakes(tmp_path_factory):
     },
     {"manipulation": LABELS["manipulation"]},
   )
+
+
+@pytest.fixture(scope="module")
+def swaps(tmp_path_factory):
+  """A video of each person, and features of it, as changes of `run`."""
+  folder = tmp_path_factory.mktemp("swaps")
+  frames = np.zeros((2, 224, 224, 3), np.uint8)
+  parts = {
+    split: [
+      labelled_data.Video(f"{split}{i}.mp4", "", {"kind": (i % 3,)}, frames)
+      for i in range(6)
+    ]
+    for split in ("train", "val", "test")
+  }
+  kinds = {"kind": Label(CLASS, ("real", "gan", "face/swap"))}
+  data = labelled_data.write(folder / "data", parts, kinds)
+  videos = [video for split in parts.values() for video in split]
+  np.savez(
+    folder / "features.npz",
+    video_id=[video.video_id for video in videos],
+    features=np.eye(3)[[video.labels["kind"][0] for video in videos]],
+  )
+  return {
+    "module": eval_far,
+    "data": data,
+    "checkpoint": "",
+    "features": str(folder / "features.npz"),
+    "modes": "knn",
+    "plots": False,
+    "knn.k": 1,
+  }
+
+
+def test_a_fold_of_one_video_has_no_auc_and_the_total_has(swaps, tmp_path):
+  changes = {"tasks": "kind", "data.folds": "leave_person_out"}
+  results = run(workdir=tmp_path, **swaps, **changes)
+  (row,) = (r for r in results["summary"] if r["mode"] == "knn")
+  assert len(row["folds"]) == 18
+  assert row["mean_of_folds"]["auc"]["mean"] is None
+  assert row["mean_of_folds"]["accuracy"]["mean"] == 1.0
+  assert row["metrics"]["auc"]["mean"] == 1.0
+
+
+def test_a_class_may_have_a_name_that_no_file_can_have(swaps, tmp_path):
+  rule = {"label": "kind", "negative": "real"}
+  changes = {"tasks": "fake", "data.folds": "leave_class_out"}
+  results = run(workdir=tmp_path, **swaps, **changes, **{"derive.fake": rule})
+  (row,) = (r for r in results["summary"] if r["mode"] == "knn")
+  assert list(row["folds"]) == ["gan", "face/swap"]
+  assert len(rows_of(tmp_path, "fake-knn-1-0-face%2Fswap")) == 4
+  changes = {"tasks": "a/b", "derive.a/b": rule}
+  with pytest.raises(TaskError, match="without '/'"):
+    run(workdir=tmp_path, **swaps, **changes)
 
 
 @pytest.mark.parametrize(
