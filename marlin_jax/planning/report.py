@@ -17,7 +17,7 @@ _GIB = 2**30
 # Measured, see docs/PERFORMANCE.md: clips that a core reads and decodes, and
 # the most that threads of one process can, since Python runs one at a time.
 _CLIPS_PER_SEC_OF_CORE = 350
-_CLIPS_PER_SEC_OF_THREADS = 1_200
+_CLIPS_PER_SEC_OF_THREADS = 2_000
 
 
 # --- text ---------------------------------------------------------------------

@@ -1,11 +1,10 @@
 """HuggingFace VideoMAE folders: config.json, model.safetensors, preprocessor.
 
 Read and written without the transformers package and without remote code.
-transformers 5 expects (METHOD section 5) LayerNorm epsilon 1e-5 in the config,
-`q_bias` and `v_bias` in the file although its module has query.bias and
-value.bias, the head's pixels ordered (pt ph pw c), and a final norm whose name
-depends on the class. It computes the position table in float64 and never saves
-it.
+transformers 5 expects LayerNorm epsilon 1e-5 in the config, `q_bias` and
+`v_bias` in the file although its module has query.bias and value.bias, the
+head's pixels ordered (pt ph pw c), and a final norm whose name depends on the
+class. It computes the position table in float64 and never saves it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The authors' format: .encoder.pt, .full.pt, Lightning's .ckpt, hub folders.
 
-`marlin_pytorch.Marlin.from_file` opens these files (METHOD section 5). Input
-and targets are plain pixels in [0, 1]. The files hold neither that nor the
-number of heads. The authors' folders on the HuggingFace hub hold the same
-arrays as safetensors, with sizes in config.json, whose model_type is 'marlin'.
+`marlin_pytorch.Marlin.from_file` opens these files. Input and targets are plain
+pixels in [0, 1]. The files hold neither that nor the number of heads. The
+authors' folders on the HuggingFace hub hold the same arrays as safetensors,
+with sizes in config.json, whose model_type is 'marlin'.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 Pretrained files hold encoder and decoder below 'model', fine-tuned files an
 encoder and a classifier below 'module' or 'model'. Their input is
 ImageNet-normalised, pretraining targets are normalised by token, and the head's
-pixels are ordered (pt ph pw c) (METHOD, 'Pitfalls'). The file holds neither the
-position tables, which VideoMAE computes in float64 like this project, nor the
-LayerNorm epsilon, 1e-6.
+pixels are ordered (pt ph pw c). The file holds neither the position tables,
+which VideoMAE computes in float64 like this project, nor the LayerNorm epsilon,
+1e-6.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def test_what_reading_needs_is_told_beside_what_was_measured():
   assert "5850 clips/s of each host: 17 cores" in needed
   config.data.num_workers = 0
   advice = report._reading_lines(step, rate)[-1]
-  assert "threads of one process read at most 1200 clips/s" in advice
+  assert "threads of one process read at most 2000 clips/s" in advice
   rate["input_clips_per_sec_per_host"] = 500
   assert len(report._reading_lines(step, rate)) == 1
 

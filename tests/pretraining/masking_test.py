@@ -18,7 +18,7 @@ NUM_VISIBLE = 156
 def candidates_by_hand(
   label_maps, components, ratio, *, size=14, opposite=False
 ):
-  """Applies METHOD's rule to pixels in loops: bool (T, size, size).
+  """Applies the rule of fasking to pixels in loops: bool (T, size, size).
 
   Args:
     label_maps: uint8 (T, 224, 224), one a tubelet; None where no face.

@@ -118,7 +118,7 @@ def test_features_and_predictions_equal_the_authors(architecture):
 
 
 class AuthorsStep:
-  """The authors' alternating step (METHOD section 1), written afresh.
+  """The authors' alternating step, written afresh.
 
   One forward for the discriminator's update, another for the autoencoder's.
   """
