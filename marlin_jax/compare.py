@@ -87,12 +87,14 @@ class Key(NamedTuple):
     test: name of another data set that was scored; '' for the test split.
     mode: name of the mode.
     ratio: share of the training data.
+    metric: name of the number.
   """
 
   task: str
   test: str
   mode: str
   ratio: float
+  metric: str
 
   @property
   def title(self) -> str:
@@ -122,23 +124,22 @@ def _run(args: argparse.Namespace) -> None:
 
   evaluations = _named_apart([_open(path) for path in args.results])
   _check_same_videos(evaluations)
-  names = sorted(
-    {
+  rows = _rows(evaluations, args.metric)
+  if not rows:
+    names = {
       name
       for evaluation in evaluations
       for row in evaluation.results["summary"]
       for name in row["metrics"]
     }
-  )
-  metric = args.metric or ("auc" if "auc" in names else "ccc")
-  rows = _rows(evaluations, metric)
-  if not rows:
     raise CompareError(
-      f"no task has the metric '{metric}', expected one of {', '.join(names)}"
+      f"no task has the metric '{args.metric}', expected one of "
+      f"{', '.join(sorted(names))}"
     )
-  print(_text(evaluations, rows, metric))
+  tables = itertools.groupby(rows, lambda row: row.key.metric)
+  print("\n\n".join(_text(evaluations, list(group)) for _, group in tables))
   if args.output:
-    page = _page(evaluations, rows, metric)
+    page = _page(evaluations, rows)
     write_bytes(args.output, page.encode())
     print(f"\n{args.output} holds the tables as a page")
 
@@ -176,6 +177,14 @@ def _check_same_videos(evaluations: list[Evaluation]) -> None:
           f"{first.path} and {other.path} differ in the videos or labels of "
           f"task '{task}', so their numbers do not compare"
         )
+      # Not keys that one of them was too early to know.
+      for key in facts.keys() & expected.keys():
+        if facts[key] != expected[key]:
+          raise CompareError(
+            f"{first.path} and {other.path} define task '{task}' otherwise, "
+            f"by {key} {expected[key]} and {facts[key]}, so their numbers do "
+            "not compare"
+          )
     theirs = _settings(other)
     for name, value in _settings(first).items():
       if name.startswith("data.tests.") and theirs.get(name, value) != value:
@@ -193,24 +202,34 @@ def _settings(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _rows(evaluations: list[Evaluation], metric: str) -> list[Row]:
+  """Returns the lines of a metric; '': of each task's main one."""
+  from marlin_jax.eval import report
+
   keys = dict.fromkeys(
-    Key(row["task"], test, row["mode"], row["ratio"])
+    Key(row["task"], test, row["mode"], row["ratio"], name)
     for evaluation in evaluations
     for row in evaluation.results["summary"]
     for test, metrics in _tests(row).items()
-    if metric in metrics
+    if (name := metric or report.main_metric(metrics)) in metrics
   )
   groups = list(dict.fromkeys((key.task, key.test) for key in keys))
+  names = list(dict.fromkeys(key.metric for key in keys))
   first, *others = evaluations
   return [
     Row(
       key,
       [
-        _cell(first, key, metric, None),
-        *(_cell(other, key, metric, first) for other in others),
+        _cell(first, key, None),
+        *(_cell(other, key, first) for other in others),
       ],
     )
-    for key in sorted(keys, key=lambda key: groups.index((key.task, key.test)))
+    for key in sorted(
+      keys,
+      key=lambda key: (
+        names.index(key.metric),
+        groups.index((key.task, key.test)),
+      ),
+    )
   ]
 
 
@@ -219,29 +238,29 @@ def _tests(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
   return {"": row["metrics"], **row.get("tests", {})}
 
 
-def _number(evaluation: Evaluation, key: Key, metric: str) -> dict | None:
+def _number(evaluation: Evaluation, key: Key) -> dict | None:
   for row in evaluation.results["summary"]:
     if (row["task"], row["mode"], row["ratio"]) == (
       key.task,
       key.mode,
       key.ratio,
     ):
-      return _tests(row).get(key.test, {}).get(metric)
+      return _tests(row).get(key.test, {}).get(key.metric)
   return None
 
 
 def _cell(
-  evaluation: Evaluation, key: Key, metric: str, first: Evaluation | None
+  evaluation: Evaluation, key: Key, first: Evaluation | None
 ) -> Cell | None:
   from marlin_jax.scores import bootstrap
 
-  number = _number(evaluation, key, metric)
+  number = _number(evaluation, key)
   if number is None:
     return None
-  theirs = first and _number(first, key, metric)
+  theirs = first and _number(first, key)
   if not theirs or None in (number["mean"], theirs["mean"]):
     return Cell(number, None)
-  draws = [_mean_draws(e, key, metric) for e in (evaluation, first)]
+  draws = [_mean_draws(e, key) for e in (evaluation, first)]
   if any(values is None for values in draws):
     return Cell(number, None)
   # The first draws are the same people whatever config.num_resamples.
@@ -252,9 +271,7 @@ def _cell(
   return Cell(number, (number["mean"] - theirs["mean"], low, high))
 
 
-def _mean_draws(
-  evaluation: Evaluation, key: Key, metric: str
-) -> np.ndarray | None:
+def _mean_draws(evaluation: Evaluation, key: Key) -> np.ndarray | None:
   """Returns the draws of the mean over seeds, (R,); None if there are none."""
   import numpy as np
 
@@ -262,7 +279,7 @@ def _mean_draws(
 
   draws = [
     results_folder.read_draws(evaluation.path, cell["name"]).get(
-      f"{key.test} {metric}".lstrip()
+      f"{key.test} {key.metric}".lstrip()
     )
     for cell in evaluation.results["cells"]
     if (cell["task"], cell["mode"], cell["ratio"])
@@ -276,7 +293,8 @@ def _mean_draws(
 # --- Output -------------------------------------------------------------------
 
 
-def _text(evaluations: list[Evaluation], rows: list[Row], metric: str) -> str:
+def _text(evaluations: list[Evaluation], rows: list[Row]) -> str:
+  """Returns the table of one metric."""
   header = ["task", "mode", "data", *(e.name for e in evaluations)]
   table = [header] + [
     [
@@ -292,7 +310,7 @@ def _text(evaluations: list[Evaluation], rows: list[Row], metric: str) -> str:
     "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
     for line in table
   ]
-  return "\n".join([metric, *lines])
+  return "\n".join([rows[0].key.metric, *lines])
 
 
 def _cell_text(cell: Cell | None) -> str:
@@ -304,11 +322,11 @@ def _cell_text(cell: Cell | None) -> str:
   return f"{text} ({cell.difference_text})" if cell.difference else text
 
 
-def _page(evaluations: list[Evaluation], rows: list[Row], metric: str) -> str:
+def _page(evaluations: list[Evaluation], rows: list[Row]) -> str:
   explanation = tag(
     "p",
-    f"Each cell holds the {metric}, its deviation over seeds if there are "
-    "several, and its 95% interval over people. The last line is the "
+    "Each cell holds the metric of its table, its deviation over seeds if "
+    "there are several, and its 95% interval over people. The last line is the "
     f"difference to {evaluations[0].name}, with an interval of paired draws of "
     "the same people; * marks one whose interval does not hold 0.",
   )
@@ -321,7 +339,9 @@ def _page(evaluations: list[Evaluation], rows: list[Row], metric: str) -> str:
         stacked=True,
       ),
     )
-    for title, group in itertools.groupby(rows, lambda row: row.key.title)
+    for title, group in itertools.groupby(
+      rows, lambda row: f"{row.key.title}: {row.key.metric}"
+    )
   ]
   encoders = [
     tag(
@@ -374,7 +394,7 @@ def _parser() -> argparse.ArgumentParser:
   add(
     "--metric",
     default="",
-    help="metric of results.json (default: auc, or ccc of tasks of numbers)",
+    help="metric of results.json (default: auc, and ccc of tasks of numbers)",
   )
   add("--output", type=Path, help="HTML page to write")
   return parser

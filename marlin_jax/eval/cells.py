@@ -72,8 +72,10 @@ def run_cells(
   folder: ResultsFolder,
 ) -> list[dict[str, Any]]:
   """Returns the scores of all cells; runs those that are not finished."""
+  definitions = {task.name: _definition(task, videos) for task in inputs.tasks}
+  folder.check_definitions(definitions)
   cells = {
-    task.name: _cells(config, task, _definition(task, videos))
+    task.name: _cells(config, task, definitions[task.name])
     for task in inputs.tasks
   }
   fits = [
@@ -82,7 +84,7 @@ def run_cells(
     for cell in cells[task.name]
     for fold in videos.folds[task.name]
   ]
-  finished = {fit.name: folder.cell(fit.name, fit.definition) for fit in fits}
+  finished = {fit.name: folder.cell(fit.name) for fit in fits}
   todo = [fit for fit in fits if not finished[fit.name]]
   results = []
   for task in inputs.tasks:
@@ -182,12 +184,13 @@ def _identity(
   cell: Cell, inputs: Inputs, folder: ResultsFolder
 ) -> dict[str, Any]:
   """Returns the values that a resumed training of a cell must share."""
-  rule = {
-    key: value
-    for key, value in inputs.settings.items()
-    if key.startswith(f"{configuration.DERIVE}{cell.task.name}.")
-  }
-  return folder.settings() | rule | {"cell": cell.name}
+  rule = f"{configuration.DERIVE}{cell.task.name}."
+  shared, own = folder.settings(), inputs.settings
+  return (
+    {key: value for key, value in shared.items() if not key.startswith(rule)}
+    | {key: value for key, value in own.items() if key.startswith(rule)}
+    | {"cell": cell.name}
+  )
 
 
 def _definition(task: Task, videos: Videos) -> str:

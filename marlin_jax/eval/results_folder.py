@@ -23,7 +23,7 @@ import io
 import itertools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -102,15 +102,12 @@ class ResultsFolder:
       write_bytes(file, to_json(settings))
       return
     earlier = self.settings()
+    # Further tasks may be derived, and others left out.
+    free = _derived(earlier) ^ _derived(settings)
     differences = [
       f"  {key}: was {earlier.get(key)!r}, is {settings.get(key)!r}"
       for key in sorted({*earlier, *settings})
-      if earlier.get(key) != settings.get(key)
-      # Further tasks may be derived, and others left out.
-      and not (
-        key.startswith(configuration.DERIVE)
-        and (key not in earlier or key not in settings)
-      )
+      if earlier.get(key) != settings.get(key) and not _derived([key]) & free
     ]
     if differences:
       raise OutputFolderError(
@@ -135,30 +132,39 @@ class ResultsFolder:
 
   # --- Cells ------------------------------------------------------------------
 
-  def cell(self, name: str, definition: str) -> dict[str, Any] | None:
+  def check_definitions(self, definitions: Mapping[str, str]) -> None:
+    """Checks that all finished cells of tasks have the present definitions.
+
+    Those of modes that are not asked for now are in the table too.
+
+    Args:
+      definitions: hash of the task, its videos and their labels, by task.
+
+    Raises:
+      OutputFolderError: they were others when a cell was computed.
+    """
+    if not self.writes:
+      return
+    for file in sorted((self.path / "cells").glob("*.json")):
+      cell = json.loads(file.read_text())
+      expected = definitions.get(cell["task"])
+      if expected and cell.get("definition", expected) != expected:
+        raise OutputFolderError(
+          f"{file} was computed with another definition of its task, or with "
+          "other videos or labels. Change them back, or use another --workdir"
+        )
+
+  def cell(self, name: str) -> dict[str, Any] | None:
     """Returns the scores of a cell; None if it is not finished.
 
     All processes call it together, since they run the unfinished cells.
-
-    Args:
-      name: name of the cell.
-      definition: hash of its task, videos and labels.
-
-    Raises:
-      OutputFolderError: they were others when the cell was computed.
     """
     text = "null"
     file = self.path / "cells" / f"{name}.json"
     if self.writes and file.exists():
       text = file.read_text()
     key = f"marlin_jax/cell/{next(self._num_asked)}"
-    result = json.loads(coordination.broadcast(key, text))
-    if result and result.get("definition", definition) != definition:
-      raise OutputFolderError(
-        f"{file} was computed with another definition of its task, or with "
-        "other videos or labels. Change them back, or use another --workdir"
-      )
-    return result
+    return json.loads(coordination.broadcast(key, text))
 
   def predicted(self, name: str) -> np.ndarray:
     """Returns a finished cell's float64 (V, K) on the test split."""
@@ -234,6 +240,16 @@ class ResultsFolder:
       ]
       writer.writerow([video_id, person, *values])
     write_bytes(folder / f"{name}.csv", text.getvalue().encode())
+
+
+def _derived(keys: Iterable[str]) -> set[str]:
+  """Returns the tasks whose rules are among the keys of settings."""
+  start = configuration.DERIVE
+  return {
+    key.removeprefix(start).partition(".")[0]
+    for key in keys
+    if key.startswith(start)
+  }
 
 
 def read_draws(workdir: Path, name: str) -> dict[str, np.ndarray]:

@@ -135,6 +135,31 @@ def test_other_data_sets_have_rows_of_their_own(workdirs, face_data, capsys):
   assert titles == sorted(titles, key=titles.index)
 
 
+def test_each_task_has_its_own_metric(workdirs, tmp_path, capsys):
+  mixed = shutil.copytree(workdirs / "first", tmp_path / "mixed")
+  results = json.loads((mixed / "results.json").read_text())
+  number = {"mean": 0.25, "std": None, "low": 0.1, "high": 0.4}
+  results["summary"].insert(
+    0,
+    {
+      "task": "affect",
+      "mode": "linear",
+      "ratio": 0.25,
+      "metrics": {"ccc": number, "mae": number},
+    },
+  )
+  (mixed / "results.json").write_text(json.dumps(results))
+  page = tmp_path / "page.html"
+  assert compare.main([str(mixed), "--output", str(page)]) == 0
+  ccc, auc, _ = capsys.readouterr().out.split("\n\n")
+  assert ccc.startswith("ccc\n")
+  assert "affect" in ccc
+  assert "mood" not in ccc
+  assert auc.startswith("auc\n")
+  assert "mood" in auc
+  assert "affect: ccc" in page.read_text()
+
+
 def test_a_workdir_has_its_name_from_within(workdirs, monkeypatch, capsys):
   monkeypatch.chdir(workdirs / "first")
   assert compare.main([".", "../same/results.json", "--metric=accuracy"]) == 0
@@ -178,6 +203,10 @@ def test_other_videos_and_other_files_are_refused(workdirs, tmp_path, capsys):
   results["tasks"]["mood"]["split_sha256"] = "0" * 64
   (other / "results.json").write_text(json.dumps(results))
   first = str(workdirs / "first")
+  cut = shutil.copytree(workdirs / "first", tmp_path / "cut")
+  results = json.loads((cut / "results.json").read_text())
+  results["tasks"]["mood"]["cuts"] = [0.5]
+  (cut / "results.json").write_text(json.dumps(results))
   retested = shutil.copytree(workdirs / "first", tmp_path / "retested")
   settings = json.loads((retested / "settings.json").read_text())
   settings = {
@@ -187,6 +216,7 @@ def test_other_videos_and_other_files_are_refused(workdirs, tmp_path, capsys):
   for arguments, words in (
     ([first, str(retested)], "were tested on different data sets"),
     ([first, str(other)], "differ in the videos or labels of task 'mood'"),
+    ([first, str(cut)], "define task 'mood' otherwise, by cuts [] and [0.5]"),
     ([first, str(tmp_path)], "expected the workdir of an evaluation"),
     ([first, "--metric", "ccc"], "no task has the metric 'ccc'"),
   ):

@@ -156,21 +156,26 @@ def test_the_row_of_mosei(face_data, tmp_path):
 def test_a_rule_may_be_added_but_not_changed(face_data, tmp_path):
   from marlin_jax.records.folders import OutputFolderError
 
-  def evaluate(task, **rules):
+  def evaluate(task, modes="knn", **rules):
     return run(
       eval_far,
       tmp_path,
       face_data,
       tasks=task,
-      modes="knn",
+      modes=modes,
       plots=False,
       **{f"derive.{name}": rule for name, rule in rules.items()},
     )
 
   high = {"label": "affect", "cuts": (0.0,)}
-  evaluate("mood")
+  low = {"label": "sentiment", "cuts": (-0.5,)}
+  evaluate("mood", low=low)
   evaluate("high", high=high)  # a workdir of before takes it
   evaluate("mood")
   evaluate("high", high=high)
-  with pytest.raises(OutputFolderError, match="another definition of its task"):
-    evaluate("high", high=high | {"cuts": (0.5,)})
+  # Also where only another mode is asked for: the table has both.
+  for modes in ("knn", "linear"):
+    with pytest.raises(OutputFolderError, match="definition of its task"):
+      evaluate("high", modes, high=high | {"cuts": (0.5,)})
+  with pytest.raises(OutputFolderError, match=r"derive\.low\.apart: was None"):
+    evaluate("mood", low=low | {"apart": 0.0})
