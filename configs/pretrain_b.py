@@ -159,7 +159,7 @@ def get_config():
   # network.
   config.loss.pixel_weight = 1.0
   # Weight of a second reconstruction loss, on the region that crfr_p hides
-  # alone. FSFM uses 0.007.
+  # whole. FSFM uses 0.007.
   config.loss.region_weight = 0.0
 
   # Latent targets: the decoder predicts for the masked tokens the features that

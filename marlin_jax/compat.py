@@ -38,8 +38,8 @@ class Marlin:
 
   Attributes:
     marlin: the `marlin_jax.Marlin` behind it.
-    as_feature_extractor: there is no decoder.
-    clip_frames: T.
+    as_feature_extractor: True without a decoder.
+    clip_frames: frames of a clip, T.
   """
 
   def __init__(self, weights: Weights):
@@ -87,7 +87,7 @@ class Marlin:
 
     Args:
       model_name: a key of `formats.PUBLISHED`.
-      full_model: with the decoder.
+      full_model: open it with its decoder.
 
     Raises:
       WeightsError: there is no such model, or it cannot be downloaded.
@@ -116,7 +116,7 @@ class Marlin:
 
     Args:
       x: clips, (B, C, T, H, W).
-      keep_seq: a feature for each token.
+      keep_seq: return a feature per token instead of one per clip.
 
     Returns:
       float32 (B, N, D), or (B, D) without `keep_seq`.
@@ -148,7 +148,7 @@ class Marlin:
       sample_rate: distance between the frames of a window.
       stride: sampled frames from one window to the next.
       reduction: 'none', or 'mean' or 'max' over the windows.
-      keep_seq: a feature for each token.
+      keep_seq: return a feature per token instead of one per window.
       detector_device: unused: faces are found on the CPU.
 
     Returns:

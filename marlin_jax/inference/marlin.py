@@ -187,10 +187,12 @@ class Marlin:
 
   @property
   def architecture(self) -> Architecture:
+    """Sizes, clip geometry and input conventions."""
     return self.weights.architecture
 
   @property
   def encoder(self) -> Encoder:
+    """The encoder, an nnx module."""
     return self.model.encoder if self.architecture.has_decoder else self.model
 
   @property
