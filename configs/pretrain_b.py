@@ -104,7 +104,7 @@ def get_config():
   config.augment.colour_jitter = 0.0
 
   # Initial weights: a workdir, or any checkpoint that marlin_jax.convert reads,
-  # such as VideoMAE's .pth. '': random.
+  # such as VideoMAE's .pth, or a name, as marlin_vit_base_ytf. '': random.
   config.init_from = ""
   # Comma-separated keys that may differ from those of the run that is resumed.
   config.allow_change = ""

@@ -20,6 +20,8 @@ saved and ended because of the signal.
 
 from __future__ import annotations
 
+import functools
+
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
@@ -56,19 +58,27 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
     *(str(workdir), config.probe.path),
     *(data.path for data in configuration.data_sets(config)),
   )
+  begun = begun_with(workdir)
   saved = inventory.steps(epath.Path(workdir) / "checkpoints")
-  configuration.check_cooldown(
-    config, begun_with(workdir), max(saved, default=0)
-  )
   config, notes = as_begun(config, configuration.KEYS, workdir)
   with loop.started(config, str(workdir)) as watchdog:
     if jax.process_index() == 0:
       print("".join(f"note: {note}\n" for note in notes), end="", flush=True)
-    return _train(config, workdir, watchdog)
+    configuration.validate(config)
+    course, evaluated = _open(config, workdir, watchdog)
+    configuration.check_cooldown(
+      config, course.num_steps, begun, max(saved, default=0)
+    )
+    return loop.train(
+      course,
+      functools.partial(_evaluations, course, evaluated),
+      workdir,
+      watchdog,
+    )
 
 
-def _train(config, workdir, watchdog):
-  """Opens the data, builds the course and trains."""
+def _open(config, workdir, watchdog):
+  """Opens the data; returns the course, and the splits to evaluate."""
   from etils import epath
 
   from marlin_jax.evaluators import quick_probe
@@ -77,7 +87,6 @@ def _train(config, workdir, watchdog):
     TrainingData,
     evaluated_splits,
   )
-  from marlin_jax.training import loop
 
   index_cache = epath.Path(workdir) / "index"
   parts = [
@@ -87,20 +96,18 @@ def _train(config, workdir, watchdog):
   for part in parts:
     part.open(watchdog.alive)
   evaluated = evaluated_splits(parts, config.data)
-  probe_path = config.probe.path or parts[0].path
   if config.probe.steps:
     # Opened here to fail before a workdir is created.
-    quick_probe.open_task(config.probe, probe_path)
+    quick_probe.open_task(config.probe, _probe_path(config, parts))
   watchdog.alive("planning the step")
-  course = PretrainingCourse(config, parts)
-
-  def make_evaluations(workdir, alive):
-    return _evaluations(course, evaluated, probe_path, workdir, alive)
-
-  return loop.train(course, make_evaluations, workdir, watchdog)
+  return PretrainingCourse(config, parts), evaluated
 
 
-def _evaluations(course, evaluated, probe_path, workdir, alive):
+def _probe_path(config, parts):
+  return config.probe.path or parts[0].path
+
+
+def _evaluations(course, evaluated, workdir, alive):
   """Returns the evaluations: losses, adversary, probe, pictures."""
   from marlin_jax.evaluators import adversary, probe, reconstruction
   from marlin_jax.training.evaluation import Evaluation
@@ -114,7 +121,8 @@ def _evaluations(course, evaluated, probe_path, workdir, alive):
     pull = adversary.AdversarialPull(workdir, config.adv.max_pull)
     evaluations.append(Evaluation(config.eval_steps, pull))
   if config.probe.steps:
-    encoder_probe = probe.Probe(course, probe_path, workdir, alive)
+    path = _probe_path(config, course.parts)
+    encoder_probe = probe.Probe(course, path, workdir, alive)
     evaluations.append(Evaluation(config.probe.steps, encoder_probe))
   evaluations.append(Evaluation(config.picture_steps, reconstructed.picture))
   return evaluations

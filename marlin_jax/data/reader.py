@@ -167,12 +167,13 @@ class Reader:
       draw = self.draws(position, attempt)
       dataset = self.draws.datasets[draw.dataset]
       source, (number, *_) = dataset.source, draw.records
+      data: list[bytes] = []
       records: list[schema.Record] = []
       try:
-        data = [source.read(i) for i in draw.records]
+        data += map(source.read, draw.records)
         yield
         records += map(source.parse, draw.records, data)
-        del data
+        data.clear()
         record = schema.joined(records)
         with damage_named(number):
           dataset.check_record(record)
@@ -190,7 +191,8 @@ class Reader:
       except DatasetError as e:
         if self.max_bad is None:
           raise
-        bad.append(_row(dataset, _blamed(dataset, draw.records, records), e))
+        number = _blamed(dataset, draw.records, len(data), records)
+        bad.append(_row(dataset, number, e))
         if len({_key(row) for row in bad}) > self.max_bad:
           return
     raise DatasetError(f"{source} has no record that can be read")
@@ -222,17 +224,23 @@ def _row(dataset: Dataset, index: int, error: DatasetError) -> Row:
 
 
 def _blamed(
-  dataset: Dataset, numbers: Sequence[int], records: Sequence[schema.Record]
+  dataset: Dataset,
+  numbers: Sequence[int],
+  num_read: int,
+  records: Sequence[schema.Record],
 ) -> int:
   """Returns the number of the record that is damaged.
 
   Args:
     dataset: data set of the records.
     numbers: records of a draw that cannot be used.
+    num_read: how many of them, from the first, could be read; not in use if all
+      could be parsed.
     records: those among them, from the first, that could be parsed.
   """
   if len(records) < len(numbers):
-    return numbers[len(records)]
+    is_read = num_read == len(numbers)
+    return numbers[len(records) if is_read else num_read]
   for number, record in zip(numbers[1:], records[1:], strict=True):
     try:
       dataset.check_record(record)

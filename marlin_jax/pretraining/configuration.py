@@ -269,22 +269,28 @@ def check_curriculum(config: ConfigDict, num_steps: int) -> None:
     refuse(_length_problems(stages(config), num_steps))
 
 
+# Keys that say when a cool-down begins.
+_COOLDOWN_KEYS = ("num_steps", "num_epochs", "optim.cooldown_steps")
+
+
 def check_cooldown(
-  config: ConfigDict, begun: Mapping[str, Any], last_step: int
+  config: ConfigDict, num_steps: int, begun: Mapping[str, Any], last_step: int
 ) -> None:
   """Refuses a new cool-down that a run resumes in the middle of, or after.
 
   Args:
     config: a valid configuration.
+    num_steps: steps of the whole run.
     begun: flat configuration that the run had before; {}: it is new.
     last_step: step that it resumes from.
 
   Raises:
     ConfigError: the rate would fall at once, or not at all.
   """
-  num_steps, length = config.num_steps, config.optim.cooldown_steps
-  before = [begun.get(key) for key in ("num_steps", "optim.cooldown_steps")]
-  if not (begun and length and num_steps) or before == [num_steps, length]:
+  length = config.optim.cooldown_steps
+  if not (begun and length) or all(
+    begun.get(key) == get(config, key) for key in _COOLDOWN_KEYS
+  ):
     return
   if last_step > num_steps - length:
     refuse(

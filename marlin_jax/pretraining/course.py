@@ -35,7 +35,6 @@ from marlin_jax.records import cli
 from marlin_jax.records.segment_index import SegmentIndex
 from marlin_jax.training.configuration import check_attention
 from marlin_jax.training.course import Stage, work
-from marlin_jax.weights import formats
 
 
 class TrainingData:
@@ -307,7 +306,7 @@ class PretrainingCourse(Experiment):
     """
     state = jax.jit(self.initialise, out_shardings=self.shardings)()
     if self.config.init_from:
-      weights = formats.read(self.config.init_from)
+      weights = warm_start.read(self.config.init_from)
       state, notices = warm_start.apply(
         weights,
         state,

@@ -1,7 +1,7 @@
 """Optimiser and learning-rate schedule, from section `optim`.
 
-No setting changes the structure of the optimiser's state, so that any of them
-may change when a run resumes.
+No setting but `mu_dtype` changes the arrays of the optimiser's state, so that
+all others may change when a run resumes.
 """
 
 from __future__ import annotations

@@ -8,8 +8,10 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from marlin_jax.devices import distributed
 from marlin_jax.models import stacking, vit
 from marlin_jax.pretraining.train_step import TrainState
+from marlin_jax.weights import formats
 from marlin_jax.weights.architecture import (
   CONFIG_KEYS,
   DISCRIMINATOR,
@@ -18,6 +20,22 @@ from marlin_jax.weights.architecture import (
   unflatten,
 )
 from marlin_jax.weights.weights import Weights, WeightsError, eps_notice
+
+
+def read(source: str) -> Weights:
+  """Reads the weights that a run starts from; for all processes together.
+
+  Args:
+    source: a path, or a name, see `formats.resolve`. Of a model that the
+      authors published, the file with the decoder is taken.
+
+  Raises:
+    WeightsError: there are no such weights, or they cannot be read.
+  """
+  # Process 0 downloads them.
+  with distributed.process_0_first():
+    path = formats.resolve(source, full=True)
+  return formats.read(path)
 
 
 def apply(

@@ -51,9 +51,11 @@ BETWEEN_0_AND_1 = Rule("0 < value < 1", lambda value: 0 < value < 1)
 FRAME_SIZES = Rule(
   f"1 <= value <= {FRAME_SIZE}", lambda value: 1 <= value <= FRAME_SIZE
 )
+# Of weights.
 LOCAL = Rule(
-  "a local path; copy weights from a bucket with gcloud storage cp -r",
-  lambda value: "://" not in value,
+  "a local path or a name; copy weights from a bucket with gcloud storage cp "
+  "-r",
+  lambda value: "://" not in value.removeprefix("hf://"),
 )
 SPLIT = Rule("the name of a split", bool)
 # Seeds of jax and NumPy alike.

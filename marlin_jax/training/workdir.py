@@ -27,8 +27,15 @@ from marlin_jax.training.configuration import Key, flat, get
 
 
 def begun_with(path: epath.PathLike) -> dict[str, Any]:
-  """Returns the flat configuration of the run in a workdir; {} without one."""
-  saved = _read_config(epath.Path(path) / "config.json")
+  """Returns the flat configuration of the run that a workdir resumes.
+
+  {} without one: a run that has saved nothing begins anew, with the
+  configuration of the command.
+  """
+  path = epath.Path(path)
+  if not inventory.steps(path / "checkpoints"):
+    return {}
+  saved = _read_config(path / "config.json")
   return flat(ConfigDict(saved)) if saved else {}
 
 
@@ -44,8 +51,8 @@ def as_begun(
       than the run.
 
   Returns:
-    The configuration, and a line for each value that changed. Keys in
-    `allow_change` do not change.
+    The configuration, which may have become invalid, and a line for each value
+    that changed. Keys in `allow_change` do not change.
   """
   if not (begun := begun_with(path)):
     return config, []

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import pretrain_b
 from marlin_jax.data import sampling
 from marlin_jax.data.clip_geometry import Tubelets
 from marlin_jax.inference.marlin import Marlin
@@ -281,6 +282,19 @@ def test_a_run_of_before_sampling_by_video_goes_on_by_record(
   result = train(tmp_path, num_steps=5, allow_change=change, **data)
   assert result.returncode == 0, result.stderr
   assert "sampled by video, order hashed" in result.stdout
+
+
+def test_what_an_old_run_keeps_must_fit_what_the_command_asks_for(tmp_path):
+  (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+  config = pretrain_b.get_config().to_dict()
+  del config["data"]["sample_by"], config["data"]["order"]
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  changes = {"data.shuffle_window": 8, "data.draws_per_unit": 2}
+  result = train(tmp_path, allow_change=",".join(changes), **changes)
+  assert "began with data.order='stored' and goes on" in result.stdout
+  message = refused(result)
+  assert "shuffle_window=8: expected 0 with data.order=stored" in message
+  assert "expected 1 with data.sample_by='record'" in message
 
 
 def test_a_run_by_subject_resumes_exactly(tmp_path):

@@ -12,14 +12,16 @@ import shutil
 
 import numpy as np
 import pytest
+import simplejpeg
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from marlin_jax.data import loader, prepared_dataset
 from marlin_jax.data.clip_geometry import Clip
 from marlin_jax.data.clips import TakeClip
 from marlin_jax.data.reader import BadRecords
-from marlin_jax.data.sampling import RecordDraws, StoredOrder
+from marlin_jax.data.sampling import Draw, RecordDraws, StoredOrder
 from marlin_jax.records import schema
+from tests.support import made_dataset
 from tests.support.training_runs import metrics_of, refused, train
 
 TAKE_CLIP = TakeClip(Clip(4, 2), tubelet_size=2)
@@ -72,8 +74,6 @@ def not_a_jpeg(record):
 
 
 def small_frames(record):
-  import simplejpeg
-
   frame = simplejpeg.encode_jpeg(np.zeros((64, 64, 3), np.uint8))
   frames = [frame] * len(record)
   return schema.encode(dataclasses.replace(record, frames=frames))
@@ -118,6 +118,53 @@ def test_a_bad_record_is_told_of_and_another_takes_its_place(
   assert row["record"] == 3
   assert row["path"] == str(tmp_path)
   assert BAD[spoil] in row["reason"]
+
+
+class PairsOfRecords:
+  """Draws of two records each, as of clips that begin at a record's end."""
+
+  num_clips = 1
+
+  def __init__(self, dataset):
+    self.datasets = (dataset,)
+    self.clips_per_epoch = self.num_attempts = dataset.num_records - 1
+
+  def __call__(self, position, attempt=0):
+    first = (position + attempt) % self.clips_per_epoch
+    return Draw((first, first + 1), (position, attempt))
+
+
+def test_a_record_that_cannot_be_read_is_listed_once_whatever_draw_it_is_in(
+  tmp_path,
+):
+  np_rng = np.random.default_rng(0)
+  shape = schema.FRAME_SIZE, schema.FRAME_SIZE, 3
+  noise = [
+    simplejpeg.encode_jpeg(np_rng.integers(0, 256, shape, np.uint8), 90)
+    for _ in range(4)
+  ]
+  records = [
+    made_dataset.a_record("a.mp4", segment=i, num_frames=2, frames=[frame] * 2)
+    for i, frame in enumerate(noise)
+  ]
+  dataset = write(tmp_path, [*map(schema.encode, records)])
+  with open(dataset.shards[0], "r+b") as shard:
+    place = shard.read().find(noise[2][1000:1020])
+    shard.seek(place)
+    shard.write(bytes([noise[2][1000] ^ 1]))
+  quarantine = tmp_path / "quarantine.jsonl"
+  made = loader.train_batches(
+    PairsOfRecords(dataset),
+    TAKE_CLIP,
+    batch_size=3,
+    start_step=0,
+    num_threads=1,
+    bad=BadRecords(quarantine, limit=1),
+  )
+  assert next(made)["_id"].tolist() == [0, 0, 0]
+  (row,) = map(json.loads, quarantine.read_text().splitlines())
+  assert row["record"] == 2
+  assert "record 2 of split 'train'" in row["reason"]
 
 
 @pytest.fixture

@@ -97,7 +97,7 @@ def test_all_problems_are_reported_together():
     ({"mesh.data": 0}, "mesh.data=0"),
     ({"optim.base_lr": 0.0}, "optim.base_lr=0.0"),
     ({"init_from": "gs://b/run"}, "init_from='gs://b/run': expected a local"),
-    ({"teacher.path": "gs://b/run"}, "expected a local path; copy weights fr"),
+    ({"teacher.path": "gs://b/run"}, "expected a local path or a name; copy "),
     ({"optim.min_lr": 1.0}, "optim.min_lr=1.0: expected at most optim.base_lr"),
     ({"optim.eps": -1.0}, "optim.eps=-1.0: expected a value above 0"),
     # It would make all weights infinite in one step.
@@ -234,8 +234,13 @@ def test_data_sets_have_paths_weights_and_names():
     ({"num_steps": 100, "optim.cooldown_steps": 0}, 71, True),
     # The run has ended: nothing would cool down.
     ({"num_steps": 100, "optim.cooldown_steps": 0}, 100, True),
+    ({"num_epochs": 9.0, "optim.cooldown_steps": 0}, 71, True),
     # It resumes in its cool-down.
-    ({"num_steps": 100, "optim.cooldown_steps": 30}, 90, False),
+    (
+      {"num_epochs": 0.0, "num_steps": 100, "optim.cooldown_steps": 30},
+      90,
+      False,
+    ),
     ({"num_steps": 90, "optim.cooldown_steps": 30}, 90, True),
   ],
 )
@@ -245,9 +250,11 @@ def test_a_cool_down_that_would_begin_before_the_run_resumes_is_refused(
   config = pretrain_b.get_config()
   config.num_epochs, config.num_steps = 0.0, 100
   config.optim.schedule, config.optim.cooldown_steps = "constant", 30
+  if begun.get("num_epochs"):
+    config.num_epochs, config.num_steps = 10.0, 0
   expected = contextlib.nullcontext()
   if is_refused:
     words = f"step {last_step}: expected num_steps of at least {last_step + 30}"
     expected = pytest.raises(ConfigError, match=words)
   with expected:
-    configuration.check_cooldown(config, begun, last_step)
+    configuration.check_cooldown(config, 100, begun, last_step)

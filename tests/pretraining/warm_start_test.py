@@ -9,7 +9,7 @@ import pytest
 from configs import pretrain_b
 from marlin_jax.models import vit
 from marlin_jax.pretraining import build, warm_start
-from marlin_jax.weights import videomae
+from marlin_jax.weights import marlin_pytorch, videomae
 from marlin_jax.weights.architecture import Architecture
 from marlin_jax.weights.weights import Weights, WeightsError
 
@@ -53,6 +53,31 @@ def config():
 @pytest.fixture(scope="module")
 def state(config):
   return build.Experiment(config, 10).initialise()
+
+
+@pytest.mark.parametrize("has_decoder", [True, False])
+def test_published_weights_are_taken_by_name_with_their_decoder(
+  tmp_path, monkeypatch, has_decoder
+):
+  pytest.importorskip("torch")
+  monkeypatch.setenv("MARLIN_HOME", str(tmp_path))
+  file = tmp_path / "models" / "marlin_vit_small_ytf.full.pt"
+  # Files do not hold heads, which are known by these widths.
+  small = {"width": 384, "num_heads": 6, "dec_width": 192, "dec_num_heads": 3}
+  weights = random_weights(**small, disc_hidden=0)
+  if not has_decoder:
+    weights = weights.encoder_only()
+  marlin_pytorch.write(weights, file)
+  found = warm_start.read("marlin_vit_small_ytf")
+  assert found.source == str(file)
+  assert found.architecture == weights.architecture
+  for name, array in weights.arrays.items():
+    np.testing.assert_array_equal(found.arrays[name], array)
+
+
+def test_weights_that_are_nowhere_are_told_where_they_could_be():
+  with pytest.raises(WeightsError, match="nor one of the published models"):
+    warm_start.read("marlin_vit_huge_ytf")
 
 
 def start_from(weights, state, config):

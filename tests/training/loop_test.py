@@ -397,11 +397,27 @@ def test_too_little_memory_is_told_and_not_tried_again(capfd):
 
 @pytest.mark.parametrize("left", ['{"data": {"sample', "", "[]"])
 def test_a_config_that_a_kill_cut_off_does_not_prevent_resuming(tmp_path, left):
+  (tmp_path / "checkpoints" / "1").mkdir(parents=True)
   (tmp_path / "config.json").write_text(left)
   config = pretrain_b.get_config()
   begun, notes = workdir.as_begun(config, configuration.KEYS, tmp_path)
   assert begun.to_dict() == config.to_dict()
   assert notes == []
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_only_a_run_that_has_saved_keeps_the_values_that_it_began_with(
+  tmp_path, is_saved
+):
+  """One that did not fit in memory, for example, begins with other values."""
+  old, new = pretrain_b.get_config(), pretrain_b.get_config()
+  old.data.sample_by = "record"
+  (tmp_path / "config.json").write_text(old.to_json())
+  if is_saved:
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+  begun, notes = workdir.as_begun(new, configuration.KEYS, tmp_path)
+  assert begun.data.sample_by == ("record" if is_saved else "video")
+  assert len(notes) == is_saved
 
 
 # --- When it saves ------------------------------------------------------------
