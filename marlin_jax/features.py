@@ -298,12 +298,7 @@ def _nothing_extracted(output: Path, refused: dict[str, str]) -> str:
 def _parser() -> argparse.ArgumentParser:
   from marlin_jax.inference import face_windows, feature_folder, stream
 
-  parser = cli.ArgumentParser(
-    "marlin_jax.features",
-    "Extracts features of videos: one file per video, with the "
-    "times of its windows. Can be stopped at any time; the same command then "
-    "extracts only what is missing.",
-  )
+  parser = cli.ArgumentParser("marlin_jax.features", __doc__)
   add = parser.add_argument
   add(
     "videos",

@@ -5,8 +5,9 @@
 
 Flags override values of the configuration: --config.modes=linear,finetune
 --config.data.ratio=0.01,0.1,1 --config.protocol=paper. The workdir receives
-results.json with all scores, results.txt with a table, predictions/ per video
-and plots/. The command can be stopped at any time; run again, it continues.
+results.json with all scores, results.txt with a table, predictions/ per video,
+models/ for marlin_jax.predict and plots/. The command can be stopped at any
+time; run again, it continues.
 """
 
 from absl import flags

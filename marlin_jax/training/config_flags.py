@@ -27,8 +27,9 @@ _HELP = {
 }
 CONFIG = config_flags.DEFINE_config_file(
   "config",
-  help_string="Configuration: a file, such as configs/pretrain_b.py, or the "
-  "name of one that comes with the package, such as pretrain_b.",
+  help_string="Configuration: a file, such as configs/pretrain_b.py, which "
+  "explains its keys, or the name of one that comes with the package, such as "
+  "pretrain_b.",
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir",
