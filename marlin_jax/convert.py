@@ -27,8 +27,11 @@ files are also checked against a network in PyTorch.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -137,19 +140,19 @@ def convert(args: argparse.Namespace) -> None:
 
   # --- Write ------------------------------------------------------------------
   target = Path(args.dst).expanduser()
-  _remove_target(target, source, overwrite=args.overwrite)
   write_options = {}
   if args.hf_class:
     write_options["kind"] = _HF_CLASSES[args.hf_class]
   if args.fold_input:
     write_options["fold_input"] = True
-  notices = formats.call(
-    target_module.write,
-    target,
-    f"writing {args.target_format}",
-    write_options,
-    converted,
-  )
+  with _in_place_of(target, source, overwrite=args.overwrite):
+    notices = formats.call(
+      target_module.write,
+      target,
+      f"writing {args.target_format}",
+      write_options,
+      converted,
+    )
   if run_checkpoint.has_sound(source):
     notices.append(
       "the run's encoder of sound is not written: features of sound need the "
@@ -195,23 +198,23 @@ def _convert_classifier(args: argparse.Namespace) -> None:
   kernel, bias = model.linear_layer
   names, kind = model.description.names, model.description.kind
   target = Path(args.dst).expanduser()
-  _remove_target(target, Path(args.src), overwrite=args.overwrite)
   clip = _clip(args.clip, model.weights.architecture)
-  if args.target_format == "hf":
-    notices = huggingface.write(
-      model.weights,
-      target,
-      kind=_HF_CLASSES["classification"],
-      fold_input=args.fold_input,
-      classifier=huggingface.Classifier(kernel, bias, names, kind),
-    )
-    for notice in notices:
-      print(f"note: {notice}")
-    written = _transformers_predictions(target, clip, kind)
-  else:
-    data = model.exported(("cpu", "cuda", "tpu")).serialize()
-    write_bytes(target, data)
-    written = _stablehlo_predictions(target, clip)
+  with _in_place_of(target, Path(args.src), overwrite=args.overwrite):
+    if args.target_format == "hf":
+      notices = huggingface.write(
+        model.weights,
+        target,
+        kind=_HF_CLASSES["classification"],
+        fold_input=args.fold_input,
+        classifier=huggingface.Classifier(kernel, bias, names, kind),
+      )
+      for notice in notices:
+        print(f"note: {notice}")
+      written = _transformers_predictions(target, clip, kind)
+    else:
+      data = model.exported(("cpu", "cuda", "tpu")).serialize()
+      write_bytes(target, data)
+      written = _stablehlo_predictions(target, clip)
   noun = "numbers" if kind == "value" else "probabilities"
   print(f"{target}: {noun} of {', '.join(names)}")
   if written is None:
@@ -282,17 +285,41 @@ def describe(architecture) -> str:
   return ", ".join(parts)
 
 
-def _remove_target(target: Path, source: Path, *, overwrite: bool) -> None:
-  """Removes the result of an earlier conversion, and nothing else.
+@contextlib.contextmanager
+def _in_place_of(
+  target: Path, source: Path, *, overwrite: bool
+) -> Iterator[None]:
+  """Moves the result of an earlier conversion aside while another is written.
+
+  It is removed when the block succeeds, and put back when it fails. Nothing
+  else is ever removed.
 
   Raises:
     WeightsError: the target exists and may not be replaced.
   """
+  if not target.exists():
+    yield
+    return
+  _check_replaceable(target, source, overwrite=overwrite)
+  with tempfile.TemporaryDirectory(
+    prefix=f".{target.name}-", dir=target.parent
+  ) as folder:
+    before = Path(folder) / target.name
+    target.rename(before)
+    try:
+      yield
+    except BaseException:
+      if target.is_dir():
+        shutil.rmtree(target)
+      before.replace(target)
+      raise
+
+
+def _check_replaceable(target: Path, source: Path, *, overwrite: bool) -> None:
+  """Raises WeightsError unless a target is the result of a conversion."""
   from marlin_jax.weights import formats
   from marlin_jax.weights.weights import WeightsError
 
-  if not target.exists():
-    return
   if not overwrite:
     raise WeightsError(f"{target} exists: choose another name, or --overwrite")
   if source.resolve().is_relative_to(target.resolve()):
@@ -302,7 +329,6 @@ def _remove_target(target: Path, source: Path, *, overwrite: bool) -> None:
       raise WeightsError(
         f"{target} is not a file of weights: choose another name"
       )
-    target.unlink()
     return
   names = {entry.name for entry in target.iterdir()}
   if names == {"checkpoints"}:
@@ -317,10 +343,6 @@ def _remove_target(target: Path, source: Path, *, overwrite: bool) -> None:
       + (f", it holds {min(foreign)!r}" if foreign else "")
       + ": choose another name"
     )
-  for name in names - {"checkpoints"}:
-    (target / name).unlink()
-  if "checkpoints" in names:
-    shutil.rmtree(target / "checkpoints")
 
 
 # --- The check ----------------------------------------------------------------

@@ -64,8 +64,11 @@ def main(argv):
   xla_flags.set_for_training()
   logging.set_verbosity(logging.WARNING)
   try:
+    if _JSON.value not in (None, "-"):
+      # Now, since compiling takes minutes.
+      Path(_JSON.value).parent.mkdir(parents=True, exist_ok=True)
     numbers, fits = plan(config_flags.CONFIG.value)
-  except UserError as e:
+  except (UserError, OSError) as e:
     sys.exit(f"error: {e}")
   text = json.dumps(numbers, indent=2)
   if _JSON.value == "-":

@@ -37,6 +37,9 @@ def largest(step: Step, busy: Busy) -> Step | None:
     The largest step that fits; None if there is none.
   """
   available = step.topology.memory_bytes
+  # A batch is a multiple of the clips that are drawn together.
+  data = step.config.data
+  together = data.clips_per_record * data.draws_per_unit
   # Clips at once -> bytes needed, of what has been compiled.
   needed = {0: sum(step.state_bytes.values())}
   best, too_many = None, None
@@ -49,6 +52,7 @@ def largest(step: Step, busy: Busy) -> Step | None:
     least = best.clips_at_once if best else 0
     if too_many is not None and not least < clips < too_many:
       clips = (least + too_many) // 2
+    clips -= clips % together
     if clips - least <= least // 16:
       break
     changes = {

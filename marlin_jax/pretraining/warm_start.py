@@ -76,12 +76,10 @@ def apply(
   prefixes = {"params": "", "ema": "", "fixed": ""}
   if not theirs.has_decoder:
     notices.append("the weights hold no decoder: it starts from random values")
-  elif theirs.norm_pix != ours.norm_pix:
-    kind = "normalised" if theirs.norm_pix else "plain"
-    other = "normalised" if ours.norm_pix else "plain"
+  elif _target(theirs) != _target(ours):
     notices.append(
-      f"the decoder of the weights predicts {kind} pixels and has to learn "
-      f"{other} ones"
+      f"the decoder of the weights predicts {_target(theirs)} and has to learn "
+      f"{_target(ours)}"
     )
   if uses_discriminator:
     if theirs.disc_hidden == ours.disc_hidden:
@@ -102,6 +100,13 @@ def apply(
       for field, prefix in prefixes.items()
     }
   ), notices
+
+
+def _target(architecture: Architecture) -> str:
+  """Describes what a decoder predicts."""
+  kind = "normalised" if architecture.norm_pix else "plain"
+  frames = "differences between frames of" if architecture.motion_weight else ""
+  return f"{frames} {kind} pixels".strip()
 
 
 def _with_input_of(

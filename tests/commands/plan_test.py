@@ -19,6 +19,7 @@ from marlin_jax.planning import (
   search,
   topology,
 )
+from marlin_jax.pretraining import configuration
 from tests.support.processes import ROOT
 
 GIB = 2**30
@@ -159,7 +160,7 @@ def test_what_the_tpu_compiler_refuses_does_not_fit_by_so_much():
 
 
 def test_cpu_devices_are_planned_for_in_words_and_numbers(tmp_path):
-  path = tmp_path / "plan.json"
+  path = tmp_path / "new" / "plan.json"
   result = run(
     "--topology=cpu:2",
     "--nosearch",
@@ -299,9 +300,11 @@ def test_a_few_guesses_fill_the_memory_and_none_exceeds_it(
 
 
 @pytest.mark.slow
-def test_the_largest_batch_that_fits_fills_the_memory():
+@pytest.mark.parametrize("together", [1, 8])
+def test_the_largest_batch_that_fits_fills_the_memory(together):
   devices = here(GIB // 2)
-  step = compiled_step.compile_step(small(clips_per_device=8), devices, quiet)
+  config = small(clips_per_device=8, **{"data.draws_per_unit": together})
+  step = compiled_step.compile_step(config, devices, quiet)
   compilations = []
 
   def counted(message):
@@ -314,6 +317,7 @@ def test_the_largest_batch_that_fits_fills_the_memory():
   assert best.num_microbatches == 1
   assert best.clips_at_once > 2 * step.clips_at_once
   assert best.needed_bytes > 0.9 * devices.memory_bytes
+  configuration.validate(best.config)
 
 
 @pytest.mark.slow

@@ -139,6 +139,16 @@ def test_videomae_is_adapted_to_the_runs_conventions(config, state):
   )
 
 
+def test_a_decoder_of_frame_differences_has_to_learn_frames(config, state):
+  theirs = random_weights(motion_weight=0.5)
+  _, (notice,) = start_from(theirs, state, config)
+  assert "predicts differences between frames of plain pixels" in notice
+  assert notice.endswith("has to learn plain pixels")
+  config = config.copy_and_resolve_references()
+  config.target.motion_weight = 0.3  # another share of the same loss
+  assert start_from(theirs, state, config)[1] == []
+
+
 def test_a_videomae_file_is_a_warm_start(config, state, tmp_path):
   weights = random_weights(disc_hidden=0, imagenet_input=True, norm_pix=True)
   weights = Weights(

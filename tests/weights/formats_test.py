@@ -482,8 +482,11 @@ def test_only_results_of_a_conversion_are_overwritten(tmp_path, name):
   file.parent.mkdir(parents=True, exist_ok=True)
   file.write_text("of the user")
   target = tmp_path / name.split("/")[0]
-  with pytest.raises(WeightsError, match="choose another name"):
-    convert._remove_target(target, source, overwrite=True)
+  with (
+    pytest.raises(WeightsError, match="choose another name"),
+    convert._in_place_of(target, source, overwrite=True),
+  ):
+    raise AssertionError
   assert file.read_text() == "of the user"
 
 
@@ -502,9 +505,31 @@ def test_a_disk_that_is_full_is_one_error_and_no_half_file(
 def test_results_of_a_conversion_are_overwritten(weights, tmp_path):
   target = tmp_path / "a"
   for write in (safetensors_folder.write, run_checkpoint.write):
-    write(weights, target)
-    convert._remove_target(target, tmp_path / "b", overwrite=True)
-    assert not [*target.iterdir()]
+    with convert._in_place_of(target, tmp_path / "b", overwrite=True):
+      assert not target.exists()
+      write(weights, target)
+  assert formats.format_of(target) == "orbax"
+  assert [*tmp_path.iterdir()] == [target]
+
+
+@pytest.mark.parametrize(
+  ("options", "problem"),
+  [
+    (("--to=safetensors", "--fold_input"), "--fold_input has no meaning"),
+    (("--to=orbax", "--encoder_only"), "has no decoder"),
+    (("--to=videomae",), "VideoMAE's files end in .pth"),
+  ],
+)
+def test_a_conversion_that_cannot_be_written_leaves_the_one_before(
+  weights, tmp_path, options, problem
+):
+  source, target = tmp_path / "a", tmp_path / "b"
+  for path in (source, target):
+    safetensors_folder.write(weights, path)
+  with pytest.raises(SystemExit, match=problem):
+    run_convert("--overwrite", *options, source, target)
+  assert_same(safetensors_folder.read(target), weights)
+  assert {*tmp_path.iterdir()} == {source, target}
 
 
 def test_convert_refuses_a_format_that_it_does_not_know(weights, tmp_path):
