@@ -80,6 +80,7 @@ PLACEHOLDERS = {
   "[": "",
   "]": "",
 }
+NUMBERS = {"HOST:PORT": "host:1", "=N": "=2", "=I": "=1"}
 
 
 def text_of(page):
@@ -173,6 +174,27 @@ def _typed(config, key, value):
   for part in key.split("."):
     config = config[part]
   return value == "True" if isinstance(config, bool) else type(config)(value)
+
+
+def lines_of_flags():
+  """Returns the lines of documents that show flags without a command."""
+  lines = []
+  for page in DOCUMENTS:
+    text = re.sub(r"\\\n\s*", " ", page.read_text())
+    lines += re.findall(r"^    (--config\..*)", text, re.MULTILINE)
+  assert len(lines) > 4
+  return lines
+
+
+@pytest.mark.parametrize("line", lines_of_flags())
+def test_flags_without_a_command_make_a_valid_configuration(line):
+  for placeholder, value in NUMBERS.items():
+    line = line.replace(placeholder, value)
+  config = pretrain_b.get_config()
+  for flag in shlex.split(line):
+    key, _, value = flag.removeprefix("--config.").partition("=")
+    config.update_from_flattened_dict({key: _typed(config, key, value)})
+  configuration.validate(config)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
