@@ -1,6 +1,7 @@
 """Rules of the layout: package floors, sizes, commands, configurations."""
 
 import ast
+import functools
 import importlib
 import re
 from collections.abc import Iterator
@@ -47,8 +48,13 @@ def package_of(module: str) -> str:
   return module.rpartition(".")[0]
 
 
-def imports(path: Path) -> Iterator[str]:
-  """Yields dotted names that a file imports, wherever in it."""
+@functools.cache
+def imports(path: Path) -> tuple[str, ...]:
+  """Returns dotted names that a file imports, wherever in it."""
+  return tuple(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[str]:
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
       yield from (alias.name for alias in node.names)

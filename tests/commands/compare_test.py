@@ -38,7 +38,6 @@ def workdirs(face_data, tmp_path_factory):
       encoder,
       tasks="mood",
       modes="linear,knn",
-      plots=False,
       num_seeds=2,
       **{"data.ratio": "0.25", "data.tests": f"{face_data}:val"},
     )

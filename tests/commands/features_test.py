@@ -137,7 +137,14 @@ def test_options_select_windows_and_wrong_ones_are_refused(tmp_path, marlin):
     marlin.extract_video(tmp_path / "none.mp4")
 
 
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize(
+  "name",
+  [
+    # As video03, and longer.
+    pytest.param("video01.mp4", marks=pytest.mark.slow),
+    *("video03.mp4", "cropped01.mp4", "cropped04.mp4"),
+  ],
+)
 def test_real_footage_with_and_without_cropping(marlin, face_models, name):
   path = shared_video(name)
   padded = pytest.warns(UserWarning, match="is not square.*crop_face=True")

@@ -45,19 +45,6 @@ def finished(sample_dataset, tmp_path_factory):
   return workdir, result.stdout
 
 
-def test_pictures_of_a_run_are_masked_as_it_was_trained(
-  sample_dataset, tmp_path
-):
-  masks = {"mask.strategy": "tube", "mask.ratio": 0.75}
-  result = run(
-    tmp_path / "run", **{"data.path": sample_dataset, "num_steps": 1}, **masks
-  )
-  assert result.returncode == 0, result.stderr
-  found = run_checkpoint.masking_of(str(tmp_path / "run"))
-  assert found == tuple(masks.values())
-  assert run_checkpoint.masking_of(str(tmp_path / "b.pt")) == ("fasking", 0.9)
-
-
 def test_a_run_leaves_what_it_promises(finished):
   workdir, output = finished
   config = json.loads((workdir / "config.json").read_text())
@@ -82,6 +69,7 @@ def test_a_run_leaves_what_it_promises(finished):
   assert re.search(r"^time 0:0\d:\d\d: step \d", output, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_bits(
   finished, sample_dataset, tmp_path
 ):
@@ -224,11 +212,16 @@ def test_devices_and_parts_share_a_batch_to_the_same_losses(
     )
 
 
-def test_sigterm_saves_and_says_how_to_go_on(sample_dataset, tmp_path):
+MASKS = {"mask.strategy": "tube", "mask.ratio": 0.75}
+
+
+@pytest.fixture(scope="module")
+def terminated(sample_dataset, tmp_path_factory):
+  """Returns the workdir and the last output of a run that got SIGTERM."""
+  workdir = tmp_path_factory.mktemp("terminated")
   process = subprocess.Popen(
     command(
-      tmp_path,
-      **{"data.path": sample_dataset, "num_steps": 100_000, "log_steps": 1},
+      workdir, **{"data.path": sample_dataset, "num_steps": 100_000}, **MASKS
     ),
     cwd=ROOT,
     stdout=subprocess.PIPE,
@@ -241,9 +234,20 @@ def test_sigterm_saves_and_says_how_to_go_on(sample_dataset, tmp_path):
       break
   rest, _ = process.communicate(timeout=120)
   assert process.returncode == 128 + signal.SIGTERM
+  return workdir, rest
+
+
+def test_sigterm_saves_and_says_how_to_go_on(terminated):
+  workdir, rest = terminated
   assert "run the same command again" in rest
-  last = max(metrics_of(tmp_path))
-  assert (tmp_path / "checkpoints" / str(last)).is_dir()
+  last = max(metrics_of(workdir))
+  assert (workdir / "checkpoints" / str(last)).is_dir()
+
+
+def test_pictures_of_a_run_are_masked_as_it_was_trained(terminated, tmp_path):
+  found = run_checkpoint.masking_of(str(terminated[0]))
+  assert found == tuple(MASKS.values())
+  assert run_checkpoint.masking_of(str(tmp_path / "b.pt")) == ("fasking", 0.9)
 
 
 # --- refusals -----------------------------------------------------------------
@@ -297,6 +301,7 @@ def test_what_an_old_run_keeps_must_fit_what_the_command_asks_for(tmp_path):
   assert "expected 1 with data.sample_by='record'" in message
 
 
+@pytest.mark.slow
 def test_a_run_by_subject_resumes_exactly(tmp_path):
   videos = {
     f"{i}.mp4": [
@@ -386,6 +391,7 @@ def test_a_threshold_leaves_out_low_quality_and_cannot_change_silently(
   assert "allow_change=data.fingerprint,data.min_quality" in message
 
 
+@pytest.mark.slow
 def test_a_change_that_is_meant_goes_on_from_the_same_state(
   finished, sample_dataset, tmp_path
 ):

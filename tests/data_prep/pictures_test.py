@@ -200,7 +200,6 @@ def test_pictures_are_prepared_verified_and_reported(
   # Neither a rate nor sound is asked of a picture.
   result = run_prepare(
     *("--input", photos, "--output", path, "--fps", 25, "--sound"),
-    *("--num_workers", 1),
   )
   assert result.returncode == 0, result.stderr
   assert "3 face tracks, 2 pictures" in result.stdout

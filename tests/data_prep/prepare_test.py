@@ -87,7 +87,10 @@ def videos(tmp_path_factory, carphone, face_models) -> Path:
 def prepared(videos, tmp_path_factory) -> tuple[Path, str]:
   """Returns the data set of `videos` and the output of the command."""
   path = tmp_path_factory.mktemp("prepared") / "dataset"
-  result = run_prepare("--input", videos, "--output", path, "--num_shards", 3)
+  result = run_prepare(
+    *("--input", videos, "--output", path),
+    *("--num_shards", 3, "--num_workers", 2),
+  )
   assert result.returncode == 0, result.stderr
   return path, result.stdout
 
@@ -411,7 +414,7 @@ def test_changed_video_is_processed_again(dataset, videos, carphone, tmp_path):
 def test_quarantined_videos_are_tried_again_under_other_limits(dataset, videos):
   result = run_prepare(
     *("--input", videos, "--output", dataset),
-    *("--max_frame_pixels", 4096 * 4096, "--num_workers", 1),
+    *("--max_frame_pixels", 4096 * 4096),
   )
   assert result.returncode == 0, result.stderr
   assert "13 videos, 7 of them already done" in result.stdout

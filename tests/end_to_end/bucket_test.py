@@ -82,9 +82,7 @@ def content(bucket: gcsfs.GCSFileSystem, folder: str) -> dict[str, bytes]:
 
 
 def test_a_bucket_gets_what_a_disk_gets(bucket, videos, tmp_path):
-  local = run_prepare(
-    "--input", videos, "--output", tmp_path / "out", "--num_workers=1"
-  )
+  local = run_prepare("--input", videos, "--output", tmp_path / "out")
   assert local.returncode == 0, local.stderr
   expected = {
     file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()
@@ -131,6 +129,7 @@ def test_a_bucket_gets_what_a_disk_gets(bucket, videos, tmp_path):
   assert content(bucket, "faces/out") == expected
 
 
+@pytest.mark.slow
 def test_a_manifest_may_name_videos_in_a_bucket(bucket, videos, tmp_path):
   bucket.pipe_file("faces/more/x.mp4", (videos / "a/one.mp4").read_bytes())
   table = tmp_path / "m.csv"

@@ -96,6 +96,7 @@ def check(folder: Path, tmp_path: Path, num_kills: int, seed: int, *more):
   return expected
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_has_a_full_disk_loses_nothing(
   carphone, face_models, tmp_path
 ):

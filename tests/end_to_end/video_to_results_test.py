@@ -38,7 +38,6 @@ pytestmark = pytest.mark.usefixtures("face_models")
 NUM_FRAMES = 8
 QUICK = {
   "modes": "linear",
-  "plots": False,
   "linear.penalties": (0.01,),
 }
 
@@ -63,10 +62,7 @@ def film(carphone_frames) -> Callable[[Path, bool], None]:
 def prepared(layout: str, tree: Path) -> Path:
   """Returns the data set that data_prep.prepare makes of a tree."""
   output = tree.with_name("data")
-  result = run_prepare(
-    *("--dataset", layout, "--input", tree),
-    *("--output", output, "--num_workers=2"),
-  )
+  result = run_prepare("--dataset", layout, "--input", tree, "--output", output)
   assert result.returncode == 0, result.stderr
   assert not (output / "quarantine.jsonl").read_text()
   return output

@@ -64,7 +64,6 @@ def evaluated(workdir, data, checkpoint):
     checkpoint,
     tasks="mood",
     modes="linear,knn",
-    plots=False,
     **{"knn.k": 3},
   )
   for cell in results["cells"]:

@@ -50,6 +50,7 @@ def far(face_data, tmp_path_factory):
     tasks="appearance",
     modes="linear,knn",
     num_seeds=2,
+    plots=True,
     **{"data.ratio": "0.25,1", "knn.k": 3},
   )
   assert result.returncode == 0, result.stderr
@@ -146,7 +147,6 @@ def test_finished_cells_are_not_run_again(far, face_data, tmp_path, capsys):
     modes="linear,knn",
     num_seeds=2,
     batch_size=5,
-    plots=False,
     **{"data.ratio": "0.25,1", "knn.k": 3},
   )
   assert again["cells"][: len(results["cells"])] == results["cells"]
@@ -160,7 +160,6 @@ def test_finished_cells_are_not_run_again(far, face_data, tmp_path, capsys):
     face_data,
     tasks="mood",
     modes="knn",
-    plots=False,
     **{"knn.k": 3},
   )
   assert last["cells"] == again["cells"]
@@ -180,7 +179,6 @@ def test_fer_derives_sentiment_and_follows_the_papers_protocol(
     tasks="emotion,sentiment,sentiment7",
     protocol="paper",
     num_seeds=1,
-    plots=False,
   )
   cells = {
     cell["task"]: cell for cell in results["cells"] if cell["mode"] == "linear"
@@ -212,7 +210,6 @@ def test_two_processes_of_four_devices_give_the_numbers_of_one(
     "modes": "linear,finetune",
     "data.pairs": True,
     "num_seeds": 1,
-    "plots": False,
     "num_resamples": 2,
     "finetune.batch_size": 16,
     "finetune.epochs": 0.1,
@@ -545,7 +542,6 @@ def test_other_data_sets_are_scored_with_the_thresholds_of_this_one(
     face_data,
     modes="linear,attentive",
     num_seeds=1,
-    plots=False,
     **{"data.tests": f"{twin}:test,{harder}:val,{face_data}:val"},
   )
   # Thresholds are chosen on it.
@@ -589,7 +585,6 @@ def test_a_class_left_out_of_training_is_scored(face_data, tmp_path):
     tmp_path / "out",
     face_data,
     modes="linear",
-    plots=False,
     **{"data.train_classes": "Deepfakes"},
   )
   split = splits.open_split(str(face_data), "train", tmp_path)

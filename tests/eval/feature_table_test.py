@@ -32,7 +32,6 @@ CHANGES = {
   "tasks": "mood",
   "modes": "linear,knn",
   "num_seeds": 1,
-  "plots": False,
   "num_resamples": 20,
 }
 

@@ -39,7 +39,6 @@ def cross_validated(workdir, data, **changes):
     data,
     **{
       "modes": "linear,knn",
-      "plots": False,
       "data.folds": FOLDS,
       "knn.k": 3,
     }
@@ -223,7 +222,6 @@ def test_manipulations_are_left_out_or_trained_alone(
     tmp_path,
     deepfakes,
     modes="linear",
-    plots=False,
     **{"data.folds": folds},
   )
   (row,) = (r for r in results["summary"] if r["mode"] == "linear")

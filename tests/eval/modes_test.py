@@ -214,7 +214,6 @@ def test_fine_tuning_moves_the_encoder_and_beats_the_probe(tmp_path):
     tasks="needle",
     modes="linear,finetune",
     num_seeds=1,
-    plots=False,
     num_resamples=20,
     **{
       "finetune.min_steps": 40,
@@ -311,7 +310,6 @@ def test_a_stopped_finetuning_resumes_to_the_same_bits(
     "tasks": "mood",
     "modes": "finetune",
     "num_seeds": 1,
-    "plots": False,
     "num_resamples": 2,
     "finetune.min_steps": 12,
   }
@@ -357,7 +355,6 @@ def test_a_killed_finetuning_goes_on_from_its_last_round(
     "tasks": "mood",
     "modes": "lora",
     "num_seeds": 1,
-    "plots": False,
     "num_resamples": 2,
     "light.epochs": 0.1,
     "light.min_steps": 2,
@@ -395,7 +392,6 @@ def test_the_attentive_mode_predicts_classes(face_data, tmp_path):
     tasks="mood",
     modes="attentive",
     num_seeds=1,
-    plots=False,
     num_resamples=2,
     **{
       "attentive.min_steps": 20,

@@ -23,6 +23,7 @@ def workdir(face_data, tmp_path_factory):
     tasks="affect",
     modes="linear,knn,attentive",
     num_seeds=1,
+    plots=True,
     **{"knn.k": 3, "value_loss": "ccc"},
   )
   return folder / "far"
@@ -117,7 +118,6 @@ def test_training_starts_from_the_mean_of_the_numbers(face_data, tmp_path):
     protocol="paper",
     modes="linear",
     num_seeds=1,
-    plots=False,
     num_resamples=2,
   )
   cell = results["cells"][1]
@@ -131,7 +131,6 @@ def test_the_row_of_mosei(face_data, tmp_path):
     tmp_path,
     face_data,
     tasks="sentiment_value,sentiment7_delbrouck",
-    plots=False,
   )
   value, classes = (
     next(
@@ -163,7 +162,6 @@ def test_a_rule_may_be_added_but_not_changed(face_data, tmp_path):
       face_data,
       tasks=task,
       modes=modes,
-      plots=False,
       **{f"derive.{name}": rule for name, rule in rules.items()},
     )
 

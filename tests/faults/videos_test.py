@@ -396,7 +396,14 @@ def test_face_of_a_few_pixels_is_none_and_gives_no_empty_crop(
     assert (outcome.status, found) == (video_to_records.NO_FACE, [])
 
 
-@pytest.mark.parametrize("size", [(1, 1), (2, 1200), (1200, 2), (9, 7)])
+@pytest.mark.parametrize(
+  "size",
+  [
+    *((1, 1), (2, 1200), (9, 7)),
+    # As the tall one, with the sides exchanged.
+    pytest.param((1200, 2), marks=pytest.mark.slow),
+  ],
+)
 def test_frames_too_small_for_any_face_are_no_error(models, tmp_path, size):
   frames = [np.full((size[1], size[0], 3), 90, np.uint8)] * 3
   outcome, _ = run(

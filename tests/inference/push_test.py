@@ -51,7 +51,6 @@ def far(face_data, tmp_path_factory):
     encoder,
     tasks="mood",
     modes="linear",
-    plots=False,
     num_seeds=1,
     **{"data.tests": f"{face_data}:val"},
   )

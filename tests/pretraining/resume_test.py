@@ -99,6 +99,7 @@ def test_every_objective_resumes_with_the_same_bits(talks, tmp_path, objective):
   assert f"starts from {resumed}" in result.stdout, result
 
 
+@pytest.mark.slow
 def test_however_checkpoints_are_saved_and_kept_all_bits_are_the_same(
   sample_dataset, tmp_path
 ):

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import simplejpeg
+from google.protobuf import message
 from google.protobuf.descriptor import Descriptor
 
 from marlin_jax.data import prepared_dataset
@@ -79,10 +80,8 @@ def test_decoding_uses_the_same_message_classes_all_the_time(record):
   def message_classes():
     return {
       id(x): x.__name__
-      for x in gc.get_objects()
-      # Asking an object for its class may warn, as one of PyTorch's does.
-      if issubclass(type(x), type)
-      and isinstance(x.__dict__.get("DESCRIPTOR"), Descriptor)
+      for x in message.Message.__subclasses__()
+      if isinstance(x.__dict__.get("DESCRIPTOR"), Descriptor)
       and x.DESCRIPTOR.file.pool is pool
     }
 

@@ -175,6 +175,7 @@ TINY = {
   "random.patch_size": 56,
   "batch_size": 8,
   "num_resamples": 50,
+  "plots": False,
   "finetune.batch_size": 8,
   "finetune.epochs": 1.0,
   "finetune.min_steps": 4,

@@ -43,10 +43,16 @@ def run_here(command: Callable[[], int | None]) -> Finished:
 
 
 def run_prepare(*args: object) -> Finished:
-  """Runs data_prep.prepare in this process; it starts its own workers."""
+  """Runs data_prep.prepare in this process; it starts its own workers.
+
+  One unless `args` say how many: each takes seconds to open the models.
+  """
   from data_prep import prepare
 
-  return run_here(lambda: prepare.main([str(arg) for arg in args]))
+  argv = [str(arg) for arg in args]
+  if not any(arg.startswith("--num_workers") for arg in argv):
+    argv.insert(0, "--num_workers=1")
+  return run_here(lambda: prepare.main(argv))
 
 
 def start_prepare(*args: object) -> subprocess.CompletedProcess[str]:

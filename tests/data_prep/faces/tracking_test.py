@@ -186,6 +186,7 @@ def test_face_that_leaves_ends_its_track(carphone_frames, finder):
   assert (track.first_frame, len(track)) == (0, 20)
 
 
+@pytest.mark.slow  # prepare_test.py tells that the sample leaves them out
 @pytest.mark.parametrize("name", ["bikes.mp4", "bigbuckbunny.mp4"])
 def test_video_without_a_lasting_human_face_gives_no_track(
   name, sample_videos, finder

@@ -90,32 +90,52 @@ def assert_same_bits(got, want):
 
 
 @pytest.fixture(scope="module")
-def expert(talking_people, tmp_path_factory):
-  """A trained one."""
+def expert(talking_person, tmp_path_factory):
+  """One of two steps."""
   workdir = tmp_path_factory.mktemp("expert")
-  config = tiny(expert__num_steps=NUM_EXPERT_STEPS, checkpoint_steps=100)
+  config = tiny(data__val="train", expert__num_steps=2, checkpoint_steps=1)
+  expert_training.train_expert(config, talking_person, workdir)
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def trained_expert(talking_people, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("trained_expert")
+  config = tiny(expert__num_steps=NUM_EXPERT_STEPS)
   expert_training.train_expert(config, talking_people, workdir)
   return workdir
+
+
+def curve_of(workdir):
+  """Returns the only offsets of an expert's evaluation, and the cosines."""
+  (event,) = [row for row in rows_of(workdir) if row.get("event") == "offsets"]
+  return event["offsets"], event["cosines"]
 
 
 # --- The expert ---------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_of_people_never_seen_sound_in_sync_fits_better_than_shifted(expert):
-  scores = last_of(expert, "eval/val/")
+def test_of_people_never_seen_sound_in_sync_fits_better_than_shifted(
+  trained_expert,
+):
+  scores = last_of(trained_expert, "eval/val/")
   assert scores["ranked"] > 0.65
   assert scores["margin"] > 0.15
   assert scores["loss_sync"] < math.log(2)
 
 
-def test_the_best_offset_of_people_never_seen_is_the_true_one(expert):
-  assert last_of(expert, "eval/val/")["best_offset"] == 0
+@pytest.mark.slow
+def test_the_best_offset_of_people_never_seen_is_the_true_one(trained_expert):
+  assert last_of(trained_expert, "eval/val/")["best_offset"] == 0
+  offsets, cosines = curve_of(trained_expert)
+  assert offsets[np.argmax(cosines)] == 0
 
 
-def test_the_best_offset_moves_with_the_sound(expert):
+@pytest.mark.slow
+def test_the_best_offset_moves_with_the_sound(trained_expert):
   """By as many frames; negative where the sound comes earlier."""
-  net = build.read_expert(expert)
+  net = build.read_expert(trained_expert)
   talks = [talking_mouths.talk(person) for person in range(72, 80)]
   starts, offsets = np.arange(12, 48, 4), np.arange(-8, 9)
   windows = [
@@ -147,9 +167,9 @@ def test_a_run_leaves_what_it_promises(expert):
   assert config["expert"]["width"] == TINY["expert.width"]
   (picture,) = (expert / "pictures").iterdir()
   assert np.asarray(Image.open(picture)).std() > 10
-  (event,) = [row for row in rows_of(expert) if row.get("event") == "offsets"]
-  assert event["offsets"] == list(range(-5, 6))
-  assert np.argmax(event["cosines"]) == 5
+  offsets, cosines = curve_of(expert)
+  assert offsets == list(range(-5, 6))
+  assert np.isfinite(cosines).all()
 
 
 def test_scores_of_cosines_are_what_they_are_called():
@@ -491,7 +511,7 @@ def test_a_resumed_generator_has_the_same_bits_and_the_same_schedule(
 
 def test_another_expert_is_refused_on_resume(talking_person, expert, generator):
   config = tiny(data__val="train", generator__num_steps=3)
-  other = expert / "checkpoints" / "100"
+  other = expert / "checkpoints" / "1"
   with pytest.raises(ResumeError, match="expert_sha256"):
     generator_training.train_generator(
       config, talking_person, generator, other, "random"
