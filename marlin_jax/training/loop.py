@@ -387,7 +387,8 @@ class _Loop:
   def _evaluate_resumed(self) -> None:
     """Runs the evaluations of the step that is resumed from, if any are left.
 
-    The process that saved the step may have ended in the middle of them.
+    The process that saved the step may have ended in the middle of them, or the
+    step has become the last one.
     """
     step = self._workdir.start_step
     if not step:
@@ -399,9 +400,10 @@ class _Loop:
       for evaluation in self._due(step, before_save=True)
       if not evaluation.is_due(step, is_last=False)
     ]
-    if due and not self._writer.was_evaluated():
+    is_last = step == self._course.num_steps
+    if due and not self._writer.was_evaluated(is_last=is_last):
       self._watchdog.alive(f"the evaluations of step {step}")
-      self._progress.say(f"step {step}: its evaluations had not ended")
+      self._progress.say(f"step {step}: its evaluations are not complete")
       _, left = self._evaluate(step, due)
       self._publish(step, is_evaluated=not left)
 
@@ -429,7 +431,8 @@ class _Loop:
   def _publish(self, step: int, *, is_evaluated: bool) -> None:
     """Writes what a run that resumes from this checkpoint reads."""
     if is_evaluated:
-      self._writer.event(metrics.EVALUATED, step)
+      is_last = step == self._course.num_steps
+      self._writer.event(metrics.EVALUATED, step, is_last=is_last)
     # A resumed run continues these totals.
     self._writer.write(step, self._timer.totals())
     with self._timer.on("checkpoint"):

@@ -27,7 +27,8 @@ from marlin_jax.records.cli import UserError
 
 # Event of metrics.jsonl that holds the identifier of the run in trackers.
 _TRACKED = "tracked"
-# Event of a saved step whose evaluations, if any were due, have ended.
+# Event of a saved step whose evaluations, if any were due, have ended; with
+# `is_last` if they were those of the last step.
 EVALUATED = "evaluated"
 _PROJECT = "marlin_jax"
 # Events in tensorboardX's queue; the metrics of a step add about 40.
@@ -92,9 +93,12 @@ class JsonLines:
     self.identifier = next(
       (x["id"] for x in events if x["event"] == _TRACKED), ""
     )
-    self.was_evaluated = any(
-      (x["event"], x["step"]) == (EVALUATED, run.start_step) for x in events
-    )
+    # Earlier versions did not write `is_last`.
+    self.evaluated_as_last = [
+      x.get("is_last", True)
+      for x in events
+      if (x["event"], x["step"]) == (EVALUATED, run.start_step)
+    ]
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     self._file.write(json.dumps({"step": step, **scalars}) + "\n")
@@ -256,9 +260,15 @@ class MetricWriter:
         ) from e
       self._trackers.append(tracker)
 
-  def was_evaluated(self) -> bool:
-    """Returns True, on all processes, if `run.start_step` was EVALUATED."""
-    was_evaluated = not self._writes or self._record.was_evaluated
+  def was_evaluated(self, *, is_last: bool) -> bool:
+    """Returns True, on all processes, if `run.start_step` was EVALUATED.
+
+    Args:
+      is_last: as the last step, which it may not have been before.
+    """
+    was_evaluated = not self._writes or any(
+      as_last or not is_last for as_last in self._record.evaluated_as_last
+    )
     return bool(distributed.smallest(int(was_evaluated)))
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:

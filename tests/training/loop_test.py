@@ -332,6 +332,24 @@ def test_evaluations_that_a_signal_ended_are_done_when_the_run_resumes(
     assert events[: len(seen)] == seen
 
 
+def test_a_run_that_is_cut_short_is_evaluated_at_its_new_last_step(
+  dataset, tmp_path, events
+):
+  """And a finished one that becomes longer is not evaluated there again."""
+  state, signum = train(dataset, tmp_path, 9, events, kill_at=4)
+  assert (state.step, signum) == (5, signal.SIGTERM)  # where nothing is due
+  for num_steps, expected in (
+    (5, ["look 5", "double 5"]),
+    (5, []),
+    (6, ["double 6", "look 6"]),
+  ):
+    events.clear()
+    state, signum = train(dataset, tmp_path, num_steps, events)
+    assert (state.step, signum) == (num_steps, None)
+    found = [x for x in events if x.startswith(("look", "double"))]
+    assert found == expected
+
+
 def test_an_evaluation_before_the_last_save_is_made_up_for_too(
   dataset, tmp_path, events
 ):
