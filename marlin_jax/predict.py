@@ -48,6 +48,10 @@ if TYPE_CHECKING:
   from marlin_jax.inference.face_windows import Window
 
 
+# Settings that logs of before they were written lack.
+_LATER = ("head_sha256", "split", "dtype")
+
+
 class PredictionError(UserError):
   """The arguments contradict each other, or nothing could be predicted."""
 
@@ -97,6 +101,8 @@ def _run(args: argparse.Namespace, task: cli.Task) -> None:
     "calibrated": args.calibrated,
     "crop_face": not args.whole_frames,
     "data": args.data,
+    "split": args.split if args.data else "",
+    "dtype": args.dtype,
   }
   is_value = classifier.description.kind == "value"
   if is_value and args.calibrated:
@@ -397,9 +403,8 @@ class PredictionLog:
         ) from e
       if number:
         entries[entry.pop("video")] = entry
-      # Logs of before it was written have no hash of the head.
       elif changes := differences(
-        {"head_sha256": settings["head_sha256"]} | entry, settings
+        {k: v for k, v in settings.items() if k in _LATER} | entry, settings
       ):
         raise OutputFolderError(
           f"{path} was made with other settings: {'; '.join(changes)}. "

@@ -159,7 +159,8 @@ def _file(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     features = feature_folder.read_features(path)
     yield from zip(map(str, ids), features, strict=True)
   elif path.suffix == ".csv":
-    with path.open(newline="") as lines:
+    # Spreadsheets write a byte order mark before the header.
+    with path.open(newline="", encoding="utf-8-sig") as lines:
       reader = csv.DictReader(lines)
       if _ID not in (reader.fieldnames or ()):
         raise FeatureTableError(f"{path} has no column '{_ID}'")

@@ -351,13 +351,16 @@ def shared_warnings(first: Split, second: Split) -> Iterator[str]:
       "scores too high"
     )
     return
+  other = ", if they are the same in both data sets"
+  if datasets[0].path == datasets[1].path:
+    other = ""
   for field, noun in (("subject_ids", "person"), ("video_ids", "video")):
     common = {*getattr(first, field)} & {*getattr(second, field)} - {""}
     if common:
       yield (
         f"'{first.name}' and '{second.name}' share "
         f"{counted(len(common), noun)} (e.g. {min(common)!r}): scores on "
-        f"'{second.name}' are too high"
+        f"'{second.name}' are too high{other}"
       )
 
 
@@ -429,10 +432,15 @@ def task_split(task: Task, split: Split) -> TaskSplit:
   return TaskSplit(split, rows, task.targets(values[rows]))
 
 
-def label_warnings(task: Task, videos: TaskSplit) -> list[str]:
-  """Returns a line if videos of a split do not show what a task is about.
+def label_warnings(task: Task, videos: TaskSplit, where: str = "") -> list[str]:
+  """Returns a line if videos do not show what a task is about.
 
   Such are classes that none of them has, and labels that all or none have.
+
+  Args:
+    task: task of the videos.
+    videos: the videos.
+    where: names them in the line; '': by their split.
   """
   if task.is_value:
     return []
@@ -446,4 +454,5 @@ def label_warnings(task: Task, videos: TaskSplit) -> list[str]:
   if len(names) > _MAX_NAMES:
     some += f" and {len(names) - _MAX_NAMES} more"
   how = "in no video" if task.is_class else "alike in all videos"
-  return [f"task '{task.name}': {how} of '{videos.split.name}': {some}"]
+  where = where or f"'{videos.split.name}'"
+  return [f"task '{task.name}': {how} of {where}: {some}"]

@@ -23,13 +23,15 @@ from marlin_jax.eval import configuration, modes
 from marlin_jax.eval.inputs import Inputs, Videos
 from marlin_jax.eval.results_folder import ResultsFolder
 from marlin_jax.inference import classifier
-from marlin_jax.records.cli import UserError
+from marlin_jax.records.cli import UserError, counted
 from marlin_jax.weights import formats
 from marlin_jax.weights.weights import encoder_sha256
 
 # Mode of the baseline that predicts the shares or means of the training split.
 CONSTANT = "constant"
 _NUM_TRAINED = ("num_train", "num_train_people")
+# Distance to chance that is told.
+_TOLERANCE = 0.02
 
 
 class DeviceMemoryError(UserError):
@@ -90,6 +92,8 @@ def run_cells(
   for task in inputs.tasks:
     folds = videos.folds[task.name]
     results.append(_constant(task, folds, config))
+    if folder.writes and len(folds) > 1:
+      _warn_of_levels(task, results[-1])
     others = videos.others[task.name]
     for cell in cells[task.name]:
       parts = [cell._replace(fold=fold) for fold in folds]
@@ -229,6 +233,12 @@ def _run(
   train = train.subset(
     low_data.take(cell.ratio, strata, train.people, cell.seed)
   )
+  if cell.ratio < 1 and folder.writes:
+    share = f"{cell.name}, {counted(len(train), 'video')}"
+    known = splits.label_warnings(task, videos["train"], share)
+    for line in splits.label_warnings(task, train, share):
+      if line not in known:
+        print(f"WARNING: {line}", flush=True)
   job = modes.Job(
     task,
     train,
@@ -364,6 +374,29 @@ def _constant(
     **{key: min(t[key] for t in trained) for key in _NUM_TRAINED},
     "test": scores,
   }
+
+
+def _warn_of_levels(task: Task, constant: dict[str, Any]) -> None:
+  """Warns if a model that knows nothing scores below chance over all folds.
+
+  A fold that tests more of a class trains on less of it, so that predictions of
+  different models, pooled, rank against the labels (Forman and Scholz, SIGKDD
+  Explorations 2010).
+
+  Args:
+    task: task of the folds.
+    constant: result of `_constant`.
+  """
+  metric, chance = ("pearson", 0.0) if task.is_value else ("auc", 0.5)
+  value = constant["test"]["metrics"][metric]["value"]
+  if value is not None and value < chance - _TOLERANCE:
+    print(
+      f"WARNING: task '{task.name}': over all folds a model that knows nothing "
+      f"has {metric} {value:.2f}, not {chance:g}, since a fold trains on less "
+      "of what it tests: pooled scores are too low, read the mean of the folds "
+      "where they define it",
+      flush=True,
+    )
 
 
 def _num_trained(train: TaskSplit) -> dict[str, int]:

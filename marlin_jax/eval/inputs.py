@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -212,6 +214,8 @@ def open_videos(inputs: Inputs, config: ConfigDict, cache: Path) -> Videos:
     )
     for test in inputs.tests
   }
+  if inputs.features is not None:
+    _check_distinct(inputs.features, [*by_name.values(), *others.values()])
   of_tasks = {task.name: _folds(task, by_role, config) for task in inputs.tasks}
   return Videos(
     by_role,
@@ -237,15 +241,40 @@ def open_videos(inputs: Inputs, config: ConfigDict, cache: Path) -> Videos:
   )
 
 
+def _check_distinct(features: FeatureTable, opened: list[Split]) -> None:
+  """Raises FeatureTableError if videos of two data sets have one id."""
+  for first, second in itertools.combinations(opened, 2):
+    paths = [os.path.realpath(s.dataset.path) for s in (first, second)]
+    common = {*first.video_ids} & {*second.video_ids}
+    if common and paths[0] != paths[1]:
+      raise feature_table.FeatureTableError(
+        f"{features.source} holds features by id, and both {paths[0]} and "
+        f"{paths[1]} have {min(common)!r}: both videos would get the same "
+        "ones. Evaluate the other data set by itself, or with an encoder"
+      )
+
+
 def _coverage_warnings(
   chosen: list[Task], of_tasks: dict[str, dict[str, Fold]]
 ) -> Iterator[str]:
   """Yields a line for each way in which splits are too small for a task.
 
-  Folds are none: they are pooled.
+  What folds test is pooled, and not too small.
   """
   for task in chosen:
-    for role, videos in of_tasks[task.name].get("", {}).items():
+    by_fold = of_tasks[task.name]
+    for role in ("train", "val"):
+      lines = [
+        line
+        for name, fold in by_fold.items()
+        if name
+        for line in splits.label_warnings(
+          task, fold[role], f"'{role}' of fold '{name}'"
+        )
+      ]
+      if lines:
+        yield f"{lines[0]}; such folds: {len(lines)} of {len(by_fold)}"
+    for role, videos in by_fold.get("", {}).items():
       yield from splits.label_warnings(task, videos)
       if role == "test" and len(set(videos.people)) == 1:
         yield (

@@ -257,7 +257,7 @@ class ModeRunner:
     units = Units.of(task, job.train.targets)
     labels, known = task.encode(job.train.targets)
     labels = units.standardised(labels)
-    order = clip_batches.Order(np.arange(len(train)), job.seed)
+    order = self._order(job, np.arange(len(train)))
 
     def batches(step: int) -> Iterator[fit.Batch]:
       while True:
@@ -372,7 +372,7 @@ class ModeRunner:
         clip_batches.ClipReader(split, self._clip, self._image_size),
         split,
         self._clip,
-        self._order(job),
+        self._order(job, job.train.rows),
         batch_size=batch_size,
         seed=job.seed,
         start_step=step,
@@ -385,10 +385,12 @@ class ModeRunner:
 
     return batches
 
-  def _order(self, job: Job) -> clip_batches.Order | clip_batches.PairedOrder:
-    """Returns the order of the training videos."""
+  def _order(
+    self, job: Job, numbers: np.ndarray
+  ) -> clip_batches.Order | clip_batches.PairedOrder:
+    """Returns the order of the training videos, by the numbers given."""
     if not self._config.data.pairs:
-      return clip_batches.Order(job.train.rows, job.seed)
+      return clip_batches.Order(numbers, job.seed)
     is_positive = job.train.targets[:, 0] == 1
     if is_positive.all() or not is_positive.any():
       raise TaskError(
@@ -396,7 +398,7 @@ class ModeRunner:
         "label and without it, and those to train on are all alike"
       )
     return clip_batches.PairedOrder(
-      job.train.rows, is_positive, job.train.people, job.seed
+      numbers, is_positive, job.train.people, job.seed
     )
 
   def _predict(

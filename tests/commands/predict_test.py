@@ -335,6 +335,19 @@ def test_wrong_models_and_outputs_are_refused(
   assert output.read_text() == "mine"
 
 
+@pytest.mark.parametrize("flag", ["--split=val", "--dtype=bfloat16"])
+def test_predictions_of_other_videos_or_digits_are_not_mixed(
+  workdir, face_data, tmp_path, capsys, flag
+):
+  model = workdir / "far" / "models" / "mood-linear-1-0"
+  command = ["--model", str(model), "--data", str(face_data)]
+  command += ["--output", str(tmp_path / "out.csv")]
+  assert predict.main(command) == 0
+  assert predict.main([*command, flag]) == 1
+  assert f"{flag[2:].partition('=')[0]} was" in capsys.readouterr().err
+  assert len(rows_of(tmp_path / "out.csv")) == 16
+
+
 def test_predictions_of_another_head_at_the_same_place_are_not_mixed(
   workdir, face_data, tmp_path, capsys
 ):
@@ -349,7 +362,8 @@ def test_predictions_of_another_head_at_the_same_place_are_not_mixed(
   first, *lines = log.read_text().splitlines(keepends=True)
   # One of before the head had a hash goes on.
   settings = json.loads(first)
-  del settings["head_sha256"]
+  for key in ("head_sha256", "split", "dtype"):
+    del settings[key]
   log.write_text("".join([json.dumps(settings) + "\n", *lines[:3]]))
   assert predict.main(command) == 0
   assert len(log.read_text().splitlines()) == 1 + len(lines)

@@ -84,6 +84,7 @@ def test_splits_of_one_name_in_two_data_sets_are_compared(made, tmp_path):
   )
   (line,) = splits.split_warnings([ours, theirs])
   assert "share 1 person (e.g. 'p1')" in line
+  assert line.endswith("if they are the same in both data sets")
   (line,) = splits.split_warnings([ours, ours])
   assert "used twice" in line
 

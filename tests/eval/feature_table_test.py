@@ -150,6 +150,11 @@ def test_tables_of_any_program_hold_the_same(extracted, data, tmp_path):
   for name in ("t.npz", "t.parquet", "t.csv", "npy"):
     found = feature_table.read(str(tmp_path / name), "mean").of(split)
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+  # As spreadsheets write it.
+  table = (tmp_path / "t.csv").read_text()
+  (tmp_path / "marked.csv").write_text(table, encoding="utf-8-sig")
+  found = feature_table.read(str(tmp_path / "marked.csv"), "mean").of(split)
+  np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
   both = feature_table.read(str(tmp_path / "t.npz"), "mean_std").of(split)
   np.testing.assert_array_equal(both[:, :32], expected)
   assert both[:, 32:].min() > 0  # every video has two windows

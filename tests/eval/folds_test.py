@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from sklearn import metrics
 from configs import eval_dfd, eval_far
 from data_prep.sources.listing import CLASS, Label
 from marlin_jax import compare, predict
+from marlin_jax.downstream import clip_batches
+from marlin_jax.downstream.feature_table import FeatureTableError
 from marlin_jax.downstream.tasks import TaskError
 from marlin_jax.eval import modes
 from marlin_jax.training.configuration import ConfigError
@@ -297,6 +300,68 @@ def test_a_fold_of_one_video_has_no_auc_and_the_total_has(swaps, tmp_path):
   assert row["mean_of_folds"]["auc"]["mean"] is None
   assert row["mean_of_folds"]["accuracy"]["mean"] == 1.0
   assert row["metrics"]["auc"]["mean"] == 1.0
+  # Two people are set apart to choose on, of three classes.
+  (warning,) = (w for w in results["data"]["warnings"] if "'kind'" in w)
+  assert "in no video of 'val' of fold 'people01': " in warning
+  assert "such folds: 18 of 18" in warning
+
+
+@pytest.mark.parametrize("fold", ["leave_person_out", "train,val,test"])
+def test_pooled_scores_below_chance_are_told(swaps, tmp_path, capsys, fold):
+  results = run(
+    workdir=tmp_path, **swaps, **{"tasks": "kind", "data.folds": fold}
+  )
+  constant = next(r for r in results["summary"] if r["mode"] == "constant")
+  is_low = constant["metrics"]["auc"]["mean"] < 0.48
+  assert is_low == (fold == "leave_person_out")
+  told = "a model that knows nothing has auc 0.00, not 0.5" in (
+    capsys.readouterr().out
+  )
+  assert told == is_low
+
+
+def test_what_a_share_of_the_data_does_not_show_is_told(
+  swaps, tmp_path, capsys
+):
+  changes = {"tasks": "kind", "data.ratio": "0.3,1", "num_seeds": 1}
+  run(workdir=tmp_path, **swaps, **changes)
+  lines = capsys.readouterr().out.splitlines()
+  (line,) = (x for x in lines if "in no video of" in x)
+  assert line.startswith(
+    "WARNING: task 'kind': in no video of kind-knn-0.3-0, 2 videos: "
+  )
+
+
+def test_every_training_of_pairs_is_of_pairs(swaps, tmp_path, monkeypatch):
+  steps = []
+  rows = clip_batches.PairedOrder.rows
+
+  def spy(self, step, batch_size):
+    steps.append(step)
+    return rows(self, step, batch_size)
+
+  monkeypatch.setattr(clip_batches.PairedOrder, "rows", spy)
+  run(
+    workdir=tmp_path,
+    **swaps | {"modes": "linear"},
+    **{
+      "tasks": "fake",
+      "derive.fake": {"label": "kind", "negative": "real"},
+      "protocol": "paper",
+      "data.pairs": True,
+      "num_seeds": 1,
+    },
+  )
+  assert steps
+
+
+def test_features_by_id_are_of_one_data_set(swaps, tmp_path):
+  other = shutil.copytree(swaps["data"], tmp_path / "other")
+  changes = {"tasks": "kind", "data.tests": f"{swaps['data']}:val"}
+  run(workdir=tmp_path / "w", **swaps, **changes)
+  changes["data.tests"] = f"{other}:val"
+  with pytest.raises(FeatureTableError, match="both .* have 'val0.mp4'"):
+    run(workdir=tmp_path / "v", **swaps, **changes)
 
 
 def test_a_class_may_have_a_name_that_no_file_can_have(swaps, tmp_path):
