@@ -287,7 +287,6 @@ def swaps(tmp_path_factory):
     "checkpoint": "",
     "features": str(folder / "features.npz"),
     "modes": "knn",
-    "plots": False,
     "knn.k": 1,
   }
 
