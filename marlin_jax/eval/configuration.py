@@ -56,8 +56,9 @@ FEATURE_MODES = ("linear", "knn", "knn_centred")
 
 
 def split_names(text: str) -> list[str]:
-  """Splits a comma-separated list: 'a, b' -> ['a', 'b']."""
-  return [name.strip() for name in text.split(",") if name.strip()]
+  """Splits a comma-separated list, without repetitions: 'a, b,a' -> a, b."""
+  names = (name.strip() for name in text.split(","))
+  return list(dict.fromkeys(filter(None, names)))
 
 
 def _are_modes(text: str) -> bool:
@@ -118,7 +119,7 @@ def fold_rule(text: str) -> FoldRule:
       raise ValueError(text)
     return FoldRule("people", num_groups=int(number))
   names = tuple(split_names(text))
-  if len(names) < 2 or len(set(names)) < len(names):
+  if len(names) < 2:
     raise ValueError(text)
   return FoldRule("splits", names)
 

@@ -78,7 +78,8 @@ class Data:
     task: label to predict.
     train, test: videos to fit on, and videos to score.
     architecture: sets the windows and the size of their frames.
-    warnings: a line for each problem with the splits, such as shared people.
+    warnings: a line for each problem with the splits, such as shared people or
+      a class that is missing.
   """
 
   task: Task
@@ -139,6 +140,8 @@ def open_data(
     for split in (train, test)
   )
   warnings = splits.split_warnings((train, test))
+  for split in (train, test):
+    warnings += splits.label_warnings(task, splits.task_split(task, split))
   return Data(task, train_examples, test_examples, architecture, warnings)
 
 

@@ -49,7 +49,7 @@ def predict(
     weight = np.exp((near - near[:, :1]) / temperature)[..., None]
     weight = weight * known[nearest]
     total = weight.sum(1)
-    voted = (weight * labels[nearest]).sum(1) / np.maximum(total, 1e-30)
+    voted = (weight * labels[nearest]).sum(1) / np.where(total > 0, total, 1)
     votes[first : first + _BLOCK] = np.where(total > 0, voted, mean)
   return votes
 

@@ -521,6 +521,13 @@ def test_neighbours_equal_sklearns():
   np.testing.assert_allclose(found, theirs.predict(new_x), atol=1e-6)
 
 
+def test_a_far_vote_counts_whole_where_the_near_ones_are_unknown():
+  x = np.array([[1.0, 0.0], [-1.0, 0.1]])
+  y, known = np.array([[0.0], [3.0]]), np.array([[0.0], [1.0]])
+  found = nearest_neighbours.predict(x[:1], x, y, known, k=2, temperature=0.02)
+  np.testing.assert_allclose(found, [[3.0]])
+
+
 def test_centred_neighbours_do_not_see_what_all_features_share():
   (x, y), (new_x, _) = drawn(100, 0), drawn(40, 1)
   common = 50 * np.random.default_rng(3).normal(size=16)

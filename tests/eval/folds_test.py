@@ -14,7 +14,7 @@ from marlin_jax import compare, predict
 from marlin_jax.downstream import clip_batches
 from marlin_jax.downstream.feature_table import FeatureTableError
 from marlin_jax.downstream.tasks import TaskError
-from marlin_jax.eval import modes
+from marlin_jax.eval import configuration, modes
 from marlin_jax.training.configuration import ConfigError
 from marlin_jax.weights import hub
 from tests.support import labelled_data
@@ -329,6 +329,10 @@ def test_what_a_share_of_the_data_does_not_show_is_told(
   assert line.startswith(
     "WARNING: task 'kind': in no video of kind-knn-0.3-0, 2 videos: "
   )
+
+
+def test_what_is_named_twice_is_run_once():
+  assert configuration.split_names("linear, knn,,linear") == ["linear", "knn"]
 
 
 def test_every_training_of_pairs_is_of_pairs(swaps, tmp_path, monkeypatch):

@@ -156,6 +156,7 @@ def test_people_in_both_splits_are_told_loudly(face_data, tmp_path, capsys):
     settings(**{"probe.label": "mood"}), TINY, str(path)
   )
   assert any("share 1 person" in line for line in data.warnings)
+  assert "task 'mood': in no video of 'val': bright" in data.warnings
 
 
 FRAMES = np.zeros((8, 224, 224, 3), np.uint8)
