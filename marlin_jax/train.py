@@ -66,7 +66,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
       print("".join(f"note: {note}\n" for note in notes), end="", flush=True)
     configuration.validate(config)
     course, evaluated = _open(config, workdir, watchdog)
-    configuration.check_end(
+    configuration.check_cooldown(
       config, course.num_steps, begun, max(saved, default=0)
     )
     return loop.train(

@@ -273,10 +273,10 @@ def check_curriculum(config: ConfigDict, num_steps: int) -> None:
 _COOLDOWN_KEYS = ("num_steps", "num_epochs", "optim.cooldown_steps")
 
 
-def check_end(
+def check_cooldown(
   config: ConfigDict, num_steps: int, begun: Mapping[str, Any], last_step: int
 ) -> None:
-  """Refuses to resume after the end, or amid or after a new cool-down.
+  """Refuses a new cool-down that a run resumes in the middle of, or after.
 
   Args:
     config: a valid configuration.
@@ -285,8 +285,7 @@ def check_end(
     last_step: step that it resumes from.
 
   Raises:
-    ConfigError: there would be nothing to do, or the rate would fall at once or
-      not at all.
+    ConfigError: the rate would fall at once, or not at all.
   """
   length = config.optim.cooldown_steps
   is_new = any(begun.get(key) != get(config, key) for key in _COOLDOWN_KEYS)
@@ -297,13 +296,6 @@ def check_end(
         f"would fall from step {num_steps - length} on, and the run resumes "
         f"from step {last_step}: expected num_steps of at least "
         f"{last_step + length}, or fewer steps to cool down in"
-      ]
-    )
-  if last_step > num_steps:
-    refuse(
-      [
-        f"num_steps={num_steps}, and the run resumes from step {last_step}: "
-        "expected at least as many"
       ]
     )
 

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from marlin_jax.checkpoints.inventory import ResumeError
 from marlin_jax.data import loader
 from marlin_jax.devices import (
   compilation_cache,
@@ -168,6 +169,11 @@ class _Loop:
       self.state = workdir.restore(
         course.shapes, course.shardings, course.identity
       )
+      if start_step > course.num_steps:
+        raise ResumeError(
+          f"the run in {workdir.path} has taken {start_step} steps, more than "
+          f"num_steps={course.num_steps}: expected at least {start_step}"
+        )
     else:
       self.state = course.first_state()
     workdir.begin()

@@ -348,6 +348,10 @@ def test_a_run_that_is_cut_short_is_evaluated_at_its_new_last_step(
     assert (state.step, signum) == (num_steps, None)
     found = [x for x in events if x.startswith(("look", "double"))]
     assert found == expected
+  with pytest.raises(
+    inventory.ResumeError, match="num_steps=5: expected at least 6"
+  ):
+    train(dataset, tmp_path, 5, events)
 
 
 def test_an_evaluation_before_the_last_save_is_made_up_for_too(
