@@ -25,7 +25,9 @@ from marlin_jax.downstream import clip_batches
 from marlin_jax.downstream.splits import Split, TrackWindow
 from marlin_jax.inference import stream
 from marlin_jax.inference.clip_features import FrozenEncoder
+from marlin_jax.records.cli import counted
 from marlin_jax.records.folders import SETTINGS, write_bytes
+from marlin_jax.training.skipped_steps import NotFiniteError
 
 # Incremented when the same settings would give other features.
 _VERSION = 1
@@ -59,6 +61,7 @@ def window_features(
 
   Raises:
     DatasetError: a record is damaged.
+    NotFiniteError: features are not finite.
   """
   folder = _open_folder(encoder, split, windows, cache)
   width = encoder.architecture.width
@@ -100,7 +103,15 @@ def window_features(
           write_bytes(folder / _name(start), data.getvalue())
   if not parts:
     return np.zeros((0, width), np.float32)
-  return np.concatenate([parts[start] for start in starts])
+  features = np.concatenate([parts[start] for start in starts])
+  # Neighbours of NaN would be no error, but the mean of all labels.
+  if num_bad := int((~np.isfinite(features).all(axis=1)).sum()):
+    raise NotFiniteError(
+      f"features of {num_bad} of {counted(len(features), 'window')} of "
+      f"'{split.name}' are not finite: the encoder has diverged or is damaged, "
+      f"or needs another dtype than {encoder.identity['dtype']}"
+    )
+  return features
 
 
 def _open_folder(

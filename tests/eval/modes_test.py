@@ -1,5 +1,6 @@
 """Features, probes and finetuning of a tiny encoder on small data sets."""
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -20,6 +21,7 @@ from marlin_jax.downstream import (
   tasks,
 )
 from marlin_jax.inference import clip_features, marlin
+from marlin_jax.training.skipped_steps import NotFiniteError
 from marlin_jax.weights import formats
 from marlin_jax.weights.architecture import Architecture
 from tests.support import labelled_data
@@ -59,6 +61,24 @@ def test_features_do_not_depend_on_the_batch_size(face_data, tmp_path):
   expected = marlin.Marlin(weights).extract_features(clips)
   for features in computed:
     np.testing.assert_allclose(features, expected, atol=1e-5)
+
+
+def test_features_of_a_diverged_encoder_are_refused(face_data, tmp_path):
+  config = tiny(eval_far.get_config())
+  weights = formats.open_encoder("random", config.random)
+  arrays = {name: np.full_like(x, np.nan) for name, x in weights.arrays.items()}
+  weights = dataclasses.replace(weights, arrays=arrays)
+  encoder = clip_features.FrozenEncoder(
+    weights, sharding.make_mesh(), "float32", "auto"
+  )
+  split = splits.open_split(str(face_data), "val", tmp_path)
+  windows = split.windows(weights.architecture.clip)[:3]
+  # Computed, and kept.
+  for _ in range(2):
+    with pytest.raises(NotFiniteError, match="3 of 3 windows of 'val'"):
+      feature_cache.window_features(
+        encoder, split, windows, tmp_path, batch_size=3, num_threads=1
+      )
 
 
 def test_clips_have_the_encoders_size(face_data, tmp_path):
