@@ -38,6 +38,10 @@ _VIDEOS_PER_WORKER = 50
 # Seconds after which a silent worker counts as hung. A decoder may keep its
 # reader waiting for less: `data_prep.video.decode.Limits.secs`.
 _STALL_SECS = 600.0
+_NOT_FINITE = (
+  "the network's results are not finite: it is damaged or has diverged, or "
+  "needs --dtype=float32"
+)
 # Seconds between two reports of progress.
 _REPORT_SECS = 0.25
 
@@ -256,7 +260,7 @@ def encode_many(
 
   Yields:
     Each video when it is complete: with an output for each window, or with an
-    outcome that has a reason.
+    outcome that has a reason, also where an output is not finite.
 
   Raises:
     ReaderError: no video can be read on this machine.
@@ -301,6 +305,9 @@ def _encode(
     nonlocal num_refused
     if pending[number].is_complete:
       video = pending.pop(number)
+      are_finite = all(np.isfinite(output).all() for output in video.outputs)
+      if not (video.outcome.reason or are_finite):
+        video.outcome = _failed(_NOT_FINITE)
       num_refused += bool(video.outcome.reason)
       show_progress()
       bar.finish(number)
@@ -381,7 +388,7 @@ def _open_work(settings: WindowSettings) -> Iterator[Callable]:
 
 
 def _failed(reason: str) -> Outcome:
-  """Returns the outcome of a video that the machine could not read.
+  """Returns the outcome of a video that another run may read or encode.
 
   It has no hash, so that the next run tries the video again.
   """
