@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import fcntl
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -34,6 +35,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell that starts pytest in the background makes it and its children ignore
 # Ctrl-C, which tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+  """Keeps the garbage collector from looking at all modules again and again.
+
+  They stay until the end. And what is traced and compiled makes so many objects
+  that it would look after every few operations.
+  """
+  gc.freeze()
+  gc.set_threshold(10_000)
 
 
 @pytest.fixture(scope="module", autouse=True)
