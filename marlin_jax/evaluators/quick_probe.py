@@ -195,7 +195,8 @@ class QuickProbe:
 
     Returns:
       `probe/NAME` and `knn/NAME`: `loss`, the cross-entropy, and scores of
-      `binary.scores` or `classes.scores`; NaN where undefined.
+      `binary.scores` or `classes.scores`; NaN where undefined, and all of them
+      where a feature is not finite.
 
     Raises:
       DatasetError: a record is damaged.
@@ -204,6 +205,10 @@ class QuickProbe:
     x, test_x = (
       self._features(encode, examples, report) for examples in (train, test)
     )
+    if not (np.isfinite(x).all() and np.isfinite(test_x).all()):
+      # Not an error: a run can go on.
+      names = ("loss", *_names(task))
+      return {f"{m}/{n}": np.nan for m in ("probe", "knn") for n in names}
     linear = linear_probe.fit(
       task,
       x,
@@ -249,11 +254,11 @@ class QuickProbe:
 
 
 def _scores(task: Task, targets, probabilities) -> dict[str, float]:
-  if task.is_class:
-    values = classes.scores(targets, probabilities)
-    names = _CLASS_SCORES
-  else:
-    values = binary.scores(targets, probabilities)
-    names = _BINARY_SCORES
+  measure = classes.scores if task.is_class else binary.scores
+  values = measure(targets, probabilities)
   loss = task.loss(targets, probabilities)
-  return {"loss": loss} | {name: float(values[name]) for name in names}
+  return {"loss": loss} | {name: float(values[name]) for name in _names(task)}
+
+
+def _names(task: Task) -> tuple[str, ...]:
+  return _CLASS_SCORES if task.is_class else _BINARY_SCORES

@@ -159,6 +159,31 @@ def test_people_in_both_splits_are_told_loudly(face_data, tmp_path, capsys):
   assert "task 'mood': in no video of 'val': bright" in data.warnings
 
 
+def test_features_that_are_not_finite_have_no_scores(tmp_path):
+  videos = make(
+    6, lambda i, _: Video(f"{i}", f"{i}", {"mood": (i % 2,)}, FRAMES)
+  )
+  path = write(
+    tmp_path / "data",
+    {"train": videos, "val": renamed(videos, "v")},
+    {"mood": LABELS["mood"]},
+  )
+  config = settings(**{"probe.label": "mood"})
+  data = quick_probe.open_data(config, TINY, str(path))
+  probe = quick_probe.QuickProbe(
+    data, config, sharding.make_mesh(), num_threads=1
+  )
+
+  def encode(value):
+    return lambda clips: np.arange(2.0) + clips[:, 0, 0, 0, :1] + value
+
+  found = probe.scores(encode(0.0))
+  assert np.isfinite(found["probe/loss"])
+  undefined = probe.scores(encode(np.nan))
+  assert undefined.keys() == found.keys()
+  assert np.isnan(list(undefined.values())).all()
+
+
 FRAMES = np.zeros((8, 224, 224, 3), np.uint8)
 
 
