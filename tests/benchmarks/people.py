@@ -273,18 +273,22 @@ class Study:
     """
     lines = (self.workdir(method, seed) / "metrics.jsonl").read_text()
     rows = [json.loads(line) for line in lines.splitlines()]
-    unseen = [
-      [row["step"], *(round(row[key], 5) for key in _MEASURES)]
+    # By step: a run that resumes may evaluate its last step again.
+    unseen = {
+      row["step"]: [round(row[key], 5) for key in _MEASURES]
       for row in rows
       if _MEASURES[0] in row
-    ]
+    }
     logged: dict[int, list[float]] = {}
     for row in rows:
       if "train/loss_rec" in row:
         end = -(-row["step"] // _STEPS_PER_MEAN) * _STEPS_PER_MEAN
         logged.setdefault(end, []).append(row["train/loss_rec"])
     seen = [[end, round(np.mean(part), 5)] for end, part in logged.items()]
-    return {"seen": seen, "unseen": unseen}
+    return {
+      "seen": seen,
+      "unseen": [[step, *measures] for step, measures in unseen.items()],
+    }
 
   def answers_path(self, encoder: Encoder) -> Path:
     name = f"{encoder.name}-{encoder.seed}-{encoder.steps}.npz"

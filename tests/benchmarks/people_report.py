@@ -328,14 +328,17 @@ def mean_losses(
 
 
 def table_of_losses(results: Mapping[str, Any]) -> str:
-  """Returns the losses at each evaluation in Markdown, means over seeds."""
+  """Returns the losses after each round in Markdown, means over seeds."""
   lines = [
     "| masking | steps | people seen | never seen | mean colours | own colours "
     "| never seen / mean colours | share that names the clip |",
     f"|{'---|' * 8}",
   ]
   for method, by_step in mean_losses(results).items():
-    for step, (*losses, share) in by_step.items():
+    # A method whose steps cost more takes fewer than the round's number.
+    rounds = {*map(int, results["encoders"].get(method, {})), max(by_step)}
+    for step in sorted(rounds & by_step.keys()):
+      *losses, share = by_step[step]
       cells = [method, f"{step:,}", *(f"{x:.4f}" for x in losses)]
       ratio = losses[1] / losses[2]
       lines.append(f"| {' | '.join(cells)} | {ratio:.2f} | {share:.2f} |")

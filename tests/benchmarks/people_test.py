@@ -364,6 +364,32 @@ def test_more_hours_go_on_where_fewer_ended(
   assert "| random, 4 steps |" in said
 
 
+def test_a_step_that_was_evaluated_again_counts_once(tmp_path):
+  study = people.Study(tmp_path, tmp_path, {})
+  rows = [
+    {"step": step, "train/loss_rec": 0.5}
+    | dict.fromkeys(people._MEASURES, loss)
+    for step, loss in ((2, 0.4), (4, 0.3), (4, 0.3), (6, 0.2))
+  ]
+  for seed in (0, 1):
+    workdir = study.workdir("random", seed)
+    workdir.mkdir(parents=True)
+    lines = [json.dumps(row) for row in rows[seed:]]
+    (workdir / "metrics.jsonl").write_text("\n".join(lines))
+  runs = [
+    {"strategy": "random", "seed": seed} | study.losses("random", seed)
+    for seed in (0, 1)
+  ]
+  assert [[row[0] for row in run["unseen"]] for run in runs] == [
+    [2, 4, 6],
+    [4, 6],
+  ]
+  # What one of the seeds has not is left out.
+  results = {"runs": runs, "encoders": {"random": {"4": {}, "6": {}}}}
+  assert list(people_report.mean_losses(results)["random"]) == [4, 6]
+  assert people_report.table_of_losses(results).count("| random |") == 2
+
+
 # --- The documents ------------------------------------------------------------
 
 
