@@ -43,8 +43,8 @@ def get_config():
   config.optim.base_lr = 0.064
   config.optim.warmup_ratio = 0.05
 
-  config.eval_steps = 100
+  config.eval_steps = 200
   config.eval_batches = 2
-  config.picture_steps = 100
-  config.checkpoint_steps = 100
+  config.picture_steps = 200
+  config.checkpoint_steps = 200
   return config
