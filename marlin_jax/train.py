@@ -60,7 +60,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   )
   begun = begun_with(workdir)
   saved = inventory.steps(epath.Path(workdir) / "checkpoints")
-  config, notes = as_begun(config, configuration.KEYS, workdir)
+  config, notes = as_begun(config, configuration.KEYS, workdir, begun)
   with loop.started(config, str(workdir)) as watchdog:
     if jax.process_index() == 0:
       print("".join(f"note: {note}\n" for note in notes), end="", flush=True)

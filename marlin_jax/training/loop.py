@@ -33,11 +33,7 @@ from marlin_jax.records.signals import StopSignal
 from marlin_jax.training import goodput, metrics, profiler, skipped_steps
 from marlin_jax.training.configuration import flat
 from marlin_jax.training.course import Course, Scalars, Stage, State, work
-from marlin_jax.training.evaluation import (
-  Evaluation,
-  Result,
-  write_result,
-)
+from marlin_jax.training.evaluation import Evaluation, Result, write_result
 from marlin_jax.training.watchdog import Watchdog
 from marlin_jax.training.workdir import BestMetric, SaveTimer, Workdir
 

@@ -40,21 +40,24 @@ def begun_with(path: epath.PathLike) -> dict[str, Any]:
 
 
 def as_begun(
-  config: ConfigDict, keys: Mapping[str, Key], path: epath.PathLike
+  config: ConfigDict,
+  keys: Mapping[str, Key],
+  path: epath.PathLike,
+  begun: Mapping[str, Any],
 ) -> tuple[ConfigDict, list[str]]:
   """Gives keys with `keeps_before` the value that the run in a workdir has.
 
   Args:
     config: configuration of the command.
     keys: rules of its keys.
-    path: workdir; need not exist. Its config.json lacks keys that are younger
-      than the run.
+    path: workdir, for the lines.
+    begun: from `begun_with`; it lacks keys that are younger than the run.
 
   Returns:
     The configuration, which may have become invalid, and a line for each value
     that changed. Keys in `allow_change` do not change.
   """
-  if not (begun := begun_with(path)):
+  if not begun:
     return config, []
   kept = {
     key: rule.before
