@@ -48,9 +48,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
   # Imported here because the imports take seconds: --help and bad flags answer
   # at once.
   import jax
-  from etils import epath
 
-  from marlin_jax.checkpoints import inventory
   from marlin_jax.training import loop, remote_files
   from marlin_jax.training.workdir import as_begun, begun_with
 
@@ -58,17 +56,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
     *(str(workdir), config.probe.path),
     *(data.path for data in configuration.data_sets(config)),
   )
-  begun = begun_with(workdir)
-  saved = inventory.steps(epath.Path(workdir) / "checkpoints")
+  begun, last_step = begun_with(workdir)
   config, notes = as_begun(config, configuration.KEYS, workdir, begun)
   with loop.started(config, str(workdir)) as watchdog:
     if jax.process_index() == 0:
       print("".join(f"note: {note}\n" for note in notes), end="", flush=True)
     configuration.validate(config)
     course, evaluated = _open(config, workdir, watchdog)
-    configuration.check_cooldown(
-      config, course.num_steps, begun, max(saved, default=0)
-    )
+    configuration.check_cooldown(config, course.num_steps, begun, last_step)
     return loop.train(
       course,
       functools.partial(_evaluations, course, evaluated),
@@ -96,15 +91,12 @@ def _open(config, workdir, watchdog):
   for part in parts:
     part.open(watchdog.alive)
   evaluated = evaluated_splits(parts, config.data)
+  watchdog.alive("planning the step")
+  course = PretrainingCourse(config, parts)
   if config.probe.steps:
     # Opened here to fail before a workdir is created.
-    quick_probe.open_task(config.probe, _probe_path(config, parts))
-  watchdog.alive("planning the step")
-  return PretrainingCourse(config, parts), evaluated
-
-
-def _probe_path(config, parts):
-  return config.probe.path or parts[0].path
+    quick_probe.open_task(config.probe, course.probe_path)
+  return course, evaluated
 
 
 def _evaluations(course, evaluated, workdir, alive):
@@ -121,8 +113,7 @@ def _evaluations(course, evaluated, workdir, alive):
     pull = adversary.AdversarialPull(workdir, config.adv.max_pull)
     evaluations.append(Evaluation(config.eval_steps, pull))
   if config.probe.steps:
-    path = _probe_path(config, course.parts)
-    encoder_probe = probe.Probe(course, path, workdir, alive)
+    encoder_probe = probe.Probe(course, workdir, alive)
     evaluations.append(Evaluation(config.probe.steps, encoder_probe))
   evaluations.append(Evaluation(config.picture_steps, reconstructed.picture))
   return evaluations

@@ -28,15 +28,13 @@ class Probe:
   def __init__(
     self,
     course: PretrainingCourse,
-    path: str,
     workdir: Workdir,
     alive: Callable[..., None],
   ):
     """Reads the labels of the data set and prints the task and the videos.
 
     Args:
-      course: network and devices.
-      path: folder of the labelled data set.
+      course: network, devices and `probe_path`.
       workdir: workdir of the run; keeps what `splits.open_split` caches.
       alive: resets the watchdog, see `Watchdog.alive`.
 
@@ -46,6 +44,7 @@ class Probe:
       StartError: processes see different data sets.
     """
     config, architecture = course.config, course.architecture
+    path = course.probe_path
     # Of a data set of an earlier version process 0 reads all records and keeps
     # their labels in the workdir, which may be in a bucket; the others and
     # later runs read that.

@@ -240,6 +240,11 @@ class PretrainingCourse(Experiment):
     )
 
   @property
+  def probe_path(self) -> str:
+    """Folder of the labelled data set of the probe."""
+    return self.config.probe.path or self.parts[0].path
+
+  @property
   def fields(self) -> tuple[str, ...]:
     """Keys of a batch that the training step gets."""
     return self.trainer.fields

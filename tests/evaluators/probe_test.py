@@ -92,6 +92,7 @@ def test_the_labels_are_read_once_also_for_a_workdir_in_a_bucket(
     mesh=sharding.make_mesh(),
     trainer=None,
     architecture=TINY,
+    probe_path=str(face_data),
   )
   workdir = types.SimpleNamespace(path=epath.Path(tmp_path / "bucket"))
   monkeypatch.setattr(
@@ -103,7 +104,7 @@ def test_the_labels_are_read_once_also_for_a_workdir_in_a_bucket(
     splits, "_read_records", lambda data: reads.append(data.split) or read(data)
   )
   for _ in range(2):
-    Probe(course, str(face_data), workdir, alive=lambda *_, **__: None)
+    Probe(course, workdir, alive=lambda *_, **__: None)
   assert reads == ["train", "val"]
 
 
