@@ -1,6 +1,7 @@
 """Goodput: how a run spends its time, over all of its restarts.
 
-Every second since the process started is assigned to exactly one kind:
+Every second since the process started, or since the call in a process that
+trains several runs, is assigned to exactly one kind:
 
   start       imports, waiting for all processes, opening data, restoring a
               checkpoint
@@ -55,6 +56,8 @@ KINDS = (
 _REPEATED = ("step", "data", "checkpoint", "eval", "profile")
 _SUMMARY_NAMES = {"eval": "evaluation", "data": "data wait"}
 _IMPORT_TIME = time.perf_counter()
+# Value of time.perf_counter at which the run in progress began.
+_run_began: float | None = None
 
 
 class Timer:
@@ -77,7 +80,7 @@ class Timer:
     Args:
       clips_per_step: clips of the whole batch.
       carried: seconds of earlier processes, from `carried_over`.
-      age_secs: age of this process; None: `process_age_secs`.
+      age_secs: time since the run began; None: from `running`.
       clock: returns seconds.
       watch: maps the result of a step to a future of the time at which it is
         ready; None: a thread waits for it, because the host may be busy.
@@ -92,7 +95,7 @@ class Timer:
     self._watch = watch
     self._own = dict.fromkeys(KINDS, 0.0)
     self._kind = "start"
-    age_secs = process_age_secs() if age_secs is None else age_secs
+    age_secs = _run_age_secs() if age_secs is None else age_secs
     # Time up to here has been assigned.
     self._until = clock() - age_secs
     self._running: collections.deque[futures.Future] = collections.deque()
@@ -235,7 +238,7 @@ def carried_over(
     path: metrics.jsonl; may be missing, or of a version without these sums.
     start_step: step of the checkpoint that the run resumes from.
     now: Unix time; None: now.
-    age_secs: age of this process; None: `process_age_secs`.
+    age_secs: time since this process began the run; None: from `running`.
 
   Returns:
     Seconds of each kind, and `down` between processes.
@@ -253,7 +256,7 @@ def carried_over(
     carried["lost"] += last[kind] - at_start[kind]
   if last_time is not None:
     now = time.time() if now is None else now
-    age_secs = process_age_secs() if age_secs is None else age_secs
+    age_secs = _run_age_secs() if age_secs is None else age_secs
     # Not below 0: clocks of two machines may disagree.
     carried["down"] += max(now - age_secs - last_time, 0.0)
   return carried
@@ -271,6 +274,29 @@ def _rows(path: Path) -> Iterator[dict]:
         continue  # the half-written last line of a killed run
       if _name("total") in row:
         yield row
+
+
+@contextlib.contextmanager
+def running(age_secs: float = 0.0) -> Iterator[None]:
+  """Defines when the run of a block began; has no effect inside another.
+
+  Args:
+    age_secs: time since the run began: `process_age_secs` for a program that
+      only trains, 0 for a call in a process that does more.
+  """
+  global _run_began
+  if _run_began is not None:
+    yield
+    return
+  _run_began = time.perf_counter() - age_secs
+  try:
+    yield
+  finally:
+    _run_began = None
+
+
+def _run_age_secs() -> float:
+  return 0.0 if _run_began is None else time.perf_counter() - _run_began
 
 
 def process_age_secs() -> float:

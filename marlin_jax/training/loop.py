@@ -46,7 +46,10 @@ def run_training(run: Callable[[], tuple[State, int | None]]) -> None:
       None.
   """
   profiler.accept_signals()
-  with distributed.leaving_on_errors():
+  with (
+    goodput.running(goodput.process_age_secs()),
+    distributed.leaving_on_errors(),
+  ):
     try:
       _, signum = run()
     except UserError as e:
@@ -90,7 +93,7 @@ def started(config: ConfigDict, path: str) -> Iterator[Watchdog]:
   """
   metrics.check_trackers(config.trackers)
   compilation_cache.set_up(config.compilation_cache, path)
-  with Watchdog(**config.watchdog) as watchdog:
+  with goodput.running(), Watchdog(**config.watchdog) as watchdog:
     # It has a time limit of its own.
     watchdog.alive("waiting for the other processes", is_limited=False)
     distributed.initialise(config.distributed)

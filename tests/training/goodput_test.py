@@ -304,6 +304,20 @@ def test_nothing_is_counted_twice_over_several_restarts(tmp_path):
   assert last["goodput/down_secs"] == 2 * 100
 
 
+def test_a_run_is_counted_from_its_own_beginning():
+  def total():
+    return goodput.Timer(clips_per_step=1).totals()["goodput/total_secs"]
+
+  # The process of a program is the run's, so its age counts.
+  with goodput.running(1e6):
+    assert 1e6 <= total() < 2e6
+    with goodput.running():
+      assert 1e6 <= total() < 2e6
+  # Of a process that has done other work before, only the run.
+  with goodput.running():
+    assert total() < goodput.process_age_secs()
+
+
 def test_a_process_began_before_its_first_line():
   boot_secs = "time.clock_gettime(time.CLOCK_BOOTTIME)"
   code = (

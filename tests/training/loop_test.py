@@ -24,7 +24,7 @@ from marlin_jax.devices import sharding
 from marlin_jax.pretraining import configuration
 from marlin_jax.records import cli, signals
 from marlin_jax.records.folders import OutputFolderError
-from marlin_jax.training import loop, remote_files, workdir
+from marlin_jax.training import goodput, loop, remote_files, workdir
 from marlin_jax.training.course import Stage
 from marlin_jax.training.evaluation import Evaluation, Result
 from marlin_jax.training.watchdog import Watchdog
@@ -402,6 +402,19 @@ def test_a_full_disk_is_told_in_words(dataset, tmp_path, events, capfd):
   told = capfd.readouterr().err
   assert "error: a disk is full (pictures/1.png): No space left" in told
   assert "Traceback" not in told
+
+
+def test_a_program_spends_its_imports_and_a_later_call_does_not(
+  dataset, tmp_path, events
+):
+  def spent(name):
+    lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    return json.loads(lines[-1])["goodput/total_secs"]
+
+  age = goodput.process_age_secs()
+  loop.run_training(lambda: train(dataset, tmp_path / "program", 2, events))
+  train(dataset, tmp_path / "call", 2, events)
+  assert spent("call") < age < spent("program")
 
 
 def test_too_little_memory_is_told_and_not_tried_again(capfd):
