@@ -27,8 +27,6 @@ from marlin_jax.records.cli import UserError, counted
 from marlin_jax.weights import formats
 from marlin_jax.weights.weights import encoder_sha256
 
-# Mode of the baseline that predicts the shares or means of the training split.
-CONSTANT = "constant"
 _NUM_TRAINED = ("num_train", "num_train_people")
 # Distance to chance that is told.
 _TOLERANCE = 0.02
@@ -72,63 +70,64 @@ def run_cells(
   runner: modes.ModeRunner,
   config: ConfigDict,
   folder: ResultsFolder,
-) -> list[dict[str, Any]]:
-  """Returns the scores of all cells; runs those that are not finished."""
+) -> None:
+  """Runs the cells that are not finished, and writes the baselines."""
   definitions = {task.name: _definition(task, videos) for task in inputs.tasks}
   folder.check_definitions(definitions)
   cells = {
     task.name: _cells(config, task, definitions[task.name])
     for task in inputs.tasks
   }
-  fits = [
-    cell._replace(fold=fold)
+  finished = folder.finished()
+  todo = [
+    fit
     for task in inputs.tasks
     for cell in cells[task.name]
     for fold in videos.folds[task.name]
+    if (fit := cell._replace(fold=fold)).name not in finished
   ]
-  finished = {fit.name: folder.cell(fit.name) for fit in fits}
-  todo = [fit for fit in fits if not finished[fit.name]]
-  results = []
   for task in inputs.tasks:
     folds = videos.folds[task.name]
-    results.append(_constant(task, folds, config))
-    if folder.writes and len(folds) > 1:
-      _warn_of_levels(task, results[-1])
-    others = videos.others[task.name]
+    if folder.writes:
+      about = dataclasses.asdict(task) | {
+        "split_sha256": splits.labels_sha256(videos.splits.values(), task.label)
+      }
+      facts = {"definition": definitions[task.name], "about": about}
+      constant = _constant(task, folds, config)
+      folder.write_cell(constant | facts)
+      if len(folds) > 1:
+        _warn_of_levels(task, constant)
     for cell in cells[task.name]:
       parts = [cell._replace(fold=fold) for fold in folds]
-      of_folds = [
-        finished[part.name]
-        or _run(
+      missing = [part for part in parts if part in todo]
+      for part in missing:
+        others = videos.others[task.name]
+        _run(
           part, folds[part.fold], others, runner, config, folder, inputs, todo
         )
-        for part in parts
-      ]
-      if cell in parts:  # there are no folds
-        results += of_folds
-      elif folder.writes:
-        results.append(_total(cell, parts, of_folds, folds, config, folder))
-  return results
+      is_finished = cell.name in finished and not missing
+      if folder.writes and cell not in parts and not is_finished:
+        _run_total(cell, parts, folds, config, folder)
 
 
-def _total(
+def _run_total(
   cell: Cell,
   parts: list[Cell],
-  results: list[dict[str, Any]],
   folds: dict[str, Fold],
   config: ConfigDict,
   folder: ResultsFolder,
-) -> dict[str, Any]:
+) -> None:
   """Scores the test predictions of all folds as one, and writes them.
 
   Args:
     cell: what the folds have in common.
     parts: the cell of each fold.
-    results: their scores.
     folds: videos by fold.
     config: configuration of the evaluation.
-    folder: folder with their predictions.
+    folder: folder with their scores and predictions.
   """
+  finished = folder.cells()
+  results = [finished[part.name] for part in parts]
   tested = [folds[part.fold]["test"] for part in parts]
   pooled = measures.Predictions.joined(
     [
@@ -146,7 +145,7 @@ def _total(
   scores, draws = measures.measure(
     cell.task, pooled, thresholds, {}, config.num_resamples
   )
-  return _written(
+  _write(
     cell,
     pooled,
     None,
@@ -162,16 +161,17 @@ def _total(
   )
 
 
-def _written(
+def _write(
   cell: Cell,
   test: measures.Predictions,
   val: measures.Predictions | None,
   result: dict[str, Any],
   draws: dict[str, np.ndarray],
   folder: ResultsFolder,
-) -> dict[str, Any]:
-  """Writes a cell; returns its result with what identifies it."""
-  result = {
+) -> None:
+  """Writes predictions and scores of a cell, with what identifies it."""
+  folder.write_predictions(cell.name, cell.task, test, val, draws)
+  identity = {
     "task": cell.task.name,
     "mode": cell.mode,
     "ratio": cell.ratio,
@@ -179,9 +179,8 @@ def _written(
     "fold": cell.fold,
     "name": cell.name,
     "definition": cell.definition,
-  } | result
-  folder.write_cell(cell.name, cell.task, test, val, result, draws)
-  return result
+  }
+  folder.write_cell(identity | result)
 
 
 def _identity(
@@ -225,8 +224,8 @@ def _run(
   folder: ResultsFolder,
   inputs: Inputs,
   todo: list[Cell],
-) -> dict[str, Any]:
-  """Trains and tests a cell, writes its results and returns its scores."""
+) -> None:
+  """Trains and tests a cell, and writes its results."""
   task, started_at = cell.task, time.monotonic()
   train = videos["train"]
   strata = task.strata(train.targets)
@@ -259,7 +258,7 @@ def _run(
     )
   val = _predictions(videos["val"], val.videos)
   if not folder.writes:
-    return {}
+    return
   for warning in predicted.warnings:
     print(f"WARNING: {cell.name}: {warning}", flush=True)
   thresholds = measures.thresholds(task, val, config.protocol)
@@ -285,7 +284,7 @@ def _run(
     "tests": other_scores,
     "secs": round(time.monotonic() - started_at, 1),
   }
-  return _written(cell, test, val, result, draws, folder)
+  _write(cell, test, val, result, draws, folder)
 
 
 @contextlib.contextmanager
@@ -367,10 +366,10 @@ def _constant(
   trained = [_num_trained(fold["train"]) for fold in folds.values()]
   return {
     "task": task.name,
-    "mode": CONSTANT,
+    "mode": configuration.CONSTANT,
     "ratio": 1.0,
     "seed": 0,
-    "name": f"{task.name}-{CONSTANT}",
+    "name": f"{task.name}-{configuration.CONSTANT}",
     **{key: min(t[key] for t in trained) for key in _NUM_TRAINED},
     "test": scores,
   }

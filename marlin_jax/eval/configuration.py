@@ -42,6 +42,8 @@ MODES = (
   "knn",
   "knn_centred",
 )
+# Mode of the baseline that predicts the shares or means of the training split.
+CONSTANT = "constant"
 # Modes that train on clips: what they tune of the encoder, see learner.TUNED.
 TUNED = {
   "attentive": "nothing",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from marlin_jax.devices import distributed, sharding
-from marlin_jax.downstream import splits
 from marlin_jax.eval import configuration, modes, report
 from marlin_jax.eval.cells import (
   Cell,
@@ -60,12 +60,12 @@ def evaluate(
     runner = modes.ModeRunner(
       config, inputs.weights, inputs.mesh, cache, inputs.features
     )
-    cells = run_cells(inputs, videos, runner, config, folder)
+    run_cells(inputs, videos, runner, config, folder)
     if not folder.writes:
       return {}
 
     # --- Results, with those of earlier calls ---------------------------------
-    results = results_of(inputs, videos, config, cells, folder)
+    results = results_of(inputs, videos, config, folder)
     table = report.table(results["summary"])
     folder.write_results(results, table)
     print(f"\n{table}\n")
@@ -132,19 +132,16 @@ def results_of(
   inputs: Inputs,
   videos: Videos,
   config: ConfigDict,
-  cells: list[dict[str, Any]],
   folder: ResultsFolder,
 ) -> dict[str, Any]:
   """Returns the content of results.json.
 
   Args:
     inputs, videos, config: inputs of this call.
-    cells: scores that this call computed.
-    folder: workdir, with the results of earlier calls, whose cells and tasks
-      are kept.
+    folder: workdir, with the finished cells of all calls.
   """
-  earlier = folder.results()
-  cells = _sorted([*earlier.get("cells", []), *cells])
+  cells = _sorted(folder.cells().values())
+  abouts = [(cell["task"], cell.pop("about", None)) for cell in cells]
   return {
     "checkpoint": {
       "source": (inputs.features or inputs.weights).source,
@@ -165,14 +162,7 @@ def results_of(
       },
       "warnings": videos.warnings,
     },
-    "tasks": earlier.get("tasks", {})
-    | {
-      task.name: dataclasses.asdict(task)
-      | {
-        "split_sha256": splits.labels_sha256(videos.splits.values(), task.label)
-      }
-      for task in inputs.tasks
-    },
+    "tasks": {task: about for task, about in abouts if about},
     "config": flat(config),
     "versions": versions(),
     "devices": [d.device_kind for d in inputs.mesh.devices.flat],
@@ -181,15 +171,13 @@ def results_of(
   }
 
 
-def _sorted(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  """Sorts by task, mode, ratio and seed; the last of equal names is kept."""
-  cells = list({cell["name"]: cell for cell in cells}.values())
-  task_names = list(dict.fromkeys(cell["task"] for cell in cells))
-  mode_names = list(dict.fromkeys(cell["mode"] for cell in cells))
+def _sorted(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Sorts by task, mode, ratio and seed; leaves those of folds out."""
+  mode_names = (configuration.CONSTANT, *configuration.MODES)
   return sorted(
-    cells,
+    (cell for cell in cells if not cell.get("fold")),
     key=lambda cell: (
-      task_names.index(cell["task"]),
+      cell["task"],
       mode_names.index(cell["mode"]),
       cell["ratio"],
       cell["seed"],

@@ -1,15 +1,16 @@
 """The workdir of an evaluation: finished cells are kept and not run again.
 
   settings.json          values that all results share
-  results.json           scores of all calls, with hashes, and the configuration
-                         of the last call
+  results.json           scores of all finished cells, with hashes, and the
+                         configuration of the last call
   results.txt            the table
   predictions/CELL.csv   true labels and predictions of each test video; of the
                          validation split in CELL-val.csv
   models/CELL/           the trained model, for marlin_jax.predict
   plots/                 PNG files
   cells/CELL.json, .npz  scores, predictions and bootstrap draws of a finished
-                         cell: a task, a mode, a share of the data and a seed
+                         cell: a task, a mode, a share of the data and a seed;
+                         results.json and results.txt are made of these
   cells/CELL/            checkpoints of an unfinished cell
   features/              see `downstream.feature_cache`
 
@@ -20,7 +21,6 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
 import shutil
 from collections.abc import Iterable, Mapping
@@ -68,12 +68,13 @@ class ResultsFolder:
     """
     self.path = path
     self.writes = jax.process_index() == 0
-    self._num_asked = itertools.count()
     if not self.writes:
       return
     self._lock = Lock(path, "lock")
     try:
       self._check_settings(settings)
+      (path / "cells").mkdir(exist_ok=True)
+      self._keep_baselines()
     except BaseException:
       self._lock.close()
       raise
@@ -120,10 +121,14 @@ class ResultsFolder:
     """Returns the settings of the first call."""
     return json.loads((self.path / SETTINGS).read_text())
 
-  def results(self) -> dict[str, Any]:
-    """Returns the content of results.json; {} before the first call ends."""
+  def _keep_baselines(self) -> None:
+    """Writes the baselines that earlier versions had in results.json alone."""
     file = self.path / "results.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    results = json.loads(file.read_text()) if file.exists() else {"cells": []}
+    for cell in results["cells"]:
+      is_baseline = cell["mode"] == configuration.CONSTANT
+      if is_baseline and not self._file(cell["name"]).exists():
+        self.write_cell(cell | {"about": results["tasks"].get(cell["task"])})
 
   def write_results(self, results: dict[str, Any], table: str) -> None:
     """Writes results.json and results.txt."""
@@ -145,26 +150,28 @@ class ResultsFolder:
     """
     if not self.writes:
       return
-    for file in sorted((self.path / "cells").glob("*.json")):
-      cell = json.loads(file.read_text())
+    for name, cell in self.cells().items():
       expected = definitions.get(cell["task"])
       if expected and cell.get("definition", expected) != expected:
         raise OutputFolderError(
-          f"{file} was computed with another definition of its task, or with "
-          "other videos or labels. Change them back, or use another --workdir"
+          f"{self.path}/cells/{name}.json was computed with another definition "
+          "of its task, or with other videos or labels. Change them back, or "
+          "use another --workdir"
         )
 
-  def cell(self, name: str) -> dict[str, Any] | None:
-    """Returns the scores of a cell; None if it is not finished.
+  def finished(self) -> set[str]:
+    """Returns the names of the finished cells; all processes call it."""
+    names = list(self.cells()) if self.writes else []
+    key = "marlin_jax/finished_cells"
+    return set(json.loads(coordination.broadcast(key, json.dumps(names))))
 
-    All processes call it together, since they run the unfinished cells.
-    """
-    text = "null"
-    file = self.path / "cells" / f"{name}.json"
-    if self.writes and file.exists():
-      text = file.read_text()
-    key = f"marlin_jax/cell/{next(self._num_asked)}"
-    return json.loads(coordination.broadcast(key, text))
+  def cells(self) -> dict[str, dict[str, Any]]:
+    """Returns the scores of the finished cells by name, those of folds too."""
+    files = sorted((self.path / "cells").glob("*.json"))
+    return {file.stem: json.loads(file.read_text()) for file in files}
+
+  def _file(self, name: str) -> Path:
+    return self.path / "cells" / f"{name}.json"
 
   def predicted(self, name: str) -> np.ndarray:
     """Returns a finished cell's float64 (V, K) on the test split."""
@@ -183,16 +190,15 @@ class ResultsFolder:
     """Returns the folder for the trained model of a cell."""
     return self.path / "models" / name
 
-  def write_cell(
+  def write_predictions(
     self,
     name: str,
     task: Task,
     test: Predictions,
     val: Predictions | None,
-    result: dict[str, Any],
     draws: Mapping[str, np.ndarray],
   ) -> None:
-    """Writes a finished cell and removes its checkpoints.
+    """Writes the predictions of a cell, before the cell itself.
 
     Args:
       name: name of the cell.
@@ -200,23 +206,23 @@ class ResultsFolder:
       test: predictions on the test split.
       val: predictions on the validation split, to calibrate or to join models
         by; None for several folds as one.
-      result: scores of the cell.
       draws: bootstrap draws of each metric, (R,).
     """
-    cells = self.path / "cells"
-    cells.mkdir(exist_ok=True)
     data = io.BytesIO()
     np.savez(
       data,
       probabilities=test.predicted,
       **{f"{_DRAWS}{name}": values for name, values in draws.items()},
     )
-    write_bytes(cells / f"{name}.npz", data.getvalue())
+    write_bytes(self.path / "cells" / f"{name}.npz", data.getvalue())
     self._write_csv(name, task, test)
     if val is not None:
       self._write_csv(f"{name}-val", task, val)
-    write_bytes(cells / f"{name}.json", to_json(result))
-    shutil.rmtree(self.checkpoints(name), ignore_errors=True)
+
+  def write_cell(self, result: dict[str, Any]) -> None:
+    """Writes the scores of a finished cell and removes its checkpoints."""
+    write_bytes(self._file(result["name"]), to_json(result))
+    shutil.rmtree(self.checkpoints(result["name"]), ignore_errors=True)
 
   def _write_csv(self, name, task, predictions) -> None:
     folder = self.path / "predictions"

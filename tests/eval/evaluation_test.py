@@ -16,6 +16,7 @@ from marlin_jax.data.prepared_dataset import DatasetError
 from marlin_jax.devices.sharding import MeshError
 from marlin_jax.downstream import clip_batches, splits, tasks
 from marlin_jax.downstream.tasks import TaskError
+from marlin_jax.eval import modes
 from marlin_jax.eval.results_folder import ResultsFolder
 from marlin_jax.inference.classifier import VideoClassifier
 from marlin_jax.records.folders import OutputFolderError
@@ -167,6 +168,63 @@ def test_finished_cells_are_not_run_again(far, face_data, tmp_path, capsys):
   assert set(last["tasks"]) == {"appearance", "mood"}
   with pytest.raises(OutputFolderError, match="knn.k: was 3, is 4"):
     run(eval_far, workdir, face_data, tasks="mood", **{"knn.k": 4})
+
+
+class Killed(Exception):
+  pass
+
+
+def test_what_a_killed_call_finished_is_in_the_table_of_the_next(
+  face_data, tmp_path, monkeypatch
+):
+  run_mode = modes.ModeRunner.run
+
+  def killed_in_knn(self, mode, job):
+    if mode == "knn":
+      raise Killed
+    return run_mode(self, mode, job)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(modes.ModeRunner, "run", killed_in_knn)
+    with pytest.raises(Killed):
+      run(eval_far, tmp_path, face_data, tasks="mood", modes="linear,knn")
+  results = run(
+    eval_far, tmp_path, face_data, tasks="appearance", modes="knn", num_seeds=1
+  )
+  assert [cell["name"] for cell in results["cells"]] == [
+    "appearance-constant",
+    "appearance-knn-1-0",
+    "mood-constant",
+    "mood-linear-1-0",
+  ]
+  assert results["tasks"]["mood"]["kind"] == "class"
+  table = (tmp_path / "results.txt").read_text()
+  assert table.index("mood\n") < table.index("linear")
+
+
+def test_a_workdir_of_an_earlier_version_keeps_its_baselines(
+  face_data, tmp_path
+):
+  """They stood in results.json alone, and said no definition."""
+  first = run(eval_far, tmp_path, face_data, tasks="mood", modes="knn")
+  (tmp_path / "cells" / "mood-constant.json").unlink()
+  again = run(eval_far, tmp_path, face_data, tasks="emotion", modes="knn")
+  assert [cell["name"] for cell in again["cells"]] == [
+    "emotion-constant",
+    "emotion-knn-1-0",
+    "mood-constant",
+    "mood-knn-1-0",
+  ]
+  assert again["cells"][2:] == first["cells"]
+  assert again["tasks"]["mood"] == first["tasks"]["mood"]
+  # Another cell that was removed is to be run again.
+  (tmp_path / "cells" / "mood-knn-1-0.json").unlink()
+  last = run(eval_far, tmp_path, face_data, tasks="emotion", modes="knn")
+  assert [cell["name"] for cell in last["cells"]] == [
+    "emotion-constant",
+    "emotion-knn-1-0",
+    "mood-constant",
+  ]
 
 
 def test_fer_derives_sentiment_and_follows_the_papers_protocol(
