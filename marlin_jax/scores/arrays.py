@@ -37,7 +37,11 @@ def ratio(a, b, otherwise: float) -> np.ndarray:
 
 
 def mean_of_defined(values: np.ndarray) -> np.ndarray:
-  """Returns the mean of finite values over the last axis; NaN without any."""
+  """Returns the mean of finite values over the last axis; NaN without any.
+
+  In a bootstrap a label that no drawn person shows thus counts as the mean of
+  the others; docs/EVALUATION.md says why.
+  """
   defined = np.isfinite(values)
   return ratio(np.where(defined, values, 0).sum(-1), defined.sum(-1), np.nan)
 
