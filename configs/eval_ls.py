@@ -29,7 +29,7 @@ def get_config():
   config.seed = 0
 
   config.data = ConfigDict()
-  # Split to train on; several as "train+extra", which share no person.
+  # Split to train on; several as "train+extra".
   config.data.train = "train"
   # Split for evaluation, of other people: an expert memorises voices.
   config.data.val = "val"

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from marlin_jax.data import prepared_dataset
 from marlin_jax.data.prepared_dataset import Dataset
 from marlin_jax.data.sampling import RecordDraws, StoredOrder
-from marlin_jax.devices import sharding
+from marlin_jax.devices import distributed, sharding
 from marlin_jax.lipsync import configuration
 from marlin_jax.lipsync.training.person_draws import (
   People,
@@ -166,7 +166,10 @@ def train(
     eval_dataset = prepared_dataset.open_joined(data, config.data.val)
     people = None
     if config.data.sample_by == "subject":
-      people = people_of(data, config.data.train, str(workdir))
+      watchdog.alive("indexing the people", is_limited=False)
+      with distributed.process_0_first():
+        people = people_of(data, config.data.train, str(workdir))
+      watchdog.alive("opening the data")
     mesh = sharding.make_mesh(config.mesh.data)
     platform = mesh.devices.flat[0].platform
     check_attention(config.attention, platform, config.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,17 +23,20 @@ _CLIPS = 1
 def people_of(path: str, splits: str, cache: epath.PathLike) -> People:
   """Returns the records of each person, as `open_joined` numbers them.
 
+  A person is a `subject_id`, in whichever of the splits; a video of an unknown
+  one is a person of its own. Of several splits, reads a record of each person.
+
   Args:
-    path, splits: arguments of `prepared_dataset.open_joined`. Splits share no
-      person.
+    path, splits: arguments of `prepared_dataset.open_joined`.
     cache: folder for indices that a read-only data set lacks.
 
   Raises:
     DatasetError: a split or its index cannot be used.
   """
-  people, num_records = [], 0
-  for split in splits.split("+"):
-    dataset = prepared_dataset.open_dataset(path, split.strip())
+  people, num_records = collections.defaultdict(list), 0
+  names = prepared_dataset.split_names(splits)
+  for split in names:
+    dataset = prepared_dataset.open_dataset(path, split)
     index = segment_indexing.open_index(dataset, cache)
     for first, stop in zip(
       index.first_videos[:-1], index.first_videos[1:], strict=True
@@ -41,9 +45,11 @@ def people_of(path: str, splits: str, cache: epath.PathLike) -> People:
         np.arange(*index.first_records[video : video + 2])
         for video in index.videos[first:stop]
       ]
-      people.append(num_records + np.concatenate(records))
+      # The index numbers the subjects of its split.
+      name = len(names) > 1 and dataset.source[records[0][0]][1].subject_id
+      people[name or (split, first)] += [num_records + r for r in records]
     num_records += dataset.num_records
-  return people
+  return [np.concatenate(records) for records in people.values()]
 
 
 class PersonDraws:

@@ -168,17 +168,18 @@ def test_small_and_changed_views_are_those_of_the_record(record):
 
 
 def test_people_weigh_the_same_whatever_there_is_of_them(tmp_path):
-  """And are those of the records of several splits, opened as one."""
-  frames = {"a.mp4": 250, "b.mp4": 20, "c.mp4": 70, "d.mp4": 20}
+  """And in how many of the splits, opened as one, they are."""
+  frames = {"a.mp4": 250, "b.mp4": 20, "c.mp4": 70, "d.mp4": 20, "e.mp4": 20}
   videos = {
     name: talking_mouths.records_of(talking_mouths.talk(i, num), name)
     for i, (name, num) in enumerate(frames.items())
   }
-  videos["d.mp4"] = [  # two videos of one person
-    dataclasses.replace(record, subject_id="c.mp4")
-    for record in videos["d.mp4"]
-  ]
-  splits = {"c.mp4": "extra", "d.mp4": "extra"}
+  # Two videos of one person, in one split and in two.
+  for name, person in (("d.mp4", "c.mp4"), ("e.mp4", "a.mp4")):
+    videos[name] = [
+      dataclasses.replace(record, subject_id=person) for record in videos[name]
+    ]
+  splits = dict.fromkeys(("c.mp4", "d.mp4", "e.mp4"), "extra")
   path = str(made_dataset.make(tmp_path, videos, splits, has_sound=True))
   dataset = prepared_dataset.open_joined(path, "train+extra")
   people = person_draws.people_of(path, "train+extra", tmp_path)
