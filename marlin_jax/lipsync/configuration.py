@@ -24,6 +24,7 @@ from marlin_jax.training.configuration import (
   fixed_values,
   free,
   one_of,
+  random_keys,
   random_violations,
   refuse,
   training_violations,
@@ -66,14 +67,7 @@ KEYS = TRAINING_KEYS | {
   "generator.sync_threshold": fixed(at_least(0)),
   "generator.adv_weight": fixed(at_least(0)),
   # A checkpoint records the encoder's architecture and hash instead.
-  "random.width": free(at_least(1)),
-  "random.depth": free(at_least(1)),
-  "random.num_heads": free(at_least(1)),
-  "random.mlp_dim": free(at_least(1)),
-  "random.num_frames": free(at_least(1)),
-  "random.image_size": free(FRAME_SIZES),
-  "random.tubelet_size": free(at_least(1)),
-  "random.patch_size": free(at_least(1)),
+  **random_keys(free),
 }
 
 # Recorded in checkpoints, but not a key of the configuration.

@@ -195,6 +195,22 @@ TRAINING_KEYS = {
 }
 
 
+def random_keys(key: Callable[[Rule], Key]) -> dict[str, Key]:
+  """Returns the keys of config.random, sizes of an untrained encoder.
+
+  Args:
+    key: `fixed`, or `free` where a checkpoint records the encoder instead.
+  """
+  names = (
+    *("width", "depth", "num_heads", "mlp_dim"),
+    *("num_frames", "tubelet_size", "patch_size"),
+  )
+  return {
+    "random.image_size": key(FRAME_SIZES),
+    **{f"random.{name}": key(at_least(1)) for name in names},
+  }
+
+
 # --- Checks -------------------------------------------------------------------
 
 
