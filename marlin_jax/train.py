@@ -56,19 +56,27 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
     *(str(workdir), config.probe.path),
     *(data.path for data in configuration.data_sets(config)),
   )
-  begun, last_step = begun_with(workdir)
+  begun = begun_with(workdir)
   config, notes = as_begun(config, configuration.KEYS, workdir, begun)
   with loop.started(config, str(workdir)) as watchdog:
     if jax.process_index() == 0:
       print("".join(f"note: {note}\n" for note in notes), end="", flush=True)
     configuration.validate(config)
     course, evaluated = _open(config, workdir, watchdog)
-    configuration.check_cooldown(config, course.num_steps, begun, last_step)
+
+    def check_resumed(step):
+      if begun:
+        before = course.steps_of(begun["num_steps"], begun["num_epochs"])
+        configuration.check_cooldown(
+          config, course.num_steps, begun | {"num_steps": before}, step
+        )
+
     return loop.train(
       course,
       functools.partial(_evaluations, course, evaluated),
       workdir,
       watchdog,
+      check_resumed,
     )
 
 

@@ -269,34 +269,70 @@ def check_curriculum(config: ConfigDict, num_steps: int) -> None:
     refuse(_length_problems(stages(config), num_steps))
 
 
-# Keys that say when a cool-down begins.
-_COOLDOWN_KEYS = ("num_steps", "num_epochs", "optim.cooldown_steps")
-
-
 def check_cooldown(
   config: ConfigDict, num_steps: int, begun: Mapping[str, Any], last_step: int
 ) -> None:
-  """Refuses a new cool-down that a run resumes in the middle of, or after.
+  """Refuses another cool-down in the middle of one, or after it.
 
   Args:
     config: a valid configuration.
     num_steps: steps of the whole run.
-    begun: flat configuration that the run had before; {}: it is new.
-    last_step: step that it resumes from.
+    begun: flat configuration that the run had before, whose `num_steps` is
+      counted even if the run was given in epochs.
+    last_step: step that the run resumes from.
 
   Raises:
-    ConfigError: the rate would fall at once, or not at all.
+    ConfigError: the rate would fall at once, or not at all, or rise again.
   """
   length = config.optim.cooldown_steps
-  is_new = any(begun.get(key) != get(config, key) for key in _COOLDOWN_KEYS)
-  if begun and length and is_new and last_step > num_steps - length:
+  before = begun["num_steps"], begun.get("optim.cooldown_steps", 0)
+  is_meant = "optim.cooldown_steps" in config.allow_change.split(",")
+  if before == (num_steps, length) or is_meant:
+    return
+  told = (
+    f"optim.cooldown_steps={length} with num_steps={num_steps}: the rate "
+    "{} from step {} on, and the run resumes from "
+    f"step {last_step}: expected "
+  )
+  if length and last_step > num_steps - length:
     refuse(
       [
-        f"optim.cooldown_steps={length} with num_steps={num_steps}: the rate "
-        f"would fall from step {num_steps - length} on, and the run resumes "
-        f"from step {last_step}: expected num_steps of at least "
-        f"{last_step + length}, or fewer steps to cool down in"
+        told.format("would fall", num_steps - length)
+        + f"num_steps of at least {last_step + length}, or fewer steps to cool "
+        "down in"
       ]
+    )
+  begins = max(before[0] - before[1], config.optim.warmup_steps)
+  if before[1] and last_step > begins:
+    refuse(
+      [
+        told.format("has fallen", begins)
+        + f"optim.cooldown_steps={before[1]} with num_steps={before[0]}, or a "
+        "checkpoint before the fall; if the rate is to rise again: "
+        "--config.allow_change=optim.cooldown_steps"
+      ]
+    )
+
+
+def schedule_notes(settings: ConfigDict, num_steps: int) -> Iterator[str]:
+  """Yields a line if the run is too short for its learning rate.
+
+  It is not refused: with a constant rate the run may become longer.
+
+  Args:
+    settings: section `optim` of a valid configuration.
+    num_steps: steps of the whole run.
+  """
+  warmup, cooldown = settings.warmup_steps, settings.cooldown_steps
+  if warmup > num_steps:
+    yield (
+      f"optim.warmup_steps={warmup}: the learning rate ends at "
+      f"{num_steps / warmup:.0%} of its peak"
+    )
+  elif cooldown > num_steps - warmup:
+    yield (
+      f"optim.cooldown_steps={cooldown}: the warm-up leaves "
+      f"{num_steps - warmup} of them"
     )
 
 

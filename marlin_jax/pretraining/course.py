@@ -176,10 +176,13 @@ class PretrainingCourse(Experiment):
     datasets = [part.dataset for part in parts]
     for x in self.objectives:
       x.check_data(datasets, clips_per_epoch)
-    self.num_steps = config.num_steps or math.ceil(
-      config.num_epochs * clips_per_epoch / config.batch_size
-    )
+    self.num_steps = self.steps_of(config.num_steps, config.num_epochs)
     configuration.check_curriculum(config, self.num_steps)
+
+  def steps_of(self, num_steps: int, num_epochs: float) -> int:
+    """Returns the steps of a run of `num_steps`, or else of `num_epochs`."""
+    num_clips = num_epochs * self.draws.clips_per_epoch
+    return num_steps or math.ceil(num_clips / self.batch_size)
 
   @functools.cached_property
   def mesh(self) -> Mesh:
@@ -431,6 +434,9 @@ class PretrainingCourse(Experiment):
 
   def _describe_steps(self) -> cli.Row:
     row = cli.Row("steps", f"{self.num_steps}")
+    row.notes.extend(
+      configuration.schedule_notes(self.config.optim, self.num_steps)
+    )
     if len(self.stages) > 1:
       full = self.stages[-1].arithmetic
       for stage, experiment in zip(self.stages, self.by_stage, strict=True):

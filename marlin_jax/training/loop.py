@@ -109,6 +109,7 @@ def train(
   ],
   path: str,
   watchdog: Watchdog,
+  check_resumed: Callable[[int], None] = lambda step: None,
 ) -> tuple[State, int | None]:
   """Trains until the last step or a signal.
 
@@ -122,6 +123,8 @@ def train(
       such as 'the probe'.
     path: workdir; created, or resumed from.
     watchdog: from `started`.
+    check_resumed: refuses to go on from a step, with a UserError; called with
+      that of the last intact checkpoint.
 
   Returns:
     The last state, and the signal that ended the run early or None.
@@ -136,6 +139,8 @@ def train(
   watchdog.alive("opening the workdir and checking its checkpoints")
   datasets = course.stages[0].draws.datasets
   with Workdir(path, course.config, datasets, num_values) as workdir:
+    if workdir.start_step:
+      check_resumed(workdir.start_step)
     loop = _Loop(course, make_evaluations, workdir, watchdog)
     signum = loop.run()
   return loop.state, signum

@@ -26,17 +26,17 @@ from marlin_jax.training import goodput, remote_files
 from marlin_jax.training.configuration import Key, flat, get
 
 
-def begun_with(path: epath.PathLike) -> tuple[dict[str, Any], int]:
-  """Returns flat configuration and last step of the run in a workdir.
+def begun_with(path: epath.PathLike) -> dict[str, Any]:
+  """Returns the flat configuration of the run that a workdir resumes.
 
-  {} and 0 without one: a run that has saved nothing begins anew, with the
+  {} without one: a run that has saved nothing begins anew, with the
   configuration of the command.
   """
   path = epath.Path(path)
-  if not (saved_steps := inventory.steps(path / "checkpoints")):
-    return {}, 0
+  if not inventory.steps(path / "checkpoints"):
+    return {}
   saved = _read_config(path / "config.json")
-  return flat(ConfigDict(saved)) if saved else {}, saved_steps[0]
+  return flat(ConfigDict(saved)) if saved else {}
 
 
 def as_begun(
@@ -51,8 +51,7 @@ def as_begun(
     config: configuration of the command.
     keys: rules of its keys.
     path: workdir, for the lines.
-    begun: configuration from `begun_with`; it lacks keys that are younger than
-      the run.
+    begun: from `begun_with`; it lacks keys that are younger than the run.
 
   Returns:
     The configuration, which may have become invalid, and a line for each value

@@ -487,10 +487,12 @@ def test_a_run_starts_from_the_weights_of_another(finished, tmp_path):
       ],
       "optim.base_lr": 1e-12,
       "optim.min_lr": 0,
+      "optim.warmup_steps": 2,
     },
   )
   assert result.returncode == 0, result.stderr
   assert f"starts from {source}" in result.stdout
+  assert "optim.warmup_steps=2: " in result.stdout
   got, want = arrays_of(tmp_path / "run", 1), arrays_of(source, 6)
   for name in want:
     if name.startswith(("['params']", "['fixed']", "['disc_params']")):

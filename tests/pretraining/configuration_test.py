@@ -11,7 +11,7 @@ import pytest
 
 import configs
 from configs import pretrain_b
-from marlin_jax.pretraining import configuration, masking
+from marlin_jax.pretraining import configuration, masking, optimizer
 from marlin_jax.pretraining.configuration import (
   MASKING_STRATEGIES,
   validate,
@@ -227,34 +227,54 @@ def test_data_sets_have_paths_weights_and_names():
 
 
 @pytest.mark.parametrize(
-  ("begun", "last_step", "is_refused"),
+  ("before", "last_step", "told"),
   [
-    ({}, 0, False),
-    ({"num_steps": 100, "optim.cooldown_steps": 0}, 70, False),
-    ({"num_steps": 100, "optim.cooldown_steps": 0}, 71, True),
+    # Steps of the run and of its cool-down; they become 100 and 30.
+    ((100, 0), 70, ""),
+    ((100, 0), 71, "would fall from step 70"),
     # The run has ended: nothing would cool down.
-    ({"num_steps": 100, "optim.cooldown_steps": 0}, 100, True),
-    ({"num_epochs": 9.0, "optim.cooldown_steps": 0}, 71, True),
+    ((100, 0), 100, "expected num_steps of at least 130"),
+    ((90, 0), 71, "would fall from step 70"),
     # It resumes in its cool-down.
-    (
-      {"num_epochs": 0.0, "num_steps": 100, "optim.cooldown_steps": 30},
-      90,
-      False,
-    ),
-    ({"num_steps": 90, "optim.cooldown_steps": 30}, 90, True),
+    ((100, 30), 90, ""),
+    ((90, 30), 90, "would fall from step 70"),
+    # It would have to rise again.
+    ((80, 20), 60, ""),
+    ((80, 20), 61, "has fallen from step 60"),
+    # It begins after the warm-up.
+    ((60, 60), 50, ""),
+    ((60, 60), 51, "has fallen from step 50"),
   ],
 )
-def test_a_cool_down_that_would_begin_before_the_run_resumes_is_refused(
-  begun, last_step, is_refused
-):
+def test_a_cool_down_changes_only_before_it_begins(before, last_step, told):
   config = pretrain_b.get_config()
-  config.num_epochs, config.num_steps = 0.0, 100
+  config.optim.warmup_steps = 50
   config.optim.schedule, config.optim.cooldown_steps = "constant", 30
-  if begun.get("num_epochs"):
-    config.num_epochs, config.num_steps = 10.0, 0
+  begun = dict(zip(("num_steps", "optim.cooldown_steps"), before, strict=True))
   expected = contextlib.nullcontext()
-  if is_refused:
-    words = f"step {last_step}: expected num_steps of at least {last_step + 30}"
-    expected = pytest.raises(ConfigError, match=words)
+  if told:
+    expected = pytest.raises(ConfigError, match=told)
   with expected:
     configuration.check_cooldown(config, 100, begun, last_step)
+  config.allow_change = "optim.cooldown_steps"
+  configuration.check_cooldown(config, 100, begun, last_step)
+
+
+@pytest.mark.parametrize(
+  ("num_steps", "told"),
+  [
+    (130, []),
+    (129, ["cooldown_steps=30", "leaves 29"]),
+    (99, ["warmup_steps=100", "99%"]),
+  ],
+)
+def test_a_run_too_short_for_its_learning_rate_is_told(num_steps, told):
+  config = pretrain_b.get_config()
+  config.optim.schedule = "constant"
+  config.optim.warmup_steps, config.optim.cooldown_steps = 100, 30
+  notes = [*configuration.schedule_notes(config.optim, num_steps)]
+  assert len(notes) == bool(told)
+  assert all(words in notes[0] for words in told)
+  rate = optimizer.make_schedule(config.optim, 256, num_steps)
+  top = max(float(rate(step)) for step in range(num_steps))
+  assert (top < 0.995 * config.optim.base_lr) == (num_steps < 100)

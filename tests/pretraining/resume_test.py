@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from marlin_jax.checkpoints import checksums
 from marlin_jax.pretraining import spikes
 from marlin_jax.weights import formats
 from marlin_jax.weights.weights import WeightsError
@@ -62,6 +63,20 @@ def test_a_cool_down_after_the_run_is_refused(workdirs, sample_dataset):
   late = {"num_steps": 9, "optim.cooldown_steps": 2}
   told = refused(train(workdirs[1], **options, **late))
   assert "the run resumes from step 8: expected num_steps of at least" in told
+
+
+def test_a_damaged_checkpoint_does_not_forbid_a_cool_down(
+  workdirs, sample_dataset, tmp_path
+):
+  shutil.copytree(workdirs[1], tmp_path / "run")
+  for step in ("6", "8"):
+    damaged = tmp_path / "run" / "checkpoints" / step / checksums.NAME
+    damaged.write_text("")
+  options = {"data.path": sample_dataset, **OPTIMISER}
+  earlier = {"num_steps": 7, "optim.cooldown_steps": 2}
+  result = train(tmp_path / "run", **options, **earlier)
+  assert result.returncode == 0, result.stderr
+  assert "resumed from step 4" in result.stdout
 
 
 def test_the_options_were_in_effect(workdirs):

@@ -435,7 +435,7 @@ def test_a_config_that_a_kill_cut_off_does_not_prevent_resuming(tmp_path, left):
   (tmp_path / "checkpoints" / "1").mkdir(parents=True)
   (tmp_path / "config.json").write_text(left)
   config = pretrain_b.get_config()
-  saved, _ = workdir.begun_with(tmp_path)
+  saved = workdir.begun_with(tmp_path)
   begun, notes = workdir.as_begun(config, configuration.KEYS, tmp_path, saved)
   assert begun.to_dict() == config.to_dict()
   assert notes == []
@@ -451,7 +451,7 @@ def test_only_a_run_that_has_saved_keeps_the_values_that_it_began_with(
   (tmp_path / "config.json").write_text(old.to_json())
   if is_saved:
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
-  saved, _ = workdir.begun_with(tmp_path)
+  saved = workdir.begun_with(tmp_path)
   begun, notes = workdir.as_begun(new, configuration.KEYS, tmp_path, saved)
   assert begun.data.sample_by == ("record" if is_saved else "video")
   assert len(notes) == is_saved
