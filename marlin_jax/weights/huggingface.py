@@ -139,7 +139,8 @@ def read(path: Path, *, drop_classifier: bool = False) -> Weights:
   except WeightsError as e:
     if "classifier.weight" in theirs:
       raise WeightsError(
-        f"{e}\nclassifier.* cannot be converted: --drop_classifier ignores it"
+        f"{e}\nclassifier.* is a classifier: python -m marlin_jax.convert "
+        "--drop_classifier leaves it out"
       ) from e
     raise
   return Weights(

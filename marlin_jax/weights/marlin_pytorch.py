@@ -158,7 +158,8 @@ def _num_frames(num_tokens, tubelet_size, patch_size, image_size, source):
   if num_tokens % per_tubelet:
     raise WeightsError(
       f"{source}: {num_tokens} positions do not divide into frames of "
-      f"{image_size}x{image_size} with {per_tubelet} patches: give --image_size"
+      f"{image_size}x{image_size} with {per_tubelet} patches: convert "
+      "it with python -m marlin_jax.convert --image_size"
     )
   return num_tokens // per_tubelet * tubelet_size
 

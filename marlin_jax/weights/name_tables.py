@@ -260,7 +260,8 @@ def infer_heads(width: int, given: int, flag: str, source: str) -> int:
   if not heads:
     raise WeightsError(
       f"{source}: no published network has a width of {width}, and the file "
-      f"does not hold the number of attention heads: give {flag}"
+      "does not hold the number of attention heads: convert it with "
+      f"python -m marlin_jax.convert {flag}"
     )
   return heads
 

@@ -118,7 +118,8 @@ def read(
   except WeightsError as e:
     if "head.weight" in theirs:
       raise WeightsError(
-        f"{e}\nhead.* is a classifier: --drop_classifier ignores it"
+        f"{e}\nhead.* is a classifier: python -m marlin_jax.convert "
+        "--drop_classifier leaves it out"
       ) from e
     raise
   return Weights(architecture, arrays | position_tables(architecture), source)

@@ -383,7 +383,7 @@ def test_what_is_no_weights_is_refused(tmp_path):
 
 def test_unknown_sizes_are_asked_for(weights, tmp_path):
   marlin_pytorch.write(weights, tmp_path / "a.pt")
-  with pytest.raises(WeightsError, match="--num_heads"):
+  with pytest.raises(WeightsError, match="convert --num_heads"):
     formats.read(tmp_path / "a.pt")
   with pytest.raises(WeightsError, match="--num_frames has no meaning"):
     formats.read(tmp_path / "a.pt", **HEADS, num_frames=16)
@@ -395,7 +395,7 @@ def test_a_classifier_stays_behind_only_when_told_to(weights, tmp_path):
   arrays = safetensors.numpy.load_file(path)
   arrays["classifier.weight"] = np.zeros((3, 32), np.float32)
   safetensors.numpy.save_file(arrays, path)
-  with pytest.raises(WeightsError, match="--drop_classifier"):
+  with pytest.raises(WeightsError, match="convert --drop_classifier"):
     formats.read(tmp_path)
   got = formats.read(tmp_path, drop_classifier=True)
   assert_same(got, weights.encoder_only())
