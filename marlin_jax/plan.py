@@ -122,9 +122,8 @@ def plan(config: ConfigDict) -> tuple[dict[str, Any], bool]:
   # --- Other configurations ---------------------------------------------------
   if _SEARCH.value and step.fits:
     best = search.largest(step, busy)
-    if best:
-      say(report.largest_text(step, best))
-      numbers["largest"] = report.numbers(best)
+    say(report.largest_text(step, best))
+    numbers["largest"] = report.numbers(best)
   elif _SEARCH.value:
     numbers["remedies"] = []
     for changes in search.remedies(step):

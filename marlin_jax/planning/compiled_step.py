@@ -6,8 +6,10 @@ that devices exchange and the bytes that each reads and writes.
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
+import itertools
 import re
 import time
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from marlin_jax.devices import chips, sharding
@@ -72,6 +75,8 @@ class Step:
     default_microbatches: microbatches that training chooses by its estimate of
       memory, with clips_per_device=0.
     clips_at_once: clips of one microbatch on one device.
+    fewest_at_once: see `build.Experiment.fewest_at_once`.
+    shards_per_host: parts of the batch, of `num_shards`, that a host reads.
     num_params: parameters of both networks.
     clip_bytes: bytes of one clip's uint8 frames.
     flops_per_clip: FLOPs of a step per clip, see flops.training_step.
@@ -96,6 +101,8 @@ class Step:
   num_microbatches: int
   default_microbatches: int
   clips_at_once: int
+  fewest_at_once: int
+  shards_per_host: int
   num_params: int
   clip_bytes: int
   flops_per_clip: float
@@ -228,6 +235,8 @@ def compile_step(
     num_microbatches=num_microbatches,
     default_microbatches=experiment.microbatches_of(experiment.clips_that_fit),
     clips_at_once=config.batch_size // num_shards // num_microbatches,
+    fewest_at_once=experiment.fewest_at_once,
+    shards_per_host=shards_per_host(mesh),
     num_params=build.count((shapes.params, shapes.disc_params)),
     clip_bytes=tubelets.num_tokens * tubelets.pixels,
     flops_per_clip=flops.training_step(
@@ -249,6 +258,17 @@ def compile_step(
     trace_secs=traced_at - started_at,
     compile_secs=compiled_at - traced_at,
   )
+
+
+def shards_per_host(mesh: Mesh) -> int:
+  """Returns the parts of a batch that the host with the most of them reads.
+
+  Hosts that a part is on, each with some of its devices along tensor, all read
+  it.
+  """
+  shards = mesh.devices.reshape(sharding.num_shards(mesh), -1)
+  hosts = [{device.process_index for device in shard} for shard in shards]
+  return max(collections.Counter(itertools.chain(*hosts)).values())
 
 
 def _state_bytes(shapes, shardings) -> dict[str, int]:

@@ -156,8 +156,8 @@ def _rate_lines(step: Step) -> list[str]:
     f"binds (ms: {shown})",
     f"rate        at most {rate['clips_per_sec']:.0f} clips/s, with every "
     "resource at its published peak;",
-    f"            {rate['usual_clips_per_sec']:.0f} at {_USUAL_SHARE:.0%} of "
-    "peak arithmetic, which good trainers of ViTs reach",
+    f"            {rate['usual_clips_per_sec']:.0f} at up to "
+    f"{_USUAL_SHARE:.0%} of peak arithmetic, which good trainers of ViTs reach",
     f"input       at the highest rate, uint8: {to_device:.0f} MB/s to each "
     f"device, {to_host:.2f} GB/s to each host;",
     *_reading_lines(step, rate),
@@ -195,10 +195,7 @@ def largest_text(step: Step, best: Step) -> str:
     f"--config.clips_per_device={best.clips_at_once}"
   )
   if step.num_microbatches > 1 and best.clips_at_once > step.clips_at_once:
-    text += (
-      "\n            more than training takes by itself: set "
-      "clips_per_device, as fewer microbatches are faster"
-    )
+    text += "\n            set clips_per_device: fewer microbatches are faster"
   return text
 
 
@@ -260,7 +257,7 @@ def _collective_rows(step: Step) -> list[dict[str, Any]]:
 
 def _rate(step: Step) -> dict[str, Any]:
   """Returns arithmetic, least times, and the input rate that they require."""
-  config, topology = step.config, step.topology
+  config = step.config
   rate = {
     "flops_per_clip": step.flops_per_clip,
     "flops_per_clip_repeated_by_remat": step.repeated_flops_per_clip,
@@ -272,16 +269,16 @@ def _rate(step: Step) -> dict[str, Any]:
     return rate
   usual_secs = max(roofline.secs, roofline.compute / _USUAL_SHARE)
   clips_per_sec = config.batch_size / roofline.secs
-  input_rate = clips_per_sec * step.clip_bytes
-  per_host = clips_per_sec / topology.num_hosts
+  per_shard = clips_per_sec / step.num_shards
+  per_host = per_shard * step.shards_per_host
   return rate | {
     "least_secs": dataclasses.asdict(roofline),
     "binds": roofline.binds,
     "step_secs": roofline.secs,
     "clips_per_sec": clips_per_sec,
     "usual_clips_per_sec": config.batch_size / usual_secs,
-    "input_bytes_per_sec_per_device": input_rate / len(topology.devices),
-    "input_bytes_per_sec_per_host": input_rate / topology.num_hosts,
+    "input_bytes_per_sec_per_device": per_shard * step.clip_bytes,
+    "input_bytes_per_sec_per_host": per_host * step.clip_bytes,
     "input_clips_per_sec_per_host": per_host,
     "input_cores_per_host": per_host / _CLIPS_PER_SEC_OF_CORE,
   }

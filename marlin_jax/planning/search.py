@@ -21,8 +21,11 @@ _MAX_TRIES = 4
 _FAR_RATIO, _FAR_MARGIN = 2, 0.1
 
 
-def largest(step: Step, busy: Busy) -> Step | None:
+def largest(step: Step, busy: Busy) -> Step:
   """Searches for the largest microbatch that fits on a device.
+
+  The number of microbatches is that of the configuration, since the gradients
+  of several take memory too.
 
   Memory is nearly proportional to clips: the first compilation gives a line
   through the memory of the state, the second one near the limit another line
@@ -30,33 +33,29 @@ def largest(step: Step, busy: Busy) -> Step | None:
   three compilations, whatever its size, and few that do not fit.
 
   Args:
-    step: compiled step of the configuration.
+    step: compiled step of the configuration, which fits.
     busy: see `compile_step`.
-
-  Returns:
-    The largest step that fits; None if there is none.
   """
   available = step.topology.memory_bytes
   # A batch is a multiple of the clips that are drawn together.
   data = step.config.data
   together = data.clips_per_record * data.draws_per_unit
   # Clips at once -> bytes needed, of what has been compiled.
-  needed = {0: sum(step.state_bytes.values())}
-  best, too_many = None, None
-  clips = step.clips_at_once
-  if step.num_microbatches == 1:
-    needed[clips] = step.needed_bytes
-    best, too_many = (step, None) if step.fits else (None, clips)
-    clips = guess(needed, available)
+  needed = {
+    0: sum(step.state_bytes.values()),
+    step.clips_at_once: step.needed_bytes,
+  }
+  best, too_many = step, None
+  clips = guess(needed, available)
   for _ in range(_MAX_TRIES):
-    least = best.clips_at_once if best else 0
+    least = best.clips_at_once
     if too_many is not None and not least < clips < too_many:
       clips = (least + too_many) // 2
     clips -= clips % together
     if clips - least <= least // 16:
       break
     changes = {
-      "batch_size": clips * step.num_shards,
+      "batch_size": clips * step.num_shards * step.num_microbatches,
       "clips_per_device": clips,
     }
     tried = compile_step(
@@ -98,13 +97,20 @@ def remedies(step: Step) -> Iterator[dict[str, Any]]:
   """
   config, available = step.config, step.topology.memory_bytes
   state = sum(step.state_bytes.values())
-  spread = {"mesh.data": 1, "mesh.fsdp": step.num_shards}
+  # Slices exchange no weights.
+  num_slices = step.topology.num_slices
+  spread = {
+    "mesh.data": num_slices,
+    "mesh.fsdp": step.num_shards // num_slices,
+  }
+  fewest = step.fewest_at_once
   least_memory = {"remat": "full", "scan": True}
   candidates = []
   if state < available:
     # Activations are proportional to the clips processed at once.
     excess = (step.needed_bytes - state) / (available - state)
-    fewer = {"clips_per_device": max(int(0.9 * step.clips_at_once / excess), 1)}
+    clips = int(0.9 * step.clips_at_once / excess)
+    fewer = {"clips_per_device": max(clips, fewest)}
     if excess < 3 and config.remat == "none":
       candidates.append({"remat": "dots"})
     if excess < 8:
@@ -113,7 +119,7 @@ def remedies(step: Step) -> Iterator[dict[str, Any]]:
   candidates += [
     spread,
     least_memory | spread,
-    least_memory | spread | {"clips_per_device": 1},
+    least_memory | spread | {"clips_per_device": fewest},
   ]
   current = flat(config) | {
     "clips_per_device": step.clips_at_once,

@@ -291,6 +291,18 @@ class Experiment:
       return 1  # some are on two devices, each of which splits its own
     return memory.num_microbatches(clips // together, clips_at_once // together)
 
+  @property
+  def fewest_at_once(self) -> int:
+    """Clips of the smallest microbatch on one device that objectives allow."""
+    shards = sharding.num_shards(self.mesh)
+    clips = self.batch_size // shards
+    together = objective.num_together(self.objectives)
+    least = max((x.least_clips for x in self.objectives), default=1)
+    choices = range(together, clips, together)
+    return next(
+      (n for n in choices if clips % n == 0 and n * shards >= least), clips
+    )
+
   # --- Training step ----------------------------------------------------------
 
   @functools.cached_property

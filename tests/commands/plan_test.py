@@ -10,7 +10,7 @@ import types
 import pytest
 
 from configs import pretrain_b
-from marlin_jax.devices import chips
+from marlin_jax.devices import chips, sharding
 from marlin_jax.planning import (
   compiled_step,
   hlo,
@@ -19,7 +19,7 @@ from marlin_jax.planning import (
   search,
   topology,
 )
-from marlin_jax.pretraining import configuration
+from marlin_jax.pretraining import build, configuration
 from tests.support.processes import ROOT
 
 GIB = 2**30
@@ -233,6 +233,18 @@ def test_bad_flags_are_told_before_anything_is_built(args, words):
   assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+  ("tensor", "num_shards", "of_host"), [(1, 16, 4), (4, 4, 2), (8, 2, 1)]
+)
+def test_hosts_that_share_clips_all_read_them(tensor, num_shards, of_host):
+  pytest.importorskip("libtpu")
+  devices = topology.find_devices("v5e:4x4")
+  assert devices.num_hosts == 4
+  mesh = sharding.make_mesh(tensor=tensor, devices=devices.devices)
+  assert sharding.num_shards(mesh) == num_shards
+  assert compiled_step.shards_per_host(mesh) == of_host
+
+
 # --- topologies ---------------------------------------------------------------
 
 
@@ -300,10 +312,16 @@ def test_a_few_guesses_fill_the_memory_and_none_exceeds_it(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("together", [1, 8])
-def test_the_largest_batch_that_fits_fills_the_memory(together):
+@pytest.mark.parametrize(("together", "num_microbatches"), [(1, 1), (8, 2)])
+def test_the_largest_batch_that_fits_fills_the_memory(
+  together, num_microbatches
+):
   devices = here(GIB // 2)
-  config = small(clips_per_device=8, **{"data.draws_per_unit": together})
+  config = small(
+    batch_size=8 * num_microbatches,
+    clips_per_device=8,
+    **{"data.draws_per_unit": together},
+  )
   step = compiled_step.compile_step(config, devices, quiet)
   compilations = []
 
@@ -314,7 +332,7 @@ def test_the_largest_batch_that_fits_fills_the_memory(together):
   best = search.largest(step, counted)
   assert len(compilations) <= 3
   assert best.fits
-  assert best.num_microbatches == 1
+  assert best.num_microbatches == num_microbatches
   assert best.clips_at_once > 2 * step.clips_at_once
   assert best.needed_bytes > 0.9 * devices.memory_bytes
   configuration.validate(best.config)
@@ -335,6 +353,47 @@ def test_a_configuration_that_does_not_fit_is_told_what_would():
   assert tried[-1].fits
   assert config.batch_size == tried[-1].config.batch_size
   assert len(tried) <= 3
+
+
+@pytest.fixture(scope="module")
+def too_large():
+  """Returns a step that compares clips, on a device that is too small."""
+  config = small(
+    batch_size=16,
+    clips_per_device=8,
+    **{"contrast.weight": 1.0, "data.draws_per_unit": 2},
+  )
+  step = compiled_step.compile_step(config, here(GIB), quiet)
+  available = (sum(step.state_bytes.values()) + step.needed_bytes) // 2
+  return dataclasses.replace(step, topology=here(available))
+
+
+@pytest.mark.slow
+def test_a_remedy_leaves_enough_clips_to_compare(too_large):
+  remedies = [*search.remedies(too_large)]
+  found = {x["clips_per_device"] for x in remedies if "clips_per_device" in x}
+  assert min(found) == 4
+  for clips in found:
+    changed = compiled_step.with_changes(
+      too_large.config, {"clips_per_device": clips}
+    )
+    build.Experiment(changed, 10).lower_step()
+
+
+@pytest.mark.slow
+def test_a_remedy_keeps_weights_within_a_slice(too_large):
+  pytest.importorskip("libtpu")
+  devices = topology.find_devices("v5e:2x2", 2)
+  step = dataclasses.replace(
+    too_large,
+    topology=dataclasses.replace(devices, memory_bytes=0),
+    mesh={"data": 4, "fsdp": 1, "tensor": 2},
+  )
+  (spread, *_) = search.remedies(step)
+  assert spread == {"mesh.data": 2, "mesh.fsdp": 2}
+  changed = compiled_step.with_changes(step.config, spread | {"mesh.tensor": 2})
+  mesh = sharding.make_mesh(**changed.mesh, devices=devices.devices)
+  assert mesh.shape["fsdp"] == 2
 
 
 @pytest.mark.slow
