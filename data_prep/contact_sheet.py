@@ -131,7 +131,10 @@ def _parser() -> argparse.ArgumentParser:
     "dataset_dir", type=Path, help="folder written by data_prep.prepare"
   )
   parser.add_argument(
-    "--output", type=Path, required=True, help="picture to write (.png, .jpg)"
+    "--output",
+    type=cli.output_file(".png", ".jpg", ".jpeg"),
+    required=True,
+    help="picture to write (.png, .jpg)",
   )
   parser.add_argument(
     "--num_frames", type=cli.at_least(1), default=24, help="number of crops"

@@ -370,7 +370,10 @@ def _parser() -> argparse.ArgumentParser:
     "hold the sample are downloaded",
   )
   parser.add_argument(
-    "--output", type=cli.html_path, required=True, help="page to write (.html)"
+    "--output",
+    type=cli.output_file(".html", ".htm"),
+    required=True,
+    help="page to write (.html)",
   )
   parser.add_argument(
     "--max_records",

@@ -56,8 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json is not None:
       args.json.parent.mkdir(parents=True, exist_ok=True)
       ledger.write_json(args.json, report, indent=2)
-  except (UserError, OSError) as e:
+  except UserError as e:
     print(f"error: {e}", file=sys.stderr)
+    return 2
+  except OSError as e:
+    print(f"error: {cli.os_error_text(e)}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print("\nInterrupted. There is no result.", file=sys.stderr)
@@ -268,7 +271,9 @@ def _parser() -> argparse.ArgumentParser:
     default=cli.num_cores(),
     help="number of shards read at a time",
   )
-  parser.add_argument("--json", type=Path, help="JSON report to write")
+  parser.add_argument(
+    "--json", type=cli.output_file(), help="JSON report to write"
+  )
   return parser
 
 

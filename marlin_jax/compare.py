@@ -198,7 +198,10 @@ def _settings(evaluation: Evaluation) -> dict[str, Any]:
   from marlin_jax.records.folders import SETTINGS
 
   file = evaluation.path / SETTINGS
-  return json.loads(file.read_text()) if file.exists() else {}
+  try:
+    return json.loads(file.read_text()) if file.exists() else {}
+  except ValueError as e:
+    raise CompareError(f"{file} is damaged: {e}") from e
 
 
 def _rows(evaluations: list[Evaluation], metric: str) -> list[Row]:
@@ -396,7 +399,11 @@ def _parser() -> argparse.ArgumentParser:
     default="",
     help="metric of results.json (default: auc, and ccc of tasks of numbers)",
   )
-  add("--output", type=Path, help="HTML page to write")
+  add(
+    "--output",
+    type=cli.output_file(".html", ".htm"),
+    help="HTML page to write",
+  )
   return parser
 
 

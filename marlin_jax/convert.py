@@ -37,7 +37,6 @@ from pathlib import Path
 import numpy as np
 
 from marlin_jax.records import cli
-from marlin_jax.records.cli import UserError
 
 # Largest difference of features and predictions; float32 gives about 1e-5.
 TOLERANCE = 1e-4
@@ -50,7 +49,7 @@ _READ_OPTIONS = {
 }
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
   parser = cli.ArgumentParser("marlin_jax.convert", __doc__)
   parser.add_argument("src", metavar="SRC", help="file, folder or name")
   parser.add_argument("dst", metavar="DST", help="file or folder to write")
@@ -140,6 +139,7 @@ def convert(args: argparse.Namespace) -> None:
 
   # --- Write ------------------------------------------------------------------
   target = Path(args.dst).expanduser()
+  clip = _clip(args.clip, converted.architecture)
   write_options = {}
   if args.hf_class:
     write_options["kind"] = _HF_CLASSES[args.hf_class]
@@ -175,7 +175,7 @@ def convert(args: argparse.Namespace) -> None:
   check(
     (source, args.source_format or formats.format_of(source), weights),
     (target, args.target_format, back),
-    _clip(args.clip, converted.architecture),
+    clip,
   )
 
 
@@ -528,16 +528,16 @@ def _colours_first(tokens: np.ndarray) -> np.ndarray:
   return by_pixel.swapaxes(-1, -2).reshape(tokens.shape)
 
 
-def main(argv: list[str] | None = None) -> None:
-  args = parse_args(sys.argv[1:] if argv is None else argv)
+def main(argv: list[str] | None = None) -> int:
+  """Returns the exit code: 0, 1 for an error, 130 when interrupted."""
+  args = parse_args(argv)
   from absl import logging
 
   logging.set_verbosity(logging.ERROR)  # Orbax logs every file
-  try:
-    convert(args)
-  except (UserError, OSError) as e:
-    sys.exit(f"error: {e}")
+  return cli.run_command(
+    lambda: convert(args), "DST is not written, or not checked: do not use it."
+  )
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main())

@@ -37,7 +37,7 @@ from ml_collections import ConfigDict
 from marlin_jax.devices import xla_flags
 from marlin_jax.planning import topology
 from marlin_jax.pretraining.configuration import validate
-from marlin_jax.records.cli import UserError
+from marlin_jax.records import cli
 from marlin_jax.training import config_flags
 
 flags.declare_key_flag("config")
@@ -58,25 +58,28 @@ _JSON = flags.DEFINE_string(
 )
 
 
-def main(argv):
+def main(argv) -> int:
+  """Returns the exit code: 0, 1 if it does not fit or after an error."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   xla_flags.set_for_training()
   logging.set_verbosity(logging.WARNING)
-  try:
+  fits = True
+
+  def work() -> None:
+    nonlocal fits
     if _JSON.value not in (None, "-"):
       # Now, since compiling takes minutes.
       Path(_JSON.value).parent.mkdir(parents=True, exist_ok=True)
     numbers, fits = plan(config_flags.CONFIG.value)
-  except (UserError, OSError) as e:
-    sys.exit(f"error: {e}")
-  text = json.dumps(numbers, indent=2)
-  if _JSON.value == "-":
-    print(text)
-  elif _JSON.value:
-    Path(_JSON.value).write_text(text + "\n")
-  if not fits:
-    sys.exit(1)
+    text = json.dumps(numbers, indent=2)
+    if _JSON.value == "-":
+      print(text)
+    elif _JSON.value:
+      Path(_JSON.value).write_text(text + "\n")
+
+  code = cli.run_command(work, "The plan is not complete.")
+  return code or int(not fits)
 
 
 def plan(config: ConfigDict) -> tuple[dict[str, Any], bool]:

@@ -392,11 +392,18 @@ class PredictionLog:
     from marlin_jax.records.folders import OutputFolderError, differences
 
     for number, line in enumerate(path.read_bytes().splitlines(True)):
-      if not line.endswith(b"\n"):
+      is_whole = line.endswith(b"\n")
+      if not (
+        number or is_whole or json.dumps(settings).encode().startswith(line)
+      ):
+        raise OutputFolderError(
+          f"{path} was not begun by this command; choose another --output"
+        )
+      if not is_whole:
         return
       try:
-        entry = json.loads(line)
-      except ValueError as e:
+        entry = dict(json.loads(line))
+      except (ValueError, TypeError) as e:
         raise OutputFolderError(
           f"{path} is damaged in line {number + 1}: {e}; choose another "
           "--output"

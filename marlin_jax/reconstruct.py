@@ -186,6 +186,7 @@ def _table(attention: np.ndarray, regions: np.ndarray, name: str) -> str:
 
 
 def _parse_args(argv: list[str] | None) -> argparse.Namespace:
+  from marlin_jax.inference.pictures import SUFFIXES
   from marlin_jax.pretraining.configuration import MASKING_STRATEGIES
 
   parser = cli.ArgumentParser("marlin_jax.reconstruct", __doc__)
@@ -200,7 +201,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
   add(
     "--output",
     required=True,
-    type=_output,
+    type=cli.output_file(*SUFFIXES),
     help="file to write: a still of some frames (.png) or an animation (.gif, "
     ".mp4)",
   )
@@ -250,17 +251,6 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
   if args.head and not args.attention:
     parser.error("--head needs --attention")
   return args
-
-
-def _output(text: str) -> Path:
-  from marlin_jax.inference.pictures import SUFFIXES
-
-  path = Path(text)
-  if path.suffix not in SUFFIXES:
-    raise argparse.ArgumentTypeError(
-      f"{text} ends with none of {', '.join(SUFFIXES)}"
-    )
-  return path
 
 
 def _head(text: str) -> tuple[int, int]:

@@ -14,6 +14,7 @@ trains: run the command again for a newer page.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import io
 import json
@@ -164,15 +165,23 @@ def _read_rows(workdir: epath.Path) -> list[dict[str, Any]]:
   for line in path.read_text().splitlines():
     try:
       rows.append(json.loads(line))
+      rows[-1]["step"]
     except ValueError:
       continue  # the half-written last line of a run that was killed
+    except (KeyError, TypeError) as e:
+      raise ShowError(
+        f"{path} was not written by a run: a line is no object with 'step'"
+      ) from e
   if not rows:
     raise ShowError(f"{path} is empty: no step has been logged yet")
   return rows
 
 
 def _read_config(workdir: epath.Path) -> dict[str, Any]:
-  """Returns the configuration by dotted key; {} if there is none."""
+  """Returns the configuration by dotted key; {} if there is none.
+
+  Nor if a kill has cut it off.
+  """
 
   def walk(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
@@ -182,7 +191,11 @@ def _read_config(workdir: epath.Path) -> dict[str, Any]:
         yield prefix + name, value
 
   path = workdir / "config.json"
-  return dict(walk(json.loads(path.read_text()), "")) if path.exists() else {}
+  if not path.exists():
+    return {}
+  with contextlib.suppress(ValueError):
+    return dict(walk(json.loads(path.read_text()), ""))
+  return {}
 
 
 def _curve(rows: Sequence[Mapping], name: str) -> Curve:
@@ -315,8 +328,11 @@ def _pictures(workdir: epath.Path) -> Iterator[Html]:
   figures = []
   for place in places[::-1].round().astype(int):
     path = paths[place]
-    with Image.open(io.BytesIO(path.read_bytes())) as file:
-      picture = file.convert("RGB")
+    try:
+      with Image.open(io.BytesIO(path.read_bytes())) as file:
+        picture = file.convert("RGB")
+    except (OSError, SyntaxError):
+      continue  # the run is writing it, or was killed then
     if picture.width > _PICTURE_WIDTH:
       height = round(picture.height * _PICTURE_WIDTH / picture.width)
       picture = picture.resize((_PICTURE_WIDTH, height))
@@ -357,7 +373,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument(
     "--output",
-    type=cli.html_path,
+    type=cli.output_file(".html", ".htm"),
     metavar="PAGE.html",
     help="where to write the page; by default WORKDIR/show.html",
   )

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from marlin_jax.records.cli import UserError
 from marlin_jax.records.schema import REGIONS
 
 # A colour for each region. The background, the first, is not drawn.
@@ -75,18 +74,11 @@ def legend(width: int) -> np.ndarray:
 
 
 def save(pixels: np.ndarray, path: Path) -> None:
-  """Writes uint8 (H, W, 3), RGB, in the format named by the path's suffix.
-
-  Raises:
-    UserError: the suffix names no picture format.
-  """
+  """Writes uint8 (H, W, 3), RGB, in the format named by the path's suffix."""
   from PIL import Image
 
   path.parent.mkdir(parents=True, exist_ok=True)
-  try:
-    Image.fromarray(pixels).save(path)
-  except ValueError as e:
-    raise UserError(f"cannot write {path}: {e}") from e
+  Image.fromarray(pixels).save(path)
 
 
 def font():

@@ -317,7 +317,7 @@ class DatasetFolder:
   def plan(
     self, settings: video_to_records.Settings, retry_quarantined: bool
   ) -> Plan:
-    """Returns the work that is left.
+    """Finds the work that is left; `job`, `add` and `write_shard` rely on it.
 
     Args:
       settings: settings of this run. Failed videos are always tried again, and
@@ -489,7 +489,7 @@ class DatasetFolder:
         part.remove()
 
   def add(self, entry: Entry) -> str | None:
-    """Adds a processed video; notes at once that it is left out.
+    """Adds a processed video, to the quarantine if it is left out.
 
     Returns:
       Its shard if that can be written now, else None.

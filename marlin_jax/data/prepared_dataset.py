@@ -14,7 +14,7 @@ import os
 import resource
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordReader
@@ -35,6 +35,7 @@ _MAX_INDEXED = 20_000_000
 _UNINDEXED = ",index_storage_option:offloaded,footer_prefetch_bytes:0"
 # Room for other open files: libraries, checkpoints, sockets.
 _NUM_OTHER_FILES = 512
+_ADVICE = "Make one with: python -m data_prep.prepare --input DIR --output DIR"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +129,43 @@ class OpenFilesError(UserError):
 
 
 def has_split(path: str, split: str) -> bool:
-  """Returns True if a prepared data set has a split of this name."""
-  file = epath.Path(path) / folders.DATASET_INFO
-  info = json.loads(file.read_text())
-  return split in {s["name"] for s in info["splits"]}
+  """Returns True if a prepared data set has a split of this name.
+
+  Raises:
+    DatasetError: the folder holds no complete data set.
+  """
+  return split in _splits_of(path)
+
+
+def _splits_of(path: str) -> dict[str, dict[str, Any]]:
+  """Returns what dataset_info.json says of each split; see `has_split`."""
+  root = epath.Path(path)
+  if not (root / folders.DATASET_INFO).exists():
+    started = (root / folders.PARTS).exists()
+    raise DatasetError(
+      f"{path} has no {folders.DATASET_INFO}"
+      + (
+        ": its preparation has not finished; run it again to complete it."
+        if started
+        else f", so it is not a prepared data set. {_ADVICE}"
+      )
+    )
+  with _descriptions(path):
+    info = json.loads((root / folders.DATASET_INFO).read_text())
+    return {split["name"]: split for split in info["splits"]}
+
+
+@contextlib.contextmanager
+def _descriptions(path: str) -> Iterator[None]:
+  """Turns what is wrong with the files read within into a DatasetError."""
+  try:
+    yield
+  except (FileNotFoundError, ValueError, KeyError, TypeError) as e:
+    raise DatasetError(
+      f"{path} is damaged, or was not written by data_prep.prepare: "
+      f"{type(e).__name__}: {e}. To see what is wrong: python -m "
+      f"data_prep.verify {path}"
+    ) from e
 
 
 def open_dataset(
@@ -156,26 +190,15 @@ def open_dataset(
     OpenFilesError: there are more shards than files that may be open.
   """
   root = epath.Path(path)
-  advice = "Make one with: python -m data_prep.prepare --input DIR --output DIR"
-  if not (root / folders.DATASET_INFO).exists():
-    started = (root / folders.PARTS).exists()
-    raise DatasetError(
-      f"{path} has no {folders.DATASET_INFO}"
-      + (
-        ": its preparation has not finished; run it again to complete it."
-        if started
-        else f", so it is not a prepared data set. {advice}"
-      )
-    )
-  info = json.loads((root / folders.DATASET_INFO).read_text())
-  meta = json.loads((root / folders.METADATA).read_text())
-  version = meta["schema_version"]
+  splits = _splits_of(path)
+  with _descriptions(path):
+    meta = json.loads((root / folders.METADATA).read_text())
+    version = meta["schema_version"]
   if version != schema.SCHEMA_VERSION:
     raise DatasetError(
       f"{path} has record schema {version}, this code reads "
       f"{schema.SCHEMA_VERSION}; prepare it again with this code's data_prep"
     )
-  splits = {s["name"]: s for s in info["splits"]}
   if split not in splits:
     raise DatasetError(
       f"{path} has no split '{split}', it has {sorted(splits)}; name one of "
@@ -188,17 +211,19 @@ def open_dataset(
   if not folders.is_remote(root):
     _check_sizes(shards, splits[split].get("numBytes"), path)
   if not sum(lengths):
-    raise DatasetError(f"split '{split}' of {path} holds no records. {advice}")
-  hashes = json.loads((root / folders.HASHES).read_text())
-  content = [version, [hashes[epath.Path(s).name] for s in shards]]
+    raise DatasetError(f"split '{split}' of {path} holds no records. {_ADVICE}")
+  with _descriptions(path):
+    hashes = json.loads((root / folders.HASHES).read_text())
+    content = [version, [hashes[epath.Path(s).name] for s in shards]]
+    counts = meta["splits"][split]
   dataset = Dataset(
     path=str(path),
     split=split,
     shards=shards,
     lengths=tuple(lengths),
     num_records=sum(lengths),
-    num_videos=meta["splits"][split]["num_videos"],
-    num_frames=meta["splits"][split]["num_frames"],
+    num_videos=counts["num_videos"],
+    num_frames=counts["num_frames"],
     fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
     frame_size=meta.get("frame_size", schema.FRAME_SIZE),
   )

@@ -167,11 +167,12 @@ def save(
     ValueError: the suffix is none of SUFFIXES.
     OSError: the file cannot be written.
   """
-  if path.suffix not in SUFFIXES:
+  suffix = path.suffix.lower()
+  if suffix not in SUFFIXES:
     raise ValueError(f"{path} ends with none of {', '.join(SUFFIXES)}")
   path.parent.mkdir(parents=True, exist_ok=True)
   joined = join_clips(views, frame_numbers)
-  if path.suffix == ".png":
+  if suffix == ".png":
     with folders.atomic_path(path) as partial:
       Image.fromarray(picture(joined)).save(partial, "png")
   else:
@@ -237,7 +238,7 @@ def save_frames(
     OSError: the file cannot be written.
   """
   with folders.atomic_path(path) as partial:
-    if path.suffix == ".mp4":
+    if path.suffix.lower() == ".mp4":
       _save_mp4(frames, partial, fps)
     else:
       _save_gif(frames, partial, fps)

@@ -255,7 +255,7 @@ def value_and_grads(
     objectives: the objectives, at least one.
     state: a pretraining.train_step.TrainState.
     frozen: the objectives' `frozen`, by their names.
-    forward, batch: see Objective.loss; `keys` is of no objective.
+    forward, batch: see Objective.loss, whose `keys` are made from these.
 
   Returns:
     The sum; metrics; and its gradients for `forward` and for the objectives'

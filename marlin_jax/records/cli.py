@@ -115,9 +115,19 @@ def run_command(work: Callable[[], None], interrupted: str = _RESUMABLE) -> int:
     print(f"error: {e}", file=sys.stderr)
     return e.exit_code
   except OSError as e:
-    print(f"error: {e}", file=sys.stderr)
+    print(f"error: {os_error_text(e)}", file=sys.stderr)
     return 1
   return 0
+
+
+def os_error_text(error: OSError) -> str:
+  """Returns the path and the reason of an error, without its number."""
+  if error.filename is None or not error.strerror:
+    return str(error)
+  reason = error.strerror
+  if isinstance(error, (FileExistsError, NotADirectoryError)):
+    reason = "a file is where a folder is expected"
+  return f"{error.filename}: {reason}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,11 +189,29 @@ def at_least(least: int) -> Callable[[str], int]:
   return parse
 
 
-def html_path(text: str) -> Path:
-  """Argument type: path of an HTML file."""
-  if not text.lower().endswith((".html", ".htm")):
-    raise argparse.ArgumentTypeError(f"{text} does not end with .html")
-  return Path(text)
+def output_file(*suffixes: str) -> Callable[[str], Path]:
+  """Returns an argument type: path of a file to write, refused before the work.
+
+  Args:
+    *suffixes: what the path may end with, in lower case; none: anything.
+  """
+
+  def parse(text: str) -> Path:
+    path = Path(text)
+    if suffixes and path.suffix.lower() not in suffixes:
+      raise argparse.ArgumentTypeError(
+        f"{text} does not end with {' or '.join(suffixes)}"
+      )
+    if path.is_dir():
+      raise argparse.ArgumentTypeError(f"{text} is a folder, expected a file")
+    for parent in path.parents:
+      if parent.exists() and not parent.is_dir():
+        raise argparse.ArgumentTypeError(
+          f"{parent} is a file, expected a folder"
+        )
+    return path
+
+  return parse
 
 
 class Task(NamedTuple):

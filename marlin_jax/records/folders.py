@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from marlin_jax.records.cli import UserError
+from marlin_jax.records.cli import UserError, os_error_text
 
 # Files of a prepared data set; data_prep.output.dataset_folder describes them.
 SETTINGS = "settings.json"
@@ -120,7 +120,7 @@ class Lock:
         else os.open(path, os.O_RDONLY | os.O_DIRECTORY)
       )
     except OSError as e:
-      raise OutputFolderError(f"cannot use {path}: {e.strerror}") from e
+      raise OutputFolderError(f"cannot use {os_error_text(e)}") from e
     try:
       if file_name:
         self._check_file(path / file_name)

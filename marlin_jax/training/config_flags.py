@@ -133,7 +133,10 @@ def names_of_configs() -> list[str]:
 
 
 def with_path(argv: Sequence[str]) -> list[str]:
-  """Returns a command line with the path of a configuration for its name."""
+  """Returns a command line with the path of a configuration for its name.
+
+  A file that is no Python file ends the process.
+  """
   args = list(argv)
   for i, arg in enumerate(args):
     flag, equals, value = arg.partition("=")
@@ -146,7 +149,14 @@ def with_path(argv: Sequence[str]) -> list[str]:
 
 
 def _path_of(config: str) -> str:
-  known = config in names_of_configs() and not Path(config).is_file()
+  if Path(config).is_file():
+    if not config.endswith(".py"):
+      sys.exit(
+        f"error: --config={config}: expected a Python file with get_config(), "
+        "such as configs/pretrain_b.py; --config.KEY=VALUE changes its values"
+      )
+    return config
+  known = config in names_of_configs()
   return str(_CONFIGS / f"{config}.py") if known else config
 
 

@@ -40,7 +40,8 @@ class Result:
     sentence: the main numbers in one sentence, printed; '': nothing is printed.
     picture: picture to save; None: no picture.
     events: objects for metrics.jsonl by name.
-    state: state after the evaluation; None: unchanged.
+    state: state after the evaluation, of one with `before_save` alone; None:
+      unchanged.
   """
 
   scalars: Mapping[str, float] = dataclasses.field(default_factory=dict)

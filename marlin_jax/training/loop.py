@@ -362,7 +362,7 @@ class _Loop:
       and evaluation.is_due(step, is_last=is_last)
     ]
 
-  def _evaluate_before_save(self, step: int) -> Scalars:
+  def _evaluate_before_save(self, step: int) -> dict[str, float]:
     """Runs the evaluations that come before a save; returns their metrics."""
     found = {}
     for evaluation in self._due(step, before_save=True):
@@ -378,7 +378,7 @@ class _Loop:
 
   def _evaluate(
     self, step: int, due: list[Evaluation]
-  ) -> tuple[Scalars, list[Evaluation]]:
+  ) -> tuple[dict[str, float], list[Evaluation]]:
     """Runs evaluations until a signal, after which time may be short.
 
     Returns:

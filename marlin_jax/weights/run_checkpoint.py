@@ -57,7 +57,8 @@ def masking_of(checkpoint: str) -> tuple[str, float]:
   settings = {}
   path = Path(checkpoint).expanduser()
   if is_run(path):
-    _, settings = read_meta(path)
+    # The weights are read elsewhere, with their checksums.
+    _, settings = read_meta(path, is_checked=False)
   return (
     settings.get("mask.strategy", "fasking"),
     settings.get("mask.ratio", 0.9),

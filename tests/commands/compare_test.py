@@ -212,7 +212,10 @@ def test_other_videos_and_other_files_are_refused(workdirs, tmp_path, capsys):
     k: "0" if k.startswith("data.tests.") else v for k, v in settings.items()
   }
   (retested / "settings.json").write_text(json.dumps(settings))
+  damaged = shutil.copytree(workdirs / "first", tmp_path / "damaged")
+  (damaged / "settings.json").write_text("{")
   for arguments, words in (
+    ([first, str(damaged)], "damaged/settings.json is damaged"),
     ([first, str(retested)], "were tested on different data sets"),
     ([first, str(other)], "differ in the videos or labels of task 'mood'"),
     ([first, str(cut)], "define task 'mood' otherwise, by cuts [] and [0.5]"),

@@ -134,10 +134,10 @@ def test_a_configuration_is_found_by_its_name_or_path(tmp_path, monkeypatch):
   for other in ("configs/pretrain_b.py", "pretrain_z", "--config"):
     argv = ["train", f"--config={other}"]
     assert config_flags.with_path(argv) == argv
-  # A file of one's own comes first.
+  # Not the package's in place of a file of one's own.
   (tmp_path / "pretrain_b").touch()
-  argv = ["train", "--config=pretrain_b"]
-  assert config_flags.with_path(argv) == argv
+  with pytest.raises(SystemExit, match="expected a Python file"):
+    config_flags.with_path(["train", "--config=pretrain_b"])
 
 
 # --- Extras -------------------------------------------------------------------

@@ -332,6 +332,21 @@ def test_wrong_models_and_outputs_are_refused(
   assert output.read_text() == "mine"
 
 
+@pytest.mark.parametrize("text", ['{"0.mp4": "happy"}', "[1]\n", '{"a": 1}\n'])
+def test_a_file_of_somebody_else_is_not_taken_for_a_log(tmp_path, text):
+  output = tmp_path / "labels.json"
+  output.write_text(text)
+  settings = {"program": "marlin_jax.predict", "names": ["happy"]}
+  with pytest.raises(OutputFolderError, match="another --output"):
+    predict.PredictionLog(output, settings, as_json=True)
+  assert output.read_text() == text
+  # What a kill leaves of the first line is begun anew.
+  output.write_text(json.dumps(settings)[:20])
+  with predict.PredictionLog(output, settings, as_json=True):
+    pass
+  assert json.loads(output.read_text()) == settings
+
+
 @pytest.mark.parametrize("flag", ["--split=val", "--dtype=bfloat16"])
 def test_predictions_of_other_videos_or_digits_are_not_mixed(
   workdir, face_data, tmp_path, capsys, flag

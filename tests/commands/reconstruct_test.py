@@ -344,7 +344,7 @@ def test_attention_needs_neither_decoder_nor_regions(noise, tmp_path, capsys):
 @pytest.mark.parametrize(
   ("flags", "message"),
   [
-    (["--output=a.avi"], "a.avi ends with none of .png, .gif, .mp4"),
+    (["--output=a.avi"], "a.avi does not end with .png or .gif or .mp4"),
     (["--output=a.png", "--head=1"], "1 is not LAYER,HEAD"),
     (["--output=a.png", "--head=1,0"], "--head needs --attention"),
     (["--output=a.png", "--num_clips=0"], "0 is less than 1"),

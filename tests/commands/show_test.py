@@ -124,9 +124,21 @@ def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
   (tmp_path / "metrics.jsonl").touch()
   assert show.main([str(tmp_path)]) == 1
   assert "no step has been logged" in capsys.readouterr().err
+  (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
+  assert show.main([str(tmp_path)]) == 1
+  assert "was not written by a run" in capsys.readouterr().err
   assert not (tmp_path / "show.html").exists()
   assert show.main(["s3://bucket/run", "--output=x.html"]) == 1
   assert "s3://" in capsys.readouterr().err
+
+
+def test_what_a_kill_cut_off_is_left_out(workdir):
+  (workdir / "config.json").write_text('{"data": {"pa')
+  picture = workdir / "pictures" / "step_0000020.png"
+  picture.write_bytes(picture.read_bytes()[:60])
+  page = made(workdir)
+  assert "Configuration" not in page.texts
+  assert [image["alt"] for image in page.all("img")][0] == "Step 18"
 
 
 def points_of(*curves, **options):

@@ -442,6 +442,7 @@ def test_bad_flags_are_refused_before_anything_is_loaded(
   [
     ("train", ["--config=configs/none.py"], "configs/none.py"),
     ("train", [], "--config"),
+    ("train", ["--config=README.md"], "expected a Python file"),
     ("eval.far", ["--config=eval_far"], "--data"),
   ],
 )

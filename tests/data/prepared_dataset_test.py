@@ -169,6 +169,33 @@ def test_a_folder_that_is_no_data_set_names_the_command(tmp_path):
   assert "python -m data_prep.prepare" in refused(tmp_path)
 
 
+@pytest.mark.parametrize(
+  ("name", "text"),
+  [
+    ("dataset_info.json", "{}"),
+    ("metadata.json", "{}"),  # another data set of TFDS
+    ("metadata.json", '{"schema_ver'),
+    ("metadata.json", None),
+    ("hashes.json", "{}"),
+  ],
+)
+def test_descriptions_of_another_program_or_damaged_ones_are_refused(
+  damaged, name, text
+):
+  path, _ = damaged
+  (path / name).unlink()
+  if text is not None:
+    (path / name).write_text(text)
+  message = refused(path)
+  assert "was not written by data_prep.prepare" in message
+  assert f"python -m data_prep.verify {path}" in message
+
+
+def test_no_data_set_has_no_splits(tmp_path):
+  with pytest.raises(prepared_dataset.DatasetError, match="is not a prepared"):
+    prepared_dataset.has_split(str(tmp_path), "val")
+
+
 def test_an_unfinished_data_set_says_so(damaged):
   path, _ = damaged
   (path / "dataset_info.json").unlink()

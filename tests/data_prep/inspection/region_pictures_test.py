@@ -1,11 +1,9 @@
 """Regions are drawn in colours that a reader can tell apart."""
 
 import numpy as np
-import pytest
 
 from data_prep.inspection import region_pictures
 from marlin_jax.records import schema
-from marlin_jax.records.cli import UserError
 
 
 def test_overlay_tints_regions_and_leaves_background():
@@ -24,10 +22,3 @@ def test_regions_have_colours_that_can_be_told_apart():
   assert len(colours) == len(schema.REGIONS)
   distance = np.abs(colours[:, None] - colours[None]).sum(axis=-1)
   assert distance[~np.eye(len(colours), dtype=bool)].min() >= 60
-
-
-def test_picture_of_an_unknown_format_is_an_error_that_names_it(tmp_path):
-  with pytest.raises(UserError, match=r"sheet\.txt"):
-    region_pictures.save(
-      np.zeros((2, 2, 3), np.uint8), tmp_path / "new" / "sheet.txt"
-    )
