@@ -23,6 +23,7 @@ from marlin_jax.training.configuration import (
   Rule,
   above,
   at_least,
+  check_keys,
   distributed_violations,
   fixed,
   fixed_values,
@@ -295,6 +296,7 @@ def validate(config: ConfigDict) -> None:
   Raises:
     ConfigError: one line per problem: key, value, expected value.
   """
+  check_keys(config, KEYS, DERIVE)
   refuse(_problems(config))
 
 

@@ -25,6 +25,7 @@ from marlin_jax.training.configuration import (
   TRAINING_KEYS,
   above,
   at_least,
+  check_keys,
   fixed,
   fixed_values,
   free,
@@ -154,6 +155,7 @@ def validate(config: ConfigDict) -> None:
   Raises:
     ConfigError: one line per problem: key, value, expected value.
   """
+  check_keys(config, KEYS)
   refuse(_problems(config))
 
 

@@ -10,6 +10,7 @@ The module imports no jax: a configuration is checked before devices are used.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -221,6 +222,38 @@ def refuse(problems: Iterable[str]) -> None:
     lines = "\n".join(f"  {problem}" for problem in problems)
     raise ConfigError(
       f"the configuration has {counted(len(problems), 'problem')}:\n" + lines
+    )
+
+
+def check_keys(
+  config: ConfigDict, keys: Mapping[str, Key], free: str | None = None
+) -> None:
+  """Refuses a configuration that lacks keys of its family or has others.
+
+  The configuration of another command does, and a misspelt key in a file.
+
+  Args:
+    config: the configuration.
+    keys: the table of the family.
+    free: begins keys that the table does not list.
+
+  Raises:
+    ConfigError: it does.
+  """
+  found = flat(config).keys()
+  problems = [f"{key} is missing" for key in keys if key not in found]
+  for key in sorted(found - keys.keys()):
+    if free is None or not key.startswith(free):
+      alike = difflib.get_close_matches(key, keys, 1)
+      expected = f", expected {alike[0]}" if alike else ""
+      problems.append(f"{key} is no key{expected}")
+  if problems:
+    more = len(problems) - 5
+    lines = problems[:5] + [f"and {more} more"] * (more > 0)
+    raise ConfigError(
+      "these are not the keys of this command:\n"
+      + "\n".join(f"  {line}" for line in lines)
+      + "\nexpected those of its configuration in configs/"
     )
 
 

@@ -14,6 +14,8 @@ from marlin_jax.records import folders
 from marlin_jax.weights.weights import WeightsError
 
 _LFS = b"version https://git-lfs"
+# First bytes of a zip file and of a pickle, which torch.save writes.
+_SIGNATURES = (b"PK", b"\x80")
 HOW_TO_GET_TORCH = (
   "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 )
@@ -54,10 +56,16 @@ def load(path: Path):
 def _refusal(path: Path, text: str) -> str:
   """Returns why a file is refused, from torch's text, which is an essay."""
   with contextlib.suppress(OSError), path.open("rb") as file:
-    if file.read(len(_LFS)) == _LFS:
+    head = file.read(len(_LFS))
+    if head == _LFS:
       return (
         "is a Git LFS pointer, not the file itself: fetch that with git lfs "
         "pull"
+      )
+    if not head.startswith(_SIGNATURES):
+      return (
+        f"is no file of PyTorch, it begins with {head[:16]!r}: expected "
+        "weights that torch.save wrote"
       )
   text = re.sub(r"\x1b\[[0-9;]*m", "", text)
   if name := re.search(r"GLOBAL ([\w.]+)", text):

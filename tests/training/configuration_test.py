@@ -30,6 +30,26 @@ def test_every_key_has_a_rule_and_every_rule_a_key(config, family):
   assert flat(config.get_config()).keys() == family.KEYS.keys()
 
 
+@pytest.mark.parametrize(
+  ("config", "family", "words"),
+  [
+    (pretrain_b, eval_configuration, "tasks is missing\n"),
+    (eval_far, pretraining_configuration, "and [0-9]+ more\nexpected"),
+    (eval_far, lipsync_configuration, "not the keys of this command"),
+  ],
+)
+def test_the_configuration_of_another_command_is_refused(config, family, words):
+  with pytest.raises(ConfigError, match=words):
+    family.validate(config.get_config())
+
+
+def test_a_misspelt_key_in_a_file_is_refused():
+  config = pretrain_b.get_config()
+  config.optim.base_rl = 1e-3
+  with pytest.raises(ConfigError, match="rl is no key, expected optim.base_lr"):
+    pretraining_configuration.validate(config)
+
+
 @pytest.mark.parametrize("config", [pretrain_b, eval_far, eval_ls])
 def test_every_key_is_explained_above_it(config):
   source = inspect.getsource(config.get_config).splitlines()

@@ -352,6 +352,13 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path):
     formats.read(file)
 
 
+def test_a_file_of_another_kind_is_told_by_its_beginning(tmp_path):
+  file = tmp_path / "a.pth"
+  file.write_text("<!DOCTYPE html>")
+  with pytest.raises(WeightsError, match="no file of PyTorch, .*<!DOCTYPE"):
+    formats.read(file)
+
+
 def test_what_a_file_would_run_is_named(tmp_path):
   file = tmp_path / "a.pth"
   torch.save({"model": {"a": torch.zeros(1)}, "best": np.float64(1)}, file)
