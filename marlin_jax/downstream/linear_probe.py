@@ -132,8 +132,7 @@ def _best(scores: list[np.ndarray]) -> np.ndarray:
 def _components(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Returns the variances of principal components, and their directions.
 
-  Without those of variance 0 where there are more features than videos: the
-  optimum has nothing in them.
+  Without those of variance 0: the optimum has nothing in them.
 
   Args:
     x: (V, D), features of mean 0.
@@ -142,12 +141,14 @@ def _components(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     (R,) and (D, R).
   """
   num, width = x.shape
-  if width <= num:
-    return np.linalg.eigh(x.T @ x / num)
-  variances, left = np.linalg.eigh(x @ x.T / num)
+  is_wide = width > num
+  gram = x @ x.T if is_wide else x.T @ x
+  variances, directions = np.linalg.eigh(gram / num)
   kept = variances > 1e-10 * max(variances[-1], 1e-10)
-  variances, left = variances[kept], left[:, kept]
-  return variances, x.T @ left / np.sqrt(num * variances)
+  variances, directions = variances[kept], directions[:, kept]
+  if is_wide:
+    directions = x.T @ directions / np.sqrt(num * variances)
+  return variances, directions
 
 
 class _Problem:
@@ -208,16 +209,7 @@ class _Ridge(_Problem):
     del start
     kernels, biases = [], []
     for variances, rotation, covariances, centre, mean in self._solved:
-      curvatures = np.maximum(variances, 0) + penalty
-      # Without a penalty, directions that do not vary have no weight.
-      is_defined = curvatures > 1e-12 * variances.max(initial=1.0)
-      coordinates = np.divide(
-        covariances,
-        curvatures,
-        out=np.zeros_like(covariances),
-        where=is_defined,
-      )
-      kernels.append(rotation @ coordinates)
+      kernels.append(rotation @ (covariances / (variances + penalty)))
       biases.append(mean - centre @ kernels[-1])
     return self._probe(np.stack(kernels, axis=1), np.array(biases), penalty)
 
@@ -240,7 +232,7 @@ class _Logistic(_Problem):
       0 if task.is_class else np.log1p(-frequency)
     )
     self._spread = frequency * (1 - frequency)
-    self._curvature = np.maximum(variances, 0)[:, None] * self._spread
+    self._curvature = variances[:, None] * self._spread
 
   def solve(self, penalty: float, start: LinearProbe | None) -> LinearProbe:
     """Returns the optimum for a penalty, beginning at another one's."""

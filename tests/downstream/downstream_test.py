@@ -413,6 +413,23 @@ def test_equal_penalties_and_the_penalty_0_do_not_grow_the_grid(penalties):
   assert np.isfinite(probe.kernel).all()
 
 
+def test_without_a_penalty_what_does_not_vary_has_no_weight():
+  """Nor do copies of a feature make a difference."""
+  x, y = drawn(200, 0, noise=8.0)
+  more = np.concatenate([x, x[:, :3], np.full((200, 1), 7.0)], axis=1)
+  for task, targets in ((BINARY, y), (task_of("affect"), x[:, :2] + y)):
+    one, both = (
+      linear_probe.fit(
+        task, z, targets, (0.0,), lambda probe: np.zeros(2), 1000
+      )
+      for z in (x, more)
+    )
+    assert one.converged
+    assert both.converged
+    np.testing.assert_allclose(both.logits(more), one.logits(x), atol=1e-4)
+    np.testing.assert_allclose(both.kernel[-1], 0, atol=1e-9)
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e3])
 def test_the_probe_separates_labels_at_any_feature_scale(scale):
   (x, y), (new_x, new_y) = drawn(400, 0), drawn(200, 1)
