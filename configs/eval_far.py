@@ -28,7 +28,7 @@ def get_config():
   # How the features of a video's windows become one vector: mean, std or
   # mean_std.
   config.pool = "mean"
-  # Loss of numbers in trainings: 'mse', or 'ccc', 1 - CCC of each microbatch.
+  # Loss of numbers in trainings: 'mse', or 'ccc', 1 - CCC of the batch.
   config.value_loss = "mse"
   # Repetitions with other subsets of the training data and other initial heads.
   config.num_seeds = 3

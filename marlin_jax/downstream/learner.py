@@ -58,7 +58,7 @@ class Learner:
     num_microbatches: microbatches per batch, processed one after the other with
       accumulated gradients; the result is that of the whole batch.
     adapter_scale: factor of the adapters, if there are any.
-    value_loss: loss of numbers: 'mse', or 'ccc', 1 - CCC of each microbatch.
+    value_loss: loss of numbers: 'mse', or 'ccc', 1 - CCC of the batch.
   """
 
   graphdef: nnx.GraphDef
@@ -180,15 +180,46 @@ class Learner:
     gradient = jax.value_and_grad(self._loss)
     if num == 1:
       return gradient(trained, fixed, batch)
+    parts = microbatches.split(batch, num)
+    if self.task.is_value and self.value_loss == "ccc":
+      return self._gradient_of_all(trained, fixed, parts)
 
     def of_part(part):
       # A microbatch counts by its known labels.
       weight = num * part["known"].sum() / total
       return jax.tree.map(lambda x: weight * x, gradient(trained, fixed, part))
 
-    return microbatches.mean_over(microbatches.split(batch, num), of_part)
+    return microbatches.mean_over(parts, of_part)
+
+  def _gradient_of_all(self, trained, fixed, parts):
+    """Returns `_gradient` of a loss that is no mean over clips.
+
+    A first pass computes the outputs of all microbatches, from which the second
+    goes back.
+    """
+    outputs = jax.lax.map(lambda x: self._outputs(trained, fixed, x), parts)
+
+    def loss_of_all(outputs):
+      arrays = outputs, parts["labels"], parts["known"]
+      rows = (x.reshape(-1, x.shape[-1]) for x in arrays)
+      return loss_of(self.task, *rows, self.value_loss)
+
+    def of_part(part):
+      batch, slope = part
+      return jax.grad(
+        lambda trained: (self._outputs(trained, fixed, batch) * slope).sum()
+      )(trained)
+
+    loss, slopes = jax.value_and_grad(loss_of_all)(outputs)
+    mean = microbatches.mean_over((parts, slopes), of_part)
+    return loss, jax.tree.map(lambda x: self.num_microbatches * x, mean)
 
   def _loss(self, trained, fixed, batch):
+    outputs = self._outputs(trained, fixed, batch)
+    labels, known = batch["labels"], batch["known"]
+    return loss_of(self.task, outputs, labels, known, self.value_loss)
+
+  def _outputs(self, trained, fixed, batch):
     x, keep = batch["x"], batch.get("keep")
     if self.architecture:
       x = clip_features.to_tokens(x, self.architecture)
@@ -197,10 +228,7 @@ class Learner:
         other = clip_features.to_tokens(batch["other"], self.architecture)
         x = share * x + (1 - share) * other
     args = () if keep is None else (jnp.moveaxis(keep, 0, 2),)
-    logits = self._network(trained, fixed)(x, *args)
-    return loss_of(
-      self.task, logits, batch["labels"], batch["known"], self.value_loss
-    )
+    return self._network(trained, fixed)(x, *args)
 
   def _network(self, trained, fixed):
     placement = None

@@ -288,10 +288,16 @@ def test_every_trained_array_changes(face_data, tmp_path):
     assert not still
 
 
-def test_microbatches_give_the_step_of_the_whole_batch(face_data):
+@pytest.mark.parametrize(
+  ("label", "value_loss"),
+  [("emotion", "mse"), ("affect", "mse"), ("affect", "ccc")],
+)
+def test_microbatches_give_the_step_of_the_whole_batch(
+  face_data, label, value_loss
+):
   config = tiny(eval_far.get_config())
   weights = formats.open_encoder("random", config.random)
-  task = tasks.make_task("emotion", tasks.read_labels(str(face_data)), {}, "")
+  task = tasks.make_task(label, tasks.read_labels(str(face_data)), {}, "")
   np_rng = np.random.default_rng(0)
   clips = np_rng.integers(0, 256, (8, 4, SIZE, SIZE, 3), np.uint8)
   # The microbatches differ in the number of known labels; one knows none.
@@ -312,6 +318,7 @@ def test_microbatches_give_the_step_of_the_whole_batch(face_data):
       attention="auto",
       remat="none",
       clips_per_device=clips_per_device,
+      value_loss=value_loss,
     )
     assert model.num_microbatches == 8 // clips_per_device
     # Not after a step: Adam's first one is the sign of the gradient.
