@@ -74,7 +74,7 @@ class FeatureTable:
     Raises:
       FeatureTableError: videos are missing.
     """
-    names = [self._name_of(video_id) for video_id in split.video_ids]
+    names = [self.name_of(video_id) for video_id in split.video_ids]
     missing = [
       video_id
       for video_id, name in zip(split.video_ids, names, strict=True)
@@ -90,7 +90,8 @@ class FeatureTable:
       )
     return np.stack([self.rows[name] for name in names])
 
-  def _name_of(self, video_id: str) -> str | None:
+  def name_of(self, video_id: str) -> str | None:
+    """Returns the id in `rows` of a video; None if it has no features."""
     for name in (video_id, str(PurePosixPath(video_id).with_suffix(""))):
       if name in self.rows:
         return name

@@ -89,6 +89,7 @@ class Split:
     labels: float32 (V, K) by label; NaN where unknown.
     tracks: face tracks, sorted by video.
     parts: split that holds each video, where several are joined.
+    num_without: videos of the split that gave no record.
   """
 
   dataset: Dataset
@@ -97,6 +98,7 @@ class Split:
   labels: Mapping[str, np.ndarray]
   tracks: tuple[TrackRecords, ...]
   parts: tuple[str, ...]
+  num_without: int = 0
 
   def __len__(self) -> int:
     return len(self.video_ids)
@@ -187,6 +189,7 @@ def open_split(
     labels=_stacked([videos[i]["labels"] for i in video_ids]),
     tracks=tuple(tracks),
     parts=_parts(path, split, tracks),
+    num_without=sum(not entry["num_records"] for entry in entries.values()),
   )
 
 
@@ -340,6 +343,15 @@ def split_warnings(splits: Iterable[Split]) -> list[str]:
       "for new people"
     )
   return lines
+
+
+def record_warnings(split: Split) -> Iterator[str]:
+  """Yields a line if videos of a split have no record, and so no score."""
+  if split.num_without:
+    yield (
+      f"left out: {counted(split.num_without, 'video')} of '{split.name}' "
+      "without a record, such as those that show no face"
+    )
 
 
 def shared_warnings(first: Split, second: Split) -> Iterator[str]:

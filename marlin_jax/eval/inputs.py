@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -229,10 +228,12 @@ def open_videos(inputs: Inputs, config: ConfigDict, cache: Path) -> Videos:
     },
     splits.split_warnings(by_role.values())
     + _fold_warnings(by_role, config)
+    + [x for split in by_name.values() for x in splits.record_warnings(split)]
     + [
       f"{name}: {line}"
       for name, split in others.items()
       for line in [
+        *splits.record_warnings(split),
         *splits.split_warnings([by_role["train"], split]),
         *splits.shared_warnings(by_role["val"], split),
       ]
@@ -242,16 +243,20 @@ def open_videos(inputs: Inputs, config: ConfigDict, cache: Path) -> Videos:
 
 
 def _check_distinct(features: FeatureTable, opened: list[Split]) -> None:
-  """Raises FeatureTableError if videos of two data sets have one id."""
-  for first, second in itertools.combinations(opened, 2):
-    paths = [os.path.realpath(s.dataset.path) for s in (first, second)]
-    common = {*first.video_ids} & {*second.video_ids}
-    if common and paths[0] != paths[1]:
-      raise feature_table.FeatureTableError(
-        f"{features.source} holds features by id, and both {paths[0]} and "
-        f"{paths[1]} have {min(common)!r}: both videos would get the same "
-        "ones. Evaluate the other data set by itself, or with an encoder"
-      )
+  """Raises FeatureTableError if two videos would get the same features."""
+  owners: dict[str | None, tuple[str, str]] = {}
+  for split in opened:
+    path = os.path.realpath(split.dataset.path)
+    for video_id in split.video_ids:
+      name = features.name_of(video_id)
+      other_path, other_id = owners.setdefault(name, (path, video_id))
+      if name is not None and (other_path, other_id) != (path, video_id):
+        raise feature_table.FeatureTableError(
+          f"{features.source} holds features by id, and both {other_id!r} of "
+          f"{other_path} and {video_id!r} of {path} would get those of "
+          f"{name!r}. Name them with their suffixes; evaluate another data set "
+          "by itself, or with an encoder"
+        )
 
 
 def _coverage_warnings(

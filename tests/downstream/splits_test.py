@@ -89,6 +89,16 @@ def test_splits_of_one_name_in_two_data_sets_are_compared(made, tmp_path):
   assert "used twice" in line
 
 
+def test_videos_without_a_record_are_told(made):
+  split = splits.open_split(str(made), "train", None)
+  assert "03x.mp4" not in split.video_ids
+  (line,) = splits.record_warnings(split)
+  assert line.startswith("left out: 1 video of 'train' without a record")
+  assert not [
+    *splits.record_warnings(splits.open_split(str(made), "val", None))
+  ]
+
+
 @pytest.mark.parametrize("change", ["sides", "names", "other records"])
 def test_records_are_read_where_not_all_is_noted(made, tmp_path, change):
   expected = described(made, "train")

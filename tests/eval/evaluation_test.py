@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -200,6 +201,25 @@ def test_what_a_killed_call_finished_is_in_the_table_of_the_next(
   assert results["tasks"]["mood"]["kind"] == "class"
   table = (tmp_path / "results.txt").read_text()
   assert table.index("mood\n") < table.index("linear")
+
+
+def test_labels_that_changed_after_a_kill_are_refused(
+  face_data, tmp_path, monkeypatch
+):
+  """Before a cell was finished; the ledger is not in the hash of the data."""
+
+  def killed(self, mode, job):
+    raise Killed
+
+  data = shutil.copytree(face_data, tmp_path / "data")
+  with monkeypatch.context() as patch:
+    patch.setattr(modes.ModeRunner, "run", killed)
+    with pytest.raises(Killed):
+      run(eval_far, tmp_path / "w", data, tasks="mood", modes="finetune")
+  ledger = data / "videos.jsonl"
+  ledger.write_text(ledger.read_text().replace('"mood": [0', '"mood": [1'))
+  with pytest.raises(OutputFolderError, match="other videos or labels"):
+    run(eval_far, tmp_path / "w", data, tasks="mood", modes="finetune")
 
 
 def test_a_workdir_of_an_earlier_version_keeps_its_baselines(

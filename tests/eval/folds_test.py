@@ -363,8 +363,31 @@ def test_features_by_id_are_of_one_data_set(swaps, tmp_path):
   changes = {"tasks": "kind", "data.tests": f"{swaps['data']}:val"}
   run(workdir=tmp_path / "w", **swaps, **changes)
   changes["data.tests"] = f"{other}:val"
-  with pytest.raises(FeatureTableError, match="both .* have 'val0.mp4'"):
+  with pytest.raises(FeatureTableError, match="both 'val0.mp4' of .* and "):
     run(workdir=tmp_path / "v", **swaps, **changes)
+
+
+def test_two_videos_do_not_share_features(swaps, tmp_path):
+  """Ids without suffixes do not tell 0.mp4 from 0.avi, in train and test."""
+  frames = np.zeros((2, 224, 224, 3), np.uint8)
+  parts = {
+    split: [
+      labelled_data.Video(f"{i}{suffix}", "", {"kind": (i % 3,)}, frames)
+      for i in numbers
+    ]
+    for split, suffix, numbers in (
+      ("train", ".mp4", range(6)),
+      ("val", ".mp4", range(6, 12)),
+      ("test", ".avi", range(6)),
+    )
+  }
+  kinds = {"kind": Label(CLASS, ("real", "gan", "face/swap"))}
+  data = labelled_data.write(tmp_path / "data", parts, kinds)
+  table = str(tmp_path / "t.npz")
+  np.savez(table, video_id=np.arange(12).astype(str), features=np.eye(12))
+  changes = swaps | {"data": data, "features": table, "tasks": "kind"}
+  with pytest.raises(FeatureTableError, match="both '0.mp4' of .* and '0.avi'"):
+    run(workdir=tmp_path / "w", **changes)
 
 
 def test_a_class_may_have_a_name_that_no_file_can_have(swaps, tmp_path):
