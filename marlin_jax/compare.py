@@ -185,6 +185,14 @@ def _check_same_videos(evaluations: list[Evaluation]) -> None:
             f"by {key} {expected[key]} and {facts[key]}, so their numbers do "
             "not compare"
           )
+    expected = _num_tested(first)
+    for task, num in _num_tested(other).items():
+      if expected.get(task, num) != num:
+        raise CompareError(
+          f"{first.path} and {other.path} test task '{task}' {expected[task]} "
+          f"and {num} times, since folds of classes test a video several times "
+          "(config.data.folds), so their numbers do not compare"
+        )
     theirs = _settings(other)
     for name, value in _settings(first).items():
       if name.startswith("data.tests.") and theirs.get(name, value) != value:
@@ -192,6 +200,12 @@ def _check_same_videos(evaluations: list[Evaluation]) -> None:
           f"{first.path} and {other.path} were tested on different data sets "
           f"of the name {name.removeprefix('data.tests.')}"
         )
+
+
+def _num_tested(evaluation: Evaluation) -> dict[str, int]:
+  """Returns the videos tested of each task; the same in all of its cells."""
+  cells = evaluation.results["cells"]
+  return {cell["task"]: cell["test"]["num_videos"] for cell in cells}
 
 
 def _settings(evaluation: Evaluation) -> dict[str, Any]:

@@ -206,6 +206,11 @@ def test_other_videos_and_other_files_are_refused(workdirs, tmp_path, capsys):
   results = json.loads((cut / "results.json").read_text())
   results["tasks"]["mood"]["cuts"] = [0.5]
   (cut / "results.json").write_text(json.dumps(results))
+  folds = shutil.copytree(workdirs / "first", tmp_path / "folds")
+  results = json.loads((folds / "results.json").read_text())
+  for cell in results["cells"]:
+    cell["test"]["num_videos"] *= 2
+  (folds / "results.json").write_text(json.dumps(results))
   retested = shutil.copytree(workdirs / "first", tmp_path / "retested")
   settings = json.loads((retested / "settings.json").read_text())
   settings = {
@@ -219,6 +224,7 @@ def test_other_videos_and_other_files_are_refused(workdirs, tmp_path, capsys):
     ([first, str(retested)], "were tested on different data sets"),
     ([first, str(other)], "differ in the videos or labels of task 'mood'"),
     ([first, str(cut)], "define task 'mood' otherwise, by cuts [] and [0.5]"),
+    ([first, str(folds)], "test task 'mood' 16 and 32 times"),
     ([first, str(tmp_path)], "expected the workdir of an evaluation"),
     ([first, "--metric", "ccc"], "no task has the metric 'ccc'"),
   ):
