@@ -283,7 +283,8 @@ class Learner:
     def logits(trained, fixed, x):
       if self.architecture:
         x = clip_features.to_tokens(x, self.architecture)
-      return self._network(trained, fixed)(x)
+      with vit.exact_matmuls(self.dtype):  # as in the model that is kept
+        return self._network(trained, fixed)(x)
 
     return jax.jit(logits, out_shardings=sharding.replicated(self.mesh))
 

@@ -329,6 +329,31 @@ def test_microbatches_give_the_step_of_the_whole_batch(
     np.testing.assert_allclose(whole, split, atol=2e-6)
 
 
+@pytest.mark.parametrize("attentive", [False, True])
+def test_float32_predictions_are_exact_as_those_of_kept_models(
+  face_data, attentive
+):
+  """GPUs and TPUs round matmuls that ask for less."""
+  config = tiny(eval_far.get_config())
+  model = learner.on_encoder(
+    tasks.make_task("mood", tasks.read_labels(str(face_data)), {}, ""),
+    formats.open_encoder("random", config.random),
+    config.attentive,
+    sharding.make_mesh(),
+    0,
+    attentive=attentive,
+    tuned="nothing",
+    dtype="float32",
+    attention="auto",
+    remat="none",
+  )
+  clips = np.zeros((2, 4, SIZE, SIZE, 3), np.uint8)
+  lowered = model._logits.lower(model.trained, model._fixed, clips)
+  products = [x for x in lowered.as_text().splitlines() if "dot_general" in x]
+  assert len(products) > 3
+  assert all("[HIGHEST, HIGHEST]" in line for line in products)
+
+
 def test_a_stopped_finetuning_resumes_to_the_same_bits(
   face_data, tmp_path, monkeypatch, capfd
 ):
