@@ -85,6 +85,7 @@ class Step:
     needed_bytes: memory of one device in total.
     memory: `needed_bytes` in detail; None if the compiler refused the program.
     collectives: see hlo.collectives.
+    bytes_to_slices: see hlo.bytes_to_slices.
     fused_attention: see hlo.fused_attention.
     rematerialised: see hlo.rematerialised.
     hbm_bytes: bytes to and from one device's memory in a step.
@@ -111,6 +112,7 @@ class Step:
   needed_bytes: int
   memory: Memory | None
   collectives: list[hlo.Collective]
+  bytes_to_slices: int
   fused_attention: dict[str, int]
   rematerialised: int
   hbm_bytes: int
@@ -138,21 +140,14 @@ class Step:
     chip, num_slices = self.topology.chip, self.topology.num_slices
     if chip is None or self.memory is None:
       return None
-    # Each chip of a slice all-reduces its part of the gradients with its
-    # counterparts in the other slices.
-    per_slice = len(self.topology.devices) // num_slices
-    in_float32 = self.config.float32_sums or self.config.dtype == "float32"
-    bytes_per_param = 4 if in_float32 else 2
-    between = (
-      2 * (num_slices - 1) / num_slices * bytes_per_param * self.num_params
-    )
     return roofline.estimate(
       chip,
       chip.peak_flops(self.config.dtype, self.config.matmul_precision),
       flops=self.flops_per_device,
       hbm_bytes=self.hbm_bytes,
       collectives=self.collectives,
-      network_bytes=between / per_slice,
+      # Of an all-reduce in a ring.
+      network_bytes=2 * (num_slices - 1) / num_slices * self.bytes_to_slices,
     )
 
 
@@ -252,6 +247,7 @@ def compile_step(
     needed_bytes=needed,
     memory=step_memory,
     collectives=hlo.collectives(text, mesh.size, topology.gpus_per_node),
+    bytes_to_slices=hlo.bytes_to_slices(text),
     fused_attention=hlo.fused_attention(text),
     rematerialised=hlo.rematerialised(text),
     hbm_bytes=hlo.memory_bytes(text),

@@ -39,6 +39,8 @@ _CALLS = re.compile(
 _FUSED_ATTENTION = re.compile(
   r"__cudnn\$fmha\w+|%splash_mha_(?:fwd|dkv)(?=.* custom-call\()"
 )
+# TPU slices all-reduce through their hosts.
+_TO_SLICES = re.compile(r" send\(.*_xla_megascale_transfer_type=")
 _REMATERIALISED = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]*\.remat\b")
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -159,6 +161,19 @@ def total_bytes(operations: list[Collective]) -> dict[str, int]:
   for operation in operations:
     totals[operation.kind] += operation.num_bytes * operation.times
   return dict(totals)
+
+
+def bytes_to_slices(text: str) -> int:
+  """Returns the bytes of a device that are summed over the TPU slices.
+
+  Args:
+    text: see `collectives`.
+  """
+  return sum(
+    times * _num_bytes(_SHAPE.search(line).groups())
+    for line, times, _ in _executed(*_computations(text))
+    if _TO_SLICES.search(line)
+  )
 
 
 def memory_bytes(text: str) -> int:

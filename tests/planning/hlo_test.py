@@ -113,6 +113,22 @@ def test_a_loop_whose_length_only_its_condition_tells_counts_too():
   assert found.times == 12
 
 
+def test_what_slices_exchange_is_counted_as_often_as_it_is_sent():
+  # Each send of a multislice TPU has an all-reduce in its slice before it.
+  send = (
+    "%send.1 = (bf16[2,8]{1,0:T(2,128)(2,1)}, u32[], token[]) send(%x, %t), "
+    "channel_id=4, is_host_transfer=true, frontend_attributes={"
+    '_xla_host_transfer_rendezvous="all-reduce.1_0",'
+    '_xla_megascale_transfer_type="ALL_REDUCE"}'
+  )
+  body = computation("body.1 (p: (s32[])) -> (s32[])", send)
+  loop = (
+    "%while = (s32[]) while(%t), condition=%cond, body=%body.1, "
+    'backend_config={"known_trip_count":{"n":"3"}}'
+  )
+  assert hlo.bytes_to_slices(program(send, loop, others=body)) == 32 + 3 * 32
+
+
 def test_memory_traffic_is_what_operations_take_and_give():
   text = program(
     "%p = f32[256]{0:T(256)} parameter(0)",
