@@ -38,6 +38,16 @@ _MAX_DELAY_SECS = 1.0
 _ROUNDING_SECS = 1e-3
 
 
+def av_open(file, **options):
+  """Returns `av.open(file, **options)`, whatever the encoding of metadata."""
+  import av
+
+  # From av 19 on, no encoding is an error.
+  if int(av.__version__.split(".")[0]) < 19:
+    options["metadata_errors"] = "replace"
+  return av.open(file, **options)
+
+
 def open_input(formats: str = f"{FORMATS},{SOUND_FORMATS}"):
   """Opens the file of standard input as a container.
 
@@ -59,8 +69,7 @@ def open_input(formats: str = f"{FORMATS},{SOUND_FORMATS}"):
     "format_whitelist": formats,
   }
   try:
-    # Metadata in another encoding is no reason to refuse a video.
-    return av.open("fd:", options=options, metadata_errors="replace")
+    return av_open("fd:", options=options)
   except av.FFmpegError as e:
     reason = e.strerror
     if e.errno == errno.EINVAL:

@@ -18,7 +18,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import PurePath
 
-from data_prep.decoder import pixels, protocol, sandbox
+from data_prep.decoder import packets, pixels, protocol, sandbox
 from data_prep.decoder.protocol import Damaged, Limits, Refused, send
 
 # Suffixes of pictures, and their codecs.
@@ -150,9 +150,7 @@ def _check_size(data: bytes, codec: str, limits: Limits) -> None:
   demuxer = {"mjpeg": "jpeg_pipe", "png": "png_pipe"}[codec]
   with (
     contextlib.suppress(av.FFmpegError),
-    av.open(
-      io.BytesIO(data), format=demuxer, metadata_errors="replace"
-    ) as container,
+    packets.av_open(io.BytesIO(data), format=demuxer) as container,
   ):
     stream = container.streams.video[0]
     if reason := protocol.too_large(stream.width, stream.height, limits):
