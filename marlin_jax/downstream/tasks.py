@@ -118,14 +118,17 @@ class Task:
 
   def _places(self, values: np.ndarray) -> np.ndarray:
     """Returns the class of each value between the cuts, int."""
-    above = np.searchsorted(self.cuts, values, side="right")
+    # As labels are held: 0.7 would be below the cut 0.7.
+    values, cuts = np.float32(values), np.float32(self.cuts)
+    above = np.searchsorted(cuts, values, side="right")
     if self.apart is None:
       return above
     # Classes are closed towards the value apart, and one more follows it.
-    below = np.searchsorted(self.cuts, values, side="left")
-    at = np.searchsorted(self.cuts, self.apart)
-    places = np.where(values < self.apart, above, below + 2)
-    return np.where(values == self.apart, at + 1, places)
+    apart = np.float32(self.apart)
+    below = np.searchsorted(cuts, values, side="left")
+    places = np.where(values < apart, above, below + 2)
+    at = np.searchsorted(cuts, apart)
+    return np.where(values == apart, at + 1, places)
 
   def chosen(self, values: np.ndarray) -> np.ndarray:
     """Selects the videos of the task.

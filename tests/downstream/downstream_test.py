@@ -100,6 +100,18 @@ def test_labels_that_do_not_fit_are_refused(name, rule, words):
     task_of(name, **rule)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_value_equal_to_a_cut_is_above_it(dtype):
+  """Also where float32 rounds it down, as 0.7, or away from 0, as -0.1."""
+  cuts = (-0.7, -0.1, 0.1, 0.3, 0.7)
+  values = np.array(cuts, dtype)[:, None]
+  task = task_of("five", label="worth", cuts=cuts)
+  np.testing.assert_array_equal(task.targets(values), [1, 2, 3, 4, 5])
+  apart = task_of("apart", label="worth", cuts=(-0.7, 0.7), apart=-0.1)
+  values = np.array([-0.7, -0.1, 0.7], dtype)[:, None]
+  np.testing.assert_array_equal(apart.targets(values), [1, 2, 3])
+
+
 def delbrouck_class(a: float) -> int:
   """The classes of MOSEI_UMONS, as its tokenize.py defines them."""
   if a == 0:
