@@ -71,6 +71,8 @@ def main(argv) -> int:
     if _JSON.value not in (None, "-"):
       # Now, since compiling takes minutes.
       Path(_JSON.value).parent.mkdir(parents=True, exist_ok=True)
+      if Path(_JSON.value).is_dir():
+        raise IsADirectoryError(f"--json={_JSON.value} is a folder")
     numbers, fits = plan(config_flags.CONFIG.value)
     text = json.dumps(numbers, indent=2)
     if _JSON.value == "-":

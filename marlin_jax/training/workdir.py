@@ -66,11 +66,11 @@ def as_begun(
     and begun.get(key, rule.before) == rule.before != get(config, key)
     and key not in config.allow_change.split(",")
   }
-  config = config.copy_and_resolve_references()
-  config.update_from_flattened_dict(kept)
-  return config, [
+  changed = config.copy_and_resolve_references()
+  changed.update_from_flattened_dict(kept)
+  return changed, [
     f"the run in {path} began with {key}={value!r} and goes on with it, not "
-    f"with the present default; config.allow_change={key} would change it"
+    f"with {get(config, key)!r}; config.allow_change={key} would change it"
     for key, value in kept.items()
   ]
 

@@ -224,6 +224,7 @@ def test_the_stage_that_needs_the_most_memory_is_reported_in_full(tmp_path):
   [
     (["--topology=v5e:4"], "v5e has 2 sides and at most 256 chips"),
     (["--topology=cpu:2", "--num_slices=2"], "has no slices"),
+    (["--topology=cpu:2", "--json=tests"], "--json=tests is a folder"),
   ],
 )
 def test_bad_flags_are_told_before_anything_is_built(args, words):
