@@ -8,15 +8,17 @@ from typing import Any
 
 from marlin_jax.devices.chips import gpu_memory_fraction
 from marlin_jax.planning.compiled_step import Step
+from marlin_jax.pretraining.configuration import stages
 from marlin_jax.records.cli import counted
 from marlin_jax.training.configuration import flat
 
 # Share of the chip's peak arithmetic that trainers of ViTs reach: 26-39 %.
 _USUAL_SHARE = 0.35
 _GIB = 2**30
-# Measured, see docs/PERFORMANCE.md: clips that a core reads and decodes, and
-# the most that threads of one process can, since Python runs one at a time.
-_CLIPS_PER_SEC_OF_CORE = 350
+# Measured, see docs/PERFORMANCE.md: frames that a core reads and decodes, 350
+# clips of 16 of them, and the most clips that threads of one process can, since
+# Python runs one at a time.
+_FRAMES_PER_SEC_OF_CORE = 350 * 16
 _CLIPS_PER_SEC_OF_THREADS = 2_000
 
 
@@ -271,6 +273,7 @@ def _rate(step: Step) -> dict[str, Any]:
   clips_per_sec = config.batch_size / roofline.secs
   per_shard = clips_per_sec / step.num_shards
   per_host = per_shard * step.shards_per_host
+  num_frames = stages(config)[step.stage].config.data.num_frames
   return rate | {
     "least_secs": dataclasses.asdict(roofline),
     "binds": roofline.binds,
@@ -280,5 +283,5 @@ def _rate(step: Step) -> dict[str, Any]:
     "input_bytes_per_sec_per_device": per_shard * step.clip_bytes,
     "input_bytes_per_sec_per_host": per_host * step.clip_bytes,
     "input_clips_per_sec_per_host": per_host,
-    "input_cores_per_host": per_host / _CLIPS_PER_SEC_OF_CORE,
+    "input_cores_per_host": per_host * num_frames / _FRAMES_PER_SEC_OF_CORE,
   }

@@ -370,6 +370,23 @@ def too_large():
 
 
 @pytest.mark.slow
+def test_input_is_that_of_the_shards_and_frames_of_a_host(too_large):
+  pytest.importorskip("libtpu")
+  step = dataclasses.replace(
+    too_large,
+    topology=topology.find_devices("v5e:4x4"),
+    mesh={"data": 4, "fsdp": 1, "tensor": 4},
+    shards_per_host=2,
+  )
+  rate = report.numbers(step)["rate"]
+  per_shard = pytest.approx(rate["clips_per_sec"] / 4)
+  assert rate["input_bytes_per_sec_per_device"] / step.clip_bytes == per_shard
+  assert rate["input_clips_per_sec_per_host"] / 2 == per_shard
+  # Two frames in a clip, of the 5600 that a core reads.
+  assert rate["input_cores_per_host"] * 5600 / (2 * 2) == per_shard
+
+
+@pytest.mark.slow
 def test_a_remedy_leaves_enough_clips_to_compare(too_large):
   remedies = [*search.remedies(too_large)]
   found = {x["clips_per_device"] for x in remedies if "clips_per_device" in x}
