@@ -209,8 +209,12 @@ def _read_checkpoint(
   state = run_checkpoint.read_state(
     checkpoint, lambda tree: {field: tree[field]}
   )
+  # What training has frozen lies among its fixed arrays.
+  frozen = state[field]["fixed"].keys() - state[field]["params"].keys()
   # Shapes only: random weights, replaced at once, would take 10 s.
-  graph, template = split_network(nnx.eval_shape(lambda: make(meta)))
+  graph, template = split_network(
+    nnx.eval_shape(lambda: make(meta)), frozen=frozen
+  )
   return graph.eval_network(_restore(template, state[field], checkpoint))
 
 

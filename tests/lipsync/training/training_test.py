@@ -472,6 +472,14 @@ def test_a_run_of_the_generator_leaves_what_it_promises(generator):
   assert height == 2 * (4 * 48 + 80 + 5 * 22 + 4)
 
 
+def test_a_generator_is_read_with_the_encoder_that_was_not_trained(generator):
+  network = build.read_generator(generator)
+  saved = arrays_of(generator, 2)
+  name = "['generator']['fixed']['encoder']['patch_embedding']['kernel']"
+  kernel = network.encoder.patch_embedding.kernel[...]
+  np.testing.assert_array_equal(kernel, saved[name])
+
+
 # --- Resumed ------------------------------------------------------------------
 
 
