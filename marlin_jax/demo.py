@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   add(
     "--port",
-    type=int,
+    type=cli.at_least(1, 65535),
     help="port to serve; by default the first free one from 7860",
   )
   return parser

@@ -109,7 +109,7 @@ def _names(directory: epath.Path, prefix: str = "") -> list[str]:
     name = prefix + path.name
     if path.is_dir():
       names += _names(path, f"{name}/")
-    elif not path.name.startswith(NAME):
+    elif not path.name.startswith(NAME):  # nor a partial one, of a kill
       names.append(name)
   return names
 

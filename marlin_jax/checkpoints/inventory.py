@@ -23,8 +23,9 @@ from marlin_jax.records.cli import UserError
 _METRICS = "metrics"
 # Directory beside the checkpoints, for damaged ones.
 DAMAGED = "damaged"
+_COMMITTED, _META = "commit_success.txt", "meta/metadata"
 # Files of a complete checkpoint.
-_MARKS = ("commit_success.txt", "state/_METADATA", "meta/metadata")
+_MARKS = (_COMMITTED, "state/_METADATA", _META)
 
 
 class ResumeError(UserError):
@@ -132,7 +133,7 @@ def _read_problem(path: epath.Path) -> str | None:
           item=part, restore_args=restore_args, partial_restore=True
         ),
       )
-    json.loads((path / _MARKS[-1]).read_text())
+    json.loads((path / _META).read_text())
   # Orbax and tensorstore raise many kinds of errors.
   except Exception as e:
     return f"{e}"[:500]
@@ -149,7 +150,7 @@ def _check_unfinished(directory: epath.Path, problems: dict[int, str]) -> None:
     # In a bucket, which cannot rename, an unfinished save has its final name.
     if not folders.is_remote(directory)
     or checksums.exist(directory / str(step))
-    or (directory / str(step) / _MARKS[0]).exists()
+    or (directory / str(step) / _COMMITTED).exists()
   ]
   if damaged:
     raise ResumeError(

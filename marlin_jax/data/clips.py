@@ -30,7 +30,9 @@ class ClipTaker(Protocol):
   A batch holds at least `_id` int32 (B,), the numbers of the records (of
   several data sets, see `sampling.first_ids`), and
   `start` int32 (B,), the first frame of each clip in its record. Reading is cut
-  into phases, so that frames of all clips are decoded last.
+  into phases, so that frames of all clips are decoded last. Draws that name the
+  starts of their clips (`sampling.Draw.starts`) need `place` too, as `TakeClip`
+  has it.
 
   Attributes:
     frame_size: height and width of the clips in pixels.

@@ -554,7 +554,7 @@ def reconstruct(
     See pretext_task.reconstruct_batch; and of the features of visible tokens
     `clip_means`, float32 (B, D), and `mean_square`, see losses.clip_share.
   """
-  features = {}
+  features = {}  # filled by `predict`, which is called once
 
   def predict(patches, visible, masked):
     network = trainer.bind(state.best_params, state.fixed)

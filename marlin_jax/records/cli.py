@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import functools
 import gc
+import math
 import os
 import re
 import signal
@@ -176,13 +177,15 @@ def without_gc(function: Callable) -> Callable:
   return paused
 
 
-def at_least(least: int) -> Callable[[str], int]:
-  """Returns an argument type: integers of `least` or more."""
+def at_least(least: int, most: float = math.inf) -> Callable[[str], int]:
+  """Returns an argument type: integers of `least` or more, up to `most`."""
 
   def parse(text: str) -> int:
     value = int(text)
     if value < least:
       raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+    if value > most:
+      raise argparse.ArgumentTypeError(f"{value} is more than {most}")
     return value
 
   parse.__name__ = "int"  # shown in argparse's error message

@@ -123,7 +123,7 @@ class Workdir:
     path: str,
     config: ConfigDict,
     datasets: Sequence[Dataset],
-    num_params: int,
+    num_values: int,
   ):
     """Stores the arguments; entering the context opens the directory.
 
@@ -131,11 +131,11 @@ class Workdir:
       path: a local path or gs://BUCKET/FOLDER.
       config: configuration of the run.
       datasets: training data.
-      num_params: float32 values in a checkpoint, for the check of free space.
+      num_values: float32 values in a checkpoint, for the check of free space.
     """
     self.path = epath.Path(path)
     self._config, self._datasets = config, datasets
-    self._num_params = num_params
+    self._num_values = num_values
     self._is_process_0 = jax.process_index() == 0
 
   def __enter__(self) -> Workdir:
@@ -156,7 +156,7 @@ class Workdir:
           else:
             lock = folders.Lock(Path(self.path), "lock")
             stack.callback(lock.close)
-            remote_files.check_room(Path(self.path), 4 * self._num_params)
+            remote_files.check_room(Path(self.path), 4 * self._num_values)
           for note in inventory.set_damaged_aside(self.path / "checkpoints"):
             print(f"warning: {note}", flush=True)
       self.checkpoints = Checkpoints(
@@ -274,17 +274,17 @@ class BestMetric:
     self,
     name: str,
     checkpoints: Checkpoints,
-    last_first: int,
+    known_by: int,
   ):
     """Stores the arguments.
 
     Args:
       name: config.best_metric.
       checkpoints: checkpoints of the run.
-      last_first: step by which each evaluation has run in this process.
+      known_by: step by which each evaluation has run in this process.
     """
     self._name, self._checkpoints = name, checkpoints
-    self._last_first = last_first
+    self._known_by = known_by
     self._seen: set[str] = set()
     self._is_silent = False
 
@@ -304,7 +304,7 @@ class BestMetric:
   ) -> str | None:
     """Returns a warning, once, if no evaluation has the metric."""
     self._seen |= found.keys()
-    if self._is_silent or not (is_last or step >= self._last_first):
+    if self._is_silent or not (is_last or step >= self._known_by):
       return None
     self._is_silent = True
     if self._name in self._seen:

@@ -42,6 +42,12 @@ def test_without_a_checkpoint_it_says_which(tmp_path, monkeypatch, capsys):
   assert "nowhere" in capsys.readouterr().err
 
 
+def test_a_port_that_is_none_is_refused(capsys):
+  with pytest.raises(SystemExit):
+    demo.main(["--port=99999"])
+  assert "99999 is more than 65535" in capsys.readouterr().err
+
+
 def free_port() -> int:
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
