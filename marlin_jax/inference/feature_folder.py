@@ -151,6 +151,12 @@ class FeatureFolder:
       raise OutputFolderError(
         f"{self.path / SETTINGS} is damaged ({e}); choose another --output"
       ) from e
+    program = self._settings["program"]
+    if not (isinstance(earlier, dict) and earlier.get("program") == program):
+      raise OutputFolderError(
+        f"{self.path} was not made by {program}; choose an empty or new folder "
+        "as --output"
+      )
     changes = differences(earlier, self._settings, _FREE_SETTINGS)
     if changes:
       raise OutputFolderError(

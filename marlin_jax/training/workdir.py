@@ -142,8 +142,8 @@ class Workdir:
     """Creates or opens the directory and moves damaged checkpoints aside.
 
     Raises:
-      OutputFolderError: another run holds the lock, or the disk is too full for
-        a checkpoint.
+      OutputFolderError: the folder is no workdir of a run, another run holds
+        the lock, or the disk is too full for a checkpoint.
       ResumeError: the directory holds converted weights, or no checkpoint is
         intact.
       StartError: processes see different data sets or checkpoints.
@@ -151,6 +151,7 @@ class Workdir:
     with contextlib.ExitStack() as stack:
       with distributed.process_0_first():
         if self._is_process_0:
+          self._check_kind()
           if folders.is_remote(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
           else:
@@ -184,6 +185,15 @@ class Workdir:
         )
       self._closing = stack.pop_all()
     return self
+
+  def _check_kind(self) -> None:
+    """Refuses data sets, features and evaluations, before a file is written."""
+    is_run = (self.path / "config.json").exists()
+    if (self.path / folders.SETTINGS).exists() and not is_run:
+      raise folders.OutputFolderError(
+        f"{self.path} holds a {folders.SETTINGS}, as data sets, features and "
+        "evaluations do, and is no workdir of a run; choose another --workdir"
+      )
 
   def __exit__(self, *error) -> None:
     self._closing.close()

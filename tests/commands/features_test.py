@@ -438,6 +438,11 @@ def test_bad_inputs_and_outputs_are_refused(
   args = ("--checkpoint", checkpoint, "--output", tmp_path)
   assert run(videos, *args) == 1
   assert "was not made by this program" in capsys.readouterr().err
+  data = tmp_path / "data"
+  data.mkdir()
+  (data / "settings.json").write_text('{"name": "faces", "schema_version": 2}')
+  assert run(videos, "--checkpoint", checkpoint, "--output", data) == 1
+  assert "was not made by marlin_jax.features;" in capsys.readouterr().err
 
 
 def test_one_run_at_a_time(tmp_path):

@@ -564,6 +564,14 @@ def test_a_timer_asks_once_and_again_after_the_next_save():
   assert not SaveTimer(10).is_due()
 
 
+def test_the_folder_of_a_data_set_is_no_workdir(tmp_path):
+  (tmp_path / "settings.json").write_text("{}")
+  opened = workdir.Workdir(str(tmp_path), pretrain_b.get_config(), (), 0)
+  with pytest.raises(OutputFolderError, match="no workdir of a run"), opened:
+    pass
+  assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+
+
 def test_a_config_of_another_program_is_not_replaced(tmp_path):
   config = ConfigDict({"data": {"path": "D"}, "num_steps": 3, "log_steps": 1})
   file = tmp_path / "config.json"
