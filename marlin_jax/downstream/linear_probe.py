@@ -144,7 +144,7 @@ def _components(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   is_wide = width > num
   gram = x @ x.T if is_wide else x.T @ x
   variances, directions = np.linalg.eigh(gram / num)
-  kept = variances > 1e-10 * max(variances[-1], 1e-10)
+  kept = variances > 1e-12 * max(variances[-1], 1e-10)
   variances, directions = variances[kept], directions[:, kept]
   if is_wide:
     directions = x.T @ directions / np.sqrt(num * variances)
