@@ -109,7 +109,7 @@ class Task:
     """
     values = values.astype(np.float64)
     unknown = np.isnan(values)
-    if self.cuts:
+    if self.cuts or self.apart is not None:
       values = np.where(unknown, np.nan, self._places(np.nan_to_num(values)))
     elif self.negative:
       is_positive = values != self.classes.index(self.negative)

@@ -112,6 +112,13 @@ def test_a_value_equal_to_a_cut_is_above_it(dtype):
   np.testing.assert_array_equal(apart.targets(values), [1, 2, 3])
 
 
+def test_a_value_apart_without_cuts_makes_three_classes():
+  task = task_of("sign", label="worth", apart=0.0)
+  assert task.names == ("<0", "=0", ">0")
+  values = np.array([[-2.5], [0.0], [0.5], [np.nan]], np.float32)
+  np.testing.assert_array_equal(task.targets(values), [0, 1, 2, np.nan])
+
+
 def delbrouck_class(a: float) -> int:
   """The classes of MOSEI_UMONS, as its tokenize.py defines them."""
   if a == 0:
