@@ -35,6 +35,9 @@ def of_classes(
 ) -> dict[str, Fold]:
   """Returns, by name, a fold for each positive class of a task.
 
+  Classes without videos to train or test on, such as manipulations that were
+  not prepared, have none.
+
   Args:
     task: a task with a negative class.
     by_role: splits to train, choose and test on.
@@ -42,8 +45,8 @@ def of_classes(
       test on this one.
 
   Raises:
-    TaskError: the task has fewer than two positive classes, or no videos of one
-      where they are needed.
+    TaskError: the task has fewer than two positive classes, or no videos of
+      any where they are needed.
   """
   positive = [name for name in task.classes if name != task.negative]
   if not task.negative or task.only or len(positive) < 2:
@@ -55,12 +58,19 @@ def of_classes(
   for name in positive:
     others = [other for other in positive if other != name]
     trained, tested = ([name], positive) if single else (others, [name])
-    found[name] = {
+    fold = {
       role: splits.task_split(
         task.limited_to(tested if role == "test" else trained), split
       )
       for role, split in by_role.items()
     }
+    if all((fold[role].targets == 1).any() for role in ("train", "test")):
+      found[name] = fold
+  if not found:
+    raise TaskError(
+      f"config.data.folds: task '{task.name}' has no video of "
+      f"{', '.join(positive)} to train on, or none to test on"
+    )
   return found
 
 

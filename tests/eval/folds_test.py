@@ -1,6 +1,7 @@
 """Cross-validations: one command, a cell for each fold, and their total."""
 
 import csv
+import dataclasses
 import json
 import shutil
 
@@ -11,8 +12,9 @@ from sklearn import metrics
 from configs import eval_dfd, eval_far
 from data_prep.sources.listing import CLASS, Label
 from marlin_jax import compare, predict
-from marlin_jax.downstream import clip_batches
+from marlin_jax.downstream import clip_batches, splits, tasks
 from marlin_jax.downstream.feature_table import FeatureTableError
+from marlin_jax.downstream.folds import of_classes
 from marlin_jax.downstream.tasks import TaskError
 from marlin_jax.eval import configuration, modes
 from marlin_jax.training.configuration import ConfigError
@@ -400,6 +402,35 @@ def test_a_class_may_have_a_name_that_no_file_can_have(swaps, tmp_path):
   changes = {"tasks": "a/b", "derive.a/b": rule}
   with pytest.raises(TaskError, match="without '/'"):
     run(workdir=tmp_path, **swaps, **changes)
+
+
+@pytest.mark.parametrize(
+  ("folds", "role"), [("leave_class_out", "test"), ("single_class", "train")]
+)
+def test_a_class_without_videos_is_no_fold(swaps, tmp_path, folds, role):
+  """Such as a manipulation that was not prepared."""
+  by_role = {
+    name: splits.open_split(str(swaps["data"]), name, None)
+    for name in ("train", "val", "test")
+  }
+  labels = {"kind": np.where(by_role[role].labels["kind"] == 1, 2, 0)}
+  by_role[role] = dataclasses.replace(
+    by_role[role], labels={"kind": np.float32(labels["kind"])}
+  )
+  task = tasks.make_task(
+    "fake",
+    tasks.read_labels(str(swaps["data"])),
+    {"label": "kind", "negative": "real"},
+    "",
+  )
+  single = folds == "single_class"
+  assert [*of_classes(task, by_role, single=single)] == ["face/swap"]
+  labels["kind"][:] = 0
+  by_role[role] = dataclasses.replace(
+    by_role[role], labels={"kind": np.float32(labels["kind"])}
+  )
+  with pytest.raises(TaskError, match="no video of gan, face/swap"):
+    of_classes(task, by_role, single=single)
 
 
 @pytest.mark.parametrize(
