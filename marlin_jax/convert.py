@@ -36,7 +36,7 @@ from pathlib import Path
 
 import numpy as np
 
-from marlin_jax.records import cli
+from marlin_jax.records import cli, folders
 
 # Largest difference of features and predictions; float32 gives about 1e-5.
 TOLERANCE = 1e-4
@@ -112,12 +112,14 @@ def convert(args: argparse.Namespace) -> None:
   """Reads, writes and checks.
 
   Raises:
+    OutputFolderError: DST is in a bucket.
     WeightsError: the weights cannot be read or written, see weights.formats, or
       the check failed.
   """
   from marlin_jax.inference import classifier
   from marlin_jax.weights import formats, run_checkpoint
 
+  folders.check_local(args.dst)
   if classifier.is_classifier(args.src):
     _convert_classifier(args)
     return

@@ -37,7 +37,7 @@ from ml_collections import ConfigDict
 from marlin_jax.devices import xla_flags
 from marlin_jax.planning import topology
 from marlin_jax.pretraining.configuration import validate
-from marlin_jax.records import cli
+from marlin_jax.records import cli, folders
 from marlin_jax.training import config_flags
 
 flags.declare_key_flag("config")
@@ -70,6 +70,7 @@ def main(argv) -> int:
     nonlocal fits
     if _JSON.value not in (None, "-"):
       # Now, since compiling takes minutes.
+      folders.check_local(_JSON.value)
       Path(_JSON.value).parent.mkdir(parents=True, exist_ok=True)
       if Path(_JSON.value).is_dir():
         raise IsADirectoryError(f"--json={_JSON.value} is a folder")

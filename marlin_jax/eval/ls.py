@@ -57,7 +57,7 @@ from ml_collections import ConfigDict
 from marlin_jax.devices import xla_flags
 from marlin_jax.eval import command
 from marlin_jax.lipsync import configuration
-from marlin_jax.records import cli
+from marlin_jax.records import cli, folders
 from marlin_jax.training import config_flags
 
 flags.adopt_module_key_flags(command)  # --checkpoint, --config, --data, ...
@@ -201,6 +201,9 @@ def _flag_problems(config: ConfigDict, mode: str) -> list[str]:
     if name in set_flags & {*required, *optional}
     and not os.path.exists(flags.FLAGS[name].value)
   ]
+  output = flags.FLAGS.output
+  if output and folders.is_remote(output):
+    problems.append(f"--output={output} is in a bucket, expected a disk")
   return [f"{problem} (--mode={mode})" for problem in problems]
 
 

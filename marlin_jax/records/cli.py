@@ -200,6 +200,10 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
   """
 
   def parse(text: str) -> Path:
+    if "://" in text:  # which would become a local folder, gs:
+      raise argparse.ArgumentTypeError(
+        f"{text} is in a bucket, expected a path on a disk"
+      )
     path = Path(text)
     if suffixes and path.suffix.lower() not in suffixes:
       raise argparse.ArgumentTypeError(

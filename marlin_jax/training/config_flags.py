@@ -27,9 +27,9 @@ _HELP = {
 }
 CONFIG = config_flags.DEFINE_config_file(
   "config",
-  help_string="Configuration: a file, such as configs/pretrain_b.py, which "
-  "explains its keys, or the name of one that comes with the package, such as "
-  "pretrain_b.",
+  help_string="Configuration: a Python file with get_config(), as in configs/, "
+  "whose files explain their keys; or the name of one that comes with the "
+  "package, such as pretrain_b or eval_far.",
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir",

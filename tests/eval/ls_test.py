@@ -135,8 +135,11 @@ def test_killed_interrupted_and_resumed_gives_the_same_bits(
     (
       "score",
       # A published model is no path.
-      ["--videos=a.mp4", "--features=marlin_vit_base_ytf"],
-      ["--output is missing", "expected one of --syncnet and --expert"],
+      ["--videos=a.mp4", "--features=marlin_vit_base_ytf", "--output=gs://b/c"],
+      [
+        "expected one of --syncnet and --expert",
+        "--output=gs://b/c is in a bucket, expected a disk",
+      ],
     ),
   ],
 )

@@ -11,6 +11,7 @@ from marlin_jax.records.folders import Lock, OutputFolderError
 @pytest.mark.parametrize(
   ("name", "words"),
   [
+    ("gs://bucket/a.html", "is in a bucket, expected a path on a disk"),
     ("a.pdf", "a.pdf does not end with .html or .htm"),
     ("page.html", "page.html is a folder, expected a file"),
     ("notes/b/a.html", "notes is a file, expected a folder"),

@@ -550,6 +550,9 @@ def test_convert_refuses_a_format_that_it_does_not_know(
   for flag in ("--from=pickle", "--to=pickle"):
     message = refused(capsys, flag, tmp_path / "a", tmp_path / "b")
     assert "expected one of safetensors, marlin" in message
+  assert "a local or network disk" in refused(
+    capsys, tmp_path / "a", "gs://bucket/b"
+  )
   assert not (tmp_path / "b").exists()
 
 
