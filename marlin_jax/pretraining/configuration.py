@@ -316,16 +316,16 @@ def check_cooldown(
     )
 
 
-def schedule_notes(settings: ConfigDict, num_steps: int) -> Iterator[str]:
-  """Yields a line if the run is too short for its learning rate.
+def unreached(config: ConfigDict, num_steps: int) -> Iterator[str]:
+  """Yields a line for each thing that the run is too short for.
 
-  It is not refused: with a constant rate the run may become longer.
+  They are not refused: with a constant rate the run may become longer.
 
   Args:
-    settings: section `optim` of a valid configuration.
+    config: a valid configuration.
     num_steps: steps of the whole run.
   """
-  warmup, cooldown = settings.warmup_steps, settings.cooldown_steps
+  warmup, cooldown = config.optim.warmup_steps, config.optim.cooldown_steps
   if warmup > num_steps:
     yield (
       f"optim.warmup_steps={warmup}: the learning rate ends at "
@@ -336,6 +336,8 @@ def schedule_notes(settings: ConfigDict, num_steps: int) -> Iterator[str]:
       f"optim.cooldown_steps={cooldown}: the warm-up leaves "
       f"{num_steps - warmup} of them"
     )
+  if config.profile.start_step > num_steps:
+    yield f"profile.start_step={config.profile.start_step}: no step is profiled"
 
 
 def _length_problems(

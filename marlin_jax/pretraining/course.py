@@ -434,9 +434,7 @@ class PretrainingCourse(Experiment):
 
   def _describe_steps(self) -> cli.Row:
     row = cli.Row("steps", f"{self.num_steps}")
-    row.notes.extend(
-      configuration.schedule_notes(self.config.optim, self.num_steps)
-    )
+    row.notes.extend(configuration.unreached(self.config, self.num_steps))
     if len(self.stages) > 1:
       full = self.stages[-1].arithmetic
       for stage, experiment in zip(self.stages, self.by_stage, strict=True):
