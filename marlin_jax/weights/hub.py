@@ -278,6 +278,10 @@ def _rows(
   # Folds may take all videos, and have a model each.
   tested = data["splits"].get("test") or data["splits"]["all"]
   own = f"{Path(data['path']).name}:{tested['name']}"
+  if "test" in data["splits"]:  # which does not say what was trained on
+    for key in ("folds", "train_classes"):
+      if rule := results["config"].get(f"data.{key}"):
+        own += f", {key}={rule}"
   for row in summary if not cell else ():
     if row["ratio"] == 1:
       yield row, _by_name(own, row["metrics"], row["tests"])

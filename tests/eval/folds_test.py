@@ -234,6 +234,9 @@ def test_manipulations_are_left_out_or_trained_alone(
   for name, fold in row["folds"].items():
     tested = eval_dfd.METHODS if folds == "single_class" else (name,)
     assert set(fold["parts"]) == set(tested)
+  # A model card does not pass them for scores of all manipulations alike.
+  card = hub.read_results([tmp_path], results["checkpoint"]["sha256"])
+  assert {r.data for r in card} == {f"data:test, folds={folds}"}
   table = (tmp_path / "results.txt").read_text()
   assert "deepfake, by fold" in table
   assert "deepfake, auc of each part" in table
