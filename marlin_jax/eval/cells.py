@@ -99,14 +99,13 @@ def run_cells(
         _warn_of_levels(task, constant)
     for cell in cells[task.name]:
       parts = [cell._replace(fold=fold) for fold in folds]
-      missing = [part for part in parts if part in todo]
-      for part in missing:
-        others = videos.others[task.name]
-        _run(
-          part, folds[part.fold], others, runner, config, folder, inputs, todo
-        )
-      is_finished = cell.name in finished and not missing
-      if folder.writes and cell not in parts and not is_finished:
+      for part in parts:
+        if part in todo:
+          others = videos.others[task.name]
+          _run(
+            part, folds[part.fold], others, runner, config, folder, inputs, todo
+          )
+      if folder.writes and cell not in parts:
         _run_total(cell, parts, folds, config, folder)
 
 
@@ -119,6 +118,8 @@ def _run_total(
 ) -> None:
   """Scores the test predictions of all folds as one, and writes them.
 
+  Does nothing if the finished scores are of these folds.
+
   Args:
     cell: what the folds have in common.
     parts: the cell of each fold.
@@ -128,6 +129,8 @@ def _run_total(
   """
   finished = folder.cells()
   results = [finished[part.name] for part in parts]
+  if finished.get(cell.name, {}).get("folds") == results:
+    return
   tested = [folds[part.fold]["test"] for part in parts]
   pooled = measures.Predictions.joined(
     [

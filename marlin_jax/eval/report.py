@@ -99,9 +99,11 @@ def _folds(cells: list[list[dict[str, Any]]]) -> dict[str, Any]:
   if not cells:
     return {}
   folds = {}
-  for group in zip(*cells, strict=True):
+  by_name = [{cell["fold"]: cell for cell in seed} for seed in cells]
+  for name in by_name[0]:
+    group = [seed[name] for seed in by_name if name in seed]
     scores = [cell["test"] for cell in group]
-    folds[group[0]["fold"]] = {
+    folds[name] = {
       "num_train": min(cell["num_train"] for cell in group),
       "metrics": _metrics(scores, []),
       "parts": _parts(scores),

@@ -436,6 +436,29 @@ def test_a_class_without_videos_is_no_fold(swaps, tmp_path, folds, role):
     of_classes(task, by_role, single=single)
 
 
+def test_totals_of_other_folds_are_made_anew(swaps, tmp_path):
+  """An earlier version had a fold of a manipulation without videos."""
+  changes = swaps | {
+    "tasks": "fake",
+    "derive.fake": {"label": "kind", "negative": "real"},
+    "data.folds": "leave_class_out",
+    "data.ratio": "0.7",
+    "num_seeds": 2,
+  }
+  run(workdir=tmp_path, **changes)
+  totals = [tmp_path / "cells" / f"fake-knn-0.7-{seed}.json" for seed in (0, 1)]
+  before = totals[0].read_text()
+  for total in totals:
+    cell = json.loads(total.read_text())
+    cell["folds"].append(cell["folds"][0] | {"fold": "none"})
+    total.write_text(json.dumps(cell))
+  results = run(workdir=tmp_path, **changes | {"num_seeds": 1})
+  assert totals[0].read_text() == before
+  (row,) = (r for r in results["summary"] if r["mode"] == "knn")
+  assert row["num_seeds"] == 2
+  assert [*row["folds"]] == ["gan", "face/swap"]
+
+
 @pytest.mark.parametrize(
   "changes",
   [
