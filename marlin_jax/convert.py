@@ -79,7 +79,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
   )
   reading = parser.add_argument_group("values that SRC may not store")
   for name, text in _READ_OPTIONS.items():
-    reading.add_argument(f"--{name}", type=int, metavar="N", help=text)
+    reading.add_argument(
+      f"--{name}", type=cli.at_least(1), metavar="N", help=text
+    )
   reading.add_argument(
     "--drop_classifier",
     action="store_true",

@@ -157,6 +157,22 @@ class Architecture:
   def has_discriminator(self) -> bool:
     return self.disc_hidden > 0
 
+  def problems(self) -> list[str]:
+    """Returns a line for each size that is no multiple of its unit."""
+    parts = [
+      ("width", "num_heads"),
+      ("num_frames", "tubelet_size"),
+      ("image_size", "patch_size"),
+    ]
+    if self.has_decoder:
+      parts.append(("dec_width", "dec_num_heads"))
+    return [
+      f"{name}={size}: expected a multiple of {unit}={divisor}"
+      for name, unit in parts
+      for size, divisor in [(getattr(self, name), getattr(self, unit))]
+      if min(size, divisor) < 1 or size % divisor
+    ]
+
   def without_decoder(self) -> Architecture:
     """Returns the encoder's architecture."""
     return dataclasses.replace(

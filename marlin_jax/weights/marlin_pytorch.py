@@ -155,7 +155,7 @@ def load_state(path: Path) -> dict[str, np.ndarray]:
 
 def _num_frames(num_tokens, tubelet_size, patch_size, image_size, source):
   per_tubelet = (image_size // patch_size) ** 2
-  if num_tokens % per_tubelet:
+  if not per_tubelet or num_tokens % per_tubelet:
     raise WeightsError(
       f"{source}: {num_tokens} positions do not divide into frames of "
       f"{image_size}x{image_size} with {per_tubelet} patches: convert "

@@ -51,8 +51,9 @@ class Weights:
     source: origin of the arrays, for messages.
 
   Raises:
-    WeightsError: at construction, listing every array that is missing, unknown,
-      of another dtype, or of another shape than the architecture has.
+    WeightsError: at construction, listing the architecture's problems, or every
+      array that is missing, unknown, of another dtype, or of another shape than
+      the architecture has.
   """
 
   architecture: Architecture
@@ -60,6 +61,8 @@ class Weights:
   source: str = "these weights"
 
   def __post_init__(self):
+    if problems := self.architecture.problems():
+      raise WeightsError(f"{self.source}: {'; '.join(problems)}")
     expected = self.architecture.shapes()
     names = self.arrays.keys()
     problems = [f"{name}: missing" for name in sorted(expected.keys() - names)]

@@ -329,6 +329,24 @@ def test_a_wrong_key_in_safetensors_is_named(weights, tmp_path):
       formats.read(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+  ("name", "unit"),
+  [
+    ("width", "num_heads"),
+    ("dec_width", "dec_num_heads"),
+    ("num_frames", "tubelet_size"),
+    ("image_size", "patch_size"),
+  ],
+)
+def test_sizes_that_do_not_divide_are_refused(weights, name, unit):
+  size = getattr(weights.architecture, name)
+  for divisor in (0, -1, 7 if size % 7 else 9):
+    wrong = dataclasses.replace(weights.architecture, **{unit: divisor})
+    words = f"{name}={size}: expected a multiple of {unit}={divisor}"
+    with pytest.raises(WeightsError, match=words):
+      Weights(wrong, weights.arrays)
+
+
 class Malicious:
   def __reduce__(self):
     return Path.touch, (Path("was_here"),)
