@@ -209,10 +209,11 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
       raise argparse.ArgumentTypeError(
         f"{text} does not end with {' or '.join(suffixes)}"
       )
-    if path.is_dir():
+    # Not Path.is_dir, which raises where it may not look.
+    if os.path.isdir(path):
       raise argparse.ArgumentTypeError(f"{text} is a folder, expected a file")
     for parent in path.parents:
-      if parent.exists() and not parent.is_dir():
+      if os.path.exists(parent) and not os.path.isdir(parent):
         raise argparse.ArgumentTypeError(
           f"{parent} is a file, expected a folder"
         )

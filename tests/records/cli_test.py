@@ -25,6 +25,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
   (tmp_path / "page.html").mkdir()
   parse = cli.output_file(".html", ".htm")
   assert parse("new/folder/a.HTML").name == "a.HTML"
+  assert parse("a" * 300 + ".html").suffix == ".html"  # is told when written
   with pytest.raises(argparse.ArgumentTypeError, match=words):
     parse(name)
 
