@@ -52,7 +52,7 @@ NO_FACE_REASON = "no face found"
 NO_PERSON_REASON = "no face where the input says that the person is"
 
 # Whose tracks are kept: those of all faces, or one track of the main face.
-ALL, MAIN = FACES = ("all", "main")
+ALL, MAIN = "all", "main"
 OTHERS_NOTE = "tracks of other faces than the main one are left out"
 KEEP, QUARANTINE = ON_DAMAGE = ("keep", "quarantine")
 
