@@ -385,14 +385,16 @@ def test_drawn_mouth_fits_the_sound_of_its_time(talk, voice, models, tmp_path):
   assert all(min(abs(peaks - frame)) <= 1.5 for frame in loud if frame > 12)
 
 
-def write_run(workdir: Path) -> Path:
+def write_run(workdir: Path, frozen=("encoder",)) -> Path:
   """Writes the checkpoint of a tiny generator with random weights."""
   encoder = Architecture(
     width=16, depth=1, num_heads=2, mlp_dim=16, image_size=32
   )
   meta = build.generator_meta("marlin", 0.05, encoder)
   # Shapes only, since initialisation is slow; then values of a similar size.
-  _, arrays = split_network(nnx.eval_shape(lambda: build.make_generator(meta)))
+  _, arrays = split_network(
+    nnx.eval_shape(lambda: build.make_generator(meta)), frozen=frozen
+  )
   np_rng = np.random.default_rng(0)
   arrays = jax.tree.map(
     lambda x: np_rng.uniform(0, 0.2, x.shape).astype(x.dtype), arrays
@@ -420,6 +422,10 @@ def test_generator_of_a_run_draws_a_marked_video(talk, voice, models, tmp_path):
   assert metadata["description"].startswith("AI-generated")
   assert metadata["digital_source_type"] == uri
   assert f"<Iptc4xmpExt:DigitalSourceType>{uri}<" in metadata["xmp"]
+
+
+def test_a_generator_with_a_trained_encoder_is_read(tmp_path):
+  load_generator(write_run(tmp_path / "run", frozen=()))
 
 
 def test_paths_without_a_generator_are_refused(tmp_path):
