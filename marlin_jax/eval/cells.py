@@ -127,9 +127,8 @@ def _run_total(
     config: configuration of the evaluation.
     folder: folder with their scores and predictions.
   """
-  finished = folder.cells()
-  results = [finished[part.name] for part in parts]
-  if finished.get(cell.name, {}).get("folds") == results:
+  results = [folder.cell(part.name) for part in parts]
+  if (folder.cell(cell.name) or {}).get("folds") == results:
     return
   tested = [folds[part.fold]["test"] for part in parts]
   pooled = measures.Predictions.joined(

@@ -168,7 +168,12 @@ class ResultsFolder:
   def cells(self) -> dict[str, dict[str, Any]]:
     """Returns the scores of the finished cells by name, those of folds too."""
     files = sorted((self.path / "cells").glob("*.json"))
-    return {file.stem: json.loads(file.read_text()) for file in files}
+    return {file.stem: self.cell(file.stem) for file in files}
+
+  def cell(self, name: str) -> dict[str, Any] | None:
+    """Returns the scores of a cell; None if it is not finished."""
+    file = self._file(name)
+    return json.loads(file.read_text()) if file.exists() else None
 
   def _file(self, name: str) -> Path:
     return self.path / "cells" / f"{name}.json"
