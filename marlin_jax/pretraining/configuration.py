@@ -296,19 +296,22 @@ def check_cooldown(
     "{} from step {} on, and the run resumes from "
     f"step {last_step}: expected "
   )
-  if length and last_step > num_steps - length:
+  begins, began = (
+    max(steps - cooldown, config.optim.warmup_steps)
+    for steps, cooldown in ((num_steps, length), before)
+  )
+  if length and last_step > begins:
     refuse(
       [
-        told.format("would fall", num_steps - length)
+        told.format("would fall", begins)
         + f"num_steps of at least {last_step + length}, or fewer steps to cool "
         "down in"
       ]
     )
-  begins = max(before[0] - before[1], config.optim.warmup_steps)
-  if before[1] and last_step > begins:
+  if before[1] and last_step > began:
     refuse(
       [
-        told.format("has fallen", begins)
+        told.format("has fallen", began)
         + f"optim.cooldown_steps={before[1]} with num_steps={before[0]}, or a "
         "checkpoint before the fall; if the rate is to rise again: "
         "--config.allow_change=optim.cooldown_steps"

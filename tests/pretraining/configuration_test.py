@@ -260,6 +260,15 @@ def test_a_cool_down_changes_only_before_it_begins(before, last_step, told):
   configuration.check_cooldown(config, 100, begun, last_step)
 
 
+def test_a_cool_down_may_begin_with_the_end_of_the_warm_up():
+  config = pretrain_b.get_config()
+  config.optim.warmup_steps = 50
+  config.optim.schedule, config.optim.cooldown_steps = "constant", 60
+  configuration.check_cooldown(config, 60, {"num_steps": 100}, 50)
+  with pytest.raises(ConfigError, match="would fall from step 50 on"):
+    configuration.check_cooldown(config, 60, {"num_steps": 100}, 51)
+
+
 @pytest.mark.parametrize(
   ("num_steps", "told"),
   [
