@@ -226,7 +226,7 @@ def refuse(problems: Iterable[str]) -> None:
 
 
 def check_keys(
-  config: ConfigDict, keys: Mapping[str, Key], free: str | None = None
+  config: ConfigDict, keys: Mapping[str, Key], prefix: str | None = None
 ) -> None:
   """Refuses a configuration that lacks keys of its family or has others.
 
@@ -235,7 +235,7 @@ def check_keys(
   Args:
     config: the configuration.
     keys: the table of the family.
-    free: begins keys that the table does not list.
+    prefix: begins keys that the table does not list; None: there are none.
 
   Raises:
     ConfigError: it does.
@@ -243,7 +243,7 @@ def check_keys(
   found = flat(config).keys()
   problems = [f"{key} is missing" for key in keys if key not in found]
   for key in sorted(found - keys.keys()):
-    if free is None or not key.startswith(free):
+    if prefix is None or not key.startswith(prefix):
       alike = difflib.get_close_matches(key, keys, 1)
       expected = f", expected {alike[0]}" if alike else ""
       problems.append(f"{key} is no key{expected}")
