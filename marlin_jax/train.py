@@ -65,7 +65,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str):
     course, evaluated = _open(config, workdir, watchdog)
 
     def check_resumed(step):
-      if begun:
+      if "num_steps" in begun:  # not the workdir of another command
         before = course.steps_of(begun["num_steps"], begun["num_epochs"])
         configuration.check_cooldown(
           config, course.num_steps, begun | {"num_steps": before}, step

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from configs import eval_ls
 from marlin_jax.checkpoints import checksums
 from marlin_jax.pretraining import spikes
 from marlin_jax.weights import formats
@@ -77,6 +78,18 @@ def test_a_damaged_checkpoint_does_not_forbid_a_cool_down(
   result = train(tmp_path / "run", **options, **earlier)
   assert result.returncode == 0, result.stderr
   assert "resumed from step 4" in result.stdout
+
+
+def test_the_workdir_of_another_command_is_refused(
+  workdirs, sample_dataset, tmp_path
+):
+  shutil.copytree(workdirs[1], tmp_path / "run")
+  config = eval_ls.get_config().to_json()
+  (tmp_path / "run" / "config.json").write_text(config)
+  options = {"data.path": sample_dataset, **OPTIMISER}
+  eight = {"num_steps": 8, "optim.cooldown_steps": 4}
+  told = refused(train(tmp_path / "run", **options, **eight))
+  assert "cannot resume from" in told
 
 
 def test_the_options_were_in_effect(workdirs):
