@@ -134,7 +134,7 @@ def test_what_has_no_encoder_of_sound_is_refused(run, videos, tmp_path, capsys):
   assert extract(videos, without, folder, "sound") == 1
   assert "config.sound.weight" in capsys.readouterr().err
   argv = ["--to=safetensors", str(run), str(exported)]
-  convert.main([*argv, f"--clip={videos / '0.mp4'}"])
+  assert convert.main([*argv, f"--clip={videos / '0.mp4'}"]) == 0
   assert "encoder of sound is not written" in capsys.readouterr().out
   assert extract(videos, exported, folder, "both") == 1
   assert "no workdir of a run" in capsys.readouterr().err
