@@ -19,6 +19,7 @@ Axes: V videos, K labels, classes or numbers.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -123,8 +124,10 @@ class ResultsFolder:
 
   def _keep_baselines(self) -> None:
     """Writes the baselines that earlier versions had in results.json alone."""
-    file = self.path / "results.json"
-    results = json.loads(file.read_text()) if file.exists() else {"cells": []}
+    results = {"cells": []}
+    # A damaged one is made anew, of the cells.
+    with contextlib.suppress(FileNotFoundError, ValueError):
+      results = json.loads((self.path / "results.json").read_text())
     for cell in results["cells"]:
       is_baseline = cell["mode"] == configuration.CONSTANT
       if is_baseline and not self._file(cell["name"]).exists():

@@ -237,8 +237,9 @@ def test_a_workdir_of_an_earlier_version_keeps_its_baselines(
   ]
   assert again["cells"][2:] == first["cells"]
   assert again["tasks"]["mood"] == first["tasks"]["mood"]
-  # Another cell that was removed is to be run again.
+  # Another cell that was removed is to be run again. No other file is needed.
   (tmp_path / "cells" / "mood-knn-1-0.json").unlink()
+  (tmp_path / "results.json").write_text("{")
   last = run(eval_far, tmp_path, face_data, tasks="emotion", modes="knn")
   assert [cell["name"] for cell in last["cells"]] == [
     "emotion-constant",
