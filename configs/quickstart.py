@@ -16,7 +16,7 @@ def get_config():
   config = pretrain_b.get_config()
   config.batch_size = 8
   config.num_epochs = 0.0
-  config.num_steps = 1200
+  config.num_steps = 1000
 
   # There is one video with a face: each of its records once per pass.
   config.data.sample_by = "record"
