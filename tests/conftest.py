@@ -23,8 +23,11 @@ os.environ["PYTHONPATH"] = str(ROOT)
 # With libtpu installed, which plan_test.py needs, jax looks for a TPU first.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile many small programs and run each a few times, so compilation
-# should be quick.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# should be quick. Fusions written by way of MLIR take half of it.
+os.environ.setdefault(
+  "XLA_FLAGS",
+  "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+)
 xla_flags.set_for_training()
 compile_cache.set_up()
 

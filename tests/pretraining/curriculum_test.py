@@ -163,7 +163,9 @@ def state(experiment):
 
 def one_step(experiment, state):
   """Takes a step on a random batch; returns the new state and the scalars."""
-  step = experiment.lower_step().compile()
+  # As outside of tests, where two programs round these steps alike.
+  options = {"xla_cpu_use_fusion_emitters": True}
+  step = experiment.lower_step().compile(options)
   # A copy, as the step takes its state's memory.
   return step(
     jax.tree.map(jnp.copy, state),
