@@ -350,4 +350,4 @@ def test_a_second_run_in_a_workdir_is_refused_and_told_who_is_there(
 def test_a_workdir_that_cannot_be_made_is_refused(sample_dataset, tmp_path):
   (tmp_path / "file").write_text("")
   result = train(tmp_path / "file" / "run", **{"data.path": sample_dataset})
-  assert "Not a directory" in refused(result)
+  assert "a file is where a folder is expected" in refused(result)
