@@ -383,9 +383,9 @@ def test_wrong_checkpoints_fail_before_any_work(face_data, tmp_path):
   weights = formats.open_encoder("random", config.random)
   write_random(
     tmp_path / "large",
-    dataclasses.replace(weights.architecture, image_size=256),
+    dataclasses.replace(weights.architecture, image_size=280),
   )
-  with pytest.raises(WeightsError, match="takes frames of 256 pixels"):
+  with pytest.raises(WeightsError, match="takes frames of 280 pixels"):
     run(eval_far, tmp_path / "w", face_data, tmp_path / "large", tasks="mood")
   assert not (tmp_path / "w").exists()
 

@@ -18,6 +18,7 @@ from marlin_jax.weights.architecture import Architecture
 from tests.support import made_dataset, training_runs
 from tests.support.files import arrays_of, rows_of
 from tests.support.objectives import OBJECTIVES, overrides, random_batch
+from tests.support.trainers import SAME_ROUNDING
 from tests.support.training_runs import metrics_of, train
 
 # Stages of 3, 4 and 5 steps, with 4, 16 and 32 tokens.
@@ -163,9 +164,7 @@ def state(experiment):
 
 def one_step(experiment, state):
   """Takes a step on a random batch; returns the new state and the scalars."""
-  # As outside of tests, where two programs round these steps alike.
-  options = {"xla_cpu_use_fusion_emitters": True}
-  step = experiment.lower_step().compile(options)
+  step = experiment.lower_step().compile(SAME_ROUNDING)
   # A copy, as the step takes its state's memory.
   return step(
     jax.tree.map(jnp.copy, state),

@@ -13,6 +13,9 @@ from marlin_jax.pretraining import masking, pretext_task, train_step
 
 TUBELETS = clip_geometry.Tubelets(num_frames=4, image_size=64)
 BATCH_SIZE = 4
+# Compiler options with which two programs round the same sum alike, as outside
+# of tests; see XLA_FLAGS in tests/conftest.py.
+SAME_ROUNDING = {"xla_cpu_use_fusion_emitters": True}
 
 
 def remember() -> optax.GradientTransformation:
@@ -73,5 +76,6 @@ def make(
   return trainer, train_step.init_state(trainer, params, fixed, disc_params)
 
 
-def step_of(trainer):
-  return jax.jit(functools.partial(train_step.train_step, trainer))
+def step_of(trainer, compiler_options=None):
+  step = functools.partial(train_step.train_step, trainer)
+  return jax.jit(step, compiler_options=compiler_options)
