@@ -477,6 +477,7 @@ def test_tasks_share_the_videos_and_a_run_of_all_joins_them(
   assert content(out) == content(extracted)
 
 
+@pytest.mark.slow
 def test_processes_started_together_use_all_their_devices(
   extracted, videos, checkpoint, tmp_path
 ):

@@ -85,6 +85,7 @@ def here(memory_bytes):
 # --- the command --------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_step_is_compiled_for_tpus_that_are_not_there():
   pytest.importorskip("libtpu")
   result = run("--topology=v5e:2x2", "--json=-", "--nosearch", dtype="bfloat16")

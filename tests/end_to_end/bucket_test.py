@@ -81,6 +81,7 @@ def content(bucket: gcsfs.GCSFileSystem, folder: str) -> dict[str, bytes]:
   }
 
 
+@pytest.mark.slow
 def test_a_bucket_gets_what_a_disk_gets(bucket, videos, tmp_path):
   local = run_prepare("--input", videos, "--output", tmp_path / "out")
   assert local.returncode == 0, local.stderr

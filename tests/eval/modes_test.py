@@ -354,6 +354,7 @@ def test_float32_predictions_are_exact_as_those_of_kept_models(
   assert all("[HIGHEST, HIGHEST]" in line for line in products)
 
 
+@pytest.mark.slow
 def test_a_stopped_finetuning_resumes_to_the_same_bits(
   face_data, tmp_path, monkeypatch, capfd
 ):

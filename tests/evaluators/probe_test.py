@@ -214,6 +214,7 @@ def test_a_run_with_nothing_to_probe_ends_before_it_makes_a_workdir(
   assert not workdir.exists()
 
 
+@pytest.mark.slow
 def test_the_features_of_the_probe_keep_where_things_are(tmp_path):
   """Which half of the face is bright; the mean colour is the same."""
 

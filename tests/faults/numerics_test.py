@@ -245,6 +245,7 @@ def test_with_a_limit_reconstruction_is_learned_all_the_same(num_microbatches):
   assert rows[-1]["loss_rec"] < 0.8 * rows[0]["loss_rec"]
 
 
+@pytest.mark.slow
 def test_a_limit_that_is_not_reached_changes_no_bit(batch):
   states = []
   for max_pull in (0.0, 1e6):

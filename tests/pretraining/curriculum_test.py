@@ -174,9 +174,8 @@ def one_step(experiment, state):
   )
 
 
-@pytest.mark.parametrize(
-  "name", ["marlin", pytest.param("sound", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["marlin", "sound"])
 def test_a_step_of_a_stage_is_one_of_a_run_of_its_size(name, tmp_path):
   """With the positions of its tokens in the run's own clips."""
   config = small_config(**overrides(name, tmp_path))

@@ -112,7 +112,9 @@ def test_the_papers_step_has_at_most_3_percent_more_than_the_model():
     pytest.param({}, id="recipe"),
     # The penalty needs pixels that the compiler has already computed.
     pytest.param(
-      {"adv.gp_weight": 10.0, "adv.d_steps": 2}, id="penalty_and_two_d_steps"
+      {"adv.gp_weight": 10.0, "adv.d_steps": 2},
+      id="penalty_and_two_d_steps",
+      marks=pytest.mark.slow,
     ),
   ],
 )

@@ -111,21 +111,28 @@ def assert_same_gradients(got, want):
 @pytest.mark.parametrize(
   "settings",
   [
-    {"weight": 0.01},
-    {
-      "weight": 0.1,
-      "gp_weight": 10.0,
-      "d_steps": 3,
-      "g_steps": 2,
-      "decoder_ratio": 0.5,
-    },
-    {
-      "strategy": "crfr_p",
-      "decoder_ratio": 0.5,
-      "task": {"motion_weight": 0.25, "region_weight": 0.5},
-    },
+    pytest.param({"weight": 0.01}, id="recipe"),
+    pytest.param(
+      {
+        "weight": 0.1,
+        "gp_weight": 10.0,
+        "d_steps": 3,
+        "g_steps": 2,
+        "decoder_ratio": 0.5,
+      },
+      id="several_of_each",
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      {
+        "strategy": "crfr_p",
+        "decoder_ratio": 0.5,
+        "task": {"motion_weight": 0.25, "region_weight": 0.5},
+      },
+      id="weighted",
+      marks=pytest.mark.slow,
+    ),
   ],
-  ids=["recipe", "several_of_each", "weighted"],
 )
 def test_the_step_equals_the_two_forward_step(batch, settings):
   rng = jax.random.key(3)
