@@ -46,6 +46,19 @@ def frozen(config):
   return weights, clip_features.FrozenEncoder(weights, mesh, "float32", "auto")
 
 
+def on_encoder(task, weights, config, **settings):
+  """Returns an encoder in float32 with a head, on all devices."""
+  defaults = {
+    "mesh": sharding.make_mesh(),
+    "seed": 0,
+    "attentive": False,
+    "dtype": "float32",
+    "attention": "auto",
+    "remat": "none",
+  }
+  return learner.on_encoder(task, weights, config, **defaults | settings)
+
+
 def test_features_do_not_depend_on_the_batch_size(face_data, tmp_path):
   weights, encoder = frozen(tiny(eval_far.get_config()))
   split = splits.open_split(str(face_data), "val", tmp_path)
@@ -146,18 +159,7 @@ def test_a_probe_on_features_equals_a_probe_on_the_frozen_encoder(tmp_path):
   labels, known = task.encode(task.targets(split.labels["mood"]))
   mesh = sharding.make_mesh()
   on_features = learner.linear_probe(task, 32, config.paper, mesh, seed=3)
-  end_to_end = learner.on_encoder(
-    task,
-    weights,
-    config.paper,
-    mesh,
-    3,
-    attentive=False,
-    tuned="nothing",
-    dtype="float32",
-    attention="auto",
-    remat="none",
-  )
+  end_to_end = on_encoder(task, weights, config.paper, seed=3, tuned="nothing")
   one, other = on_features.begin(), end_to_end.begin()
   batches = clip_batches.drawn_batches(
     clip_batches.ClipReader(split, clip),
@@ -257,17 +259,12 @@ def test_every_trained_array_changes(face_data, tmp_path):
   labels, known = task.encode(np.array([0.0, 1.0, 2.0, 1.0]))
   for tuned in learner.TUNED:
     section = "attentive" if tuned == "nothing" else "finetune"
-    head = learner.on_encoder(
+    head = on_encoder(
       task,
       weights,
       config[section],
-      sharding.make_mesh(),
-      0,
       attentive=tuned == "nothing",
       tuned=tuned,
-      dtype="float32",
-      attention="auto",
-      remat="none",
     )
     state = head.begin()
     before = jax.tree.map(np.array, state["trained"])
@@ -306,17 +303,11 @@ def test_microbatches_give_the_step_of_the_whole_batch(
   config.finetune.drop_path = 0.5
   stepped = []
   for clips_per_device in (8, 2):
-    model = learner.on_encoder(
+    model = on_encoder(
       task,
       weights,
       config.finetune,
-      sharding.make_mesh(),
-      0,
-      attentive=False,
       tuned="all",
-      dtype="float32",
-      attention="auto",
-      remat="none",
       clips_per_device=clips_per_device,
       value_loss=value_loss,
     )
@@ -335,17 +326,12 @@ def test_float32_predictions_are_exact_as_those_of_kept_models(
 ):
   """GPUs and TPUs round matmuls that ask for less."""
   config = tiny(eval_far.get_config())
-  model = learner.on_encoder(
+  model = on_encoder(
     tasks.make_task("mood", tasks.read_labels(str(face_data)), {}, ""),
     formats.open_encoder("random", config.random),
     config.attentive,
-    sharding.make_mesh(),
-    0,
     attentive=attentive,
     tuned="nothing",
-    dtype="float32",
-    attention="auto",
-    remat="none",
   )
   clips = np.zeros((2, 4, SIZE, SIZE, 3), np.uint8)
   lowered = model._logits.lower(model.trained, model._fixed, clips)
